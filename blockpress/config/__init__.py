@@ -1,0 +1,24 @@
+"""What a checkpoint says about itself: `config.json` and `generation_config.json` as frozen values.
+
+Invariant: a configuration that exists is valid; every field is checked when the value is made. No torch here, so that
+memory and speed can be planned without it.
+Run it:  python -c "from blockpress.config import PRESETS; print(PRESETS['diffusiongemma-26B-A4B']())"
+"""
+
+from blockpress.config.model import FAMILY, LayerConfig, LayerKind, ModelConfig, Rope
+from blockpress.config.presets import PRESETS, diffusiongemma_26b_a4b, sudoku_nano, tiny
+from blockpress.config.sampling import GenerationConfig, Sampling
+
+__all__ = [
+    "FAMILY",
+    "PRESETS",
+    "GenerationConfig",
+    "LayerConfig",
+    "LayerKind",
+    "ModelConfig",
+    "Rope",
+    "Sampling",
+    "diffusiongemma_26b_a4b",
+    "sudoku_nano",
+    "tiny",
+]

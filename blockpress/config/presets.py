@@ -1,0 +1,76 @@
+"""Networks by name: the published one, the shipped one, and the smallest that has every part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blockpress.config.model import LayerConfig, ModelConfig, Rope
+
+
+def diffusiongemma_26b_a4b() -> ModelConfig:
+    """The published model: 25.2 billion parameters, 3.8 billion active a token."""
+    sliding = LayerConfig(kind="sliding_attention", head_dim=256, kv_heads=8)
+    full = LayerConfig(kind="full_attention", head_dim=512, kv_heads=2)
+    return ModelConfig(
+        vocab_size=262_144,
+        hidden_size=2816,
+        intermediate_size=2112,
+        num_heads=16,
+        layers=tuple(full if i % 6 == 5 else sliding for i in range(30)),
+        sliding_window=1024,
+        num_experts=128,
+        top_k_experts=8,
+        expert_size=704,
+        context_length=262_144,
+        eos_ids=(1, 106, 50),
+        image_id=258_880,
+        dtype="bfloat16",
+    )
+
+
+def tiny() -> ModelConfig:
+    """Two layers, one of each kind: what the tests and the examples run."""
+    return ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=4,
+        layers=(
+            LayerConfig(kind="sliding_attention", head_dim=8, kv_heads=2),
+            LayerConfig(kind="full_attention", head_dim=16, kv_heads=1),
+        ),
+        sliding_window=8,
+        num_experts=4,
+        top_k_experts=2,
+        expert_size=16,
+        canvas_length=12,
+        context_length=256,
+    )
+
+
+def sudoku_nano() -> ModelConfig:
+    """The shipped model: a puzzle of 9 x 9 digits as the prompt, the solved grid as the answer, 90 tokens each."""
+    sliding = LayerConfig(kind="sliding_attention", head_dim=64, kv_heads=3)
+    full = LayerConfig(kind="full_attention", head_dim=64, kv_heads=3)
+    return ModelConfig(
+        vocab_size=16,
+        hidden_size=192,
+        intermediate_size=192,
+        num_heads=3,
+        layers=(sliding, sliding, full, sliding, sliding, full),
+        sliding_window=128,
+        full_rope=Rope(theta=10_000.0, kind="proportional", partial=0.5),
+        num_experts=4,
+        top_k_experts=2,
+        expert_size=64,
+        canvas_length=90,
+        context_length=256,
+        image_id=15,
+    )
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "diffusiongemma-26B-A4B": diffusiongemma_26b_a4b,
+    "sudoku-nano": sudoku_nano,
+    "tiny": tiny,
+}

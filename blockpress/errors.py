@@ -1,0 +1,100 @@
+"""Every error that blockpress raises for its caller, in one tree.
+
+    BlockpressError
+    ├── ConfigError              a config field that is wrong, missing, or changes the maths in a way we do not know
+    ├── CheckpointError          files on disk
+    │   ├── ModelNotFound        no shipped model, directory or checkpoint of that name
+    │   ├── DamagedFile          cut short, not what its name says, unreadable
+    │   ├── MissingWeights       a tensor or a shard that the config asks for is not there
+    │   ├── UnexpectedWeights    a tensor that nothing in the model takes
+    │   └── ShapeMismatch        a tensor of another shape than the config asks for
+    ├── TextError                text, token ids or a template that the tokenizer cannot take
+    ├── RequestError             a call's argument
+    │   └── PromptTooLong        the prompt leaves no room in the context
+    ├── PuzzleError              a sudoku that is malformed or contradicts itself
+    └── TrainingError            a recipe, a resume point or a run that went wrong
+
+Invariant: an error says which thing is wrong (its name and its value) and, in `hint`, what to do about it.
+`assert` is for our own mistakes and never reaches this tree.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BlockpressError",
+    "CheckpointError",
+    "ConfigError",
+    "DamagedFile",
+    "MissingWeights",
+    "ModelNotFound",
+    "PromptTooLong",
+    "PuzzleError",
+    "RequestError",
+    "ShapeMismatch",
+    "TextError",
+    "TrainingError",
+    "UnexpectedWeights",
+]
+
+
+class BlockpressError(Exception):
+    """The root: `message` says what is wrong and with which value, `hint` what to do.
+
+    `str(error)` is both on one line, which is also what the commands print before they exit with code 2.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = " ".join(message.split())
+        self.hint = " ".join(hint.split())
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})"
+
+
+class ConfigError(BlockpressError):
+    """A field of a configuration is missing, of the wrong type, out of range, or not understood."""
+
+
+class CheckpointError(BlockpressError):
+    """A checkpoint directory or one of its files cannot be used."""
+
+
+class ModelNotFound(CheckpointError):
+    """No shipped model, directory or checkpoint goes by that name."""
+
+
+class DamagedFile(CheckpointError):
+    """A file is cut short, unreadable, or not of the format that its name promises."""
+
+
+class MissingWeights(CheckpointError):
+    """The config asks for a tensor or a shard that the checkpoint does not hold."""
+
+
+class UnexpectedWeights(CheckpointError):
+    """The checkpoint holds a tensor that nothing in the model takes."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor's shape or type is not the one that the config asks for."""
+
+
+class TextError(BlockpressError):
+    """Text, token ids or a chat template that the tokenizer cannot take."""
+
+
+class RequestError(BlockpressError):
+    """An argument of a call is wrong; the message names the argument and its value."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt leaves no room for a canvas in the model's context."""
+
+
+class PuzzleError(BlockpressError):
+    """A sudoku that is malformed or contradicts itself."""
+
+
+class TrainingError(BlockpressError):
+    """A recipe, a resume point or a training run that cannot go on."""

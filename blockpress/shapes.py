@@ -1,0 +1,26 @@
+"""The shapes of everything that travels between rooms, as jaxtyping aliases.
+
+    batch     rows of one call                     context   cached tokens of a row
+    length    tokens of a prompt                   canvas    tokens of the block being written
+    vocab     tokens of the vocabulary             hidden    features of the network
+    heads     attention heads (query or key/value) dim       features of one head
+
+The aliases are documentation in production and are checked in the tests, where pytest runs with
+`--jaxtyping-packages=blockpress,beartype.beartype`.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+
+Tokens = Int[Tensor, "batch length"]
+Canvas = Int[Tensor, "batch canvas"]
+Positions = Int[Tensor, "batch length"]
+Hidden = Float[Tensor, "batch length hidden"]
+Signal = Float[Tensor, "batch canvas hidden"]
+Logits = Float32[Tensor, "batch length vocab"]
+Entropy = Float32[Tensor, "batch canvas"]
+Accepted = Bool[Tensor, "batch canvas"]
+Heads = Float[Tensor, "batch heads length dim"]
+Mask = Bool[Tensor, "#batch queries keys"]
