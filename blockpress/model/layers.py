@@ -1,0 +1,178 @@
+"""The parts of a layer: gated MLP, router and experts, attention, and the layer that joins them.
+
+    h = x + post_attention_norm(attention(input_norm(x)))
+    d = post_ffw_norm_1(mlp(pre_ffw_norm(h)))
+    m = post_ffw_norm_2(experts(pre_ffw_norm_2(h), route(h)))        the router reads h itself
+    y = (h + post_ffw_norm(d + m)) * layer_scalar
+
+Module names are those of the published checkpoints, so that a tensor's name is its place.
+Source: reference model, section 1 of its `config.json` and `DiffusionGemmaDecoderTextLayer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockpress.config import LayerConfig, ModelConfig
+from blockpress.model.cache import KeyValue
+from blockpress.ops import attention, experts
+from blockpress.ops.norm import rms_norm
+from blockpress.ops.rope import rotate
+from blockpress.shapes import Heads, Hidden, Mask
+
+AttentionOp = Callable[[Heads, Heads, Heads, Mask | None], Heads]
+Rotary = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """A weighted RMSNorm over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """GeGLU: down(gelu_tanh(gate(x)) * up(x)), no bias."""
+
+    def __init__(self, hidden: int, size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, size, bias=False)
+        self.up_proj = nn.Linear(hidden, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden, bias=False)
+
+    def forward(self, x: Hidden) -> Hidden:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores of the experts: unweighted RMSNorm, times `scale`, times 1/sqrt(hidden), projected."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.root = config.hidden_size**-0.5
+        self.top_k = config.top_k_experts
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.proj(rms_norm(x, None, self.eps) * self.scale * self.root)
+        return experts.route(scores, self.top_k, self.per_expert_scale)
+
+
+class Experts(nn.Module):
+    """The experts' weights as two stacked tensors."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count, hidden, size = config.num_experts, config.hidden_size, config.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return experts.mix(x, weights, chosen, self.gate_up_proj, self.down_proj)
+
+
+class Attention(nn.Module):
+    """Grouped attention of normed queries and keys. Full layers have no v_proj: v is k before k's norm and RoPE."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        hidden, dim, eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
+        self.dim, self.eps = dim, eps
+        self.q_proj = nn.Linear(hidden, config.num_heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, layer.kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, layer.kv_heads * dim, bias=False) if layer.sliding else None
+        self.o_proj = nn.Linear(config.num_heads * dim, hidden, bias=False)
+        self.q_norm = RMSNorm(dim, eps)
+        self.k_norm = RMSNorm(dim, eps)
+
+    def forward(
+        self, x: Hidden, rotary: Rotary, context: KeyValue | None, mask: Mask | None, op: AttentionOp
+    ) -> tuple[Hidden, KeyValue]:
+        """Attend to the context and to x's own rows; return the output and x's own keys and values."""
+        cos, sin = rotary
+        query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        value = key if self.v_proj is None else self._heads(self.v_proj(x))
+        query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, cos.to(query.dtype), sin.to(query.dtype))
+        key = rotate(key, cos.to(key.dtype), sin.to(key.dtype))
+        own = (key, rms_norm(value, None, self.eps))
+        seen = own if context is None else tuple(torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+        mixed = op(query, seen[0], seen[1], mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), own
+
+    def _heads(self, x: Tensor) -> Heads:
+        return x.unflatten(-1, (-1, self.dim)).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """One layer. `layer_scalar` scales its output on a canvas, `causal_scalar` in the causal pass: they may differ."""
+
+    layer_scalar: Tensor
+    causal_scalar: Tensor
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        self.register_buffer("layer_scalar", torch.ones(1))
+        self.register_buffer("causal_scalar", torch.ones(1))
+
+    def forward(
+        self,
+        x: Hidden,
+        rotary: Rotary,
+        context: KeyValue | None,
+        mask: Mask | None,
+        *,
+        causal: bool,
+        op: AttentionOp = attention.plain,
+    ) -> tuple[Hidden, KeyValue]:
+        mixed, own = self.self_attn(self.input_layernorm(x), rotary, context, mask, op)
+        h = x + self.post_attention_layernorm(mixed)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        flat = h.flatten(0, 1)
+        routed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        sparse = self.post_feedforward_layernorm_2(routed.view_as(h))
+        y = h + self.post_feedforward_layernorm(dense + sparse)
+        return y * (self.causal_scalar if causal else self.layer_scalar), own
+
+
+class SelfConditioning(nn.Module):
+    """Adds what the last step believed to the canvas: rms(embedded + mlp(rms_weighted(signal))).
+
+    The last norm has no weight and is applied even where the signal is zero (the first step).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.eps = config.rms_norm_eps
+
+    def forward(self, embedded: Hidden, signal: Hidden) -> Hidden:
+        normed = self.pre_norm(signal)
+        told = self.down_proj(F.gelu(self.gate_proj(normed), approximate="tanh") * self.up_proj(normed))
+        return rms_norm(embedded + told, None, self.eps)

@@ -1,0 +1,146 @@
+"""The whole network: one stack of layers, run causally over a prompt or bidirectionally over a canvas.
+
+    read     tokens --embed--> stack (causal mask, causal scalars)  --norm--> hidden   keys and values join the cache
+    denoise  canvas --embed + signal--> stack (canvas mask)         --norm--> hidden   the cache is only read
+    logits   hidden @ embedding^T, softcap
+
+Invariant: `denoise` never changes a cache; both passes use the same weights and differ in mask, scalars and input.
+Source: reference model, `DiffusionGemmaEncoderTextModel`, `DiffusionGemmaDecoderModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockpress.config import LayerKind, ModelConfig
+from blockpress.model.cache import Cache, KeyValue
+from blockpress.model.layers import AttentionOp, Layer, RMSNorm, SelfConditioning
+from blockpress.model.masks import canvas_mask, causal_mask
+from blockpress.ops import attention
+from blockpress.ops.rope import inverse_frequencies, rotary_tables
+from blockpress.shapes import Canvas, Hidden, Logits, Mask, Positions, Signal, Tokens
+
+
+class Network(nn.Module):
+    """A DiffusionGemma network with tied input embedding, output head and self-conditioning embedding."""
+
+    def __init__(self, config: ModelConfig, attention_op: AttentionOp = attention.plain) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_op = attention_op
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache of `batch` rows without any context."""
+        shapes = [(layer.kv_heads, layer.head_dim) for layer in self.config.layers]
+        return Cache.empty(shapes, batch, self.dtype, self.device)
+
+    def read(self, tokens: Tokens, cache: Cache, counts: Int[Tensor, " batch"] | None = None) -> tuple[Hidden, Cache]:
+        """The causal pass over `tokens`, right-padded where `counts` says so, behind what the cache holds.
+
+        Returns:
+            hidden states after the final norm (those of padding mean nothing), and the cache with the tokens added.
+        """
+        own = tokens.shape[1]
+        if counts is None:
+            counts = torch.full_like(cache.lengths, own)
+        positions = cache.lengths[:, None] + torch.arange(own, device=tokens.device)
+        masks = {kind: causal_mask(cache.lengths, cache.width, own, window) for kind, window in self._windows().items()}
+        hidden, fresh = self.run(self.embed(tokens), positions, cache.layers, masks, causal=True)
+        return hidden, cache.append(fresh, counts)
+
+    def denoise(self, canvas: Canvas, cache: Cache, signal: Signal | None) -> Hidden:
+        """The bidirectional pass over a canvas that goes on from each row's context.
+
+        Args:
+            signal: what the last step believed (`soft_embedding`), or None at the first step: an exact zero vector.
+
+        Returns:
+            hidden states after the final norm, [batch, canvas, hidden].
+        """
+        own = canvas.shape[1]
+        windows = self._windows()
+        contexts, masks = [], {}
+        for index, layer in enumerate(self.config.layers):
+            context, start = cache.recent(index, windows[layer.kind])
+            contexts.append(context)
+            if layer.kind not in masks:
+                masks[layer.kind] = canvas_mask(cache.lengths, cache.width - start, own, windows[layer.kind], start)
+        positions = cache.lengths[:, None] + torch.arange(own, device=canvas.device)
+        hidden, _ = self.run(self.condition(canvas, signal), positions, contexts, masks, causal=False)
+        return hidden
+
+    def run(
+        self,
+        x: Hidden,
+        positions: Positions,
+        contexts: Sequence[KeyValue] | None,
+        masks: dict[LayerKind, Mask | None],
+        *,
+        causal: bool,
+    ) -> tuple[Hidden, list[KeyValue]]:
+        """The stack itself: layers and final norm, over each layer's context and x's own rows."""
+        rotary = {
+            kind: rotary_tables(
+                positions, self._frequencies(kind), torch.float32 if x.dtype == torch.float32 else x.dtype
+            )
+            for kind in masks
+        }
+        fresh = []
+        for index, (layer, sizes) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            context = None if contexts is None else contexts[index]
+            x, own = layer(x, rotary[sizes.kind], context, masks[sizes.kind], causal=causal, op=self.attention_op)
+            fresh.append(own)
+        return self.norm(x), fresh
+
+    def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
+        """Rows of the embedding times sqrt(hidden), which is rounded to the weight's dtype."""
+        return self.embed_tokens(tokens) * self._embed_scale()
+
+    def condition(self, canvas: Canvas, signal: Signal | None) -> Hidden:
+        """The canvas's input: its embedding and the self-conditioning signal (None: zeros), normed together."""
+        embedded = self.embed(canvas)
+        return self.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Softcapped float32 logits; the product is rounded to the weight's dtype first, as the reference does."""
+        capped = torch.tanh(F.linear(hidden, self.embed_tokens.weight).float() / self.config.softcap)
+        return capped * self.config.softcap
+
+    def soft_embedding(self, scaled: Float32[Tensor, "batch canvas vocab"]) -> Signal:
+        """The expected embedding under softmax(scaled logits): the signal for the next step.
+
+        Rounded where the reference rounds: logits to the weight's dtype, softmax in float32, back, times sqrt(hidden).
+        """
+        weight = self.embed_tokens.weight
+        belief = torch.softmax(scaled.to(weight.dtype), dim=-1, dtype=torch.float32).to(weight.dtype)
+        return belief @ weight * self._embed_scale()
+
+    def _embed_scale(self) -> Tensor:
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
+
+    def _windows(self) -> dict[LayerKind, int | None]:
+        windows: dict[LayerKind, int | None] = {}
+        for layer in self.config.layers:
+            windows[layer.kind] = self.config.sliding_window if layer.sliding else None
+        return windows
+
+    def _frequencies(self, kind: LayerKind) -> Float32[Tensor, " half"]:
+        dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
+        return inverse_frequencies(self.config.rope(kind), dim).to(self.device)

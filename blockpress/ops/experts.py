@@ -1,0 +1,68 @@
+"""Routed experts: every token goes through `top_k` of them, weighted by the router.
+
+`gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. Two versions
+give the same sums: `loop` (the truth, one expert after another over its own tokens), `every` (all experts as one wide
+MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few).
+Source: reference model, `DiffusionGemmaTextRouter` and `DiffusionGemmaTextExperts`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def route(
+    scores: Float[Tensor, "tokens experts"], top_k: int, expert_scale: Float[Tensor, " experts"]
+) -> tuple[Float32[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """Softmax over all experts in float32, the best `top_k`, renormalised to sum 1, times each expert's scale."""
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    weights, chosen = torch.topk(probabilities, top_k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights * expert_scale.float()[chosen], chosen
+
+
+def loop(
+    x: Float[Tensor, "tokens hidden"],
+    weights: Float32[Tensor, "tokens k"],
+    chosen: Int[Tensor, "tokens k"],
+    gate_up: Float[Tensor, "experts double hidden"],
+    down: Float[Tensor, "experts hidden size"],
+) -> Float[Tensor, "tokens hidden"]:
+    """One expert after another, each over the tokens that chose it."""
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        token, slot = torch.where(chosen == expert)
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        y = F.linear(F.gelu(gate, approximate="tanh") * up, down[expert])
+        out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
+    return out
+
+
+def every(
+    x: Float[Tensor, "tokens hidden"],
+    weights: Float32[Tensor, "tokens k"],
+    chosen: Int[Tensor, "tokens k"],
+    gate_up: Float[Tensor, "experts double hidden"],
+    down: Float[Tensor, "experts hidden size"],
+) -> Float[Tensor, "tokens hidden"]:
+    """All experts as one MLP of width experts * size, with weight 0 where a token did not choose one."""
+    experts, _, size = down.shape
+    share = torch.zeros(x.shape[0], experts, dtype=weights.dtype, device=x.device).scatter(1, chosen, weights)
+    gate, up = F.linear(x, gate_up.flatten(0, 1)).view(-1, experts, 2 * size).chunk(2, dim=-1)
+    mixed = (F.gelu(gate, approximate="tanh") * up * share[..., None]).to(gate.dtype)
+    return F.linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
+
+
+def mix(
+    x: Float[Tensor, "tokens hidden"],
+    weights: Float32[Tensor, "tokens k"],
+    chosen: Int[Tensor, "tokens k"],
+    gate_up: Float[Tensor, "experts double hidden"],
+    down: Float[Tensor, "experts hidden size"],
+) -> Float[Tensor, "tokens hidden"]:
+    """The faster of the two: `every` spends experts / top_k times the arithmetic, and pays up to twice."""
+    version = every if down.shape[0] <= 2 * chosen.shape[1] else loop
+    return version(x, weights, chosen, gate_up, down)

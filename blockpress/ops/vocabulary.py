@@ -1,0 +1,56 @@
+"""What a step needs from the logits over the vocabulary: argmax, entropy, a sample.
+
+The sample comes from one uniform number by inverse CDF: weights are summed in float64 over tiles of 4,096 tokens, the
+tile is found first, then the token in it, so that a version that never holds all logits draws the same token.
+Invariant: everything here works on temperature-scaled float32 logits, as the reference does.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockpress.shapes import Canvas, Entropy, Logits
+
+TILE = 4096
+
+
+def entropy(scaled: Logits) -> Entropy:
+    """Shannon entropy of softmax(scaled) at every position, in nats.
+
+    A token of logit -inf has probability 0 and adds nothing.
+    """
+    log_p = torch.log_softmax(scaled, dim=-1)
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+
+
+def sample(scaled: Logits, uniform: Float64[Tensor, "batch canvas"]) -> Canvas:
+    """The token whose stretch of the cumulative distribution holds `uniform` (0 <= u < 1).
+
+    >>> even = torch.zeros(1, 4, 4)
+    >>> sample(even, torch.tensor([[0.0, 0.25, 0.74, 0.999]], dtype=torch.float64)).tolist()
+    [[0, 1, 2, 3]]
+    """
+    weights = _tiles((scaled - scaled.amax(-1, keepdim=True)).exp())
+    through = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform * through[..., -1]
+    tile = _first_above(through, target)
+    before = torch.where(tile > 0, through.gather(-1, (tile - 1).clamp(min=0)[..., None])[..., 0], 0.0)
+    inside = weights.gather(-2, tile[..., None, None].expand(*tile.shape, 1, weights.shape[-1]))[..., 0, :]
+    token = _first_above(inside.double().cumsum(-1), target - before)
+    return tile * weights.shape[-1] + token
+
+
+def _tiles(weights: Float32[Tensor, "batch canvas vocab"]) -> Float32[Tensor, "batch canvas tiles tile"]:
+    """Cut the last axis into tiles, the last one filled with weight 0."""
+    size = min(TILE, weights.shape[-1])
+    return F.pad(weights, (0, -weights.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def _first_above(through: Float64[Tensor, "batch canvas n"], target: Float64[Tensor, "batch canvas"]) -> Canvas:
+    """The first place where the running sum exceeds the target; where rounding lets none, the last that adds weight."""
+    above = (through <= target[..., None]).sum(-1)
+    last = (through < through[..., -1:]).sum(-1)
+    return torch.minimum(above, last)
