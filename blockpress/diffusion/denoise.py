@@ -1,0 +1,107 @@
+"""The loop: a canvas of noise becomes text.
+
+    canvas = noise
+    repeat   reading = denoiser(canvas, signal, temperature)      argmax, sample, entropy, next signal
+             accepted = accept(entropy)
+             settled = settle(unchanged, entropy)                 settled rows leave with their argmax
+             canvas = sample where accepted, fresh noise elsewhere
+
+Invariant: no model in here. A denoiser is a callable that gives a reading; the plain one computes it from full logits,
+faster ones never hold them. Rows do not touch: what a row becomes does not depend on the others.
+Source: reference model, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+from blockpress.diffusion.accept import EntropyBound
+from blockpress.diffusion.schedule import Schedule
+from blockpress.diffusion.settle import StableAndConfident
+from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a denoiser makes of a canvas: best and drawn tokens, entropy in nats, and the signal for its next step."""
+
+    argmax: Canvas
+    sample: Canvas
+    entropy: Entropy
+    signal: Signal
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Random tokens for the rows of a batch; `KeyedDraws`, or recorded ones in tests."""
+
+    def noise(self, rows: Int[Tensor, " rows"], step: int) -> Canvas: ...
+
+    def sample(self, rows: Int[Tensor, " rows"], step: int, scaled: Logits) -> Canvas: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """One denoising step for some rows of a batch. `signal` is None at the first step."""
+
+    def __call__(
+        self,
+        rows: Int[Tensor, " rows"],
+        step: int,
+        canvas: Canvas,
+        signal: Signal | None,
+        temperature: Float32[Tensor, ""],
+        draws: Draws,
+    ) -> Reading: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did to the rows that were still under way; `rows` are their places in the batch."""
+
+    number: int
+    rows: Int[Tensor, " rows"]
+    canvas: Canvas
+    argmax: Canvas
+    accepted: Accepted
+    entropy: Entropy
+    changed: Bool[Tensor, "rows canvas"]
+    settled: Bool[Tensor, " rows"]
+
+
+def denoise(
+    denoiser: Denoiser,
+    draws: Draws,
+    batch: int,
+    schedule: Schedule,
+    accept: EntropyBound,
+    settle: StableAndConfident,
+) -> Iterator[Step]:
+    """Denoise one canvas for each of `batch` rows, yielding every step.
+
+    A row's result is the argmax of its last step: the one in which it settled, or step `schedule.steps`. `Step.canvas`
+    is what the step read.
+    """
+    rows = torch.arange(batch)
+    canvas = draws.noise(rows, 0)
+    rows = rows.to(canvas.device)
+    unchanged = torch.zeros_like(rows)
+    signal, previous = None, torch.full_like(canvas, -1)
+    for number in range(1, schedule.steps + 1):
+        reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws)
+        accepted = accept(reading.entropy)
+        changed = reading.argmax != previous
+        unchanged = torch.where(changed.any(-1), 0, unchanged + 1)
+        settled = settle(unchanged, reading.entropy)
+        yield Step(number, rows, canvas, reading.argmax, accepted, reading.entropy, changed, settled)
+        if number == schedule.steps or bool(settled.all()):
+            return
+        live = ~settled
+        rows, unchanged, previous, signal = rows[live], unchanged[live], reading.argmax[live], reading.signal[live]
+        canvas = torch.where(accepted[live], reading.sample[live], draws.noise(rows, number))

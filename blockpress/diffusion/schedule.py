@@ -1,0 +1,33 @@
+"""The temperature of each step: a straight line from t_max at the first step towards t_min after the last.
+
+step            1      2    ...   N
+remaining n     N     N-1   ...   1
+temperature   t_max              t_min + (t_max - t_min) / N
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """`steps` denoising steps at most, cooling from t_max to t_min."""
+
+    steps: int
+    t_min: float
+    t_max: float
+
+    def temperature(self, step: int) -> Float32[Tensor, ""]:
+        """Of step 1 to `steps`; float32 and in the reference's order of operations, so that logits match to the bit.
+
+        >>> schedule = Schedule(steps=4, t_min=0.4, t_max=0.8)
+        >>> [round(schedule.temperature(step).item(), 2) for step in (1, 2, 3, 4)]
+        [0.8, 0.7, 0.6, 0.5]
+        """
+        remaining = torch.tensor(self.steps + 1 - step, dtype=torch.int32)
+        return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)

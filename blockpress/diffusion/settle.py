@@ -1,0 +1,29 @@
+"""When a canvas is finished: its argmax has stopped changing and the network is sure of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from blockpress.shapes import Entropy
+
+
+@dataclass(frozen=True)
+class StableAndConfident:
+    """Settle where the argmax agreed with the last `stability` steps and the mean entropy is below `confidence`.
+
+    `confidence` is in nats a token.
+    """
+
+    stability: int
+    confidence: float
+
+    def __call__(self, unchanged: Int[Tensor, " batch"], entropy: Entropy) -> Bool[Tensor, " batch"]:
+        """Which rows are finished.
+
+        Args:
+            unchanged: for each row, how many steps in a row have left its argmax canvas as it was.
+        """
+        return (unchanged >= self.stability) & (entropy.mean(-1) < self.confidence)
