@@ -1,0 +1,62 @@
+"""blockpress writes text in blocks: the DiffusionGemma system in one readable package.
+
+    import blockpress
+    lm = blockpress.load("sudoku-nano")
+    print(lm.generate(puzzle).text)
+
+This is the narrow door; names are imported when they are first used, so that `import blockpress` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockpress.config import ModelConfig, Sampling
+    from blockpress.errors import BlockpressError
+    from blockpress.lm import LM, load
+    from blockpress.reply import Committed, Denoised, Done, Event, Reply, Text, Usage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BlockpressError": "errors",
+    "Committed": "reply",
+    "Denoised": "reply",
+    "Done": "reply",
+    "Event": "reply",
+    "LM": "lm",
+    "ModelConfig": "config",
+    "Reply": "reply",
+    "Sampling": "config",
+    "Text": "reply",
+    "Usage": "reply",
+    "load": "lm",
+}
+
+__all__ = [
+    "LM",
+    "BlockpressError",
+    "Committed",
+    "Denoised",
+    "Done",
+    "Event",
+    "ModelConfig",
+    "Reply",
+    "Sampling",
+    "Text",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blockpress' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"blockpress.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
