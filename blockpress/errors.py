@@ -48,8 +48,16 @@ class BlockpressError(Exception):
         self.message = " ".join(message.split())
         self.hint = " ".join(hint.split())
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker process hands its error back by pickle, which knows positional arguments only.
+        return _rebuilt, (type(self), self.message, self.hint)
+
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})"
+
+
+def _rebuilt(kind: type[BlockpressError], message: str, hint: str) -> BlockpressError:
+    return kind(message, hint=hint)
 
 
 class ConfigError(BlockpressError):

@@ -64,7 +64,8 @@ def generate(
                 row.draft(step.argmax[place].tolist(), step.number)
                 yield denoised(row, place, step)
             if cancel is not None and cancel.is_set():
-                yield from (Done(row.index, row.reply("cancelled")) for row in live)
+                for row in live:
+                    yield from row.cancel()
                 return
         for row in live:
             tokens, text = row.commit()
@@ -72,7 +73,7 @@ def generate(
             if text:
                 yield Text(row.index, text)
             if row.finish_reason is not None:
-                yield Done(row.index, row.reply(row.finish_reason))
+                yield Done(row.index, row.reply())
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return

@@ -38,6 +38,8 @@ def load(name: str | Path, *, dtype: str | torch.dtype | None = None, device: st
     Raises:
         CheckpointError, ConfigError: what is wrong with the files, and what to do.
     """
+    if not isinstance(name, str | Path):
+        raise RequestError(f"name is {name!r:.60}", hint="give a shipped model's name or the directory of a checkpoint")
     path = resolve(name)
     config = load_config(path)
     return LM(
@@ -77,7 +79,7 @@ class LM:
         return self._needs_tokenizer("decode").decode(_as_list(ids, "ids"))
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too; it is meant as one
         self,
         prompt: Prompt,
         max_tokens: int | None = None,
@@ -204,7 +206,7 @@ class LM:
             )
         rows = []
         for index, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
-            ids = self.encode(prompt) if isinstance(prompt, str) else self._ids(prompt, "prompt")
+            ids = self._ids(self.encode(prompt) if isinstance(prompt, str) else prompt, "prompt")
             self._check_room(len(ids), self.config.canvas_length)
             rows.append(
                 Row(

@@ -9,7 +9,7 @@ canvas but the last costs one more to commit, and what is past the end of the an
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -32,10 +32,13 @@ class Cancel(Protocol):
 class Decoder(Protocol):
     """Text of a growing list of tokens; `text.StreamDecoder` is one."""
 
-    stopped: str | None
-    tokens_used: int
+    @property
+    def stopped(self) -> str | None: ...
 
-    def feed(self, ids: list[int]) -> str: ...
+    @property
+    def tokens_used(self) -> int: ...
+
+    def feed(self, ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str: ...
 
@@ -171,10 +174,18 @@ class Row:
         self._text.append(text)
         return tokens, text
 
-    def reply(self, finish_reason: FinishReason) -> Reply:
-        """The answer as far as it has been committed. A cancelled row's unfinished steps are counted."""
-        if finish_reason == "cancelled" and self._decoder is not None:
-            self._text.append(self._decoder.finish())
+    def cancel(self) -> Iterator[Event]:
+        """End here: what was committed stays, text that was held back for later tokens is let go."""
+        self.finish_reason = "cancelled"
+        text = "" if self._decoder is None else self._decoder.finish()
+        self._text.append(text)
+        if text:
+            yield Text(self.index, text)
+        yield Done(self.index, self.reply())
+
+    def reply(self) -> Reply:
+        """The finished answer. The steps of a canvas that was cancelled are counted, its tokens are not returned."""
+        assert self.finish_reason is not None
         steps = sum(canvas.steps for canvas in self.canvases) + self._draft.steps
         begun = len(self.canvases) + (self._draft.steps > 0)
         forwards = steps + max(0, begun - 1)
@@ -187,7 +198,7 @@ class Row:
             tokens_per_forward=len(self._tokens) / forwards if forwards else 0.0,
         )
         text = None if self._decoder is None else "".join(self._text)
-        return Reply(text, list(self._tokens), finish_reason, usage)
+        return Reply(text, list(self._tokens), self.finish_reason, usage)
 
 
 def denoised(row: Row, place: int, step: Step) -> Denoised:

@@ -3,7 +3,9 @@
     batch     rows of one call                     context   cached tokens of a row
     length    tokens of a prompt                   canvas    tokens of the block being written
     vocab     tokens of the vocabulary             hidden    features of the network
-    heads     attention heads (query or key/value) dim       features of one head
+    heads     query heads of a layer               kv_heads  its key/value heads, a divisor of the former
+    queries   tokens that look                     seen      tokens that they may look at: context and own
+    dim       features of one head
 
 The aliases are documentation in production and are checked in the tests, where pytest runs with
 `--jaxtyping-packages=blockpress,beartype.beartype`.
@@ -22,5 +24,6 @@ Signal = Float[Tensor, "batch canvas hidden"]
 Logits = Float32[Tensor, "batch length vocab"]
 Entropy = Float32[Tensor, "batch canvas"]
 Accepted = Bool[Tensor, "batch canvas"]
-Heads = Float[Tensor, "batch heads length dim"]
-Mask = Bool[Tensor, "#batch queries keys"]
+Heads = Float[Tensor, "batch heads queries dim"]
+KeyHeads = Float[Tensor, "batch kv_heads seen dim"]
+Mask = Bool[Tensor, "#batch queries seen"]

@@ -5,7 +5,8 @@ memory and speed can be planned without it.
 Run it:  python -c "from blockpress.config import PRESETS; print(PRESETS['diffusiongemma-26B-A4B']())"
 """
 
-from blockpress.config.model import FAMILY, LayerConfig, LayerKind, ModelConfig, Rope
+from blockpress.config.layers import LayerConfig, LayerKind, Rope
+from blockpress.config.model import FAMILY, ModelConfig
 from blockpress.config.presets import PRESETS, diffusiongemma_26b_a4b, sudoku_nano, tiny
 from blockpress.config.sampling import GenerationConfig, Sampling
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blockpress.config.model import LayerConfig, ModelConfig, Rope
+from blockpress.config.layers import LayerConfig, Rope
+from blockpress.config.model import ModelConfig
 
 
 def diffusiongemma_26b_a4b() -> ModelConfig:

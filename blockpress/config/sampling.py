@@ -85,7 +85,9 @@ class GenerationConfig:
         Raises:
             ConfigError: a value of the wrong type or range, or a sampler that is not the entropy-bound one.
         """
-        sampler = data.get("sampler_config") or {}
+        sampler = data.get("sampler_config")
+        check(sampler is None or isinstance(sampler, Mapping), "sampler_config", sampler, "an object")
+        sampler = sampler or {}
         name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
         check(name == "EntropyBoundSamplerConfig", "sampler_config._cls_name", name, "'EntropyBoundSamplerConfig'")
         given = {

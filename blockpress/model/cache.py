@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-KeyValue = tuple[Float[Tensor, "batch kv_heads keys dim"], Float[Tensor, "batch kv_heads keys dim"]]
+KeyValue = tuple[Float[Tensor, "batch _kv_heads _keys _dim"], Float[Tensor, "batch _kv_heads _keys _dim"]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Source: reference model, `DiffusionGemmaEncoderTextModel`, `DiffusionGemmaDecode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float32, Int
@@ -91,7 +91,7 @@ class Network(nn.Module):
         x: Hidden,
         positions: Positions,
         contexts: Sequence[KeyValue] | None,
-        masks: dict[LayerKind, Mask | None],
+        masks: Mapping[LayerKind, Mask | None],
         *,
         causal: bool,
     ) -> tuple[Hidden, list[KeyValue]]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.shapes import Heads, Mask
+from blockpress.shapes import Heads, KeyHeads, Mask
 
 
-def plain(query: Heads, key: Heads, value: Heads, mask: Mask | None) -> Heads:
+def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
     """softmax(q k^T) v with grouped heads: query has g times the heads of key and value.
 
     Args:
@@ -29,7 +29,7 @@ def plain(query: Heads, key: Heads, value: Heads, mask: Mask | None) -> Heads:
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def fused(query: Heads, key: Heads, value: Heads, mask: Mask | None) -> Heads:
+def fused(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
     """The same function through torch's scaled_dot_product_attention."""
     grouped = query.shape[1] != key.shape[1]
     visible: Tensor | None = None if mask is None else mask[:, None]

@@ -1,0 +1,64 @@
+"""What every test stands on: one thread's worth of torch, repeatable hypothesis, a tiny network with sane weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from blockpress.config import PRESETS, ModelConfig
+from blockpress.model import Network
+
+# Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
+torch.set_num_threads(1)
+
+# A shared or busy core makes any deadline a coin toss; in CI a failure must be the same one for everybody.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+RandomNetwork = Callable[..., Network]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that lives as long as the session, for checkpoints that several tests read."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return PRESETS["tiny"]()
+
+
+@pytest.fixture(scope="session")
+def random_network() -> RandomNetwork:
+    """`random_network(config, seed=0)`: a float32 network on the CPU, its activations near 1 through all layers."""
+    return make_random_network
+
+
+def make_random_network(config: ModelConfig, seed: int = 0) -> Network:
+    """Matrices from N(0, 1/inputs); norms, scales and layer scalars from 0.5 to 1.5, so that none is neutral."""
+    network = Network(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim < 2:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            else:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5)
+    return network.eval()

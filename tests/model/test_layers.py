@@ -1,0 +1,73 @@
+"""The parts of a layer against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from blockpress.config import ModelConfig
+from blockpress.model.layers import GatedMLP, SelfConditioning
+from blockpress.model.network import Network
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.5
+
+
+@pytest.fixture(scope="module")
+def network(tiny: ModelConfig, random_network) -> Network:  # type: ignore[no-untyped-def]
+    return random_network(tiny, seed=4)
+
+
+def test_the_gated_mlp():
+    mlp = GatedMLP(6, 10)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    gate, up, down = (part.weight.double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    wanted = (F.gelu(x.double() @ gate.T, approximate="tanh") * (x.double() @ up.T)) @ down.T
+    torch.testing.assert_close(mlp(x).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_router_reads_a_normed_scaled_input(network: Network):
+    router = network.layers[0].router
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)) * 5
+    weights, chosen = router(x)
+    scores = (rms(x.double()) * router.scale.double() * 32**-0.5) @ router.proj.weight.double().T
+    best = scores.softmax(-1).topk(2)
+    assert torch.equal(chosen, best.indices)
+    share = best.values / best.values.sum(-1, keepdim=True) * router.per_expert_scale.double()[best.indices]
+    torch.testing.assert_close(weights.double(), share, rtol=1e-5, atol=1e-6)
+
+
+def test_full_layers_have_no_v_proj_and_sliding_ones_do(network: Network):
+    names = [name for name in network.state_dict() if "v_proj" in name]
+    assert names == ["layers.0.self_attn.v_proj.weight"]
+
+
+def test_self_conditioning_norms_without_weight_even_a_zero_signal(tiny: ModelConfig, network: Network):
+    part = network.self_conditioning
+    embedded, signal = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(part(embedded, torch.zeros_like(signal)), rms(embedded), rtol=1e-5, atol=1e-6)
+    normed = rms(signal) * part.pre_norm.weight
+    told = part.down_proj(F.gelu(part.gate_proj(normed), approximate="tanh") * part.up_proj(normed))
+    torch.testing.assert_close(part(embedded, signal), rms(embedded + told), rtol=1e-5, atol=1e-6)
+
+
+def test_self_conditioning_is_of_the_dense_mlps_size(tiny: ModelConfig):
+    shapes = {name: tuple(x.shape) for name, x in SelfConditioning(tiny).named_parameters()}
+    assert shapes == {
+        "pre_norm.weight": (32,),
+        "gate_proj.weight": (48, 32),
+        "up_proj.weight": (48, 32),
+        "down_proj.weight": (32, 48),
+    }
+
+
+def test_the_whole_layer_is_scaled_at_its_end(tiny: ModelConfig, random_network):  # type: ignore[no-untyped-def]
+    layer = random_network(tiny, seed=1).layers[1]
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    rotary = (torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))
+    outputs = {causal: layer(x, rotary, None, None, causal=causal)[0] for causal in (True, False)}
+    ratio = layer.causal_scalar / layer.layer_scalar
+    torch.testing.assert_close(outputs[True], outputs[False] * ratio, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(outputs[True], outputs[False])

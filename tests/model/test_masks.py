@@ -1,0 +1,49 @@
+"""Masks against their definition, one query and one key at a time."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockpress.model.masks import canvas_mask, causal_mask, draw
+
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+WINDOW = st.none() | st.integers(1, 12)
+
+
+@given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW)
+def test_causal(lengths: list[int], spare: int, own: int, window: int | None):
+    width = max(lengths) + spare
+    mask = causal_mask(torch.tensor(lengths), width, own, window)
+    assert mask.shape == (len(lengths), own, width + own)
+    for row, length in enumerate(lengths):
+        # Places of the keys in the row; a cached key behind the row's length is padding.
+        keys = [key if key < length else None for key in range(width)] + [length + i for i in range(own)]
+        for query in range(own):
+            at = length + query
+            seen = [key is not None and key <= at and (window is None or key > at - window) for key in keys]
+            assert mask[row, query].tolist() == seen
+
+
+@given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW, st.integers(0, 5))
+def test_canvas(lengths: list[int], spare: int, canvas: int, window: int | None, start: int):
+    start = min(start, max(lengths))
+    width = max(lengths) + spare - start
+    mask = canvas_mask(torch.tensor(lengths), width, canvas, window, start)
+    assert mask.shape == (len(lengths), canvas, width + canvas)
+    for row, length in enumerate(lengths):
+        visible = range(length)[max(0, length - (window - 1)) :] if window is not None else range(length)
+        seen = [key in visible for key in range(start, start + width)] + [True] * canvas
+        assert mask[row].tolist() == [seen] * canvas
+
+
+@given(LENGTHS, st.integers(1, 7), WINDOW)
+def test_nobody_is_left_without_anything_to_see(lengths: list[int], own: int, window: int | None):
+    for mask in (causal_mask, canvas_mask):
+        assert mask(torch.tensor(lengths), max(lengths), own, window).any(-1).all()
+
+
+def test_the_drawing_shows_the_first_row():
+    mask = canvas_mask(torch.tensor([1, 3]), 3, 2, None)
+    assert draw(mask, 3) == "1.. | 11\n1.. | 11"
