@@ -1,0 +1,266 @@
+"""A network becomes a checkpoint in the published layout, which `transformers` loads as it is.
+
+    directory/.saving-x/   everything is written here first, shard by shard, and flushed to the disk
+    directory/             then the old weights go, the new files are renamed into place, config.json last
+
+Invariant: until the last byte is written, an older checkpoint in the directory is as it was; a save that is cut off
+between the renames leaves a directory without config.json, which nobody loads, and never two checkpoints mixed.
+A save that is killed leaves its .saving-* directory behind; it can be deleted.
+
+Run it:  python -m pytest tests/weights/test_save.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blockpress.config import GenerationConfig, ModelConfig
+from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
+from blockpress.model import Network
+from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
+from blockpress.weights.keys import is_vision, published_name
+from blockpress.weights.load import choose_dtype
+from blockpress.weights.shards import INDEX, SINGLE, Stored, catalogue, opened
+from blockpress.weights.vision import vision_tensors
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+# What an image passes on its way to the tower; it is of use wherever the tower is.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """Anything that writes its own files, such as `blockpress.text.Tokenizer`."""
+
+    def save(self, directory: str | Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One tensor to be written; `make` gives it when its shard's turn has come."""
+
+    name: str
+    bytes: int
+    make: Callable[[], Tensor]
+
+
+def save_checkpoint(
+    directory: str | Path,
+    network: Network,
+    *,
+    generation: GenerationConfig,
+    tokenizer: Savable | None = None,
+    kept_from: str | Path | None = None,
+    kept: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | str | None = None,
+    run_dtype: torch.dtype | str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `network` as a checkpoint: safetensors, config.json, generation_config.json and the tokenizer's files.
+
+    Other files in the directory stay. Memory beside the network: the copies of one shard, and none where the network
+    lies on the CPU in the type that is stored.
+
+    Args:
+        directory: made if absent; an older checkpoint in it is replaced.
+        kept_from: a checkpoint whose vision tensors and image processor are copied, byte for byte.
+        kept: vision tensors by published name instead, written as they are.
+        dtype: that the weights are stored in; None: the network's own.
+        run_dtype: that `config.json` names, in which the checkpoint is run; None: that in which it is stored.
+        shard_bytes: most bytes of a shard's tensors; one tensor that is larger has a shard of its own.
+
+    Raises:
+        RequestError: an argument that cannot be meant.
+        MissingWeights, UnexpectedWeights, ShapeMismatch: vision tensors that are not those of the config's tower.
+        CheckpointError: `kept_from` or `directory` cannot be used.
+    """
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise RequestError(f"shard_bytes is {shard_bytes!r}", hint="shard_bytes must be a whole number of at least 1")
+    stored = choose_dtype(network.dtype if dtype is None else dtype, network.config)
+    run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
+    pieces = _own(network, stored) + _vision(network.config, kept_from, kept)
+    with _staged(Path(directory)) as staging:
+        _write_weights(staging, pieces, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        _copy_processors(staging, kept_from)
+        _write_json(staging / GENERATION, generation.to_dict())
+        _write_json(staging / CONFIG, _config(network.config, run))
+        for file in staging.glob("*.safetensors"):
+            # The library lets nobody else read what it writes.
+            shutil.copymode(staging / CONFIG, file)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A fresh directory whose files take the place of those in `folder`, if nothing goes wrong until then."""
+    staging = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        yield staging
+        _flush(staging)
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        # safetensors has an error of its own for a disk that is full.
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(
+                f"{str(folder)!r} cannot be written: {error}",
+                hint="check the path, its rights and the room on the disk",
+            ) from error
+        raise
+    try:
+        _swap(staging, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"the new files cannot be moved into {str(folder)!r}: {error}",
+            hint=f"they are whole: move those that are left in {str(staging)!r} by hand, {CONFIG} last",
+        ) from error
+
+
+def _own(network: Network, dtype: torch.dtype) -> list[_Piece]:
+    return [
+        _Piece(name=published_name(name), bytes=tensor.numel() * dtype.itemsize, make=partial(_on_cpu, tensor, dtype))
+        for name, tensor in network.state_dict().items()
+    ]
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # The format refuses tensors that share memory, and a scalar may be one for both passes.
+    return tensor.detach().to("cpu", dtype, copy=tensor.ndim < 2).contiguous()
+
+
+def _vision(config: ModelConfig, kept_from: str | Path | None, kept: Mapping[str, Tensor] | None) -> list[_Piece]:
+    """The vision tensors to be written, or none for a config without a tower."""
+    if kept_from is not None and kept is not None:
+        raise RequestError("kept_from and kept are both given", hint="vision tensors come from one of the two")
+    if kept_from is None and kept is None and config.vision is not None:
+        raise MissingWeights(
+            "config.json will name a vision tower, and there are no tensors for it",
+            hint="give kept_from=DIRECTORY that the network was loaded from, or kept=TENSORS",
+        )
+    if kept_from is not None:
+        stored = catalogue(checkpoint_directory(kept_from))
+        pieces = [
+            _Piece(name=name, bytes=tensor.bytes, make=partial(_read, tensor))
+            for name, tensor in stored.items()
+            if is_vision(name)
+        ]
+    else:
+        _check_kept(config, kept or {})
+        pieces = [
+            _Piece(name=name, bytes=tensor.nbytes, make=partial(_on_cpu, tensor, tensor.dtype))
+            for name, tensor in (kept or {}).items()
+        ]
+    if pieces and config.vision is None:
+        raise UnexpectedWeights(
+            f"there are {len(pieces)} vision tensors, and the network's config has no vision tower",
+            hint="put their vision_config into the config: dataclasses.replace(config, vision=...)",
+        )
+    return pieces
+
+
+def _check_kept(config: ModelConfig, kept: Mapping[str, Tensor]) -> None:
+    shapes = vision_tensors(config.vision, config.hidden_size) if config.vision is not None else {}
+    for name, tensor in kept.items():
+        if not is_vision(name) or (shapes and name not in shapes):
+            raise UnexpectedWeights(
+                f"kept holds {name}", hint="kept takes the tensors of the config's vision tower only"
+            )
+        if shapes and tuple(tensor.shape) != shapes[name]:
+            raise ShapeMismatch(
+                f"kept holds {name} of the shape {list(tensor.shape)}, the config asks for {list(shapes[name])}",
+                hint="kept and the config's vision must describe the same tower",
+            )
+    missing = sorted(shapes.keys() - kept.keys())
+    if missing:
+        raise MissingWeights(f"kept lacks {missing[0]}", hint="kept must hold all of the tower: see vision_tensors")
+
+
+def _read(tensor: Stored) -> Tensor:
+    with opened(tensor.file) as shard:
+        found: Tensor = shard.get_tensor(tensor.name)
+        return found
+
+
+def _write_weights(folder: Path, pieces: list[_Piece], shard_bytes: int) -> None:
+    """One file, or shards and their index where there is more than `shard_bytes`."""
+    shards: list[list[_Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.bytes
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # `transformers` refuses files whose metadata do not say that the tensors are torch's.
+        save_file({piece.name: piece.make() for piece in shard}, folder / name, metadata={"format": "pt"})
+        places |= {piece.name: name for piece in shard}
+    if len(shards) > 1:
+        total = sum(piece.bytes for piece in pieces)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    out = config.to_dict() | {"dtype": name}
+    text = {key: value for key, value in out["text_config"].items() if key != "torch_dtype"}
+    return out | {"text_config": text | ({"dtype": name} if "dtype" in text else {})}
+
+
+def _copy_processors(folder: Path, kept_from: str | Path | None) -> None:
+    if kept_from is None:
+        return
+    for name in _PROCESSORS:
+        file = checkpoint_directory(kept_from) / name
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the disk has the files: a rename may be on it before what was written."""
+    # Elsewhere a file that is open for reading, or a directory, cannot be flushed.
+    if os.name != "posix":
+        return
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    """Put the staged files into the place of the old ones; without config.json nobody takes the mixture for a model."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    for old in list(folder.iterdir()):
+        if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name):
+            old.unlink()
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name == CONFIG)
+    for name in names:
+        os.replace(staging / name, folder / name)
+    staging.rmdir()
