@@ -1,0 +1,177 @@
+"""The training objective: denoise one corrupted canvas of a row, and predict the row's next tokens causally.
+
+    row       p p p p | a a a a | a a a e        prompt, then canvases; the last is filled with eos, which is trained
+    causal    --------------------------->       one pass over the clean row: keys, values, next-token loss
+    canvas              x a x a                  one canvas, each token replaced with probability t by a random one
+    context   p p p p                            what it sees: everything strictly before it, never its own clean text
+
+    L = CE(canvas, every position alike) + causal_weight * CE(next token, the whole row)
+
+A first denoising pass without gradient gives logits that condition the second with probability `self_conditioning`;
+the loss is on the second only. Gradients flow through the context's keys and values.
+Source: technical report, section 8; reference model, section 6.
+
+Invariant: a draw is a function of the generator handed in, so a step can be repeated from (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockpress.errors import ConfigError
+from blockpress.model import Network
+from blockpress.model.masks import canvas_mask, causal_mask
+
+Denoise = Callable[[Tensor | slice, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is drawn for each row, and how the parts of the loss weigh.
+
+    draws: corrupted canvases for one causal pass over a row. time_range: bounds of t. self_conditioning: the share of
+    draws whose second pass is conditioned. causal_weight: weight of the next-token loss. stratified: spread t and the
+    conditioned draws evenly over the batch; each draw keeps its distribution, the step's loss varies less.
+    """
+
+    draws: int = 1
+    time_range: tuple[float, float] = (1e-4, 1 - 1e-4)
+    self_conditioning: float = 0.5
+    causal_weight: float = 1.0
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.time_range
+        for ok, name, need in (
+            (self.draws >= 1, "draws", "at least 1"),
+            (0 <= low < high <= 1, "time_range", "two numbers from 0 to 1, the lower first"),
+            (0 <= self.self_conditioning <= 1, "self_conditioning", "a probability"),
+            (self.causal_weight >= 0, "causal_weight", "0 or more"),
+        ):
+            if not ok:
+                raise ConfigError(f"objective field {name} is {getattr(self, name)!r}", hint=f"{name} must be {need}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Clean rows: prompt, then whole canvases; right-padded to the longest."""
+
+    tokens: Int[Tensor, "rows length"]
+    prompts: Int[Tensor, " rows"]
+    canvases: Int[Tensor, " rows"]
+
+    def lengths(self, canvas_length: int) -> Int[Tensor, " rows"]:
+        return self.prompts + self.canvases * canvas_length
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step drew: for every row `draws` canvases, in row order; `conditioned` indexes the conditioned ones."""
+
+    starts: Int[Tensor, " drawn"]
+    clean: Int[Tensor, "drawn canvas"]
+    noisy: Int[Tensor, "drawn canvas"]
+    conditioned: Int[Tensor, " chosen"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The two parts, in nats a token, and how often the denoiser's argmax was right."""
+
+    canvas: Float32[Tensor, ""]
+    causal: Float32[Tensor, ""]
+    accuracy: Float32[Tensor, ""]
+
+
+def build_row(prompt: list[int], answer: list[int], canvas_length: int, eos: int) -> tuple[list[int], int]:
+    """A clean row and its number of canvases: the answer is cut into canvases, the last filled with eos.
+
+    >>> build_row([7], [5, 6, 5, 6, 5], 4, 1)
+    ([7, 5, 6, 5, 6, 5, 1, 1, 1], 2)
+    """
+    canvases = max(1, -(-len(answer) // canvas_length))
+    return prompt + answer + [eos] * (canvases * canvas_length - len(answer)), canvases
+
+
+def draw(rows: Rows, canvas_length: int, vocab: int, objective: Objective, generator: torch.Generator) -> Draw:
+    """Choose canvases, times, corrupted tokens and the conditioned share of one step."""
+    device, count = rows.tokens.device, len(rows.tokens) * objective.draws
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    canvases = rows.canvases.repeat_interleave(objective.draws)
+    chosen = (uniform(count) * canvases).long().clamp(max=canvases - 1)
+    starts = rows.prompts.repeat_interleave(objective.draws) + chosen * canvas_length
+    place = starts[:, None] + torch.arange(canvas_length, device=device)
+    clean = rows.tokens.repeat_interleave(objective.draws, 0).gather(1, place)
+    order = torch.randperm(count, generator=generator, device=device)
+    times = (order + uniform(1)) / count % 1 if objective.stratified else uniform(count)
+    low, high = objective.time_range
+    times = low + (high - low) * times
+    noise = (uniform(count, canvas_length) * vocab).long().clamp(max=vocab - 1)
+    noisy = torch.where(uniform(count, canvas_length) < times[:, None], noise, clean)
+    coins = (
+        torch.randperm(count, generator=generator, device=device) / count if objective.stratified else uniform(count)
+    )
+    return Draw(starts, clean, noisy, (coins < objective.self_conditioning).nonzero().squeeze(1))
+
+
+def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> Losses:
+    """Both parts of the loss for one step's draw; only tensors in, only tensors out."""
+    config = network.config
+    own = rows.tokens.shape[1]
+    positions = torch.arange(own, device=rows.tokens.device).expand(len(rows.tokens), own)
+    nothing = torch.zeros_like(rows.prompts)
+    causal_masks = {
+        layer.kind: causal_mask(nothing[:1], 0, own, config.sliding_window if layer.sliding else None)
+        for layer in config.layers
+    }
+    hidden, fresh = network.run(network.embed(rows.tokens), positions, None, causal_masks, causal=True)
+    causal = next_token_loss(network, hidden, rows)
+
+    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in pair) for pair in fresh]
+    canvas = drawn.noisy.shape[1]
+    masks = {
+        layer.kind: canvas_mask(drawn.starts, own, canvas, config.sliding_window if layer.sliding else None)
+        for layer in config.layers
+    }
+    places = drawn.starts[:, None] + torch.arange(canvas, device=drawn.starts.device)
+
+    def denoise(rows: Tensor | slice, signal: Tensor | None) -> Tensor:
+        seen = [(key[rows], value[rows]) for key, value in contexts]
+        x = network.condition(drawn.noisy[rows], signal)
+        out, _ = network.run(x, places[rows], seen, {k: m[rows] for k, m in masks.items()}, causal=False)
+        return network.logits(out)
+
+    signal = first_pass(network, denoise, drawn)
+    logits = denoise(slice(None), signal)
+    canvas_loss = F.cross_entropy(logits.flatten(0, 1), drawn.clean.flatten())
+    return Losses(canvas_loss, causal, (logits.argmax(-1) == drawn.clean).float().mean())
+
+
+def first_pass(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "drawn canvas hidden"]:
+    """The conditioning signal: a pass without gradient over the conditioned draws, exact zeros for the others."""
+    weight = network.embed_tokens.weight
+    signal = torch.zeros(*drawn.noisy.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if len(drawn.conditioned) == 0:
+        return signal
+    with torch.no_grad():
+        believed = network.soft_embedding(denoise(drawn.conditioned, None))
+    return signal.index_copy(0, drawn.conditioned, believed.to(signal.dtype))
+
+
+def next_token_loss(network: Network, hidden: Float[Tensor, "rows length hidden"], rows: Rows) -> Float32[Tensor, ""]:
+    """Cross-entropy of every next token of the clean row, averaged in each row, then over rows."""
+    logits = network.logits(hidden[:, :-1])
+    target = rows.tokens[:, 1:]
+    place = torch.arange(1, rows.tokens.shape[1], device=target.device)
+    real = (place < rows.lengths(network.config.canvas_length)[:, None]).float()
+    each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(real)
+    return ((each * real).sum(1) / real.sum(1)).mean()

@@ -1,0 +1,91 @@
+"""Full training configurations as values: what is trained, on what, how, from which seed.
+
+`blockpress train RECIPE` runs one. A recipe and its seed fix every number of a run on one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockpress.config import GenerationConfig, ModelConfig, sudoku_nano
+from blockpress.errors import TrainingError
+from blockpress.train.data import Givens, Source, SudokuRows, sudoku_pool
+from blockpress.train.objective import Objective
+from blockpress.train.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one backward pass. steps: optimizer
+    steps. source: builds the data from (config, seed, worker processes, a directory to keep it in).
+    """
+
+    name: str
+    about: str
+    config: ModelConfig
+    objective: Objective
+    optimizer: OptimizerConfig
+    rows: int
+    micro: int
+    steps: int
+    seed: int
+    source: Callable[[ModelConfig, int, int, Path], Source]
+    write_tokenizer: Callable[[Path], None]
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        if self.rows % self.micro:
+            raise TrainingError(
+                f"recipe field micro is {self.micro}", hint=f"micro must divide the rows of a step ({self.rows})"
+            )
+
+
+SUDOKU_POOL = 40_000
+SUDOKU_SEED = 2026
+SUDOKU_GIVENS = Givens(first=(45, 60), last=(28, 42), over=0.2)
+
+
+def _sudoku_source(config: ModelConfig, seed: int, processes: int, keep: Path) -> Source:
+    solutions, orders = sudoku_pool(seed, SUDOKU_POOL, processes, keep / "sudoku-pool.npz")
+    return SudokuRows(config, solutions, orders, SUDOKU_GIVENS, seed)
+
+
+def _digits_tokenizer(directory: Path) -> None:
+    from blockpress.text.builder import write_digits_tokenizer
+
+    write_digits_tokenizer(directory)
+
+
+def sudoku() -> Recipe:
+    """`sudoku-nano`: one puzzle in, one canvas out."""
+    return Recipe(
+        name="sudoku",
+        about="sudoku-nano: solves 9 x 9 puzzles in one canvas of 90 tokens",
+        config=sudoku_nano(),
+        objective=Objective(draws=4, stratified=True),
+        optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=100, decay=0.7),
+        rows=16,
+        micro=4,
+        steps=5_000,
+        seed=SUDOKU_SEED,
+        source=_sudoku_source,
+        write_tokenizer=_digits_tokenizer,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"sudoku": sudoku}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        TrainingError: there is none; the hint lists those that there are.
+    """
+    if name not in RECIPES:
+        raise TrainingError(f"no recipe is named {name!r}", hint=f"recipes: {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]()

@@ -1,0 +1,261 @@
+"""The training loop: rows -> draw -> losses -> backward -> clip -> step, with reports and checkpoints.
+
+Invariant: a step is a function of (weights, optimizer state, seed, step). A run that was stopped and resumed goes on
+as if it had not been: nothing random lives outside (seed, step).
+Run it:  blockpress train sudoku --out runs/sudoku
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockpress.errors import TrainingError
+from blockpress.model import Network
+from blockpress.train import parallel
+from blockpress.train.hardware import machine
+from blockpress.train.initialise import initialise
+from blockpress.train.objective import Draw, Losses, Rows, draw, losses
+from blockpress.train.optimizer import build_optimizers, set_rates
+from blockpress.train.recipes import Recipe
+from blockpress.weights import minimal_vision, save_checkpoint
+
+STATE = "trainer.pt"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of the log: means since the last report. Losses in nats a token, rate as a share of the full rate."""
+
+    step: int
+    steps: int
+    canvas_loss: float
+    causal_loss: float
+    accuracy: float
+    gradient_norm: float
+    rate: float
+    draws: int
+    draws_per_second: float
+    seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in vars(self).items()})
+
+
+class Trainer:
+    """A recipe under way: the network, its optimizers and the step it has reached."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        device: str = "cpu",
+        compiled: bool = False,
+        processes: int = 1,
+        steps: int | None = None,
+    ) -> None:
+        parallel.join()
+        self.recipe, self.out, self.device = recipe, out, device
+        self.steps, self._steps_given = recipe.steps if steps is None else steps, steps is not None
+        self.step = 0
+        self.seconds = 0.0
+        self.segments = [{"from_step": 0} | self._settings()]
+        vision, self._vision = minimal_vision(recipe.seed, recipe.config.hidden_size)
+        self.network = Network(replace(recipe.config, vision=vision))
+        initialise(self.network, recipe.seed)
+        self.network.to(device)
+        self.optimizers = build_optimizers(self.network, recipe.optimizer)
+        self.source = recipe.source(recipe.config, recipe.seed, processes, out)
+        self._losses = torch.compile(self._plain_losses, dynamic=False) if compiled else self._plain_losses
+
+    def run(
+        self, *, report_every: int = 20, save_seconds: float = 120.0, stop: Callable[[int], bool] | None = None
+    ) -> Iterator[Report]:
+        """Train to the end, yielding a report now and then; each is also a line of `log.jsonl`.
+
+        Args:
+            stop: asked before every step, with its number; a yes from any process saves the state and ends the run.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        begun, saved, sums, since = time.perf_counter(), time.perf_counter(), torch.zeros(4), self.step
+        before = self.seconds
+        mark = begun
+        while self.step < self.steps:
+            if stop is not None and parallel.anyone(stop(self.step)):
+                if parallel.rank() == 0:
+                    self.save()
+                return
+            sums += self.train_step()
+            now = time.perf_counter()
+            self.seconds = before + now - begun
+            if self.step % report_every == 0 or self.step == self.steps:
+                report = self._report(sums, self.step - since, now - mark)
+                sums, since, mark = torch.zeros(4), self.step, now
+                if parallel.rank() == 0:
+                    with (self.out / "log.jsonl").open("a") as log:
+                        log.write(report.to_json() + "\n")
+                yield report
+            if now - saved > save_seconds or self.step == self.steps:
+                if parallel.rank() == 0:
+                    self.save()
+                saved = now
+
+    def train_step(self) -> Tensor:
+        """One optimizer step; returns [canvas loss, causal loss, accuracy, gradient norm].
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+        """
+        recipe, objective = self.recipe, self.recipe.objective
+        factor = recipe.optimizer.factor(self.step, self.steps)
+        set_rates(self.optimizers, factor)
+        rows = self.source.rows(self.step, recipe.rows, self.step / self.steps)
+        generator = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
+        parts = recipe.rows // recipe.micro
+        sums = torch.zeros(4)
+        for part in range(parts):
+            # Every process draws all parts, so that a draw does not depend on who runs it.
+            some = slice(part * recipe.micro, (part + 1) * recipe.micro)
+            piece = Rows(rows.tokens[some], rows.prompts[some], rows.canvases[some])
+            drawn = draw(piece, recipe.config.canvas_length, recipe.config.vocab_size, objective, generator)
+            if part % parallel.size() != parallel.rank():
+                continue
+            loss = self._losses(*self._tensors(piece, drawn))
+            ((loss.canvas + objective.causal_weight * loss.causal) / parts).backward()
+            sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float().cpu() / parts
+        parallel.sum_over_processes([sums, *(p.grad for p in self.network.parameters() if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
+        sums[3] = norm.float().cpu()
+        if not math.isfinite(float(sums.sum())):
+            raise TrainingError(
+                f"step {self.step}: loss or gradient is not finite ({sums.tolist()})",
+                hint=f"resume from {self.out / STATE} with a lower rate",
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return sums
+
+    def save(self) -> None:
+        """Write the state beside the last one, then put it in its place: a cut leaves the old one whole."""
+        state = {
+            "recipe": self.recipe.name,
+            "step": self.step,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "segments": self.segments,
+            "network": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        fresh = self.out / (STATE + ".new")
+        torch.save(state, fresh)
+        fresh.replace(self.out / STATE)
+
+    def export(self, directory: Path) -> None:
+        """Write the network as a checkpoint in the published layout, with tokenizer and a minimal vision tower.
+
+        Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` holds the run's facts.
+        """
+        recipe = self.recipe
+        directory.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(
+            directory,
+            self.network,
+            generation=recipe.generation,
+            kept=self._vision,
+            dtype=torch.bfloat16,
+            run_dtype=torch.float32,
+        )
+        recipe.write_tokenizer(directory)
+        facts = {
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "step": self.step,
+            "steps": self.steps,
+            "draws": self._draws(),
+            "seconds": round(self.seconds),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "hardware": machine(),
+            "segments": self.segments,
+        }
+        (directory / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def resume(self) -> None:
+        """Go on from the state in the run's directory.
+
+        Raises:
+            TrainingError: there is none, it cannot be read, or it is another recipe's.
+        """
+        path = self.out / STATE
+        if not path.is_file():
+            raise TrainingError(f"no state to resume in {self.out}", hint="leave --resume out, or give the run's --out")
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            made_by, steps = state["recipe"], state["steps"]
+            if made_by != self.recipe.name:
+                raise TrainingError(
+                    f"{path} is a run of recipe {made_by!r}",
+                    hint=f"resume it with that recipe, not {self.recipe.name!r}",
+                )
+            self.step, self.seconds, self.segments = state["step"], state["seconds"], state["segments"]
+            self.network.load_state_dict(state["network"])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                bases = [group["base"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(kept)
+                for group, base in zip(optimizer.param_groups, bases, strict=True):
+                    group["base"] = base
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{path} cannot be resumed: {error}", hint="delete it and start afresh") from error
+        self.steps = self.steps if self._steps_given else steps
+        now = self._settings()
+        if {k: v for k, v in self.segments[-1].items() if k != "from_step"} != now:
+            self.segments.append({"from_step": self.step} | now)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a step depends on beside the data, in plain values: a run that was resumed under others says so."""
+        recipe = self.recipe
+        parts = {"objective": asdict(recipe.objective), "optimizer": asdict(recipe.optimizer)}
+        return {"steps": self.steps, "rows": recipe.rows, "processes": parallel.size()} | parts
+
+    def _draws(self) -> int:
+        """Corrupted canvases so far, over all segments."""
+        ends = [segment["from_step"] for segment in self.segments[1:]] + [self.step]
+        return sum(
+            (end - segment["from_step"]) * segment["rows"] * segment["objective"]["draws"]
+            for segment, end in zip(self.segments, ends, strict=True)
+        )
+
+    def _plain_losses(self, tokens: Tensor, prompts: Tensor, canvases: Tensor, *drawn: Tensor) -> Losses:
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            return losses(self.network, Rows(tokens, prompts, canvases), Draw(*drawn), self.recipe.objective)
+
+    def _tensors(self, rows: Rows, drawn: Draw) -> list[Tensor]:
+        parts = (rows.tokens, rows.prompts, rows.canvases)
+        return [x.to(self.device) for x in (*parts, drawn.starts, drawn.clean, drawn.noisy, drawn.conditioned)]
+
+    def _report(self, sums: Tensor, count: int, seconds: float) -> Report:
+        canvas, causal, accuracy, norm = (sums / count).tolist()
+        draws = self.recipe.rows * self.recipe.objective.draws
+        return Report(
+            step=self.step,
+            steps=self.steps,
+            canvas_loss=canvas,
+            causal_loss=causal,
+            accuracy=accuracy,
+            gradient_norm=norm,
+            rate=self.recipe.optimizer.factor(self.step - 1, self.steps),
+            draws=self._draws(),
+            draws_per_second=count * draws / seconds,
+            seconds=self.seconds,
+        )

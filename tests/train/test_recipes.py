@@ -1,0 +1,57 @@
+"""Recipes: what is named, what fits together, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockpress.config import PRESETS, Sampling
+from blockpress.errors import TrainingError
+from blockpress.text import Tokenizer
+from blockpress.train import recipes
+from blockpress.train.recipes import RECIPES, Recipe, recipe
+
+
+@pytest.mark.parametrize("name", ["sudoko", "", "Sudoku"])
+def test_an_unknown_recipe_is_named_and_the_known_ones_listed(name: str):
+    with pytest.raises(TrainingError) as caught:
+        recipe(name)
+    assert repr(name) in caught.value.message
+    assert all(known in caught.value.hint for known in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_together(name: str, tmp_path: Path):
+    built = recipe(name)
+    assert built.name == name
+    assert built.about
+    assert recipe(name) == built or recipe(name).config == built.config
+    built.write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.vocab_size <= built.config.vocab_size
+    assert (tokenizer.bos, tokenizer.eos) == (built.config.bos_id, built.config.eos_ids[0])
+
+
+def test_the_sudoku_recipe_trains_the_shipped_network_for_the_references_sampler():
+    built = recipe("sudoku")
+    assert built.config == PRESETS["sudoku-nano"]()
+    assert built.generation.sampling == Sampling()
+    assert built.generation.stop_ids == (1,)
+
+
+def test_the_sudoku_recipe_asks_for_its_pool_by_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from blockpress import sudoku
+
+    asked = []
+    monkeypatch.setattr(recipes, "sudoku_pool", lambda *a: asked.append(a) or sudoku.pool(4, 2))
+    built = recipe("sudoku")
+    rows = built.source(built.config, built.seed, 3, tmp_path).rows(0, 2, 0.0)
+    assert rows.tokens.shape == (2, 180)
+    assert asked == [(built.seed, recipes.SUDOKU_POOL, 3, tmp_path / "sudoku-pool.npz")]
+
+
+def test_micro_batches_must_divide_the_rows(copy_recipe: Callable[..., Recipe]):
+    with pytest.raises(TrainingError, match="micro is 3"):
+        copy_recipe(rows=4, micro=3)

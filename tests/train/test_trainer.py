@@ -1,0 +1,218 @@
+"""The loop: a run that stops and goes on is the same run, a state is whole or not there, and a bad step is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockpress
+from blockpress.errors import TrainingError
+from blockpress.train import trainer as trainer_module
+from blockpress.train.objective import Objective
+from blockpress.train.recipes import Recipe
+from blockpress.train.trainer import STATE, Trainer
+
+Recipes = Callable[..., Recipe]
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def whole(copy_recipe: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """An uninterrupted run of six steps."""
+    trainer = Trainer(copy_recipe(), tmp_path_factory.mktemp("whole"))
+    trainer.reports = list(trainer.run(report_every=2))  # type: ignore[attr-defined]
+    return trainer
+
+
+def test_a_run_reports_and_logs_one_line_a_report(whole: Trainer):
+    reports = whole.reports  # type: ignore[attr-defined]
+    assert [report.step for report in reports] == [2, 4, 6]
+    lines = [json.loads(line) for line in (whole.out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line, report in zip(lines, reports, strict=True):
+        assert line.keys() == vars(report).keys()
+        assert line["canvas_loss"] == pytest.approx(report.canvas_loss, abs=1e-5)
+        assert 0 < line["causal_loss"] < 10
+        assert 0 <= line["accuracy"] <= 1
+        assert line["gradient_norm"] > 0
+    assert [line["draws"] for line in lines] == [16, 32, 48]
+    assert lines[-1]["rate"] == pytest.approx(1 / 3, abs=1e-5)
+    assert lines[0]["seconds"] < lines[-1]["seconds"]
+
+
+def test_every_parameter_has_moved(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+    fresh = weights(Trainer(copy_recipe(), tmp_path))
+    scalars = {name for name in fresh if name.endswith("_scalar")}
+    assert {name for name, value in weights(whole).items() if torch.equal(value, fresh[name])} == scalars
+
+
+def test_the_same_recipe_gives_the_same_weights(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+    again = Trainer(copy_recipe(), tmp_path)
+    list(again.run())
+    assert same(weights(again), weights(whole))
+    other = Trainer(copy_recipe(seed=4), tmp_path / "other")
+    list(other.run())
+    assert not same(weights(other), weights(whole))
+
+
+def test_micro_batches_sum_to_the_whole_step(copy_recipe: Recipes, tmp_path: Path):
+    # Nothing is drawn for the causal loss, so with its weight alone the gradient must be the same however it is cut.
+    clean = Objective(causal_weight=1e6)
+    steps = [Trainer(copy_recipe(micro=micro, objective=clean), tmp_path).train_step() for micro in (4, 2, 1)]
+    for step in steps[1:]:
+        assert step[1].item() == pytest.approx(steps[0][1].item(), rel=1e-3)
+        assert step[3].item() == pytest.approx(steps[0][3].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
+    whole: Trainer, copy_recipe: Recipes, tmp_path: Path, stop: int
+):
+    first = Trainer(copy_recipe(), tmp_path)
+    for report in first.run(report_every=1, save_seconds=0.0):
+        if report.step == stop + 1:  # the report comes before the save, so this step is lost
+            break
+    second = Trainer(copy_recipe(seed=3), tmp_path)
+    second.resume()
+    resumed = second.seconds
+    assert (second.step, resumed > 0) == (stop, True)
+    rest = list(second.run(report_every=1))
+    assert [report.step for report in rest] == list(range(stop + 1, 7))
+    assert same(weights(second), weights(whole))
+    for ours, theirs in zip(second.optimizers, whole.optimizers, strict=True):
+        assert repr(ours.state_dict()) == repr(theirs.state_dict())
+    assert rest[-1].draws == 48
+    assert second.seconds > resumed
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(whole: Trainer, copy_recipe: Recipes):
+    again = Trainer(copy_recipe(), whole.out)
+    again.resume()
+    assert list(again.run()) == []
+    assert same(weights(again), weights(whole))
+
+
+def test_a_longer_run_goes_on_and_says_so(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+    (tmp_path / STATE).write_bytes((whole.out / STATE).read_bytes())
+    longer = Trainer(copy_recipe(), tmp_path, steps=8)
+    longer.resume()
+    assert [report.step for report in longer.run(report_every=1)] == [7, 8]
+    assert [(segment["from_step"], segment["steps"]) for segment in longer.segments] == [(0, 6), (6, 8)]
+
+
+def test_a_save_that_fails_leaves_the_old_state(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(copy_recipe(), tmp_path)
+    trainer.train_step()
+    trainer.save()
+    before = weights(trainer)
+    trainer.train_step()
+
+    def half(state: object, path: Path) -> None:
+        path.write_bytes(b"PK half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(trainer_module.torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        trainer.save()
+    monkeypatch.undo()
+    again = Trainer(copy_recipe(), tmp_path)
+    again.resume()
+    assert again.step == 1
+    assert same(weights(again), before)
+
+
+def refused(copy_recipe: Recipes, out: Path, *told: str, **changes: object) -> None:
+    trainer = Trainer(copy_recipe(**changes), out)
+    with pytest.raises(TrainingError) as caught:
+        trainer.resume()
+    assert [word for word in told if word not in caught.value.message] == []
+    assert caught.value.hint
+
+
+def test_there_must_be_a_state_to_resume(copy_recipe: Recipes, tmp_path: Path):
+    refused(copy_recipe, tmp_path, "no state", str(tmp_path))
+
+
+def test_a_state_of_another_recipe_is_refused(whole: Trainer, copy_recipe: Recipes):
+    refused(copy_recipe, whole.out, "'copy'", name="sudoku")
+
+
+def test_a_state_cut_short_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+    content = (whole.out / STATE).read_bytes()
+    for length in (0, len(content) // 2, len(content) - 10):
+        (tmp_path / STATE).write_bytes(content[:length])
+        refused(copy_recipe, tmp_path, STATE)
+
+
+def test_a_state_of_another_shape_is_refused(whole: Trainer, copy_recipe: Recipes, small, tmp_path: Path):  # type: ignore[no-untyped-def]
+    refused(copy_recipe, whole.out, STATE, config=replace(small, hidden_size=16))
+    refused(copy_recipe, whole.out, STATE, optimizer=replace(copy_recipe().optimizer, muon_rate=None))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(b"not a state at all", id="text"),
+        pytest.param([1, 2], id="a list"),
+        pytest.param("step", id="without its step"),
+        pytest.param("network", id="without its network"),
+    ],
+)
+def test_a_state_that_is_no_state_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path, damage: object):
+    if isinstance(damage, bytes):
+        (tmp_path / STATE).write_bytes(damage)
+    elif isinstance(damage, str):
+        state = torch.load(whole.out / STATE, weights_only=True)
+        del state[damage]
+        torch.save(state, tmp_path / STATE)
+    else:
+        torch.save(damage, tmp_path / STATE)
+    refused(copy_recipe, tmp_path, STATE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_moves_nothing(copy_recipe: Recipes, tmp_path: Path, value: float):
+    trainer = Trainer(copy_recipe(), tmp_path)
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.network.layers[0].post_attention_layernorm.weight[0] = value
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match="step 1: ") as caught:
+        trainer.train_step()
+    assert "not finite" in caught.value.message
+    assert "resume" in caught.value.hint
+    assert trainer.step == 1
+    assert all(torch.equal(x, before[name]) or x.isnan().any() for name, x in weights(trainer).items())
+
+
+def test_training_lowers_both_losses(copy_recipe: Recipes, tmp_path: Path):
+    trainer = Trainer(copy_recipe(steps=40, rows=8, micro=8), tmp_path)
+    first, *_, last = trainer.run(report_every=10)
+    assert last.causal_loss < first.causal_loss - 0.2
+    assert last.canvas_loss < first.canvas_loss
+
+
+def test_an_export_loads_and_answers(whole: Trainer, tmp_path: Path):
+    whole.export(tmp_path)
+    lm = blockpress.load(tmp_path)
+    for name, value in weights(whole).items():
+        assert torch.equal(lm.network.state_dict()[name], value.bfloat16().float()), name
+    reply = lm.generate("1234", max_tokens=6)
+    assert reply.usage.completion_tokens <= 6
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert (facts["recipe"], facts["seed"], facts["step"], facts["draws"]) == ("copy", 3, 6, 48)
+    assert facts["parameters"] == sum(p.numel() for p in whole.network.parameters())
