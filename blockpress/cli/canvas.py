@@ -1,0 +1,255 @@
+"""The canvas on a terminal while it turns from noise into an answer: a sudoku beside its puzzle, or running text.
+
+Invariant: a frame is never wider or higher than the terminal, so that the next one is drawn over it without a flicker.
+What the states of a position look like stands in `grid.State`; in a text, a changed token is underlined as well.
+
+Run it:  blockpress sudoku --random 1
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from blockpress import sudoku
+from blockpress.cli.grid import COMPACT, SIDE, WIDE, State, answer_cells, draw_grid, final_states, puzzle_cells
+from blockpress.cli.meter import Meter
+from blockpress.cli.terminal import without_controls
+from blockpress.reply import Denoised, Done, Event
+from blockpress.reply import Text as FinalText
+
+if TYPE_CHECKING:
+    from blockpress.config import Sampling
+    from blockpress.lm import LM
+
+PAUSE = 0.12  # seconds a frame, so that a run of five steps can be seen
+GAP = 3
+
+
+class View(Protocol):
+    """Something that watches a run and can draw it at any size."""
+
+    meter: Meter
+
+    def see(self, event: Event) -> None: ...
+
+    def draw(self, width: int, height: int) -> Sequence[Text]: ...
+
+    def release(self) -> Sequence[Text]:
+        """Lines that are final and leave the frame upwards, each once."""
+        ...
+
+
+@contextmanager
+def shown(screen: Console, view: View, fast: bool) -> Iterator[Callable[[Event], None]]:
+    """Show `view` until the block ends; what it gives is to be called with every event."""
+    with Live(console=screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False) as live:
+
+        def draw() -> None:
+            for line in view.release():
+                live.console.print(line)
+            width, height = screen.size
+            live.update(Group(*view.draw(width, height - 1)), refresh=True)
+
+        def watch(event: Event) -> None:
+            view.meter.see(event)
+            view.see(event)
+            if isinstance(event, Denoised):
+                draw()
+                if not fast:
+                    time.sleep(PAUSE)
+            view.meter.go_on()
+
+        draw()
+        yield watch
+        draw()
+
+
+def states(event: Denoised) -> list[State]:
+    """The state of each position after a step. At the first step there is nothing to have changed from."""
+    if event.settled:
+        return [State.SETTLED] * len(event.argmax)
+    return [
+        (State.CHANGED if changed and event.step > 1 else State.ACCEPTED) if accepted else State.NOISE
+        for accepted, changed in zip(event.accepted.tolist(), event.changed.tolist(), strict=True)
+    ]
+
+
+def one_token_a_cell(lm: LM) -> bool:
+    """Whether the model writes each digit and each line end of a grid as one token, so that cells have places."""
+    grid = sudoku.layout("123456789" * 9)
+    return lm.tokenizer is not None and len(lm.tokenizer.encode(grid, add_special=False)) == len(grid)
+
+
+class SudokuView:
+    """A puzzle and its canvas, cell by cell. For models with `one_token_a_cell`."""
+
+    def __init__(self, lm: LM, puzzle: str, sampling: Sampling, title: str = "") -> None:
+        self.meter = Meter(sampling, lm.generation.stop_ids, lm.config.canvas_length)
+        self._lm, self._puzzle, self._title = lm, puzzle, title
+        self._signs = ["·"] * len(puzzle)
+        self._states = [State.NOISE] * len(puzzle)
+        self._verdict: str | None = None
+        self._compact = False
+
+    def see(self, event: Event) -> None:
+        if isinstance(event, Denoised):
+            places = [cell + cell // SIDE for cell in range(len(self._puzzle))]
+            tokens, marks = event.argmax.tolist(), states(event)
+            self._signs = [self._sign(tokens[place]) if place < len(tokens) else "?" for place in places]
+            self._states = [marks[place] if place < len(marks) else State.NOISE for place in places]
+
+    def finish(self, verdict: str) -> None:
+        """The run is over; `verdict` says in words how it went."""
+        self._verdict = verdict
+        self._states = final_states(self._puzzle, self._signs, self._states)
+
+    def release(self) -> Sequence[Text]:
+        return ()
+
+    def draw(self, width: int, height: int) -> Sequence[Text]:
+        below = [*fit(self._legend(), width), *fit(self._numbers(), width)]
+        # Once compact it stays so: a grid that changes its shape cannot be watched.
+        self._compact = self._compact or width < WIDE or height < SIDE + 4 + len(below)
+        grid = self._grid(width, compact=self._compact)
+        lines = [*grid, *below]
+        if height >= len(lines) + 4:
+            lines = [Text(self._title, style="bold"), Text(), *grid, Text(), *below]
+        return cropped(lines, width, height)
+
+    def _grid(self, width: int, *, compact: bool) -> list[Text]:
+        canvas = draw_grid(answer_cells(self._puzzle, self._signs, self._states), compact=compact)
+        wide = COMPACT if compact else WIDE
+        if width < 2 * wide + GAP:
+            return canvas
+        puzzle = draw_grid(puzzle_cells(self._puzzle), compact=compact)
+        return [Text.assemble(left, " " * GAP, right) for left, right in zip(puzzle, canvas, strict=True)]
+
+    def _legend(self) -> list[Text]:
+        if self._verdict is None:
+            return legend((State.NOISE, State.ACCEPTED, State.CHANGED, State.SETTLED), given=True)
+        if State.CONFLICT in self._states:
+            bad = [state for state in (State.CONFLICT, State.UNSURE) if state in self._states]
+            return legend(bad, given=True)
+        return []
+
+    def _numbers(self) -> list[Text]:
+        if self._verdict is None:
+            return [Text(part) for part in self.meter.now()]
+        style = "bold red" if State.CONFLICT in self._states else "bold green"
+        return [Text(self._verdict, style=style), *(Text(part) for part in self.meter.result())]
+
+    def _sign(self, token: int) -> str:
+        assert self._lm.tokenizer is not None
+        piece = self._lm.tokenizer.token(token)
+        return piece if len(piece) == 1 and piece.isdecimal() else "?"
+
+
+class TextView:
+    """Running text: what is final leaves upwards, its last unfinished line goes on into the canvas."""
+
+    def __init__(self, lm: LM, sampling: Sampling) -> None:
+        self.meter = Meter(sampling, lm.generation.stop_ids, lm.config.canvas_length)
+        self._lm = lm
+        self._tail = ""
+        self._released: list[Text] = []
+        self._tokens: list[int] = []
+        self._states: list[State] = []
+        self._verdict: str | None = None
+
+    def see(self, event: Event) -> None:
+        if isinstance(event, Denoised):
+            self._tokens, self._states = event.argmax.tolist(), states(event)
+        elif isinstance(event, FinalText):
+            *lines, self._tail = (self._tail + without_controls(event.text)).split("\n")
+            self._released += [Text(line) for line in lines]
+            self._tokens = []
+        elif isinstance(event, Done):
+            self._released += [Text(self._tail)] if self._tail else []
+            self._tail, self._tokens = "", []
+
+    def finish(self, verdict: str) -> None:
+        """The run is over; `verdict` says in words how it ended."""
+        self._verdict = verdict
+
+    def release(self) -> Sequence[Text]:
+        lines, self._released = self._released, []
+        return lines
+
+    def draw(self, width: int, height: int) -> Sequence[Text]:
+        if self._verdict is not None:
+            return fit([Text(self._verdict, style="bold"), *(Text(part) for part in self.meter.result())], width)
+        below = [
+            *fit(legend((State.NOISE, State.ACCEPTED, State.CHANGED, State.SETTLED), text=True), width),
+            *fit([Text(part) for part in self.meter.now()], width),
+        ]
+        room = max(1, height - len(below) - 1)
+        return cropped([*wrapped(self._canvas(), width)[-room:], Text(), *below], width, height)
+
+    def _canvas(self) -> Text:
+        text = Text(self._tail)
+        for token, state in zip(self._tokens, self._states, strict=False):
+            if state is State.NOISE:
+                text.append("·", style=state.style)
+                continue
+            if token in self._lm.generation.stop_ids:
+                break
+            text.append(self._piece(token), style=text_style(state))
+        return text
+
+    def _piece(self, token: int) -> str:
+        tokenizer = self._lm.tokenizer
+        if tokenizer is None:
+            return f"<{token}>"
+        return "\n" if tokenizer.decode([token]) == "\n" else tokenizer.token(token)
+
+
+def text_style(state: State) -> str:
+    return "reverse underline" if state is State.CHANGED else state.style
+
+
+def legend(shown_states: Sequence[State], *, given: bool = False, text: bool = False) -> list[Text]:
+    """What the marks mean, each in its own mark."""
+    words = {State.CONFLICT: "in conflict", State.UNSURE: "never accepted"}
+    parts = []
+    for state in shown_states:
+        mark = state.mark.strip().replace("x", "5")
+        sign = "·" if state is State.NOISE else "abc" if text else mark
+        style = text_style(state) if text else state.style
+        parts.append(Text.assemble((sign, style), " ", words.get(state, state.name.lower())))
+    if given:
+        parts.append(Text.assemble(("5", "underline"), " given"))
+    return parts
+
+
+def fit(parts: Sequence[Text], width: int) -> list[Text]:
+    """Parts beside each other, as many on a line as the width takes."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and lines[-1].cell_len + GAP + part.cell_len <= width:
+            lines[-1] = Text.assemble(lines[-1], " " * GAP, part)
+        else:
+            lines += wrapped(part, width)
+    return lines
+
+
+def wrapped(text: Text, width: int) -> list[Text]:
+    """`text` on lines of at most `width` columns, broken between words where that is possible."""
+    return list(text.wrap(Console(width=width), width))
+
+
+def cropped(lines: Sequence[Text], width: int, height: int) -> list[Text]:
+    """At most `height` lines of at most `width` columns."""
+    kept = []
+    for line in lines[:height]:
+        line = line.copy()
+        line.truncate(width)
+        line.no_wrap = True
+        kept.append(line)
+    return kept

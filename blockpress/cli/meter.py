@@ -1,0 +1,87 @@
+"""What a run tells about itself while it goes: steps, entropy, tokens per forward, milliseconds per forward.
+
+Invariant: the milliseconds are the model's. What the watcher does between two events (drawing, pausing, printing) is
+not in them, nor is the first event's time, which holds the prefill.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from blockpress.config import Sampling
+from blockpress.diffusion import Schedule
+from blockpress.reply import Committed, Denoised, Done, Event
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Meter:
+    """Counts and times of one row, from its events. Call `see` with each event and `go_on` before the next."""
+
+    def __init__(self, sampling: Sampling, stop_ids: Collection[int], canvas_length: int) -> None:
+        self.step = self.accepted = self.forwards = 0
+        self.length = canvas_length
+        self.entropies: list[float] = []
+        self.tokens_per_forward = 0.0
+        self.seconds = 0.0
+        self._sampling, self._stop_ids = sampling, stop_ids
+        self._schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
+        self._committed = 0
+        self._left: float | None = None
+
+    def see(self, event: Event) -> None:
+        """Count an event, and the time since `go_on`."""
+        if self._left is not None:
+            self.seconds += time.perf_counter() - self._left
+        if isinstance(event, Denoised):
+            self._denoised(event)
+        elif isinstance(event, Committed):
+            self._committed += len(event.tokens)
+        elif isinstance(event, Done):
+            self.forwards = event.reply.usage.forwards
+            self.tokens_per_forward = event.reply.usage.tokens_per_forward
+
+    def go_on(self) -> None:
+        """From here on the model works again."""
+        self._left = time.perf_counter()
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Mean of a forward, or None where there were fewer than two."""
+        return 1000 * self.seconds / (self.forwards - 1) if self.forwards > 1 else None
+
+    def now(self) -> list[str]:
+        """The state of the run, in a few words each."""
+        return [
+            f"step {self.step} of at most {self._sampling.steps}",
+            f"temperature {float(self._schedule.temperature(max(1, self.step))):.2f}",
+            f"accepted {self.accepted} of {self.length}",
+            self.entropy(),
+            f"{self.tokens_per_forward:.1f} tokens per forward",
+        ]
+
+    def result(self) -> list[str]:
+        """The same for a finished run."""
+        took = [] if self.milliseconds is None else [f"{self.milliseconds:.1f} ms per forward"]
+        return [*took, f"{self.tokens_per_forward:.1f} tokens per forward", self.entropy()]
+
+    def entropy(self) -> str:
+        """The mean entropy of the last step, and a bar for each step of the canvas, the highest one full."""
+        if not self.entropies:
+            return "mean entropy not known yet"
+        top = max(*self.entropies, 1e-9)
+        bars = "".join(BARS[round(value / top * (len(BARS) - 1))] for value in self.entropies[-24:])
+        return f"mean entropy {self.entropies[-1]:.4f} nats {bars}"
+
+    def _denoised(self, event: Denoised) -> None:
+        if event.step == 1:
+            self.entropies = []
+        self.step = event.step
+        self.accepted = int(event.accepted.sum())
+        self.entropies.append(float(event.entropy.mean()))
+        # A canvas behind the first costs one forward more: the commit of the one before it.
+        self.forwards += 2 if event.step == 1 and event.canvas else 1
+        tokens = event.argmax.tolist()
+        valid = next((place + 1 for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        self.tokens_per_forward = (self._committed + valid) / self.forwards

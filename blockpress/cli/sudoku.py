@@ -1,0 +1,277 @@
+"""`blockpress sudoku`: a puzzle is the prompt, the answer is what one canvas became.
+
+Invariant: the answer is the decoded argmax canvas of one run, the first and only sample: nothing here solves, repairs,
+retries, votes or pins. What stands on stdout is answers (and JSON) alone; everything else goes to stderr.
+
+Run it:  blockpress sudoku --random 1
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpress.cli import options
+from blockpress.cli.terminal import console, is_terminal, note, waiting
+
+if TYPE_CHECKING:
+    from blockpress.cli.puzzles import Puzzles
+    from blockpress.config import Sampling
+    from blockpress.lm import LM
+    from blockpress.reply import Event
+
+BATCH = 32
+SHOWN = 9  # puzzles whose canvases are shown one after another; more of them would keep a person waiting
+NINE_LINES = re.compile(r"([0-9]{9}\n){8}[0-9]{9}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch."""
+
+    puzzle: str
+    text: str
+    steps: int
+    forwards: int
+    tokens_per_forward: float
+    seconds: float
+
+    @property
+    def grid(self) -> str | None:
+        """The answer's 81 digits, or None where it is not nine lines of nine digits."""
+        return self.text.replace("\n", "") if NINE_LINES.fullmatch(self.text) else None
+
+    @property
+    def valid(self) -> bool:
+        """Nine lines of nine digits 1 to 9, none of them twice in a row, column or box."""
+        from blockpress.sudoku import is_solved
+
+        return self.grid is not None and is_solved(self.grid)
+
+    @property
+    def solved(self) -> bool:
+        """Valid, and every given is kept."""
+        from blockpress.sudoku import agrees
+
+        return self.grid is not None and self.valid and agrees(self.puzzle, self.grid)
+
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
+        if self.solved:
+            return f"solved in {steps}"
+        if self.grid is None:
+            return f"NOT solved: {steps} left no grid of nine lines of nine digits"
+        return f"NOT solved: after {steps} {'a given was changed' if self.valid else 'the grid contradicts itself'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "puzzle": self.puzzle,
+            "answer": self.text if self.grid is None else self.grid,
+            "valid": self.valid,
+            "solved": self.solved,
+            "steps": self.steps,
+            "forwards": self.forwards,
+            "seconds": round(self.seconds, 6),
+            "givens": sum(cell != "0" for cell in self.puzzle),
+            "tokens_per_forward": round(self.tokens_per_forward, 3),
+        }
+
+
+Puzzle = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PUZZLE", help="81 characters or nine lines of nine, with 0 or . for a blank; - reads standard input."
+    ),
+]
+File = Annotated[
+    str | None,
+    typer.Option("--file", "-f", metavar="FILE", help="Read one 81-character puzzle a line; # starts a comment."),
+]
+Random = Annotated[
+    int | None, typer.Option("--random", "-n", metavar="N", help="Make N fresh puzzles, each with one solution.")
+]
+Givens = Annotated[int | None, typer.Option(metavar="G", help="Filled cells of a fresh puzzle, 17 to 80. Default: 40.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="S", help="Puzzle number i is made from the seed S + i. Default: a random S, printed."),
+]
+NoiseSeed = Annotated[int, typer.Option(metavar="S", help="Seed of the canvas's noise.")]
+PuzzleOnly = Annotated[bool, typer.Option("--puzzle-only", help="Print the puzzles without solving them.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="A shipped model, or a checkpoint's directory.")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Puzzles that run at once. Default: 32, or 1 where the canvas is shown."),
+]
+
+
+def sudoku(
+    puzzle: Puzzle = None,
+    file: File = None,
+    random: Random = None,
+    givens: Givens = None,
+    seed: Seed = None,
+    puzzle_only: PuzzleOnly = False,
+    json: options.Json = False,
+    model: Model = options.SHIPPED,
+    steps: options.Steps = None,
+    noise_seed: NoiseSeed = 0,
+    batch: Batch = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    fast: options.Fast = False,
+) -> None:
+    """Solve sudokus on a canvas of noise.
+
+    A puzzle is the prompt. The answer is what one canvas became, in one run: no solver and no second try. On a
+    terminal the canvas is shown while it settles (for up to nine puzzles). Otherwise each answer is nine lines of nine
+    digits on standard output, with an empty line between answers, and whether it is solved stands on standard error.
+
+    With --json there is one object a puzzle, then a summary. "seconds" of a puzzle is its share of its batch's time.
+
+    \b
+    Examples:
+      blockpress sudoku --random 1
+      blockpress sudoku --random 100 --givens 36 --seed 7 --json | tail -1
+      blockpress sudoku --file puzzles.txt > answers.txt
+      blockpress sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+    """
+    from blockpress.cli.puzzles import gather
+
+    options.positive(batch, "--batch")
+    asked = gather(puzzle, file, random, givens, seed)
+    if asked.seed is not None and not json:
+        again = "" if givens is None else f" --givens {givens}"
+        note(f"seed {asked.seed} (the same again: --random {asked.count}{again} --seed {asked.seed})")
+    if puzzle_only:
+        options.refuse("--puzzle-only", {"--steps": steps, "--batch": batch, "--dtype": dtype})
+        _print_puzzles(asked, json)
+        return
+    with waiting(f"loading {model}"):
+        lm, sampling = options.open_model(model, {"steps": steps}, dtype=dtype, device=device)
+    if not json and batch is None and asked.count <= SHOWN and is_terminal(sys.stdout):
+        _show(lm, asked, sampling, noise_seed, fast)
+        return
+    _print_answers(lm, asked, sampling, noise_seed, batch or BATCH, json, model)
+
+
+def answer(
+    lm: LM,
+    grids: list[str],
+    sampling: Sampling,
+    noise_seed: int = 0,
+    watch: Callable[[Event], None] | None = None,
+) -> list[Answer]:
+    """Answer one batch of puzzles, one canvas each. `watch` sees the events; its time is not counted."""
+    from blockpress.reply import Done
+    from blockpress.sudoku import layout
+
+    begun, watched, replies = time.perf_counter(), 0.0, {}
+    prompts = [layout(grid) for grid in grids]
+    for event in lm.stream(prompts, lm.config.canvas_length, noise_seed, sampling):
+        if isinstance(event, Done):
+            replies[event.row] = event.reply
+        if watch is not None:
+            since = time.perf_counter()
+            watch(event)
+            watched += time.perf_counter() - since
+    seconds = (time.perf_counter() - begun - watched) / len(grids)
+    return [
+        Answer(
+            puzzle=grid,
+            text=replies[row].text or "",
+            steps=replies[row].usage.steps,
+            forwards=replies[row].usage.forwards,
+            tokens_per_forward=replies[row].usage.tokens_per_forward,
+            seconds=seconds,
+        )
+        for row, grid in enumerate(grids)
+    ]
+
+
+def _show(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, fast: bool) -> None:
+    from blockpress.cli.canvas import SudokuView, TextView, one_token_a_cell, shown
+
+    screen, solved, cells = console(sys.stdout), 0, one_token_a_cell(lm)
+    for number, grid in enumerate(asked.grids):
+        title = f"{lm.path.name}   {sum(cell != '0' for cell in grid)} givens"
+        if asked.seed is not None:
+            title += f"   --seed {asked.seed + number}"
+        view = SudokuView(lm, grid, sampling, title) if cells else TextView(lm, sampling)
+        with shown(screen, view, fast) as watch:
+            done = answer(lm, [grid], sampling, noise_seed, watch)[0]
+            view.finish(done.verdict)
+        solved += done.solved
+    if asked.count > 1:
+        note(f"{solved} of {asked.count} solved")
+
+
+def _print_answers(
+    lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, batch: int, json: bool, model: str
+) -> None:
+    solved, steps, seconds = 0, 0, 0.0
+    for number, done in enumerate(_progress(_in_batches(lm, asked, sampling, noise_seed, batch), asked.count), 1):
+        solved, steps, seconds = solved + done.solved, steps + done.steps, seconds + done.seconds
+        if json:
+            options.print_json(done.to_dict())
+            continue
+        print(("\n" if number > 1 else "") + done.text, flush=True)
+        note(done.verdict if asked.count == 1 else f"puzzle {number}: {done.verdict}")
+    if json:
+        options.print_json(
+            {
+                "summary": True,
+                "puzzles": asked.count,
+                "solved": solved,
+                "solved_share": round(solved / asked.count, 6),
+                "mean_steps": round(steps / asked.count, 3),
+                "seconds": round(seconds, 6),
+                "puzzles_per_second": round(asked.count / seconds, 3),
+                "model": model,
+                "seed": asked.seed,
+                "noise_seed": noise_seed,
+                "most_steps": sampling.steps,
+                "batch": batch,
+            }
+        )
+    elif asked.count > 1:
+        share, mean = f"{solved} of {asked.count} solved ({solved / asked.count:.1%})", steps / asked.count
+        note(f"{share}, {mean:.1f} steps on average, {asked.count / seconds:.1f} puzzles a second")
+
+
+def _in_batches(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, batch: int) -> Iterator[Answer]:
+    grids = iter(asked.grids)
+    while some := list(islice(grids, batch)):
+        yield from answer(lm, some, sampling, noise_seed)
+
+
+def _progress(answers: Iterable[Answer], count: int) -> Iterator[Answer]:
+    """A bar on stderr where stdout goes to a file or a pipe and a person waits for it."""
+    if count == 1 or is_terminal(sys.stdout) or not is_terminal(sys.stderr):
+        yield from answers
+        return
+    from rich.progress import Progress
+
+    # Unless told not to, the bar would carry off to stderr what is printed on stdout.
+    with Progress(console=console(sys.stderr), transient=True, redirect_stdout=False) as progress:
+        yield from progress.track(answers, total=count, description="puzzles")
+
+
+def _print_puzzles(asked: Puzzles, json: bool) -> None:
+    from blockpress.sudoku import layout
+
+    for number, grid in enumerate(asked.grids):
+        if json:
+            options.print_json({"puzzle": grid, "givens": sum(cell != "0" for cell in grid)})
+        else:
+            print(("\n" if number else "") + layout(grid))

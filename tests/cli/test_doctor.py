@@ -1,0 +1,54 @@
+"""`blockpress doctor`: each line has a verdict, and a fault is found and does not end the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from blockpress import sudoku
+from blockpress.cli import doctor
+from blockpress.lm import LM
+from blockpress.ops import attention
+
+from .conftest import Call
+
+
+def test_this_machine_is_ready(call: Call) -> None:
+    done = call("doctor")
+    lines = done.out.splitlines()
+    assert done.code == 0 and all(line.split()[0] in ("ok", "warn") for line in lines)
+    for name in ("python", "torch", "processor", "cuda", "memory", "model", "puzzle", "numbers", "compiler"):
+        assert any(line.split()[1] == name for line in lines), name
+    assert "ms a forward" in done.out and "differ by" in done.out
+
+
+def test_wrong_attention_fails_and_says_so(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = attention.fused
+    # A wrong scale of the output alone would be normed away.
+    monkeypatch.setattr(attention, "fused", lambda query, *given: fused(1.01 * query, *given))
+    done = call("doctor", "--json")
+    said = json.loads(done.out)
+    assert done.code == 1 and said["ready"] is False
+    (broken,) = [check for check in said["checks"] if check["status"] == "fail"]
+    assert broken["name"] == "numbers" and "install another version" in broken["hint"]
+
+
+def test_a_check_that_breaks_is_a_failed_check(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: LM, *given: object) -> torch.Tensor:
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr(LM, "denoise_logits", fail)
+    done = call("doctor")
+    assert done.code == 1 and "fail  models       RuntimeError: no luck   (hint: " in done.out
+    assert "compiler" in done.out
+
+
+def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NEEDED", 1 << 60)
+    assert next(doctor._memory()).status in ("warn", "ok")
+
+
+def test_the_fixed_puzzle_has_one_solution() -> None:
+    assert sudoku.count_solutions(doctor.PUZZLE) == 1

@@ -1,0 +1,125 @@
+"""`blockpress train`: a recipe small enough for a test, trained, stopped, resumed and exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockpress
+from blockpress.config import PRESETS, ModelConfig
+from blockpress.text.builder import write_digits_tokenizer
+from blockpress.train import recipes
+from blockpress.train.objective import Objective, Rows
+from blockpress.train.optimizer import OptimizerConfig
+
+from .conftest import Call, Screen
+
+
+class Counted:
+    """Rows of counting, and a hook at a step."""
+
+    def __init__(self, config: ModelConfig, at: dict[int, Callable[[], None]]) -> None:
+        self.config, self.at = config, at
+
+    def rows(self, step: int, count: int, progress: float) -> Rows:
+        self.at.get(step, lambda: None)()
+        length = 6 + 2 * self.config.canvas_length
+        tokens = (torch.arange(length)[None] + step + torch.arange(count)[:, None]) % self.config.vocab_size
+        return Rows(tokens, torch.full((count,), 6), torch.full((count,), 2))
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[[], None]]:
+    """What is done when step N asks for its rows; the recipe `counting` is there as long as this is."""
+    hooks: dict[int, Callable[[], None]] = {}
+    recipe = recipes.Recipe(
+        name="counting",
+        about="counts",
+        config=PRESETS["tiny"](),
+        objective=Objective(draws=1),
+        optimizer=OptimizerConfig(),
+        rows=2,
+        micro=1,
+        steps=6,
+        seed=1,
+        source=lambda config, seed, processes, keep: Counted(config, hooks),
+        write_tokenizer=write_digits_tokenizer,
+    )
+    monkeypatch.setitem(recipes.RECIPES, "counting", lambda: recipe)
+    return hooks
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return blockpress.load(folder / "model").network.state_dict()
+
+
+def test_recipes_are_listed(call: Call, at: object) -> None:
+    out = call("train", "--list").out
+    assert "sudoku " in out and "counting    counts\n" in out
+
+
+def test_a_run_reports_saves_and_exports(call: Call, at: object, tmp_path: Path) -> None:
+    done = call("train", "counting", "--out", tmp_path / "a", "--no-compile", "--report-every", 2)
+    reports = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 0, done.err
+    assert [report["step"] for report in reports] == [2, 4, 6] and reports[0]["steps"] == 6
+    assert (tmp_path / "a" / "log.jsonl").read_text() == done.out
+    assert f"checkpoint in {tmp_path / 'a' / 'model'}" in done.err
+    assert blockpress.load(tmp_path / "a" / "model").config.hidden_size == 32
+    again = call("train", "counting", "--out", tmp_path / "a", "--no-compile")
+    assert again.code == 2 and "holds a run already" in again.err and "--resume" in again.err
+
+
+def test_ctrl_c_saves_between_steps_and_resume_goes_on_as_if_nothing_had_been(
+    call: Call, at: dict[int, Callable[[], None]], tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call("train", "counting", "--out", whole, "--no-compile").code == 0
+    at[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    done = call("train", "counting", "--out", cut, "--no-compile")
+    assert done.code == 130 and "stopping after this step" in done.err and signal.getsignal(signal.SIGINT) == before
+    assert (
+        f"stopped at step 3 of 6 (interrupted); go on with: blockpress train counting --out {cut} --resume" in done.err
+    )
+    at.clear()
+    assert call("train", "counting", "--out", cut, "--no-compile", "--resume").code == 0
+    first, second = weights(whole), weights(cut)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_ctrl_c_does_not_wait(call: Call, at: dict[int, Callable[[], None]], tmp_path: Path) -> None:
+    at[1] = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None
+    done = call("train", "counting", "--out", tmp_path, "--no-compile")
+    assert done.code == 130 and done.err.endswith("blockpress: interrupted\n")
+    assert not (tmp_path / "trainer.pt").exists()
+
+
+def test_minutes_end_a_run_cleanly_and_any_state_can_be_exported(call: Call, at: object, tmp_path: Path) -> None:
+    done = call("train", "counting", "--out", tmp_path / "a", "--no-compile", "--minutes", 1e-9)
+    assert done.code == 0 and "stopped at step 0 of 6 (its time is over)" in done.err
+    done = call("train", "counting", "--out", tmp_path / "a", "--export", tmp_path / "b")
+    assert done.code == 0 and done.err == f"step 0: checkpoint in {tmp_path / 'b'}\n"
+    assert blockpress.load(tmp_path / "b").tokenizer is not None
+
+
+def test_a_terminal_gets_a_bar(call: Call, at: object, tmp_path: Path, screen: Screen) -> None:
+    done = call("train", "counting", "--out", tmp_path, "--no-compile", "--report-every", 3, screen=screen)
+    assert done.code == 0 and "6/6" in done.out and "draws/s" in done.out and "\x1b[" in done.out
+
+
+def test_the_losses_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockpress.cli.train import _compiled
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert (_compiled(None), _compiled(True), _compiled(False)) == (False, True, False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    assert _compiled(None)
