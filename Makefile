@@ -1,0 +1,72 @@
+# blockpress: `make demo` shows it, `make test` proves it. Only python3 (3.11 or newer) and make are needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := bash
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# 0: all tests in one process, so that what they report at the end is printed; 2 is faster on idle cores.
+WORKERS ?= 0
+
+.PHONY: demo test check format readme clean format-check lint types contracts
+.NOTPARALLEL:
+.DEFAULT_GOAL := demo
+
+# pip in a pipe says everything or, with --quiet, nothing for minutes: this keeps the large downloads, and what went wrong.
+define install
+	@echo "Installing $(1) into $(VENV): some sixty packages, of which torch is the large one"
+	@set -o pipefail; $(BIN)/python -m pip install --progress-bar off --editable "$(1)" 2>$(VENV)/pip.log \
+	| while read -r what which rest; do \
+		case "$$what $$which $$rest" in \
+			"Installing collected "*) echo "  unpacking" ;; \
+			"Using cached "*MB*) echo "  $$rest" ;; \
+			*/torch-*|*torch-*.whl*|"Downloading "*MB*) echo "  $${which##*/} $${rest%%(from *}" ;; \
+		esac; \
+	done || { cat $(VENV)/pip.log; exit 1; }
+endef
+
+demo: $(VENV)/.installed
+	@$(BIN)/blockpress sudoku --random 1 --givens 45 --seed $${SEED:-$$RANDOM}
+
+test: $(VENV)/.developing
+	@$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+check: format-check lint types contracts test
+
+format-check: $(VENV)/.developing
+	@echo "== format" && $(BIN)/ruff format --check .
+
+lint: $(VENV)/.developing
+	@echo "== lint" && $(BIN)/ruff check .
+
+types: $(VENV)/.developing
+	@echo "== types" && $(BIN)/mypy
+
+contracts: $(VENV)/.developing
+	@echo "== contracts" && $(BIN)/lint-imports
+
+format: $(VENV)/.developing
+	@$(BIN)/ruff check --fix --exit-zero --quiet . && $(BIN)/ruff format .
+
+readme: $(VENV)/.developing
+	@$(BIN)/python tests/docs/readme.py
+
+clean:
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find blockpress tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "blockpress needs Python 3.11 or newer, and there is no '$(PYTHON)' here: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockpress needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' comes without its venv module: install it first (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.made
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.developing: pyproject.toml | $(VENV)/.made
+	$(call install,.[dev])
+	@touch $(VENV)/.installed $@

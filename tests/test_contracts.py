@@ -1,0 +1,116 @@
+"""What holds for the whole package, whatever its rooms do: its sizes, its doors, its docstrings, its imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import blockpress
+from blockpress import errors
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
+MOST_LINES = 350
+MOST_FUNCTION_LINES = 50
+# Doors: they take wrong values on purpose, to refuse them by name. `shapes` holds the aliases themselves.
+UNCHECKED = {"blockpress.lm", "blockpress.shapes"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_modules_open_with_a_docstring() -> None:
+    assert [str(path.relative_to(ROOT)) for path in SOURCES if not ast.get_docstring(tree(path))] == []
+
+
+def test_files_are_short() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    lines = {f"{module_name(path)}.{node.name}": length(node) for path in SOURCES for node in functions(path)}
+    assert {function: count for function, count in lines.items() if count > MOST_FUNCTION_LINES} == {}
+
+
+def test_no_room_is_a_drawer() -> None:
+    drawers = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
+    assert [module_name(path) for path in SOURCES if drawers & set(module_name(path).split("."))] == []
+
+
+def test_the_door_is_sorted_and_opens() -> None:
+    def order(name: str) -> tuple[int, str]:  # constants, classes, functions: as ruff sorts every other `__all__`
+        return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+    assert blockpress.__all__ == sorted(set(blockpress.__all__), key=order)
+    assert set(dir(blockpress)) == set(blockpress.__all__)
+    for name in blockpress.__all__:
+        assert getattr(blockpress, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        blockpress.lode  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [module_name(path) for path in SOURCES if path.name != "__main__.py"])
+def test_exports_exist(name: str) -> None:
+    module = importlib.import_module(name)
+    assert [export for export in getattr(module, "__all__", []) if not hasattr(module, export)] == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import blockpress",
+        "import blockpress.config, blockpress.errors, blockpress.sudoku, blockpress.text",
+        "from blockpress.cli.main import main\nassert main(['--help']) == 0",
+    ],
+    ids=["door", "light rooms", "help"],
+)
+def test_torch_is_not_imported_early(statement: str) -> None:
+    code = (
+        f"import sys\n{statement}\nprint('heavy:', *sorted({{'torch', 'transformers', 'triton'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
+
+
+def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Config) -> None:
+    """A room that annotates tensors must be in pytest's `--jaxtyping-packages`, or its annotations are only words."""
+    *checked, _ = pytestconfig.getoption("jaxtyping_packages").split(",")
+    shaped = {
+        module_name(path) for path in SOURCES if re.search(r"jaxtyping|blockpress\.shapes", path.read_text("utf-8"))
+    }
+    unchecked = {name for name in shaped if not any(name == room or name.startswith(f"{room}.") for room in checked)}
+    assert unchecked <= UNCHECKED
+
+
+def test_the_drawn_error_tree_is_the_tree() -> None:
+    assert errors.__doc__ is not None
+    drawn, above = {}, ["Exception"]
+    for line in errors.__doc__.splitlines():
+        if match := re.match(r"^    (?P<branch>[│├└─ ]*)(?P<name>[A-Z]\w+)", line):
+            depth = len(match["branch"]) // 4
+            above[depth + 1 :] = [match["name"]]
+            drawn[match["name"]] = above[depth]
+    assert drawn == {name: getattr(errors, name).__base__.__name__ for name in errors.__all__}
