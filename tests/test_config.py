@@ -438,7 +438,7 @@ FACTOR = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "fact
         ({}, {"canvas_length": 0}, "canvas_length"),
         ({"num_global_key_value_heads": 0}, {}, "num_global_key_value_heads"),
         ({"eos_token_id": "x"}, {}, "eos_token_id"),
-        ({"pad_token_id": "x"}, {}, "pad_id"),
+        ({"pad_token_id": "x"}, {}, "pad_"),
         ({}, {"dtype": "float31"}, "dtype"),
         ({}, {"vision_config": 3}, "vision_config"),
         ({"rope_parameters": {"rope_theta": 5e5}}, {}, "rope_parameters"),

@@ -26,7 +26,9 @@ TREE = tree()
 
 
 def test_every_class_of_the_module_is_in_the_tree_and_exported():
-    classes = {name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__}
+    classes = {
+        name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
     assert classes == set(errors.__all__) == {kind.__name__ for kind in TREE}
     assert errors.__all__ == sorted(errors.__all__)
 

@@ -120,11 +120,12 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any]) -> list[tuple[Any, Any
     """Kind, head size and key/value heads of every layer."""
     differences = text.get("per_layer_config")
     check(differences is None or isinstance(differences, Mapping), "per_layer_config", differences, "an object")
-    by_layer = {str(key): value for key, value in (differences or {}).items()}
-    for key, value in by_layer.items():
-        known = key.isdecimal() and int(key) < len(kinds)
+    for key, value in (differences or {}).items():
+        known = str(key).isdecimal() and int(key) < len(kinds)
         check(known, f"per_layer_config.{key}", value, f"keyed by a layer from 0 to {len(kinds) - 1}")
         check(isinstance(value, Mapping), f"per_layer_config.{key}", value, "an object")
+    # From 11 layers on `transformers` writes "05" for 5.
+    by_layer = {int(key): value for key, value in (differences or {}).items()}
     global_heads = text.get("num_global_key_value_heads")
     valid = global_heads is None or is_count(global_heads)
     check(valid, "num_global_key_value_heads", global_heads, "a whole number of at least 1")
@@ -134,7 +135,7 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any]) -> list[tuple[Any, Any
         if differences is None and kind == "full_attention":
             own["head_dim"] = text.get("global_head_dim", 512)
             own["num_key_value_heads"] = own["num_key_value_heads"] if global_heads is None else global_heads
-        for key, value in by_layer.get(str(index), {}).items():
+        for key, value in by_layer.get(index, {}).items():
             check(key in own, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
             own[key] = value
         sizes.append((kind, own["head_dim"], own["num_key_value_heads"]))

@@ -46,6 +46,7 @@ def tiny() -> ModelConfig:
         expert_size=16,
         canvas_length=12,
         context_length=256,
+        image_id=63,
     )
 
 
