@@ -13,8 +13,12 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from blockpress import sudoku
 from blockpress.config import Sampling
@@ -116,23 +120,39 @@ def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.P
     return score("autoregressive, greedy", solved, steps, config.canvas_length + 1, time.perf_counter() - begun)
 
 
-def measure(path: Path, chosen: list[sudoku.Puzzle], caps: Sequence[int], batch: int) -> list[Score]:
-    """The whole table: every cap, the autoregressive mode of the same weights, and the untrained network."""
+UNTRAINED = -1
+
+
+def measure(
+    path: Path, chosen: list[sudoku.Puzzle], caps: Sequence[int], batch: int, processes: int = 1
+) -> list[Score]:
+    """The whole table: every cap, the autoregressive mode of the same weights, and the untrained network.
+
+    Rows are shared out over `processes` of one thread each; a row's seconds are those of its own process.
+    """
+    jobs: list[int | None] = [*caps, None, UNTRAINED]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as workers:
+        # The longest first, so that no process is left with one at the end.
+        tasks = {job: workers.submit(measure_row, path, chosen, job, batch) for job in reversed(jobs)}
+        for job in jobs:
+            print(json.dumps(asdict(tasks[job].result())), flush=True)
+        return [tasks[job].result() for job in jobs]
+
+
+def measure_row(path: Path, chosen: list[sudoku.Puzzle], job: int | None, batch: int) -> Score:
+    """One row: diffusion under a cap of steps, autoregressive (None), or the untrained network on a quarter."""
+    torch.set_num_threads(1)
     config = load_config(path)
     network, tokenizer = load_network(path), Tokenizer.from_directory(path)
     sampling = load_generation(path, config).sampling
-    scores = []
-    for cap in caps:
-        scores.append(diffusion(network, tokenizer, chosen, sampling.with_(steps=cap), batch))
-        print(json.dumps(asdict(scores[-1])), flush=True)
-    scores.append(autoregressive(network, tokenizer, chosen, batch))
-    print(json.dumps(asdict(scores[-1])), flush=True)
+    if job is None:
+        return autoregressive(network, tokenizer, chosen, batch)
+    if job != UNTRAINED:
+        return diffusion(network, tokenizer, chosen, sampling.with_(steps=job), batch)
     fresh = Network(config)
     initialise(fresh, recipe("sudoku").seed)
-    untrained = diffusion(fresh.eval(), tokenizer, chosen[: len(chosen) // 4 or 1], sampling, batch)
-    scores.append(Score(**(asdict(untrained) | {"mode": "untrained network, " + untrained.mode})))
-    print(json.dumps(asdict(scores[-1])), flush=True)
-    return scores
+    scored = diffusion(fresh.eval(), tokenizer, chosen[: len(chosen) // 4 or 1], sampling, batch)
+    return replace(scored, mode="untrained network, " + scored.mode)
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -196,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path, givens = resolve(options.model), tuple(options.givens)
         chosen = puzzles(options.count, givens, options.pool, os.cpu_count() or 1)
-        scores = measure(path, chosen, options.caps, options.batch)
+        scores = measure(path, chosen, options.caps, options.batch, os.cpu_count() or 1)
     except BlockpressError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(table(scores))
