@@ -177,27 +177,29 @@ def card(path: Path, scores: Sequence[Score], givens: tuple[int, int], machine: 
     last, first, changes = SUDOKU_GIVENS.last, SUDOKU_GIVENS.first, len(training["segments"]) - 1
     parts = [
         "# sudoku-nano",
-        f"""A DiffusionGemma of {training["parameters"]:,} parameters with all parts of the large one: sliding and full
-        layers, {config.num_experts} experts (top {config.top_k_experts}) beside a dense MLP, self-conditioning. It fills
-        one canvas of {config.canvas_length} tokens. The prompt is a puzzle, nine lines of nine digits with 0 for blank
-        and no line end after the last; the answer is the solved grid in the same form.""",
-        f"""**Data.** Puzzles of the project's own generator (`blockpress.sudoku`): {SUDOKU_POOL:,} solved grids under seed
-        {SUDOKU_SEED}, each shown under a random symmetry of Sudoku, with {last[0]} to {last[1]} givens ({first[0]} to
-        {first[1]} in the beginning).""",
-        f"""**Training.** `blockpress train {run.name}`: {training["step"]:,} steps, {training["draws"]:,} corrupted canvases
-        in all, seed {run.seed}, {training["seconds"] / 3600:.2f} hours on {training["hardware"]}. The run was resumed
-        under other settings {changes} times (canvases a causal pass, planned steps, processes); `training.json` has every
-        segment. The committed recipe is the last of them: a run of it from the start will not give these very weights.""",
-        """**Weights.** Stored in bfloat16, run in float32. The vision tower in the checkpoint is random and unused (one
-        layer, 8 features): the published layout has one. Licence: Apache-2.0.""",
+        f"""A DiffusionGemma of {training["parameters"]:,} parameters with all parts of the large one: sliding and
+        full layers, {config.num_experts} experts (top {config.top_k_experts}) beside a dense MLP,
+        self-conditioning. It fills one canvas of {config.canvas_length} tokens. The prompt is a puzzle, nine
+        lines of nine digits with 0 for blank and no line end after the last; the answer is the solved grid in
+        the same form.""",
+        f"""**Data.** Puzzles of the project's own generator (`blockpress.sudoku`): {SUDOKU_POOL:,} solved grids
+        under seed {SUDOKU_SEED}, each shown under a random symmetry of Sudoku, with {last[0]} to {last[1]}
+        givens ({first[0]} to {first[1]} in the beginning).""",
+        f"""**Training.** `blockpress train {run.name}`: {training["step"]:,} steps, {training["draws"]:,} corrupted
+        canvases in all, seed {run.seed}, {training["seconds"] / 3600:.2f} hours on {training["hardware"]}. The
+        run was resumed under other settings {changes} times (canvases a causal pass, planned steps, processes);
+        `training.json` has every segment. The committed recipe is the last of them: a run of it from the start
+        will not give these very weights.""",
+        """**Weights.** Stored in bfloat16, run in float32. The vision tower in the checkpoint is random and unused
+        (one layer, 8 features): the published layout has one. Licence: Apache-2.0.""",
         "## Measured",
         f"""{count:,} held-out puzzles with {givens[0]} to {givens[1]} givens and one solution each (generator seed
-        {HELD_OUT_SEED}; no grid, nor a symmetric image of one, is in the training pool), one canvas a puzzle, first sample,
-        seed 0, the sampler of `generation_config.json`; ± is one standard error. The temperature schedule depends on the
-        cap.""",
+        {HELD_OUT_SEED}; no grid, nor a symmetric image of one, is in the training pool), one canvas a puzzle,
+        first sample, seed 0, the sampler of `generation_config.json`; ± is one standard error. The temperature
+        schedule depends on the cap.""",
         table(scores),
-        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count} --write`, which wrote
-        this page.""",
+        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count} --write`, which
+        wrote this page.""",
     ]
     return "\n\n".join(part if part.startswith("|") else fill(" ".join(part.split()), 120) for part in parts) + "\n"
 
