@@ -70,7 +70,7 @@ def sudoku() -> Recipe:
         optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=100, decay=0.7),
         rows=16,
         micro=4,
-        steps=5_000,
+        steps=6_200,
         seed=SUDOKU_SEED,
         source=_sudoku_source,
         write_tokenizer=_digits_tokenizer,

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from blockpress.config import ModelConfig
 from blockpress.model.layers import GatedMLP, SelfConditioning
 from blockpress.model.network import Network
+from blockpress.ops import attention
+from blockpress.ops.rope import inverse_frequencies, rotary_tables, rotate
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,30 @@ def test_the_router_reads_a_normed_scaled_input(network: Network):
 def test_full_layers_have_no_v_proj_and_sliding_ones_do(network: Network):
     names = [name for name in network.state_dict() if "v_proj" in name]
     assert names == ["layers.0.self_attn.v_proj.weight"]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["sliding", "full"])
+def test_attention(network: Network, index: int):
+    """Normed queries and keys, turned by their places; values normed without a weight; no 1/sqrt(dim)."""
+    part, sizes = network.layers[index].self_attn, network.config.layers[index]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    rotary = rotary_tables(
+        torch.arange(5)[None], inverse_frequencies(network.config.rope(sizes.kind), part.dim), x.dtype
+    )
+    got, (kept_key, kept_value) = part(x[None], rotary, None, None, attention.plain)
+
+    def heads(projection: torch.nn.Linear) -> torch.Tensor:
+        return (x @ projection.weight.T).view(5, -1, part.dim).transpose(0, 1)[None]
+
+    query, key = rms(heads(part.q_proj)) * part.q_norm.weight, rms(heads(part.k_proj)) * part.k_norm.weight
+    query, key = rotate(query, *rotary), rotate(key, *rotary)
+    value = rms(heads(part.v_proj if sizes.sliding else part.k_proj))
+    torch.testing.assert_close(kept_key, key, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept_value, value, rtol=1e-5, atol=1e-5)
+    own = [head // (4 // sizes.kv_heads) for head in range(4)]
+    mixed = torch.softmax(query[0] @ key[0, own].transpose(1, 2), dim=-1) @ value[0, own]
+    wanted = mixed.transpose(0, 1).flatten(1) @ part.o_proj.weight.T
+    torch.testing.assert_close(got[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_self_conditioning_norms_without_weight_even_a_zero_signal(tiny: ModelConfig, network: Network):

@@ -82,6 +82,15 @@ def test_every_sample_is_a_token_of_the_vocabulary(size: int, u: float, spread: 
     assert (scaled[0, 0, int(token)] - scaled.max()).exp() > 0
 
 
+def test_where_rounding_leaves_no_sum_above_the_target_the_last_token_that_adds_weight_is_taken():
+    # A place in a tile is a difference of sums, and may come out as large as all of the tile.
+    through = torch.tensor([[[1.0, 2.0, 2.0, 2.0]]], dtype=torch.float64)
+    places = [
+        vocabulary._first_above(through, torch.full((1, 1), x, dtype=torch.float64)).item() for x in (1.0, 2.0, 2.1)
+    ]
+    assert places == [1, 1, 1]
+
+
 def test_samples_have_the_frequencies_of_the_softmax():
     scaled = logits(16)[:1, :1]
     uniform = (torch.arange(20_000, dtype=torch.float64)[None] + 0.5) / 20_000
