@@ -168,6 +168,8 @@ class LM:
         canvas = self._ids(canvas_ids, "canvas_ids")
         prompt = self._ids(prompt_ids, "prompt_ids")
         shape = (len(canvas), self.config.vocab_size)
+        if previous_logits is not None and not isinstance(previous_logits, Tensor):
+            raise RequestError(f"previous_logits is {previous_logits!r:.60}", hint="give a tensor, or None")
         if previous_logits is not None and tuple(previous_logits.shape) != shape:
             raise RequestError(
                 f"previous_logits has the shape {tuple(previous_logits.shape)}",
@@ -266,7 +268,7 @@ def _is_number(value: object) -> bool:
 def _as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
     """Whole numbers from a list, a tuple or a 1-D tensor."""
     if isinstance(ids, Tensor):
-        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise RequestError(
                 f"{name} is a tensor of shape {tuple(ids.shape)}, {ids.dtype}", hint=f"{name} must be 1-D whole numbers"
             )

@@ -85,7 +85,10 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Committed:
-    """A canvas is finished: its returned tokens and the steps that it took."""
+    """A canvas is finished: its returned tokens and the steps that it took.
+
+    A stop text that begins in one canvas and ends in the next takes tokens back: `Reply.tokens` has the last word.
+    """
 
     row: int
     canvas: int

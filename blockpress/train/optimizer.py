@@ -1,7 +1,7 @@
 """Which rule moves which parameter, and how the learning rate runs.
 
 Matrices of the layers go to Muon (orthogonalised momentum), everything else (embedding, norms, stacked experts, the
-router) to AdamW; with `muon=False` AdamW takes all. Both are torch's own.
+router) to AdamW; with `muon_rate=None` AdamW takes all. Both are torch's own.
 
     rate    /---------\\           warm-up steps, a plateau, then a straight line down to `final`
            /           \\

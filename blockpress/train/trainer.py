@@ -66,6 +66,11 @@ class Trainer:
     ) -> None:
         parallel.join()
         self.recipe, self.out, self.device = recipe, out, device
+        if recipe.rows // recipe.micro < parallel.size():
+            raise TrainingError(
+                f"{parallel.size()} processes share {recipe.rows // recipe.micro} micro-batches a step",
+                hint="start fewer: each process needs one at least",
+            )
         self.steps, self._steps_given = recipe.steps if steps is None else steps, steps is not None
         self.step = 0
         self.seconds = 0.0
