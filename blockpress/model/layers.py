@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blockpress.config import LayerConfig, ModelConfig
 from blockpress.model.cache import KeyValue
 from blockpress.ops import attention, experts
+from blockpress.ops.geglu import geglu
 from blockpress.ops.norm import rms_norm
 from blockpress.ops.rope import rotate
 from blockpress.shapes import Heads, Hidden, Mask
@@ -50,7 +50,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(size, hidden, bias=False)
 
     def forward(self, x: Hidden) -> Hidden:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -174,5 +174,5 @@ class SelfConditioning(nn.Module):
 
     def forward(self, embedded: Hidden, signal: Hidden) -> Hidden:
         normed = self.pre_norm(signal)
-        told = self.down_proj(F.gelu(self.gate_proj(normed), approximate="tanh") * self.up_proj(normed))
+        told = self.down_proj(geglu(self.gate_proj(normed), self.up_proj(normed)))
         return rms_norm(embedded + told, None, self.eps)

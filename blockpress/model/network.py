@@ -96,12 +96,7 @@ class Network(nn.Module):
         causal: bool,
     ) -> tuple[Hidden, list[KeyValue]]:
         """The stack itself: layers and final norm, over each layer's context and x's own rows."""
-        rotary = {
-            kind: rotary_tables(
-                positions, self._frequencies(kind), torch.float32 if x.dtype == torch.float32 else x.dtype
-            )
-            for kind in masks
-        }
+        rotary = {kind: rotary_tables(positions, self._frequencies(kind), x.dtype) for kind in masks}
         fresh = []
         for index, (layer, sizes) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             context = None if contexts is None else contexts[index]

@@ -13,6 +13,8 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockpress.ops.geglu import geglu
+
 
 def route(
     scores: Float[Tensor, "tokens experts"], top_k: int, expert_scale: Float[Tensor, " experts"]
@@ -36,7 +38,7 @@ def loop(
     for expert in chosen.unique().tolist():
         token, slot = torch.where(chosen == expert)
         gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(F.gelu(gate, approximate="tanh") * up, down[expert])
+        y = F.linear(geglu(gate, up), down[expert])
         out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
     return out
 
@@ -52,7 +54,7 @@ def every(
     experts, _, size = down.shape
     share = torch.zeros(x.shape[0], experts, dtype=weights.dtype, device=x.device).scatter(1, chosen, weights)
     gate, up = F.linear(x, gate_up.flatten(0, 1)).view(-1, experts, 2 * size).chunk(2, dim=-1)
-    mixed = (F.gelu(gate, approximate="tanh") * up * share[..., None]).to(gate.dtype)
+    mixed = (geglu(gate, up) * share[..., None]).to(gate.dtype)
     return F.linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
 
 

@@ -112,7 +112,7 @@ def draw(rows: Rows, canvas_length: int, vocab: int, objective: Objective, gener
     place = starts[:, None] + torch.arange(canvas_length, device=device)
     clean = rows.tokens.repeat_interleave(objective.draws, 0).gather(1, place)
     order = torch.randperm(count, generator=generator, device=device)
-    times = (order + uniform(1)) / count % 1 if objective.stratified else uniform(count)
+    times = (order + uniform(1)) / count if objective.stratified else uniform(count)
     low, high = objective.time_range
     times = low + (high - low) * times
     noise = (uniform(count, canvas_length) * vocab).long().clamp(max=vocab - 1)
