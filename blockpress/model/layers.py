@@ -20,12 +20,66 @@ from blockpress.config import LayerConfig, ModelConfig
 from blockpress.model.cache import KeyValue
 from blockpress.ops import attention, experts
 from blockpress.ops.geglu import geglu
+from blockpress.ops.linear import Packed, Weight, linear, lookup
 from blockpress.ops.norm import rms_norm
 from blockpress.ops.rope import rotate
 from blockpress.shapes import Heads, Hidden, Mask
 
 AttentionOp = Callable[[Heads, Heads, Heads, Mask | None], Heads]
 Rotary = tuple[Tensor, Tensor]
+
+
+class Weighted(nn.Module):
+    """A module whose `weight` is a parameter, or a packed weight that was put into its place.
+
+    A packed weight is no parameter: `state_dict` leaves it out, and a change of dtype leaves it alone.
+    """
+
+    weight: Weight
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns).normal_(std=columns**-0.5))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighted:
+        super()._apply(fn, recurse)
+        move_packed(self, fn)
+        return self
+
+
+class Linear(Weighted):
+    """y = x @ weight^T, no bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(outputs, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Embedding(Weighted):
+    """Rows of the weight by token id."""
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return lookup(ids, self.weight, dtype)
+
+
+def put_packed(module: nn.Module, name: str, weight: Packed) -> None:
+    """Let a packed weight take the place of the module's parameter `name`."""
+    if name in module._parameters:
+        delattr(module, name)
+    setattr(module, name, weight)
+
+
+def packed_weights(module: nn.Module) -> dict[str, Packed]:
+    """The packed weights that the module itself holds, by name."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Packed)}
+
+
+def move_packed(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Take the module's packed weights to where `fn` takes bytes; what else `fn` does is not for them."""
+    for name, weight in packed_weights(module).items():
+        setattr(module, name, weight.to(fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device))
 
 
 class RMSNorm(nn.Module):
@@ -45,9 +99,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, size, bias=False)
-        self.up_proj = nn.Linear(hidden, size, bias=False)
-        self.down_proj = nn.Linear(size, hidden, bias=False)
+        self.gate_proj = Linear(hidden, size)
+        self.up_proj = Linear(hidden, size)
+        self.down_proj = Linear(size, hidden)
 
     def forward(self, x: Hidden) -> Hidden:
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
@@ -58,7 +112,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
         self.root = config.hidden_size**-0.5
@@ -71,13 +125,21 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' weights as two stacked tensors."""
+    """The experts' weights as two stacked tensors, or two packed ones."""
+
+    gate_up_proj: Weight
+    down_proj: Weight
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         count, hidden, size = config.num_experts, config.hidden_size, config.expert_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        move_packed(self, fn)
+        return self
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return experts.mix(x, weights, chosen, self.gate_up_proj, self.down_proj)
@@ -90,10 +152,10 @@ class Attention(nn.Module):
         super().__init__()
         hidden, dim, eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
         self.dim, self.eps = dim, eps
-        self.q_proj = nn.Linear(hidden, config.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(hidden, layer.kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(hidden, layer.kv_heads * dim, bias=False) if layer.sliding else None
-        self.o_proj = nn.Linear(config.num_heads * dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_heads * dim)
+        self.k_proj = Linear(hidden, layer.kv_heads * dim)
+        self.v_proj = Linear(hidden, layer.kv_heads * dim) if layer.sliding else None
+        self.o_proj = Linear(config.num_heads * dim, hidden)
         self.q_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
 

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float32, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blockpress.config import LayerKind, ModelConfig
 from blockpress.model.cache import Cache, KeyValue
-from blockpress.model.layers import AttentionOp, Layer, RMSNorm, SelfConditioning
+from blockpress.model.layers import AttentionOp, Embedding, Layer, RMSNorm, SelfConditioning
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops import attention
+from blockpress.ops.linear import combine, linear
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
 from blockpress.shapes import Canvas, Hidden, Logits, Mask, Positions, Signal, Tokens
 
@@ -33,18 +33,18 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.attention_op = attention_op
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache of `batch` rows without any context."""
@@ -106,7 +106,7 @@ class Network(nn.Module):
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
         """Rows of the embedding times sqrt(hidden), which is rounded to the weight's dtype."""
-        return self.embed_tokens(tokens) * self._embed_scale()
+        return self.embed_tokens(tokens, self.dtype) * self._embed_scale()
 
     def condition(self, canvas: Canvas, signal: Signal | None) -> Hidden:
         """The canvas's input: its embedding and the self-conditioning signal (None: zeros), normed together."""
@@ -115,7 +115,7 @@ class Network(nn.Module):
 
     def logits(self, hidden: Hidden) -> Logits:
         """Softcapped float32 logits; the product is rounded to the weight's dtype first, as the reference does."""
-        capped = torch.tanh(F.linear(hidden, self.embed_tokens.weight).float() / self.config.softcap)
+        capped = torch.tanh(linear(hidden, self.embed_tokens.weight).float() / self.config.softcap)
         return capped * self.config.softcap
 
     def soft_embedding(self, scaled: Float32[Tensor, "batch canvas vocab"]) -> Signal:
@@ -123,9 +123,8 @@ class Network(nn.Module):
 
         Rounded where the reference rounds: logits to the weight's dtype, softmax in float32, back, times sqrt(hidden).
         """
-        weight = self.embed_tokens.weight
-        belief = torch.softmax(scaled.to(weight.dtype), dim=-1, dtype=torch.float32).to(weight.dtype)
-        return belief @ weight * self._embed_scale()
+        belief = torch.softmax(scaled.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
+        return combine(belief, self.embed_tokens.weight) * self._embed_scale()
 
     def _embed_scale(self) -> Tensor:
         return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)

@@ -2,7 +2,8 @@
 
 `gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. Two versions
 give the same sums: `loop` (the truth, one expert after another over its own tokens), `every` (all experts as one wide
-MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few).
+MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few). Packed weights go through
+`loop`, which unpacks one expert at a time, and only those that a token chose.
 Source: reference model, `DiffusionGemmaTextRouter` and `DiffusionGemmaTextExperts`.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.ops.geglu import geglu
+from blockpress.ops.linear import Packed, linear
 
 
 def route(
@@ -30,15 +32,15 @@ def loop(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
-    gate_up: Float[Tensor, "experts double hidden"],
-    down: Float[Tensor, "experts hidden size"],
+    gate_up: Float[Tensor, "experts double hidden"] | Packed,
+    down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
     """One expert after another, each over the tokens that chose it."""
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         token, slot = torch.where(chosen == expert)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(geglu(gate, up), down[expert])
+        gate, up = linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        y = linear(geglu(gate, up), down[expert])
         out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
     return out
 
@@ -62,9 +64,10 @@ def mix(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
-    gate_up: Float[Tensor, "experts double hidden"],
-    down: Float[Tensor, "experts hidden size"],
+    gate_up: Float[Tensor, "experts double hidden"] | Packed,
+    down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
     """The faster of the two: `every` spends experts / top_k times the arithmetic, and pays up to twice."""
-    version = every if down.shape[0] <= 2 * chosen.shape[1] else loop
-    return version(x, weights, chosen, gate_up, down)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and down.shape[0] <= 2 * chosen.shape[1]:
+        return every(x, weights, chosen, gate_up, down)
+    return loop(x, weights, chosen, gate_up, down)

@@ -158,8 +158,8 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
 
 def first_pass(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "drawn canvas hidden"]:
     """The conditioning signal: a pass without gradient over the conditioned draws, exact zeros for the others."""
-    weight = network.embed_tokens.weight
-    signal = torch.zeros(*drawn.noisy.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    hidden = network.config.hidden_size
+    signal = torch.zeros(*drawn.noisy.shape, hidden, dtype=network.dtype, device=network.device)
     if len(drawn.conditioned) == 0:
         return signal
     with torch.no_grad():

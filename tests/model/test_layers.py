@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from blockpress.config import ModelConfig
-from blockpress.model.layers import GatedMLP, SelfConditioning
+from blockpress.model.layers import GatedMLP, Linear, SelfConditioning
 from blockpress.model.network import Network
 from blockpress.ops import attention
 from blockpress.ops.rope import inverse_frequencies, rotary_tables, rotate
@@ -56,7 +56,7 @@ def test_attention(network: Network, index: int):
     )
     got, (kept_key, kept_value) = part(x[None], rotary, None, None, attention.plain)
 
-    def heads(projection: torch.nn.Linear) -> torch.Tensor:
+    def heads(projection: Linear) -> torch.Tensor:
         return (x @ projection.weight.T).view(5, -1, part.dim).transpose(0, 1)[None]
 
     query, key = rms(heads(part.q_proj)) * part.q_norm.weight, rms(heads(part.k_proj)) * part.k_norm.weight

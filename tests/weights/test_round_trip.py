@@ -96,7 +96,8 @@ def test_theirs_to_ours_and_back(config: ModelConfig, in_shards: bool, tmp_path:
     assert same(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     again = read_theirs(tmp_path / "ours")
     assert again.dtype == dtype
-    assert torch.equal(their_figures(again), their_figures(theirs))
+    # The tensors are the same; sums over them may not be, since the two lie at other alignments in memory.
+    assert distance(their_figures(again), their_figures(theirs)) < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])

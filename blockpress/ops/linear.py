@@ -1,0 +1,105 @@
+"""Products with a weight matrix, whether it lies in memory as floats or packed into fewer bits.
+
+A packed weight is unpacked in tiles of rows, where it is used, and the tile is dropped: memory stays that of the packed
+bytes and one tile. Every layout offers two readings of the same values:
+
+    unpack(dtype)     the values, rounded as the layout's specification rounds them: the truth that tests compare
+    factors(dtype)    (matrix, scale), row r is matrix[r] * scale[r]: cheap where a row has one scale
+
+Invariant: `linear`, `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats, but for
+the rounding of one product.
+
+Run it:  python -m pytest tests/ops/test_linear.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 1 << 22
+"""Most values that are unpacked at once: 8 MiB in bfloat16."""
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A weight in fewer bits: [out, in], or [experts, out, in].
+
+    Every tensor of it has the leading axes of the shape, so that one index selects from all of them alike.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the unpacked weight."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory, scales included."""
+        ...
+
+    def __getitem__(self, index: int | slice | Tensor) -> Packed:
+        """An expert, a slice of rows or a list of rows (repeats allowed) of the leading axis; views where that goes."""
+        ...
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values as floats of `dtype`, each rounded as the specification of the layout has it."""
+        ...
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
+        """Of a matrix [rows, in]: the values, or values that a scale for each row has still to multiply."""
+        ...
+
+    def to(self, device: torch.device) -> Packed: ...
+
+
+Weight = Tensor | Packed
+
+
+def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:
+    """x @ weight^T in x's type."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    parts = []
+    for _, tile in tiles(weight):
+        matrix, scale = tile.factors(x.dtype)
+        part = F.linear(x, matrix)
+        parts.append(part if scale is None else (part.float() * scale).to(x.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def lookup(
+    ids: Int[Tensor, "*rows"], weight: Float[Tensor, "vocab hidden"] | Packed, dtype: torch.dtype
+) -> Float[Tensor, "*rows hidden"]:
+    """The rows of the weight that `ids` name."""
+    if isinstance(weight, Tensor):
+        return F.embedding(ids, weight)
+    return weight[ids.flatten()].unpack(dtype).unflatten(0, ids.shape)
+
+
+def combine(
+    share: Float[Tensor, "*rows vocab"], weight: Float[Tensor, "vocab hidden"] | Packed
+) -> Float[Tensor, "*rows hidden"]:
+    """share @ weight in share's type: the rows of the weight, each taken with its share."""
+    if isinstance(weight, Tensor):
+        return share @ weight
+    total = torch.zeros(*share.shape[:-1], weight.shape[-1], dtype=torch.float32, device=share.device)
+    for start, tile in tiles(weight):
+        total += share[..., start : start + tile.shape[0]] @ tile.unpack(share.dtype)
+    return total.to(share.dtype)
+
+
+def tiles(weight: Packed) -> Iterator[tuple[int, Packed]]:
+    """A matrix in slices of rows, each with the number of its first row and at most `TILE` values (at least a row)."""
+    rows, columns = weight.shape
+    step = max(1, TILE // columns)
+    for start in range(0, rows, step):
+        yield start, weight[start : start + step]
