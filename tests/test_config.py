@@ -226,7 +226,7 @@ def test_the_older_name_of_the_type_is_read_and_the_newer_one_written():
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("family", ["gemma4", "llama", None, "diffusion_gemma_text"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4_unified", "llama", None, "diffusion_gemma_text"])
 def test_another_family_is_refused(family: Any):
     refused(lambda: read(model_type=family), ConfigError, "model_type", repr(family))
 
@@ -245,7 +245,7 @@ REFUSED_KEYS = [
     ("num_kv_shared_layers", 4),
     ("use_double_wide_mlp", True),
     ("attn_logit_softcapping", 50.0),
-    ("quantization_config", {"quant_method": "fp8"}),
+    ("audio_config", {"model_type": "gemma4_audio"}),
 ]
 
 
@@ -332,6 +332,81 @@ def test_values_are_frozen_and_keyword_only():
         TINY.hidden_size = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
         Sampling(48)  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------------------------------------- the sibling
+
+SIBLING = replace(TINY, family="gemma4", canvas_length=1)
+DENSE: dict[str, Any] = {"num_experts": 0, "top_k_experts": 0, "expert_size": 0}
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_text"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        DENSE,
+        {"keys_are_values": False},
+        {"keys_are_values": False, "layers": (SLIDING, FULL, replace(SLIDING, kv_heads=1), FULL)},
+        {"softcap": None},
+        {"eos_ids": (1, 106, 50), "pad_id": None},
+    ],
+    ids=["experts", "dense", "values of their own", "layers that differ", "no softcap", "ids"],
+)
+def test_a_sibling_travels_through_the_file(family: Any, changes: dict[str, Any]):
+    config = replace(SIBLING, family=family, image_id=63 if family == "gemma4" else None, **changes)
+    data = json.loads(json.dumps(config.to_dict()))
+    assert ModelConfig.from_dict(data) == config
+    assert ModelConfig.from_dict(data).to_dict() == data
+    assert ("text_config" in data) == (family == "gemma4")
+    assert "canvas_length" not in data
+
+
+def test_the_sibling_of_26_billion_is_the_same_stack_without_a_canvas():
+    ours, its = PRESETS["diffusiongemma-26B-A4B"](), PRESETS["gemma4-26B-A4B"]()
+    assert replace(its, family=ours.family, canvas_length=256) == ours
+    assert (its.has_canvas, ours.has_canvas) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"family": "gemma5"}, "family"),
+        ({"canvas_length": 12}, "canvas_length"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts": 0, "top_k_experts": 0}, "num_experts"),
+        ({"expert_size": 0}, "expert_size"),
+        ({"softcap": 0}, "final_logit_softcapping"),
+        ({"keys_are_values": None}, "attention_k_eq_v"),
+        ({"family": "diffusion_gemma", **DENSE}, "num_experts"),
+        ({"family": "diffusion_gemma", "softcap": None}, "final_logit_softcapping"),
+        ({"family": "diffusion_gemma", "keys_are_values": False}, "attention_k_eq_v"),
+    ],
+)
+def test_what_a_family_cannot_be_is_named(changes: dict[str, Any], name: str):
+    refused(lambda: replace(SIBLING, **changes), ConfigError, name)
+
+
+def test_layers_without_the_switch_have_no_experts_whatever_else_the_file_says():
+    data = SIBLING.to_dict()
+    data["text_config"]["enable_moe_block"] = False
+    assert ModelConfig.from_dict(data) == replace(SIBLING, **DENSE)
+    data["text_config"]["enable_moe_block"] = "yes"
+    refused(lambda: ModelConfig.from_dict(data), ConfigError, "text_config.enable_moe_block", "'yes'")
+
+
+@pytest.mark.parametrize("key", ["num_experts", "top_k_experts", "moe_intermediate_size", "hidden_size"])
+def test_a_missing_size_of_a_sibling_is_named(key: str):
+    data = SIBLING.to_dict()
+    data["text_config"][key] = None
+    refused(lambda: ModelConfig.from_dict(data), ConfigError, f"text_config.{key}")
+
+
+def test_the_full_layers_own_heads_count_only_where_keys_are_values():
+    data = SIBLING.to_dict()
+    assert sizes(ModelConfig.from_dict(data)) == [(8, 2), (16, 1)]
+    data["text_config"]["attention_k_eq_v"] = False
+    assert sizes(ModelConfig.from_dict(data)) == [(8, 2), (16, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

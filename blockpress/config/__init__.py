@@ -5,14 +5,18 @@ memory and speed can be planned without it.
 Run it:  python -c "from blockpress.config import PRESETS; print(PRESETS['diffusiongemma-26B-A4B']())"
 """
 
+from blockpress.config.families import FAMILIES, Family
 from blockpress.config.layers import LayerConfig, LayerKind, Rope
 from blockpress.config.model import FAMILY, ModelConfig
-from blockpress.config.presets import PRESETS, diffusiongemma_26b_a4b, sudoku_nano, tiny
-from blockpress.config.sampling import GenerationConfig, Sampling
+from blockpress.config.presets import PRESETS, diffusiongemma_26b_a4b, gemma4_26b_a4b, sudoku_nano, tiny
+from blockpress.config.sampling import AutoregressiveSampling, GenerationConfig, Sampling
 
 __all__ = [
+    "FAMILIES",
     "FAMILY",
     "PRESETS",
+    "AutoregressiveSampling",
+    "Family",
     "GenerationConfig",
     "LayerConfig",
     "LayerKind",
@@ -20,6 +24,7 @@ __all__ = [
     "Rope",
     "Sampling",
     "diffusiongemma_26b_a4b",
+    "gemma4_26b_a4b",
     "sudoku_nano",
     "tiny",
 ]

@@ -102,8 +102,12 @@ def read_ropes(text: Mapping[str, Any]) -> tuple[Rope, Rope]:
     return read.get(KINDS[0], SLIDING_ROPE), read.get(KINDS[1], FULL_ROPE)
 
 
-def read_layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    """Layer kinds and sizes from either spelling; the last layer is always full, whatever the file says."""
+def read_layers(text: Mapping[str, Any], keys_are_values: bool = True) -> tuple[LayerConfig, ...]:
+    """Layer kinds and sizes from either spelling; the last layer is always full, whatever the file says.
+
+    `num_global_key_value_heads` counts only where the full layers' keys are their values (`attention_k_eq_v`): in a
+    Gemma 4 without that, full layers have the general number, and the reference reads the field as if it were absent.
+    """
     count = text["num_hidden_layers"]
     check(is_count(count), "num_hidden_layers", count, "a whole number of at least 1")
     kinds = text.get("layer_types")
@@ -112,11 +116,11 @@ def read_layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
     check(isinstance(kinds, Sequence) and len(kinds) == count, "layer_types", kinds, f"a list of {count} entries")
     for kind in kinds:
         check(kind in KINDS, "layer_types", kind, " or ".join(KINDS))
-    sizes = _sizes(text, [*kinds[:-1], "full_attention"])
+    sizes = _sizes(text, [*kinds[:-1], "full_attention"], keys_are_values)
     return tuple(LayerConfig(kind=kind, head_dim=dim, kv_heads=heads) for kind, dim, heads in sizes)
 
 
-def _sizes(text: Mapping[str, Any], kinds: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+def _sizes(text: Mapping[str, Any], kinds: Sequence[Any], keys_are_values: bool) -> list[tuple[Any, Any, Any]]:
     """Kind, head size and key/value heads of every layer."""
     differences = text.get("per_layer_config")
     check(differences is None or isinstance(differences, Mapping), "per_layer_config", differences, "an object")
@@ -134,7 +138,8 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any]) -> list[tuple[Any, Any
         own = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
         if differences is None and kind == "full_attention":
             own["head_dim"] = text.get("global_head_dim", 512)
-            own["num_key_value_heads"] = own["num_key_value_heads"] if global_heads is None else global_heads
+            if keys_are_values and global_heads is not None:
+                own["num_key_value_heads"] = global_heads
         for key, value in by_layer.get(index, {}).items():
             check(key in own, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
             own[key] = value
@@ -142,13 +147,14 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any]) -> list[tuple[Any, Any
     return sizes
 
 
-def write_full_sizes(layers: tuple[LayerConfig, ...], general: LayerConfig) -> dict[str, Any]:
+def write_full_sizes(
+    layers: tuple[LayerConfig, ...], general: LayerConfig, keys_are_values: bool = True
+) -> dict[str, Any]:
     """The published spelling where it can say it, `per_layer_config` where layers of one kind differ."""
     full = {(layer.head_dim, layer.kv_heads) for layer in layers if not layer.sliding}
-    if len(full) == 1 and all(
-        (x.head_dim, x.kv_heads) == (general.head_dim, general.kv_heads) for x in layers if x.sliding
-    ):
-        head_dim, kv_heads = next(iter(full))
+    alike = all((x.head_dim, x.kv_heads) == (general.head_dim, general.kv_heads) for x in layers if x.sliding)
+    head_dim, kv_heads = next(iter(full), (0, 0))
+    if len(full) == 1 and alike and (keys_are_values or kv_heads == general.kv_heads):
         return {"global_head_dim": head_dim, "num_global_key_value_heads": kv_heads}
     return {
         "per_layer_config": {

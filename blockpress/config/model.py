@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpress.config.checks import check, is_count, is_number
+from blockpress.config.families import FAMILIES, REASONS, Family, Traits
 from blockpress.config.layers import (
     FULL_ROPE,
     SLIDING_ROPE,
@@ -23,15 +24,16 @@ from blockpress.config.layers import (
 )
 from blockpress.errors import ConfigError
 
-FAMILY = "diffusion_gemma"
+FAMILY: Family = "diffusion_gemma"
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_experts", "top_k_experts", "moe_intermediate_size",
+    "num_key_value_heads", "head_dim",
 )  # fmt: skip
+_REQUIRED_OF_EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 _COUNTS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_heads", "sliding_window", "num_experts", "top_k_experts",
-    "expert_size", "canvas_length", "context_length",
+    "vocab_size", "hidden_size", "intermediate_size", "num_heads", "sliding_window", "canvas_length", "context_length",
 )  # fmt: skip
+_EXPERTS = ("num_experts", "top_k_experts", "expert_size")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields whose other values would need maths that the stack does not have. Value: what we implement.
@@ -44,18 +46,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_kv_shared_layers": (0, None),
     "use_double_wide_mlp": (False, None),
     "attn_logit_softcapping": (None,),
-    "quantization_config": (None,),
+    "audio_config": (None,),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DiffusionGemma network, as `config.json` describes it.
+    """A network of DiffusionGemma or of its sibling Gemma 4, as `config.json` describes it.
 
-    Sizes are numbers of features, `context_length` and `canvas_length` numbers of tokens. `source` is the file as it
-    was read: what this class does not name travels through `to_dict` untouched.
+    Sizes are numbers of features, `context_length` and `canvas_length` numbers of tokens; where the family has no
+    canvas an answer grows by one token, so its `canvas_length` is 1. Without experts (a dense network) the three
+    numbers that describe them are 0. `source` is the file as it was read: what this class does not name travels
+    through `to_dict` untouched.
     """
 
+    family: Family = FAMILY
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -64,13 +69,15 @@ class ModelConfig:
     sliding_window: int
     sliding_rope: Rope = SLIDING_ROPE
     full_rope: Rope = FULL_ROPE
+    keys_are_values: bool = True
+    """Full layers have no v_proj: a value is the key before its norm and RoPE."""
     num_experts: int
     top_k_experts: int
     expert_size: int
     canvas_length: int = 256
     context_length: int = 131_072
     rms_norm_eps: float = 1e-6
-    softcap: float = 30.0
+    softcap: float | None = 30.0
     pad_id: int | None = 0
     eos_ids: tuple[int, ...] = (1,)
     bos_id: int | None = 2
@@ -80,12 +87,13 @@ class ModelConfig:
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
         for name in _COUNTS:
             check(is_count(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
+        self._check_family()
         most = f"at most num_experts ({self.num_experts})"
         check(self.top_k_experts <= self.num_experts, "top_k_experts", self.top_k_experts, most)
         check(is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
-        check(is_number(self.softcap) and self.softcap > 0, "final_logit_softcapping", self.softcap, "a number above 0")
         for name, value in (("pad", self.pad_id), ("bos", self.bos_id), ("image", self.image_id)):
             check(value is None or is_count(value, 0), f"{name}_token_id", value, "a token id or null")
         for token in self.eos_ids:
@@ -95,6 +103,22 @@ class ModelConfig:
         check(bool(self.layers), "layer_types", (), "a list with at least one layer")
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer)
+
+    def _check_family(self) -> None:
+        """What DiffusionGemma always has, and what Gemma 4 may do without: experts, a softcap, shared values."""
+        # A dense network has none of the three; one of them alone is a mistake.
+        dense = not self.has_canvas and not any(getattr(self, name) for name in _EXPERTS)
+        for name in _EXPERTS:
+            check(is_count(getattr(self, name), 0 if dense else 1), name, getattr(self, name), "a whole number above 0")
+        limited = is_number(self.softcap) and self.softcap is not None and self.softcap > 0
+        need = "a number above 0" if self.has_canvas else "a number above 0, or null"
+        check(limited or (self.softcap is None and not self.has_canvas), "final_logit_softcapping", self.softcap, need)
+        check(isinstance(self.keys_are_values, bool), "attention_k_eq_v", self.keys_are_values, "true or false")
+        if self.has_canvas:
+            check(self.keys_are_values, "attention_k_eq_v", self.keys_are_values, f"true in the family {self.family}")
+        else:
+            need = f"1: the family {self.family} has no canvas, it writes token by token"
+            check(self.canvas_length == 1, "canvas_length", self.canvas_length, need)
 
     def _check_layer(self, index: int, layer: LayerConfig) -> None:
         dim, heads = layer.head_dim, layer.kv_heads
@@ -110,6 +134,15 @@ class ModelConfig:
         """The rotary embedding of that kind of layer."""
         return self.sliding_rope if kind == "sliding_attention" else self.full_rope
 
+    @property
+    def has_canvas(self) -> bool:
+        """Whether the network denoises canvases; Gemma 4 only goes on token by token."""
+        return FAMILIES[self.family].has_canvas
+
+    def has_value(self, layer: LayerConfig) -> bool:
+        """Whether that layer has a v_proj of its own."""
+        return layer.sliding or not self.keys_are_values
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json`.
@@ -121,30 +154,33 @@ class ModelConfig:
         Raises:
             ConfigError: another family, a missing field, a value out of range, or a key that changes the maths.
         """
-        text = _check_family(data)
+        family, text = _read_family(data)
+        traits = FAMILIES[family]
         sliding_rope, full_rope = read_ropes(text)
         eos = text.get("eos_token_id")
         eos = 1 if eos is None else eos
+        keys_are_values = traits.has_canvas or text["attention_k_eq_v"]
+        length = data.get("canvas_length")
         return cls(
+            family=family,
             vocab_size=text["vocab_size"],
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
             num_heads=text["num_attention_heads"],
-            layers=read_layers(text),
+            layers=read_layers(text, keys_are_values),
             sliding_window=text.get("sliding_window", 512),
             sliding_rope=sliding_rope,
             full_rope=full_rope,
-            num_experts=text["num_experts"],
-            top_k_experts=text["top_k_experts"],
-            expert_size=text["moe_intermediate_size"],
-            canvas_length=256 if data.get("canvas_length") is None else data["canvas_length"],
+            keys_are_values=keys_are_values,
+            **_experts(text, traits),
+            canvas_length=1 if not traits.has_canvas else 256 if length is None else length,
             context_length=text.get("max_position_embeddings", 131_072),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-            softcap=text.get("final_logit_softcapping", 30.0),
+            softcap=text["final_logit_softcapping"],
             pad_id=text.get("pad_token_id", 0),
             eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
             bos_id=text.get("bos_token_id", 2),
-            image_id=data.get("image_token_id", 258_880),
+            image_id=data.get("image_token_id", 258_880) if traits.nested else None,
             vision=data.get("vision_config"),
             dtype=data.get("dtype") or data.get("torch_dtype") or text.get("dtype") or "float32",
             source=data,
@@ -152,13 +188,28 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` of this value, in the published layout; unknown keys of `source` are kept."""
-        out: dict[str, Any] = {k: v for k, v in self.source.items() if k != "torch_dtype"}
-        text: dict[str, Any] = dict(self.source.get("text_config", {}))
-        for old in ("global_head_dim", "num_global_key_value_heads", "per_layer_config"):
+        traits = FAMILIES[self.family]
+        # What is written from a config is not packed, however the weights lay that it was read beside.
+        gone = ("torch_dtype", "quantization_config")
+        kept: dict[str, Any] = {k: v for k, v in self.source.items() if k not in gone}
+        text = self._text_dict(traits, dict(kept.get("text_config", {})) if traits.nested else kept)
+        out: dict[str, Any] = {"architectures": [traits.architecture], "dtype": self.dtype}
+        if not traits.nested:
+            return text | out
+        out |= {"model_type": self.family, "text_config": text, "image_token_id": self.image_id}
+        if self.has_canvas:
+            out["canvas_length"] = self.canvas_length
+        if self.vision is not None:
+            out["vision_config"] = dict(self.vision)
+        return kept | out
+
+    def _text_dict(self, traits: Traits, text: dict[str, Any]) -> dict[str, Any]:
+        """The text part of the file, over what was read of it."""
+        for old in ("global_head_dim", "num_global_key_value_heads", "per_layer_config", "quantization_config"):
             text.pop(old, None)
         general = next((layer for layer in self.layers if layer.sliding), self.layers[0])
         text |= {
-            "model_type": FAMILY + "_text",
+            "model_type": traits.text_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -172,9 +223,9 @@ class ModelConfig:
                 "sliding_attention": self.sliding_rope.to_dict(),
                 "full_attention": self.full_rope.to_dict(),
             },
-            "num_experts": self.num_experts,
-            "top_k_experts": self.top_k_experts,
-            "moe_intermediate_size": self.expert_size,
+            "num_experts": self.num_experts or None,
+            "top_k_experts": self.top_k_experts or None,
+            "moe_intermediate_size": self.expert_size or None,
             "max_position_embeddings": self.context_length,
             "rms_norm_eps": self.rms_norm_eps,
             "final_logit_softcapping": self.softcap,
@@ -183,35 +234,40 @@ class ModelConfig:
             "eos_token_id": list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0],
             "bos_token_id": self.bos_id,
         }
-        text |= write_full_sizes(self.layers, general)
-        out |= {
-            "architectures": ["DiffusionGemmaForBlockDiffusion"],
-            "model_type": FAMILY,
-            "text_config": text,
-            "canvas_length": self.canvas_length,
-            "image_token_id": self.image_id,
-            "dtype": self.dtype,
-        }
-        if self.vision is not None:
-            out["vision_config"] = dict(self.vision)
-        return out
+        if not self.has_canvas:
+            text["enable_moe_block"] = self.num_experts > 0
+            text["attention_k_eq_v"] = self.keys_are_values
+            text["hidden_size_per_layer_input"] = 0  # left out, the reference would take 256
+        return text | write_full_sizes(self.layers, general, self.keys_are_values)
 
 
-def _check_family(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text part of a config.json of our family; refuses what the stack does not compute."""
-    family = data.get("model_type")
-    if family != FAMILY:
+def _read_family(data: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    """The family and the text part of a config.json, with the family's defaults; refuses what is not computed."""
+    family: Any = data.get("model_type")
+    if family not in FAMILIES:
         raise ConfigError(
             f"config field model_type is {family!r}",
-            hint=f"blockpress runs the family {FAMILY!r}; give it a checkpoint of that family",
+            hint=f"blockpress runs the families {', '.join(FAMILIES)}; give it a checkpoint of one of them",
         )
-    text = data.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ConfigError(f"config field text_config is {text!r}", hint="text_config must be an object")
+    traits = FAMILIES[family]
+    given = data.get("text_config") if traits.nested else data
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config field text_config is {given!r}", hint="text_config must be an object")
+    text, where = {**traits.defaults, **given}, "text_config." if traits.nested else ""
     for key, allowed in _NEUTRAL.items():
-        for part, where in ((data, ""), (text, "text_config.")):
+        need = " or ".join(map(repr, allowed)) + (f" ({REASONS[key]})" if key in REASONS else "")
+        for part, prefix in ((data, ""), (text, where)):
             if key in part:
-                check(part[key] in allowed, where + key, part[key], " or ".join(map(repr, allowed)))
-    missing = [name for name in _REQUIRED if text.get(name) is None]
-    check(not missing, f"text_config.{missing[0] if missing else ''}", None, "given: it has no default")
-    return text
+                check(part[key] in allowed, prefix + key, part[key], need)
+    moe = text.get("enable_moe_block")
+    check(traits.has_canvas or isinstance(moe, bool), f"{where}enable_moe_block", moe, "true or false")
+    required = _REQUIRED + (_REQUIRED_OF_EXPERTS if traits.has_canvas or moe else ())
+    missing = [name for name in required if text.get(name) is None]
+    check(not missing, f"{where}{missing[0] if missing else ''}", None, "given: it has no default")
+    return family, text
+
+
+def _experts(text: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """The experts' numbers; all 0 where the layers have none, whatever else the file says of them."""
+    there = traits.has_canvas or text["enable_moe_block"]
+    return {ours: text[name] if there else 0 for ours, name in zip(_EXPERTS, _REQUIRED_OF_EXPERTS, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from blockpress.config.layers import LayerConfig, Rope
 from blockpress.config.model import ModelConfig
@@ -27,6 +28,11 @@ def diffusiongemma_26b_a4b() -> ModelConfig:
         image_id=258_880,
         dtype="bfloat16",
     )
+
+
+def gemma4_26b_a4b() -> ModelConfig:
+    """Its autoregressive sibling: the same stack without self-conditioning and canvas, 25.2 billion parameters."""
+    return replace(diffusiongemma_26b_a4b(), family="gemma4", canvas_length=1)
 
 
 def tiny() -> ModelConfig:
@@ -73,6 +79,7 @@ def sudoku_nano() -> ModelConfig:
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "diffusiongemma-26B-A4B": diffusiongemma_26b_a4b,
+    "gemma4-26B-A4B": gemma4_26b_a4b,
     "sudoku-nano": sudoku_nano,
     "tiny": tiny,
 }

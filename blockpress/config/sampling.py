@@ -1,6 +1,10 @@
-"""`generation_config.json`: how a canvas is denoised and which ids end an answer.
+"""`generation_config.json`: how a canvas is denoised, how a token is drawn, and which ids end an answer.
 
-Null or absent means the reference's default. Source: reference model, section 2.
+Null or absent means the reference's default.
+
+Invariant: a sampling that exists is valid; what is wrong with one is said by the name of the field and its value.
+Run it:  python -m pytest tests/test_config.py
+Source: reference model, section 2; for tokens `GenerationConfig` of `transformers` 5.23.
 """
 
 from __future__ import annotations
@@ -47,34 +51,99 @@ class Sampling:
         )
         need(is_count(self.stability, 0), "stability", "a whole number of at least 0")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        need(
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-            "stop",
-            "a text or a list of texts, none of them empty",
-        )
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> Sampling:
         """A copy with some fields changed (and checked)."""
-        unknown = [name for name in changes if name not in self.__dataclass_fields__]
-        if unknown:
-            raise RequestError(
-                f"sampling has no field {unknown[0]!r}", hint=f"fields: {', '.join(self.__dataclass_fields__)}"
-            )
+        _check_names(self, changes)
         return replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """`generation_config.json`: the sampler and the ids that end an answer. Null or absent means the default.
+class AutoregressiveSampling:
+    """How the next token is chosen where an answer is written token by token; the defaults take the likeliest one.
 
-    `max_new_tokens` in that file is the default of one library's call, never a cap here.
+    temperature: the logits are divided by it; 0 takes the likeliest token, and the next two fields say nothing. top_k:
+    how many of the likeliest tokens may be drawn; None: all. top_p: of these, the likeliest that together hold at
+    least this probability may be drawn. stop: text that ends the answer and is not part of it.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise RequestError(f"sampling field {name} is {getattr(self, name)!r}", hint=f"{name} must be {what}")
+
+        need(is_number(self.temperature) and self.temperature >= 0, "temperature", "a temperature of at least 0")
+        need(self.top_k is None or is_count(self.top_k), "top_k", "a whole number of at least 1, or None")
+        need(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a probability above 0, at most 1")
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
+
+    def with_(self, **changes: Any) -> AutoregressiveSampling:
+        """A copy with some fields changed (and checked)."""
+        _check_names(self, changes)
+        return replace(self, **changes)
+
+
+def _check_names(sampling: Sampling | AutoregressiveSampling, changes: Mapping[str, Any]) -> None:
+    unknown = [name for name in changes if name not in sampling.__dataclass_fields__]
+    if unknown:
+        raise RequestError(
+            f"sampling has no field {unknown[0]!r}", hint=f"fields: {', '.join(sampling.__dataclass_fields__)}"
+        )
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
+    if not (isinstance(texts, tuple) and all(isinstance(text, str) and text for text in texts)):
+        raise RequestError(
+            f"sampling field stop is {texts!r}", hint="stop must be a text or a list of texts, none of them empty"
+        )
+    return texts
+
+
+# What the reference would do with each next token besides temperature, top-k and top-p. Value: what changes nothing.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "min_p": (None, 0),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "repetition_penalty": (None, 1),
+    "encoder_repetition_penalty": (None, 1),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "penalty_alpha": (None, 0),
+    "guidance_scale": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """`generation_config.json`: the samplers and the ids that end an answer. Null or absent means the default.
+
+    `sampling` is for canvases, `autoregressive` for single tokens; `has_canvas` says whether the file is one of a
+    family that has canvases. `max_new_tokens` in it is the default of one library's call, never a cap here.
     """
 
     sampling: Sampling = Sampling()
+    autoregressive: AutoregressiveSampling = AutoregressiveSampling()
+    has_canvas: bool = True
     stop_ids: tuple[int, ...] = (1,)
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -83,7 +152,8 @@ class GenerationConfig:
         """Read the file; `config` gives the stop ids where the file has none.
 
         Raises:
-            ConfigError: a value of the wrong type or range, or a sampler that is not the entropy-bound one.
+            ConfigError: a value of the wrong type or range, a sampler that is not the entropy-bound one, or, in a
+                family without canvases, a field that would choose tokens in a way that we do not know.
         """
         sampler = data.get("sampler_config")
         check(sampler is None or isinstance(sampler, Mapping), "sampler_config", sampler, "an object")
@@ -98,25 +168,54 @@ class GenerationConfig:
             "stability": data.get("stability_threshold"),
             "confidence": data.get("confidence_threshold"),
         }
+        if not config.has_canvas:
+            for key, allowed in _NEUTRAL.items():
+                check(data.get(key) in allowed, key, data.get(key), " or ".join(map(repr, allowed)))
         try:
             sampling = Sampling(**{k: v for k, v in given.items() if v is not None})
+            autoregressive = AutoregressiveSampling(**_tokens(data))
         except RequestError as error:
             raise ConfigError(f"generation_config.json: {error.message}", hint=error.hint) from error
         eos = data.get("eos_token_id")
         stop_ids = config.eos_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         for token in stop_ids:
             check(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
-        return cls(sampling=sampling, stop_ids=stop_ids, source=data)
+        return cls(
+            sampling=sampling,
+            autoregressive=autoregressive,
+            has_canvas=config.has_canvas,
+            stop_ids=stop_ids,
+            source=data,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content, in the reference's field names."""
-        s = self.sampling
-        return dict(self.source) | {
-            "max_denoising_steps": s.steps,
-            "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": s.entropy_bound},
-            "t_min": s.t_min,
-            "t_max": s.t_max,
-            "stability_threshold": s.stability,
-            "confidence_threshold": s.confidence,
-            "eos_token_id": list(self.stop_ids),
-        }
+        out = dict(self.source) | {"eos_token_id": list(self.stop_ids)}
+        s, t = self.sampling, self.autoregressive
+        if self.has_canvas:
+            out |= {
+                "max_denoising_steps": s.steps,
+                "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": s.entropy_bound},
+                "t_min": s.t_min,
+                "t_max": s.t_max,
+                "stability_threshold": s.stability,
+                "confidence_threshold": s.confidence,
+            }
+        if t.temperature > 0:
+            out |= {"do_sample": True, "temperature": t.temperature, "top_k": t.top_k or 0, "top_p": t.top_p}
+        elif self.source.get("do_sample"):
+            out["do_sample"] = False
+        return out
+
+
+def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that choose a token. As the reference reads them: none counts unless `do_sample` is true, and then an
+    absent top_k is 50; 0 is no limit."""
+    sample = data.get("do_sample")
+    check(sample is None or isinstance(sample, bool), "do_sample", sample, "true, false or null")
+    if not sample:
+        return {}
+    given = {name: data.get(name) for name in ("temperature", "top_k", "top_p")}
+    found = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
+    check(is_number(found["temperature"]) and found["temperature"] > 0, "temperature", found["temperature"], "above 0")
+    return found | {"top_k": found["top_k"] or None}

@@ -5,8 +5,11 @@
     m = post_ffw_norm_2(experts(pre_ffw_norm_2(h), route(h)))        the router reads h itself
     y = (h + post_ffw_norm(d + m)) * layer_scalar
 
+A dense layer (Gemma 4 without experts) has no m and norms its MLP once: y = (h + post_ffw_norm(mlp(pre_ffw_norm(h)))) *
+layer_scalar.
+
 Module names are those of the published checkpoints, so that a tensor's name is its place.
-Source: reference model, section 1 of its `config.json` and `DiffusionGemmaDecoderTextLayer`.
+Source: reference model, section 1 of its `config.json` and `DiffusionGemmaDecoderTextLayer`, `Gemma4TextDecoderLayer`.
 """
 
 from __future__ import annotations
@@ -146,7 +149,7 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped attention of normed queries and keys. Full layers have no v_proj: v is k before k's norm and RoPE."""
+    """Grouped attention of normed queries and keys. Without a v_proj, v is k before k's norm and RoPE."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -154,7 +157,7 @@ class Attention(nn.Module):
         self.dim, self.eps = dim, eps
         self.q_proj = Linear(hidden, config.num_heads * dim)
         self.k_proj = Linear(hidden, layer.kv_heads * dim)
-        self.v_proj = Linear(hidden, layer.kv_heads * dim) if layer.sliding else None
+        self.v_proj = Linear(hidden, layer.kv_heads * dim) if config.has_value(layer) else None
         self.o_proj = Linear(config.num_heads * dim, hidden)
         self.q_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
@@ -179,7 +182,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer. `layer_scalar` scales its output on a canvas, `causal_scalar` in the causal pass: they may differ."""
+    """One layer. `layer_scalar` scales its output on a canvas, `causal_scalar` in the causal pass: they may differ.
+
+    A family without canvases has the second alone.
+    """
 
     layer_scalar: Tensor
     causal_scalar: Tensor
@@ -189,16 +195,22 @@ class Layer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, layer)
         self.mlp = GatedMLP(hidden, config.intermediate_size)
-        self.router = Router(config)
-        self.experts = Experts(config)
+        self.sparse = config.num_experts > 0
+        # In this order, which decides what a seed draws for which weight (`train/initialise.py`).
+        if self.sparse:
+            self.router = Router(config)
+            self.experts = Experts(config)
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
-        self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        if self.sparse:
+            self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
-        self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
-        self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
-        self.register_buffer("layer_scalar", torch.ones(1))
+        if self.sparse:
+            self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+            self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        if config.has_canvas:
+            self.register_buffer("layer_scalar", torch.ones(1))
         self.register_buffer("causal_scalar", torch.ones(1))
 
     def forward(
@@ -213,11 +225,12 @@ class Layer(nn.Module):
     ) -> tuple[Hidden, KeyValue]:
         mixed, own = self.self_attn(self.input_layernorm(x), rotary, context, mask, op)
         h = x + self.post_attention_layernorm(mixed)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
-        flat = h.flatten(0, 1)
-        routed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(routed.view_as(h))
-        y = h + self.post_feedforward_layernorm(dense + sparse)
+        fed = self.mlp(self.pre_feedforward_layernorm(h))
+        if self.sparse:
+            flat = h.flatten(0, 1)
+            routed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+            fed = self.post_feedforward_layernorm_1(fed) + self.post_feedforward_layernorm_2(routed.view_as(h))
+        y = h + self.post_feedforward_layernorm(fed)
         return y * (self.causal_scalar if causal else self.layer_scalar), own
 
 

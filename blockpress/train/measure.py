@@ -22,9 +22,10 @@ from textwrap import fill
 import torch
 
 from blockpress import sudoku
+from blockpress.autoregress import autoregress
 from blockpress.config import Sampling
 from blockpress.errors import BlockpressError
-from blockpress.generate import autoregress, generate
+from blockpress.generate import generate
 from blockpress.model import Network
 from blockpress.reply import Done, Row
 from blockpress.text import Tokenizer
@@ -111,13 +112,21 @@ def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.P
     steps: list[int] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
-        prompts = [tokenizer.encode(sudoku.layout(puzzle.puzzle)) for puzzle in some]
-        answers = autoregress(network, prompts, config.eos_ids, config.canvas_length)
-        steps += [len(answer) for answer in answers]
-        solved += [
-            tokenizer.decode(answer) == sudoku.layout(puzzle.solution)
-            for answer, puzzle in zip(answers, some, strict=True)
+        rows = [
+            Row(
+                index,
+                tokenizer.encode(sudoku.layout(puzzle.puzzle)),
+                0,
+                stop_ids=config.eos_ids,
+                canvas_length=1,
+                room=config.canvas_length,
+            )
+            for index, puzzle in enumerate(some)
         ]
+        replies = {e.row: e.reply for e in autoregress(network, rows) if isinstance(e, Done)}
+        for index, puzzle in enumerate(some):
+            solved.append(tokenizer.decode(replies[index].tokens) == sudoku.layout(puzzle.solution))
+            steps.append(len(replies[index].tokens))
     return score("autoregressive, greedy", solved, steps, config.canvas_length + 1, time.perf_counter() - begun)
 
 

@@ -1,15 +1,22 @@
 """A tensor's name in a published checkpoint, and its name in our network.
 
-    published                                                      ours
+    DiffusionGemma, published                                      ours
     model.decoder.NAME                                             NAME
     model.encoder.language_model.layers.N.layer_scalar             layers.N.causal_scalar
     model.encoder.language_model.NAME, lm_head.weight              NAME, embed_tokens.weight: ties, seldom written
-    model.encoder.vision_tower.*, model.encoder.embed_vision.*     none: kept on disk until the tower is built
+    model.encoder.vision_tower.*, model.encoder.embed_vision.*     none: the tower is loaded apart
+
+    Gemma 4, published                                             ours
+    model.language_model.NAME, or model.NAME (gemma4_text)         NAME
+    the same of layers.N.layer_scalar                              layers.N.causal_scalar
+    lm_head.weight                                                 embed_tokens.weight: a tie, seldom written
+    model.vision_tower.*, model.embed_vision.*                     none: the tower is loaded apart
 
 The encoder and the decoder are one stack, so the published files hold it once. Some tools write the other names as
-well; such a tie is taken where its twin is absent, and must equal its twin where both are there.
+well; such a tie is taken where its twin is absent, and must equal its twin where both are there. Gemma 4 has the causal
+pass alone, so its scalars are the causal ones.
 
-Invariant: `our_name(published_name(x)) == x` for every tensor of a network.
+Invariant: `our_name(published_name(x, family), family) == x` for every tensor of a network of that family.
 
 >>> published_name("layers.3.causal_scalar")
 'model.encoder.language_model.layers.3.layer_scalar'
@@ -17,19 +24,37 @@ Invariant: `our_name(published_name(x)) == x` for every tensor of a network.
 'layers.3.causal_scalar'
 >>> our_name("lm_head.weight")
 'embed_tokens.weight'
+>>> published_name("layers.3.causal_scalar", "gemma4")
+'model.language_model.layers.3.layer_scalar'
+>>> our_name("model.layers.3.mlp.up_proj.weight", "gemma4_text")
+'layers.3.mlp.up_proj.weight'
 
 Run it:  python -m pytest tests/weights/test_keys.py
-Source: `DiffusionGemmaModel._tied_weights_keys`, `DiffusionGemmaForBlockDiffusion._tied_weights_keys`.
+Source: `DiffusionGemmaModel._tied_weights_keys`, `DiffusionGemmaForBlockDiffusion._tied_weights_keys`,
+`Gemma4ForConditionalGeneration`, `Gemma4ForCausalLM`.
 """
 
 from __future__ import annotations
 
 import re
 
+from blockpress.config import FAMILIES, FAMILY, Family
+
 DECODER = "model.decoder."
 ENCODER = "model.encoder.language_model."
 HEAD = "lm_head.weight"
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+VISION = (
+    "model.encoder.vision_tower.", "model.encoder.embed_vision.", "model.vision_tower.", "model.embed_vision.",
+)  # fmt: skip
+
+# Where a family's text stack lies: the first prefix is the one that is written. The bare "model." of a Gemma 4 saved
+# by itself is taken only before the stack's own names, since towers begin with it as well.
+_STACKS: dict[Family, tuple[str, ...]] = {
+    "diffusion_gemma": (DECODER, ENCODER),
+    "gemma4": ("model.language_model.", "model."),
+    "gemma4_text": ("model.", "model.language_model."),
+}
+_OWN = re.compile(r"(embed_tokens|layers|norm)\..*")
 
 _CAUSAL = re.compile(r"layers\.\d+\.causal_scalar")
 _SCALAR = re.compile(r"layers\.\d+\.layer_scalar")
@@ -44,25 +69,27 @@ _QUANTISED = re.compile(
 )
 
 
-def published_name(ours: str) -> str:
-    """The name under which a tensor of our network is stored."""
+def published_name(ours: str, family: Family = FAMILY) -> str:
+    """The name under which a tensor of our network, which is of that family, is stored."""
+    first = _STACKS[family][0]
     if _CAUSAL.fullmatch(ours):
-        return ENCODER + ours.replace("causal_scalar", "layer_scalar")
-    return DECODER + ours
+        return (ENCODER if first == DECODER else first) + ours.replace("causal_scalar", "layer_scalar")
+    return first + ours
 
 
-def our_name(published: str) -> str | None:
+def our_name(published: str, family: Family | None = None) -> str | None:
     """The tensor of our network that this one is, or is tied to; None where the name is outside the stack.
 
-    It says nothing on whether a network has a tensor of that name.
+    It says nothing on whether a network has a tensor of that name. Without a family the names of all are known.
     """
     if published == HEAD:
         return "embed_tokens.weight"
-    if published.startswith(DECODER):
-        return published.removeprefix(DECODER)
-    if published.startswith(ENCODER):
-        name = published.removeprefix(ENCODER)
-        return name.replace("layer_scalar", "causal_scalar") if _SCALAR.fullmatch(name) else name
+    for prefix in (prefix for each in ([family] if family else FAMILIES) for prefix in _STACKS[each]):
+        name = published.removeprefix(prefix)
+        if name == published or (prefix == "model." and not _OWN.fullmatch(name)):
+            continue
+        causal = prefix != DECODER and _SCALAR.fullmatch(name)
+        return name.replace("layer_scalar", "causal_scalar") if causal else name
     return None
 
 

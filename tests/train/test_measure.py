@@ -49,7 +49,7 @@ class Knows(Network):
             self.answers[tuple(tokenizer.encode(sudoku.layout(puzzle.puzzle)))] = answer
         self.prompts: list[tuple[int, ...]] = []
 
-    def read(self, tokens, cache, counts=None):  # type: ignore[no-untyped-def]
+    def read(self, tokens, cache, counts=None, images=None):  # type: ignore[no-untyped-def]
         if not cache.width:
             self.prompts = [tuple(row) for row in tokens.tolist()]
         return super().read(tokens, cache, counts)

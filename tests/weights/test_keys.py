@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,13 @@ TOWER = {
 
 @pytest.mark.parametrize("preset", PRESETS.values())
 def test_a_name_comes_back_from_its_published_one(preset: Callable[[], ModelConfig]) -> None:
+    config = preset()
     with torch.device("meta"):
-        names = list(Network(preset()).state_dict())
-    assert [our_name(published_name(name)) for name in names] == names
-    assert not any(is_vision(published_name(name)) or is_derived(published_name(name)) for name in names)
-    assert not any(is_quantised(published_name(name)) for name in names)
+        names = list(Network(config).state_dict())
+    written = [published_name(name, config.family) for name in names]
+    assert [our_name(name, config.family) for name in written] == names
+    assert [our_name(name) for name in written] == names
+    assert not any(is_vision(name) or is_derived(name) or is_quantised(name) for name in written)
 
 
 def test_the_large_model_has_the_names_and_shapes_of_the_reference() -> None:
@@ -58,6 +61,11 @@ def test_the_large_model_has_the_names_and_shapes_of_the_reference() -> None:
         ("model.encoder.language_model.layers.3.layer_scalar", None),
         ("model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.input_max", "vision"),
         ("model.encoder.embed_vision.embedding_projection.weight", "vision"),
+        ("model.vision_tower.encoder.layers.0.mlp.up_proj.input_max", "vision"),
+        ("model.embed_vision.embedding_projection.weight", "vision"),
+        ("model.language_model.layers.3.layer_scalar", None),
+        ("model.language_model.rotary_emb.full_attention_inv_freq", "derived"),
+        ("model.language_model.embed_tokens.embed_scale", "derived"),
         ("model.decoder.rotary_emb.sliding_attention_inv_freq", "derived"),
         ("model.decoder.rotary_emb.inv_freq", "derived"),
         ("model.encoder.language_model.embed_tokens.embed_scale", "derived"),
@@ -74,3 +82,25 @@ def test_a_name_is_of_one_kind(name: str, kind: str | None) -> None:
     kinds = {"vision": is_vision, "derived": is_derived, "quantised": is_quantised}
     assert [label for label, holds in kinds.items() if holds(name)] == ([kind] if kind else [])
     assert (our_name(name) is None) == (kind == "vision")
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "ours"),
+    [
+        ("model.decoder.layers.3.layer_scalar", "diffusion_gemma", "layers.3.layer_scalar"),
+        ("model.encoder.language_model.layers.3.layer_scalar", "diffusion_gemma", "layers.3.causal_scalar"),
+        ("model.language_model.layers.3.layer_scalar", "diffusion_gemma", None),
+        ("model.layers.3.layer_scalar", "diffusion_gemma", None),
+        ("model.language_model.layers.3.layer_scalar", "gemma4", "layers.3.causal_scalar"),
+        ("model.layers.3.layer_scalar", "gemma4_text", "layers.3.causal_scalar"),
+        ("model.layers.3.layer_scalar", "gemma4", "layers.3.causal_scalar"),
+        ("model.decoder.layers.3.layer_scalar", "gemma4", None),
+        ("model.norm.weight", "gemma4_text", "norm.weight"),
+        ("model.vision_tower.std_bias", "gemma4_text", None),
+        ("model.audio_tower.layers.0.norm.weight", "gemma4", None),
+        ("lm_head.weight", "gemma4", "embed_tokens.weight"),
+        ("layers.3.layer_scalar", "gemma4", None),
+    ],
+)
+def test_a_name_belongs_to_its_family(name: str, family: Any, ours: str | None) -> None:
+    assert our_name(name, family) == ours
