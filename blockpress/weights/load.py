@@ -2,19 +2,21 @@
 
 The network is built without memory (on torch's meta device) and every weight is read, cast, moved and put into its
 place before the next one is touched: peak memory is the weights and one tensor. Names, shapes and types are compared
-first, on the files' headers, so that a checkpoint that does not fit fails in milliseconds.
+first, on the files' headers (`plan.py`), so that a checkpoint that does not fit fails in milliseconds.
+
+Packed weights stay packed (`formats.py`). Experts that are stored one by one are read straight into their stacks.
 
 Invariant: every tensor of the network comes from the checkpoint, and every tensor of the checkpoint is in the network,
-equal to one that is, or known by name to be outside it (vision, derived tables).
+equal to one that is, or known by name to be outside it (vision, derived tables, scales of activations).
 
 Run it:  python -c "from blockpress.weights import load_network; print(load_network('runs/sudoku/model').dtype)"
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -22,18 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from blockpress.config import GenerationConfig, ModelConfig
-from blockpress.errors import (
-    CheckpointError,
-    ConfigError,
-    MissingWeights,
-    RequestError,
-    ShapeMismatch,
-    UnexpectedWeights,
-)
+from blockpress.config.quantization import Quantization
+from blockpress.errors import ConfigError, RequestError, UnexpectedWeights
 from blockpress.model import Network
+from blockpress.model.layers import put_packed
+from blockpress.ops.linear import Weight
+from blockpress.ops.packed import PackedTensors
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory, read_object
-from blockpress.weights.keys import is_derived, is_quantised, is_vision, our_name, published_name
-from blockpress.weights.shards import FLOATS, Stored, catalogue, opened
+from blockpress.weights.formats import Field
+from blockpress.weights.keys import published_name
+from blockpress.weights.plan import Slot, Target, plan
+from blockpress.weights.shards import catalogue, opened
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read): once before the first tensor and after every one."""
@@ -41,37 +42,33 @@ Progress = Callable[[int, int], None]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The types a network runs in, by the names that `config.json` and callers use."""
 
-# Floats of 4, 6 and 8 bits, such as F8_E4M3: weights only together with their scales.
-_NARROW = re.compile(r"F[468](_|$)")
+BESIDE = "hf_quant_config.json"
+"""Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One read: the tensor `stored` goes to `ours`, or, where `tie`, must equal what is there already."""
+@dataclass(kw_only=True)
+class _Filling:
+    """A target while it is read: the layout's tensors so far, and the stored tensors that are still to come."""
 
-    ours: str
-    stored: Stored
-    tie: bool = False
+    target: Target
+    left: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """Read a checkpoint's `config.json`.
 
     Raises:
-        ModelNotFound, CheckpointError: no checkpoint there, or a quantised one.
-        DamagedFile: the file is not JSON. ConfigError: it is not a config that this package runs.
+        ModelNotFound, CheckpointError: no checkpoint there.
+        DamagedFile: the file is not JSON.
+        ConfigError: it is not a config that this package runs, or weights are packed in a way that it does not read.
     """
-    file = checkpoint_directory(path) / CONFIG
-    data = read_object(file)
-    quantised = data.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise _quantised(f"{str(file)!r} says quantization_config, method {method!r}")
-    try:
-        return ModelConfig.from_dict(data)
-    # A value of a type that nobody foresaw is the file's fault all the same.
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{str(file)!r} is not understood: {error}", hint="fetch the file again") from error
+    directory = checkpoint_directory(path)
+    data = read_object(directory / CONFIG)
+    with _understood(directory / CONFIG):
+        config = ModelConfig.from_dict(data)
+    _load_quantization(directory)
+    return config
 
 
 def load_generation(path: str | Path, config: ModelConfig) -> GenerationConfig:
@@ -82,9 +79,32 @@ def load_generation(path: str | Path, config: ModelConfig) -> GenerationConfig:
     """
     file = checkpoint_directory(path) / GENERATION
     data = read_object(file) if file.is_file() else {}
-    try:
+    with _understood(file):
         return GenerationConfig.from_dict(data, config)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+
+
+def _load_quantization(directory: Path) -> Quantization | None:
+    """How the weights are packed, by config.json or by the file that ModelOpt writes beside it; None: they are not."""
+    file = directory / CONFIG
+    data = read_object(file)
+    text = data.get("text_config")
+    said = data.get("quantization_config")
+    said = text.get("quantization_config") if said is None and isinstance(text, dict) else said
+    if said is None and (directory / BESIDE).is_file():
+        file = directory / BESIDE
+        said = read_object(file)
+    if said is None:
+        return None
+    with _understood(file):
+        return Quantization.from_dict(said)
+
+
+@contextmanager
+def _understood(file: Path) -> Iterator[None]:
+    """A value of a type that nobody foresaw is the file's fault all the same."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{str(file)!r} is not understood: {error}", hint="fetch the file again") from error
 
 
@@ -96,11 +116,12 @@ def load_network(
     config: ModelConfig | None = None,
     progress: Progress | None = None,
 ) -> Network:
-    """Read a checkpoint's weights into a network, in eval mode and without gradients.
+    """Read a checkpoint's weights into a network, in eval mode and without gradients. Packed weights stay packed.
 
     Args:
         path: the checkpoint's directory.
-        dtype: of the weights in memory: float32, bfloat16, float16 or their names; None: what the config says.
+        dtype: of the activations and of the weights that are not packed: float32, bfloat16, float16 or their names;
+            None: what the config says.
         device: where the weights go, each as soon as it is read.
         config: instead of what the directory's config.json says.
         progress: called with bytes on disk.
@@ -113,14 +134,14 @@ def load_network(
     config = load_config(directory) if config is None else config
     target, place = choose_dtype(dtype, config), _choose_device(device)
     network = _without_memory(config)
-    jobs = _plan(network, catalogue(directory))
+    targets = plan(network, catalogue(directory), _load_quantization(directory))
+    size = sum(tensor.numel() for tensor in network.state_dict().values()) * target.itemsize
     try:
-        _fill(network, jobs, target, place, progress or (lambda done, total: None))
+        _fill(network, targets, target, place, progress or (lambda done, total: None))
     except (RuntimeError, MemoryError) as error:
         # Of a CPU that is out of memory torch says so in the text alone.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        size = sum(tensor.numel() for tensor in network.state_dict().values()) * target.itemsize
         raise RequestError(
             f"device {str(place)!r} has no room for the weights: {size / 2**30:.1f} GiB in {target}",
             hint="give a dtype of fewer bytes, or a device with more memory",
@@ -168,98 +189,85 @@ def _without_memory(config: ModelConfig) -> Network:
         ) from error
 
 
-def _plan(network: Network, tensors: dict[str, Stored]) -> list[_Job]:
-    """Where every tensor goes: first those that fill the network, then the ties, which are compared.
-
-    A checkpoint without the causal pass's own scalars is one where they are the canvas's.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    sources: dict[str, list[Stored]] = {name: [] for name in wanted}
-    left = []
-    for name, stored in tensors.items():
-        if is_vision(name) or is_derived(name):
-            continue
-        if is_quantised(name) or _NARROW.match(stored.dtype):
-            raise _quantised(f"the tensor {name} is stored as {stored.dtype}")
-        ours = our_name(name)
-        if ours is None or ours not in sources:
-            left.append(name)
-        else:
-            _check(stored, wanted[ours])
-            sources[ours].insert(0 if name == published_name(ours) else len(sources[ours]), stored)
-    for name in sources:
-        if not sources[name] and name.endswith("causal_scalar"):
-            sources[name] = sources[name.replace("causal_scalar", "layer_scalar")][:1]
-    missing = [published_name(name) for name, found in sources.items() if not found]
-    if missing:
-        raise MissingWeights(_listed("the checkpoint lacks", missing), hint=_other_save("config.json asks for more"))
-    if left:
-        raise UnexpectedWeights(
-            _listed("nothing in the model takes", left), hint=_other_save("config.json asks for less")
-        )
-    first = [_Job(ours=name, stored=found[0]) for name, found in sources.items()]
-    ties = [_Job(ours=name, stored=stored, tie=True) for name, found in sources.items() for stored in found[1:]]
-    return first + ties
-
-
-def _check(stored: Stored, shape: tuple[int, ...]) -> None:
-    if stored.dtype not in FLOATS:
-        raise ShapeMismatch(
-            f"the tensor {stored.name} is stored as {stored.dtype}", hint=f"weights are stored as {', '.join(FLOATS)}"
-        )
-    if stored.shape != shape:
-        raise ShapeMismatch(
-            f"the tensor {stored.name} has the shape {list(stored.shape)}, the config asks for {list(shape)}",
-            hint=_other_save("the sizes differ"),
-        )
-
-
-def _fill(network: Network, jobs: list[_Job], dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
-    total, done = sum(job.stored.bytes for job in jobs), 0
+def _fill(
+    network: Network, targets: list[Target], dtype: torch.dtype, device: torch.device, progress: Progress
+) -> None:
+    fillings = [_Filling(target=t, left=sum(len(recipe.fields) for recipe in t.recipes.values())) for t in targets]
+    jobs = [
+        (filling, slot, part)
+        for filling in fillings
+        for slot, recipe in filling.target.recipes.items()
+        for part in recipe.fields
+    ]
+    # Ties come last, when what they are tied to is in its place; each file is opened once, and once more for ties.
+    jobs.sort(key=lambda job: (job[0].target.tie, job[2].stored.file))
+    total, done = sum(job[2].stored.bytes for job in jobs), 0
     progress(done, total)
-    for file, group in _by_file(jobs):
+    for (_, file), group in groupby(jobs, key=lambda job: (job[0].target.tie, job[2].stored.file)):
         with opened(file) as shard:
-            for job in group:
-                # copy: memory that torch allocates has one alignment, so that sums come out the same in every run.
+            for filling, slot, part in group:
                 # No name holds the tensor that was read, or two of them would be in memory when the next one is.
-                fresh = shard.get_tensor(job.stored.name).to(device=device, dtype=dtype, copy=not job.tie)
-                _compare(network, job, fresh) if job.tie else _assign(network, job.ours, fresh)
-                del fresh
-                done += job.stored.bytes
+                _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), dtype, device)
+                filling.left -= 1
+                if not filling.left:
+                    _finish(network, filling)
+                done += part.stored.bytes
                 progress(done, total)
 
 
-def _by_file(jobs: list[_Job]) -> Iterable[tuple[Path, Iterable[_Job]]]:
-    """Jobs grouped by file, each opened once; ties come last, when what they are tied to is in its place."""
-    ordered = sorted(jobs, key=lambda job: (job.tie, job.stored.file))
-    return ((key[1], group) for key, group in groupby(ordered, key=lambda job: (job.tie, job.stored.file)))
+def _take(filling: _Filling, slot: Slot, part: Field, fresh: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a part's values where they belong: into the stack, or by themselves."""
+    target, plain = filling.target, filling.target.first.build is None
+    if not part.name:
+        return
+    kind = dtype if plain else fresh.dtype
+    if target.experts is None:
+        # copy: memory that torch allocates has one alignment, so that sums come out the same in every run.
+        filling.tensors[part.name] = fresh.to(device=device, dtype=kind, copy=not target.tie).contiguous()
+        return
+    expert, half = slot
+    rows = fresh.shape[0]
+    if part.name not in filling.tensors:
+        shape = (target.experts, target.halves * rows, *fresh.shape[1:])
+        filling.tensors[part.name] = torch.empty(shape, dtype=kind, device=device)
+    filling.tensors[part.name][expert, half * rows : (half + 1) * rows].copy_(fresh)
 
 
-def _assign(network: Network, name: str, tensor: Tensor) -> None:
+def _finish(network: Network, filling: _Filling) -> None:
+    """Make the weight of what was read, and put it into the network or compare it with what is there."""
+    build = filling.target.first.build
+    weight = filling.tensors["weight"] if build is None else build(**filling.tensors)
+    filling.tensors = {}
+    if filling.target.tie:
+        _compare(network, filling.target, weight)
+    else:
+        _assign(network, filling.target.ours, weight)
+
+
+def _assign(network: Network, name: str, weight: Weight) -> None:
     owner, _, leaf = name.rpartition(".")
     module = network.get_submodule(owner)
-    is_parameter = leaf in dict(module.named_parameters(recurse=False))
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    if not isinstance(weight, Tensor):
+        put_packed(module, leaf, weight)
+        return
+    is_parameter = leaf in module._parameters
+    setattr(module, leaf, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
 
 
-def _compare(network: Network, job: _Job, tensor: Tensor) -> None:
-    if not torch.equal(network.state_dict()[job.ours], tensor):
+def _compare(network: Network, target: Target, weight: Weight) -> None:
+    owner, _, leaf = target.ours.rpartition(".")
+    there = getattr(network.get_submodule(owner), leaf)
+    if not all(torch.equal(one, other) for one, other in zip(_parts(there), _parts(weight), strict=True)):
+        twin = published_name(target.ours, network.config.family)
         raise UnexpectedWeights(
-            f"the tensor {job.stored.name} differs from {published_name(job.ours)}, to which it is tied",
+            f"the tensor {target.first.fields[0].stored.name} differs from {twin}, to which it is tied",
             hint="the model has one stack and one embedding: a checkpoint that unties them cannot be run",
         )
 
 
-def _quantised(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint is quantised: {what}", hint="quantised formats are not read yet; take the bfloat16 checkpoint"
-    )
-
-
-def _other_save(how: str) -> str:
-    return f"{how}: do config and weights come from the same save?"
-
-
-def _listed(what: str, names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:3])}{rest}"
+def _parts(weight: Weight) -> list[Tensor]:
+    if isinstance(weight, Tensor):
+        return [weight]
+    assert isinstance(weight, PackedTensors), "only what was read here is compared"
+    # A comparison of bytes: 8-bit floats have none of their own.
+    return [tensor.contiguous().view(torch.uint8) for tensor in weight.tensors().values()]

@@ -32,6 +32,7 @@ from torch import Tensor
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model import Network
+from blockpress.model.layers import packed_weights
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
 from blockpress.weights.keys import is_vision, published_name
 from blockpress.weights.load import choose_dtype
@@ -86,12 +87,13 @@ def save_checkpoint(
         shard_bytes: most bytes of a shard's tensors; one tensor that is larger has a shard of its own.
 
     Raises:
-        RequestError: an argument that cannot be meant.
+        RequestError: an argument that cannot be meant, or packed weights in the network.
         MissingWeights, UnexpectedWeights, ShapeMismatch: vision tensors that are not those of the config's tower.
         CheckpointError: `kept_from` or `directory` cannot be used.
     """
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise RequestError(f"shard_bytes is {shard_bytes!r}", hint="shard_bytes must be a whole number of at least 1")
+    _refuse_packed(network)
     stored = choose_dtype(network.dtype if dtype is None else dtype, network.config)
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
     pieces = _own(network, stored) + _vision(network.config, kept_from, kept)
@@ -135,9 +137,23 @@ def _staged(folder: Path) -> Iterator[Path]:
         ) from error
 
 
+def _refuse_packed(network: Network) -> None:
+    for name, module in network.named_modules():
+        for leaf in packed_weights(module):
+            raise RequestError(
+                f"{name}.{leaf} of the network is packed, and no floats are left of it to be saved",
+                hint="copy the checkpoint that it was loaded from, or quantise a network of floats to another format",
+            )
+
+
 def _own(network: Network, dtype: torch.dtype) -> list[_Piece]:
+    family = network.config.family
     return [
-        _Piece(name=published_name(name), bytes=tensor.numel() * dtype.itemsize, make=partial(_on_cpu, tensor, dtype))
+        _Piece(
+            name=published_name(name, family),
+            bytes=tensor.numel() * dtype.itemsize,
+            make=partial(_on_cpu, tensor, dtype),
+        )
         for name, tensor in network.state_dict().items()
     ]
 

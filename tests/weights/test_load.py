@@ -281,7 +281,7 @@ def test_a_config_may_be_given(single: Path, seeing: ModelConfig) -> None:
 
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[BlockpressError], str]] = {
-    "another family": (lambda d: d.update(model_type="gemma4"), ConfigError, "model_type is 'gemma4'"),
+    "another family": (lambda d: d.update(model_type="gemma3"), ConfigError, "model_type is 'gemma3'"),
     "no family": (lambda d: d.pop("model_type"), ConfigError, "model_type is None"),
     "no text config": (lambda d: d.pop("text_config"), ConfigError, "text_config"),
     "a size that is text": (lambda d: d["text_config"].update(hidden_size="32"), ConfigError, "hidden_size"),
@@ -301,12 +301,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[BlockpressError],
         ConfigError,
         "rope_parameters|not understood",
     ),
-    "compressed-tensors": (
-        lambda d: d.update(quantization_config={"quant_method": "compressed-tensors", "config_groups": {}}),
-        CheckpointError,
-        "quantised: .*'compressed-tensors'",
+    "a quantisation that nothing reads": (
+        lambda d: d.update(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ConfigError,
+        "quantization_config.quant_method is 'gptq'",
     ),
-    "a quantisation that is a word": (lambda d: d.update(quantization_config="nf4"), CheckpointError, "'nf4'"),
+    "a quantisation that is a word": (lambda d: d.update(quantization_config="nf4"), ConfigError, "'nf4'"),
 }
 
 

@@ -1,0 +1,242 @@
+"""Layouts of weights in 8 and 4 bits, and how each becomes floats.
+
+    Codes    e4m3 or int8, a byte a value              value = (code - zero) * scale
+    Nibbles  4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
+    Float4   e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
+
+`scale` and `zero` stand for a run of `group` columns of a row (one run: the whole row), `outer` for a row. The first
+value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
+
+A byte, or two of them, selects its floats from a table: on a CPU that is several times as fast as shifts and casts.
+
+Invariant: `unpack` rounds where compressed-tensors rounds when it decompresses: `Codes` and `Nibbles` in the scale's
+type, `Float4` in float32; a wider `dtype` gets the same values.
+
+Run it:  python -m pytest tests/ops/test_packed.py
+Source: OCP 8-bit floating point 1.0 (e4m3), OCP microscaling formats 1.0 (e2m1, e8m0), `compressed_tensors` 0.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Literal, TypeVar, final
+
+import torch
+from jaxtyping import Float, Float32, Int8, Shaped, UInt8
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of the sixteen 4-bit floats, by code."""
+
+ScaleKind = Literal["e4m3", "e8m0"]
+Own = TypeVar("Own", bound="PackedTensors")
+
+
+class PackedTensors:
+    """The base of the layouts: what follows from their tensors alone."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, scales included."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names of their fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def __getitem__(self: Own, index: int | slice | Tensor) -> Own:
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self: Own, device: torch.device) -> Own:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self: Own, change: Callable[[Tensor], Tensor]) -> Own:
+        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Codes(PackedTensors):
+    """A byte a value: float8_e4m3fn or int8. The last group of a row may be shorter than the others."""
+
+    codes: Shaped[Tensor, "*lead rows columns"]
+    scale: Float[Tensor, "*lead rows groups"]
+    group: int
+    zero: Int8[Tensor, "*lead rows groups"] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype in (E4M3, torch.int8), self.codes.dtype
+        assert self.scale.shape[-1] == -(-self.codes.shape[-1] // self.group), "a scale for every group"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values; (code - zero) is exact, its product with the scale is rounded to the scale's type."""
+        return _scaled(self._codes(self.scale.dtype), self.scale, self.group).to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
+        """With one scale a row, the codes (exact in every type) and the scales; else the values."""
+        if self.scale.shape[-1] > 1:
+            return self.unpack(dtype), None
+        return self._codes(dtype), self.scale[..., 0].float()
+
+    def _codes(self, dtype: torch.dtype) -> Tensor:
+        values = self.codes.to(dtype) if self.codes.dtype == torch.int8 else _from_e4m3(self.codes, dtype)
+        return _shifted(values, self.zero, self.group)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Nibbles(PackedTensors):
+    """Two integers of 4 bits in a byte, each stored plus 8."""
+
+    packed: UInt8[Tensor, "*lead rows bytes"]
+    scale: Float[Tensor, "*lead rows groups"]
+    group: int
+    zero: Int8[Tensor, "*lead rows groups"] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.scale.shape[-1] * self.group == 2 * self.packed.shape[-1], "a scale for every group"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values; (nibble - 8 - zero) is exact, its product with the scale is rounded to the scale's type."""
+        return _scaled(self._codes(self.scale.dtype), self.scale, self.group).to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
+        """With one scale a row, the integers (exact in every type) and the scales; else the values."""
+        if self.scale.shape[-1] > 1:
+            return self.unpack(dtype), None
+        return self._codes(dtype), self.scale[..., 0].float()
+
+    def _codes(self, dtype: torch.dtype) -> Tensor:
+        values = _select(_pairs("int4", dtype, self.device), self.packed, dtype).view(self.shape)
+        return _shifted(values, self.zero, self.group)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Float4(PackedTensors):
+    """e2m1 under a scale of one byte for each group: NVFP4 (e4m3, 16 columns, an outer scale) and MXFP4 (e8m0, 32).
+
+    `divides`: the scale is divided by `outer`, as compressed-tensors has it, instead of multiplied (ModelOpt).
+    """
+
+    packed: UInt8[Tensor, "*lead rows bytes"]
+    scale: UInt8[Tensor, "*lead rows groups"]
+    kind: ScaleKind
+    group: int
+    outer: Float32[Tensor, "*lead rows"] | None = None
+    divides: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.scale.shape[-1] * self.group == 2 * self.packed.shape[-1], "a scale for every group"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values: the two scales are joined in float32, and so is the product with the code."""
+        scale = _select(_bytes(self.kind, self.device), self.scale, torch.float32).view(self.scale.shape)
+        if self.outer is not None:
+            scale = scale / self.outer[..., None] if self.divides else scale * self.outer[..., None]
+        values = _select(_pairs("e2m1", torch.float32, self.device), self.packed, torch.float32)
+        return _scaled(values.view(self.shape), scale, self.group).to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
+        """e2m1 * e4m3 has 6 bits, so it is exact in every type, and the outer scale is the row's."""
+        # Powers of two up to 2^127 are beyond float16; those of e4m3 are not.
+        if self.kind == "e8m0" and dtype == torch.float16:
+            return self.unpack(dtype), None
+        index = self.packed.unflatten(-1, (-1, self.group // 2)).int()
+        index.add_(self.scale.int().mul_(256).unsqueeze(-1))
+        matrix = _select(_products(self.kind, dtype, self.device), index, dtype).view(self.shape)
+        if self.outer is None:
+            return matrix, None
+        return matrix, 1 / self.outer if self.divides else self.outer
+
+
+def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
+    return values.mul_(_spread(scale, group, values.shape[-1]))
+
+
+def _shifted(values: Tensor, zero: Tensor | None, group: int) -> Tensor:
+    return values if zero is None else values.sub_(_spread(zero.to(values.dtype), group, values.shape[-1]))
+
+
+def _spread(scale: Tensor, group: int, columns: int) -> Tensor:
+    """A scale for every column, written out: a product that repeats one every 16 columns takes three times as long."""
+    if scale.shape[-1] == 1:
+        return scale
+    return scale[..., None].expand(*scale.shape, group).flatten(-2)[..., :columns]
+
+
+def _from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """e4m3 codes as floats; torch's own cast takes ten times as long on a CPU."""
+    if codes.shape[-1] % 2 or codes.device.type != "cpu":
+        return codes.to(dtype)
+    index = codes.contiguous().view(torch.int16).int().bitwise_and_(0xFFFF)
+    return _select(_double_e4m3(dtype), index, dtype).view(codes.shape)
+
+
+def _select(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of a table, one after another, as values of `dtype`."""
+    return table.index_select(0, index.flatten().int()).view(dtype)
+
+
+def _entries(values: Float[Tensor, "entries two"]) -> Shaped[Tensor, " entries"]:
+    """Pairs of floats as one integer each, which is what an index selects fastest."""
+    return values.contiguous().view(torch.int64 if values.dtype == torch.float32 else torch.int32).flatten()
+
+
+def _two(low: Tensor, high: Tensor) -> Tensor:
+    """All pairs of a low and a high half, at the index high * len(low) + low."""
+    return torch.stack((low.repeat(len(high)), high.repeat_interleave(len(low))), dim=-1)
+
+
+def _all_e4m3() -> Float32[Tensor, " 256"]:
+    return torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+
+
+@cache
+def _double_e4m3(dtype: torch.dtype) -> Tensor:
+    """Of every two bytes their e4m3 values."""
+    return _entries(_two(_all_e4m3(), _all_e4m3()).to(dtype))
+
+
+@cache
+def _pairs(kind: Literal["int4", "e2m1"], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of every byte the values of its two halves."""
+    values = torch.tensor(E2M1) if kind == "e2m1" else torch.arange(-8.0, 8.0)
+    return _entries(_two(values, values).to(dtype)).to(device)
+
+
+@cache
+def _bytes(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"]:
+    """Of every byte the scale that it stands for."""
+    if kind == "e4m3":
+        return _all_e4m3().to(device)
+    return torch.ldexp(torch.ones(256), torch.arange(256) - 127).to(device)
+
+
+@cache
+def _products(kind: ScaleKind, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of every byte of scale and every byte of e2m1 codes the two products."""
+    pairs = _two(torch.tensor(E2M1), torch.tensor(E2M1))
+    scales = _bytes(kind, torch.device("cpu"))
+    return _entries((scales[:, None, None] * pairs).flatten(0, 1).to(dtype)).to(device)
