@@ -1,0 +1,229 @@
+"""`blockpress quantize`: a checkpoint in fewer bits, and what that costs.
+
+Invariant: the checkpoint is whole before anything is measured on it; a report that cannot be made says why, and the
+checkpoint stays.
+
+Run it:  blockpress quantize sudoku-nano ./smaller --format int4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpress.cli import options
+from blockpress.cli.bar import bar
+from blockpress.cli.terminal import note, waiting
+from blockpress.cli.units import size
+from blockpress.errors import RequestError
+
+if TYPE_CHECKING:
+    from blockpress.fidelity import Recording
+    from blockpress.lm import LM
+    from blockpress.sudoku import Puzzle
+    from blockpress.weights.convert import Converted
+
+RANDOM_LENGTH = 32
+GIVENS = (30, 40)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, or a checkpoint's directory.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; a checkpoint in it is replaced.")]
+Form = Annotated[str, typer.Option("--format", metavar="F", help="fp8, int8, nvfp4 or int4.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Linear layers to keep as they are, e.g. '*.self_attn.*'. Repeatable."),
+]
+Experts = Annotated[bool, typer.Option("--experts-only", help="Make the experts smaller and nothing else.")]
+Group = Annotated[int | None, typer.Option(metavar="G", help="Columns under one scale, for int4: 32 by default.")]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Compare what both models write.")]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts of the report, one a line. Default: random token ids.")
+]
+Samples = Annotated[int, typer.Option(metavar="N", help="Prompts of the report, where there is no FILE.")]
+Seed = Annotated[int, typer.Option(metavar="S", help="Of the report's prompts and noise.")]
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    form: Form,
+    keep: Keep = None,
+    experts_only: Experts = False,
+    group: Group = None,
+    report: Report = True,
+    prompts: Prompts = None,
+    samples: Samples = 8,
+    seed: Seed = 0,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+) -> None:
+    """Write a model with its linear layers in fewer bits.
+
+    The new checkpoint is in the layout of compressed-tensors, in which the published quantised ones are. Embedding,
+    router, norms and vision stay as they are. However large the model, less than 1 GB of memory suffices; the report on
+    what both models write needs each of them in memory in turn, and is left out where there is no room.
+
+    Errors of the weights and the report stand in OUT/quantization.json.
+
+    \b
+    Examples:
+      blockpress quantize sudoku-nano ./smaller --format int4
+      blockpress quantize ./diffusiongemma ./smaller --format nvfp4 --experts-only
+      blockpress quantize ./diffusiongemma ./smaller --format fp8 --prompts questions.txt
+    """
+    from blockpress.quant import format_named
+    from blockpress.weights import resolve
+    from blockpress.weights.convert import add_to_report, convert_checkpoint
+
+    options.positive(samples, "--samples")
+    if not report:
+        options.refuse("--no-report", {"--prompts": prompts})
+    chosen, path = format_named(form, group), resolve(model)
+    lines = None if prompts is None else _lines(prompts)
+    if report:
+        options.check_device(device)
+    with bar(f"writing {model} in {form}") as progress:
+        done = convert_checkpoint(path, out, chosen, keep=keep or (), experts_only=experts_only, progress=progress)
+    if not json:
+        print("\n".join(_table(model, out, done)))
+    fidelity = _measure(path, out, lines, samples, seed, device) if report else None
+    if fidelity is not None:
+        add_to_report(out, "report", fidelity)
+    if json:
+        options.print_json({"model": model, "path": str(out), **_short(done), "report": fidelity})
+    elif fidelity is not None:
+        print("\n".join(_sentences(fidelity)))
+
+
+def _measure(
+    path: Path, out: Path, lines: list[str] | None, samples: int, seed: int, device: str
+) -> dict[str, Any] | None:
+    """Run the original, then the smaller model, on the same prompts; None where they do not fit into memory."""
+    from blockpress.fidelity import compare
+
+    reason = _too_large((path, out), device)
+    if reason is not None:
+        note(f"blockpress: no report: {reason}")
+        return None
+    recordings, solved, puzzles = [], [], None
+    for name, folder in (("original", path), ("smaller model", out)):
+        with waiting(f"running the {name}"):
+            recording, puzzles, count = _run(folder, lines, samples, seed, device)
+        recordings.append(recording)
+        solved.append(count)
+    kind = "given" if lines else "puzzles" if puzzles else "random token ids"
+    found = {"prompt_kind": kind, **asdict(compare(*recordings))}
+    return found | ({"solved_original": solved[0], "solved_changed": solved[1]} if puzzles else {})
+
+
+def _run(
+    folder: Path, lines: list[str] | None, samples: int, seed: int, device: str
+) -> tuple[Recording, list[Puzzle] | None, int]:
+    """Load a model, run it, and forget it: both are never in memory at once."""
+    from blockpress.fidelity import record
+    from blockpress.lm import load
+
+    lm = load(folder, device=device)
+    puzzles = _puzzles(lm, samples, seed) if lines is None else None
+    recording = record(lm, _ids(lm, lines, puzzles, samples, seed), seed)
+    if puzzles is None:
+        return recording, None, 0
+    from blockpress.sudoku import layout
+
+    answers = [lm.decode(answer) for answer in recording.answers]
+    return recording, puzzles, sum(a == layout(p.solution) for a, p in zip(answers, puzzles, strict=True))
+
+
+def _ids(
+    lm: LM, lines: list[str] | None, puzzles: list[Puzzle] | None, samples: int, seed: int
+) -> Sequence[Sequence[int]]:
+    from blockpress.sudoku import layout
+
+    if lines is not None:
+        return [lm.encode(line) for line in lines]
+    if puzzles is not None:
+        return [lm.encode(layout(puzzle.puzzle)) for puzzle in puzzles]
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    length = min(RANDOM_LENGTH, lm.config.context_length - lm.config.canvas_length)
+    return torch.randint(0, lm.config.vocab_size, (samples, length), generator=draw).tolist()
+
+
+def _puzzles(lm: LM, samples: int, seed: int) -> list[Puzzle] | None:
+    """Puzzles for a model whose vocabulary and canvas are those of the digits; None for any other."""
+    from blockpress import sudoku
+    from blockpress.errors import TextError
+
+    if lm.tokenizer is None or lm.config.vocab_size != 16:
+        return None
+    try:
+        fits = len(lm.encode(sudoku.layout("0" * 81))) <= lm.config.canvas_length
+    except TextError:
+        return None
+    return sudoku.held_out(seed, samples, GIVENS) if fits else None
+
+
+def _too_large(folders: Sequence[Path], device: str) -> str | None:
+    from blockpress.weights.memory import free_memory, needed, shape_of, survey
+
+    free = free_memory().get("cuda:0" if device == "cuda" else device)
+    for folder in folders:
+        config = shape_of(folder)
+        need = needed(config, config.canvas_length, files=survey(folder)).total
+        if free is not None and need > free:
+            return f"{folder} takes {size(need)} of memory, and {size(free)} are free on {device}"
+    return None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"--prompts {file} cannot be read: {error}", hint="give a text file, a prompt a line"
+        ) from error
+    if not found:
+        raise RequestError(f"--prompts {file} holds no prompt", hint="write one a line")
+    return found
+
+
+def _short(done: Converted) -> dict[str, Any]:
+    """The conversion without its long lists, which OUT/quantization.json has."""
+    kept = ("format", "bytes_before", "bytes_after", "notes")
+    kinds = {kind: asdict(error) for kind, error in done.kinds.items()}
+    return {name: getattr(done, name) for name in kept} | {"kinds": kinds}
+
+
+def _table(model: str, out: Path, done: Converted) -> list[str]:
+    share = done.bytes_after / done.bytes_before
+    rows = [f"{model} in {done.format}: {size(done.bytes_before)} -> {size(done.bytes_after)} ({share:.1%}), in {out}"]
+    rows += ["", f"{'linear layers':20}{'weights':>16}{'rel. error':>12}{'cosine':>10}{'largest':>11}"]
+    for kind, error in done.kinds.items():
+        rows.append(f"{kind:20}{error.values:16,}{error.relative:12.3%}{error.cosine:10.6f}{error.largest:11.3g}")
+    rows += ["", "the largest relative errors"]
+    rows += [f"  {tensor.error.relative:8.3%}  {tensor.name}" for tensor in done.worst()]
+    return rows + [f"note: {text}" for text in done.notes]
+
+
+def _sentences(found: dict[str, Any]) -> list[str]:
+    rows = [
+        "",
+        f"{found['prompts']} prompts ({found['prompt_kind']}), {found['positions']} positions, seed {found['seed']}",
+    ]
+    for name, step in (("step 1", found["first"]), ("step 2", found["second"])):
+        rows.append(
+            f"{name}: KL {step['kl']:.5f} nats (largest {step['kl_largest']:.4f}), same argmax {step['agreement']:.1%}"
+            f", entropy {step['entropy_original']:.4f} -> {step['entropy_changed']:.4f} nats"
+        )
+    rows.append(
+        f"by itself: {found['steps_original']:.2f} -> {found['steps_changed']:.2f} steps to settle, "
+        f"{found['tokens_same']:.1%} of the tokens the same"
+    )
+    if "solved_original" in found:
+        rows.append(f"puzzles solved: {found['solved_original']} -> {found['solved_changed']} of {found['prompts']}")
+    return rows
