@@ -1,7 +1,8 @@
 """Who may look at whom, drawn. A row of a drawing is a query, a column a key; the bar parts context from own tokens.
 
 Invariant: a causal query never sees a later token, a canvas token sees all of its canvas, and on sliding layers every
-canvas token sees the same last `window - 1` tokens of the context, however long the canvas is.
+canvas token sees the same last `window - 1` tokens of the context, however long the canvas is. The one exception to the
+first: the tokens of one picture see each other, before and after, whatever the window.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockpress.shapes import Mask
 
 Lengths = Int[Tensor, " batch"]
 
 
-def causal_mask(lengths: Lengths, width: int, own: int, window: int | None) -> Mask:
+def causal_mask(
+    lengths: Lengths, width: int, own: int, window: int | None, runs: Int[Tensor, "batch own"] | None = None
+) -> Mask:
     """Prefill and commit: `own` new tokens behind `lengths` cached ones.
 
     Args:
         lengths: cached tokens of each row; `width` is the cache's, so keys from lengths[b] to width are padding.
         own: new tokens a row. window: how far a sliding layer looks back, the token itself included; None: no limit.
+        runs: for each new token the number of the picture that it belongs to, -1 for text.
 
     >>> print(draw(causal_mask(torch.tensor([2]), 3, 4, None), 3))
     11. | 1...
@@ -32,6 +37,11 @@ def causal_mask(lengths: Lengths, width: int, own: int, window: int | None) -> M
     .1. | 11..
     ... | 111.
     ... | .111
+    >>> print(draw(causal_mask(torch.tensor([2]), 3, 4, 2, torch.tensor([[-1, 0, 0, 0]])), 3))
+    .1. | 1...
+    ... | 1111
+    ... | .111
+    ... | .111
     """
     device = lengths.device
     query = lengths[:, None] + torch.arange(own, device=device)
@@ -40,7 +50,12 @@ def causal_mask(lengths: Lengths, width: int, own: int, window: int | None) -> M
     real = torch.cat((cached < lengths[:, None], torch.ones_like(query, dtype=torch.bool)), dim=1)
     distance = query[:, :, None] - key[:, None, :]
     seen = (distance >= 0) & real[:, None, :]
-    return seen if window is None else seen & (distance < window)
+    if window is not None:
+        seen = seen & (distance < window)
+    if runs is not None:
+        together = (runs[:, :, None] == runs[:, None, :]) & (runs >= 0)[:, :, None]
+        seen = seen | F.pad(together, (width, 0))
+    return seen
 
 
 def canvas_mask(lengths: Lengths, width: int, canvas: int, window: int | None, start: int = 0) -> Mask:

@@ -1,10 +1,10 @@
-"""The vision tower's tensors, by name and shape, and the smallest tower there is.
+"""The vision tower on disk: its tensors by name and shape, its loader, and the smallest tower there is.
 
-The tower itself is not built yet. Its tensors are known all the same, so that a checkpoint keeps them; and a model of
-our own that never sees an image carries a minimal tower, since `transformers` invents one of 167 million parameters
-for a checkpoint without.
+A model of our own that never sees an image carries a minimal tower, since `transformers` invents one of 167 million
+parameters for a checkpoint without.
 
-Invariant: the names and shapes are those of the state dict that `transformers` builds from the same config.
+Invariant: the names and shapes are those of the state dict that `transformers` builds from the same config, and a tower
+that is loaded has every tensor of its config from the checkpoint.
 
 Run it:  python -m pytest tests/weights/test_vision.py
 Source: `Gemma4VisionModel`, `DiffusionGemmaMultimodalEmbedder`, `Gemma4VisionConfig` of `transformers` 5.23.
@@ -13,29 +13,35 @@ Source: `Gemma4VisionModel`, `DiffusionGemmaMultimodalEmbedder`, `Gemma4VisionCo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockpress.errors import ConfigError
+from blockpress.config import ModelConfig
+from blockpress.config.vision import PictureSettings, VisionConfig
+from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
+from blockpress.model.vision import VisionTower
+from blockpress.weights.find import checkpoint_directory, read_object
+from blockpress.weights.keys import is_derived, is_vision
+from blockpress.weights.load import choose_dtype, load_config
+from blockpress.weights.shards import FLOATS, Stored, catalogue, opened
 
-TOWER = "model.encoder.vision_tower."
-PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
+ENCODER = "model.encoder."
+TOWER = ENCODER + "vision_tower."
+PROJECTION = ENCODER + "embed_vision.embedding_projection.weight"
+
+# What newer saves write, and what older ones did: the same fields, without a part of their own.
+_PROCESSOR, _PREPROCESSOR, _VIDEO = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
-# What `Gemma4VisionConfig` takes where the file is silent.
-_DEFAULTS: dict[str, int] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "head_dim": 64,
-    "patch_size": 16,
-    "position_embedding_size": 10_240,
-}
 _MINIMAL: dict[str, Any] = {
     "model_type": "gemma4_vision",
     "hidden_size": 8,
@@ -51,6 +57,68 @@ _MINIMAL: dict[str, Any] = {
 }
 
 
+def load_vision(
+    path: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> VisionTower:
+    """Read a checkpoint's vision tower, in eval mode and without gradients; the text weights are not touched.
+
+    Args:
+        path: the checkpoint's directory. config: instead of what its config.json says.
+        dtype, device: of the weights in memory, as in `load_network`; give those of the network that it is for.
+
+    Raises:
+        CheckpointError: the checkpoint has no tower. MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile:
+            what the files are short of. ConfigError: `vision_config` is not understood. RequestError: dtype or device.
+    """
+    directory = checkpoint_directory(path)
+    config = load_config(directory) if config is None else config
+    if not config.has_canvas:
+        raise CheckpointError(
+            f"vision is not read in the family {config.family}", hint="leave images out, or use DiffusionGemma"
+        )
+    target = choose_dtype(dtype, config)
+    stored = {n: t for n, t in catalogue(directory).items() if is_vision(n) and not is_derived(n)}
+    if config.vision is None or not stored:
+        raise CheckpointError(
+            f"{str(directory)!r} has no vision tower", hint="leave images and videos out, or take a checkpoint with one"
+        )
+    with torch.device("meta"):
+        tower = VisionTower(VisionConfig.from_dict(config.vision), config.hidden_size)
+    _check(stored, vision_tensors(config.vision, config.hidden_size))
+    place = {}
+    for file, group in groupby(sorted(stored.values(), key=lambda tensor: tensor.file), key=lambda tensor: tensor.file):
+        with opened(file) as shard:
+            for tensor in group:
+                place[tensor.name.removeprefix(ENCODER)] = _moved(shard.get_tensor(tensor.name), target, device)
+    tower.load_state_dict(place, assign=True)
+    return tower.eval().requires_grad_(False)
+
+
+def load_picture_settings(path: str | Path, config: ModelConfig) -> PictureSettings:
+    """How the checkpoint wants its pictures: processor_config.json, else preprocessor_config.json, else the defaults.
+
+    Raises:
+        CheckpointError: no tower, so no pictures. DamagedFile: not JSON. ConfigError: another processor than we have.
+    """
+    directory = checkpoint_directory(path)
+    if config.vision is None:
+        raise CheckpointError(
+            f"{str(directory)!r} has no vision tower", hint="leave images and videos out, or take a checkpoint with one"
+        )
+    data: dict[str, Any] = {}
+    if (directory / _PROCESSOR).is_file():
+        data = read_object(directory / _PROCESSOR)
+    if "image_processor" not in data and (directory / _PREPROCESSOR).is_file():
+        data |= {"image_processor": read_object(directory / _PREPROCESSOR)}
+    if "video_processor" not in data and (directory / _VIDEO).is_file():
+        data |= {"video_processor": read_object(directory / _VIDEO)}
+    return PictureSettings.from_dict(VisionConfig.from_dict(config.vision), {"image_processor": {}} | data)
+
+
 def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes:
     """Names and shapes of a tower's tensors as they are stored.
 
@@ -64,22 +132,10 @@ def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes
     >>> sum(torch.Size(shape).numel() for shape in vision_tensors(_MINIMAL, 192).values())
     2672
     """
-    kind = vision_config.get("model_type", "gemma4_vision")
-    if kind != "gemma4_vision":
-        raise ConfigError(f"config field vision_config.model_type is {kind!r}", hint="only 'gemma4_vision' is known")
-    size = {name: _count(vision_config, name, default) for name, default in _DEFAULTS.items()}
-    hidden = size["hidden_size"]
-    shapes: Shapes = {
-        TOWER + "patch_embedder.input_proj.weight": (hidden, 3 * size["patch_size"] ** 2),
-        TOWER + "patch_embedder.position_embedding_table": (2, size["position_embedding_size"], hidden),
-    }
-    for index in range(size["num_hidden_layers"]):
-        shapes |= _layer(
-            f"{TOWER}encoder.layers.{index}.", size, clipped=bool(vision_config.get("use_clipped_linears"))
-        )
-    if vision_config.get("standardize"):
-        shapes |= {TOWER + "std_bias": (hidden,), TOWER + "std_scale": (hidden,)}
-    return shapes | {PROJECTION: (text_hidden, _count(vision_config, "output_proj_dims", hidden))}
+    config = VisionConfig.from_dict(vision_config)
+    with torch.device("meta"):
+        tower = VisionTower(config, text_hidden)
+    return {ENCODER + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
 
 
 def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,32 +151,32 @@ def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[st
     return dict(_MINIMAL), tensors
 
 
-def _layer(prefix: str, size: Mapping[str, int], *, clipped: bool) -> Shapes:
-    hidden, inner, dim = size["hidden_size"], size["intermediate_size"], size["head_dim"]
-    queries, keys = size["num_attention_heads"] * dim, size["num_key_value_heads"] * dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    shapes: Shapes = {f"{prefix}{name}.weight": (hidden,) for name in norms}
-    shapes |= {f"{prefix}self_attn.{name}.weight": (dim,) for name in ("q_norm", "k_norm")}
-    for name, shape in linears.items():
-        shapes[f"{prefix}{name}.linear.weight"] = shape
-        if clipped:
-            shapes |= {f"{prefix}{name}.{end}": () for end in ("input_min", "input_max", "output_min", "output_max")}
-    return shapes
+def _check(stored: Mapping[str, Stored], wanted: Shapes) -> None:
+    """Every tensor of the tower there, of its shape and stored as floats, and no other."""
+    hint = "do config and weights come from the same save?"
+    missing, left = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing:
+        raise MissingWeights(f"the vision tower lacks {len(missing)} tensors, such as {missing[0]}", hint=hint)
+    if left:
+        raise UnexpectedWeights(f"the vision tower does not take {len(left)} tensors, such as {left[0]}", hint=hint)
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise ShapeMismatch(
+                f"the tensor {name} has the shape {list(stored[name].shape)}, the config asks for {list(shape)}",
+                hint=hint,
+            )
+        if stored[name].dtype not in FLOATS:
+            raise ShapeMismatch(
+                f"the tensor {name} is stored as {stored[name].dtype}", hint=f"a tower is stored as {', '.join(FLOATS)}"
+            )
 
 
-def _count(vision_config: Mapping[str, Any], name: str, default: int) -> int:
-    value = vision_config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(
-            f"config field vision_config.{name} is {value!r}", hint=f"{name} must be a whole number from 1"
-        )
-    return value
+def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    try:
+        return tensor.to(device=device, dtype=dtype, copy=True)
+    # torch answers a device that it was not built for with an AssertionError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(
+            f"device {str(device)!r} cannot take the vision tower: {str(error).partition(chr(10))[0]}",
+            hint="give the device of the network, or one with more memory",
+        ) from error

@@ -26,6 +26,21 @@ def test_causal(lengths: list[int], spare: int, own: int, window: int | None):
             assert mask[row, query].tolist() == seen
 
 
+@given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW, st.data())
+def test_causal_with_pictures(lengths: list[int], spare: int, own: int, window: int | None, data: st.DataObject):
+    """Beside what it sees anyway, a token sees exactly the tokens of its own picture."""
+    width = max(lengths) + spare
+    numbers = [data.draw(st.lists(st.integers(-1, 2), min_size=own, max_size=own)) for _ in lengths]
+    without = causal_mask(torch.tensor(lengths), width, own, window)
+    mask = causal_mask(torch.tensor(lengths), width, own, window, torch.tensor(numbers))
+    for row, runs in enumerate(numbers):
+        for query in range(own):
+            alike = [False] * width + [runs[query] >= 0 and runs[query] == other for other in runs]
+            assert mask[row, query].tolist() == [
+                a or b for a, b in zip(without[row, query].tolist(), alike, strict=True)
+            ]
+
+
 @given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW, st.integers(0, 5))
 def test_canvas(lengths: list[int], spare: int, canvas: int, window: int | None, start: int):
     start = min(start, max(lengths))

@@ -1,0 +1,30 @@
+"""What people show: images and videos become patches for the vision tower, and places in the prompt. No torch.
+
+    images, videos --prepare--> pictures
+    text, pictures --lay_out--> text, pictures in its order --tokenizer--> ids --expand--> ids and runs
+
+Invariant: a file that is damaged, too large or of no place in the prompt is refused before anything is computed.
+
+Run it:  python -m pytest tests/sight
+"""
+
+from blockpress.sight.images import Picture, open_image, prepare
+from blockpress.sight.placeholders import Prompt, Run, chunks, expand, lay_out
+from blockpress.sight.sources import Source, from_data_url
+from blockpress.sight.video import Video, prepare_videos, read_video
+
+__all__ = [
+    "Picture",
+    "Prompt",
+    "Run",
+    "Source",
+    "Video",
+    "chunks",
+    "expand",
+    "from_data_url",
+    "lay_out",
+    "open_image",
+    "prepare",
+    "prepare_videos",
+    "read_video",
+]
