@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from blockpress.config import ModelConfig, Sampling
     from blockpress.errors import BlockpressError
     from blockpress.lm import LM, load
-    from blockpress.reply import Committed, Denoised, Done, Event, Reply, Text, Usage
+    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Event, Reply, Text, Thought, Usage
+    from blockpress.text import BrokenCall, ToolCall
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockpressError": "errors",
+    "Broken": "reply",
+    "BrokenCall": "text",
+    "Called": "reply",
     "Committed": "reply",
     "Denoised": "reply",
     "Done": "reply",
@@ -31,6 +35,8 @@ _HOMES = {
     "Reply": "reply",
     "Sampling": "config",
     "Text": "reply",
+    "Thought": "reply",
+    "ToolCall": "text",
     "Usage": "reply",
     "load": "lm",
 }
@@ -38,6 +44,9 @@ _HOMES = {
 __all__ = [
     "LM",
     "BlockpressError",
+    "Broken",
+    "BrokenCall",
+    "Called",
     "Committed",
     "Denoised",
     "Done",
@@ -46,6 +55,8 @@ __all__ = [
     "Reply",
     "Sampling",
     "Text",
+    "Thought",
+    "ToolCall",
     "Usage",
     "__version__",
     "load",

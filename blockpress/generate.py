@@ -6,7 +6,11 @@ is made of stands in `diffusion/` (the canvas) and `model/` (the network). Who w
     Denoised    one step: the argmax canvas, what was accepted, the entropies          many a canvas
     Committed   a finished canvas: its tokens and how many steps it took               one a canvas
     Text        text that will not change any more (with a tokenizer)                  joined, they are `Reply.text`
+    Thought, Called, Broken    the rest of a chat's turn: thoughts, tool calls, what was to be one
     Done        the reply                                                              one a row
+
+What is special to a row (its limits, stops, thinking budget, denied tokens, whether a canvas is begun again) is the
+row's own matter (`reply/row.py`): the loop asks it what to draw and what to commit.
 
 Invariant: a row's events are a function of (weights, prompt, seed, sampling), never of the other rows.
 Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --givens 40 --puzzle-only)"
@@ -14,7 +18,7 @@ Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --givens 40 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float32, Int
@@ -24,6 +28,7 @@ from blockpress.config import Sampling
 from blockpress.diffusion import (
     Denoiser,
     Draws,
+    Edits,
     EntropyBound,
     KeyedDraws,
     Reading,
@@ -31,9 +36,9 @@ from blockpress.diffusion import (
     StableAndConfident,
     denoise,
 )
-from blockpress.model import Cache, Network
+from blockpress.model import Cache, Images, Network
 from blockpress.ops import vocabulary
-from blockpress.reply import Cancel, Committed, Done, Event, Row, Text, denoised
+from blockpress.reply import Cancel, Event, Row, denoised
 from blockpress.shapes import Canvas, Signal
 
 
@@ -55,11 +60,12 @@ def generate(
     config, live = network.config, list(rows)
     schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
     accept, settle = EntropyBound(sampling.entropy_bound), StableAndConfident(sampling.stability, sampling.confidence)
-    cache = read(network, [row.prompt for row in live], network.empty_cache(len(live)))  # prefill
+    cache = prefill(network, live)
     while True:
-        seeds, numbers = [row.seed for row in live], [len(row.canvases) for row in live]
+        seeds, numbers = [row.seed for row in live], [row.number for row in live]
         draws = keyed(seeds, numbers, length=config.canvas_length, vocab=config.vocab_size, device=network.device)
-        for step in denoise(plain_denoiser(network, cache), draws, len(live), schedule, accept, settle):
+        edits = Edits.of([row.denied for row in live], config.canvas_length, network.device)
+        for step in denoise(plain_denoiser(network, cache), draws, len(live), schedule, accept, settle, edits):
             for place, row in enumerate(live[i] for i in step.rows.tolist()):
                 row.draft(step.argmax[place].tolist(), step.number)
                 yield denoised(row, place, step)
@@ -68,21 +74,32 @@ def generate(
                     yield from row.cancel()
                 return
         for row in live:
-            tokens, text = row.commit()
-            yield Committed(row.index, len(row.canvases) - 1, tokens, row.canvases[-1].steps)
-            if text:
-                yield Text(row.index, text)
-            if row.finish_reason is not None:
-                yield Done(row.index, row.reply())
+            yield from row.commit()
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return
         live = [live[place] for place in going]
-        cache = read(network, [row.canvases[-1].tokens for row in live], cache.select(torch.tensor(going)))  # commit
+        cache = read(network, [row.fresh for row in live], cache.select(torch.tensor(going)))  # commit
+
+
+def prefill(network: Network, rows: Sequence[Row]) -> Cache:
+    """The context of every row's prompt, its pictures included."""
+    padded, counts = pad(network, [row.prompt for row in rows])
+    return network.read(padded, network.empty_cache(len(rows)), counts, pictures(rows))[1]
+
+
+def pictures(rows: Sequence[Row]) -> Images | None:
+    """What the rows' prompts show; None where they are all of text."""
+    return [row.images for row in rows] if any(row.images for row in rows) else None
 
 
 def read(network: Network, tokens: Sequence[list[int]], cache: Cache) -> Cache:
-    """The causal pass over one list of tokens a row, short ones padded: prefill and commit."""
+    """The causal pass over one list of tokens a row, short ones padded: the commit.
+
+    A row without tokens keeps its context; where none has any, no forward is run.
+    """
+    if not any(tokens):
+        return cache
     padded, counts = pad(network, tokens)
     return network.read(padded, cache, counts)[1]
 
@@ -98,11 +115,14 @@ def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
         signal: Signal | None,
         temperature: Float32[Tensor, ""],
         draws: Draws,
+        edits: Edits | None = None,
     ) -> Reading:
         if len(rows) != kept[0][0]:  # rows only ever leave, so as many rows are the same rows
             kept[0] = (len(rows), cache.select(rows))
         logits = network.logits(network.denoise(canvas, kept[0][1], signal))
         scaled = logits / temperature.to(logits.device)
+        if edits is not None:
+            scaled = edits(rows, scaled)
         return Reading(
             argmax=scaled.argmax(-1),
             sample=draws.sample(rows, step, scaled),
@@ -111,33 +131,6 @@ def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
         )
 
     return reading
-
-
-@torch.inference_mode()
-def autoregress(
-    network: Network, prompts: Sequence[list[int]], stop_ids: Collection[int], max_tokens: int
-) -> list[list[int]]:
-    """The same weights as a language model: the likeliest next token, one causal pass each, up to a stop id.
-
-    Returns:
-        the tokens behind each prompt, the stop id included, at most `max_tokens` of them.
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    fresh, cache = list(prompts), network.empty_cache(len(prompts))
-    for _ in range(max_tokens):
-        padded, counts = pad(network, fresh)
-        hidden, cache = network.read(padded, cache, counts)
-        last = hidden[torch.arange(len(going)), counts - 1][:, None]
-        best = network.logits(last)[:, 0].argmax(-1).tolist()
-        for row, token in zip(going, best, strict=True):
-            answers[row].append(token)
-        kept = [place for place, token in enumerate(best) if token not in stop_ids]
-        if not kept:
-            break
-        going, fresh = [going[place] for place in kept], [[best[place]] for place in kept]
-        cache = cache.select(torch.tensor(kept))
-    return answers
 
 
 def pad(network: Network, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "batch length"], Int[Tensor, " batch"]]:

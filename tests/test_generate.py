@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from blockpress.config import PRESETS, Sampling
 from blockpress.diffusion import KeyedDraws
-from blockpress.generate import autoregress, generate, pad
+from blockpress.generate import generate, pad
 from blockpress.model import Cache, Network
 from blockpress.reply import Committed, Denoised, Done, Event, Reply, Row, Text
 from blockpress.text import StreamDecoder, Tokenizer
@@ -48,7 +48,7 @@ class Scripted(Network):
         self.reads: list[list[int]] = []
         self.caches: list[weakref.ref[Cache]] = []
 
-    def read(self, tokens: Tensor, cache: Cache, counts: Tensor | None = None) -> tuple[Tensor, Cache]:
+    def read(self, tokens: Tensor, cache: Cache, counts: Tensor | None = None, images: None = None) -> tuple[Tensor, Cache]:
         assert counts is not None
         self.reads.append(counts.tolist())
         hidden, cache = super().read(tokens, cache, counts)
@@ -419,28 +419,3 @@ def test_padding_puts_short_rows_to_the_left():
     tokens, counts = pad(Scripted([]), [[5, 6, 7], [8], [9, 10]])
     assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
     assert counts.tolist() == [3, 1, 2]
-
-
-# -------------------------------------------------------------------------------------------------- autoregression
-
-
-@torch.no_grad()
-def greedy(network: Network, prompt: list[int], stop_ids: Sequence[int], count: int) -> list[int]:
-    """The likeliest next token, every time from the whole row, without a cache that lasts."""
-    row = list(prompt)
-    while len(row) - len(prompt) < count and not (len(row) > len(prompt) and row[-1] in stop_ids):
-        hidden, _ = network.read(torch.tensor([row]), network.empty_cache(1))
-        row.append(int(network.logits(hidden)[0, -1].argmax()))
-    return row[len(prompt) :]
-
-
-def test_the_autoregressive_mode_is_greedy_and_batched(random_network):  # type: ignore[no-untyped-def]
-    network = random_network(replace(CONFIG, sliding_window=4), seed=3)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 4], [6, 6]]
-    free = [greedy(network, prompt, (), 10) for prompt in prompts]
-    assert autoregress(network, prompts, (), 10) == free
-    # Two rows end at their third and their last token, so that the batch shrinks on the way.
-    stop_ids = {free[0][2], free[2][9]}
-    wanted = [greedy(network, prompt, tuple(stop_ids), 10) for prompt in prompts]
-    assert autoregress(network, prompts, stop_ids, 10) == wanted
-    assert len({len(tokens) for tokens in wanted}) > 1

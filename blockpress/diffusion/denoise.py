@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.diffusion.accept import EntropyBound
+from blockpress.diffusion.edits import Edits
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import StableAndConfident
 from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
@@ -48,7 +49,7 @@ class Draws(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """One denoising step for some rows of a batch. `signal` is None at the first step."""
+    """One denoising step for some rows of a batch. `signal` is None at the first step, `edits` where there are none."""
 
     def __call__(
         self,
@@ -58,6 +59,7 @@ class Denoiser(Protocol):
         signal: Signal | None,
         temperature: Float32[Tensor, ""],
         draws: Draws,
+        edits: Edits | None,
     ) -> Reading: ...
 
 
@@ -82,11 +84,12 @@ def denoise(
     schedule: Schedule,
     accept: EntropyBound,
     settle: StableAndConfident,
+    edits: Edits | None = None,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
     A row's result is the argmax of its last step: the one in which it settled, or step `schedule.steps`. `Step.canvas`
-    is what the step read.
+    is what the step read. `edits` hold for the whole canvas, by the places of the rows in the batch.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
@@ -94,7 +97,7 @@ def denoise(
     unchanged = torch.zeros_like(rows)
     signal, previous = None, torch.full_like(canvas, -1)
     for number in range(1, schedule.steps + 1):
-        reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws)
+        reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, edits)
         accepted = accept(reading.entropy)
         changed = reading.argmax != previous
         unchanged = torch.where(changed.any(-1), 0, unchanged + 1)

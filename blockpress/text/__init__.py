@@ -1,4 +1,4 @@
-"""What people type and read: tokenizer, chat template and stream decoder.
+"""What people type and read: tokenizer, chat template, prompt, stream decoder, and what a model's turn says.
 
 Why: the model knows numbers, people know text; everything between the two is in this room, and no tensor is.
 
@@ -9,8 +9,25 @@ Run: python -m pytest tests/text
 
 from __future__ import annotations
 
+from .calls import BrokenCall, ToolCall
+from .messages import Media
+from .prompt import ChatPrompt, encode_chat
 from .stream import StreamDecoder
 from .template import ChatTemplate
 from .tokenizer import Tokenizer
+from .turns import Controls, Piece, Said, TurnParser
 
-__all__ = ["ChatTemplate", "StreamDecoder", "Tokenizer"]
+__all__ = [
+    "BrokenCall",
+    "ChatPrompt",
+    "ChatTemplate",
+    "Controls",
+    "Media",
+    "Piece",
+    "Said",
+    "StreamDecoder",
+    "Tokenizer",
+    "ToolCall",
+    "TurnParser",
+    "encode_chat",
+]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from importlib.resources import files
 from typing import Any, final
 
 import jinja2
@@ -66,6 +67,11 @@ class ChatTemplate:
         # Constants are computed while compiling, and can fail in any way.
         except Exception as error:
             raise _failure(error) from error
+
+    @classmethod
+    def own(cls, **names: Any) -> ChatTemplate:
+        """The template of our own models, in Gemma's control tokens; `names` as the constructor's."""
+        return cls((files(__package__) / "template.jinja").read_text(encoding="utf-8"), **names)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:

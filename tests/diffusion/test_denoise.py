@@ -49,7 +49,14 @@ class Script:
         )
 
     def __call__(
-        self, rows: Tensor, step: int, canvas: Tensor, signal: Tensor | None, temperature: Tensor, draws: Draws
+        self,
+        rows: Tensor,
+        step: int,
+        canvas: Tensor,
+        signal: Tensor | None,
+        temperature: Tensor,
+        draws: Draws,
+        edits: None,
     ) -> Reading:
         self.calls.append(rows.tolist())
         left = self.schedule.steps - step + 1
@@ -154,7 +161,9 @@ def test_the_cases_above_settle_early_at_the_cap_and_at_different_steps():
 
 @pytest.mark.parametrize("stability", [0, 1, 2, 3])
 def test_the_first_settled_step_is_stability_plus_one(stability: int):
-    def sure(rows: Tensor, step: int, canvas: Tensor, signal: Tensor | None, t: Tensor, draws: Draws) -> Reading:
+    def sure(
+        rows: Tensor, step: int, canvas: Tensor, signal: Tensor | None, t: Tensor, draws: Draws, edits: None
+    ) -> Reading:
         assert (signal is None) == (step == 1)
         return Reading(torch.ones_like(canvas), canvas, torch.zeros(canvas.shape), torch.zeros(*canvas.shape, HIDDEN))
 

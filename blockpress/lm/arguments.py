@@ -1,0 +1,88 @@
+"""What callers may give as prompts, token ids and seeds, and how each form is recognised.
+
+Invariant: a value of a wrong kind is refused by the name of its argument, before any forward.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, TypeGuard, cast, get_args
+
+import torch
+from torch import Tensor
+
+from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
+from blockpress.errors import RequestError
+from blockpress.reply import Cancel
+
+Prompt = str | Sequence[int] | Tensor
+Conversation = Sequence[Mapping[str, Any]]
+Mode = Literal["diffusion", "autoregressive"]
+
+
+class ChatOptions(TypedDict, total=False):
+    """The options of `LM.chat`, where each is described."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    thinking: bool
+    thinking_budget: int | None
+    max_tokens: int | None
+    sampling: Sampling | AutoregressiveSampling | None
+    retry_empty: bool
+    soft_tokens: int | None
+    mode: Mode | None
+    cancel: Cancel | None
+
+
+def is_whole(value: object) -> bool:
+    """A whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_batch(prompt: object) -> bool:
+    """A list of prompts, as against one text, one list of ids or one 1-D tensor."""
+    if isinstance(prompt, Tensor):
+        return prompt.ndim == 2
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(not is_number(x) for x in prompt)
+
+
+def is_number(value: object) -> bool:
+    """Anything that can stand for one token id."""
+    return value.ndim == 0 if isinstance(value, Tensor) else hasattr(value, "__index__")
+
+
+def as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
+    """Whole numbers from a list, a tuple or a 1-D tensor."""
+    if isinstance(ids, Tensor):
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise RequestError(
+                f"{name} is a tensor of shape {tuple(ids.shape)}, {ids.dtype}", hint=f"{name} must be 1-D whole numbers"
+            )
+        return ids.tolist()
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
+        raise RequestError(f"{name} is {ids!r:.60}", hint=f"{name} must be a list or a 1-D tensor of whole numbers")
+    try:
+        return [operator.index(x) for x in ids]
+    except TypeError:
+        raise RequestError(f"{name} is {ids!r:.60}", hint=f"{name} must hold whole numbers only") from None
+
+
+def are_conversations(messages: object) -> TypeGuard[Sequence[Conversation]]:
+    """A list of conversations, as against one list of messages."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        return False
+    return bool(messages) and isinstance(messages[0], list | tuple)
+
+
+def check_mode(mode: object, config: ModelConfig) -> Mode:
+    """How the model is to write; None: canvas by canvas where it can. Raises RequestError: a way that it has not."""
+    if mode is None:
+        return "diffusion" if config.has_canvas else "autoregressive"
+    if mode not in get_args(Mode):
+        raise RequestError(f"mode is {mode!r}", hint=f"mode must be {' or '.join(map(repr, get_args(Mode)))}, or None")
+    if mode == "diffusion" and not config.has_canvas:
+        raise RequestError(
+            f"mode is {mode!r}", hint=f"a model of the family {config.family} has no canvas: use 'autoregressive'"
+        )
+    return cast("Mode", mode)

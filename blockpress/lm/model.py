@@ -1,0 +1,331 @@
+"""The object that `blockpress.load` gives: text in, text out, and the logits for whoever wants to look inside.
+
+Invariant: whatever comes in is checked here, by name, before the first forward; nothing that is accepted is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from blockpress.autoregress import autoregress
+from blockpress.chat import Chat, Question, check_options
+from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.errors import CheckpointError, RequestError
+from blockpress.generate import generate
+from blockpress.lm.arguments import (
+    ChatOptions,
+    Conversation,
+    Mode,
+    Prompt,
+    are_conversations,
+    as_list,
+    check_mode,
+    is_batch,
+    is_whole,
+)
+from blockpress.lm.rows import check_ids, check_room, make_rows
+from blockpress.model import VisionTower
+from blockpress.reply import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
+from blockpress.text import StreamDecoder, Tokenizer
+from blockpress.weights import load_vision
+
+if TYPE_CHECKING:
+    from blockpress.model import Network
+
+AnySampling = Sampling | AutoregressiveSampling
+"""How canvases are denoised, or how single tokens are chosen."""
+
+
+class LM:
+    """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside."""
+
+    def __init__(
+        self, *, path: Path, network: Network, generation: GenerationConfig, tokenizer: Tokenizer | None
+    ) -> None:
+        self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt, with the ids that the model wants in front.
+
+        Raises:
+            TextError: the vocabulary has no token for some of the text.
+        """
+        return self._needs_tokenizer("encode").encode(text)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of token ids; control tokens are left out.
+
+        Raises:
+            TextError: an id outside the vocabulary.
+        """
+        return self._needs_tokenizer("decode").decode(as_list(ids, "ids"))
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too; it is meant as one
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        sampling: AnySampling | None = None,
+        *,
+        mode: Mode | None = None,
+        cancel: Cancel | None = None,
+    ) -> Reply: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        max_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampling: AnySampling | None = None,
+        *,
+        mode: Mode | None = None,
+        cancel: Cancel | None = None,
+    ) -> list[Reply]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampling: AnySampling | None = None,
+        *,
+        mode: Mode | None = None,
+        cancel: Cancel | None = None,
+    ) -> Reply | list[Reply]:
+        """Answer a prompt, or a list of them in one batch.
+
+        Args:
+            prompt: text, or token ids as a list or a 1-D tensor; or a list of such prompts.
+            max_tokens: most tokens to return; None: until a stop or the context's end.
+            seed: of the random draws; a list gives each prompt its own. The same seed gives the same answer.
+            sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as the
+                checkpoint's generation_config.json says.
+            mode: "diffusion", canvas by canvas, or "autoregressive", token by token with the same weights; None:
+                diffusion where the model has a canvas.
+            cancel: asked between steps (`is_set()`); a `threading.Event` will do.
+
+        Returns:
+            a `Reply`, or a list of them where `prompt` or `seed` is a list.
+        """
+        replies = {
+            e.row: e.reply
+            for e in self.stream(prompt, max_tokens, seed, sampling, mode=mode, cancel=cancel)
+            if isinstance(e, Done)
+        }
+        many = is_batch(prompt) or not is_whole(seed)
+        return [replies[row] for row in sorted(replies)] if many else replies[0]
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampling: AnySampling | None = None,
+        *,
+        mode: Mode | None = None,
+        cancel: Cancel | None = None,
+    ) -> Iterator[Event]:
+        """The same as `generate`, as events: `Denoised` a step, `Committed` a canvas, `Text`, and `Done` at the end.
+        Token by token there is no `Denoised`, and a `Committed` is one token.
+
+        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+        """
+        sampling = self._sampling(sampling, mode)
+        prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
+
+        def turn(prompt: list[int]) -> Turn:
+            return PlainTurn(None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop))
+
+        ids = [check_ids(self.config, self.encode(one) if isinstance(one, str) else one, "prompt") for one in prompts]
+        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, turn, sampling)
+        return self._run(rows, sampling, cancel)
+
+    @overload
+    def chat(self, messages: Conversation, *, seed: int = 0, **options: Unpack[ChatOptions]) -> Reply: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Conversation], *, seed: int | Sequence[int] = 0, **options: Unpack[ChatOptions]
+    ) -> list[Reply]: ...
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        *,
+        seed: int | Sequence[int] = 0,
+        **options: Unpack[ChatOptions],
+    ) -> Reply | list[Reply]:
+        """Answer a conversation, or a list of them in one batch, in the form of the checkpoint's chat template.
+
+        Args:
+            messages: in OpenAI's shape (`text.messages.check_messages` has the fields); `Reply.message` gives an answer
+                back as one.
+            seed: as `generate` takes it.
+            options: those of `chat_stream`, where each is described.
+
+        Returns:
+            a `Reply`, or a list of them where `messages` or `seed` is one. `finish_reason` is "tool_calls" where the
+            answer ended by itself and called a tool.
+        """
+        replies = {e.row: e.reply for e in self.chat_stream(messages, seed=seed, **options) if isinstance(e, Done)}
+        many = are_conversations(messages) or not is_whole(seed)
+        return [replies[row] for row in sorted(replies)] if many else replies[0]
+
+    def chat_stream(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        thinking_budget: int | None = None,
+        max_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampling: AnySampling | None = None,
+        retry_empty: bool = True,
+        soft_tokens: int | None = None,
+        mode: Mode | None = None,
+        cancel: Cancel | None = None,
+    ) -> Iterator[Event]:
+        """The same as `chat`, as events: those of `stream`, and `Thought`, `Called` and `Broken`.
+
+        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+
+        Args:
+            tools: that the model may call, in OpenAI's shape.
+            thinking: whether the model is asked to think before it answers.
+            thinking_budget: most tokens of its thoughts; there the thought is closed and the answer begun.
+            max_tokens, sampling, mode, cancel: as `generate` takes them; `sampling.stop` is looked for in the answer
+                alone, and `max_tokens` counts thoughts and calls, too.
+            retry_empty: write a canvas again that ends the answer before anything was said, at most three times, as
+                `usage.empty_retries` counts.
+            soft_tokens: most tokens that an image, or a frame of a video, becomes (70, 140, 280, 560 or 1120); None: as
+                the checkpoint says.
+        """
+        check_options(thinking, thinking_budget, retry_empty)
+        sampling = self._sampling(sampling, mode)
+        many = are_conversations(messages)
+        asked = self._chat.questions(
+            messages if many else [messages], many, tools=tools, thinking=thinking, soft_tokens=soft_tokens
+        )
+        stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
+
+        def turn(prompt: list[int]) -> Turn:
+            return self._chat.turn(
+                prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
+            )
+
+        ids = [question.ids for question in asked]
+        rows = self._rows(ids, max_tokens, seed, stop_ids, turn, sampling)
+        self._show(rows, asked)
+        return self._run(rows, sampling, cancel)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat.of(self.tokenizer, self.path, self.config)
+
+    @cached_property
+    def _tower(self) -> VisionTower:
+        return load_vision(self.path, config=self.config, dtype=self.network.dtype, device=self.network.device)
+
+    @torch.inference_mode()
+    def _show(self, rows: list[Row], asked: Sequence[Question]) -> None:
+        """Put the pictures' features into the rows; one question may have several rows, each with a seed of its own."""
+        seen = [
+            {run.start: f for run, f in zip(one.runs, self._tower(one.pictures), strict=True)} if one.pictures else {}
+            for one in asked
+        ]
+        for row in rows:
+            row.images = seen[row.index if len(seen) > 1 else 0]
+
+    def _sampling(self, sampling: AnySampling | None, mode: Mode | None) -> AnySampling:
+        chosen = check_mode(mode, self.config)
+        kind = Sampling if chosen == "diffusion" else AutoregressiveSampling
+        if sampling is None:
+            sampling = self.generation.sampling if chosen == "diffusion" else self.generation.autoregressive
+        if not isinstance(sampling, kind):
+            raise RequestError(
+                f"sampling is {sampling!r}", hint=f"give a blockpress.{kind.__name__} in the mode {chosen!r}"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError(
+                f"sampling.stop is {sampling.stop!r}", hint="stop texts need a tokenizer; this model has none"
+            )
+        return sampling
+
+    def _rows(
+        self,
+        ids: list[list[int]],
+        max_tokens: int | None,
+        seed: int | Sequence[int],
+        stop_ids: Sequence[int],
+        turn: Callable[[list[int]], Turn],
+        sampling: AnySampling,
+    ) -> list[Row]:
+        canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
+        return make_rows(ids, seed, turn, canvas, self.config, max_tokens=max_tokens, stop_ids=stop_ids)
+
+    def _run(self, rows: list[Row], sampling: AnySampling, cancel: Cancel | None) -> Iterator[Event]:
+        if not rows:
+            return iter(())
+        if isinstance(sampling, Sampling):
+            return generate(self.network, rows, sampling, cancel)
+        return autoregress(self.network, rows, sampling, cancel)
+
+    @torch.inference_mode()
+    def denoise_logits(
+        self,
+        prompt_ids: Sequence[int] | Tensor,
+        canvas_ids: Sequence[int] | Tensor,
+        previous_logits: Float32[Tensor, "canvas vocab"] | None = None,
+    ) -> Float32[Tensor, "canvas vocab"]:
+        """What one denoising step makes of a canvas behind a prompt: softcapped float32 logits.
+
+        Args:
+            previous_logits: the last step's temperature-scaled logits, for self-conditioning; None: the first step.
+        """
+        canvas = check_ids(self.config, canvas_ids, "canvas_ids")
+        prompt = check_ids(self.config, prompt_ids, "prompt_ids")
+        shape = (len(canvas), self.config.vocab_size)
+        if previous_logits is not None and not isinstance(previous_logits, Tensor):
+            raise RequestError(f"previous_logits is {previous_logits!r:.60}", hint="give a tensor, or None")
+        if previous_logits is not None and tuple(previous_logits.shape) != shape:
+            raise RequestError(
+                f"previous_logits has the shape {tuple(previous_logits.shape)}",
+                hint=f"it must be {shape}: [canvas, vocabulary]",
+            )
+        check_room(self.config, len(prompt), len(canvas))
+        device = self.network.device
+        _, cache = self.network.read(torch.tensor([prompt], device=device), self.network.empty_cache(1))
+        signal = (
+            None if previous_logits is None else self.network.soft_embedding(previous_logits[None].float().to(device))
+        )
+        hidden = self.network.denoise(torch.tensor([canvas], device=device), cache, signal)
+        return self.network.logits(hidden)[0]
+
+    @torch.inference_mode()
+    def next_token_logits(self, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
+        """The causal pass as a language model: for every token, softcapped float32 logits of the one behind it."""
+        tokens = check_ids(self.config, ids, "ids")
+        check_room(self.config, len(tokens), 0)
+        hidden, _ = self.network.read(torch.tensor([tokens], device=self.network.device), self.network.empty_cache(1))
+        return self.network.logits(hidden)[0]
+
+    def _needs_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.path} has no tokenizer.json, which {what} needs", hint="give token ids, or add the file"
+            )
+        return self.tokenizer

@@ -1,0 +1,80 @@
+"""Prompts that were checked become rows: each with its seed, its limits and its room in the context.
+
+Invariant: a row is made only where its prompt and at least one canvas fit the model's context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from torch import Tensor
+
+from blockpress.config import ModelConfig
+from blockpress.errors import PromptTooLong, RequestError
+from blockpress.lm.arguments import as_list, is_whole
+from blockpress.reply import Row, Turn
+
+
+def make_rows(
+    prompts: list[list[int]],
+    seed: int | Sequence[int],
+    turn: Callable[[list[int]], Turn],
+    canvas: int,
+    config: ModelConfig,
+    *,
+    max_tokens: int | None,
+    stop_ids: Sequence[int],
+) -> list[Row]:
+    """A row for each prompt, or for each seed where there is one prompt; `canvas` tokens are written at once.
+
+    Raises:
+        RequestError: max_tokens or seed. PromptTooLong: no room for a canvas.
+    """
+    if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
+        raise RequestError(
+            f"max_tokens is {max_tokens!r}", hint="max_tokens must be a whole number of at least 1, or None"
+        )
+    seeds = [seed] * len(prompts) if is_whole(seed) else as_list(cast("Sequence[int]", seed), "seed")
+    if len(prompts) == 1 and not is_whole(seed):
+        prompts = prompts * len(seeds)
+    if len(seeds) != len(prompts):
+        raise RequestError(f"seed has {len(seeds)} entries", hint=f"give one for each of the {len(prompts)} prompts")
+    rows = []
+    for index, (ids, own) in enumerate(zip(prompts, seeds, strict=True)):
+        check_room(config, len(ids), canvas)
+        rows.append(
+            Row(
+                index,
+                ids,
+                cast(int, own),
+                stop_ids=stop_ids,
+                canvas_length=canvas,
+                room=config.context_length - len(ids),
+                max_tokens=max_tokens,
+                turn=turn(ids),
+            )
+        )
+    return rows
+
+
+def check_ids(config: ModelConfig, ids: Sequence[int] | Tensor, name: str) -> list[int]:
+    """Token ids of the model's vocabulary, at least one. Raises RequestError."""
+    listed = as_list(ids, name)
+    if not listed:
+        raise RequestError(f"{name} is empty", hint="give at least one token")
+    for place, token in enumerate(listed):
+        if not 0 <= token < config.vocab_size:
+            raise RequestError(
+                f"{name} holds id {token} at place {place}", hint=f"ids go from 0 to {config.vocab_size - 1}"
+            )
+    return listed
+
+
+def check_room(config: ModelConfig, prompt: int, canvas: int) -> None:
+    """Raises PromptTooLong: a prompt of so many tokens leaves no room for a canvas."""
+    if prompt + canvas > config.context_length:
+        raise PromptTooLong(
+            f"the prompt has {prompt} tokens, a canvas {canvas}, the model's context {config.context_length}",
+            hint=f"shorten the prompt to {config.context_length - canvas} tokens or fewer",
+        )

@@ -1,0 +1,41 @@
+"""The answer to one prompt while it grows (`Row`), how it is read (`Turn`), what is told of it (events, `Reply`).
+
+Invariant: whatever is special about one answer lives here or in its turn, never in the loop that writes it.
+"""
+
+from blockpress.reply.events import (
+    Broken,
+    Called,
+    Committed,
+    Denoised,
+    Done,
+    Event,
+    FinishReason,
+    Reply,
+    Text,
+    Thought,
+    Usage,
+)
+from blockpress.reply.row import Cancel, FinishedCanvas, Row, denoised
+from blockpress.reply.turn import Decoder, PlainTurn, Turn
+
+__all__ = [
+    "Broken",
+    "Called",
+    "Cancel",
+    "Committed",
+    "Decoder",
+    "Denoised",
+    "Done",
+    "Event",
+    "FinishReason",
+    "FinishedCanvas",
+    "PlainTurn",
+    "Reply",
+    "Row",
+    "Text",
+    "Thought",
+    "Turn",
+    "Usage",
+    "denoised",
+]

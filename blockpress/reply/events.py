@@ -1,0 +1,144 @@
+"""What is told about an answer: events while it grows, its usage, the reply.
+
+Invariant: events are values that nobody changes; the texts of a row's events, joined, are its reply's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+from blockpress.text import BrokenCall, ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was read and returned (tokens), and what was computed for it.
+
+    steps: denoising steps over all canvases. forwards: runs of the network after prefill, steps and commits.
+    tokens_per_forward: returned tokens a forward. reasoning_tokens: of the returned ones, those inside thoughts, the
+    control tokens around them left out. thought_cut: whether the budget closed a thought. empty_retries: canvases that
+    were written again because they ended the answer before it began; their steps are counted, their tokens are not.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    canvases: int
+    steps: int
+    forwards: int
+    tokens_per_forward: float
+    reasoning_tokens: int = 0
+    thought_cut: bool = False
+    empty_retries: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The whole answer. `text` is None where the model has no tokenizer; `tokens` ends with the stop id if one came.
+
+    Of a chat also: the thought (None without one), the tool calls, and what began like a call and is none.
+    """
+
+    text: str | None
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    broken_calls: tuple[BrokenCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of a chat's history, its calls numbered: what the next `chat` takes."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or ""}
+        if self.thinking is not None:
+            message["thinking"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": f"call_{number}",
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(self.tool_calls)
+            ]
+        return message
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """One step of one row: what the canvas looked like and what the step made of it. Entropies in nats.
+
+    attempt: how many times this canvas has been begun again.
+    """
+
+    row: int
+    canvas: int
+    step: int
+    argmax: Int[Tensor, " canvas"]
+    accepted: Bool[Tensor, " canvas"]
+    entropy: Float32[Tensor, " canvas"]
+    changed: Bool[Tensor, " canvas"]
+    settled: bool
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A canvas is finished: its returned tokens and the steps that it took.
+
+    A stop text that begins in one canvas and ends in the next takes tokens back: `Reply.tokens` has the last word.
+    """
+
+    row: int
+    canvas: int
+    tokens: list[int]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that will not change any more."""
+
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Text of a chat's thought that will not change any more."""
+
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Called:
+    """A tool call is whole."""
+
+    row: int
+    call: ToolCall
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A tool call was begun and cannot be read."""
+
+    row: int
+    call: BrokenCall
+
+
+@dataclass(frozen=True)
+class Done:
+    """The row is answered."""
+
+    row: int
+    reply: Reply
+
+
+Event = Denoised | Committed | Text | Thought | Called | Broken | Done
