@@ -1,4 +1,9 @@
-"""What a network costs, part by part, from its config alone: parameters, bytes, and bytes of context a token.
+"""What a network costs, part by part, from its config alone: parameters, bytes of context, and bytes of working memory.
+
+    weights    parameters x bytes; packed weights keep the bytes that they have on disk
+    context    keys and values of every layer for every token: today sliding layers keep them all, too
+    canvas     what one denoising step holds at its peak, beside weights and context: `canvas_peak`
+    reading    what the causal pass over new tokens holds at its peak: `reading_peak`; the passes never run at once
 
 Why: whether a model fits is asked before its weights are there. No torch here.
 
@@ -16,7 +21,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part of the text network. Norms of queries and keys count as attention.
+    """Parameters of each part that the text network has. Norms of queries and keys count as attention.
 
     >>> from blockpress.config import PRESETS
     >>> published = parameters(PRESETS["diffusiongemma-26B-A4B"]())
@@ -24,18 +29,21 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     ['embedding 0.74 B', 'attention 1.11 B', 'dense MLP 0.54 B', 'experts 22.84 B']
     >>> round(sum(published.values()) / 1e9, 2)
     25.25
+    >>> list(parameters(PRESETS["gemma4-26B-A4B"]()))
+    ['embedding', 'attention', 'dense MLP', 'experts', 'router', 'norms']
     """
-    hidden, count = config.hidden_size, len(config.layers)
+    hidden, count, sparse = config.hidden_size, len(config.layers), config.num_experts > 0
     gated = 3 * hidden * config.intermediate_size
-    return {
+    parts = {
         "embedding": config.vocab_size * hidden,
         "attention": sum(_attention(config, layer) for layer in config.layers),
         "dense MLP": count * gated,
         "experts": count * config.num_experts * expert_parameters(config),
-        "router": count * (hidden * config.num_experts + hidden + config.num_experts),
-        "self-conditioning": gated + hidden,
-        "norms": (7 * count + 1) * hidden,
+        "router": count * (hidden * config.num_experts + hidden + config.num_experts) * sparse,
+        "self-conditioning": (gated + hidden) * config.has_canvas,
+        "norms": ((7 if sparse else 4) * count + 1) * hidden,
     }
+    return {part: number for part, number in parts.items() if number}
 
 
 def expert_parameters(config: ModelConfig) -> int:
@@ -67,7 +75,78 @@ def context_bytes(config: ModelConfig, dtype: str) -> dict[LayerKind, int]:
     return total
 
 
+def canvas_peak(config: ModelConfig, dtype: str, context: int, rows: int = 1) -> int:
+    """Bytes that one denoising step allocates at its peak: over the vocabulary, or in a layer's attention.
+
+    The first is that of `generate.plain_denoiser` and `ops/vocabulary.py: entropy`: float32 logits, the same divided by
+    the temperature, and, of the latter, log-probabilities, probabilities, the clamped copy and their product: 6 x 4
+    bytes for every position and token. The second grows with the context and overtakes it at some 20,000 tokens.
+
+    >>> from blockpress.config import PRESETS
+    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
+    >>> [round(canvas_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (0, 4096, 131072)]
+    [1.51, 1.51, 9.59]
+    """
+    canvas, window = config.canvas_length, config.sliding_window - 1
+    beside = _resident(config, dtype, rows * canvas)
+    vocabulary = 6 * 4 * rows * canvas * config.vocab_size
+    seen = {layer: (min(context, window) if layer.sliding else context) + canvas for layer in config.layers}
+    looking = max(_looking(config, layer, dtype, rows, canvas, seen[layer]) for layer in seen)
+    return beside + max(vocabulary, looking, _mixing(config, dtype, rows * canvas))
+
+
+def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0, rows: int = 1) -> int:
+    """Bytes that the causal pass over `tokens` new ones behind `context` allocates at its peak, all at once as it is.
+
+    That is a layer's attention, quadratic in the tokens, while the new keys and values wait; or the moment at which
+    the cache is written anew (`model/cache.py: append`), when old and new ones are in memory twice. What stays, the
+    context itself, is not counted.
+
+    >>> from blockpress.config import PRESETS
+    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
+    >>> [round(reading_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (256, 4096, 32768)]
+    [0.05, 2.84, 164.44]
+    """
+    beside = _resident(config, dtype, rows * tokens)
+    looking = max(_looking(config, layer, dtype, rows, tokens, context + tokens) for layer in set(config.layers))
+    copies = rows * (context + tokens) * sum(context_bytes(config, dtype).values())
+    return max(beside + max(looking, _mixing(config, dtype, rows * tokens)), copies)
+
+
+def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, queries: int, keys: int) -> int:
+    """Bytes of `ops/attention.py: plain` at its softmax.
+
+    Scores in the weights' type, float32 weights, and between the two, where the types differ, the scores in float32;
+    the mask twice, keys and values joined with the context's, and repeated for every query head.
+    """
+    size, heads = DTYPE_BYTES[dtype], config.num_heads
+    scores = rows * heads * queries * keys * (8 if size == 4 else size + 8)
+    joined = 2 * rows * layer.kv_heads * keys * layer.head_dim * size
+    repeated = 0 if heads == layer.kv_heads else 2 * rows * heads * keys * layer.head_dim * size
+    own = rows * queries * layer.head_dim * (heads + 2 * layer.kv_heads) * size
+    return scores + joined + repeated + own + 2 * rows * queries * keys
+
+
+def _mixing(config: ModelConfig, dtype: str, positions: int) -> int:
+    """Bytes of `ops/experts.py: every`, which models of few experts run: all of them wide, and a copy of `down`.
+
+    The other version, `loop`, holds one expert's tokens at a time, which never is the peak.
+    """
+    if config.num_experts > 2 * config.top_k_experts:
+        return 0
+    size = DTYPE_BYTES[dtype]
+    wide = positions * config.num_experts * config.expert_size
+    copy = config.num_experts * config.expert_size * config.hidden_size * size
+    return max(wide * (3 * size + 4), wide * 3 * size + copy)
+
+
+def _resident(config: ModelConfig, dtype: str, positions: int) -> int:
+    """Bytes of the activations that wait meanwhile: measured, four times the input of a layer, in float32 six times."""
+    size = DTYPE_BYTES[dtype]
+    return (6 if size == 4 else 4) * positions * config.hidden_size * size
+
+
 def _attention(config: ModelConfig, layer: LayerConfig) -> int:
-    """Query, output and key projections, the value's where there is one (sliding layers), and two norms."""
+    """Query, output and key projections, the value's where there is one, and two norms."""
     query, key = config.num_heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    return config.hidden_size * (2 * query + key * (2 if layer.sliding else 1)) + 2 * layer.head_dim
+    return config.hidden_size * (2 * query + key * (2 if config.has_value(layer) else 1)) + 2 * layer.head_dim

@@ -4,12 +4,14 @@
     ├── ConfigError              a config field that is wrong, missing, or changes the maths in a way we do not know
     ├── CheckpointError          files on disk
     │   ├── ModelNotFound        no shipped model, directory or checkpoint of that name
+    │   ├── HubError             what the hub, the network or the disk refuses while a model is fetched
     │   ├── DamagedFile          cut short, not what its name says, unreadable
     │   ├── MissingWeights       a tensor or a shard that the config asks for is not there
     │   ├── UnexpectedWeights    a tensor that nothing in the model takes
     │   └── ShapeMismatch        a tensor of another shape than the config asks for
     ├── TextError                text, token ids or a template that the tokenizer cannot take
     ├── RequestError             a call's argument
+    │   ├── MediaError           an image or video that cannot be read, or does not fit its prompt
     │   └── PromptTooLong        the prompt leaves no room in the context
     ├── PuzzleError              a sudoku that is malformed or contradicts itself
     └── TrainingError            a recipe, a resume point or a run that went wrong
@@ -25,6 +27,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DamagedFile",
+    "HubError",
+    "MediaError",
     "MissingWeights",
     "ModelNotFound",
     "PromptTooLong",
@@ -72,6 +76,10 @@ class ModelNotFound(CheckpointError):
     """No shipped model, directory or checkpoint goes by that name."""
 
 
+class HubError(CheckpointError):
+    """A model cannot be fetched: the hub or the network refuses, the disk is full, or a file arrives damaged."""
+
+
 class DamagedFile(CheckpointError):
     """A file is cut short, unreadable, or not of the format that its name promises."""
 
@@ -94,6 +102,10 @@ class TextError(BlockpressError):
 
 class RequestError(BlockpressError):
     """An argument of a call is wrong; the message names the argument and its value."""
+
+
+class MediaError(RequestError):
+    """An image or a video that cannot be read, is too large or too long, or has no place in its prompt."""
 
 
 class PromptTooLong(RequestError):

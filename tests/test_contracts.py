@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
 MOST_LINES = 350
 MOST_FUNCTION_LINES = 50
 # Doors: they take wrong values on purpose, to refuse them by name. `shapes` holds the aliases themselves.
-UNCHECKED = {"blockpress.lm", "blockpress.shapes"}
+UNCHECKED = {"blockpress.lm.model", "blockpress.shapes"}
 
 
 def module_name(path: Path) -> str:

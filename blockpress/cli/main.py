@@ -24,9 +24,12 @@ from typer.core import TyperGroup
 
 from blockpress import __version__
 from blockpress.cli.doctor import doctor
+from blockpress.cli.keep import ls, pull, rm
+from blockpress.cli.quantize import quantize
 from blockpress.cli.run import run
 from blockpress.cli.show import show
 from blockpress.cli.sudoku import sudoku
+from blockpress.cli.synthesize import synthesize
 from blockpress.cli.train import train
 from blockpress.errors import BlockpressError
 
@@ -87,7 +90,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, show, train, doctor):
+for _command in (sudoku, run, show, pull, ls, rm, quantize, synthesize, train, doctor):
     app.command()(_command)
 
 

@@ -1,14 +1,14 @@
-"""`blockpress show`: what a model is made of, what it takes, and how it is sampled by default.
+"""`blockpress show`: what a model is made of, the format of its weights, what it takes, and how it is sampled.
 
-Invariant: no weights are read. Parameters come from the config, sizes on disk from the headers of the files.
+Invariant: no weights are read. Parameters come from the config, sizes on disk from the headers of the files, memory
+from `weights/memory.py`.
 
 Run it:  blockpress show sudoku-nano
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,48 +16,63 @@ import typer
 
 from blockpress import costs
 from blockpress.cli import options
-from blockpress.errors import ModelNotFound
+from blockpress.cli.units import many, size
+from blockpress.errors import ModelNotFound, RequestError
 
 if TYPE_CHECKING:
     from blockpress.config import ModelConfig
+    from blockpress.weights.memory import Files
 
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+CONTEXT = 4096
 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A shipped model, a checkpoint's directory, or a preset such as diffusiongemma-26B-A4B."
+        metavar="MODEL",
+        help="A shipped or pulled model, a checkpoint's directory, or a preset such as diffusiongemma-26B-A4B.",
     ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="Tokens of context to count memory for. Default: 4096, or the most."),
 ]
 
 
-def show(model: Model = options.SHIPPED, json: options.Json = False) -> None:
-    """Show what a model is made of, without loading its weights.
+def show(model: Model = options.SHIPPED, context: Context = None, json: options.Json = False) -> None:
+    """Show what a model is made of and what it takes, without loading its weights.
 
     A preset is a published shape without files: its parameters and memory follow from its config.
 
     \b
     Examples:
       blockpress show sudoku-nano
-      blockpress show ./my-checkpoint --json
+      blockpress show ./my-checkpoint --context 32768 --json
       blockpress show diffusiongemma-26B-A4B
     """
-    described = describe(model)
+    described = describe(model) if context is None else describe(model, context)
     if json:
         options.print_json(described)
     else:
         print("\n".join(lines(described)))
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, context: int | None = None) -> dict[str, Any]:
     """Everything that `show` prints, as plain values; memory and file sizes in bytes.
+
+    Args:
+        context: tokens to count memory for; None: 4096, or the model's own limit where that is less.
 
     Raises:
         CheckpointError, ConfigError: no such model, or files that cannot be read.
+        RequestError: a context that the model has not.
     """
     from blockpress.config import PRESETS, GenerationConfig
-    from blockpress.weights import load_config, load_generation, resolve
+    from blockpress.weights import load_generation, resolve
+    from blockpress.weights.gguf import open_gguf
+    from blockpress.weights.kind import kind_of
+    from blockpress.weights.memory import shape_of, survey
 
+    options.positive(context, "--context")
     try:
         path: Path | None = resolve(model)
     except ModelNotFound as error:
@@ -65,77 +80,95 @@ def describe(model: str) -> dict[str, Any]:
             presets = ", ".join(sorted(PRESETS))
             raise ModelNotFound(error.message, hint=f"{error.hint}; presets: {presets}") from error
         path = None
+    tokenizer: bool | None = None
     if path is None:
         config, generation = PRESETS[model](), GenerationConfig()
+    elif path.is_file():
+        gguf = open_gguf(path)
+        config, generation = gguf.config, gguf.generation
+        tokenizer = "tokenizer.ggml.tokens" in gguf.header.metadata
     else:
-        config = load_config(path)
+        config = shape_of(path)
         generation = load_generation(path, config)
-    files = None if path is None else read_files(path)
+        tokenizer = (path / "tokenizer.json").is_file()
+    kind, files = (None, None) if path is None else (kind_of(path), survey(path))
     return {
         "model": model,
         "path": None if path is None else str(path),
-        "tokenizer": None if path is None else (path / "tokenizer.json").is_file(),
-        **_network(config, 0 if files is None else files["vision_parameters"]),
-        "files": files,
-        "memory": _memory(config),
-        "sampling": vars(generation.sampling),
+        "format": None if kind is None else kind.format,
+        "packed_by": None if kind is None else kind.method,
+        "tokenizer": tokenizer,
+        **_network(config, 0 if files is None else files.vision_parameters),
+        "files": None if files is None else asdict(files),
+        "memory": _memory(config, context, files),
+        "sampling": vars(generation.sampling if config.has_canvas else generation.autoregressive),
         "stop_ids": list(generation.stop_ids if path is not None else config.eos_ids),
-    }
-
-
-def read_files(path: Path) -> dict[str, Any]:
-    """Count, bytes, types (tensors of each) and vision parameters of a checkpoint's files, from their headers.
-
-    Raises:
-        CheckpointError: a file that is missing, cut short or unreadable.
-    """
-    from blockpress.weights.shards import catalogue
-
-    tensors = catalogue(path)
-    files = {tensor.file for tensor in tensors.values()}
-    return {
-        "count": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
-        "dtypes": dict(Counter(tensor.dtype for tensor in tensors.values())),
-        "vision_parameters": sum(math.prod(t.shape) for name, t in tensors.items() if name.startswith(VISION)),
     }
 
 
 def lines(described: dict[str, Any]) -> list[str]:
     """The description for people, a line each."""
-    parts, layers, memory = described["parameters"], described["layers"], described["memory"]
     rows = [("model", f"{described['model']}   {described['path'] or 'a preset: its config alone'}")]
     rows += [("family", described["family"])]
-    rows += [("parameters", f"{_many(described['total'])}, {_many(described['active'])} of them active a token")]
-    rows += [("  " + part, f"{count:14,}  {count / described['total']:6.1%}") for part, count in parts.items()]
-    if described["vision_parameters"]:
-        rows += [("  vision", f"{described['vision_parameters']:14,}  beside them: kept on disk, not loaded yet")]
-    rows += [("hidden size", f"{described['hidden_size']:,}; dense MLP {described['intermediate_size']:,}")]
-    for kind, layer in layers["kinds"].items():
-        window = f", window {layers['window']:,}" if kind == "sliding" else ""
-        heads = f"{described['heads']} heads, {' or '.join(layer['heads'])}"
-        rows += [(f"{kind} layers", f"{layer['count']} of {layers['count']}; {heads}{window}")]
-    experts = described["experts"]
-    rows += [("experts", f"{experts['count']} a layer, {experts['active']} a token, {experts['size']:,} wide each")]
-    rows += [("vocabulary", f"{described['vocabulary']:,} tokens")]
-    rows += [("canvas", f"{described['canvas']:,} tokens"), ("context", f"{described['context']:,} tokens")]
-    if described["files"]:
-        files = described["files"]
+    files = described["files"]
+    if files:
+        by = f", packed by {described['packed_by']}" if described["packed_by"] else ""
+        packed = f": {', '.join(files['quantised'])}" if files["quantised"] else ""
+        rows += [("format", f"{described['format']}{by}{packed}")]
+    rows += _shape_rows(described)
+    if files:
         types = ", ".join(f"{count} in {name}" for name, count in files["dtypes"].items()) or "no tensors"
-        rows += [("files", f"{files['count']} of safetensors, {_bytes(files['bytes'])}; tensors: {types}")]
+        of = "GGUF" if described["packed_by"] == "gguf" else "safetensors"
+        rows += [("files", f"{files['count']} of {of}, {size(files['bytes'])}; tensors: {types}")]
         rows += [("tokenizer", "yes" if described["tokenizer"] else "none: the model takes token ids only")]
-    for dtype, need in memory.items():
-        each = " + ".join(f"{_bytes(size)} {kind}" for kind, size in need["context_token"].items())
-        rows += [(f"in {dtype}", f"weights {_bytes(need['weights'])}; a token of context {each}")]
+    rows += _memory_rows(described["memory"])
     rows += [("sampling", _sampling(described["sampling"]))]
     rows += [("stop ids", ", ".join(map(str, described["stop_ids"])) or "none")]
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:{width}}{value}" for name, value in rows]
 
 
-def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
-    from blockpress.config import FAMILY
+def _shape_rows(described: dict[str, Any]) -> list[tuple[str, str]]:
+    parts, layers = described["parameters"], described["layers"]
+    rows = [("parameters", f"{many(described['total'])}, {many(described['active'])} of them active a token")]
+    rows += [("  " + part, f"{count:14,}  {count / described['total']:6.1%}") for part, count in parts.items()]
+    if described["vision_parameters"]:
+        rows += [("  vision", f"{described['vision_parameters']:14,}  beside them")]
+    rows += [("hidden size", f"{described['hidden_size']:,}; dense MLP {described['intermediate_size']:,}")]
+    for kind, layer in layers["kinds"].items():
+        window = f", window {layers['window']:,}" if kind == "sliding" else ""
+        heads = f"{described['heads']} heads, {' or '.join(layer['heads'])}"
+        rows += [(f"{kind} layers", f"{layer['count']} of {layers['count']}; {heads}{window}")]
+    experts = described["experts"]
+    if experts["count"]:
+        rows += [("experts", f"{experts['count']} a layer, {experts['active']} a token, {experts['size']:,} wide each")]
+    rows += [("vocabulary", f"{described['vocabulary']:,} tokens")]
+    rows += [("canvas", f"{described['canvas']:,} tokens" if described["canvas"] else "none: it writes token by token")]
+    rows += [("context", f"{described['context']:,} tokens")]
+    return rows
 
+
+def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for dtype, need in memory["in"].items():
+        each = " + ".join(f"{size(count)} {kind}" for kind, count in need["context_token"].items())
+        rows += [(f"in {dtype}", f"weights {size(need['weights'])}; a token of context {each}")]
+        rows += [
+            (
+                f"  {memory['tokens']:,} tokens",
+                f"{size(need['total'])} in all: weights, {size(need['context'])} of context, and at most "
+                f"{size(need['canvas'])} for a step or {size(need['reading'])} for reading a prompt of that length",
+            )
+        ]
+    if memory["vision"]:
+        rows += [("  vision tower", f"{size(memory['vision'])} on disk, beside all of that")]
+    for device, free in memory["free"].items():
+        fits = [dtype for dtype, need in memory["in"].items() if need["total"] <= free]
+        rows += [(f"on {device}", f"{size(free)} free: {'fits in ' + ' and '.join(fits) if fits else 'does not fit'}")]
+    return rows
+
+
+def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for layer in config.layers:
         kind = kinds.setdefault(_short(layer.kind), {"count": 0, "heads": []})
@@ -145,7 +178,7 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
             kind["heads"].append(heads)
     parts = costs.parameters(config)
     return {
-        "family": FAMILY,
+        "family": config.family,
         "total": sum(parts.values()),
         "active": costs.active_parameters(config),
         "parameters": parts,
@@ -156,20 +189,25 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
         "layers": {"count": len(config.layers), "window": config.sliding_window, "kinds": kinds},
         "experts": {"count": config.num_experts, "active": config.top_k_experts, "size": config.expert_size},
         "vocabulary": config.vocab_size,
-        "canvas": config.canvas_length,
+        "canvas": config.canvas_length if config.has_canvas else None,
         "context": config.context_length,
     }
 
 
-def _memory(config: ModelConfig) -> dict[str, Any]:
-    total = sum(costs.parameters(config).values())
-    return {
-        dtype: {
-            "weights": total * costs.DTYPE_BYTES[dtype],
-            "context_token": {_short(kind): size for kind, size in costs.context_bytes(config, dtype).items()},
-        }
-        for dtype in ("float32", "bfloat16")
-    }
+def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
+    """Bytes of each part by the type of the weights; packed weights have one type, in which their products are."""
+    from blockpress.weights.memory import free_memory, needed
+
+    most = config.context_length
+    if context is not None and context > most:
+        raise RequestError(f"--context is {context}", hint=f"the model's context is {most} tokens")
+    tokens = min(CONTEXT, most) if context is None else context
+    by_dtype = {}
+    for dtype in (config.dtype,) if files is not None and files.quantised else ("float32", "bfloat16"):
+        need = needed(config, tokens, dtype=dtype, files=files)
+        each = {_short(kind): count for kind, count in costs.context_bytes(config, dtype).items()}
+        by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each}
+    return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
 
 
 def _short(kind: str) -> str:
@@ -177,31 +215,11 @@ def _short(kind: str) -> str:
 
 
 def _sampling(sampling: dict[str, Any]) -> str:
+    if "temperature" in sampling:
+        drawn = f"temperature {sampling['temperature']}, top-k {sampling['top_k']}, top-p {sampling['top_p']}"
+        return drawn if sampling["temperature"] else "the likeliest token"
     return (
         f"at most {sampling['steps']} steps, entropy bound {sampling['entropy_bound']} nats, temperature "
         f"{sampling['t_max']} to {sampling['t_min']}, stability {sampling['stability']}, confidence "
         f"{sampling['confidence']} nats"
     )
-
-
-def _many(count: int) -> str:
-    """A large count in words.
-
-    >>> _many(987), _many(2_400_000), _many(25_250_000_000)
-    ('987', '2.40 M', '25.25 B')
-    """
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,}"
-
-
-def _bytes(count: int) -> str:
-    """
-    >>> _bytes(600), _bytes(200 * 1024), _bytes(50 << 30)
-    ('600 bytes', '200.0 KiB', '50.0 GiB')
-    """
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

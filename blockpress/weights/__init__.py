@@ -8,17 +8,22 @@ Run it:  python -m pytest tests/weights
 
 from __future__ import annotations
 
+from blockpress.weights.checkpoint import Checkpoint, open_checkpoint
 from blockpress.weights.find import resolve, shipped
 from blockpress.weights.load import Progress, load_config, load_generation, load_network
 from blockpress.weights.save import save_checkpoint
-from blockpress.weights.vision import minimal_vision, vision_tensors
+from blockpress.weights.vision import load_picture_settings, load_vision, minimal_vision, vision_tensors
 
 __all__ = [
+    "Checkpoint",
     "Progress",
     "load_config",
     "load_generation",
     "load_network",
+    "load_picture_settings",
+    "load_vision",
     "minimal_vision",
+    "open_checkpoint",
     "resolve",
     "save_checkpoint",
     "shipped",

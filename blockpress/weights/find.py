@@ -1,6 +1,7 @@
-"""From what people type to a checkpoint's directory, and the JSON files in it.
+"""From what people type to a checkpoint's directory or GGUF file, and the JSON files in it.
 
-Invariant: what comes back is a directory with a `config.json`; a name never leads outside the shipped models.
+Invariant: what comes back is a directory with a `config.json`, or a file that ends in `.gguf`; a name never leads
+outside the shipped models and the cache of huggingface_hub, and finding it never opens a connection.
 
 Run it:  python -c "from blockpress.weights import shipped; print(shipped())"
 """
@@ -28,27 +29,42 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The directory of a checkpoint: `name` itself where it is one, else the shipped model of that name.
+    """What goes by that name on this machine; nothing is fetched.
+
+    In this order: a checkpoint's directory, a GGUF file, a shipped model, and a model in the cache of huggingface_hub,
+    as `owner/name`, `owner/name@revision` or `owner/name/FILE.gguf`.
+
+    Returns:
+        the checkpoint's directory, or the GGUF file.
 
     Raises:
-        CheckpointError: `name` is a file, or a directory without config.json.
-        ModelNotFound: nothing goes by that name; the hint lists the shipped models.
+        CheckpointError: a file of another kind, a directory without config.json, or a download that is not complete.
+        ModelNotFound: nothing goes by that name; the hint says how to fetch it.
     """
+    from blockpress.weights.cached import HubName, locate
+    from blockpress.weights.gguf.find import find_gguf
+
     path = _expanded(name)
-    if os.path.isfile(path / CONFIG):
+    if os.path.isfile(path / CONFIG) or (path.suffix == ".gguf" and os.path.isfile(path)):
         return path
     models = shipped()
     if str(name) in models:
         return models[str(name)]
     # isdir and isfile, unlike Path's methods, answer False for a name that no file can have.
     if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
-        return checkpoint_directory(path)
+        return find_gguf(path) or checkpoint_directory(path)
+    on_hub = HubName.parse(str(name))
+    found = None if on_hub is None else locate(on_hub)
+    if found is not None:
+        return found
     known = ", ".join(models) or "none"
-    raise ModelNotFound(
-        f"there is no model or directory {str(name)!r}",
-        hint=f"shipped models: {known}; anything else must be downloaded first, e.g. by `hf download NAME "
-        "--local-dir DIR`, and is then loaded by its directory DIR",
-    )
+    if on_hub is None:
+        hint = f"shipped models: {known}; download one of the hub by `blockpress pull owner/name`, and give that name"
+    else:
+        file = "" if on_hub.file is None else f" --file {on_hub.file}"
+        revision = "" if on_hub.revision == "main" else f" --revision {on_hub.revision}"
+        hint = f"download it by `blockpress pull {on_hub.repo}{revision}{file}`; shipped models: {known}"
+    raise ModelNotFound(f"there is no model or directory {str(name)!r}", hint=hint)
 
 
 def checkpoint_directory(path: str | Path) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blockpress import costs
 from blockpress.config import PRESETS, LayerConfig, ModelConfig
@@ -86,3 +88,83 @@ def test_a_preset_needs_no_files(call: Call) -> None:
 def test_an_unknown_name_lists_models_and_presets(call: Call) -> None:
     done = call("show", "nobody")
     assert done.code == 2 and "sudoku-nano" in done.err and "diffusiongemma-26B-A4B" in done.err
+
+
+FORMATS = {
+    "fp8": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "fp8 + nvfp4": {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}, "b": {"weights": {"num_bits": 8, "type": "float"}}}},
+    "int4": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}}},
+    "int8": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}},
+    "mxfp4": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}}},
+    "bitsandbytes": {"quant_method": "bitsandbytes"},
+    "unnamed method": {"something": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_weights_are_named_and_counted_as_they_lie_on_disk(
+    call: Call, untrained: Path, tmp_path: Path, name: str
+) -> None:
+    """One layer's experts packed to a byte a weight: what is packed is said, and counts with its scales as stored."""
+    shutil.copytree(untrained, tmp_path / "packed")
+    tensors = load_file(untrained / "model.safetensors")
+    plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    key = next(key for key in tensors if ".experts.down_proj" in key)
+    weight = tensors.pop(key)
+    tensors[f"{key}.weight"] = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
+    tensors[f"{key}.weight_scale"] = torch.ones(weight.shape[0], 1)
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    config = json.loads((untrained / "config.json").read_text()) | {"quantization_config": FORMATS[name]}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    said = json.loads(call("show", tmp_path / "packed", "--json").out)
+    assert said["format"] == name and said["files"]["quantised"] == ["experts"]
+    need = said["memory"]["in"]["float32"]
+    assert need["weights"] == plain - weight.numel() * (weight.element_size() - 1) + 4 * weight.shape[0]
+    assert f"format               {name}, packed by" in call("show", tmp_path / "packed").out
+
+
+def test_weights_that_are_not_packed_count_as_they_are_loaded(call: Call, untrained: Path) -> None:
+    said = json.loads(call("show", untrained, "--json").out)
+    tensors = load_file(untrained / "model.safetensors")
+    stored = sum(
+        t.numel() * t.element_size()
+        for name, t in tensors.items()
+        if not name.startswith("model.encoder.vision") and "embed_vision" not in name
+    )
+    assert said["format"] == "fp32" and said["files"]["text"] == stored
+    assert said["memory"]["in"]["float32"]["weights"] == stored == 2 * said["memory"]["in"]["bfloat16"]["weights"]
+
+
+def test_the_context_is_chosen(call: Call, untrained: Path) -> None:
+    said = json.loads(call("show", untrained, "--context", 100, "--json").out)["memory"]
+    assert said["tokens"] == 100
+    for need in said["in"].values():
+        assert need["context"] == 100 * sum(need["context_token"].values())
+        assert need["total"] == need["weights"] + need["context"] + max(need["canvas"], need["reading"])
+    assert json.loads(call("show", untrained, "--json").out)["memory"]["tokens"] == 256, "the model's own limit"
+    for wrong in (0, 257):
+        done = call("show", untrained, "--context", wrong)
+        assert done.code == 2 and f"--context is {wrong}" in done.err
+
+
+def test_what_fits_is_said_for_every_device(call: Call, untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = json.loads(call("show", untrained, "--json").out)["memory"]["in"]
+    free = {
+        "cpu": need["float32"]["total"],
+        "cuda:0": need["bfloat16"]["total"],
+        "cuda:1": need["bfloat16"]["total"] - 1,
+    }
+    monkeypatch.setattr("blockpress.weights.memory.free_memory", lambda: free)
+    rows = {line.split("  ")[0]: line for line in call("show", untrained).out.splitlines()}
+    assert rows["on cpu"].endswith("fits in float32 and bfloat16")
+    assert rows["on cuda:0"].endswith("fits in bfloat16") and rows["on cuda:1"].endswith("does not fit")
+
+
+def test_a_tie_is_counted_once(call: Call, untrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(untrained, tmp_path / "tied")
+    tensors = load_file(untrained / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "tied" / "model.safetensors")
+    once, twice = (json.loads(call("show", path, "--json").out)["files"] for path in (untrained, tmp_path / "tied"))
+    assert once["text"] == twice["text"] < twice["bytes"] > once["bytes"]

@@ -55,7 +55,28 @@ def test_an_unknown_name_lists_the_shipped_ones_and_says_download(package: Path,
         resolve(name)
     assert repr(name) in caught.value.message
     assert "some-model" in caught.value.hint
-    assert "download" in caught.value.hint
+    assert "download" in caught.value.hint and "blockpress pull" in caught.value.hint
+
+
+def test_a_gguf_file_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "some-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    assert resolve(file) == resolve(str(file)) == file
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve(f"~/{file.name}") == file
+    with pytest.raises(ModelNotFound):
+        resolve(tmp_path / "other.gguf")
+
+
+def test_a_directory_comes_before_the_cache(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(single, tmp_path / "me" / "some-model")
+    shutil.copytree(single, tmp_path / "hub" / "models--me--some-model" / "snapshots" / ("a" * 40))
+    (tmp_path / "hub" / "models--me--some-model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--me--some-model" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert resolve("me/some-model").name == "a" * 40
+    monkeypatch.chdir(tmp_path)
+    assert resolve("me/some-model") == Path("me/some-model")
 
 
 def test_without_shipped_models_the_hint_says_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

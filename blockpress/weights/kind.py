@@ -1,0 +1,137 @@
+"""What a checkpoint is, from its config or header alone: its family, and the format that its weights are in.
+
+This is the one place that names a format, and it is tolerant: it describes what it does not know instead of refusing
+it, so that `ls` and `show` can speak of a checkpoint that nothing here can run.
+
+Weights that are not packed are named by how they are stored, which need not be the type that the config asks to run in.
+
+Invariant: no weight is read, and nothing in a file makes `kind_of` raise but that it cannot be read or parsed at all.
+
+Run it:  blockpress ls
+Source: `compressed_tensors` 0.20 `QuantizationConfig`, ModelOpt's `hf_quant_config`, the GGUF specification of ggml.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockpress.weights.find import CONFIG, read_object
+from blockpress.weights.gguf.header import read_header
+from blockpress.weights.shards import opened
+
+FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")
+"""What blockpress runs: values of `model_type`, and of a GGUF file's `general.architecture`."""
+
+_PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+# `general.file_type` of a GGUF file (llama.cpp's llama_ftype): the mix that most of its tensors follow.
+_GGUF_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A checkpoint's family (`model_type` or architecture) and format, such as "bf16", "nvfp4" or "Q4_K_M".
+
+    `method` is who packed the weights ("compressed-tensors", "modelopt", "gguf"), None where they are not packed.
+    """
+
+    family: str
+    format: str
+    method: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether the family is one that blockpress runs."""
+        return self.family in FAMILIES
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of a checkpoint's directory or of a GGUF file.
+
+    Raises:
+        DamagedFile: config.json is not JSON, or the file is no GGUF. CheckpointError: it cannot be read.
+    """
+    if path.is_file():
+        return _gguf_kind(path)
+    data = read_object(path / CONFIG)
+    quantised = data.get("quantization_config") or _text(data).get("quantization_config")
+    family = str(data.get("model_type"))
+    if isinstance(quantised, Mapping):
+        return Kind(family=family, format=format_name(data), method=_method(quantised))
+    return Kind(family=family, format=_stored(path) or format_name(data))
+
+
+def format_name(config: Mapping[str, Any]) -> str:
+    """The format that a `config.json` says its weights are in.
+
+    >>> format_name({"dtype": "bfloat16"})
+    'bf16'
+    >>> groups = {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 128}}}
+    >>> format_name({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}})
+    'int4'
+    >>> format_name({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}})
+    'nvfp4'
+    >>> format_name({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    'gptq 4 bits'
+    """
+    quantised = config.get("quantization_config") or _text(config).get("quantization_config")
+    if not isinstance(quantised, Mapping):
+        dtype = config.get("dtype") or config.get("torch_dtype") or _text(config).get("dtype") or "float32"
+        return _PLAIN.get(str(dtype), str(dtype))
+    groups = quantised.get("config_groups")
+    named = {_group_name(group) for group in groups.values()} if isinstance(groups, Mapping) else set()
+    if named - {""}:
+        return " + ".join(sorted(named - {""}))
+    if algorithm := quantised.get("quant_algo"):
+        return str(algorithm).lower().replace("_", " ")
+    bits = quantised.get("bits", quantised.get("num_bits"))
+    return _method(quantised) if bits is None else f"{_method(quantised)} {bits} bits"
+
+
+def _stored(directory: Path) -> str | None:
+    """The type of most tensors of the first safetensors file; None without one."""
+    file = next(iter(sorted(directory.glob("*.safetensors"))), None)
+    if file is None:
+        return None
+    with opened(file) as shard:
+        types = Counter(shard.get_slice(name).get_dtype() for name in shard.offset_keys())
+    name = types.most_common(1)[0][0] if types else ""
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(name, name.lower()) or None
+
+
+def _group_name(group: Any) -> str:
+    """A group of `config_groups` by the type of its weights; "" where it has none."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return ""
+    bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    if kind == "float" and bits == 4:
+        return "mxfp4" if size == 32 else "nvfp4"
+    if kind == "float" and bits == 8:
+        return "mxfp8" if size == 32 else "fp8"
+    return f"{kind or 'int'}{bits}"
+
+
+def _method(quantised: Mapping[str, Any]) -> str:
+    return str(quantised.get("quant_method") or "unnamed method")
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else {}
+
+
+def _gguf_kind(file: Path) -> Kind:
+    metadata = read_header(file).metadata
+    number = metadata.get("general.file_type")
+    name = "unnamed mix" if number is None else _GGUF_TYPES.get(number, f"type {number}")
+    return Kind(family=str(metadata.get("general.architecture")), format=name, method="gguf")

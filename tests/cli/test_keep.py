@@ -1,0 +1,231 @@
+"""`pull`, `ls` and `rm` as people call them, on a hub of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from blockpress.cli.units import size
+from blockpress.config import ModelConfig
+from blockpress.weights import cached, resolve
+from tests.weights.gguf_files import wide, write_gguf
+from tests.weights.hub_server import Hub, Repository, in_its_place
+
+from .conftest import Call, Screen
+
+NAME = "me/some-model"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with in_its_place(monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture
+def model(hub: Hub, untrained: Path) -> Repository:
+    hub.repositories[NAME] = Repository({file.name: file.read_bytes() for file in untrained.iterdir()})
+    return hub.repositories[NAME]
+
+
+@pytest.fixture(scope="session")
+def ggufs(tiny: ModelConfig, workspace: Path) -> dict[str, bytes]:
+    """Two GGUF files by their names."""
+    made = {}
+    for name, kind, number in (("a-Q4_K_M.gguf", "Q4_K", 15), ("a-Q8_0.gguf", "Q8_0", 7)):
+        file = workspace / name
+        write_gguf(file, wide(tiny), kind=Type[kind], keys={"general.file_type": number})
+        made[name] = file.read_bytes()
+    return made
+
+
+class TestPull:
+    def test_pulled_listed_run_and_removed(self, call: Call, model: Repository, untrained: Path) -> None:
+        done = call("pull", NAME)
+        assert done.code == 0 and f"{NAME}: {len(model.files)} files fetched" in done.out and "\x1b" not in done.err
+        listed = done.err.splitlines()
+        assert len(listed) == len(model.files) and listed[-1].startswith("model.safetensors  ")
+        assert call("run", NAME, "1", "--seed", 3, "--json").out == call("run", untrained, "1", "--seed", 3, "--json").out
+        assert "already there" in call("pull", NAME).out
+        row = json.loads(call("ls", "--json").out)["models"][-1]
+        assert row["name"] == NAME and row["revision"] == model.commit and row["refs"] == ["main"]
+        assert row["bytes"] == sum(map(len, model.files.values())) and row["missing"] is None
+        on_disk = sum(file.stat().st_size for file in (cached.home_of(NAME) / "blobs").iterdir())
+        gone = json.loads(call("rm", NAME, "--yes", "--json").out)
+        assert gone == {"removed": NAME, "revision": None, "freed": on_disk}
+        assert not cached.home_of(NAME).exists() and call("show", NAME).code == 2
+
+    def test_json(self, call: Call, model: Repository) -> None:
+        said = json.loads(call("pull", f"{NAME}@v1", "--json").out)
+        assert said["path"] == str(resolve(f"{NAME}@v1")) and said["missing"] is None
+        assert said["files_fetched"] == len(model.files) and said["bytes_fetched"] == sum(
+            map(len, model.files.values())
+        )
+
+    def test_some_files_are_said_to_be_no_model(self, call: Call, model: Repository) -> None:
+        done = call("pull", NAME, "--include", "*.json")
+        assert done.code == 0 and "not a whole model yet: there are no weights" in done.out
+        assert call("pull", NAME, "--exclude", "tokenizer*").code == 0
+        assert "not a whole" not in call("pull", NAME).out
+
+    def test_one_of_several_gguf_files(self, call: Call, hub: Hub, ggufs: dict[str, bytes]) -> None:
+        hub.repositories[NAME] = Repository({**ggufs, "README.md": b"#"})
+        asked = call("pull", NAME)
+        assert asked.code == 2 and "--file" in asked.err and "a-Q4_K_M.gguf (0.0 GB)" in asked.err
+        assert call("pull", NAME, "--file", "a-Q8_0.gguf").code == 0
+        (row,) = json.loads(call("ls", "--json").out)["models"][1:]
+        assert (row["name"], row["format"], row["family"]) == (f"{NAME}/a-Q8_0.gguf", "Q8_0", "diffusion-gemma")
+        assert resolve(NAME) == resolve(f"{NAME}/a-Q8_0.gguf") and resolve(NAME).read_bytes() == ggufs["a-Q8_0.gguf"]
+        assert call("pull", f"{NAME}/a-Q4_K_M.gguf").code == 0
+        several = call("show", NAME)
+        assert several.code == 2 and f"{NAME}/a-Q4_K_M.gguf" in several.err
+
+    def test_a_gguf_file_is_shown(self, call: Call, hub: Hub, ggufs: dict[str, bytes], tiny: ModelConfig) -> None:
+        hub.repositories[NAME] = Repository({"a-Q4_K_M.gguf": ggufs["a-Q4_K_M.gguf"], "mmproj-F16.gguf": b"GGUF"})
+        call("pull", NAME)
+        said = json.loads(call("show", NAME, "--json").out)
+        assert said["format"] == "Q4_K_M" and said["tokenizer"] is True and said["canvas"] == tiny.canvas_length
+        parts = ["attention", "dense MLP", "embedding", "experts", "router", "self-conditioning"]
+        assert said["files"]["quantised"] == parts and said["memory"]["in"].keys() == {"bfloat16"}
+        weights, matrices = said["memory"]["in"]["bfloat16"]["weights"], said["total"] - said["parameters"]["norms"]
+        assert 144 / 256 * matrices < weights < 144 / 256 * matrices * 1.02 + 4 * said["parameters"]["norms"]
+        assert "Q4_K_M, packed by gguf: attention, dense MLP" in call("show", NAME).out
+
+    def test_bars_on_a_terminal(
+        self, model: Repository, call: Call, screen: Screen, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert call("pull", NAME).code == 0
+        assert "model.safetensors" in screen.getvalue() and "\x1b[" in screen.getvalue()
+
+    def test_what_will_not_fit_is_said_and_fetched(
+        self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("blockpress.weights.memory.free_memory", lambda: {"cpu": 1000})
+        done = call("pull", NAME)
+        assert done.code == 0 and "it will not run here" in done.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["sudoku-nano"], "no name on the hub"),
+            ([NAME, "--revision", "a b"], "--revision is 'a b'"),
+            ([f"{NAME}@v1", "--revision", "v1"], "--revision is given with"),
+            ([NAME, "--file", "x.gguf", "--include", "*"], "--include is given with --file"),
+            ([NAME, "--revision", "v9"], "no revision 'v9'"),
+            (["me/nothing"], "no repository me/nothing"),
+        ],
+    )
+    def test_what_cannot_be_meant(self, call: Call, model: Repository, arguments: list[str], said: str) -> None:
+        done = call("pull", *arguments)
+        assert done.code == 2 and said in done.err and "hint" in done.err
+
+    def test_offline_says_what_is_missing(
+        self, call: Call, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "me/some-model is not in the cache" in call("pull", NAME).err and hub.requests == []
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        hub.cut["model.safetensors"] = [0] * 20
+        call("pull", NAME)
+        hub.cut.clear()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        done = call("pull", NAME)
+        assert done.code == 2 and "there are no weights" in done.err and "HF_HUB_OFFLINE" in done.err
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert call("pull", NAME).code == 0
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "already there" in call("pull", NAME).out
+
+    def test_the_environment_reaches_the_library(self, hub: Hub, model: Repository, tmp_path: Path) -> None:
+        """A process of its own, as people have it: HF_ENDPOINT and HF_HOME are read when it starts."""
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
+
+        def start(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "blockpress", *arguments]
+            return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120)
+
+        assert start("pull", NAME).returncode == 0
+        assert (tmp_path / "home" / "hub" / "models--me--some-model" / "refs" / "main").read_text() == model.commit
+        assert NAME in start("ls", HF_HUB_OFFLINE="1").stdout
+
+
+class TestList:
+    def test_shipped_and_cached_and_nothing_else(self, call: Call, hub: Hub, model: Repository) -> None:
+        assert "sudoku-nano" in call("ls").out and not cached.cache_directory().exists()
+        call("pull", NAME)
+        other = json.loads(model.files["config.json"]) | {"model_type": "llama"}
+        hub.repositories["me/llama"] = Repository(model.files | {"config.json": json.dumps(other).encode()})
+        call("pull", "me/llama")
+        text = call("ls").out
+        assert NAME in text and model.commit[:12] + " (main)" in text and "just now" in text and "llama" not in text
+
+    def test_a_cut_download_is_marked(self, call: Call, hub: Hub, model: Repository) -> None:
+        hub.cut["model.safetensors"] = [5_000] + [0] * 20
+        assert call("pull", NAME).code == 2
+        assert "partial: there are no weights" in call("ls").out
+        error = call("show", NAME)
+        assert error.code == 2 and "not complete" in error.err and f"blockpress pull {NAME}" in error.err
+
+    def test_a_damaged_config_hides_nothing(self, call: Call, model: Repository) -> None:
+        call("pull", NAME)
+        (cached.home_of(NAME) / "snapshots" / model.commit / "config.json").resolve().write_bytes(b"{")
+        done = call("ls")
+        assert done.code == 0 and NAME in done.out and "not JSON" in done.out and "sudoku-nano" in done.out
+
+
+class TestRemove:
+    def test_one_of_two_commits_keeps_what_the_other_needs(self, call: Call, model: Repository) -> None:
+        call("pull", NAME)
+        old, before = model.commit, len(model.files["config.json"])
+        model.files["config.json"] += b"\n"
+        call("pull", NAME)
+        done = call("rm", NAME, "--revision", old[:8], "--yes")
+        assert done.code == 0 and done.out == f"removed {NAME} at {old[:12]}: {size(before)} freed\n"
+        assert resolve(NAME).name == model.commit and (resolve(NAME) / "model.safetensors").is_file()
+        assert call("show", f"{NAME}@{old}").code == 2
+
+    def test_it_asks_on_a_terminal_and_needs_yes_elsewhere(
+        self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        call("pull", NAME)
+        refused = call("rm", NAME)
+        assert refused.code == 2 and "--yes" in refused.err and "frees" in refused.err
+        monkeypatch.setattr("blockpress.cli.keep.terminal.is_terminal", lambda stream: True)
+        assert call("rm", NAME, stdin="n\n").code == 2 and call("rm", NAME, stdin="").code == 2
+        assert cached.home_of(NAME).exists()
+        done = call("rm", NAME, stdin="y\n")
+        assert done.code == 0 and "[y/N]" in done.out and not cached.home_of(NAME).exists()
+
+    def test_a_download_that_never_got_anywhere_goes_too(self, call: Call, hub: Hub, model: Repository) -> None:
+        first = min(model.files, key=lambda path: len(model.files[path]))
+        hub.cut[first] = [0] * 20
+        assert call("pull", NAME).code == 2
+        assert call("rm", NAME, "--yes").code == 0 and not cached.home_of(NAME).exists()
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("sudoku-nano", "comes with blockpress"),
+            ("{folder}", "is a path"),
+            ("me/absent", "does not hold me/absent"),
+            ("nothing", "no name on the hub"),
+            (f"{NAME}@v7", "does not hold revision 'v7'"),
+            (f"{NAME}/x.gguf", "one file of a model"),
+        ],
+    )
+    def test_what_is_not_in_the_cache_is_not_touched(
+        self, call: Call, model: Repository, tmp_path: Path, name: str, said: str
+    ) -> None:
+        call("pull", NAME)
+        (tmp_path / "folder").mkdir()
+        done = call("rm", name.format(folder=tmp_path / "folder"), "--yes")
+        assert done.code == 2 and said in done.err
+        assert (tmp_path / "folder").is_dir() and resolve("sudoku-nano").is_dir() and cached.home_of(NAME).is_dir()

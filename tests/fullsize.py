@@ -1,0 +1,92 @@
+"""The whole model on this machine: load, prefill, denoise, commit, a token by itself; times, and memory against `show`.
+
+Why: that a checkpoint of the published size runs within the memory that was promised is shown by running it, by hand,
+never in CI: it needs 25 GB of disk, some 20 GB of memory, and minutes.
+
+Invariant: what is compared is the process's peak of resident memory, file-backed pages included, less what it held
+before the model was touched.
+
+Run it:  blockpress synthesize diffusiongemma-26B-A4B /tmp/big --format nvfp4
+         python -m tests.fullsize /tmp/big
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from blockpress.diffusion import KeyedDraws
+from blockpress.generate import plain_denoiser, read
+from blockpress.lm import load
+from blockpress.weights.memory import needed, survey
+
+
+def peak() -> int:
+    """Bytes of the process's peak of resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident() -> int:
+    """Bytes of resident memory now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@torch.inference_mode()
+def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
+    """Seconds and bytes of each part, printed as they come."""
+    before, figures = peak(), {}
+
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - begun
+        figures[what] = round(seconds, 2)
+        print(
+            f"{what:28}{seconds:9.2f} s   resident {resident() / 2**30:6.2f} GiB   peak {peak() / 2**30:6.2f} GiB",
+            flush=True,
+        )
+        return result
+
+    lm = timed("load", lambda: load(path))
+    network, config = lm.network, lm.config
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, config.vocab_size, (prompt_length,), generator=draw).tolist()
+    cache = timed(f"prefill of {prompt_length}", lambda: read(network, [prompt], network.empty_cache(1)))
+    canvas = torch.randint(0, config.vocab_size, (1, config.canvas_length), generator=draw)
+    keyed = KeyedDraws([0], [0], length=config.canvas_length, vocab=config.vocab_size, device=network.device)
+    denoiser, signal, rows = plain_denoiser(network, cache), None, torch.tensor([0])
+    for step in range(1, steps + 1):
+        temperature = torch.tensor(0.8)
+        work = partial(denoiser, rows, step, canvas, signal, temperature, keyed, None)
+        reading = timed(f"denoising step {step}", work)
+        assert bool(reading.entropy.isfinite().all()), "the entropies are not finite"
+        signal, canvas = reading.signal, reading.sample
+    cache = timed("commit", lambda: read(network, [reading.argmax[0].tolist()], cache))
+    hidden, _ = timed("a token by itself", lambda: network.read(torch.tensor([[5]]), cache))
+    assert bool(network.logits(hidden).isfinite().all()), "the logits are not finite"
+    taken = peak() - before
+    need = needed(config, int(cache.lengths.max()) + 1, dtype=config.dtype, files=survey(lm.path))
+    print(f"predicted {need.total / 2**30:.2f} GiB, taken {taken / 2**30:.2f} GiB: {need.total / taken - 1:+.1%}")
+    return {"seconds": figures, "before": before, "taken": taken, "predicted": need}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("path")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps")
+    chosen = parser.parse_args()
+    figures = measure(chosen.path, chosen.prompt, chosen.steps)
+    print(json.dumps(figures, default=vars, indent=2))
+
+
+if __name__ == "__main__":
+    main()
