@@ -1,5 +1,7 @@
 """What a run tells about itself while it goes: steps, entropy, tokens per forward, milliseconds per forward.
 
+Token by token there are no steps and no entropies, so nothing is said of them.
+
 Invariant: the milliseconds are the model's. What the watcher does between two events (drawing, pausing, printing) is
 not in them, nor is the first event's time, which holds the prefill.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from blockpress.config import Sampling
+from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.diffusion import Schedule
 from blockpress.reply import Committed, Denoised, Done, Event
 
@@ -19,14 +21,18 @@ BARS = "▁▂▃▄▅▆▇█"
 class Meter:
     """Counts and times of one row, from its events. Call `see` with each event and `go_on` before the next."""
 
-    def __init__(self, sampling: Sampling, stop_ids: Collection[int], canvas_length: int) -> None:
+    def __init__(
+        self, sampling: Sampling | AutoregressiveSampling, stop_ids: Collection[int], canvas_length: int
+    ) -> None:
         self.step = self.accepted = self.forwards = 0
         self.length = canvas_length
         self.entropies: list[float] = []
         self.tokens_per_forward = 0.0
         self.seconds = 0.0
-        self._sampling, self._stop_ids = sampling, stop_ids
-        self._schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
+        self._stop_ids = stop_ids
+        self._schedule: Schedule | None = None
+        if isinstance(sampling, Sampling):
+            self._schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
         self._committed = 0
         self._left: float | None = None
 
@@ -37,7 +43,7 @@ class Meter:
         if isinstance(event, Denoised):
             self._denoised(event)
         elif isinstance(event, Committed):
-            self._committed += len(event.tokens)
+            self._read(event)
         elif isinstance(event, Done):
             self.forwards = event.reply.usage.forwards
             self.tokens_per_forward = event.reply.usage.tokens_per_forward
@@ -53,18 +59,22 @@ class Meter:
 
     def now(self) -> list[str]:
         """The state of the run, in a few words each."""
+        each = f"{self.tokens_per_forward:.1f} tokens per forward"
+        if self._schedule is None:
+            return [each]
         return [
-            f"step {self.step} of at most {self._sampling.steps}",
+            f"step {self.step} of at most {self._schedule.steps}",
             f"temperature {float(self._schedule.temperature(max(1, self.step))):.2f}",
             f"accepted {self.accepted} of {self.length}",
             self.entropy(),
-            f"{self.tokens_per_forward:.1f} tokens per forward",
+            each,
         ]
 
     def result(self) -> list[str]:
         """The same for a finished run."""
         took = [] if self.milliseconds is None else [f"{self.milliseconds:.1f} ms per forward"]
-        return [*took, f"{self.tokens_per_forward:.1f} tokens per forward", self.entropy()]
+        entropy = [] if self._schedule is None else [self.entropy()]
+        return [*took, f"{self.tokens_per_forward:.1f} tokens per forward", *entropy]
 
     def entropy(self) -> str:
         """The mean entropy of the last step, and a bar for each step of the canvas, the highest one full."""
@@ -80,8 +90,14 @@ class Meter:
         self.step = event.step
         self.accepted = int(event.accepted.sum())
         self.entropies.append(float(event.entropy.mean()))
-        # A canvas behind the first costs one forward more: the commit of the one before it.
-        self.forwards += 2 if event.step == 1 and event.canvas else 1
+        # A canvas behind the first costs one forward more, the commit of the one before it; begun again, it does not.
+        self.forwards += 2 if event.step == 1 and event.canvas and not event.attempt else 1
         tokens = event.argmax.tolist()
         valid = next((place + 1 for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         self.tokens_per_forward = (self._committed + valid) / self.forwards
+
+    def _read(self, event: Committed) -> None:
+        self._committed += len(event.tokens)
+        if self._schedule is None:
+            self.forwards += 1
+            self.tokens_per_forward = self._committed / self.forwards

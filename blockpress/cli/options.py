@@ -13,8 +13,11 @@ import typer
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
-    from blockpress.config import Sampling
+    from collections.abc import Callable, Mapping
+
+    from blockpress.config import AutoregressiveSampling, GenerationConfig, Sampling
     from blockpress.lm import LM
+    from blockpress.weights import Checkpoint
 
 SHIPPED = "sudoku-nano"
 
@@ -36,7 +39,7 @@ def positive(value: int | None, option: str) -> None:
         raise RequestError(f"{option} is {value}", hint=f"{option} takes a whole number of at least 1")
 
 
-def refuse(option: str, others: dict[str, Any]) -> None:
+def refuse(option: str, others: Mapping[str, Any]) -> None:
     """Raises RequestError: one of the `others` is given (not None), and means nothing beside `option`."""
     for name, value in others.items():
         if value is not None:
@@ -46,18 +49,79 @@ def refuse(option: str, others: dict[str, Any]) -> None:
 def open_model(
     name: str, changes: dict[str, Any], *, dtype: str | None = None, device: str = "cpu"
 ) -> tuple[LM, Sampling]:
-    """The model of that name, and its own sampling with the `changes` that are not None.
+    """The model of that name, which must have a canvas, and its own sampling with the `changes` that are not None.
 
     Raises:
         BlockpressError: the model, its files, a sampling field, the type or the device.
     """
-    from blockpress.lm import load
-    from blockpress.weights import load_config, load_generation, resolve
+    from blockpress.config import Sampling
 
-    path = resolve(name)
-    generation = load_generation(path, load_config(path))
-    sampling = generation.sampling.with_(**{field: value for field, value in changes.items() if value is not None})
-    return load(path, dtype=dtype, device=device), sampling
+    def check(found: Checkpoint) -> None:
+        if not found.config.has_canvas:
+            raise RequestError(
+                f"{found.path.name} is of the family {found.config.family}, which has no canvas",
+                hint="give a model that has one, or ask this one by `blockpress run`",
+            )
+
+    lm, sampling = open_in_mode(name, None, changes, check=check, dtype=dtype, device=device)
+    assert isinstance(sampling, Sampling)
+    return lm, sampling
+
+
+def open_in_mode(
+    name: str,
+    mode: str | None,
+    changes: Mapping[str, Any],
+    *,
+    check: Callable[[Checkpoint], None] | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> tuple[LM, Sampling | AutoregressiveSampling]:
+    """The model of that name, and its own sampling in the mode (None: its own) with the `changes` that are not None.
+
+    Args:
+        changes: fields of either sampling; one that the mode's own has not is refused by the name of its option.
+        check: what else the caller wants to know of the model before its weights are read; it raises.
+
+    Raises:
+        BlockpressError: the model, its files, the mode, a sampling field, the type or the device.
+    """
+    from blockpress.lm import load
+    from blockpress.lm.arguments import check_mode
+    from blockpress.weights import open_checkpoint
+
+    found = open_checkpoint(name)
+    if check is not None:
+        check(found)
+    sampling = _sampling(found.generation, check_mode(mode, found.config), changes)
+    return load(found.path, dtype=dtype, device=device), sampling
+
+
+def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:
+    from blockpress.config import AutoregressiveSampling
+
+    own = generation.sampling if mode == "diffusion" else generation.autoregressive
+    given = {field: value for field, value in changes.items() if value is not None}
+    for field in given:
+        if field not in own.__dataclass_fields__:
+            option, other = _option(field), "autoregressive" if mode == "diffusion" else "diffusion"
+            able = generation.has_canvas
+            hint = f"leave out {option}, or give --mode {other}" if able else f"leave out {option}: there is no canvas"
+            raise RequestError(f"{option} is given in the mode {mode}", hint=hint)
+    if given.get("top_k") == 0:
+        given["top_k"] = None
+    chosen = own.with_(**given)
+    if isinstance(chosen, AutoregressiveSampling) and chosen.temperature == 0:
+        for field in [field for field in ("top_k", "top_p") if field in given]:
+            raise RequestError(
+                f"{_option(field)} is given with a temperature of 0, which takes the likeliest token",
+                hint=f"leave out {_option(field)}, or give a --temperature above 0",
+            )
+    return chosen
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def check_device(device: str) -> None:

@@ -1,6 +1,7 @@
-"""`blockpress run`: a prompt goes in, text comes out.
+"""`blockpress run`: a prompt goes in, text comes out; a model with a chat template is talked to in its own form.
 
-Invariant: stdout holds the answer's text, or JSON, and nothing else; text is printed once it is final.
+Invariant: stdout holds the answer's text, or JSON, and nothing else, unless it is a terminal; text is printed once it
+is final.
 
 Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --puzzle-only)"
 """
@@ -8,20 +9,27 @@ Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --puzzle-onl
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from blockpress.cli import options
+from blockpress.cli import options, showing
 from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
-    from blockpress.config import Sampling
-    from blockpress.lm import LM
-    from blockpress.reply import Event, Reply
+    from collections.abc import Iterable, Iterator, Sequence
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, or a checkpoint's directory.")]
+    from blockpress.cli.talk import Asking
+    from blockpress.reply import Event, Reply
+    from blockpress.weights import Checkpoint
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A shipped model, a checkpoint's directory, a GGUF file, or owner/name after a pull."
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Argument(
@@ -32,6 +40,20 @@ MaxTokens = Annotated[
     int | None, typer.Option(metavar="N", help="Most tokens to return. Default: until a stop or the context's end.")
 ]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of all random draws: the same seed, the same answer.")]
+Mode = Annotated[
+    Literal["diffusion", "autoregressive"] | None,
+    typer.Option(help="Write canvas by canvas, or token by token. Default: canvases, if the model has them."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="Token by token: divides the logits; 0 takes the likeliest token.")
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="N", help="Token by token: draw from the N likeliest only; 0: from all.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Token by token: draw from the likeliest that together hold this probability."),
+]
 Bound = Annotated[
     float | None, typer.Option(metavar="NATS", help="Entropy that the tokens accepted in one step may hold together.")
 ]
@@ -42,7 +64,28 @@ Stability = Annotated[
 ]
 Confidence = Annotated[float | None, typer.Option(metavar="NATS", help="Mean entropy below which a canvas may settle.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
-Events = Annotated[bool, typer.Option("--events", help="Print one JSON object an event: step, commit, text, done.")]
+Image = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Show this image first; repeatable.")]
+Video = Annotated[
+    list[str] | None, typer.Option(metavar="PATH", help="Show this video, behind the images; repeatable.")
+]
+SoftTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Most tokens of an image or a video's frame: 70, 140, 280, 560 or 1120."),
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Give the model PROMPT as it is, even if it has a chat template for it.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="What the chat begins with: who the model shall be.")]
+Thinking = Annotated[
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="Think before the answer. Default: no.", show_default=False),
+]
+Budget = Annotated[
+    int | None, typer.Option(metavar="N", help="Think for at most N tokens, then answer; turns thinking on.")
+]
+Events = Annotated[
+    bool, typer.Option("--events", help="Print one JSON object an event: step, commit, text, thought, call, done.")
+]
 
 
 def run(
@@ -50,12 +93,23 @@ def run(
     prompt: Prompt = None,
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
+    system: System = None,
+    image: Image = None,
+    video: Video = None,
+    soft_tokens: SoftTokens = None,
+    thinking: Thinking = None,
+    thinking_budget: Budget = None,
+    raw: Raw = False,
+    mode: Mode = None,
     steps: options.Steps = None,
     entropy_bound: Bound = None,
     t_min: TMin = None,
     t_max: TMax = None,
     stability: Stability = None,
     confidence: Confidence = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     stop: Stop = None,
     json: options.Json = False,
     events: Events = False,
@@ -65,65 +119,96 @@ def run(
 ) -> None:
     """Answer a prompt.
 
-    On a terminal the canvas is shown while it settles. Otherwise text goes to standard output as soon as it is final,
-    and what it cost to standard error. Sampling options default to the model's generation_config.json.
+    A model with a chat template is asked in its form; without PROMPT, a conversation begins on a terminal. There the
+    canvas is shown while it settles. Otherwise text goes to standard output as soon as it is final, thoughts and what
+    it cost to standard error. Sampling options default to the model's generation_config.json.
 
     \b
     Examples:
       blockpress run sudoku-nano "$(blockpress sudoku --random 1 --puzzle-only)"
-      blockpress run ./my-checkpoint "Once upon a time" --max-tokens 100 --seed 3
-      blockpress run sudoku-nano --json < puzzle.txt
+      blockpress run ./my-checkpoint "Once upon a time" --raw --max-tokens 100 --seed 3
+      blockpress run ./my-checkpoint "What is 17 * 23?" --thinking-budget 500
+      blockpress run ./my-checkpoint "What is this?" --image photo.jpg --mode autoregressive
     """
+    chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
+    shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
+    _check(max_tokens, thinking_budget, raw, json, events, chat | shown)
+    changes: dict[str, Any] = {"steps": steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max}
+    changes |= {"stability": stability, "confidence": confidence, "stop": stop or None}
+    changes |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    text = None if prompt is None and _may_talk(raw or json or events) else _prompt(prompt)
+    _answer(_open(model, mode, changes, chat, shown, max_tokens, seed, raw, dtype, device), text, json, events, fast)
+
+
+def _check(
+    max_tokens: int | None, budget: int | None, raw: bool, json: bool, events: bool, chat: dict[str, Any]
+) -> None:
+    """Raises RequestError: a count below 1, and options that mean nothing beside each other."""
     options.positive(max_tokens, "--max-tokens")
+    options.positive(budget, "--thinking-budget")
+    if raw:
+        options.refuse("--raw", chat)
     if events:
         options.refuse("--events", {"--json": json or None})
-    changes: dict[str, Any] = {"steps": steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max}
-    changes |= {"stability": stability, "confidence": confidence, "stop": tuple(stop) if stop else None}
-    text = _prompt(prompt)
+
+
+def _may_talk(otherwise: bool) -> bool:
+    """Whether a person is there to talk to. Whether the model can, it says itself, so it is loaded before the first
+    question."""
+    return not otherwise and sys.stdin is not None and sys.stdin.isatty() and is_terminal(sys.stdout)
+
+
+def _open(
+    model: str,
+    mode: str | None,
+    changes: dict[str, Any],
+    chat: dict[str, Any],
+    shown: dict[str, Any],
+    max_tokens: int | None,
+    seed: int,
+    raw: bool,
+    dtype: str | None,
+    device: str,
+) -> Asking:
+    """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options."""
+    parts = showing.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
+
+    def check(found: Checkpoint) -> None:
+        showing.check_model(found, chat, shown)
+
     with waiting(f"loading {model}"):
-        lm, sampling = options.open_model(model, changes, dtype=dtype, device=device)
-    if not (json or events) and is_terminal(sys.stdout):
-        _show(lm, text, max_tokens, seed, sampling, fast)
-    elif events:
-        for event in lm.stream(text, max_tokens, seed, sampling):
-            options.print_json(event_to_dict(lm, event))
+        from blockpress.cli.talk import Asking
+
+        lm, sampling = options.open_in_mode(model, mode, changes, check=check, dtype=dtype, device=device)
+    budget, thinking = chat["--thinking-budget"], chat["--thinking"]
+    return Asking(
+        lm=lm,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        seed=seed,
+        chat=not raw and lm.tokenizer is not None and lm.tokenizer.chat_template is not None,
+        system=chat["--system"],
+        thinking=budget is not None if thinking is None else thinking,
+        thinking_budget=budget,
+        shown=parts,
+        soft_tokens=shown["--soft-tokens"],
+    )
+
+
+def _answer(asking: Asking, text: str | None, json: bool, events: bool, fast: bool) -> None:
+    """One answer, in the form that was asked for; without a text, a conversation, or what is typed now."""
+    from blockpress.cli.told import event_to_dict, reply_to_dict
+
+    if text is None and asking.chat:
+        return _converse(asking, fast)
+    text = _prompt(None) if text is None else text
+    if events:
+        for event in asking.stream(text):
+            options.print_json(event_to_dict(asking.lm, event))
     elif json:
-        options.print_json(reply_to_dict(lm.generate(text, max_tokens, seed, sampling)))
+        options.print_json(reply_to_dict(_last(asking.stream(text)), chat=asking.chat))
     else:
-        _print(lm, text, max_tokens, seed, sampling)
-
-
-def reply_to_dict(reply: Reply) -> dict[str, Any]:
-    """The reply as JSON has it."""
-    return {
-        "text": reply.text,
-        "tokens": reply.tokens,
-        "finish_reason": reply.finish_reason,
-        "usage": vars(reply.usage),
-    }
-
-
-def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
-    """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
-    from blockpress.reply import Committed, Denoised, Done
-
-    if isinstance(event, Denoised):
-        return {
-            "event": "step",
-            "canvas": event.canvas,
-            "step": event.step,
-            "text": None if lm.tokenizer is None else lm.decode(event.argmax),
-            "tokens": event.argmax.tolist(),
-            "accepted": event.accepted.tolist(),
-            "changed": event.changed.tolist(),
-            "entropy": [round(value, 4) for value in event.entropy.tolist()],
-            "settled": event.settled,
-        }
-    if isinstance(event, Committed):
-        return {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
-    if isinstance(event, Done):
-        return {"event": "done", **reply_to_dict(event.reply)}
-    return {"event": "text", "text": event.text}
+        _tell(asking, text, fast)
 
 
 def _prompt(prompt: str | None) -> str:
@@ -140,37 +225,67 @@ def _prompt(prompt: str | None) -> str:
     return text
 
 
-def _show(lm: LM, prompt: str, max_tokens: int | None, seed: int, sampling: Sampling, fast: bool) -> None:
-    from blockpress.cli.canvas import TextView, shown
+def _converse(asking: Asking, fast: bool) -> None:
+    """Ask and answer in turn until the end of input; the model is given all that was said, but not what it thought."""
+    note("Type a message; an empty line or Ctrl-D ends the conversation.")
+    said: list[dict[str, Any]] = []
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        if not text.strip():
+            return
+        reply = _tell(asking, text, fast, said)
+        answer = {name: value for name, value in reply.message.items() if name != "thinking"}
+        said += [asking.message(text, first=not said), answer]
+
+
+def _tell(asking: Asking, text: str, fast: bool, before: Sequence[dict[str, Any]] = ()) -> Reply:
+    """One answer as it comes: on a terminal with its canvas, if it has one."""
+    if asking.mode == "diffusion" and is_terminal(sys.stdout):
+        return _last(_show(asking, asking.stream(text, before), fast))
+    return _last(_print(asking, asking.stream(text, before)))
+
+
+def _show(asking: Asking, events: Iterable[Event], fast: bool) -> Iterator[Event]:
+    from blockpress.cli.canvas import shown
+    from blockpress.cli.talk import ChatView
+    from blockpress.cli.told import ended
+    from blockpress.config import Sampling
     from blockpress.reply import Done
 
-    view = TextView(lm, sampling)
+    assert isinstance(asking.sampling, Sampling)
+    view = ChatView(asking.lm, asking.sampling)
     with shown(console(sys.stdout), view, fast) as watch:
-        for event in lm.stream(prompt, max_tokens, seed, sampling):
+        for event in events:
             watch(event)
             if isinstance(event, Done):
                 view.finish(ended(event.reply))
+            yield event
 
 
-def _print(lm: LM, prompt: str, max_tokens: int | None, seed: int, sampling: Sampling) -> None:
+def _print(asking: Asking, events: Iterable[Event]) -> Iterator[Event]:
     from blockpress.cli.meter import Meter
-    from blockpress.reply import Done, Text
+    from blockpress.cli.talk import Stream
+    from blockpress.cli.told import ended
+    from blockpress.reply import Done
 
-    meter = Meter(sampling, lm.generation.stop_ids, lm.config.canvas_length)
-    for event in lm.stream(prompt, max_tokens, seed, sampling):
+    lm, stream = asking.lm, Stream()
+    meter = Meter(asking.sampling, lm.generation.stop_ids, lm.config.canvas_length)
+    for event in events:
         meter.see(event)
-        if isinstance(event, Text):
-            print(event.text, end="", flush=True)
-        elif isinstance(event, Done):
-            if event.reply.text and not event.reply.text.endswith("\n"):
-                print(flush=True)
+        stream.see(event)
+        if isinstance(event, Done):
             note("   ".join([ended(event.reply), *meter.result()]))
         meter.go_on()
+        yield event
 
 
-def ended(reply: Reply) -> str:
-    """How a reply ended, in words."""
-    why = {"stop": "stopped", "length": "at its length", "cancelled": "cancelled"}[reply.finish_reason]
-    usage = reply.usage
-    canvases = f"{usage.canvases} canvas" + ("" if usage.canvases == 1 else "es")
-    return f"{why} after {usage.completion_tokens} tokens: {canvases}, {usage.steps} steps"
+def _last(events: Iterable[Event]) -> Reply:
+    """The reply at the end of the events."""
+    from blockpress.reply import Done
+
+    (reply,) = [event.reply for event in events if isinstance(event, Done)]
+    return reply

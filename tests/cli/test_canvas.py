@@ -102,6 +102,14 @@ def test_a_second_canvas_costs_its_commit() -> None:
     assert meter.forwards == 3 and meter.tokens_per_forward == pytest.approx(4 / 3)
 
 
+def test_a_second_canvas_that_is_begun_again_is_committed_once() -> None:
+    meter = Meter(Sampling(), stop_ids=(1,), canvas_length=2)
+    for canvas, attempt, step in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 1), (1, 1, 2), (1, 2, 1)):
+        event = denoised(step, [5, 6], "aa", "cc")
+        meter.see(Denoised(**(vars(event) | {"canvas": canvas, "attempt": attempt})))
+    assert meter.forwards == 6 + 1
+
+
 def test_running_text_leaves_upwards_line_by_line(untrained: Path) -> None:
     lm = blockpress.load(untrained)
     view = TextView(lm, lm.generation.sampling)

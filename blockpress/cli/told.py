@@ -1,0 +1,77 @@
+"""What `run` tells of an answer: its events and its end, as JSON and in words.
+
+Invariant: JSON has plain names and numbers only, the same for every model; what did not happen is not spoken of.
+
+Run it:  blockpress run sudoku-nano --events < puzzle.txt
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockpress.lm import LM
+    from blockpress.reply import Event, Reply
+
+
+def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
+    """The reply as JSON has it; of a `chat` also its thought and its calls."""
+    said = {
+        "thinking": reply.thinking,
+        "tool_calls": [vars(call) for call in reply.tool_calls],
+        "broken_calls": [vars(call) for call in reply.broken_calls],
+    }
+    return {
+        "text": reply.text,
+        **(said if chat else {}),
+        "tokens": reply.tokens,
+        "finish_reason": reply.finish_reason,
+        "usage": vars(reply.usage),
+    }
+
+
+def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
+    """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
+    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Thought
+
+    if isinstance(event, Denoised):
+        return {
+            "event": "step",
+            "canvas": event.canvas,
+            "attempt": event.attempt,
+            "step": event.step,
+            "text": None if lm.tokenizer is None else lm.decode(event.argmax),
+            "tokens": event.argmax.tolist(),
+            "accepted": event.accepted.tolist(),
+            "changed": event.changed.tolist(),
+            "entropy": [round(value, 4) for value in event.entropy.tolist()],
+            "settled": event.settled,
+        }
+    if isinstance(event, Committed):
+        return {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
+    if isinstance(event, Done):
+        chat = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
+        return {"event": "done", **reply_to_dict(event.reply, chat)}
+    if isinstance(event, Called):
+        return {"event": "call", **vars(event.call)}
+    if isinstance(event, Broken):
+        return {"event": "broken call", **vars(event.call)}
+    if isinstance(event, Thought):
+        return {"event": "thought", "text": event.text}
+    return {"event": "text", "text": event.text}
+
+
+def ended(reply: Reply) -> str:
+    """How a reply ended, in words: what it took in canvases and steps, or, token by token, in forwards."""
+    why = {"stop": "stopped", "length": "at its length", "tool_calls": "called", "cancelled": "cancelled"}
+    usage = reply.usage
+    took = _counted(usage.forwards, "forward")
+    if usage.canvases or usage.steps:
+        took = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
+    more = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
+    more += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
+    return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {took}{more}"
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else plural}"
