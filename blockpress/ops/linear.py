@@ -4,10 +4,10 @@ A packed weight is unpacked in tiles of rows, where it is used, and the tile is 
 bytes and one tile. Every layout offers two readings of the same values:
 
     unpack(dtype)     the values, rounded as the layout's specification rounds them: the truth that tests compare
-    factors(dtype)    (matrix, scale), row r is matrix[r] * scale[r]: cheap where a row has one scale
+    factors(dtype)    (matrix, scale), row r is matrix[r] * scale[r], unrounded: cheap where a row has one scale
 
-Invariant: `linear`, `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats, but for
-the rounding of one product.
+Invariant: `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats; so does `linear`,
+but that it rounds after the sum what `unpack` rounds before (code times scale), where a row has one scale.
 
 Run it:  python -m pytest tests/ops/test_linear.py
 """
@@ -59,7 +59,10 @@ class Packed(Protocol):
         ...
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """Of a matrix [rows, in]: the values, or values that a scale for each row has still to multiply."""
+        """Of a matrix [rows, in]: the values, or values that a scale for each row has still to multiply.
+
+        Codes are large numbers: in float16, whose range sums of their products leave, it is always the values.
+        """
         ...
 
     def to(self, device: torch.device) -> Packed: ...

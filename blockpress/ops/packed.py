@@ -7,6 +7,9 @@
 `scale` and `zero` stand for a run of `group` columns of a row (one run: the whole row), `outer` for a row. The first
 value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
 
+`factors` leaves a row's scale out of the matrix, so that codes of up to 448, or 6 * 448, are multiplied as they are.
+float32 and bfloat16 hold the sums of such products; float16 does not, so there the matrix holds the values.
+
 A byte, or two of them, selects its floats from a table: on a CPU that is several times as fast as shifts and casts.
 
 Invariant: `unpack` rounds where compressed-tensors rounds when it decompresses: `Codes` and `Nibbles` in the scale's
@@ -63,9 +66,38 @@ class PackedTensors:
         return replace(self, **changed)  # type: ignore[type-var]
 
 
+class ScaledCodes(PackedTensors):
+    """The base of `Codes` and `Nibbles`: value = (code - zero) * scale, with one scale for `group` columns of a row."""
+
+    scale: Tensor
+    zero: Tensor | None
+    group: int
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values; (code - zero) is exact, its product with the scale is rounded to the scale's type."""
+        return _scaled(self._shifted(self.scale.dtype), self.scale, self.group).to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
+        """With one scale a row, the codes (exact in every type) and the scales; else, and in float16, the values."""
+        if self.scale.shape[-1] > 1 or dtype == torch.float16:
+            return self.unpack(dtype), None
+        return self._shifted(dtype), self.scale[..., 0].float()
+
+    def _shifted(self, dtype: torch.dtype) -> Tensor:
+        """Codes less their zero points, in memory of their own."""
+        values = self.codes_as(dtype)
+        if self.zero is None:
+            return values
+        return values.sub_(_spread(self.zero.to(dtype), self.group, values.shape[-1]))
+
+    def codes_as(self, dtype: torch.dtype) -> Tensor:
+        """The codes as floats, in memory of their own."""
+        raise NotImplementedError
+
+
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Codes(PackedTensors):
+class Codes(ScaledCodes):
     """A byte a value: float8_e4m3fn or int8. The last group of a row may be shorter than the others."""
 
     codes: Shaped[Tensor, "*lead rows columns"]
@@ -81,24 +113,13 @@ class Codes(PackedTensors):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values; (code - zero) is exact, its product with the scale is rounded to the scale's type."""
-        return _scaled(self._codes(self.scale.dtype), self.scale, self.group).to(dtype)
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """With one scale a row, the codes (exact in every type) and the scales; else the values."""
-        if self.scale.shape[-1] > 1:
-            return self.unpack(dtype), None
-        return self._codes(dtype), self.scale[..., 0].float()
-
-    def _codes(self, dtype: torch.dtype) -> Tensor:
-        values = self.codes.to(dtype) if self.codes.dtype == torch.int8 else _from_e4m3(self.codes, dtype)
-        return _shifted(values, self.zero, self.group)
+    def codes_as(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype) if self.codes.dtype == torch.int8 else _from_e4m3(self.codes, dtype)
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Nibbles(PackedTensors):
+class Nibbles(ScaledCodes):
     """Two integers of 4 bits in a byte, each stored plus 8."""
 
     packed: UInt8[Tensor, "*lead rows bytes"]
@@ -113,19 +134,8 @@ class Nibbles(PackedTensors):
     def shape(self) -> tuple[int, ...]:
         return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values; (nibble - 8 - zero) is exact, its product with the scale is rounded to the scale's type."""
-        return _scaled(self._codes(self.scale.dtype), self.scale, self.group).to(dtype)
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """With one scale a row, the integers (exact in every type) and the scales; else the values."""
-        if self.scale.shape[-1] > 1:
-            return self.unpack(dtype), None
-        return self._codes(dtype), self.scale[..., 0].float()
-
-    def _codes(self, dtype: torch.dtype) -> Tensor:
-        values = _select(_pairs("int4", dtype, self.device), self.packed, dtype).view(self.shape)
-        return _shifted(values, self.zero, self.group)
+    def codes_as(self, dtype: torch.dtype) -> Tensor:
+        return _select(_pairs("int4", dtype, self.device), self.packed, dtype).view(self.shape)
 
 
 @final
@@ -159,9 +169,8 @@ class Float4(PackedTensors):
         return _scaled(values.view(self.shape), scale, self.group).to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """e2m1 * e4m3 has 6 bits, so it is exact in every type, and the outer scale is the row's."""
-        # Powers of two up to 2^127 are beyond float16; those of e4m3 are not.
-        if self.kind == "e8m0" and dtype == torch.float16:
+        """e2m1 * e4m3 has 6 bits, so it is exact, and the outer scale is the row's; in float16, the values."""
+        if dtype == torch.float16:
             return self.unpack(dtype), None
         index = self.packed.unflatten(-1, (-1, self.group // 2)).int()
         index.add_(self.scale.int().mul_(256).unsqueeze(-1))
@@ -173,10 +182,6 @@ class Float4(PackedTensors):
 
 def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
     return values.mul_(_spread(scale, group, values.shape[-1]))
-
-
-def _shifted(values: Tensor, zero: Tensor | None, group: int) -> Tensor:
-    return values if zero is None else values.sub_(_spread(zero.to(values.dtype), group, values.shape[-1]))
 
 
 def _spread(scale: Tensor, group: int, columns: int) -> Tensor:

@@ -18,9 +18,10 @@ import torch
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.model import Network
 from blockpress.text import Tokenizer
+from blockpress.weights.build import Progress
 from blockpress.weights.find import resolve
 from blockpress.weights.gguf import Gguf, load_gguf_network, open_gguf
-from blockpress.weights.load import Progress, load_config, load_generation, load_network
+from blockpress.weights.load import load_config, load_generation, load_network
 
 
 @final

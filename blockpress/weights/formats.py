@@ -138,12 +138,15 @@ def read_recipe(
         name: the published name, without the last part.
         parts: the stored tensors by the last part of their names.
         shape: of the weight, unpacked.
-        quantization: None where the config says nothing, or where a weight of this kind is never packed.
+        quantization: None where the config says nothing, or where a weight of this kind is never packed, as a stack
+            that is stored whole is not.
 
     Raises:
         MissingWeights, UnexpectedWeights, ShapeMismatch: parts that are not those of one format, or not of the shape.
         CheckpointError: the config says another format.
     """
+    if len(shape) != 2:
+        quantization = None
     weight = parts.get("weight")
     if weight is not None and (len(parts) == 1 or "weight_packed" in parts):
         if len(parts) > 1:
@@ -151,9 +154,9 @@ def read_recipe(
                 f"the checkpoint holds both {weight.name} and {parts['weight_packed'].name}",
                 hint=f"one weight is stored once: {_ANOTHER}",
             )
-        if weight.dtype in FLOATS or quantization is None or weight.dtype not in ("F8_E4M3", "I8", "U8"):
+        if quantization is None or ("weight", weight.dtype) not in _READERS:
             return _plain(weight, name, shape)
-    if quantization is None or len(shape) != 2:
+    if quantization is None:
         extra = next(stored for part, stored in parts.items() if part != "weight")
         raise UnexpectedWeights(
             f"nothing in the model takes {extra.name}", hint=f"only matrices are packed: {_ANOTHER}"

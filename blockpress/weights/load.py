@@ -1,8 +1,8 @@
 """A checkpoint becomes a network, tensor by tensor.
 
-The network is built without memory (on torch's meta device) and every weight is read, cast, moved and put into its
-place before the next one is touched: peak memory is the weights and one tensor. Names, shapes and types are compared
-first, on the files' headers (`plan.py`), so that a checkpoint that does not fit fails in milliseconds.
+The network is built without memory (`build.py`) and every weight is read, cast, moved and put into its place before the
+next one is touched: peak memory is the weights and one tensor. Names, shapes and types are compared first, on the
+files' headers (`plan.py`), so that a checkpoint that does not fit fails in milliseconds.
 
 Packed weights stay packed (`formats.py`). Experts that are stored one by one are read straight into their stacks.
 
@@ -14,33 +14,27 @@ Run it:  python -c "from blockpress.weights import load_network; print(load_netw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.config.quantization import Quantization
-from blockpress.errors import ConfigError, RequestError, UnexpectedWeights
+from blockpress.errors import ConfigError, UnexpectedWeights
 from blockpress.model import Network
-from blockpress.model.layers import put_packed
 from blockpress.ops.linear import Weight
 from blockpress.ops.packed import PackedTensors
+from blockpress.weights.build import Progress, choose_device, choose_dtype, put, room_for, without_memory
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory, read_object
 from blockpress.weights.formats import Field
 from blockpress.weights.keys import published_name
 from blockpress.weights.plan import Slot, Target, plan
 from blockpress.weights.shards import catalogue, opened
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes to read): once before the first tensor and after every one."""
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The types a network runs in, by the names that `config.json` and callers use."""
 
 BESIDE = "hf_quant_config.json"
 """Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
@@ -132,61 +126,12 @@ def load_network(
     """
     directory = checkpoint_directory(path)
     config = load_config(directory) if config is None else config
-    target, place = choose_dtype(dtype, config), _choose_device(device)
-    network = _without_memory(config)
+    target, place = choose_dtype(dtype, config), choose_device(device)
+    network = without_memory(lambda: Network(config))
     targets = plan(network, catalogue(directory), _load_quantization(directory))
-    size = sum(tensor.numel() for tensor in network.state_dict().values()) * target.itemsize
-    try:
+    with room_for(sum(one.memory(target.itemsize) for one in targets), place):
         _fill(network, targets, target, place, progress or (lambda done, total: None))
-    except (RuntimeError, MemoryError) as error:
-        # Of a CPU that is out of memory torch says so in the text alone.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
-        raise RequestError(
-            f"device {str(place)!r} has no room for the weights: {size / 2**30:.1f} GiB in {target}",
-            hint="give a dtype of fewer bytes, or a device with more memory",
-        ) from error
     return network.eval().requires_grad_(False)
-
-
-def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
-    """The type that a caller asked for, or the config's where `dtype` is None.
-
-    Raises:
-        RequestError: not a type that a network runs in.
-    """
-    known = ", ".join(DTYPES)
-    if dtype is None:
-        return DTYPES[config.dtype]
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise RequestError(
-            f"dtype is {dtype!r}", hint=f"dtype must be one of {known}, or None for the checkpoint's own"
-        )
-    return chosen
-
-
-def _choose_device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    # torch answers a device that it was not built for with an AssertionError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RequestError(
-            f"device {str(device)!r} cannot be used: {reason}", hint="give 'cpu', or a device of this machine"
-        ) from error
-    return place
-
-
-def _without_memory(config: ModelConfig) -> Network:
-    try:
-        with torch.device("meta"):
-            return Network(config)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"no network has the sizes of this config: {error}", hint="fetch config.json again"
-        ) from error
 
 
 def _fill(
@@ -241,17 +186,7 @@ def _finish(network: Network, filling: _Filling) -> None:
     if filling.target.tie:
         _compare(network, filling.target, weight)
     else:
-        _assign(network, filling.target.ours, weight)
-
-
-def _assign(network: Network, name: str, weight: Weight) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = network.get_submodule(owner)
-    if not isinstance(weight, Tensor):
-        put_packed(module, leaf, weight)
-        return
-    is_parameter = leaf in module._parameters
-    setattr(module, leaf, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
+        put(network, filling.target.ours, weight)
 
 
 def _compare(network: Network, target: Target, weight: Weight) -> None:

@@ -16,6 +16,7 @@ Run it:  python -m pytest tests/weights/test_load.py
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,14 @@ class Target:
     @property
     def first(self) -> Recipe:
         return next(iter(self.recipes.values()))
+
+    def memory(self, itemsize: int) -> int:
+        """Bytes that it takes in a network whose floats have `itemsize`; of a packed weight, those on disk."""
+        if self.tie:
+            return 0
+        plain = self.first.build is None
+        fields = [field for recipe in self.recipes.values() for field in recipe.fields]
+        return sum(math.prod(f.stored.shape) * itemsize if plain else f.stored.bytes for f in fields)
 
     def missing(self) -> Iterator[str]:
         """Published names of the matrices that a stack lacks."""

@@ -33,9 +33,9 @@ from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
+from blockpress.weights.build import choose_dtype
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
 from blockpress.weights.keys import is_vision, published_name
-from blockpress.weights.load import choose_dtype
 from blockpress.weights.shards import INDEX, SINGLE, Stored, catalogue, opened
 from blockpress.weights.vision import vision_tensors
 

@@ -12,6 +12,7 @@ Source: `Gemma4VisionModel`, `DiffusionGemmaMultimodalEmbedder`, `Gemma4VisionCo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from blockpress.config import ModelConfig
 from blockpress.config.vision import PictureSettings, VisionConfig
-from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
+from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
+from blockpress.weights.build import choose_device, choose_dtype, room_for, without_memory
 from blockpress.weights.find import checkpoint_directory, read_object
 from blockpress.weights.keys import is_derived, is_vision
-from blockpress.weights.load import choose_dtype, load_config
+from blockpress.weights.load import load_config
 from blockpress.weights.shards import FLOATS, Stored, catalogue, opened
 
 ENCODER = "model.encoder."
@@ -39,6 +41,8 @@ _PROCESSOR, _PREPROCESSOR, _VIDEO = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+
+_AGREE = "do config and weights come from the same save?"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,26 +78,35 @@ def load_vision(
         CheckpointError: the checkpoint has no tower. MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile:
             what the files are short of. ConfigError: `vision_config` is not understood. RequestError: dtype or device.
     """
-    directory = checkpoint_directory(path)
-    config = load_config(directory) if config is None else config
+    config = load_config(path) if config is None else config
     if not config.has_canvas:
         raise CheckpointError(
             f"vision is not read in the family {config.family}", hint="leave images out, or use DiffusionGemma"
         )
-    target = choose_dtype(dtype, config)
+    # Before the directory: what has no tower may be a file.
+    if config.vision is None:
+        raise _without_tower(path)
+    target, to = choose_dtype(dtype, config), choose_device(device)
+    directory = checkpoint_directory(path)
     stored = {n: t for n, t in catalogue(directory).items() if is_vision(n) and not is_derived(n)}
-    if config.vision is None or not stored:
-        raise CheckpointError(
-            f"{str(directory)!r} has no vision tower", hint="leave images and videos out, or take a checkpoint with one"
+    if not stored:
+        raise _without_tower(path)
+    sizes = VisionConfig.from_dict(config.vision)
+    # A layer has tensors: a number that lies must not be counted up to.
+    if sizes.num_layers > len(stored):
+        raise MissingWeights(
+            f"the vision tower has {len(stored)} tensors, vision_config asks for {sizes.num_layers} layers", hint=_AGREE
         )
-    with torch.device("meta"):
-        tower = VisionTower(VisionConfig.from_dict(config.vision), config.hidden_size)
-    _check(stored, vision_tensors(config.vision, config.hidden_size))
+    tower = without_memory(lambda: VisionTower(sizes, config.hidden_size))
+    _check(stored, {ENCODER + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()})
     place = {}
-    for file, group in groupby(sorted(stored.values(), key=lambda tensor: tensor.file), key=lambda tensor: tensor.file):
-        with opened(file) as shard:
-            for tensor in group:
-                place[tensor.name.removeprefix(ENCODER)] = _moved(shard.get_tensor(tensor.name), target, device)
+    tensors = sorted(stored.values(), key=lambda tensor: tensor.file)
+    with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * target.itemsize, to):
+        for file, group in groupby(tensors, key=lambda tensor: tensor.file):
+            with opened(file) as shard:
+                for tensor in group:
+                    fresh = shard.get_tensor(tensor.name).to(device=to, dtype=target, copy=True)
+                    place[tensor.name.removeprefix(ENCODER)] = fresh
     tower.load_state_dict(place, assign=True)
     return tower.eval().requires_grad_(False)
 
@@ -104,11 +117,9 @@ def load_picture_settings(path: str | Path, config: ModelConfig) -> PictureSetti
     Raises:
         CheckpointError: no tower, so no pictures. DamagedFile: not JSON. ConfigError: another processor than we have.
     """
-    directory = checkpoint_directory(path)
     if config.vision is None:
-        raise CheckpointError(
-            f"{str(directory)!r} has no vision tower", hint="leave images and videos out, or take a checkpoint with one"
-        )
+        raise _without_tower(path)
+    directory = checkpoint_directory(path)
     data: dict[str, Any] = {}
     if (directory / _PROCESSOR).is_file():
         data = read_object(directory / _PROCESSOR)
@@ -127,14 +138,13 @@ def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes
         text_hidden: features of the stack that the soft tokens are projected to.
 
     Raises:
-        ConfigError: another kind of tower, or a size that is no whole number of at least 1.
+        ConfigError: another kind of tower, or a size that is no whole number of at least 1 or that no tensor can have.
 
     >>> sum(torch.Size(shape).numel() for shape in vision_tensors(_MINIMAL, 192).values())
     2672
     """
     config = VisionConfig.from_dict(vision_config)
-    with torch.device("meta"):
-        tower = VisionTower(config, text_hidden)
+    tower = without_memory(lambda: VisionTower(config, text_hidden))
     return {ENCODER + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
 
 
@@ -153,17 +163,16 @@ def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[st
 
 def _check(stored: Mapping[str, Stored], wanted: Shapes) -> None:
     """Every tensor of the tower there, of its shape and stored as floats, and no other."""
-    hint = "do config and weights come from the same save?"
     missing, left = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing:
-        raise MissingWeights(f"the vision tower lacks {len(missing)} tensors, such as {missing[0]}", hint=hint)
+        raise MissingWeights(f"the vision tower lacks {len(missing)} tensors, such as {missing[0]}", hint=_AGREE)
     if left:
-        raise UnexpectedWeights(f"the vision tower does not take {len(left)} tensors, such as {left[0]}", hint=hint)
+        raise UnexpectedWeights(f"the vision tower does not take {len(left)} tensors, such as {left[0]}", hint=_AGREE)
     for name, shape in wanted.items():
         if stored[name].shape != shape:
             raise ShapeMismatch(
                 f"the tensor {name} has the shape {list(stored[name].shape)}, the config asks for {list(shape)}",
-                hint=hint,
+                hint=_AGREE,
             )
         if stored[name].dtype not in FLOATS:
             raise ShapeMismatch(
@@ -171,12 +180,7 @@ def _check(stored: Mapping[str, Stored], wanted: Shapes) -> None:
             )
 
 
-def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    try:
-        return tensor.to(device=device, dtype=dtype, copy=True)
-    # torch answers a device that it was not built for with an AssertionError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RequestError(
-            f"device {str(device)!r} cannot take the vision tower: {str(error).partition(chr(10))[0]}",
-            hint="give the device of the network, or one with more memory",
-        ) from error
+def _without_tower(path: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} has no vision tower", hint="leave images and videos out, or take a checkpoint with one"
+    )

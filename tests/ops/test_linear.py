@@ -50,6 +50,16 @@ def test_linear_in_narrow_types(name: str, dtype: torch.dtype) -> None:
     assert close(got.double(), exact, 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_float16_holds_what_it_holds_of_the_values(name: str) -> None:
+    """A product that fits the type, although the sum of the codes' products does not."""
+    weight = LAYOUTS[name]((48, 96), 1)
+    floats = weight.unpack(torch.float32)
+    x = floats[:3] * (20_000 / float((floats[:3] @ floats.T).abs().max()))
+    got, exact = linear.linear(x.half(), weight), x.half().double() @ floats.double().T
+    assert close(got.double(), exact, 4 * torch.finfo(torch.float16).eps)
+
+
 @given(name=NAMES, seed=SEEDS, tile=TILES, data=st.data())
 def test_lookup_and_combine(name: str, seed: int, tile: int, data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(1, 9))

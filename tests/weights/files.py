@@ -52,10 +52,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refusal(folder: Path, **arguments: Any) -> BlockpressError:
+def refusal(path: Path, load: Callable[..., Network] = load_network, **arguments: Any) -> BlockpressError:
     """The error that loading raises: of ours, on one line, and with a hint."""
     with pytest.raises(BlockpressError) as caught:
-        load_network(folder, **arguments)
+        load(path, **arguments)
     error = caught.value
     assert error.message, "an error says what is wrong"
     assert error.hint, "an error says what to do"

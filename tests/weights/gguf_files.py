@@ -14,9 +14,12 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from blockpress.config import LayerConfig, ModelConfig
+from blockpress.errors import BlockpressError
 from blockpress.model import Network
+from blockpress.weights.gguf import load_gguf_network
 from blockpress.weights.gguf.names import FREQUENCIES, stored_halves, stored_names
 from tests.conftest import make_random_network
+from tests.weights import files
 
 ARCHITECTURE = "diffusion-gemma"
 
@@ -108,6 +111,11 @@ def keys_of(config: ModelConfig) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": True,
         "general.quantization_version": 2,
     }
+
+
+def refusal(file: Path) -> BlockpressError:
+    """The error that loading the file raises."""
+    return files.refusal(file, load_gguf_network)
 
 
 def write_gguf(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.linear import Packed
 from blockpress.ops.packed import Codes, Float4, Nibbles
-from blockpress.weights import load_network, save_checkpoint
+from blockpress.weights import load, load_network, save_checkpoint
 from tests.weights.files import bits, change_json, change_tensors, figures, refusal, same, tensors_of
 from tests.weights.quantised import FORMS, Written, small_config, write
 
@@ -182,6 +183,15 @@ def test_narrow_types_run(name: str, dtype: str, tmp_path: Path) -> None:
     network = load_network(made.folder, dtype=dtype)
     assert network.dtype == getattr(torch, dtype)
     assert relative(two_rows(network), two_rows(made.reference())) < (0.2 if dtype == "bfloat16" else 0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_room_asked_for_is_the_room_taken(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = write(tmp_path, FORMS["fp8 channel"]), []
+    monkeypatch.setattr(load, "room_for", lambda size, device: asked.append(size) or nullcontext())
+    network = load_network(made.folder, dtype=dtype)
+    floats = sum(tensor.nbytes for tensor in network.state_dict().values())
+    assert asked == [floats + sum(weight.nbytes for weight in all_packed(network).values())]
 
 
 def test_progress_counts_what_is_read(tmp_path: Path) -> None:

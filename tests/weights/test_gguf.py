@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from blockpress.errors import (
 )
 from blockpress.lm import LM
 from blockpress.model.layers import packed_weights
-from blockpress.weights.gguf import find_gguf, load_gguf_network, open_gguf
+from blockpress.weights import load_picture_settings, load_vision
+from blockpress.weights.gguf import find_gguf, header, load, load_gguf_network, open_gguf
 from tests.weights.files import figures
-from tests.weights.gguf_files import encode, narrow, weights_of, wide, write_gguf
+from tests.weights.gguf_files import encode, narrow, refusal, weights_of, wide, write_gguf
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -43,14 +45,6 @@ def config(tiny: ModelConfig) -> ModelConfig:
 @pytest.fixture(scope="module")
 def small(tiny: ModelConfig) -> ModelConfig:
     return narrow(tiny)
-
-
-def refusal(file: Path) -> BlockpressError:
-    with pytest.raises(BlockpressError) as caught:
-        load_gguf_network(file)
-    assert caught.value.message
-    assert caught.value.hint
-    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -227,6 +221,65 @@ def test_arguments(small: ModelConfig, tmp_path: Path) -> None:
         load_gguf_network(file, device="abacus")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_gguf_network(tmp_path / "absent.gguf")
+
+
+def test_a_device_without_room_is_said_with_the_size(
+    small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    write_gguf(tmp_path / "x.gguf", small, Type.Q8_0)
+    monkeypatch.setattr(load, "put", refuse)
+    found = refusal(tmp_path / "x.gguf")
+    assert type(found) is RequestError
+    assert "no room for the weights, which take 0.0 GiB" in found.message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_room_asked_for_is_the_room_taken(
+    dtype: str, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    write_gguf(tmp_path / "x.gguf", small, Type.Q8_0)
+    monkeypatch.setattr(load, "room_for", lambda size, device: asked.append(size) or nullcontext())
+    network = load_gguf_network(tmp_path / "x.gguf", dtype=dtype)
+    packed = sum(weight.nbytes for module in network.modules() for weight in packed_weights(module).values())
+    assert asked == [packed + sum(tensor.nbytes for tensor in network.state_dict().values())]
+
+
+def test_a_disk_that_fails_is_an_error_of_ours(
+    small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    write_gguf(tmp_path / "x.gguf", small)
+    monkeypatch.setattr(load, "read_bytes", fail)
+    assert "cannot be read: [Errno 5]" in refusal(tmp_path / "x.gguf").message
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_a_head_of_its_own_is_found_in_every_piece(
+    place: int, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        data, kind = tensors["token_embd.weight"]
+        data = data.copy()
+        data.reshape(-1)[place] += 1
+        tensors["output.weight"] = data, kind
+
+    monkeypatch.setattr(header, "PIECE", 100)
+    write_gguf(tmp_path / "x.gguf", small, change=change)
+    assert "output.weight differs" in refusal(tmp_path / "x.gguf").message
+
+
+def test_pictures_are_refused_for_want_of_a_tower(small: ModelConfig, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", small)
+    config = open_gguf(tmp_path / "x.gguf").config
+    for opener in (load_vision, load_picture_settings):
+        with pytest.raises(CheckpointError, match="no vision tower"):
+            opener(tmp_path / "x.gguf", config=config)
 
 
 def test_text_in_text_out(small: ModelConfig, tmp_path: Path) -> None:

@@ -12,30 +12,19 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from blockpress.config import PRESETS, ModelConfig, Rope, Sampling
-from blockpress.errors import (
-    BlockpressError,
-    ConfigError,
-)
+from blockpress.errors import ConfigError
 from blockpress.model import Network
-from blockpress.weights.gguf import load_gguf_network, open_gguf
+from blockpress.weights.gguf import open_gguf
 from blockpress.weights.gguf.header import Header, StoredBlocks
 from blockpress.weights.gguf.kinds import kind_of
 from blockpress.weights.gguf.metadata import read_config, read_generation
 from blockpress.weights.gguf.names import stored_names
-from tests.weights.gguf_files import PIECES, keys_of, narrow, write_gguf
+from tests.weights.gguf_files import PIECES, keys_of, narrow, refusal, write_gguf
 
 
 @pytest.fixture(scope="module")
 def small(tiny: ModelConfig) -> ModelConfig:
     return narrow(tiny)
-
-
-def refusal(file: Path) -> BlockpressError:
-    with pytest.raises(BlockpressError) as caught:
-        load_gguf_network(file)
-    assert caught.value.message
-    assert caught.value.hint
-    return caught.value
 
 
 def test_metadata_is_the_config_it_was_made_from(small: ModelConfig, tmp_path: Path) -> None:
@@ -139,6 +128,7 @@ def test_sampler_and_stop_ids(small: ModelConfig, tmp_path: Path) -> None:
         ({"feed_forward_length": "wide"}, "intermediate_size is 'wide'"),
         ({"diffusion.eb_t_min": -1.0}, "diffusion.eb_*: sampling field t_min is -1.0"),
         ({"tokenizer.ggml.tokens": PIECES[:-1]}, "vocabulary is"),
+        ({"split.count": [1, 2]}, "is not understood"),
     ],
 )  # fmt: skip
 def test_metadata_that_cannot_be_meant(keys: dict[str, Any], words: str, small: ModelConfig, tmp_path: Path) -> None:

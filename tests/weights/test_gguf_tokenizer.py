@@ -39,8 +39,7 @@ TEXTS = [
 
 
 def header_of(folder: Path, **changes: Any) -> Header:
-    keys = {key: changes.get(key.rpartition(".")[2], value) for key, value in SMALL.items()}
-    write_file(folder / "x.gguf", keys, {})
+    write_file(folder / "x.gguf", SMALL | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}, {})
     return read_header(folder / "x.gguf")
 
 
@@ -145,6 +144,9 @@ def test_a_file_may_have_none(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"model": "llama"}, ConfigError, "tokenizer.ggml.model is 'llama'"),
+        ({"model": [1, 2]}, ConfigError, "tokenizer.ggml.model is "),
+        ({"add_bos_token": [True, False]}, DamagedFile, "add_bos_token is array([ True, False]), no truth value"),
+        ({"add_eos_token": "no"}, DamagedFile, "add_eos_token is 'no', no truth value"),
         ({"tokens": None}, DamagedFile, "tokenizer.ggml.tokens is no list"),
         ({"merges": [1, 2]}, DamagedFile, "tokenizer.ggml.merges is no list"),
         ({"tokens": [*PIECES[:-1], "a"]}, DamagedFile, "a piece twice"),

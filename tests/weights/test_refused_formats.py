@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.weights.quantised import FORMS, write
 NAMES = ("fp8 channel", "int8 group asymmetric", "int4 group asymmetric", "nvfp4", "modelopt nvfp4")
 QUERY = "model.decoder.layers.0.self_attn.q_proj"
 EXPERT = "model.decoder.layers.1.experts.2.down_proj"
+STACK = "model.decoder.layers.1.experts.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,15 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
 
 def drop(*names: str) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: [tensors.pop(name) for name in names] and None
+
+
+def instead_of_experts(stack: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if re.search(r"layers\.1\.experts\.\d\.down_proj", name)]:
+            del tensors[name]
+        tensors[STACK] = stack
+
+    return change
 
 
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], type[BlockpressError], str]] = {
@@ -95,6 +106,18 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], type[Blockpres
         damage(f"{QUERY}.weight", Tensor.float),
         ShapeMismatch,
         "stored as F32, and weight_scale",
+    ),
+    "a stack of 8-bit floats": (
+        "fp8 channel",
+        instead_of_experts(torch.zeros(3, 64, 32, dtype=torch.float8_e4m3fn)),
+        ShapeMismatch,
+        f"{STACK} is stored as F8_E4M3",
+    ),
+    "a stack of integers": (
+        "int8 group asymmetric",
+        instead_of_experts(torch.zeros(3, 64, 32, dtype=torch.int8)),
+        ShapeMismatch,
+        f"{STACK} is stored as I8",
     ),
     "scales of another shape": (
         "fp8 channel",

@@ -149,6 +149,22 @@ def test_a_checkpoint_without_a_tower_says_so(own: Path) -> None:
             load()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "message"),
+    [
+        ("hidden_size", 10**18, ConfigError, "no network has the sizes"),
+        ("position_embedding_size", 10**18, ConfigError, "no network has the sizes"),
+        ("num_hidden_layers", 10**12, MissingWeights, "asks for 1000000000000 layers"),
+    ],
+)
+def test_sizes_that_no_tower_has(field: str, value: int, kind: type[Exception], message: str, own: Path) -> None:
+    data = json.loads((own / "config.json").read_text())
+    data["vision_config"][field] = value
+    (own / "config.json").write_text(json.dumps(data))
+    with pytest.raises(kind, match=message):
+        load_vision(own)
+
+
 def test_a_device_that_is_not_there_is_refused(single: Path) -> None:
     with pytest.raises(RequestError, match="device 'xpu:7'"):
         load_vision(single, device="xpu:7")

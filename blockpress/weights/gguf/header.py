@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
@@ -36,6 +36,8 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 MOST_HEADER = 1 << 28
 """Most bytes of a header; the largest published one (262,144 tokens, 514,906 merges) takes 16 MiB."""
+PIECE = 1 << 24
+"""Bytes that are compared at once."""
 MOST_TENSORS, MOST_KEYS, MOST_DIMS, MOST_NAME = 1 << 16, 1 << 16, 4, 1 << 16
 
 # The format's value types by their codes; 7 is a truth value, 8 a text, 9 an array.
@@ -52,6 +54,15 @@ class StoredBlocks:
     kind: Kind
     start: int
     bytes: int
+
+    def memory(self, itemsize: int) -> int:
+        """Bytes that it takes in a network whose floats have `itemsize`."""
+        return self.bytes if self.kind.dtype is None else math.prod(self.shape) * itemsize
+
+    def pieces(self) -> Iterator[StoredBlocks]:
+        """The same bytes in runs of at most `PIECE`, in order."""
+        for start in range(0, self.bytes, PIECE):
+            yield replace(self, start=self.start + start, bytes=min(PIECE, self.bytes - start))
 
 
 @dataclass(frozen=True, kw_only=True)

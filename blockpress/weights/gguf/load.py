@@ -12,12 +12,14 @@ Run it:  python -c "from blockpress.weights.gguf import load_gguf_network; print
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.errors import (
@@ -25,19 +27,21 @@ from blockpress.errors import (
     ConfigError,
     DamagedFile,
     MissingWeights,
-    RequestError,
     ShapeMismatch,
     UnexpectedWeights,
 )
 from blockpress.model import Network
-from blockpress.model.layers import Embedding, Experts, Linear, put_packed
+from blockpress.model.layers import Experts, Weighted
 from blockpress.ops.blocks import Blocks
 from blockpress.ops.linear import Weight
 from blockpress.text import Tokenizer
+from blockpress.weights.build import Progress, choose_device, choose_dtype, put, room_for, without_memory
 from blockpress.weights.gguf import metadata, vocabulary
 from blockpress.weights.gguf.header import Header, StoredBlocks, read_bytes, read_header
 from blockpress.weights.gguf.names import EMBEDDING, FREQUENCIES, HEAD, stored_halves, stored_names
-from blockpress.weights.load import Progress, choose_dtype
+
+Sources = dict[str, tuple[StoredBlocks, ...]]
+"""What the tensors of a network are stored as, by our names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +108,14 @@ def open_gguf(path: str | Path) -> Gguf:
         ConfigError: another architecture, or a configuration that cannot be meant.
     """
     header = read_header(Path(path))
-    metadata.check_architecture(header)
-    parts = header.metadata.get("split.count", 1)
-    if parts != 1:
-        raise CheckpointError(
-            f"{str(path)!r} is one of {parts} parts of a model",
-            hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf",
-        )
     try:
+        metadata.check_architecture(header)
+        parts = header.metadata.get("split.count", 1)
+        if parts != 1:
+            raise CheckpointError(
+                f"{str(path)!r} is one of {parts} parts of a model",
+                hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf",
+            )
         config = metadata.read_config(header, _frequencies(header))
         return Gguf(header=header, config=config, generation=metadata.read_generation(header, config))
     # A value of a type that nobody foresaw is the file's fault all the same.
@@ -142,50 +146,25 @@ def load_gguf_network(
         RequestError: a dtype or a device that there is not, or a device without room.
     """
     file = open_gguf(path)
-    target, place = choose_dtype(dtype, file.config), _place(device)
-    try:
-        with torch.device("meta"):
-            network = Network(file.config)
-    except RuntimeError as error:
-        raise ConfigError(f"no network has the sizes of {str(path)!r}: {error}", hint="fetch the file again") from error
-    _check(file, network)
-    try:
-        _fill(file, network, target, place, progress or (lambda done, total: None))
-    except (RuntimeError, MemoryError) as error:
-        # Of a CPU that is out of memory torch says so in the text alone.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
-        size = sum(stored.bytes for stored in file.header.tensors.values())
-        raise RequestError(
-            f"device {str(place)!r} has no room for the weights: {size / 2**30:.1f} GiB as they are stored",
-            hint="take a file of fewer bits, or a device with more memory",
-        ) from error
+    target, place = choose_dtype(dtype, file.config), choose_device(device)
+    network = without_memory(lambda: Network(file.config))
+    sources = _check(file, network)
+    size = sum(stored.memory(target.itemsize) for parts in sources.values() for stored in parts)
+    with room_for(size, place):
+        _fill(file, network, sources, target, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
-def _place(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    # torch answers a device that it was not built for with an AssertionError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RequestError(
-            f"device {str(device)!r} cannot be used: {reason}", hint="give 'cpu', or a device of this machine"
-        ) from error
-    return place
-
-
-def _check(file: Gguf, network: Network) -> None:
-    """Names and shapes, before the first weight is read."""
-    taken = {FREQUENCIES, HEAD}
+def _check(file: Gguf, network: Network) -> Sources:
+    """What every tensor of the network is stored as; names and shapes are compared before the first weight is read."""
+    sources, taken = {}, {FREQUENCIES, HEAD}
     for ours, tensor in network.state_dict().items():
-        sources = file.sources(ours)
-        taken |= {stored.name for stored in sources}
+        parts = sources[ours] = file.sources(ours)
+        taken |= {stored.name for stored in parts}
         wanted = tuple(tensor.shape)
-        if len(sources) == 2:
+        if len(parts) == 2:
             wanted = (wanted[0], wanted[1] // 2, wanted[2])
-        for stored in sources:
+        for stored in parts:
             if stored.shape != wanted:
                 raise ShapeMismatch(
                     f"the tensor {stored.name} has the shape {list(stored.shape)}, the metadata asks for "
@@ -198,24 +177,19 @@ def _check(file: Gguf, network: Network) -> None:
             f"nothing in the model takes {len(left)} tensors: {', '.join(left[:3])}{' ...' * (len(left) > 3)}",
             hint="the file is of another model, or its metadata and its tensors come from different ones",
         )
+    return sources
 
 
-def _fill(file: Gguf, network: Network, dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
-    sources = {ours: file.sources(ours) for ours in network.state_dict()}
+def _fill(
+    file: Gguf, network: Network, sources: Sources, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> None:
     total, done = sum(stored.bytes for parts in sources.values() for stored in parts), 0
     progress(done, total)
     with _opened(file.header.file) as stream:
         for ours in sorted(sources, key=lambda name: sources[name][0].start):
-            owner, _, leaf = ours.rpartition(".")
-            module = network.get_submodule(owner)
-            packs = isinstance(module, Linear | Embedding | Experts)
-            weight = file.weight(ours, stream, dtype, packs).to(device)
-            if not isinstance(weight, Tensor):
-                put_packed(module, leaf, weight)
-            else:
-                is_parameter = leaf in module._parameters
-                setattr(module, leaf, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
-            del weight
+            packs = isinstance(network.get_submodule(ours.rpartition(".")[0]), Weighted | Experts)
+            # No name holds the weight, or two of them would be in memory when the next one is read.
+            put(network, ours, file.weight(ours, stream, dtype, packs).to(device))
             done += sum(stored.bytes for stored in sources[ours])
             progress(done, total)
         _compare_head(file, stream)
@@ -226,9 +200,10 @@ def _compare_head(file: Gguf, stream: BinaryIO) -> None:
     head, embedding = file.header.tensors.get(HEAD), file.header.tensors[EMBEDDING]
     if head is None:
         return
+    pairs = zip(head.pieces(), embedding.pieces(), strict=False)
     alike = (head.shape, head.kind.name) == (embedding.shape, embedding.kind.name)
     here = file.header.file
-    if not alike or not torch.equal(read_bytes(stream, head, here), read_bytes(stream, embedding, here)):
+    if not alike or not all(torch.equal(*(read_bytes(stream, one, here) for one in pair)) for pair in pairs):
         raise UnexpectedWeights(
             f"the tensor {HEAD} differs from {EMBEDDING}, to which it is tied",
             hint="the model has one embedding: take a file without output.weight",
@@ -248,8 +223,10 @@ def _frequencies(header: Header) -> Tensor | None:
         return read_bytes(stream, stored, header.file).view(stored.kind.dtype).float()
 
 
-def _opened(file: Path) -> BinaryIO:
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
-        return file.open("rb")
+        with file.open("rb") as stream:
+            yield stream
     except OSError as error:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint="check the file and its rights") from error

@@ -68,9 +68,8 @@ def read_config(header: Header, frequencies: Tensor | None) -> ModelConfig:
             embedding.
 
     Raises:
-        ConfigError: another architecture, a missing key, a value out of range or one that changes the maths.
+        ConfigError: a missing key, a value out of range or one that changes the maths.
     """
-    check_architecture(header)
     for key, allowed in _NEUTRAL.items():
         value = _find(header, key)
         if value is not None and value not in allowed:

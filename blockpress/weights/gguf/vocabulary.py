@@ -47,7 +47,7 @@ def read_tokenizer(header: Header) -> Tokenizer | None:
         ConfigError: another kind of tokenizer. DamagedFile: pieces, merges or ids that contradict each other.
     """
     metadata = header.metadata
-    model = metadata.get("tokenizer.ggml.model", "none")
+    model = str(metadata.get("tokenizer.ggml.model", "none"))
     if model in ("none", "no_vocab"):
         return None
     if model != MODEL:
@@ -67,6 +67,9 @@ def read_tokenizer(header: Header) -> Tokenizer | None:
     if template is not None and not isinstance(template, str):
         raise _damaged(header, "tokenizer.chat_template is no text")
     flags = {name: metadata.get(f"tokenizer.ggml.{name}", default) for name, default in _FLAGS.items()}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise _damaged(header, f"tokenizer.ggml.{name} is {flag!r:.40}, no truth value")
     return Tokenizer(backend, config={**named, **flags}, chat_template=template)
 
 

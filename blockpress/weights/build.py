@@ -1,0 +1,114 @@
+"""What loading has in common, whatever kind of file the weights come from: type, device, an empty network, its filling.
+
+Why: a network is built without memory (on torch's meta device) and gets its weights one by one, so that none is in
+memory twice. How one is read is for `load.py` (safetensors) and `gguf/load.py` to say.
+
+Invariant: a type, a device or a lack of room that ends a load is the caller's `RequestError`; sizes that no network can
+have are a `ConfigError`; an error of our own passes as it is.
+
+Run it:  python -m pytest tests/weights/test_load.py tests/weights/test_gguf.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from blockpress.config import ModelConfig
+from blockpress.config.model import DTYPES as NAMES
+from blockpress.errors import ConfigError, RequestError
+from blockpress.model import Network
+from blockpress.model.layers import put_packed
+from blockpress.ops.linear import Weight
+
+Made = TypeVar("Made", bound=nn.Module)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes to read): once before the first tensor and after every one."""
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES}
+"""The types a network runs in, by the names that `config.json` and callers use."""
+
+
+def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
+    """The type that a caller asked for, or the config's where `dtype` is None.
+
+    Raises:
+        RequestError: not a type that a network runs in.
+    """
+    known = ", ".join(DTYPES)
+    if dtype is None:
+        return DTYPES[config.dtype]
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise RequestError(
+            f"dtype is {dtype!r}", hint=f"dtype must be one of {known}, or None for the checkpoint's own"
+        )
+    return chosen
+
+
+def choose_device(device: torch.device | str) -> torch.device:
+    """The device that a caller asked for.
+
+    Raises:
+        RequestError: torch knows none of that name, or cannot use it on this machine.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    # torch answers a device that it was not built for with an AssertionError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RequestError(
+            f"device {str(device)!r} cannot be used: {reason}", hint="give 'cpu', or a device of this machine"
+        ) from error
+    return place
+
+
+def without_memory(make: Callable[[], Made]) -> Made:
+    """What `make` gives, a network or a tower, with weights that have shapes and no memory.
+
+    Raises:
+        ConfigError: no tensor can have these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"no network has the sizes of this config: {error}", hint="fetch the checkpoint again"
+        ) from error
+
+
+@contextmanager
+def room_for(size: int, device: torch.device) -> Iterator[None]:
+    """Say so where the device has no room for weights of `size` bytes.
+
+    Raises:
+        RequestError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Of a CPU that is out of memory torch says so in the text alone.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise RequestError(
+            f"device {str(device)!r} has no room for the weights, which take {size / 2**30:.1f} GiB",
+            hint="give a device with more memory, a dtype of fewer bytes, or a checkpoint in fewer bits",
+        ) from error
+
+
+def put(network: Network, name: str, weight: Weight) -> None:
+    """Let a weight, packed or not, take the place of the tensor of that name."""
+    owner, _, leaf = name.rpartition(".")
+    module = network.get_submodule(owner)
+    if not isinstance(weight, Tensor):
+        put_packed(module, leaf, weight)
+        return
+    is_parameter = leaf in module._parameters
+    setattr(module, leaf, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
