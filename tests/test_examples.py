@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from blockpress.config import GenerationConfig, ModelConfig
+from blockpress.weights import save_checkpoint
+from tests import speech
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -16,6 +22,7 @@ SAYS = {
     "02_watch_the_canvas.py": "stop: Usage(",
     "03_own_acceptance.py": "SurestShare(share=0.9)",
     "04_train_tiny.py": "answer",
+    "05_chat.py": "thought for",
 }
 
 
@@ -23,10 +30,18 @@ def test_all_examples_are_listed() -> None:
     assert {path.name for path in EXAMPLES} == set(SAYS)
 
 
+@pytest.fixture
+def asked(tmp_path: Path, tiny: ModelConfig, random_network: Any) -> dict[str, list[str]]:
+    """What an example is called with: the chat needs a model that talks, if only in random words."""
+    network = random_network(replace(tiny, vocab_size=speech.TOKENIZER.vocab_size, context_length=2048), seed=3)
+    save_checkpoint(tmp_path / "talker", network, generation=GenerationConfig(), tokenizer=speech.TOKENIZER)
+    return {"05_chat.py": [str(tmp_path / "talker"), "What is the time?"]}
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs(path: Path, tmp_path: Path) -> None:
+def test_example_runs(path: Path, tmp_path: Path, asked: dict[str, list[str]]) -> None:
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, str(path), *asked.get(path.name, [])],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
