@@ -48,7 +48,9 @@ class Scripted(Network):
         self.reads: list[list[int]] = []
         self.caches: list[weakref.ref[Cache]] = []
 
-    def read(self, tokens: Tensor, cache: Cache, counts: Tensor | None = None, images: None = None) -> tuple[Tensor, Cache]:
+    def read(
+        self, tokens: Tensor, cache: Cache, counts: Tensor | None = None, images: None = None
+    ) -> tuple[Tensor, Cache]:
         assert counts is not None
         self.reads.append(counts.tolist())
         hidden, cache = super().read(tokens, cache, counts)
