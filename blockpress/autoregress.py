@@ -62,8 +62,9 @@ def autoregress(
         if not going:
             return
         live, fresh, images = [live[place] for place in going], [live[place].fresh for place in going], None
-        kept = torch.tensor(going, device=network.device)
-        cache, last = cache.select(kept), last[kept]
+        if len(going) < len(last):
+            kept = torch.tensor(going, device=network.device)
+            cache, last = cache.select(kept), last[kept]
 
 
 def go_on(

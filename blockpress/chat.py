@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, final
 
 from blockpress.config import ModelConfig
-from blockpress.config.vision import PictureSettings
+from blockpress.config.checks import is_count
+from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import BlockpressError, CheckpointError, RequestError
 from blockpress.sight import Picture, Run, Video, expand, lay_out, prepare, prepare_videos
-from blockpress.text import ChatTemplate, Controls, Media, Piece, Tokenizer, TurnParser, encode_chat
+from blockpress.text import ChatTemplate, Controls, Media, Piece, Section, Tokenizer, TurnParser, encode_chat
 from blockpress.weights import load_picture_settings
 
 RETRIES = 3
@@ -136,8 +137,8 @@ class Chat:
         retry_empty: bool = True,
     ) -> ChatTurn:
         """What reads the answer behind a prompt. `thinking_budget`: most tokens inside thoughts; None: any number."""
-        begin = _Progress(thinking=self.controls.thinking_after(prompt))
-        parser = TurnParser(self.tokenizer, self.controls, stop=stop, thinking=begin.thinking)
+        begin = _Progress(section=self.controls.section_after(prompt))
+        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=begin.section)
         return ChatTurn(
             self.tokenizer,
             self.controls,
@@ -168,14 +169,19 @@ def _named(field: str) -> Iterator[None]:
         raise type(error)(f"{field}: {error.message}", hint=error.hint) from error
 
 
-def check_options(thinking: Any, thinking_budget: Any, retry_empty: Any) -> None:
+def check_options(thinking: Any, thinking_budget: Any, retry_empty: Any, soft_tokens: Any) -> None:
     """Raises RequestError: no truth value, no count, or a budget for thoughts that are switched off."""
+    if soft_tokens is not None and not (is_count(soft_tokens) and soft_tokens in BUDGETS):
+        raise RequestError(
+            f"soft_tokens is {soft_tokens!r}",
+            hint=f"soft_tokens must be one of {', '.join(map(str, BUDGETS))}, or None",
+        )
     for name, value in {"thinking": thinking, "retry_empty": retry_empty}.items():
         if not isinstance(value, bool):
             raise RequestError(f"{name} is {value!r}", hint=f"{name} must be True or False")
     if thinking_budget is None:
         return
-    if isinstance(thinking_budget, bool) or not isinstance(thinking_budget, int) or thinking_budget < 1:
+    if not is_count(thinking_budget):
         raise RequestError(
             f"thinking_budget is {thinking_budget!r}",
             hint="thinking_budget must be a whole number of at least 1 token, or None",
@@ -189,9 +195,9 @@ def check_options(thinking: Any, thinking_budget: Any, retry_empty: Any) -> None
 @final
 @dataclass(frozen=True)
 class _Progress:
-    """Where a turn is: inside a thought or not, tokens inside thoughts so far, and whether anything has been said."""
+    """Where a turn is: what is open, tokens inside thoughts so far, and whether anything has been said."""
 
-    thinking: bool = False
+    section: Section = "answer"
     spent: int = 0
     said: bool = False
 
@@ -237,27 +243,28 @@ class ChatTurn:
     def denied(self) -> Mapping[int, Container[int]]:
         """What stood where the answer should have begun; and everywhere, once the budget is spent, another thought."""
         denied: dict[int, Container[int]] = dict(self._too_early)
-        if self._controls.thought is not None and not self._progress.thinking and self._is_spent(self._progress):
+        if self._controls.thought is not None and self._is_spent(self._progress):
             denied[self._controls.thought] = range(sys.maxsize)
         return denied
 
     def cut(self, tokens: list[int]) -> list[int]:
-        """All tokens, or those up to the budget's end with the thought closed behind them."""
+        """All tokens, or those up to the budget's end with the thought closed behind them, or up to another thought."""
         progress, end = self._progress, self._controls.thought_end
         self._cut_at = None
         for place, token in enumerate(tokens):
             after = self._after(progress, token)
-            if progress.thinking and after.thinking and self._is_spent(progress):
-                return self._closed(tokens[:place], end)
+            if after.section == "thought" and self._is_spent(progress):
+                # Outside of a thought this token would open one: the next canvas is denied it, and goes on from here.
+                return self._closed(tokens[:place], end) if progress.section == "thought" else tokens[:place]
             progress = after
-        return self._closed(tokens, end) if progress.thinking and self._is_spent(progress) else tokens
+        return self._closed(tokens, end) if progress.section == "thought" and self._is_spent(progress) else tokens
 
     def begins_again(self, tokens: list[int]) -> bool:
         """If nothing has been said; then neither a turn's end nor the blank that stood there may open the answer."""
         progress, opening = self._progress, len(tokens) - 1
         for place, token in enumerate(tokens):
             progress = self._after(progress, token)
-            if not progress.thinking and token != self._controls.thought_end:
+            if progress.section != "thought" and token != self._controls.thought_end:
                 opening = min(opening, place)
         if progress.said or not self._retries:
             return False
@@ -269,9 +276,11 @@ class ChatTurn:
     def take(self, tokens: list[int]) -> list[Piece]:
         before = self._parser.tokens_used
         pieces = self._parser.feed(tokens)
-        for token in tokens[: self._parser.tokens_used - before]:
+        # A stop text may have begun in an earlier canvas; then none of these are needed.
+        used = tokens[: max(0, self._parser.tokens_used - before)]
+        for token in used:
             self._progress = self._after(self._progress, token)
-        self._thought_cut |= self._cut_at == len(tokens)
+        self._thought_cut |= self._cut_at == len(used)
         self._too_early, self._cut_at = {}, None
         return pieces
 
@@ -287,13 +296,11 @@ class ChatTurn:
         return self._budget is not None and progress.spent >= self._budget
 
     def _after(self, progress: _Progress, token: int) -> _Progress:
-        thinking = self._controls.thinking_after([token], progress.thinking)
-        if thinking and progress.thinking:
-            # The id that ends the turn inside a thought is no part of it.
-            return _Progress(True, progress.spent + (token not in self._stop_ids), progress.said)
-        if thinking or (progress.thinking and token == self._controls.thought_end):
-            return _Progress(thinking, progress.spent, progress.said)
-        return _Progress(False, progress.spent, progress.said or self._says(token))
+        section = self._controls.section_after([token], progress.section)
+        # The id that ends the turn inside a thought is no part of it.
+        inside = progress.section == section == "thought" and token not in self._stop_ids
+        said = progress.said or (section != "thought" and self._says(token))
+        return _Progress(section, progress.spent + inside, said)
 
     def _says(self, token: int) -> bool:
         """Whether a token outside of thoughts is content: text that is not blank, or the beginning of a call."""

@@ -78,8 +78,9 @@ def generate(
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return
-        live = [live[place] for place in going]
-        cache = read(network, [row.fresh for row in live], cache.select(torch.tensor(going)))  # commit
+        if len(going) < len(live):
+            live, cache = [live[place] for place in going], cache.select(torch.tensor(going))
+        cache = read(network, [row.fresh for row in live], cache)  # commit
 
 
 def prefill(network: Network, rows: Sequence[Row]) -> Cache:

@@ -265,6 +265,33 @@ def test_no_other_thought_is_opened_once_the_budget_is_spent():
     assert (reply.usage.reasoning_tokens, reply.usage.thought_cut) == (4, True)
 
 
+def test_no_other_thought_is_opened_in_the_canvas_in_which_the_budget_was_spent():
+    lm = model(whole("<|channel>ab<channel|>c<|channel>defg<channel|>"))
+    reply = check_joined(events_of(lm, thinking=True, thinking_budget=2, max_tokens=8))
+    # The next canvas goes on behind the "c", and is denied the thought's beginning.
+    assert reply.tokens == ids("<|channel>ab<channel|>cxde")
+    assert (reply.usage.reasoning_tokens, reply.usage.thought_cut) == (2, False)
+
+
+def test_in_a_call_no_thought_is_counted_or_closed():
+    turn = "<|tool_call>a<|channel>bcd<tool_call|>h<turn|>"
+    reply = check_joined(events_of(model(whole(turn)), thinking=True, thinking_budget=2))
+    assert (reply.tokens, reply.text) == (ids(turn), "h")
+    assert [call.raw for call in reply.broken_calls] == ["a<|channel>bcd"]
+    assert (reply.usage.reasoning_tokens, reply.usage.thought_cut) == (0, False)
+
+
+@pytest.mark.parametrize("budget", [2, 200])
+def test_a_thought_behind_a_stop_text_counts_as_nothing(budget: int):
+    """The stop text begins in the first canvas and ends in the second, where a thought follows it."""
+    lm = model(whole("abcdefghijST" + "OP<|channel>uvwxyzuvwxyz<turn|>"))
+    reply = check_joined(
+        events_of(lm, thinking=True, thinking_budget=budget, sampling=Sampling(stop="STOP")),
+    )
+    assert (reply.text, reply.thinking, reply.finish_reason) == ("abcdefghij", None, "stop")
+    assert (reply.usage.reasoning_tokens, reply.usage.thought_cut) == (0, False)
+
+
 @pytest.mark.parametrize("limit", range(8, 16))
 def test_the_limit_counts_thoughts_and_the_closing_token(limit: int):
     reply = model(thinker(LOREM, "answer<turn|>")).chat(HI, thinking=True, thinking_budget=10, max_tokens=limit)
@@ -474,6 +501,8 @@ def test_random_weights_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.
         ({"thinking": True, "thinking_budget": True}, "thinking_budget is True"),
         ({"thinking_budget": 5}, "thinking_budget is 5"),
         ({"retry_empty": 1}, "retry_empty is 1"),
+        ({"soft_tokens": 71}, "soft_tokens is 71"),
+        ({"soft_tokens": 70.0}, "soft_tokens is 70.0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"seed": "a"}, "seed"),
         ({"sampling": {}}, "sampling is {}"),

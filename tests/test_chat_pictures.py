@@ -102,6 +102,67 @@ def test_what_is_shown_matters_and_a_batch_changes_nothing(lm: LM):
     assert first.tokens == alone[0].tokens != again.tokens
 
 
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
+    """Turns of the model and a tool's answer in between, and the first picture once more at the end."""
+    one, two = image(1), image(2, (60, 70))
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": {"at": "<|image|>"}}}
+    talk = [
+        *showing("First ", one),
+        said("assistant", "I see <|image|> noise."),
+        *showing(two, " and?"),
+        said("assistant", "", tool_calls=[call]),
+        said("tool", "<|image|>", tool_call_id="a"),
+        said("assistant", "Noise."),
+        *showing("Again ", one),
+    ]
+    question = lm._chat.question(talk)
+    settings = load_picture_settings(lm.path, lm.config)
+    wanted = prepare([one, two, one], settings)
+    assert [p.patches.tolist() for p in question.pictures] == [p.patches.tolist() for p in wanted]
+    assert [run.length for run in question.runs] == [p.soft_tokens for p in wanted]
+    assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.runs)
+    assert sum(run.length for run in question.runs) == question.ids.count(lm.config.image_id or -1)
+    # The same features at both places of the same picture, and another answer where the last one differs.
+    with patch("blockpress.lm.model.generate") as generating:
+        lm.chat_stream(talk)
+    (row,) = generating.call_args.args[1]
+    first, second, third = (row.images[run.start] for run in question.runs)
+    assert torch.equal(first, third) and first.shape != second.shape
+    options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
+    assert lm.chat(talk, **options).tokens != lm.chat([*talk[:-1], *showing("Again ", image(3))], **options).tokens
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_rows_with_and_without_pictures_in_every_order(lm: LM, mode: Any):
+    asked = [showing("No picture."), showing(image(4), "and", image(5)), showing("None."), showing("See ", image(1))]
+    options: dict[str, Any] = {"mode": mode, "max_tokens": 10}
+    # Random weights let rounding grow tenfold in a few steps, so there are few.
+    options |= {"sampling": SHORT} if mode == "diffusion" else {}
+    alone = [lm.chat(question, seed=7, **options).tokens for question in asked]
+    assert [reply.tokens for reply in lm.chat(asked, seed=7, **options)] == alone
+    assert [reply.tokens for reply in lm.chat(asked[::-1], seed=7, **options)] == alone[::-1]
+
+
+def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
+    """A frame is an image, so none is needed; and a typed `<|video|>` beside a picture is text."""
+    backend = speech.backend()
+    backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS[:2]])
+    tokenizer = Tokenizer(backend, chat_template=TEMPLATE)
+    other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
+    assert backend.token_to_id("<|video|>") is None
+    video = {"type": "video", "video": str(film)}
+    assert [run.length for run in other._chat.question(showing(video, "?")).runs] == [
+        run.length for run in lm._chat.question(showing(video, "?")).runs
+    ]
+    question = other._chat.question(showing("I typed <|video|> and <|image|>: ", image(1)))
+    assert len(question.runs) == 1
+    assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
+
+
 def test_token_by_token_sees_the_same(lm: LM):
     question = lm._chat.question(showing("See ", image(1)))
     with torch.inference_mode():

@@ -214,7 +214,7 @@ class LM:
             soft_tokens: most tokens that an image, or a frame of a video, becomes (70, 140, 280, 560 or 1120); None: as
                 the checkpoint says.
         """
-        check_options(thinking, thinking_budget, retry_empty)
+        check_options(thinking, thinking_budget, retry_empty, soft_tokens)
         sampling = self._sampling(sampling, mode)
         many = are_conversations(messages)
         asked = self._chat.questions(

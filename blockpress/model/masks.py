@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from blockpress.shapes import Mask
 
@@ -48,13 +47,12 @@ def causal_mask(
     cached = torch.arange(width, device=device).expand(len(lengths), width)
     key = torch.cat((cached, query), dim=1)
     real = torch.cat((cached < lengths[:, None], torch.ones_like(query, dtype=torch.bool)), dim=1)
-    distance = query[:, :, None] - key[:, None, :]
-    seen = (distance >= 0) & real[:, None, :]
+    # Compared, never subtracted: of a long prompt the distances would be eight times the mask.
+    seen = (key[:, None, :] <= query[:, :, None]) & real[:, None, :]
     if window is not None:
-        seen = seen & (distance < window)
+        seen &= key[:, None, :] > query[:, :, None] - window
     if runs is not None:
-        together = (runs[:, :, None] == runs[:, None, :]) & (runs >= 0)[:, :, None]
-        seen = seen | F.pad(together, (width, 0))
+        seen[:, :, width:] |= (runs[:, :, None] == runs[:, None, :]) & (runs >= 0)[:, :, None]
     return seen
 
 

@@ -54,7 +54,10 @@ class Reply:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a message of a chat's history, its calls numbered: what the next `chat` takes."""
+        """The answer as a message of a chat's history, its calls numbered: what the next `chat` takes.
+
+        A broken call has no form there and is left out.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or ""}
         if self.thinking is not None:
             message["thinking"] = self.thinking

@@ -50,7 +50,7 @@ class FinishedCanvas:
 
 
 class Row:
-    """One prompt under way. Limits are in tokens; `room` is how many the context holds behind the prompt.
+    """One prompt under way. Limits are in tokens; `room` is how many more the context holds.
 
     `turn` reads the tokens; without one they are one text, by `decoder`, or tokens alone.
     """
@@ -111,12 +111,12 @@ class Row:
             self.attempt, self._retries = self.attempt + 1, self._retries + 1
             self._retried_steps += canvas.steps
             return
-        used = sum(len(old.tokens) for old in self.canvases)
-        self.attempt, self.fresh = 0, (canvas.tokens if kept is valid else kept)[: self._room - used]
-        self.canvases.append(FinishedCanvas(self.fresh, canvas.steps))
-        yield from self._return(kept[: self._room - used], stopped, used + len(self.fresh))
+        kept, context = kept[: self._room], (canvas.tokens if kept is valid else kept)[: self._room]
+        self.attempt, self.fresh, self._room = 0, context, self._room - len(context)
+        self.canvases.append(FinishedCanvas(context, canvas.steps))
+        yield from self._return(kept, stopped)
 
-    def _return(self, tokens: list[int], stopped: bool, used: int) -> Iterator[Event]:
+    def _return(self, tokens: list[int], stopped: bool) -> Iterator[Event]:
         """Add the canvas's tokens to the answer, up to the limit or a stop text; end where there is no going on."""
         if self._limit is not None and len(self._tokens) + len(tokens) > self._limit:
             tokens, stopped = tokens[: self._limit - len(self._tokens)], False
@@ -124,7 +124,7 @@ class Row:
         pieces = self._turn.take(tokens)
         if stopped:
             self.finish_reason = "stop"
-        elif len(self._tokens) == self._limit or self._room < used + self._canvas_length:
+        elif len(self._tokens) == self._limit or self._room < self._canvas_length:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             pieces = [*pieces, *self._turn.finish()]

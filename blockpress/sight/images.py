@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from blockpress.config.checks import is_count
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import MediaError
 from blockpress.sight.sources import Source, opened
@@ -75,7 +76,7 @@ def prepare(
 
 def checked_budget(max_soft_tokens: int) -> int:
     """The budget itself, where the model was trained with it."""
-    if isinstance(max_soft_tokens, bool) or max_soft_tokens not in BUDGETS:
+    if not is_count(max_soft_tokens) or max_soft_tokens not in BUDGETS:
         known = ", ".join(map(str, BUDGETS))
         raise MediaError(f"max_soft_tokens is {max_soft_tokens!r}", hint=f"max_soft_tokens must be one of {known}")
     return max_soft_tokens

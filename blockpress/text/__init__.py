@@ -15,7 +15,7 @@ from .prompt import ChatPrompt, encode_chat
 from .stream import StreamDecoder
 from .template import ChatTemplate
 from .tokenizer import Tokenizer
-from .turns import Controls, Piece, Said, TurnParser
+from .turns import Controls, Piece, Said, Section, TurnParser
 
 __all__ = [
     "BrokenCall",
@@ -25,6 +25,7 @@ __all__ = [
     "Media",
     "Piece",
     "Said",
+    "Section",
     "StreamDecoder",
     "Tokenizer",
     "ToolCall",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from ..errors import RequestError
+from .calls import MAX_DEPTH
 
 __all__ = ["Media", "check_messages", "check_tools"]
 
@@ -131,7 +132,7 @@ def _call(call: Any, at: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _wrong(f"{at}.function.arguments", arguments, "a JSON object, or its text") from None
     if not isinstance(arguments, Mapping):
         raise _wrong(f"{at}.function.arguments", arguments, "a JSON object, or its text")
@@ -185,7 +186,7 @@ def _part(part: Any, at: str, media: list[Media] | None) -> dict[str, Any]:
         if not isinstance(part.get("text"), str):
             raise _wrong(f"{at}.text", part.get("text"), "text")
         return {"type": "text", "text": str(part["text"])}
-    if kind not in _MEDIA:
+    if not isinstance(kind, str) or kind not in _MEDIA:
         raise _wrong(f"{at}.type", kind, f"one of text, {', '.join(_MEDIA)}")
     if media is None:
         raise _wrong(f"{at}.type", kind, "'text': only a user's message shows something")
@@ -227,19 +228,21 @@ def _tool(tool: Any, at: str) -> dict[str, Any]:
     return {"type": "function", "function": checked}
 
 
-def _json(value: Any, at: str) -> Any:
+def _json(value: Any, at: str, depth: int = 1) -> Any:
     """`value` rebuilt of plain JSON types."""
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
+    if isinstance(value, Mapping | list | tuple) and depth > MAX_DEPTH:
+        raise RequestError(f"{at:.60} is nested deeper than {MAX_DEPTH}", hint="use fewer objects inside each other")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise _wrong(f"{at} key", key, "text")
-        return {str(key): _json(entry, f"{at}.{key}") for key, entry in value.items()}
+        return {str(key): _json(entry, f"{at}.{key}", depth + 1) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(entry, f"{at}[{number}]") for number, entry in enumerate(value)]
+        return [_json(entry, f"{at}[{number}]", depth + 1) for number, entry in enumerate(value)]
     raise _wrong(at, value, "a JSON value")
 
 

@@ -28,6 +28,9 @@ from .tokenizer import Tokenizer
 
 __all__ = ["ChatPrompt", "encode_chat"]
 
+PLACES = ("<|image|>", "<|video|>")
+"""What templates write where an image or a video is shown."""
+
 # Code points that Unicode will never give to a sign.
 _MARKS = [*map(chr, range(0xFDD0, 0xFDF0)), *(chr(plane << 16 | 0xFFFF) for plane in range(1, 17))]
 
@@ -60,11 +63,13 @@ def encode_chat(
     """
     checked, media = check_messages(messages)
     declared = check_tools(tools)
-    breaks = _Breaks(tokenizer, [checked, declared])
+    breaks = _Breaks(tokenizer, [checked, declared], places=PLACES if media else ())
     text = template.render(breaks.apply(checked), tools=breaks.apply(declared), enable_thinking=thinking)
-    for kind in ("image", "video"):
-        mark, shown = f"<|{kind}|>", [one for one in media if one.kind == kind]
-        places = text.count(mark) if tokenizer.backend.token_to_id(mark) is not None else 0
+    # Frames of a video are images: it needs no token of its own, and not every vocabulary has one.
+    sees = tokenizer.backend.token_to_id(PLACES[0]) is not None
+    for kind, mark in zip(("image", "video"), PLACES, strict=True):
+        shown = [one for one in media if one.kind == kind]
+        places = text.count(mark) if sees else 0
         if shown and places != len(shown):
             raise TextError(
                 f"{shown[0].field} is one of {len(shown)} {kind}s; the prompt has a place for {places}",
@@ -78,14 +83,14 @@ def encode_chat(
 
 @final
 class _Breaks:
-    """Puts `mark`, a sign that occurs nowhere in `values`, into every control token that their texts write out.
+    """Puts `mark`, a sign that occurs nowhere in `values`, into what their texts write out: controls, and `places`.
 
     A text that ends in the beginning of a control token gets one behind it, since the next text may hold the rest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, values: Any) -> None:
-        piece = tokenizer.backend.id_to_token
-        controls = sorted(text for text in map(piece, tokenizer.special_ids) if text is not None and len(text) > 1)
+    def __init__(self, tokenizer: Tokenizer, values: Any, places: Sequence[str]) -> None:
+        special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_ids)
+        controls = sorted({*places, *(text for text in special if text is not None and len(text) > 1)})
         begun = {text[:length] for text in controls for length in range(1, len(text))}
         # An empty match in front of each: tokens may overlap, and each is cut behind its first sign.
         whole = "|".join(map(re.escape, controls))

@@ -14,15 +14,15 @@ Run: python -m pytest tests/text/test_turns.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from .calls import QUOTE, BrokenCall, ToolCall, read_call
 from .stream import StreamDecoder
 from .tokenizer import Tokenizer
 
-__all__ = ["Controls", "Piece", "Said", "TurnParser"]
+__all__ = ["Controls", "Piece", "Said", "Section", "TurnParser"]
 
 LABEL = "thought\n"
 """What a thought's channel begins with; it is no part of the thought."""
@@ -38,6 +38,9 @@ class Said:
 
 
 Piece = Said | ToolCall | BrokenCall
+
+Section = Literal["answer", "thought", "call"]
+"""What a token of a turn is part of."""
 
 
 @final
@@ -72,14 +75,18 @@ class Controls:
             thought=thought, thought_end=thought_end, call=call, call_end=call_end, quote=find(QUOTE), stops=stops
         )
 
-    def thinking_after(self, ids: Iterable[int], thinking: bool = False) -> bool:
-        """Whether a thought is open behind these ids, given whether one was before them."""
+    def section_after(self, ids: Iterable[int], section: Section = "answer") -> Section:
+        """What is open behind these ids, given what was before them. In a call, only its end means anything."""
         for token in ids:
-            if token == self.thought:
-                thinking = True
-            elif token == self.thought_end or token == self.call:
-                thinking = False
-        return thinking
+            if section == "call":
+                section = "answer" if token == self.call_end else "call"
+            elif token == self.call:
+                section = "call"
+            elif token == self.thought:
+                section = "thought"
+            elif token == self.thought_end:
+                section = "answer"
+        return section
 
 
 @final
@@ -91,9 +98,9 @@ class TurnParser:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, controls: Controls, *, stop: Sequence[str] = (), thinking: bool = False
+        self, tokenizer: Tokenizer, controls: Controls, *, stop: Sequence[str] = (), section: Section = "answer"
     ) -> None:
-        """`stop`: texts that end the answer. `thinking`: the prompt ends inside a thought.
+        """`stop`: texts that end the answer. `section`: what the prompt leaves open.
 
         RequestError names a stop text that is empty or no text.
         """
@@ -101,7 +108,7 @@ class TurnParser:
         self._fed = 0
         self._used: int | None = None
         self._thoughts = 0
-        self._section: _Section = self._thought() if thinking else self._answer()
+        self._section: _Section = self._begin(section)
         self.stopped: str | None = None
         """The stop text that ended the answer."""
 
@@ -129,25 +136,13 @@ class TurnParser:
         return [] if self.stopped is not None else self._leave()
 
     def _take(self, token: int) -> list[Piece]:
-        controls, section = self._controls, self._section
-        if isinstance(section, _Call):
-            if token == controls.call_end:
-                return self._go_to(self._answer, section.close())
-            if token == controls.call:
-                return self._go_to(self._call, section.finish())
+        section = self._section
+        after = self._controls.section_after([token], section.kind)
+        if after == section.kind and token != self._controls.call:
             return section.take(token)
-        if token == controls.call:
-            return self._go_to(self._call)
-        if token == controls.thought and isinstance(section, _Answer):
-            return self._go_to(self._thought)
-        if token == controls.thought_end and isinstance(section, _Thought):
-            return self._go_to(self._answer)
-        return section.take(token)
-
-    def _go_to(self, make: Callable[[], _Section], ended: list[Piece] | None = None) -> list[Piece]:
-        pieces = self._leave() if ended is None else ended
+        pieces = section.close() if isinstance(section, _Call) and after == "answer" else self._leave()
         if self.stopped is None:
-            self._section = make()
+            self._section = self._begin(after)
         return pieces
 
     def _leave(self) -> list[Piece]:
@@ -160,20 +155,20 @@ class TurnParser:
             self.stopped = self._section.decoder.stopped
             self._used = self._section.begin + self._section.decoder.tokens_used
 
-    def _answer(self) -> _Answer:
-        return _Answer(StreamDecoder(self._tokenizer, self._stop), self._fed)
-
-    def _thought(self) -> _Thought:
+    def _begin(self, kind: Section) -> _Section:
+        if kind == "answer":
+            return _Answer(StreamDecoder(self._tokenizer, self._stop), self._fed)
+        if kind == "call":
+            return _Call(self._tokenizer, self._controls)
         self._thoughts += 1
         return _Thought(StreamDecoder(self._tokenizer), apart=self._thoughts > 1)
-
-    def _call(self) -> _Call:
-        return _Call(self._tokenizer, self._controls)
 
 
 @final
 class _Answer:
     """Text as it comes. `begin`: how many ids of the turn stand before it."""
+
+    kind: ClassVar[Section] = "answer"
 
     def __init__(self, decoder: StreamDecoder, begin: int) -> None:
         self.decoder, self.begin = decoder, begin
@@ -188,6 +183,8 @@ class _Answer:
 @final
 class _Thought:
     """Text without the channel's label and without the blanks around it. `apart`: a thought has come before."""
+
+    kind: ClassVar[Section] = "thought"
 
     def __init__(self, decoder: StreamDecoder, *, apart: bool) -> None:
         self._decoder = decoder
@@ -221,6 +218,8 @@ class _Thought:
 @final
 class _Call:
     """Ids, held until the call is whole."""
+
+    kind: ClassVar[Section] = "call"
 
     def __init__(self, tokenizer: Tokenizer, controls: Controls) -> None:
         self._tokenizer, self._controls = tokenizer, controls

@@ -239,6 +239,8 @@ def test_the_number_of_the_bad_image_is_named() -> None:
         prepare([], SMALL, 100)
     with pytest.raises(MediaError, match="max_soft_tokens is True"):
         prepare([], SMALL, True)
+    with pytest.raises(MediaError, match=r"max_soft_tokens is 70\.0"):
+        prepare([], SMALL, 70.0)  # type: ignore[arg-type]
 
 
 def test_percent_encoded_data_is_read() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 
 from blockpress.errors import RequestError
+from blockpress.text import ChatTemplate
 from blockpress.text.messages import Media, check_messages, check_tools
 
 USER = {"role": "user", "content": "Hi"}
@@ -72,6 +74,19 @@ def part(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [fields]}]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth > 1 else {}
+
+
+ROUND: dict[str, Any] = {}
+ROUND["round"] = ROUND
+
+
+def test_what_is_nested_as_deep_as_it_may_be_is_written():
+    checked, _ = check_messages([USER, {"role": "assistant", "tool_calls": [call(arguments=nested(64))]}])
+    assert "{a:" * 63 + "{}" + "}" * 63 in ChatTemplate.own().render(checked)
+
+
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
@@ -126,6 +141,11 @@ def part(**fields: Any) -> list[dict[str, Any]]:
         ([CALLER, {"role": "tool", "tool_call_id": "c", "content": "x"}], "messages[1].tool_call_id is 'c'"),
         ([CALLER, {"role": "tool", "tool_call_id": "b", "name": "ls", "content": "x"}], "messages[1].name is 'ls'"),
         ([CALLER, {"role": "tool", "tool_call_id": "b"}], "messages[1].content is None"),
+        ([{"role": "user", "content": [{"type": ["text"], "text": "x"}]}], "messages[0].content[0].type is ['text']"),
+        ([{"role": "assistant", "tool_calls": [call(arguments=nested(65))]}], "is nested deeper than 64"),
+        ([{"role": "assistant", "tool_calls": [call(arguments=json.dumps(nested(65)))]}], "is nested deeper than 64"),
+        ([{"role": "assistant", "tool_calls": [call(arguments="[" * 100_000)]}], "function.arguments is '[[["),
+        ([CALLER, {"role": "tool", "tool_call_id": "b", "content": ROUND}], "is nested deeper than 64"),
     ],
 )
 def test_every_fault_of_a_message_is_named(messages: Any, field: str):
@@ -167,6 +187,7 @@ def test_tools():
         ([tool(parameters={"type": "array"})], "tools[0].function.parameters.type is 'array'"),
         ([tool(parameters={"default": object()})], "tools[0].function.parameters.default is <object"),
         ([tool(), tool()], "tools[1].function.name is 'ls'"),
+        ([tool(parameters={"default": ROUND})], "is nested deeper than 64"),
     ],
 )
 def test_every_fault_of_a_tool_is_named(tools: Any, field: str):

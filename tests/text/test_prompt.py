@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.errors import RequestError, TextError
-from blockpress.text import ChatTemplate, Tokenizer, encode_chat
+from blockpress.text import ChatTemplate, Media, Tokenizer, encode_chat
 from blockpress.text import prompt as prompt_module
 
 OFF = "<|channel>thought\n<channel|>"
@@ -219,6 +219,25 @@ def test_a_template_that_leaves_an_image_out(gemma: Tokenizer):
         encode_chat(gemma, ChatTemplate("{{ messages[0].content[0].text }}"), image)
     with pytest.raises(TextError, match="2"):
         encode_chat(gemma, ChatTemplate("<|image|><|image|>"), image)
+
+
+def test_a_video_needs_no_token_of_its_own(gemma: Tokenizer):
+    """This vocabulary has none, so what somebody typed and what the template wrote look alike in its eyes."""
+    assert gemma.backend.token_to_id("<|video|>") is None
+    typed, shown = {"type": "text", "text": "<|video|> and "}, {"type": "video", "video": 0}
+    seen: list[str] = []
+
+    def lay_out(text: str, media: tuple[Media, ...]) -> str:
+        seen.append(text)
+        return text.replace("<|video|>", "00:00 <|image|>")
+
+    prompt = encode_chat(gemma, ChatTemplate.own(), [user([typed, shown])], lay_out=lay_out)
+    assert [text.count("<|video|>") for text in seen] == [1]
+    assert "user\n<|video|> and 00:00 <|image|><turn|>" in gemma.decode(prompt.ids, skip_special=False)
+    # Where nothing is shown, no place can be mistaken, and the text is encoded as it stands.
+    told = encode_chat(gemma, ChatTemplate.own(), [user("a <|video|> b")]).ids
+    whole = gemma.encode("<bos><|turn>user\na <|video|> b<turn|>\n<|turn>model\n" + OFF, add_special=False)
+    assert told == whole
 
 
 SCRIPTS = """Der schnelle braune Fuchs|Быстрая лиса|Η γρήγορη αλεπού|השועל המהיר|الثعلب السريع|तेज़ भूरी लोमड़ी|দ্রুত শিয়াল|விரைவான நரி|

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blockpress.text import (
@@ -91,7 +92,7 @@ def test_a_turn_is_read(gemma: Tokenizer, text: str, wanted: list[Piece]):
 
 def test_a_thought_that_the_prompt_opened(gemma: Tokenizer):
     ids = gemma.encode("so\n<channel|>4", add_special=False)
-    assert parse(gemma, ids, thinking=True) == [thought("so"), answer("4")]
+    assert parse(gemma, ids, section="thought") == [thought("so"), answer("4")]
 
 
 CONTROLS = ["<|channel>", "thought\n", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<turn|>", "call:f{", "}"]
@@ -118,10 +119,20 @@ def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
         assert said.count(sign) == sum(part.count(sign) for part in parts)
 
 
+def test_in_a_call_only_its_end_means_anything():
+    controls = Controls(thought=1, thought_end=2, call=3, call_end=4)
+    walk = [controls.section_after(ids) for ids in ([1], [1, 2], [1, 3], [3, 1], [3, 2], [3, 1, 4], [3, 3, 4, 1])]
+    assert walk == ["thought", "answer", "call", "call", "call", "answer", "thought"]
+    assert controls.section_after([2], "thought") == controls.section_after([2]) == "answer"
+    assert Controls().section_after(range(9), "thought") == "thought"
+
+
 @settings(max_examples=60)
 @given(arguments)
 def test_a_call_in_a_prompt_is_read_back(gemma: Tokenizer, given: dict[str, Any]):
     """From an assistant's message through the template and the tokenizer to ids, and back."""
+    # This vocabulary writes a space as U+2581, so it cannot tell that sign from a space.
+    assume("\u2581" not in json.dumps(given, ensure_ascii=False))
     messages = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "f", "arguments": given}}]},
