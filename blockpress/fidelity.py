@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.errors import RequestError
@@ -25,6 +25,9 @@ from blockpress.lm import LM
 
 POSITIONS = 16
 """Positions of a canvas whose whole distributions are kept: 16 MiB a prompt and step at 262,144 tokens."""
+
+MOST_KEPT = 1 << 30
+"""Bytes of distributions that a recording keeps: of many prompts fewer positions each, but one at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def record(lm: LM, prompts: Sequence[Sequence[int]], seed: int = 0, batch: int =
     if not prompts:
         raise RequestError("prompts is empty", hint="give at least one prompt")
     length, vocab = lm.config.canvas_length, lm.config.vocab_size
-    chosen = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
+    chosen = torch.linspace(0, length - 1, _positions(length, len(prompts) * 2 * vocab * 4)).round().long()
     beliefs, argmax, entropy = [], [], []
     for index, prompt in enumerate(prompts):
         noise = torch.Generator().manual_seed(seed + index)
@@ -129,10 +132,15 @@ def compare(original: Recording, changed: Recording) -> Fidelity:
     )
 
 
+def _positions(canvas: int, size: int) -> int:
+    """How many positions of a canvas are kept where one of every canvas takes `size` bytes."""
+    return min(POSITIONS, canvas, max(1, MOST_KEPT // size))
+
+
 def _step(original: Recording, changed: Recording, step: int) -> StepFidelity:
-    p, q = original.beliefs[:, step].double(), changed.beliefs[:, step].double()
-    # Rounding of the log-probabilities may leave a hair below 0.
-    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    pairs = zip(original.beliefs[:, step], changed.beliefs[:, step], strict=True)
+    # Prompt by prompt: in float64 all of them would take many times the memory of a recording.
+    kl = torch.stack([_divergence(p.double(), q.double()) for p, q in pairs])
     return StepFidelity(
         kl=float(kl.mean()),
         kl_largest=float(kl.max()),
@@ -140,6 +148,11 @@ def _step(original: Recording, changed: Recording, step: int) -> StepFidelity:
         entropy_original=float(original.entropy[:, step].mean()),
         entropy_changed=float(changed.entropy[:, step].mean()),
     )
+
+
+def _divergence(p: Float64[Tensor, "positions vocab"], q: Float64[Tensor, "positions vocab"]) -> Tensor:
+    """KL(p || q) of log-probabilities, in nats; their rounding may leave a hair below 0."""
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> float:

@@ -94,3 +94,13 @@ def test_what_cannot_be_compared_is_refused(tiny: ModelConfig, random_network: R
     for other in (replace(one, seed=1), record(lm, PROMPTS)):
         with pytest.raises(RequestError, match="differ in shape or seed"):
             compare(one, other)
+
+
+def test_of_many_prompts_fewer_positions_are_kept(
+    tiny: ModelConfig, random_network: RandomNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, one = model(random_network(tiny)), 2 * tiny.vocab_size * 4
+    for room, positions in ((6 * len(PROMPTS) * one, 6), (7 * len(PROMPTS) * one - 1, 6), (1, 1), (10**9, 12)):
+        monkeypatch.setattr("blockpress.fidelity.MOST_KEPT", room)
+        kept = record(lm, PROMPTS).beliefs
+        assert kept.shape == (len(PROMPTS), 2, positions, tiny.vocab_size)

@@ -1,6 +1,8 @@
-"""A bar for work of which it is known how many bytes there are.
+"""Bars for work of which it is known how many bytes there are.
 
 Invariant: nothing is drawn but on a terminal, and on stderr.
+
+Run it:  blockpress synthesize tiny ./random
 """
 
 from __future__ import annotations
@@ -8,8 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from blockpress.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -18,9 +24,14 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
     if not terminal.is_terminal(sys.stderr):
         yield lambda done, total: None
         return
+    with byte_bars() as bars:
+        task = bars.add_task(text, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def byte_bars() -> Progress:
+    """Bars with counts, speed and time left, for a terminal that is there; a context manager."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=terminal.console(sys.stderr)) as bars:
-        task = bars.add_task(text, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    return Progress(*columns, TimeRemainingColumn(), console=terminal.console(sys.stderr))

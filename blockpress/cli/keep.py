@@ -7,6 +7,7 @@ Run it:  blockpress ls
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockpress.cli import options, terminal
+from blockpress.cli.bar import byte_bars
 from blockpress.cli.units import ago, size
 from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
 
@@ -59,8 +61,11 @@ def pull(
     from blockpress.weights import hub
 
     wanted = _named(name, revision)
+    if file is not None and wanted.file is not None:
+        raise RequestError(f"--file is given with {name!r}", hint="leave out --file, or the file in NAME")
     file = file or wanted.file
     if hub.offline():
+        options.refuse("HF_HUB_OFFLINE", {"--include": include or None, "--exclude": exclude or None})
         path = _already_there(name, wanted, file)
         _say_pulled(name, path, 0, 0, json)
         return
@@ -210,10 +215,7 @@ def _bars(plan: Plan) -> Iterator[Callable[[RemoteFile, int], None]]:
     if not terminal.is_terminal(sys.stderr):
         yield lambda file, done: terminal.note(f"{file.path}  {size(file.size)}") if done == file.size else None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=terminal.console(sys.stderr)) as bars:
+    with byte_bars() as bars:
         tasks = {file.path: bars.add_task(file.path, total=file.size, start=False) for file in plan.left}
 
         def report(file: RemoteFile, done: int) -> None:
@@ -260,7 +262,8 @@ def _refuse_elsewhere(name: str) -> None:
 
     if name in shipped():
         raise RequestError(f"{name} comes with blockpress", hint="rm removes models of the hub's cache only")
-    if Path(name).expanduser().exists() and (name.startswith(("/", ".", "~")) or "/" not in name):
+    # Not Path's own methods: they raise for a name that no file can have, and for a home that nobody has.
+    if os.path.exists(os.path.expanduser(name)) and (name.startswith(("/", ".", "~")) or "/" not in name):
         raise RequestError(f"{name!r} is a path", hint="rm removes models of the hub's cache only; remove it yourself")
 
 

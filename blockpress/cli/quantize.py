@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RANDOM_LENGTH = 32
 GIVENS = (30, 40)
+SAMPLES = 8
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, or a checkpoint's directory.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; a checkpoint in it is replaced.")]
@@ -43,8 +44,13 @@ Report = Annotated[bool, typer.Option("--report/--no-report", help="Compare what
 Prompts = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Prompts of the report, one a line. Default: random token ids.")
 ]
-Samples = Annotated[int, typer.Option(metavar="N", help="Prompts of the report, where there is no FILE.")]
-Seed = Annotated[int, typer.Option(metavar="S", help="Of the report's prompts and noise.")]
+Samples = Annotated[
+    int | None, typer.Option(metavar="N", help=f"Prompts of the report, where there is no FILE: {SAMPLES} by default.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Of the report's prompts and noise: 0 by default.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="Where the report is made: cpu (by default), cuda or cuda:N.")
+]
 
 
 def quantize(
@@ -56,16 +62,16 @@ def quantize(
     group: Group = None,
     report: Report = True,
     prompts: Prompts = None,
-    samples: Samples = 8,
-    seed: Seed = 0,
-    device: options.Device = "cpu",
+    samples: Samples = None,
+    seed: Seed = None,
+    device: Device = None,
     json: options.Json = False,
 ) -> None:
     """Write a model with its linear layers in fewer bits.
 
     The new checkpoint is in the layout of compressed-tensors, in which the published quantised ones are. Embedding,
     router, norms and vision stay as they are. However large the model, less than 1 GB of memory suffices; the report on
-    what both models write needs each of them in memory in turn, and is left out where there is no room.
+    what both models write needs each of them in memory in turn, and is left out where there is no room, or no canvas.
 
     Errors of the weights and the report stand in OUT/quantization.json.
 
@@ -79,11 +85,11 @@ def quantize(
     from blockpress.weights import resolve
     from blockpress.weights.convert import add_to_report, convert_checkpoint
 
-    options.positive(samples, "--samples")
-    if not report:
-        options.refuse("--no-report", {"--prompts": prompts})
+    given = {"--prompts": prompts, "--samples": samples, "--seed": seed, "--device": device}
+    _check_given(report, given)
+    samples, seed, device = SAMPLES if samples is None else samples, seed or 0, device or "cpu"
     chosen, path = format_named(form, group), resolve(model)
-    lines = None if prompts is None else _lines(prompts)
+    lines = None if prompts is None else _lines(prompts, path)
     if report:
         options.check_device(device)
     with bar(f"writing {model} in {form}") as progress:
@@ -99,13 +105,22 @@ def quantize(
         print("\n".join(_sentences(fidelity)))
 
 
+def _check_given(report: bool, given: dict[str, Any]) -> None:
+    """Raises RequestError: options of a report that is not made, or that mean nothing together."""
+    options.positive(given["--samples"], "--samples")
+    if not report:
+        options.refuse("--no-report", given)
+    if given["--prompts"] is not None:
+        options.refuse("--prompts", {"--samples": given["--samples"]})
+
+
 def _measure(
     path: Path, out: Path, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> dict[str, Any] | None:
-    """Run the original, then the smaller model, on the same prompts; None where they do not fit into memory."""
+    """Run the original, then the smaller model, on the same prompts; None where they have no canvas, or no room."""
     from blockpress.fidelity import compare
 
-    reason = _too_large((path, out), device)
+    reason = _no_canvas(path) or _too_large((path, out), device)
     if reason is not None:
         note(f"blockpress: no report: {reason}")
         return None
@@ -168,6 +183,14 @@ def _puzzles(lm: LM, samples: int, seed: int) -> list[Puzzle] | None:
     return sudoku.held_out(seed, samples, GIVENS) if fits else None
 
 
+def _no_canvas(path: Path) -> str | None:
+    """Why a model is not compared; None where it is."""
+    from blockpress.weights import open_checkpoint
+
+    config = open_checkpoint(path).config
+    return None if config.has_canvas else f"only models with a canvas are compared, and {config.family} has none"
+
+
 def _too_large(folders: Sequence[Path], device: str) -> str | None:
     from blockpress.weights.memory import free_memory, needed, shape_of, survey
 
@@ -180,7 +203,15 @@ def _too_large(folders: Sequence[Path], device: str) -> str | None:
     return None
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path, model: Path) -> list[str]:
+    """The prompts of a file. Raises RequestError: there are none, or the model is not compared or takes no text."""
+    reason = _no_canvas(model)
+    if reason is not None:
+        raise RequestError(f"--prompts is given, and {reason}", hint="leave out --prompts")
+    if model.is_dir() and not (model / "tokenizer.json").is_file():
+        raise RequestError(
+            f"--prompts is given, and {model} has no tokenizer.json", hint="leave it out: random token ids are taken"
+        )
     try:
         found = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

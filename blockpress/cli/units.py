@@ -1,6 +1,6 @@
 """Counts, sizes and times as people read them.
 
-Invariant: a figure keeps three digits or more, and its unit is the largest in which it is at least 1.
+Invariant: a figure's unit is the largest in which it is at least 1.
 
 Run it:  python -m pytest blockpress/cli/units.py
 """
@@ -23,13 +23,13 @@ def many(count: int) -> str:
 def size(count: int) -> str:
     """Bytes in binary units, as memory and file managers have them.
 
-    >>> size(600), size(200 * 1024), size(50 << 30)
-    ('600 bytes', '200.0 KiB', '50.0 GiB')
+    >>> size(1), size(600), size(200 * 1024), size(50 << 30)
+    ('1 byte', '600 bytes', '200.0 KiB', '50.0 GiB')
     """
     for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= one:
             return f"{count / one:.1f} {unit}"
-    return f"{count} bytes"
+    return f"{count} byte{'s' * (count != 1)}"
 
 
 def ago(seconds: float) -> str:

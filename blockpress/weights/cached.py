@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{6,40}")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LONGEST = 96
+"""Characters of a repository's name, the hub's own limit; a revision and a file have more in the name of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class HubName:
         path, _, revision = text.partition("@")
         repo, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
         good = _NAME.fullmatch(repo) and not re.search(r"\.\.|--|[.-](/|$)", repo)
+        good = good and len(repo) <= LONGEST and max(map(len, text.split("/"))) <= 255
         good = good and (not file or (file.endswith(".gguf") and ".." not in file and "\0" not in file))
         if not good or ("@" in text and not _is_revision(revision)):
             return None
@@ -126,7 +129,8 @@ def commit_of(repo: str, revision: str) -> str | None:
     ref = home / "refs" / revision
     if ref.is_file():
         commit = ref.read_text(encoding="utf-8").strip()
-        return commit if (snapshots / commit).is_dir() else None
+        # Empty where the process that wrote it was killed: that would be the directory of all snapshots.
+        return commit if commit and (snapshots / commit).is_dir() else None
     if not _COMMIT.fullmatch(revision) or not snapshots.is_dir():
         return None
     found = [entry.name for entry in snapshots.iterdir() if entry.name.startswith(revision)]
@@ -189,7 +193,7 @@ def remove(repo: str, commit: str | None = None) -> int:
     """Remove a repository, or one of its commits, from the cache; the bytes that this freed.
 
     Raises:
-        ModelNotFound: the cache does not hold it.
+        ModelNotFound: the cache does not hold it. CheckpointError: its files cannot be removed.
     """
     from huggingface_hub import scan_cache_dir
 
@@ -199,7 +203,12 @@ def remove(repo: str, commit: str | None = None) -> int:
         raise ModelNotFound(f"the cache does not hold {repo}", hint="`blockpress ls` lists what it holds")
     freed = bytes_of(repo, commit)
     if commit is None or commits == [commit]:
-        shutil.rmtree(home)
+        try:
+            shutil.rmtree(home)
+        except OSError as error:  # rights, or a link that leads out of the cache
+            raise CheckpointError(
+                f"{str(home)!r} cannot be removed: {error}", hint="check its rights; of a link, remove what it leads to"
+            ) from error
     else:
         scan_cache_dir(cache_directory()).delete_revisions(commit).execute()
     return freed

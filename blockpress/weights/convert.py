@@ -10,7 +10,6 @@ Run it:  blockpress quantize sudoku-nano ./smaller --format int4
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +25,14 @@ from blockpress.config import Family
 from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
 from blockpress.quant import ErrorSum, Format, WeightError, quantization_config
 from blockpress.weights.find import CONFIG, checkpoint_directory, read_object
+from blockpress.weights.gguf.find import SUFFIX
 from blockpress.weights.keys import is_quantised, our_name, published_name
+from blockpress.weights.kind import kind_of
 from blockpress.weights.load import load_config
 from blockpress.weights.outline import Entry, Module, Outline, outline
-from blockpress.weights.save import _staged
 from blockpress.weights.shards import FLOATS, Stored, catalogue
-from blockpress.weights.stream import SHARD_BYTES, StreamReader, StreamWriter, streamed
-
-REPORT = "quantization.json"
+from blockpress.weights.staging import REPORT, SHARD_BYTES, check_room, staged, write_json
+from blockpress.weights.stream import StreamReader, StreamWriter, streamed
 
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -102,21 +101,20 @@ def convert_checkpoint(
             whatever else is wrong with the files.
         ConfigError: as `load_config`.
     """
-    directory = checkpoint_directory(source)
+    directory = _plain_source(source)
     if Path(target).resolve() == directory.resolve():
         raise RequestError(f"the target {str(target)!r} is the checkpoint itself", hint="give another directory")
     config = read_object(directory / CONFIG)
-    _refuse_quantised(directory, config)
     family = load_config(directory).family
     stored = _single_names(catalogue(directory), family)
     plan = outline({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
     if not any(entry.smaller for entry in plan.entries):
         raise RequestError(
             f"nothing of {str(source)!r} would become smaller in {form.name}",
-            hint="; ".join(plan.notes[:2]) or "keep fewer layers",
+            hint="; ".join(plan.notes[:2]) or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
         )
     run = _Conversion(plan, stored, progress or (lambda done, total: None))
-    with _staged(Path(target)) as staging:
+    with staged(Path(target), replaces=BESIDE) as staging:
         check_room(staging, sum(slot.bytes for slot in plan.slots()))
         with streamed(staging, plan.slots(), shard_bytes) as writer:
             run.convert(writer)
@@ -205,7 +203,9 @@ class _Conversion:
                     writer.write(module.name + ".weight", matrix[module.start : module.start + module.rows])
                 self._advance(matrix)
         elif not entry.shape:
-            writer.write(entry.name, self._read(entry.name))
+            scalar = self._read(entry.name)
+            writer.write(entry.name, scalar)
+            self._advance(scalar)
         else:
             step = max(1, _COPIED // math.prod(entry.shape[1:]))
             for start in range(0, entry.shape[0], step):
@@ -238,44 +238,21 @@ def add_to_report(folder: str | Path, key: str, value: Mapping[str, Any]) -> Non
     write_json(file, read_object(file) | {key: value})
 
 
-def check_room(folder: Path, need: int) -> None:
-    """Raises CheckpointError: the disk under `folder` has less room than `need` bytes."""
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise CheckpointError(
-            f"the checkpoint takes {need / 2**30:.1f} GiB, and the disk under {str(folder.parent)!r} has"
-            f" {free / 2**30:.1f} GiB left",
-            hint="free some room, or give a directory on another disk",
-        )
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as people read it. A figure that is no number, such as an infinite error, becomes null."""
-    file.write_text(json.dumps(_finite(value), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _of(entry: Entry, expert: int) -> Sequence[Module]:
     """The modules of one expert: they lie in order, as many for each."""
     each = len(entry.modules) // entry.shape[0]
     return entry.modules[expert * each : (expert + 1) * each]
 
 
-def _refuse_quantised(directory: Path, config: Mapping[str, Any]) -> None:
-    text = config.get("text_config")
-    found = config.get("quantization_config") or (
-        text.get("quantization_config") if isinstance(text, Mapping) else None
-    )
-    if found:
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        raise _quantised(f"{str(directory)!r} is quantised already: its config.json says {method!r}")
+def _plain_source(source: str | Path) -> Path:
+    """The checkpoint's directory. Raises CheckpointError: it is none, or quantised already."""
+    if Path(source).suffix == SUFFIX and Path(source).is_file():
+        raise _quantised(f"{str(source)!r} is a GGUF file, and only safetensors are made smaller")
+    directory = checkpoint_directory(source)
+    kind = kind_of(directory)
+    if kind.method is not None:
+        raise _quantised(f"{str(directory)!r} is quantised already, to {kind.format} by {kind.method!r}")
+    return directory
 
 
 def _quantised(what: str) -> CheckpointError:

@@ -158,7 +158,7 @@ def _fetch_file(plan: Plan, file: RemoteFile, report: Callable[[int], None]) -> 
         try:
             _check(repo, file, path)
         except HubError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise
 
 
@@ -235,8 +235,11 @@ def _git_name(path: Path, size: int) -> str:
 
 
 def _name_commit(plan: Plan) -> None:
-    """Move the branch or tag to the commit, now that all of it is there."""
+    """Move the branch or tag to the commit, now that all of the plan is there; never from a whole model to a part."""
     if plan.name.revision == plan.commit or plan.commit.startswith(plan.name.revision):
+        return
+    older = cached.commit_of(plan.name.repo, plan.name.revision)
+    if older is not None and cached.missing(plan.path) and not cached.missing(plan.path.with_name(older)):
         return
     ref = home_of(plan.name.repo) / "refs" / plan.name.revision
     ref.parent.mkdir(parents=True, exist_ok=True)

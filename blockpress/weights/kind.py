@@ -21,6 +21,7 @@ from typing import Any
 
 from blockpress.weights.find import CONFIG, read_object
 from blockpress.weights.gguf.header import read_header
+from blockpress.weights.load import BESIDE
 from blockpress.weights.shards import opened
 
 FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")
@@ -63,9 +64,11 @@ def kind_of(path: Path) -> Kind:
     if path.is_file():
         return _gguf_kind(path)
     data = read_object(path / CONFIG)
-    quantised = data.get("quantization_config") or _text(data).get("quantization_config")
     family = str(data.get("model_type"))
-    if isinstance(quantised, Mapping):
+    if _quantised(data) is None and (path / BESIDE).is_file():
+        data["quantization_config"] = read_object(path / BESIDE)
+    quantised = _quantised(data)
+    if quantised is not None:
         return Kind(family=family, format=format_name(data), method=_method(quantised))
     return Kind(family=family, format=_stored(path) or format_name(data))
 
@@ -83,8 +86,8 @@ def format_name(config: Mapping[str, Any]) -> str:
     >>> format_name({"quantization_config": {"quant_method": "gptq", "bits": 4}})
     'gptq 4 bits'
     """
-    quantised = config.get("quantization_config") or _text(config).get("quantization_config")
-    if not isinstance(quantised, Mapping):
+    quantised = _quantised(config)
+    if quantised is None:
         dtype = config.get("dtype") or config.get("torch_dtype") or _text(config).get("dtype") or "float32"
         return _PLAIN.get(str(dtype), str(dtype))
     groups = quantised.get("config_groups")
@@ -121,6 +124,14 @@ def _group_name(group: Any) -> str:
     return f"{kind or 'int'}{bits}"
 
 
+def _quantised(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of packed weights; ModelOpt's own file says it one level down, and leaves its name out."""
+    found = config.get("quantization_config") or _text(config).get("quantization_config")
+    inner = found.get("quantization") if isinstance(found, Mapping) and "quant_method" not in found else None
+    found = {"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else found
+    return found if isinstance(found, Mapping) else None
+
+
 def _method(quantised: Mapping[str, Any]) -> str:
     return str(quantised.get("quant_method") or "unnamed method")
 
@@ -133,5 +144,6 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _gguf_kind(file: Path) -> Kind:
     metadata = read_header(file).metadata
     number = metadata.get("general.file_type")
-    name = "unnamed mix" if number is None else _GGUF_TYPES.get(number, f"type {number}")
+    known = _GGUF_TYPES.get(number) if isinstance(number, int) else None
+    name = known or ("unnamed mix" if number is None else f"type {number!s:.40}")
     return Kind(family=str(metadata.get("general.architecture")), format=name, method="gguf")

@@ -10,7 +10,7 @@ Experts that are stored as two stacks are written one by one, as the published q
 
 Invariant: every tensor of the checkpoint has one entry, and the entries' slots are the whole quantised checkpoint.
 
-Run it:  python -m pytest tests/weights/test_outline.py
+Run it:  python -m pytest tests/weights/test_convert.py
 Source: the published checkpoints in compressed-tensors' layout; NVIDIA's recipe for `experts_only`.
 """
 
@@ -23,15 +23,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from blockpress.quant import Format, scale_dtype
+from blockpress.weights.keys import our_name
 from blockpress.weights.shards import FLOATS
 from blockpress.weights.stream import CODES, Slot
 
+# Names in our network, so that a stack is known under every name under which it is published.
 _LINEAR = re.compile(
-    r"model\.(?:decoder|language_model)\.(?:layers\.(?P<layer>\d+)\.|(?=self_conditioning))"
-    r"(?:(?P<expert>experts)\.\d+\.(?:gate|up|down)_proj"
-    r"|(?:self_attn\.[qkvo]_proj|(?:mlp|self_conditioning)\.(?:gate|up|down)_proj))\.weight"
+    r"(?:layers\.\d+\.(?:self_attn\.[qkvo]|(?:mlp|(?P<expert>experts)\.\d+)\.(?:gate|up|down))"
+    r"|self_conditioning\.(?:gate|up|down))_proj\.weight"
 )
-_STACK = re.compile(r"(?P<home>model\.(?:decoder|language_model)\.layers\.\d+\.experts)\.(?P<which>gate_up|down)_proj")
+_STACK = re.compile(r"layers\.\d+\.experts\.(?P<which>gate_up|down)_proj")
 
 # What readers would take for a linear layer to be quantised, wherever it lies.
 UNTOUCHED = ("lm_head", r"re:.*\.router\.proj$", r"re:.*\.vision_tower\..*", r"re:.*\.embed_vision\..*")
@@ -137,11 +138,12 @@ def outline(
 
 
 def _entry(name: str, code: str, shape: tuple[int, ...]) -> Entry:
-    if (found := _LINEAR.fullmatch(name)) and len(shape) == 2:
+    ours = our_name(name) or ""
+    if (found := _LINEAR.fullmatch(ours)) and len(shape) == 2:
         linear = Module(name=name.removesuffix(".weight"), rows=shape[0], columns=shape[1])
         return Entry(name=name, code=code, shape=shape, kind=_kind(name, found), modules=(linear,))
-    if (found := _STACK.fullmatch(name)) and len(shape) == 3:
-        modules = tuple(_experts(found["home"], found["which"], shape))
+    if (found := _STACK.fullmatch(ours)) and len(shape) == 3:
+        modules = tuple(_experts(name.rpartition(".")[0], found["which"], shape))
         return Entry(name=name, code=code, shape=shape, kind="experts", modules=modules)
     return Entry(name=name, code=code, shape=shape, kind="kept")
 
@@ -177,8 +179,8 @@ def _home(entry: Entry) -> str:
 
 
 def _ignored(entry: Entry) -> Iterator[str]:
-    if found := _STACK.fullmatch(entry.name):
-        which = "(gate|up|gate_up)" if found["which"] == "gate_up" else "down"
-        yield rf"re:{re.escape(found['home'])}\.(\d+\.)?{which}_proj$"
+    if entry.kind == "experts" and len(entry.shape) == 3:
+        which = "(gate|up|gate_up)" if entry.name.endswith("gate_up_proj") else "down"
+        yield rf"re:{re.escape(_home(entry))}\.(\d+\.)?{which}_proj$"
     elif entry.modules:
         yield entry.modules[0].name

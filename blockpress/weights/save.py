@@ -1,45 +1,33 @@
 """A network becomes a checkpoint in the published layout, which `transformers` loads as it is.
 
-    directory/.saving-x/   everything is written here first, shard by shard, and flushed to the disk
-    directory/             then the old weights go, the new files are renamed into place, config.json last
-
-Invariant: until the last byte is written, an older checkpoint in the directory is as it was; a save that is cut off
-between the renames leaves a directory without config.json, which nobody loads, and never two checkpoints mixed.
-A save that is killed leaves its .saving-* directory behind; it can be deleted.
+Invariant: what was saved loads to the same values, and it comes into its directory as `staging.py` says: all at once.
 
 Run it:  python -m pytest tests/weights/test_save.py
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blockpress.config import GenerationConfig, ModelConfig
-from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
+from blockpress.errors import MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.weights.build import choose_dtype
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
 from blockpress.weights.keys import is_vision, published_name
-from blockpress.weights.shards import INDEX, SINGLE, Stored, catalogue, opened
+from blockpress.weights.shards import Stored, catalogue, opened
+from blockpress.weights.staging import SHARD_BYTES, in_shards, staged, write_index, write_json
 from blockpress.weights.vision import vision_tensors
-
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # What an image passes on its way to the tower; it is of use wherever the tower is.
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -71,7 +59,7 @@ def save_checkpoint(
     kept: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | str | None = None,
     run_dtype: torch.dtype | str | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `network` as a checkpoint: safetensors, config.json, generation_config.json and the tokenizer's files.
 
@@ -91,50 +79,20 @@ def save_checkpoint(
         MissingWeights, UnexpectedWeights, ShapeMismatch: vision tensors that are not those of the config's tower.
         CheckpointError: `kept_from` or `directory` cannot be used.
     """
-    if not isinstance(shard_bytes, int) or shard_bytes < 1:
-        raise RequestError(f"shard_bytes is {shard_bytes!r}", hint="shard_bytes must be a whole number of at least 1")
     _refuse_packed(network)
     stored = choose_dtype(network.dtype if dtype is None else dtype, network.config)
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
-    pieces = _own(network, stored) + _vision(network.config, kept_from, kept)
-    with _staged(Path(directory)) as staging:
-        _write_weights(staging, pieces, shard_bytes)
+    shards = in_shards(_own(network, stored) + _vision(network.config, kept_from, kept), shard_bytes)
+    with staged(Path(directory)) as staging:
+        _write_weights(staging, shards)
         if tokenizer is not None:
             tokenizer.save(staging)
         _copy_processors(staging, kept_from)
-        _write_json(staging / GENERATION, generation.to_dict())
-        _write_json(staging / CONFIG, _config(network.config, run))
+        write_json(staging / GENERATION, generation.to_dict())
+        write_json(staging / CONFIG, _config(network.config, run))
         for file in staging.glob("*.safetensors"):
             # The library lets nobody else read what it writes.
             shutil.copymode(staging / CONFIG, file)
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A fresh directory whose files take the place of those in `folder`, if nothing goes wrong until then."""
-    staging = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        yield staging
-        _flush(staging)
-    except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        # safetensors has an error of its own for a disk that is full.
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(
-                f"{str(folder)!r} cannot be written: {error}",
-                hint="check the path, its rights and the room on the disk",
-            ) from error
-        raise
-    try:
-        _swap(staging, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"the new files cannot be moved into {str(folder)!r}: {error}",
-            hint=f"they are whole: move those that are left in {str(staging)!r} by hand, {CONFIG} last",
-        ) from error
 
 
 def _refuse_packed(network: Network) -> None:
@@ -216,30 +174,18 @@ def _read(tensor: Stored) -> Tensor:
         return found
 
 
-def _write_weights(folder: Path, pieces: list[_Piece], shard_bytes: int) -> None:
-    """One file, or shards and their index where there is more than `shard_bytes`."""
-    shards: list[list[_Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if shards[-1] and size + piece.bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += piece.bytes
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+def _write_weights(folder: Path, shards: Mapping[str, list[_Piece]]) -> None:
+    for name, shard in shards.items():
         # `transformers` refuses files whose metadata do not say that the tensors are torch's.
         save_file({piece.name: piece.make() for piece in shard}, folder / name, metadata={"format": "pt"})
-        places |= {piece.name: name for piece in shard}
-    if len(shards) > 1:
-        total = sum(piece.bytes for piece in pieces)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    write_index(folder, shards)
 
 
 def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     out = config.to_dict() | {"dtype": name}
+    if "text_config" not in out:  # gemma4_text is saved flat
+        return {key: value for key, value in out.items() if key != "torch_dtype"}
     text = {key: value for key, value in out["text_config"].items() if key != "torch_dtype"}
     return out | {"text_config": text | ({"dtype": name} if "dtype" in text else {})}
 
@@ -251,32 +197,3 @@ def _copy_processors(folder: Path, kept_from: str | Path | None) -> None:
         file = checkpoint_directory(kept_from) / name
         if file.is_file():
             shutil.copyfile(file, folder / name)
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the disk has the files: a rename may be on it before what was written."""
-    # Elsewhere a file that is open for reading, or a directory, cannot be flushed.
-    if os.name != "posix":
-        return
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _swap(staging: Path, folder: Path) -> None:
-    """Put the staged files into the place of the old ones; without config.json nobody takes the mixture for a model."""
-    (folder / CONFIG).unlink(missing_ok=True)
-    for old in list(folder.iterdir()):
-        if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name):
-            old.unlink()
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name == CONFIG)
-    for name in names:
-        os.replace(staging / name, folder / name)
-    staging.rmdir()

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from blockpress.errors import DamagedFile, RequestError
-from blockpress.weights.shards import INDEX, SINGLE
+from blockpress.errors import CheckpointError, DamagedFile
+from blockpress.weights.staging import SHARD_BYTES, in_shards, write_index
 
 CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -44,8 +44,6 @@ CODES: dict[torch.dtype, str] = {
 """The format's own names of types."""
 
 _TYPES = {code: dtype for dtype, code in CODES.items()}
-
-SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,7 @@ class StreamReader:
         """Rows `start` to `stop` of the tensor's first axis, in memory of their own; None: to its end.
 
         Raises:
-            DamagedFile: the file was cut short since its header was read.
+            DamagedFile: the file was cut short since its header was read. CheckpointError: it cannot be read.
         """
         entry = self._entries[name]
         slot = Slot(name=name, code=entry["dtype"], shape=tuple(entry["shape"]))
@@ -96,8 +94,14 @@ class StreamReader:
             shape = ((shape[0] if stop is None else min(stop, shape[0])) - start, *shape[1:])
         row = math.prod(shape[1:]) * slot.itemsize
         data = bytearray(math.prod(shape) * slot.itemsize)
-        self._file.seek(self._data + entry["data_offsets"][0] + start * row)
-        if self._file.readinto(data) != len(data):
+        try:
+            self._file.seek(self._data + entry["data_offsets"][0] + start * row)
+            count = self._file.readinto(data)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name!r} cannot be read: {error}", hint="check the disk that it is on"
+            ) from error
+        if count != len(data):
             raise DamagedFile(f"{self._file.name!r} is cut short: it lacks rows of {name}", hint="fetch the file again")
         return torch.frombuffer(data, dtype=_TYPES[slot.code]).view(shape)
 
@@ -134,39 +138,16 @@ def streamed(folder: Path, slots: Iterable[Slot], shard_bytes: int = SHARD_BYTES
     Raises:
         RequestError: `shard_bytes` is no whole number from 1.
     """
-    if not isinstance(shard_bytes, int) or shard_bytes < 1:
-        raise RequestError(f"shard_bytes is {shard_bytes!r}", hint="shard_bytes must be a whole number of at least 1")
-    shards = _shards(list(slots), shard_bytes)
-    names = [SINGLE if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors" for n in _numbers(shards)]
+    shards = in_shards(slots, shard_bytes)
     writer = StreamWriter()
     with ExitStack() as files:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             file = files.enter_context((folder / name).open("wb"))
             writer.places |= _begin(file, shard)
         yield writer
     unfilled = [name for name, place in writer.places.items() if place.start != place.end]
     assert not unfilled, f"{len(unfilled)} tensors are not whole, {unfilled[0]} among them"
-    if len(shards) > 1:
-        places = {slot.name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
-        total = sum(slot.bytes for shard in shards for slot in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _numbers(shards: list[list[Slot]]) -> range:
-    return range(1, len(shards) + 1)
-
-
-def _shards(slots: list[Slot], shard_bytes: int) -> list[list[Slot]]:
-    shards: list[list[Slot]] = [[]]
-    size = 0
-    for slot in slots:
-        if shards[-1] and size + slot.bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(slot)
-        size += slot.bytes
-    return shards
+    write_index(folder, shards)
 
 
 def _begin(file: BinaryIO, shard: list[Slot]) -> dict[str, _Place]:

@@ -29,12 +29,12 @@ from blockpress.errors import ModelNotFound, RequestError
 from blockpress.model import Network
 from blockpress.quant import Format, Fp8, quantization_config
 from blockpress.quant.layout import quantiles
-from blockpress.weights.convert import check_room, write_json
+from blockpress.weights.convert import BESIDE
 from blockpress.weights.find import CONFIG, GENERATION
 from blockpress.weights.keys import published_name
 from blockpress.weights.outline import Entry, Outline, outline
-from blockpress.weights.save import _staged
-from blockpress.weights.stream import SHARD_BYTES, StreamWriter, streamed
+from blockpress.weights.staging import SHARD_BYTES, check_room, staged, write_json
+from blockpress.weights.stream import StreamWriter, streamed
 
 MARK = "synthetic"
 """The key of config.json that says that the weights are random."""
@@ -84,7 +84,7 @@ def synthesize(
     told = config.to_dict() | {MARK: {"preset": preset, "seed": seed, "by": "blockpress synthesize"}}
     if form is not None:
         told |= {"quantization_config": quantization_config(form, plan.ignore)}
-    with _staged(Path(target)) as staging:
+    with staged(Path(target), replaces=BESIDE) as staging:
         check_room(staging, total)
         with streamed(staging, slots, shard_bytes) as writer:
             for entry in plan.entries:

@@ -121,6 +121,7 @@ class TestPull:
             ([NAME, "--revision", "a b"], "--revision is 'a b'"),
             ([f"{NAME}@v1", "--revision", "v1"], "--revision is given with"),
             ([NAME, "--file", "x.gguf", "--include", "*"], "--include is given with --file"),
+            ([f"{NAME}/x.gguf", "--file", "y.gguf"], "--file is given with"),
             ([NAME, "--revision", "v9"], "no revision 'v9'"),
             (["me/nothing"], "no repository me/nothing"),
         ],
@@ -145,6 +146,8 @@ class TestPull:
         assert call("pull", NAME).code == 0
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert "already there" in call("pull", NAME).out
+        done = call("pull", NAME, "--include", "*.json")
+        assert done.code == 2 and "--include is given with HF_HUB_OFFLINE" in done.err
 
     def test_the_environment_reaches_the_library(self, hub: Hub, model: Repository, tmp_path: Path) -> None:
         """A process of its own, as people have it: HF_ENDPOINT and HF_HOME are read when it starts."""
@@ -206,6 +209,16 @@ class TestRemove:
         done = call("rm", NAME, stdin="y\n")
         assert done.code == 0 and "[y/N]" in done.out and not cached.home_of(NAME).exists()
 
+    def test_a_link_that_leads_out_of_the_cache_is_not_followed(
+        self, call: Call, model: Repository, tmp_path: Path
+    ) -> None:
+        call("pull", NAME)
+        home = cached.home_of(NAME)
+        home.rename(tmp_path / "elsewhere")
+        home.symlink_to(tmp_path / "elsewhere")
+        done = call("rm", NAME, "--yes")
+        assert done.code == 2 and "cannot be removed" in done.err and (tmp_path / "elsewhere" / "snapshots").is_dir()
+
     def test_a_download_that_never_got_anywhere_goes_too(self, call: Call, hub: Hub, model: Repository) -> None:
         first = min(model.files, key=lambda path: len(model.files[path]))
         hub.cut[first] = [0] * 20
@@ -218,6 +231,9 @@ class TestRemove:
             ("sudoku-nano", "comes with blockpress"),
             ("{folder}", "is a path"),
             ("me/absent", "does not hold me/absent"),
+            ("~nobody-of-that-name", "no name on the hub"),
+            ("a" * 300, "no name on the hub"),
+            ("me/" + "a" * 300, "no name on the hub"),
             ("nothing", "no name on the hub"),
             (f"{NAME}@v7", "does not hold revision 'v7'"),
             (f"{NAME}/x.gguf", "one file of a model"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blockpress.weights import resolve
+from blockpress.config import PRESETS, GenerationConfig
+from blockpress.weights import resolve, save_checkpoint
 from blockpress.weights.convert import REPORT
+from tests.conftest import make_random_network
 
 from .conftest import Call
 
@@ -63,6 +66,28 @@ def test_without_room_in_memory_the_report_is_left_out(
     assert (tmp_path / "out" / "model.safetensors").is_file() and "KL" not in done.out
 
 
+def test_a_model_without_a_canvas_is_written_and_not_compared(call: Call, tmp_path: Path) -> None:
+    config = replace(PRESETS["tiny"](), family="gemma4", canvas_length=1)
+    save_checkpoint(tmp_path / "gemma", make_random_network(config), generation=GenerationConfig(has_canvas=False))
+    done = call("quantize", tmp_path / "gemma", tmp_path / "out", "--format", "int8", "--json")
+    assert done.code == 0 and "no report: " in done.err and "gemma4 has none" in done.err
+    assert json.loads(done.out)["report"] is None and "report" not in json.loads(
+        (tmp_path / "out" / REPORT).read_text()
+    )
+    (tmp_path / "prompts").write_text("1")
+    asked = ("--format", "int8", "--prompts", tmp_path / "prompts")
+    refused = call("quantize", tmp_path / "gemma", tmp_path / "other", *asked)
+    assert refused.code == 2 and "--prompts" in refused.err and not (tmp_path / "other").exists()
+
+
+def test_prompts_need_a_tokenizer_before_anything_is_written(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("1")
+    assert call("synthesize", "tiny", tmp_path / "random").code == 0
+    asked = ("--format", "int8", "--prompts", tmp_path / "prompts")
+    done = call("quantize", tmp_path / "random", tmp_path / "out", *asked)
+    assert done.code == 2 and "no tokenizer.json" in done.err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -71,6 +96,10 @@ def test_without_room_in_memory_the_report_is_left_out(
         (("--format", "fp8", "--samples", 0), ("--samples is 0",)),
         (("--format", "fp8", "--prompts", "missing.txt"), ("missing.txt",)),
         (("--format", "fp8", "--no-report", "--prompts", "x"), ("--prompts", "--no-report")),
+        (("--format", "fp8", "--no-report", "--samples", 3), ("--samples", "--no-report")),
+        (("--format", "fp8", "--no-report", "--seed", 0), ("--seed", "--no-report")),
+        (("--format", "fp8", "--no-report", "--device", "cpu"), ("--device", "--no-report")),
+        (("--format", "fp8", "--prompts", "missing.txt", "--samples", 3), ("--samples", "--prompts")),
         (("--format", "int4", "--keep", "*"), ("would become smaller",)),
         ((), ("--format",)),
     ],

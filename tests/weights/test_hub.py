@@ -118,6 +118,21 @@ class TestWhole:
             "config.json",
         }
 
+    def test_some_files_of_a_new_commit_do_not_take_the_name_of_a_whole_model(self, model: Repository) -> None:
+        old = pull()
+        model.files["config.json"] += b"\n"
+        part = pull(include=["*.json"])
+        assert part != old and (part / "config.json").is_file() and resolve(NAME.repo) == old
+        assert pull() == resolve(NAME.repo) == part
+
+    def test_a_name_that_was_cut_while_it_was_written_stands_for_nothing(self, model: Repository) -> None:
+        path = pull()
+        (cached.home_of(NAME.repo) / "refs" / "main").write_text("")
+        assert cached.commit_of(NAME.repo, "main") is None
+        with pytest.raises(ModelNotFound) as caught:
+            resolve(NAME.repo)
+        assert path.name[:12] in caught.value.hint and pull() == path == resolve(NAME.repo)
+
     def test_a_revision_goes_by_its_own_name(self, model: Repository) -> None:
         path = pull(HubName(repo=NAME.repo, revision="v1"))
         assert resolve(f"{NAME.repo}@v1") == path
@@ -386,8 +401,12 @@ class TestChoice:
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "a/b/c", "a//b", "../a", "a/..", "a/b@", "a/b@../x", "a/b/../c.gguf", "-a/b", "a--b/c", "a/b c", ""]
-)
+    "text",
+    [
+        "a", "a/b/c", "a//b", "../a", "a/..", "a/b@", "a/b@../x", "a/b/../c.gguf", "-a/b", "a--b/c", "a/b c", "",
+        "a/" + "b" * 95, "a/b@" + "c" * 300, "a/b/" + "c" * 300 + ".gguf", "a/\u0663",
+    ],
+)  # fmt: skip
 def test_what_is_no_name_on_the_hub(text: str) -> None:
     assert HubName.parse(text) is None
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from blockpress.config import GenerationConfig, LayerConfig, ModelConfig
+from blockpress.config import Family, GenerationConfig, LayerConfig, ModelConfig
 from blockpress.errors import (
     BlockpressError,
     CheckpointError,
@@ -211,7 +211,7 @@ def test_a_save_cut_off_between_the_renames_is_no_checkpoint_and_can_be_finished
             raise PermissionError(13, "Permission denied")
         real(source, target)
 
-    monkeypatch.setattr(save.os, "replace", cut_off)
+    monkeypatch.setattr(os, "replace", cut_off)
     with pytest.raises(CheckpointError, match="cannot be moved") as caught:
         save_checkpoint(folder, network, generation=GENERATION, kept_from=folder, shard_bytes=SHARD)
     with pytest.raises(CheckpointError, match="is no checkpoint"):
@@ -275,3 +275,16 @@ def test_a_text_only_copy_stays_one(network: Network, copied: Copied, tmp_path: 
         tmp_path / "again", load_network(tmp_path / "blind"), generation=GENERATION, kept_from=tmp_path / "blind"
     )
     assert not any("vision" in name for name in tensors_of(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_text"])
+def test_the_sibling_is_saved_under_its_own_names(
+    family: Family, tiny: ModelConfig, random_network: Any, tmp_path: Path
+) -> None:
+    config = replace(tiny, family=family, canvas_length=1, image_id=None)
+    network = random_network(config, seed=6)
+    save_checkpoint(tmp_path, network, generation=GenerationConfig(has_canvas=False))
+    again = load_network(tmp_path)
+    assert again.config.family == family
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
