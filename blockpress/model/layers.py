@@ -32,22 +32,28 @@ AttentionOp = Callable[[Heads, Heads, Heads, Mask | None], Heads]
 Rotary = tuple[Tensor, Tensor]
 
 
-class Weighted(nn.Module):
-    """A module whose `weight` is a parameter, or a packed weight that was put into its place.
+class PackedHolder(nn.Module):
+    """A module some of whose parameters may be packed weights that were put into their places.
 
     A packed weight is no parameter: `state_dict` leaves it out, and a change of dtype leaves it alone.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
+        super()._apply(fn, recurse)
+        # Packed weights go to where `fn` takes bytes; what else `fn` does is not for them.
+        for name, weight in packed_weights(self).items():
+            setattr(self, name, weight.to(fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device))
+        return self
+
+
+class Weighted(PackedHolder):
+    """A module with one matrix, its `weight`."""
 
     weight: Weight
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns).normal_(std=columns**-0.5))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighted:
-        super()._apply(fn, recurse)
-        move_packed(self, fn)
-        return self
 
 
 class Linear(Weighted):
@@ -77,12 +83,6 @@ def put_packed(module: nn.Module, name: str, weight: Packed) -> None:
 def packed_weights(module: nn.Module) -> dict[str, Packed]:
     """The packed weights that the module itself holds, by name."""
     return {name: value for name, value in vars(module).items() if isinstance(value, Packed)}
-
-
-def move_packed(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Take the module's packed weights to where `fn` takes bytes; what else `fn` does is not for them."""
-    for name, weight in packed_weights(module).items():
-        setattr(module, name, weight.to(fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device))
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +127,7 @@ class Router(nn.Module):
         return experts.route(scores, self.top_k, self.per_expert_scale)
 
 
-class Experts(nn.Module):
+class Experts(PackedHolder):
     """The experts' weights as two stacked tensors, or two packed ones."""
 
     gate_up_proj: Weight
@@ -138,11 +138,6 @@ class Experts(nn.Module):
         count, hidden, size = config.num_experts, config.hidden_size, config.expert_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
-        super()._apply(fn, recurse)
-        move_packed(self, fn)
-        return self
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return experts.mix(x, weights, chosen, self.gate_up_proj, self.down_proj)
