@@ -27,6 +27,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 Words = Int[Tensor, "..."]
+Steps = int | Int[Tensor, " rows"]
+"""The number of the step that the rows are at: of all of them, or one by one."""
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
@@ -74,25 +76,26 @@ class KeyedDraws:
         self._canvas = torch.tensor(list(canvases), dtype=torch.int64, device=device)[:, None]
         self._position = torch.arange(length, dtype=torch.int64, device=device)[None]
 
-    def noise(self, rows: Int[Tensor, " rows"], step: int) -> Canvas:
+    def noise(self, rows: Int[Tensor, " rows"], step: Steps) -> Canvas:
         """Uniform random tokens for the rows: the first canvas at step 0, what is not accepted after a later step."""
         word = self._words(rows, step, NOISE)[0]
         return (word * self.vocab) >> 32
 
-    def uniform(self, rows: Int[Tensor, " rows"], step: int) -> Float64[Tensor, "rows canvas"]:
+    def uniform(self, rows: Int[Tensor, " rows"], step: Steps) -> Float64[Tensor, "rows canvas"]:
         """One uniform number in [0, 1) with 53 random bits for every position."""
         first, second, _, _ = self._words(rows, step, SAMPLE)
         return ((first << 21) | (second >> 11)).double() * 2.0**-53
 
-    def sample(self, rows: Int[Tensor, " rows"], step: int, scaled: Logits) -> Canvas:
+    def sample(self, rows: Int[Tensor, " rows"], step: Steps, scaled: Logits) -> Canvas:
         """A token a position from softmax(scaled)."""
         return vocabulary.sample(scaled, self.uniform(rows, step))
 
-    def _words(self, rows: Int[Tensor, " rows"], step: int, purpose: int) -> tuple[Words, Words, Words, Words]:
+    def _words(self, rows: Int[Tensor, " rows"], step: Steps, purpose: int) -> tuple[Words, Words, Words, Words]:
         canvas = self._canvas[rows]
+        number = torch.full_like(canvas, step) if isinstance(step, int) else step[:, None].to(canvas)
         counter = (
             self._position.expand(len(rows), -1),
-            torch.full_like(canvas, step),
+            number,
             canvas,
             torch.full_like(canvas, purpose),
         )

@@ -17,19 +17,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from blockpress.config import LayerConfig, ModelConfig
-from blockpress.model.cache import KeyValue
-from blockpress.ops import attention, experts
+from blockpress.ops import experts
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import Packed, Weight, linear, lookup
 from blockpress.ops.norm import rms_norm
 from blockpress.ops.rope import rotate
-from blockpress.shapes import Heads, Hidden, Mask
+from blockpress.shapes import Heads, Hidden, KeyHeads
 
-AttentionOp = Callable[[Heads, Heads, Heads, Mask | None], Heads]
 Rotary = tuple[Tensor, Tensor]
+Attend = Callable[[Heads, KeyHeads, KeyHeads], Heads]
+"""What a layer does with its rows' queries, keys and values: it keeps the latter two, and lets the first look at all that
+they may. Where only keys and values are wanted of the first rows, there are fewer queries, those of the last rows."""
+
+Causal = bool | Bool[Tensor, " length"]
+"""Whether the rows of a pass are of the causal pass or of a canvas: all of them alike, or one by one."""
 
 
 class PackedHolder(nn.Module):
@@ -157,20 +162,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
 
-    def forward(
-        self, x: Hidden, rotary: Rotary, context: KeyValue | None, mask: Mask | None, op: AttentionOp
-    ) -> tuple[Hidden, KeyValue]:
-        """Attend to the context and to x's own rows; return the output and x's own keys and values."""
-        cos, sin = rotary
-        query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, skip: int = 0) -> Hidden:
+        """What x's rows see, the first `skip` of them left out: those leave their keys and values alone."""
+        cos, sin = (table.to(x.dtype) for table in rotary)
+        key = self._heads(self.k_proj(x))
         value = key if self.v_proj is None else self._heads(self.v_proj(x))
-        query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, cos.to(query.dtype), sin.to(query.dtype))
-        key = rotate(key, cos.to(key.dtype), sin.to(key.dtype))
-        own = (key, rms_norm(value, None, self.eps))
-        seen = own if context is None else tuple(torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
-        mixed = op(query, seen[0], seen[1], mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), own
+        key = rotate(self.k_norm(key), cos, sin)
+        query = self.q_norm(self._heads(self.q_proj(x[:, skip:])))
+        query = rotate(query, cos[:, :, skip:], sin[:, :, skip:])
+        mixed = attend(query, key, rms_norm(value, None, self.eps))
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Heads:
         return x.unflatten(-1, (-1, self.dim)).transpose(1, 2)
@@ -208,25 +209,22 @@ class Layer(nn.Module):
             self.register_buffer("layer_scalar", torch.ones(1))
         self.register_buffer("causal_scalar", torch.ones(1))
 
-    def forward(
-        self,
-        x: Hidden,
-        rotary: Rotary,
-        context: KeyValue | None,
-        mask: Mask | None,
-        *,
-        causal: bool,
-        op: AttentionOp = attention.plain,
-    ) -> tuple[Hidden, KeyValue]:
-        mixed, own = self.self_attn(self.input_layernorm(x), rotary, context, mask, op)
-        h = x + self.post_attention_layernorm(mixed)
+    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Hidden:
+        """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
+        mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
+        h = x[:, skip:] + self.post_attention_layernorm(mixed)
         fed = self.mlp(self.pre_feedforward_layernorm(h))
         if self.sparse:
             flat = h.flatten(0, 1)
             routed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
             fed = self.post_feedforward_layernorm_1(fed) + self.post_feedforward_layernorm_2(routed.view_as(h))
         y = h + self.post_feedforward_layernorm(fed)
-        return y * (self.causal_scalar if causal else self.layer_scalar), own
+        return y * self._scalar(causal, skip)
+
+    def _scalar(self, causal: Causal, skip: int) -> Tensor:
+        if isinstance(causal, Tensor):
+            return torch.where(causal[skip:, None], self.causal_scalar, self.layer_scalar)
+        return self.causal_scalar if causal else self.layer_scalar
 
 
 class SelfConditioning(nn.Module):

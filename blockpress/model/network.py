@@ -12,7 +12,7 @@ Source: reference model, `DiffusionGemmaEncoderTextModel`, `DiffusionGemmaDecode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float32, Int
@@ -22,13 +22,29 @@ from blockpress.config import LayerKind, ModelConfig
 from blockpress.config.vision import pictures_see_themselves
 from blockpress.errors import RequestError
 from blockpress.model.cache import Cache, KeyValue
-from blockpress.model.layers import AttentionOp, Embedding, Layer, RMSNorm, SelfConditioning
+from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.pictures import Images, place
 from blockpress.ops import attention
+from blockpress.ops.attention import AttentionOp
 from blockpress.ops.linear import combine, linear
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
-from blockpress.shapes import Canvas, Hidden, Logits, Mask, Positions, Signal, Tokens
+from blockpress.shapes import Canvas, Heads, Hidden, KeyHeads, Logits, Mask, Positions, Signal, Tokens
+
+
+class Looking:
+    """A layer's queries look at a context and at its own keys and values, which are kept for the cache."""
+
+    own: KeyValue
+
+    def __init__(self, context: KeyValue | None, mask: Mask | None, op: AttentionOp) -> None:
+        self.context, self.mask, self.op = context, mask, op
+
+    def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
+        self.own = (key, value)
+        if self.context is not None:
+            key, value = torch.cat((self.context[0], key), dim=2), torch.cat((self.context[1], value), dim=2)
+        return self.op(query, key, value, self.mask)
 
 
 class Network(nn.Module):
@@ -43,6 +59,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config) if config.has_canvas else None
+        self._turns: dict[tuple[LayerKind, torch.device], Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,10 +107,14 @@ class Network(nn.Module):
                 )
             x, runs = place(x, counts, images)
             runs = runs if self.pictures_see_themselves else None
-        windows = self._windows().items()
+        windows = self.windows().items()
         masks = {kind: causal_mask(cache.lengths, cache.width, own, window, runs) for kind, window in windows}
-        hidden, fresh = self.run(x, positions, cache.layers, masks, causal=True)
-        return hidden, cache.append(fresh, counts)
+        looks = [
+            Looking(context, masks[layer.kind], self.attention_op)
+            for layer, context in zip(self.config.layers, cache.layers, strict=True)
+        ]
+        hidden = self.run(x, positions, looks, causal=True)
+        return hidden, cache.append([look.own for look in looks], counts)
 
     def denoise(self, canvas: Canvas, cache: Cache, signal: Signal | None) -> Hidden:
         """The bidirectional pass over a canvas that goes on from each row's context.
@@ -108,34 +129,35 @@ class Network(nn.Module):
             RequestError: the family has no canvas.
         """
         x, own = self.condition(canvas, signal), canvas.shape[1]
-        windows = self._windows()
-        contexts, masks = [], {}
+        windows = self.windows()
+        looks, masks = [], {}
         for index, layer in enumerate(self.config.layers):
             context, start = cache.recent(index, windows[layer.kind])
-            contexts.append(context)
             if layer.kind not in masks:
                 masks[layer.kind] = canvas_mask(cache.lengths, cache.width - start, own, windows[layer.kind], start)
+            looks.append(Looking(context, masks[layer.kind], self.attention_op))
         positions = cache.lengths[:, None] + torch.arange(own, device=canvas.device)
-        hidden, _ = self.run(x, positions, contexts, masks, causal=False)
-        return hidden
+        return self.run(x, positions, looks, causal=False)
 
     def run(
-        self,
-        x: Hidden,
-        positions: Positions,
-        contexts: Sequence[KeyValue] | None,
-        masks: Mapping[LayerKind, Mask | None],
-        *,
-        causal: bool,
-    ) -> tuple[Hidden, list[KeyValue]]:
-        """The stack itself: layers and final norm, over each layer's context and x's own rows."""
-        rotary = {kind: rotary_tables(positions, self._frequencies(kind), x.dtype) for kind in masks}
-        fresh = []
+        self, x: Hidden, positions: Positions, attends: Sequence[Attend], *, causal: Causal, skip: int = 0
+    ) -> Hidden:
+        """The stack itself: layers and final norm.
+
+        Args:
+            attends: for each layer, what its queries look at and where its keys and values go.
+            causal: whether the rows are of the causal pass; where both kinds are in one batch row, one by one.
+            skip: how many of the first rows are wanted for their keys and values alone.
+
+        Returns:
+            hidden states of the other rows, [batch, length - skip, hidden].
+        """
+        rotary = {kind: rotary_tables(positions, self._frequencies(kind), x.dtype) for kind in self.windows()}
+        last = len(self.config.layers) - 1
         for index, (layer, sizes) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            context = None if contexts is None else contexts[index]
-            x, own = layer(x, rotary[sizes.kind], context, masks[sizes.kind], causal=causal, op=self.attention_op)
-            fresh.append(own)
-        return self.norm(x), fresh
+            left_out = skip if index == last else 0
+            x = layer(x, rotary[sizes.kind], attends[index], causal=causal, skip=left_out)
+        return self.norm(x)
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
         """Rows of the embedding times sqrt(hidden), which is rounded to the weight's dtype."""
@@ -176,12 +198,15 @@ class Network(nn.Module):
     def _embed_scale(self) -> Tensor:
         return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
 
-    def _windows(self) -> dict[LayerKind, int | None]:
+    def windows(self) -> dict[LayerKind, int | None]:
+        """How far each kind of layer looks back, the token itself included; None: without limit."""
         windows: dict[LayerKind, int | None] = {}
         for layer in self.config.layers:
             windows[layer.kind] = self.config.sliding_window if layer.sliding else None
         return windows
 
     def _frequencies(self, kind: LayerKind) -> Float32[Tensor, " half"]:
-        dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
-        return inverse_frequencies(self.config.rope(kind), dim).to(self.device)
+        if (kind, self.device) not in self._turns:
+            dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
+            self._turns[kind, self.device] = inverse_frequencies(self.config.rope(kind), dim).to(self.device)
+        return self._turns[kind, self.device]

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from blockpress.config.layers import Rope
 from blockpress.config.vision import VisionConfig
 from blockpress.errors import MediaError
-from blockpress.model.layers import AttentionOp, Linear, RMSNorm
+from blockpress.model.layers import Linear, RMSNorm
 from blockpress.ops import attention
+from blockpress.ops.attention import AttentionOp
 from blockpress.ops.geglu import geglu
 from blockpress.ops.norm import rms_norm
 from blockpress.ops.rope import inverse_frequencies, rotary_tables, rotate

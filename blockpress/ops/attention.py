@@ -6,11 +6,15 @@ is faster forward but, on a CPU, three to four times slower backward at short le
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.shapes import Heads, KeyHeads, Mask
+
+AttentionOp = Callable[[Heads, KeyHeads, KeyHeads, Mask | None], Heads]
 
 
 def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:

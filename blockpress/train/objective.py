@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from blockpress.errors import ConfigError
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
+from blockpress.model.network import Looking
 
 Denoise = Callable[[Tensor | slice, Tensor | None], Tensor]
 
@@ -133,10 +134,11 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
         layer.kind: causal_mask(nothing[:1], 0, own, config.sliding_window if layer.sliding else None)
         for layer in config.layers
     }
-    hidden, fresh = network.run(network.embed(rows.tokens), positions, None, causal_masks, causal=True)
+    looks = [Looking(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers]
+    hidden = network.run(network.embed(rows.tokens), positions, looks, causal=True)
     causal = next_token_loss(network, hidden, rows)
 
-    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in pair) for pair in fresh]
+    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in look.own) for look in looks]
     canvas = drawn.noisy.shape[1]
     masks = {
         layer.kind: canvas_mask(drawn.starts, own, canvas, config.sliding_window if layer.sliding else None)
@@ -145,10 +147,12 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
     places = drawn.starts[:, None] + torch.arange(canvas, device=drawn.starts.device)
 
     def denoise(rows: Tensor | slice, signal: Tensor | None) -> Tensor:
-        seen = [(key[rows], value[rows]) for key, value in contexts]
+        looks = [
+            Looking((key[rows], value[rows]), masks[layer.kind][rows], network.attention_op)
+            for layer, (key, value) in zip(config.layers, contexts, strict=True)
+        ]
         x = network.condition(drawn.noisy[rows], signal)
-        out, _ = network.run(x, places[rows], seen, {k: m[rows] for k, m in masks.items()}, causal=False)
-        return network.logits(out)
+        return network.logits(network.run(x, places[rows], looks, causal=False))
 
     signal = first_pass(network, denoise, drawn)
     logits = denoise(slice(None), signal)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from blockpress.config import ModelConfig
 from blockpress.model.layers import GatedMLP, Linear, SelfConditioning
-from blockpress.model.network import Network
+from blockpress.model.network import Looking, Network
 from blockpress.ops import attention
 from blockpress.ops.rope import inverse_frequencies, rotary_tables, rotate
 
@@ -54,7 +54,9 @@ def test_attention(network: Network, index: int):
     rotary = rotary_tables(
         torch.arange(5)[None], inverse_frequencies(network.config.rope(sizes.kind), part.dim), x.dtype
     )
-    got, (kept_key, kept_value) = part(x[None], rotary, None, None, attention.plain)
+    look = Looking(None, None, attention.plain)
+    got = part(x[None], rotary, look)
+    kept_key, kept_value = look.own
 
     def heads(projection: Linear) -> torch.Tensor:
         return (x @ projection.weight.T).view(5, -1, part.dim).transpose(0, 1)[None]
@@ -93,7 +95,7 @@ def test_the_whole_layer_is_scaled_at_its_end(tiny: ModelConfig, random_network)
     layer = random_network(tiny, seed=1).layers[1]
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     rotary = (torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))
-    outputs = {causal: layer(x, rotary, None, None, causal=causal)[0] for causal in (True, False)}
+    outputs = {causal: layer(x, rotary, Looking(None, None, attention.plain), causal=causal) for causal in (True, False)}
     ratio = layer.causal_scalar / layer.layer_scalar
     torch.testing.assert_close(outputs[True], outputs[False] * ratio, rtol=1e-5, atol=1e-6)
     assert not torch.equal(outputs[True], outputs[False])

@@ -26,9 +26,10 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 import blockpress
 from blockpress.config import LayerConfig, ModelConfig
 from blockpress.model import Cache, Network
-from blockpress.model.layers import AttentionOp
 from blockpress.model.masks import canvas_mask, causal_mask
+from blockpress.model.network import Looking
 from blockpress.ops import attention
+from blockpress.ops.attention import AttentionOp
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
 
 # The smallest tower that `transformers` builds; left out, it would invent one of 167 million parameters.
@@ -304,6 +305,5 @@ def our_layer(network: Network, call: LayerCall) -> Tensor:
     positions = call.position + torch.arange(own)[None]
     frequencies = inverse_frequencies(network.config.rope(sizes.kind), sizes.head_dim)
     rotary = rotary_tables(positions, frequencies, call.x.dtype)
-    return network.layers[call.index](call.x, rotary, call.context, mask, causal=call.causal, op=network.attention_op)[
-        0
-    ]
+    look = Looking(call.context, mask, network.attention_op)
+    return network.layers[call.index](call.x, rotary, look, causal=call.causal)
