@@ -1,7 +1,8 @@
 """Attention over a boolean mask, scale 1 (the queries and keys are normed, so there is no 1/sqrt(dim)).
 
-`plain` is the truth: explicit products and a float32 softmax. `fused` is torch's scaled_dot_product_attention, which
-is faster forward but, on a CPU, three to four times slower backward at short lengths; training uses `plain`.
+`plain` is the truth: explicit products and a float32 softmax. `grouped` is the same for a forward without gradients:
+the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
+scaled_dot_product_attention, slower than either on a CPU (backward three to four times at short lengths).
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockpress.ops import rows
 from blockpress.shapes import Heads, KeyHeads, Mask
 
 AttentionOp = Callable[[Heads, KeyHeads, KeyHeads, Mask | None], Heads]
@@ -31,6 +34,34 @@ def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> He
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def grouped(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
+    """The same function, without copies of keys and values for every query head; with gradients it is `plain`."""
+    if torch.is_grad_enabled():
+        return plain(query, key, value, mask)
+    batch, heads, queries, dim = query.shape
+    kv, seen = key.shape[1], key.shape[2]
+    packed = query.reshape(batch * kv, heads // kv * queries, dim)
+    scores = torch.bmm(packed, key.reshape(batch * kv, seen, dim).transpose(1, 2))
+    shares = softmax(scores.view(batch, heads, queries, seen), mask).view(scores.shape)
+    return torch.bmm(shares, value.reshape(batch * kv, seen, dim)).view(query.shape)
+
+
+def softmax(
+    scores: Float[Tensor, "batch heads queries seen"], mask: Bool[Tensor, "#masks #queries seen"] | None
+) -> Float[Tensor, "batch heads queries seen"]:
+    """Float32 softmax over what the mask lets see, in the scores' type; their memory may be used for it.
+
+    Args:
+        mask: of batch entry b it is mask b % masks that counts.
+    """
+    if rows.fits(scores):
+        return rows.softmax_(scores, mask)
+    if mask is not None:
+        repeated = mask.repeat(len(scores) // len(mask), 1, 1) if len(mask) > 1 else mask
+        scores = scores.masked_fill(~repeated[:, None], torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
 def fused(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:

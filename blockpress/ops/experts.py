@@ -1,9 +1,9 @@
 """Routed experts: every token goes through `top_k` of them, weighted by the router.
 
-`gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. Two versions
+`gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. All versions
 give the same sums: `loop` (the truth, one expert after another over its own tokens), `every` (all experts as one wide
-MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few). Packed weights go through
-`loop`, which unpacks one expert at a time, and only those that a token chose.
+MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and without gradients
+those of grouped.py. Packed weights are unpacked one expert at a time, and only those that a token chose.
 Source: reference model, `DiffusionGemmaTextRouter` and `DiffusionGemmaTextExperts`.
 """
 
@@ -14,8 +14,12 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockpress.ops import grouped, kernels
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import Packed, linear
+
+MANY = 1024
+"""Tokens from which on the arithmetic that `every` spends in vain costs more than sorting them, on a CPU."""
 
 
 def route(
@@ -67,7 +71,16 @@ def mix(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The faster of the two: `every` spends experts / top_k times the arithmetic, and pays up to twice."""
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and down.shape[0] <= 2 * chosen.shape[1]:
-        return every(x, weights, chosen, gate_up, down)
-    return loop(x, weights, chosen, gate_up, down)
+    """The fastest of them: `every` spends experts / top_k times the arithmetic, and pays up to twice."""
+    if x.is_cuda and kernels.available():
+        from blockpress.ops.kernels import experts as in_triton
+
+        if in_triton.suits(x, gate_up, down):
+            return in_triton.mix(x, weights, chosen, gate_up, down)
+    gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        if grouped.fits(x, gate_up, down):
+            return grouped.tiled(x, weights, chosen, gate_up, down)
+        if down.shape[0] <= 2 * chosen.shape[1] and (gradients or len(x) <= MANY):
+            return every(x, weights, chosen, gate_up, down)
+    return (loop if gradients else grouped.ordered)(x, weights, chosen, gate_up, down)

@@ -15,11 +15,13 @@ Run it:  python -m pytest tests/ops/test_linear.py
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 TILE = 1 << 20
@@ -74,13 +76,34 @@ Weight = Tensor | Packed
 def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
+        return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
     parts = []
     for _, tile in tiles(weight):
         matrix, scale = tile.factors(x.dtype)
         part = F.linear(x, matrix)
         parts.append(part if scale is None else (part.float() * scale).to(x.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's float32 product is the better one: 2.2 times MKL's on AMD, where that keeps to AVX2."""
+    if x.dtype != torch.float32 or not mkl_is_slow() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    plain = all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in (x, weight))
+    return plain and weight.dtype == torch.float32 and x.numel() // x.shape[-1] > 1
+
+
+def _onednn(x: Float32[Tensor, "*rows in"], weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "*rows out"]:
+    """True float32, asked for this one product: the global precision switch would change what others compute."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this processor is AMD's and torch has oneDNN."""
+    info = Path("/proc/cpuinfo")
+    amd = info.is_file() and "AuthenticAMD" in info.read_text(errors="replace")
+    return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def lookup(

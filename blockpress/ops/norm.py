@@ -9,14 +9,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from blockpress.ops import rows
+
 
 def rms_norm(
     x: Float[Tensor, "*rows features"], weight: Float[Tensor, " features"] | None, eps: float
 ) -> Float[Tensor, "*rows features"]:
     """Normalise the last axis to a root mean square of 1, then scale by `weight` (None: no scale).
 
-    The result has x's dtype; everything between is float32.
+    The result has x's dtype; everything between is float32. One pass where that may be, else `plain`.
     """
+    return rows.rms_norm(x, weight, eps) if rows.fits(x, weight) else plain(x, weight, eps)
+
+
+def plain(
+    x: Float[Tensor, "*rows features"], weight: Float[Tensor, " features"] | None, eps: float
+) -> Float[Tensor, "*rows features"]:
+    """The same in torch."""
     wide = x.float()
     normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
     if weight is not None:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from blockpress.config import Rope
+from blockpress.ops import rows
 from blockpress.shapes import Heads, Positions
 
 
@@ -38,6 +39,11 @@ def rotary_tables(
 
 
 def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
-    """Turn each pair (i, i + dim/2) of every head by its position's angle."""
+    """Turn each pair (i, i + dim/2) of every head by its position's angle; in one pass where that may be."""
+    return rows.rotate(x, cos, sin) if rows.fits(x, cos, sin) else plain(x, cos, sin)
+
+
+def plain(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
+    """The same in torch."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

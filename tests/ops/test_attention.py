@@ -8,7 +8,14 @@ from torch import Tensor
 
 from blockpress.ops import attention
 
-VERSIONS = {"plain": attention.plain, "fused": attention.fused}
+VERSIONS = {"plain": attention.plain, "grouped": attention.grouped, "fused": attention.fused}
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["gradients", "inference"])
+def gradients(request: pytest.FixtureRequest):
+    """`grouped` is `plain` where gradients are wanted, and something else where they are not."""
+    with torch.set_grad_enabled(request.param):
+        yield request.param
 
 
 def inputs(heads: int, kv_heads: int, queries: int = 5, keys: int = 9) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,14 +54,17 @@ def test_the_definition(version: str, mask: str, heads: int, kv_heads: int):
 
 
 @pytest.mark.parametrize("mask", ["none", "own", "shared"])
-def test_gradients_agree(mask: str):
-    gradients = []
+def test_gradients_agree(mask: str, gradients: bool):
+    if not gradients:
+        return
+    found = []
     for version in VERSIONS.values():
         leaves = [x.requires_grad_() for x in inputs(4, 2)]
         version(*leaves, masks()[mask]).square().sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for plain, fused in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+        found.append([leaf.grad for leaf in leaves])
+    for plain, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -69,8 +79,8 @@ def test_what_is_masked_has_no_influence_at_all(version: str):
 
 def test_bfloat16_agrees_within_its_rounding():
     query, key, value = (x.bfloat16() for x in inputs(4, 2))
-    plain, fused = (version(query, key, value, None) for version in VERSIONS.values())
-    assert plain.dtype == fused.dtype == torch.bfloat16
     wanted = truth(query, key, value, None)
-    for got in (plain, fused):
+    for version in VERSIONS.values():
+        got = version(query, key, value, None)
+        assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.double(), wanted, rtol=0.03, atol=0.03)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.ops import experts
+from blockpress.ops import compiled, experts, grouped, rows
 
-VERSIONS = {"loop": experts.loop, "every": experts.every, "mix": experts.mix}
+VERSIONS = {"loop": experts.loop, "every": experts.every, "ordered": grouped.ordered, "mix": experts.mix}
 CASES = [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 3)]
 
 
@@ -59,6 +59,64 @@ def test_bfloat16_agrees_within_its_rounding(version: str, count: int):
     got = VERSIONS[version](x, weights, chosen, gate_up, down)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), truth(x, weights, chosen, gate_up, down), rtol=0.05, atol=0.05)
+
+
+def wide(count: int, top_k: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sizes of whole tiles, in bfloat16; the first experts are chosen far more often than the last, which nobody takes."""
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.randn(tokens, count, generator=draw) - torch.arange(count) * 0.5
+    scores[:, -1] = -100.0
+    weights, chosen = experts.route(scores, top_k, torch.rand(count, generator=draw) + 0.5)
+    gate_up = (torch.randn(count, 2 * 32, 96, generator=draw) * 96**-0.5).bfloat16()
+    down = (torch.randn(count, 96, 32, generator=draw) * 32**-0.5).bfloat16()
+    return torch.randn(tokens, 96, generator=draw).bfloat16(), weights, chosen, gate_up, down
+
+
+@pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
+def test_the_source_builds_whatever_the_processor():
+    assert compiled.library("experts") is not None, "else the tests of tiles are skipped, and nobody sees why"
+
+
+@pytest.mark.skipif(grouped._library() is None, reason="no matrix tiles, or no compiler")
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
+@pytest.mark.parametrize("top_k", [1, 3])
+@torch.inference_mode()
+def test_tiles_are_the_definition(tokens: int, top_k: int):
+    given = wide(5, top_k, tokens, seed=tokens)
+    assert grouped.fits(given[0], *given[3:])
+    got, plain, wanted = (
+        grouped.tiled(*given).double(),
+        experts.loop(*given).double(),
+        truth(*(x.float() if x.is_floating_point() else x for x in given)),
+    )
+    assert (got - wanted).norm() <= 1.05 * (plain - wanted).norm(), "no less exact than the plain version"
+    assert torch.equal(experts.mix(*given).double(), got), "and it is the one that is taken"
+
+
+@pytest.mark.skipif(grouped._library() is None, reason="no matrix tiles, or no compiler")
+@torch.inference_mode()
+def test_threads_and_neighbours_do_not_show():
+    x, weights, chosen, gate_up, down = wide(5, 2, 200)
+    whole, threads = grouped.tiled(x, weights, chosen, gate_up, down), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(grouped.tiled(x, weights, chosen, gate_up, down), whole)
+    finally:
+        torch.set_num_threads(threads)
+    some = torch.tensor([7, 3, 150])
+    assert torch.equal(grouped.tiled(x[some], weights[some], chosen[some], gate_up, down), whole[some])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_sorted_tokens_are_the_loop(native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    if not native:
+        monkeypatch.setattr(rows, "_library", lambda: None)
+    x, weights, chosen, gate_up, down = wide(5, 2, 100)
+    given = x.to(dtype), weights, chosen, gate_up.to(dtype), down.to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
+    torch.testing.assert_close(grouped.ordered(*given), experts.loop(*given), **close)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])

@@ -90,3 +90,17 @@ def test_tiles_cover_every_row_once() -> None:
         parts = list(linear.tiles(weight))
     assert [(start, tile.shape[0]) for start, tile in parts] == [(0, 3), (3, 3), (6, 3), (9, 1)]
     assert torch.equal(torch.cat([t.unpack(torch.float32) for _, t in parts]), weight.unpack(torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 9), (2, 3, 5), (1,)])
+@torch.inference_mode()
+def test_onednn_is_true_float32(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(*shape, 300, generator=draw), torch.randn(40, 300, generator=draw)
+    with mock.patch.object(linear, "mkl_is_slow", return_value=True):
+        with mock.patch.object(linear, "_onednn", wraps=linear._onednn) as taken:
+            got = linear.linear(x, weight)
+        assert taken.called == (shape != (1,)), "one row is bound by memory"
+        assert torch.equal(linear.linear(x.bfloat16(), weight.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
+    wanted = F.linear(x.double(), weight.double())
+    assert (got - wanted).norm() <= 5e-7 * wanted.norm()

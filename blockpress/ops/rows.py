@@ -1,0 +1,123 @@
+"""Row-wise operations in one pass (`native/rows.cpp`): RMSNorm, GeGLU, rotary embedding, softmax under a mask.
+
+In torch each is several passes over memory, with a tensor between any two. What is called here has a plain version in
+norm.py, geglu.py, rope.py and attention.py, which asks `fits` first.
+
+Invariant: float32 inside, rounded to bfloat16 where the plain version rounds, so that the two differ by float rounding
+alone. Without gradients only.
+Run it:  python -m pytest tests/ops/test_rows.py
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_long, c_void_p
+from functools import cache
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor, nn
+
+from blockpress.ops import compiled
+from blockpress.shapes import Heads
+
+LEAST = 1 << 11
+"""Values from which on a call, 3 us of Python, is cheaper than torch's passes."""
+
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ARGUMENTS = {
+    "rms_norm": [c_void_p] * 3 + [c_long] * 2 + [c_float],
+    "geglu": [c_void_p] * 3 + [c_long] * 4,
+    "rotate": [c_void_p] * 4 + [c_long] * 9,
+    "softmax": [c_void_p] * 2 + [c_long] * 7,
+    "weigh": [c_void_p] * 4 + [c_long] * 3,
+}
+
+
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these tensors may go to the C++: plain ones of one type on a CPU, dense in the last axis, no gradient."""
+    if torch.is_grad_enabled() or x.numel() < LEAST or x.dtype not in _SUFFIXES or torch.compiler.is_compiling():
+        return False
+    for tensor in (x, *others):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != x.dtype:
+            return False
+        if tensor.stride(-1) != 1:
+            return False
+    return _library() is not None
+
+
+def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | None, eps: float) -> Tensor:
+    """`norm.plain`, into memory laid out as x's."""
+    x = x if _dense(x) else x.contiguous()
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    scale = None if weight is None else weight.data_ptr()
+    _call("rms_norm", x.dtype, x.data_ptr(), scale, out.data_ptr(), x.numel() // size, size, eps)
+    return out
+
+
+def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
+    """`geglu.plain`; gate and up may be halves of one matrix."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    size = gate.shape[-1]
+    gates, ups = gate.reshape(-1, size), up.reshape(-1, size)  # views, if each has one stride from row to row
+    steps = gates.stride(0), ups.stride(0)
+    _call("geglu", gate.dtype, gates.data_ptr(), ups.data_ptr(), out.data_ptr(), len(gates), size, *steps)
+    return out
+
+
+def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
+    """`rope.plain`, dense as [batch, heads, length, dim] whatever x's strides."""
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    sizes, strides = (*x.shape[:3], x.shape[3] // 2), (*x.stride()[:3], cos.stride(0), cos.stride(2))
+    _call("rotate", x.dtype, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *sizes, *strides)
+    return out
+
+
+def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries seen"] | None) -> Heads:
+    """Softmax of the last axis in place, where the mask is False with the least score there is.
+
+    Args:
+        scores: dense. mask: of batch entry b it is mask b % masks that counts.
+    """
+    assert scores.is_contiguous(), "written where they lie"
+    start, steps = None, (1, 0, 0)
+    if mask is not None:
+        assert len(scores) % len(mask) == 0, "a mask for every batch entry, or for every so many"
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        start, steps = mask.data_ptr(), (len(mask), mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
+    _call("softmax", scores.dtype, scores.data_ptr(), start, *scores.shape, *steps)
+    return scores
+
+
+def weigh(
+    y: Float[Tensor, "slots size"], places: Int64[Tensor, "tokens k"], weights: Float32[Tensor, "tokens k"]
+) -> Float[Tensor, "tokens size"]:
+    """The sum of each token's rows of y, each times its weight: what ends `grouped.ordered`."""
+    out, (tokens, k) = y.new_empty(len(places), y.shape[1]), places.shape
+    y, places, weights = y.contiguous(), places.contiguous(), weights.contiguous()
+    _call("weigh", y.dtype, y.data_ptr(), places.data_ptr(), weights.data_ptr(), out.data_ptr(), tokens, k, y.shape[1])
+    return out
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether x's rows lie one behind another, in any order."""
+    return x.is_contiguous() or (x.ndim > 2 and x.transpose(-2, -3).is_contiguous())
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
+    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*arguments)
+
+
+@cache
+def _library() -> CDLL | None:
+    library = compiled.library("rows")
+    if library is not None:
+        for name, types in _ARGUMENTS.items():
+            for suffix in _SUFFIXES.values():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = types, None
+    return library

@@ -1,0 +1,108 @@
+"""Spans of a flat batch against plain attention over each one's joined pieces, whatever stands beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blockpress.ops import attention, spans
+from blockpress.ops.spans import Piece, Span, look
+
+DIM = 16
+
+
+def piece(draw: torch.Generator, kv: int, keys: int, dtype: torch.dtype = torch.float32, pages: bool = False) -> Piece:
+    """Keys and values; as `pages` they are a part of larger storage, as the engine's are."""
+    both = torch.randn(2, kv, keys + 7, DIM, generator=draw).to(dtype)
+    key, value = both[:, :, 3 : 3 + keys].unbind() if pages else both[:, :, :keys].contiguous().unbind()
+    return key, value
+
+
+def build(shape: list[tuple[int, list[int], bool]], kv: int, dtype: torch.dtype, seed: int) -> list[Span]:
+    """Spans of (queries, keys of each piece, masked)."""
+    draw, start, made = torch.Generator().manual_seed(seed), 0, []
+    for queries, pieces, masked in shape:
+        mask = None
+        if masked:
+            mask = torch.rand(queries, sum(pieces), generator=draw) < 0.5
+            mask[:, 0] = True
+        seen = tuple(piece(draw, kv, keys, dtype, pages=place == 0) for place, keys in enumerate(pieces))
+        made.append(Span(start=start, stop=start + queries, seen=seen, mask=mask))
+        start += queries
+    return made
+
+
+def truth(query: Tensor, made: list[Span]) -> Tensor:
+    parts = []
+    for span in made:
+        key, value = (torch.cat(halves, dim=1)[None] for halves in zip(*span.seen, strict=True))
+        mask = None if span.mask is None else span.mask[None]
+        parts.append(attention.plain(query[None, :, span.start : span.stop], key, value, mask)[0])
+    return torch.cat(parts, dim=1)
+
+
+def check(made: list[Span], heads: int, dtype: torch.dtype = torch.float32) -> None:
+    draw = torch.Generator().manual_seed(len(made))
+    query = torch.randn(heads, made[-1].stop, DIM, generator=draw).to(dtype)
+    with torch.inference_mode():
+        got, wanted = look(query, made), truth(query, made)
+    assert got.transpose(0, 1).is_contiguous(), "heads of a row lie side by side"
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(got, wanted, **close)
+
+
+shapes = st.lists(
+    st.tuples(st.sampled_from([1, 1, 2, 5, 12]), st.lists(st.integers(1, 60), min_size=1, max_size=3), st.booleans()),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(shapes, st.sampled_from([(1, 1), (4, 2), (6, 1)]), st.integers(0, 99))
+def test_any_spans(shape: list[tuple[int, list[int], bool]], sizes: tuple[int, int], seed: int) -> None:
+    heads, kv = sizes
+    check(build(shape, kv, torch.float32, seed), heads)
+
+
+CASES = {
+    "single tokens": [(1, [keys], False) for keys in range(40, 72)],
+    "canvases": [(24, [keys, 24], False) for keys in (64, 70, 64, 200)],
+    "canvases of one length": [(24, [64, 24], False)] * 4,
+    "mixed": [(24, [64, 24], False), (40, [100], True), (1, [60], False), (24, [66, 24], True), (1, [64], False)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_what_an_engine_asks(case: str, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr("blockpress.ops.rows._library", lambda: None)
+    check(build(CASES[case], 2, dtype, 1), 4, dtype)
+
+
+def test_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "SCORES", 4 * 3 * 130)
+    check(build([(40, [100, 30], True), (40, [90, 40], False), (1, [50], False)], 2, torch.float32, 5), 4)
+
+
+def test_single_tokens_run_as_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *tensors: calls.append(tensors) or bmm(*tensors))
+    check(build(CASES["single tokens"], 2, torch.float32, 2), 4)
+    assert len(calls) <= 4, "scores and values, of at most two groups"
+
+
+def test_what_is_masked_or_fills_up_has_no_influence_at_all() -> None:
+    made = build([(3, [8], True), (3, [20], False)], 2, torch.float32, 3)
+    query = torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before = look(query, made)[:, :3].clone()
+        made[0].mask[:, 5:], made[1].seen[0][1][:] = False, 1e6  # type: ignore[index]
+        hidden = look(query, made)[:, :3].clone()
+        made[0].seen[0][0][:, 5:], made[0].seen[0][1][:, 5:] = 50.0, -1e6
+        assert torch.equal(look(query, made)[:, :3], hidden)
+    assert not torch.equal(before, hidden), "the mask counts"

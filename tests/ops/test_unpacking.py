@@ -1,0 +1,96 @@
+"""4-bit weights through C++ against the tables of packed.py, to the last bit, and against the loop of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blockpress.ops import compiled, experts, grouped, unpacking
+from blockpress.ops.packed import Float4, Nibbles
+
+from .layouts import LAYOUTS, Layout
+
+pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
+FOURS = ["int4", "int4 asymmetric", "int4 groups", "nvfp4", "nvfp4 divided", "mxfp4"]
+
+
+@contextmanager
+def tables() -> Iterator[None]:
+    with mock.patch.object(unpacking, "_library", return_value=None):
+        yield
+
+
+def readings(weight: Layout) -> list[Tensor]:
+    matrix, scale = (weight if len(weight.shape) == 2 else weight[0]).factors(torch.bfloat16)
+    return [weight.unpack(torch.bfloat16), matrix, *(() if scale is None else (scale,))]
+
+
+def same_bits(weight: Layout) -> None:
+    with tables():
+        wanted = readings(weight)
+    with mock.patch.object(unpacking, "fours", wraps=unpacking.fours) as native:
+        got = readings(weight)
+    assert native.call_count == 2, "both readings went through C++"
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours[~ours.isnan()], theirs[~theirs.isnan()])
+
+
+@pytest.mark.parametrize("name", FOURS)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=1),
+    rows=st.integers(1, 9),
+    runs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_any_size(name: str, lead: list[int], rows: int, runs: int, seed: int) -> None:
+    same_bits(LAYOUTS[name]((*lead, rows, 32 * runs), seed))
+
+
+@pytest.mark.parametrize("name", FOURS)
+def test_parts_and_threads(name: str) -> None:
+    weight, threads = LAYOUTS[name]((3, 300, 256), 1), torch.get_num_threads()
+    for part in (weight[1], weight[2][7:90], weight[0][torch.tensor([5, 0, 5])]):
+        same_bits(part)
+    torch.set_num_threads(2)
+    try:
+        same_bits(weight)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_scale_of_a_byte_is_read() -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat(64, 1)
+    for kind, group in (("e4m3", 16), ("e8m0", 32)):
+        scales = torch.arange(64 * 512 // group).remainder(256).to(torch.uint8).view(64, -1)
+        same_bits(Float4(packed=packed, scale=scales, kind=kind, group=group))  # type: ignore[arg-type]
+
+
+def test_what_is_left_to_the_tables() -> None:
+    narrow, wide = LAYOUTS["int4 groups asymmetric"]((4, 96), 0), LAYOUTS["int4"]((4, 96), 0)
+    halves = Nibbles(packed=wide.packed, scale=wide.scale.half(), group=96)  # type: ignore[union-attr]
+    with mock.patch.object(unpacking, "fours", side_effect=AssertionError):
+        narrow.unpack(torch.bfloat16)  # groups of 8
+        halves.unpack(torch.bfloat16)  # rounded to float16 first
+        wide.unpack(torch.float32)
+
+
+@pytest.mark.parametrize("name", FOURS)
+@torch.inference_mode()
+def test_experts_of_four_bits(name: str) -> None:
+    draw = torch.Generator().manual_seed(4)
+    gate_up, down = LAYOUTS[name]((5, 64, 96), 1), LAYOUTS[name]((5, 96, 32), 2)
+    x = torch.randn(23, 96, generator=draw).bfloat16() * 0.05
+    given = (x, *experts.route(torch.randn(23, 5, generator=draw), 2, torch.ones(5)), gate_up, down)
+    with tables():
+        wanted = experts.loop(*given)
+    got = grouped.ordered(*given)
+    assert (got - wanted).float().norm() <= 0.01 * wanted.float().norm()
+    assert torch.equal(experts.mix(*given), got)
