@@ -1,0 +1,88 @@
+"""The products of the head a block of rows at a time, and which version reads them.
+
+    rows of hidden --head--> products [block, vocab] in one buffer --pass_over--> `Pass`
+
+A block is of at most BUFFER bytes, whatever the vocabulary, and there is one buffer for all blocks of a call. Wider
+blocks read the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
+
+Invariant: what is read from a row does not depend on its block, but for the order of sums in the products.
+Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from blockpress.ops.linear import Packed, linear, lookup, tiles
+from blockpress.ops.vocabulary import native as in_native
+from blockpress.ops.vocabulary import passes
+from blockpress.ops.vocabulary.passes import Belief, Pass, Sparse
+
+BUFFER = 1 << 27
+"""Most bytes of products at a time: 256 rows of 262,144 bfloat16."""
+
+LARGE = 1 << 22
+"""Bytes from which a buffer is asked for in large pages; small ones would take a third of the product's time."""
+
+
+def products(
+    hidden: Float[Tensor, "n hidden"], weight: Float[Tensor, "vocab hidden"] | Packed
+) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
+    """Blocks of `linear(hidden, weight)` of about the same size, with their rows; each lies where the last one lay."""
+    n, vocab = len(hidden), weight.shape[0]
+    if not n:
+        return
+    most = max(1, BUFFER // (vocab * hidden.element_size()))
+    step = math.ceil(n / math.ceil(n / most))
+    buffer = _buffer(step, vocab, hidden)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        product = buffer[: rows.stop - start]
+        if isinstance(weight, Tensor):
+            torch.mm(hidden[rows], weight.t(), out=product)
+        else:
+            for first, tile in tiles(weight):
+                product[:, first : first + tile.shape[0]] = linear(hidden[rows], tile)
+        yield rows, product
+
+
+def _buffer(rows: int, vocab: int, like: Tensor) -> Tensor:
+    size = rows * vocab * like.element_size()
+    if like.device.type != "cpu" or size < LARGE:
+        return like.new_empty(rows, vocab)
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(rows, vocab)  # numpy asks for them
+
+
+def pass_over(
+    product: Float[Tensor, "rows vocab"],
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    uniform: Float64[Tensor, " rows"] | None = None,
+    belief: Belief = None,
+    *,
+    native: bool = True,
+) -> Pass:
+    """`passes.pass_over`, in C++ where that is allowed and can be."""
+    version = in_native.pass_over if native and in_native.serves(product) else passes.pass_over
+    return version(product, cap, temperature, uniform, belief)
+
+
+def combine_sparse(
+    sparse: Sparse, weight: Float[Tensor, "vocab hidden"] | Packed, dtype: torch.dtype, *, native: bool = True
+) -> Float[Tensor, "rows hidden"]:
+    """The sum of the embedding rows of every sparse belief, each with its share; 0 for a row without one."""
+    if native and isinstance(weight, Tensor) and in_native.serves(weight):
+        return in_native.combine_sparse(sparse, weight).to(dtype)
+    rows, places = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
+        as_tuple=True
+    )
+    ids, column = sparse.ids[rows, places].unique(return_inverse=True)
+    share = torch.zeros(len(sparse.counts), len(ids), dtype=dtype, device=ids.device)
+    share[rows, column] = sparse.shares[rows, places].to(dtype)
+    return share @ lookup(ids, weight, dtype)

@@ -1,0 +1,102 @@
+"""Everything that a denoising step wants to know about the vocabulary, from hidden states.
+
+    hidden [n, hidden] --head, a block of rows--> products [block, vocab] in the weight's dtype
+                       --cap, temperature, denied--> argmax, sample, entropy --softmax--> signal
+
+Invariant: what `see` gives for a row is what the truth gives: full logits through `plain.sample`, `plain.entropy` and
+`Network.soft_embedding`, rounded where they round; only a block of products exists at a time.
+Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int
+from torch import Tensor
+
+from blockpress.ops import kernels
+from blockpress.ops.linear import Packed, combine
+from blockpress.ops.vocabulary.blocks import combine_sparse, pass_over, products
+from blockpress.ops.vocabulary.passes import Belief, Pass
+
+SignalKind = Literal["exact", "sparse"] | None
+Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step makes of n positions; `signal` is in the hidden states' dtype, None where it was not wanted."""
+
+    argmax: Int[Tensor, " n"]
+    sample: Int[Tensor, " n"]
+    entropy: Float32[Tensor, " n"]
+    signal: Float[Tensor, "n hidden"] | None
+
+
+@torch.no_grad()
+def see(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"] | Packed,
+    *,
+    cap: float | None,
+    temperature: Float32[Tensor, " n"],
+    uniform: Float64[Tensor, " n"],
+    scale: Float[Tensor, ""],
+    signal: SignalKind = "exact",
+    denied: Denied | None = None,
+    native: bool = True,
+) -> Seen:
+    """Argmax, sample, entropy (nats) and the next signal of n positions, n >= 0, rows of any requests.
+
+    Args:
+        hidden: after the final norm.
+        weight: the head, which is also the embedding that the signal is made of.
+        cap: the softcap of the logits, in float32; None: none.
+        temperature: of each position.
+        uniform: 0 <= u < 1 for each position; the sample is the inverse CDF at it.
+        scale: sqrt(hidden) in the weight's dtype, which the signal is multiplied by (`Network.embed_scale`).
+        signal: "exact", as `Network.soft_embedding` rounds it; "sparse", of the likeliest tokens alone, which hold all
+            but at most 2^-9 of the probability (it is not shared out among them); None: not wanted.
+        denied: ids, and for each position which of them it must not take.
+        native: whether the version in C++, or on a GPU that in Triton, may be used where there is one.
+    """
+    if native and hidden.is_cuda and isinstance(weight, Tensor) and len(hidden) and kernels.available():
+        from blockpress.ops.kernels import vocabulary as in_triton
+
+        return in_triton.see(
+            hidden, weight, cap=cap, temperature=temperature, uniform=uniform, scale=scale, signal=signal, denied=denied
+        )
+    n = len(hidden)
+    argmax, sample = torch.empty(2, n, dtype=torch.int64, device=hidden.device)
+    entropy = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    embedded = None if signal is None else torch.empty_like(hidden)
+    belief: Belief = "whole" if signal == "exact" else signal
+    for rows, product in products(hidden, weight):
+        if denied is not None:
+            ids, where = denied
+            product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
+        seen = pass_over(product, cap, temperature[rows], uniform[rows], belief, native=native)
+        assert seen.sample is not None
+        argmax[rows], sample[rows], entropy[rows] = seen.argmax, seen.sample, seen.entropy
+        if embedded is not None:
+            embedded[rows] = expected(seen, weight, native=native) * scale
+    return Seen(argmax, sample, entropy, embedded)
+
+
+def expected(
+    seen: Pass, weight: Float[Tensor, "vocab hidden"] | Packed, *, native: bool
+) -> Float[Tensor, "rows hidden"]:
+    """The mean row of the embedding under each row's belief, in the belief's dtype."""
+    assert seen.belief is not None
+    if seen.sparse is None:
+        return combine(seen.belief, weight)
+    mean = combine_sparse(seen.sparse, weight, seen.belief.dtype, native=native)
+    whole = seen.sparse.counts < 0
+    if bool(whole.all()):
+        return combine(seen.belief, weight)
+    if bool(whole.any()):
+        mean[whole] = combine(seen.belief[whole], weight)
+    return mean
