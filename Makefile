@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # 0: all tests in one process, so that what they report at the end is printed; 2 is faster on idle cores.
 WORKERS ?= 0
 
-.PHONY: demo test check format readme clean format-check lint types contracts
+.PHONY: demo test check format readme clean format-check lint types contracts check-gpu bench-gpu
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -51,6 +51,13 @@ format: $(VENV)/.developing
 
 readme: $(VENV)/.developing
 	@$(BIN)/python tests/docs/readme.py
+
+# On a machine with a GPU: no environment is made, since torch and Triton of that machine are the ones to measure.
+check-gpu:
+	@PYTHONPATH=. $(PYTHON) -m blockpress.bench.gpu check
+
+bench-gpu:
+	@PYTHONPATH=. $(PYTHON) -m blockpress.bench.gpu bench $(if $(PART),--part $(PART))
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

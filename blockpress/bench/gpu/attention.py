@@ -1,0 +1,281 @@
+"""Attention over pages: right against `ops.attention.plain`, and fast over its floor.
+
+Checks draw spans of mixed kinds and lengths, lay their contexts into pages in a random order, with NaN in all places
+that no token was written to, and compare every span with the plain version over its keys, gathered and joined.
+
+Invariant: what is measured is what `ops.kernels.attention.attend` calls, captured in a graph.
+Run it:  make check-gpu; make bench-gpu PART=attention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from blockpress.bench.gpu.check import Check, distance
+from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.timing import DEVICE, captured
+from blockpress.ops.attention import plain
+
+if TYPE_CHECKING:
+    from blockpress.ops.kernels.attention import Spans, Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer's heads, and its pages."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 32
+    page: int = 8
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Span:
+    """`count` rows behind, or (causal) at the end of, `stop` context tokens."""
+
+    count: int
+    stop: int
+    causal: bool
+
+
+SLIDING = Shape(heads=16, kv_heads=8, dim=256, page=256, window=1024, dtype=torch.bfloat16)
+FULL = Shape(heads=16, kv_heads=2, dim=512, page=256, dtype=torch.bfloat16)
+CANVAS = [Span(8, stop, causal=False) for stop in (0, 1, 7, 8, 9, 40)]
+CAUSAL = [
+    Span(count, stop, causal=True) for count, stop in ((1, 1), (1, 9), (7, 7), (8, 8), (8, 16), (3, 17), (20, 41))
+]
+MIXED = [CAUSAL[6], CANVAS[4], Span(0, 5, causal=False), CAUSAL[1], CANVAS[0], Span(33, 21, causal=False)]
+SETS = {"canvases": CANVAS, "causal": CAUSAL, "mixed": MIXED, "reversed": MIXED[::-1]}
+
+
+def checks() -> list[Check]:
+    """Lengths around a page's, windows, key heads, head sizes, parts of keys and rounding; the published sizes once."""
+    small, found = Shape(), []
+    for label, spans in SETS.items():
+        for window in (None, 1, 9, 30) if label != "reversed" else (9,):
+            found.append(_case(f"{label} window={window}", replace(small, window=window), spans, 2e-6, parts=2))
+    for heads, kv_heads in ((4, 4), (6, 1), (3, 1)):
+        shape = replace(small, heads=heads, kv_heads=kv_heads)
+        found.append(_case(f"mixed heads={heads}/{kv_heads}", shape, MIXED, 2e-6, parts=1))
+    for page in (1, 5, 32, 64):
+        found.append(_case(f"mixed page={page}", replace(small, page=page, window=12), MIXED, 2e-6, parts=2))
+    for parts in (1, 3, 4):
+        found.append(_case(f"mixed parts={parts}", replace(small, window=30), MIXED, 2e-6, parts=parts))
+    for dim in (16, 64, 128, 256, 512):
+        shape = replace(small, dim=dim, page=32, dtype=torch.bfloat16)
+        found.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64)))
+    found.append(Check(name="rows of no span", limit=0, error=_uncovered))
+    found.append(Check(name="pages written", limit=0, error=_written))
+    large = [Span(256, 5000, causal=False), Span(512, 3000, causal=True), Span(1, 2049, causal=True)]
+    for label, shape in (("sliding", SLIDING), ("full", FULL)):
+        found.append(_case(f"published {label}", shape, large, 8e-3, large=True))
+    return found
+
+
+def _case(
+    name: str, shape: Shape, spans: Sequence[Span], limit: float, parts: int | None = None, large: bool = False
+) -> Check:
+    return Check(name=name, limit=limit, error=partial(_apart, shape, spans, parts), large=large)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A flat batch, the pages behind it, and for each span the keys and values that lie in its pages."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pages: tuple[Tensor, Tensor]
+    spans: Spans
+    contexts: list[tuple[Tensor, Tensor]]
+
+
+def draw(shape: Shape, spans: Sequence[Span], device: torch.device, extra: int = 3) -> Batch:
+    """Random rows, `extra` of them of no span, and contexts in pages of a random order; on a CPU always the same."""
+    from blockpress.ops.kernels.attention import Spans
+
+    if device.type == "cpu":
+        torch.manual_seed(len(spans) + shape.page)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device).to(shape.dtype)
+
+    rows = sum(span.count for span in spans) + extra
+    query = normal(shape.heads, rows, shape.dim).transpose(0, 1) * (3 / shape.dim**0.5)
+    key, value = (normal(shape.kv_heads, rows, shape.dim).transpose(0, 1) for _ in range(2))
+    needed = [-(-span.stop // shape.page) for span in spans]
+    numbers = torch.randperm(sum(needed) + 2).tolist()
+    table = torch.full((len(spans), max(1, *needed)), -1, dtype=torch.int32)
+    keys, values = (
+        torch.full((shape.kv_heads, sum(needed) + 2, shape.page, shape.dim), torch.nan, device=device).to(shape.dtype)
+        for _ in range(2)
+    )
+    contexts = []
+    for index, span in enumerate(spans):
+        table[index, : needed[index]] = torch.tensor([numbers.pop() for _ in range(needed[index])], dtype=torch.int32)
+        contexts.append((normal(shape.kv_heads, span.stop, shape.dim), normal(shape.kv_heads, span.stop, shape.dim)))
+        for at in range(span.stop):
+            page = int(table[index, at // shape.page])
+            keys[:, page, at % shape.page], values[:, page, at % shape.page] = (part[:, at] for part in contexts[-1])
+    firsts = [sum(span.count for span in spans[:index]) for index in range(len(spans))]
+    columns = [firsts, [span.count for span in spans], [span.stop for span in spans]]
+    first, count, stop = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
+    causal = torch.tensor([span.causal for span in spans], device=device)
+    on_device = Spans(first=first, count=count, stop=stop, causal=causal, table=table.to(device))
+    return Batch(query=query, key=key, value=value, pages=(keys, values), spans=on_device, contexts=contexts)
+
+
+def truth(shape: Shape, spans: Sequence[Span], batch: Batch) -> Tensor:
+    """`ops.attention.plain`, span by span, in float32; rows of no span see nothing."""
+    out = torch.zeros(batch.query.shape, device=batch.query.device)
+    start = 0
+    for span, (key, value) in zip(spans, batch.contexts, strict=True):
+        rows = slice(start, start + span.count)
+        start += span.count
+        if not span.causal:
+            key = torch.cat((key, batch.key[rows].transpose(0, 1)), dim=1)
+            value = torch.cat((value, batch.value[rows].transpose(0, 1)), dim=1)
+        query = batch.query[rows].transpose(0, 1)[None].float()
+        mask = _mask(span, shape.window).to(query.device)
+        out[rows] = plain(query, key[None].float(), value[None].float(), mask[None])[0].transpose(0, 1)
+    return out
+
+
+def _mask(span: Span, window: int | None) -> Tensor:
+    """Who sees whom, one pair after another: the words of `ops.kernels.attention`, not its sums."""
+    first = span.stop - span.count if span.causal else span.stop
+    keys = span.stop if span.causal else span.stop + span.count
+    mask = torch.ones(span.count, keys, dtype=torch.bool)
+    for row in range(span.count):
+        for key in range(keys):
+            if span.causal:
+                seen = key <= first + row and (window is None or first + row - key < window)
+            else:
+                seen = key >= span.stop or window is None or span.stop - key < window
+            mask[row, key] = seen
+    return mask
+
+
+def _apart(shape: Shape, spans: Sequence[Span], parts: int | None, device: torch.device) -> float:
+    from blockpress.ops.kernels.attention import attend, choose_tile
+
+    batch = draw(shape, spans, device)
+    tile = choose_tile(len(batch.query), shape.heads, shape.kv_heads, shape.dim, shape.dtype)
+    tile = replace(tile, parts=parts or tile.parts)
+    got = attend(batch.query, batch.key, batch.value, batch.pages, batch.spans, window=shape.window, tile=tile)
+    return distance(got, truth(shape, spans, batch))
+
+
+def _uncovered(device: torch.device) -> float:
+    """How many values of rows of no span are not 0, with parts and without."""
+    from blockpress.ops.kernels.attention import Tile, attend
+
+    batch = draw(Shape(), MIXED, device, extra=5)
+    tiles: list[Tile] = [Tile(rows=32, keys=32, parts=parts) for parts in (1, 3)]
+    outs = [attend(batch.query, batch.key, batch.value, batch.pages, batch.spans, tile=tile) for tile in tiles]
+    return float(sum((out[-5:] != 0).sum() for out in outs))
+
+
+def _written(device: torch.device) -> float:
+    """How many values of the pages are not as copying one row after another leaves them."""
+    from blockpress.ops.kernels.attention import write
+
+    key, value = (torch.randn(2, 9, 24, device=device).transpose(0, 1) for _ in range(2))
+    places = torch.tensor([12, -1, 0, 1, 19, -1, 3, 7, 8], device=device)
+    pages = [torch.randn(2, 4, 5, 24, device=device) for _ in range(2)]
+    wanted = [part.clone() for part in pages]
+    for row, place in enumerate(places.tolist()):
+        if place >= 0:
+            for whole, part in zip(wanted, (key, value), strict=True):
+                whole[:, place // 5, place % 5] = part[row]
+    write(key, value, (pages[0], pages[1]), places)
+    return float(sum((got != want).sum() for got, want in zip(pages, wanted, strict=True)))
+
+
+def bench(report: Report) -> None:
+    """One canvas, and 16 of them, behind contexts of several lengths; then prefill; then other partings of the keys."""
+    for label, shape in (("sliding", SLIDING), ("full", FULL)):
+        for canvases, stops in ((1, (256, 2048, 32768, 131072)), (16, (2048, 32768))):
+            for stop in stops:
+                _measure(
+                    report, f"{label} canvases={canvases} context={stop}", shape, [Span(256, stop, False)] * canvases
+                )
+        _measure(report, f"{label} prefill 512 of 8192", shape, [Span(512, 8192, True)])
+        _measure(report, f"{label} tokens=32 context=2048", shape, [Span(1, 2048, True)] * 32)
+        for parts in (1, 2, 3, 4, 8):
+            _measure(report, f"{label} canvases=1 context=2048 parts={parts}", shape, [Span(256, 2048, False)], parts)
+
+
+def _measure(report: Report, name: str, shape: Shape, spans: Sequence[Span], parts: int | None = None) -> None:
+    from blockpress.ops.kernels.attention import attend, choose_tile
+
+    floor = _floor_us(shape, spans)
+    try:
+        batch = _filled(shape, spans)
+        tile = choose_tile(len(batch.query), shape.heads, shape.kv_heads, shape.dim, shape.dtype)
+        tile = replace(tile, parts=parts or tile.parts)
+
+        def run() -> None:
+            attend(batch.query, batch.key, batch.value, batch.pages, batch.spans, window=shape.window, tile=tile)
+
+        taken = captured(run)
+    except Exception as reason:  # a tile that does not fit must not end the other figures
+        report.note(f"{name}: {type(reason).__name__}: {reason}")
+        return
+    report.add(name, 1000 * taken.least, "us", floor)
+    report.add(f"{name} median", 1000 * taken.median, "us", floor)
+
+
+def _filled(shape: Shape, spans: Sequence[Span]) -> Batch:
+    """Random rows over random pages, one after another: what `draw` makes, without a loop over tokens."""
+    from blockpress.ops.kernels.attention import Spans
+
+    device = torch.device("cuda")
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=shape.dtype)
+
+    rows, needed = sum(span.count for span in spans), max(-(-span.stop // shape.page) for span in spans)
+    pages = [normal(shape.kv_heads, needed * len(spans), shape.page, shape.dim) for _ in range(2)]
+    firsts = [sum(span.count for span in spans[:index]) for index in range(len(spans))]
+    columns = [firsts, [span.count for span in spans], [span.stop for span in spans]]
+    first, count, stop = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
+    causal = torch.tensor([span.causal for span in spans], device=device)
+    table = torch.randperm(needed * len(spans), device=device).int().view(len(spans), needed)
+    return Batch(
+        query=normal(rows, shape.heads, shape.dim) * (3 / shape.dim**0.5),
+        key=normal(rows, shape.kv_heads, shape.dim),
+        value=normal(rows, shape.kv_heads, shape.dim),
+        pages=(pages[0], pages[1]),
+        spans=Spans(first=first, count=count, stop=stop, causal=causal, table=table),
+        contexts=[],
+    )
+
+
+def _floor_us(shape: Shape, spans: Sequence[Span]) -> float:
+    """Two products of every query head with what its row sees, or the bytes of keys and values, whichever is longer.
+
+    >>> round(_floor_us(FULL, [Span(256, 2048, False)]), 1), round(_floor_us(SLIDING, [Span(256, 2048, False)]), 1)
+    (24.5, 6.8)
+    """
+    flops = bytes_ = 0
+    for span in spans:
+        if span.causal:
+            ends = range(span.stop - span.count + 1, span.stop + 1)
+            looks = sum(min(end, shape.window or end) for end in ends)
+            keys = min(span.stop, span.count - 1 + (shape.window or span.stop))
+        else:
+            keys = span.count + min(span.stop, (shape.window or span.stop + 1) - 1)
+            looks = span.count * keys
+        flops += 4 * looks * shape.heads * shape.dim
+        bytes_ += 2 * keys * shape.kv_heads * shape.dim * shape.dtype.itemsize
+    return 1e6 * max(flops / DEVICE.rate("bfloat16"), bytes_ / DEVICE.bandwidth)

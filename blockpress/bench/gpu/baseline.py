@@ -1,0 +1,98 @@
+"""The same config in `transformers`: random weights, bfloat16, one denoising step, eager and compiled.
+
+The step is the model's decoder with a self-conditioning signal over a filled cache, and its head with the soft
+embedding, temperature and multinomial sample as its generation loop computes them.
+
+Invariant: nothing of ours runs in what is timed.
+Run it:  make bench-gpu PART=baseline
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.steps import CONTEXT
+from blockpress.bench.gpu.timing import DEVICE, timed
+from blockpress.config import PRESETS, ModelConfig
+from blockpress.costs import WIDTHS, Rows, floor_seconds, forward
+
+BATCHES = (1, 4)
+TEMPERATURE = 0.6
+NO_TOWER = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+"""The smallest tower that `transformers` builds; it does not run here."""
+
+
+@torch.inference_mode()
+def bench(report: Report) -> None:
+    """Eager, then compiled, in batches of canvases behind the same context as our steps."""
+    try:
+        model = build(replace(PRESETS["diffusiongemma-26B-A4B"](), vision=None), torch.device("cuda"))
+    except Exception as reason:  # another version of the package, or none: the other parts do not need it
+        report.note(f"no baseline: {type(reason).__name__}: {str(reason)[:300]}")
+        return
+    for batch in BATCHES:
+        parts = forward(PRESETS["diffusiongemma-26B-A4B"](), WIDTHS["bf16"], Rows(canvases=(CONTEXT,) * batch))
+        floor = 1000 * floor_seconds(parts, DEVICE)
+        work = step(model, batch, CONTEXT)
+        for how, run in (("eager", work), ("compiled", torch.compile(work))):
+            try:
+                taken = timed(run, warmups=2, repeats=5)
+            except Exception as reason:  # not every version compiles
+                report.note(f"{how} B={batch}: {type(reason).__name__}: {str(reason)[:300]}")
+                continue
+            report.add(f"transformers {how} B={batch}", taken.least, "ms", floor)
+            report.add(f"transformers {how} B={batch} median", taken.median, "ms", floor)
+
+
+def build(config: ModelConfig, device: torch.device) -> Any:
+    """The model of that config in bfloat16, with the package's own random weights."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    data = config.to_dict() | {"vision_config": dict(NO_TOWER)}
+    data["text_config"] |= {"use_bidirectional_attention": "vision"}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(data)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def step(model: Any, batch: int, context: int) -> Callable[[], torch.Tensor]:
+    """A denoising step over a filled cache; call it in inference mode."""
+    from transformers import DynamicCache
+
+    text, device = model.config.text_config, model.device
+    tokens, canvas = (
+        torch.randint(text.vocab_size, (batch, length), device=device)
+        for length in (context, model.config.canvas_length)
+    )
+    cache = DynamicCache(config=text)
+    told = model(input_ids=tokens, decoder_input_ids=canvas, past_key_values=cache).logits.to(torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        out = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=told)
+        scaled = out.logits.float() / TEMPERATURE
+        odds = torch.softmax(scaled, dim=-1)
+        entropy = torch.distributions.Categorical(logits=scaled).entropy()
+        drawn = torch.multinomial(odds.flatten(0, 1), 1).view(canvas.shape)
+        return torch.where(entropy < 1, drawn, scaled.argmax(-1))
+
+    return run

@@ -1,0 +1,97 @@
+"""Whether the kernels are right: each check draws fresh inputs, runs a kernel and its plain version, and says how far
+they are apart.
+
+    {"part": "experts", "name": "bf16 uniform tokens=17", "error": 0.0021, "limit": 0.005, "passed": true}
+
+An error is ||got - wanted|| / ||wanted||, or the number of wrong values where all must be right. Outputs are filled
+with NaN before a kernel runs, so that a value it does not write is seen.
+
+Invariant: NaN passes no check, and a check that raises has failed.
+Run it:  make check-gpu      on a CPU, small sizes: TRITON_INTERPRET=1 python -m blockpress.bench.gpu check
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """`error(device)` must not be above `limit`. `large`: too slow for the interpreter, so left out on a CPU."""
+
+    name: str
+    limit: float
+    error: Callable[[torch.device], float]
+    large: bool = False
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted|| in float64; NaN where `got` holds one.
+
+    >>> distance(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+    0.1
+    """
+    got, wanted = got.double().cpu(), wanted.double().cpu()
+    assert got.shape == wanted.shape, f"{tuple(got.shape)} is not {tuple(wanted.shape)}"
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def different(got: Tensor, wanted: Tensor) -> float:
+    """How many values differ.
+
+    >>> different(torch.tensor([1, 2, 3]), torch.tensor([1, 3, 3]))
+    1.0
+    """
+    assert got.shape == wanted.shape, f"{tuple(got.shape)} is not {tuple(wanted.shape)}"
+    return float((got.cpu() != wanted.cpu()).sum())
+
+
+def run(parts: Iterable[str], device: torch.device, only: str = "") -> bool:
+    """Run the checks of these parts whose names contain `only`, a line of JSON each; whether all passed."""
+    # With this, torch fills what it leaves uninitialised with NaN; kernels without a repeatable version may only warn.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":  # other inputs every time; on a CPU, where tests run, the same for everybody
+        print(json.dumps({"seed": torch.seed()}), flush=True)
+    results = []
+    for part in parts:
+        for check in _checks(part):
+            if only in check.name and not (check.large and device.type == "cpu"):
+                results.append(_passes(part, check, device))
+    print(f"{sum(results)} of {len(results)} checks passed", flush=True)
+    return all(results)
+
+
+def _checks(part: str) -> list[Check]:
+    module = importlib.import_module(f"blockpress.bench.gpu.{part}")
+    return module.checks() if hasattr(module, "checks") else []
+
+
+def _passes(part: str, check: Check, device: torch.device) -> bool:
+    line: dict[str, object] = {"part": part, "name": check.name}
+    begun = time.perf_counter()
+    try:
+        error = check.error(device)
+    except Exception as reason:  # whatever went wrong, the other checks still have something to say
+        print(json.dumps(line | {"passed": False, "raised": f"{type(reason).__name__}: {reason}"}), flush=True)
+        return False
+    passed = error <= check.limit
+    print(
+        json.dumps(
+            line
+            | {
+                "error": float(f"{error:.3g}"),
+                "limit": check.limit,
+                "passed": passed,
+                "seconds": round(time.perf_counter() - begun, 2),
+            }
+        ),
+        flush=True,
+    )
+    return passed

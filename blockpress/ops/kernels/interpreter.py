@@ -1,0 +1,128 @@
+"""Triton's interpreter, mended: bfloat16 is computed as floats, and narrow floats are rounded, not cut.
+
+Why: Triton 3.6 keeps a bfloat16 on the CPU as the 16 bits that it consists of, and adds, multiplies and compares those
+bits as whole numbers; and it makes an eight-bit float by dropping bits. Here arithmetic is done in float32 and rounded
+to the nearest, as the chip does.
+
+Invariant: without TRITON_INTERPRET=1 nothing here is called.
+Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@cache
+def mend() -> None:
+    """Replace the interpreter's arithmetic for bfloat16 and its casts to narrow floats; the rest stays."""
+    builder: Any = interpreter.InterpreterBuilder
+    for name in ("binary_op", "ternary_op", "unary_op"):
+        setattr(builder, name, _in_floats(getattr(builder, name)))
+    builder.create_dot = _dot
+    builder.create_fma = _fma
+    builder.cast_impl = _casting(builder.cast_impl)
+    builder.create_fp_to_fp = _casting(builder.create_fp_to_fp)
+    interpreter._patch_lang_tensor = _with_bounds(interpreter._patch_lang_tensor)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, given as its bits, as float32.
+
+    >>> widened(np.array([0x3F80, 0xC040], dtype=np.uint16)).tolist()
+    [1.0, -3.0]
+    """
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of the nearest bfloat16, ties to even.
+
+    >>> widened(rounded(np.array([1.0, 1.00390625, 1.01171875, -3.0], dtype=np.float32))).tolist()
+    [1.0, 1.0, 1.015625, -3.0]
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, up).astype(np.uint16)
+
+
+def rounded_e4m3(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of the nearest e4m3, ties to even; what is beyond 448 becomes 448, as the chip has it.
+
+    >>> rounded_e4m3(np.array([1.0, 1.0625, 500.0, -448.0], dtype=np.float32)).tolist()
+    [56, 56, 126, 254]
+    """
+    held = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
+    return held.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+
+
+def _as_floats(handle: Any) -> Any:
+    return interpreter.TensorHandle(widened(handle.data), tl.float32) if _is_bfloat16(handle) else handle
+
+
+def _in_floats(method: Any) -> Any:
+    """The method, on float32 where it was to work on bfloat16; a comparison's answer is no float and stays."""
+
+    def mended(self: Any, *given: Any) -> Any:
+        *handles, op = given
+        if not any(_is_bfloat16(handle) for handle in handles) or op is np.where:
+            return method(self, *given)
+        result = op(*(_as_floats(handle).data for handle in handles))
+        if result.dtype == bool:
+            return interpreter.TensorHandle(result.astype(np.uint16), tl.bfloat16)
+        return interpreter.TensorHandle(rounded(result), tl.bfloat16)
+
+    return mended
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """a @ b + d; eight-bit floats are exact in float32, too."""
+    left, right = (_floats(handle) for handle in (a, b))
+    return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _floats(handle: Any) -> np.ndarray:
+    if handle.dtype.scalar.primitive_bitwidth == 8 and handle.dtype.scalar.is_floating():
+        return interpreter._convert_float(handle.data, handle.dtype.scalar, tl.float16, None).view(np.float16)
+    return _as_floats(handle).data
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    result = _as_floats(x).data * _as_floats(y).data + _as_floats(z).data
+    if _is_bfloat16(z):
+        return interpreter.TensorHandle(rounded(result), tl.bfloat16)
+    return interpreter.TensorHandle(result, z.dtype.scalar)
+
+
+def _casting(method: Any) -> Any:
+    """The cast, rounding to narrow floats as the chip does: the interpreter's cuts the last bits off."""
+
+    def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
+        if _is_bfloat16(src) and dst_type.scalar.is_floating():
+            src = _as_floats(src)
+        narrow = {tl.bfloat16: rounded, tl.float8e4nv: rounded_e4m3}.get(dst_type.scalar)
+        if narrow is not None and src.dtype.scalar in (tl.float32, tl.float64):
+            return interpreter.TensorHandle(narrow(src.data), dst_type.scalar)
+        return method(self, src, dst_type, *rounding)
+
+    return cast
+
+
+def _with_bounds(patch: Any) -> Any:
+    """Scalars as bounds of a range: the interpreter holds them as arrays of one value, which numpy no longer takes."""
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched

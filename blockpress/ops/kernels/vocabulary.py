@@ -1,0 +1,317 @@
+"""What a step needs from the vocabulary, on a GPU: argmax, sample, entropy and the next signal, from hidden states.
+
+    hidden --head.multiply--> product, records --head.choose--> argmax, sample, entropy
+                              product --belief--> signal
+
+Why: of 256 rows and 262,144 tokens the reference writes and reads 256 bytes a logit; this writes 2 and reads 2, and 4
+more for the exact signal (in bfloat16). It is what `ops.vocabulary.see` is on a CPU.
+
+    signal "exact"    rounded where the reference rounds: logits, then probabilities, to the weight's type
+           "direct"   e^(x - shift) is rounded instead, and divided by its sum at the end: one pass less, as near to the
+                      unrounded truth, 4 bytes a logit; only for a capped head (`check_bounded`)
+           "sparse"   tokens of some probability alone; what is left out is below 2^-9 of a row's mass, and not shared
+                      out among the rest; rows that are not so sure are exact
+
+Rows are taken in blocks, so that the product never takes more than BLOCK bytes. Nothing waits for the host: a call can
+be captured in a graph. The weight is a float tensor; a packed one takes the way of `ops.vocabulary`.
+
+Invariant: a row's answer does not depend on the rows beside it but by the order of float32 sums.
+Run it:  TRITON_INTERPRET=1 python -m pytest tests/ops/kernels/test_vocabulary.py; make bench-gpu PART=vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int
+from torch import Tensor
+
+from blockpress.errors import ConfigError
+from blockpress.ops.kernels import belief, head
+from blockpress.ops.kernels.jit import cdiv, power
+from blockpress.ops.vocabulary import Seen
+
+BLOCK = 1 << 29
+"""Most bytes of the product: 1,024 rows of 262,144 tokens in bfloat16."""
+
+HIGHEST = 110.0
+"""The largest |logit| that "direct" takes. Up to 77 no token of any row is lost in float32; at this, all of a row whose
+largest logit lies below -44 would be, and its signal would be 0 or NaN. No trained head does that."""
+
+SignalKind = Literal["exact", "direct", "sparse"]
+
+
+Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "rows ids"]]
+
+
+def check_bounded(cap: float | None, coldest: float) -> None:
+    """Whether "direct" may be used down to the temperature `coldest`; asked once, when options are made.
+
+    Raises:
+        ConfigError: there is no cap, or cap / coldest is above HIGHEST.
+    """
+    if cap is None:
+        raise ConfigError("the direct signal needs a softcap, and this model has none", hint="take the exact signal")
+    if not cap / coldest <= HIGHEST:
+        raise ConfigError(
+            f"t_min {coldest:g} makes logits of up to {cap / coldest:.0f}, above {HIGHEST:.0f}",
+            hint=f"take the exact signal, or a t_min of at least {cap / HIGHEST:.2f}",
+        )
+
+
+def see(
+    hidden: Float[Tensor, "rows hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    *,
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    uniform: Float64[Tensor, " rows"],
+    denied: Denied | None = None,
+    signal: SignalKind | None = "exact",
+    scale: Tensor,
+) -> Seen:
+    """Read the vocabulary at every row.
+
+    Args:
+        cap: of the softcap, None without one. temperature: what the capped logits are divided by.
+        uniform: in [0, 1), one a row: where in the cumulative distribution the sample lies.
+        scale: what the embedding is multiplied by, a scalar of the weight's type.
+
+    "direct" takes logits that `check_bounded` let pass.
+    """
+    assert hidden.dtype == weight.dtype and hidden.is_contiguous() and weight.is_contiguous()
+    n, vocab = hidden.shape[0], weight.shape[0]
+    found = Seen(
+        argmax=hidden.new_empty(n, dtype=torch.long),
+        sample=hidden.new_empty(n, dtype=torch.long),
+        entropy=hidden.new_empty(n, dtype=torch.float32),
+        signal=None if signal is None else torch.empty_like(hidden),
+    )
+    tile_denied = None if denied is None or not len(denied[0]) else _by_tile(denied, vocab)
+    step = max(1, BLOCK // (vocab * weight.element_size()))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        read = _read(hidden[rows], weight, cap, temperature[rows], rows, tile_denied, signal)
+        _choose(read, uniform[rows], found.argmax[rows], found.sample[rows], found.entropy[rows])
+        if found.signal is not None:
+            believe = _sparse if signal == "sparse" else _dense
+            believe(read, weight, scale, found.signal[rows])
+    return found
+
+
+TileDenied = tuple[Int[Tensor, " ids"], Int[Tensor, " edges"], Bool[Tensor, "_all ids"]]
+
+
+def _by_tile(denied: Denied, vocab: int) -> TileDenied:
+    """The ids in order, where those of each tile begin and end, and the rows' denials in that order."""
+    ids, order = denied[0].sort()
+    starts = torch.arange(cdiv(vocab, head.TILE) + 1, device=ids.device) * head.TILE
+    return ids.int(), torch.searchsorted(ids, starts.to(ids.dtype)).int(), denied[1][:, order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What the head left of a block of rows; `head.py` says what the records are."""
+
+    product: Float[Tensor, "rows vocab"]
+    shifted: Float[Tensor, "rows vocab"] | None
+    peak: Float32[Tensor, "rows tiles"]
+    best: Int[Tensor, "rows tiles"]
+    rest: Float32[Tensor, "rows tiles"]
+    moment: Float32[Tensor, "rows tiles"]
+    coarse: Float32[Tensor, "rows tiles"]
+    highest: Float32[Tensor, " rows"]
+    mass: Float32[Tensor, " rows"]
+    rough: Float32[Tensor, " rows"]
+    temperature: Float32[Tensor, " rows"]
+    cap: float | None
+    rounded: bool
+
+    @property
+    def capped(self) -> dict[str, object]:
+        """The cap as every kernel takes it."""
+        return {"cap": self.cap or 1.0, "CAPPED": self.cap is not None}
+
+
+def _read(
+    hidden: Tensor,
+    weight: Tensor,
+    cap: float | None,
+    temperature: Tensor,
+    rows: slice,
+    denied: TileDenied | None,
+    signal: SignalKind | None,
+) -> _Read:
+    """The product and its records."""
+    n, (vocab, width) = len(hidden), weight.shape
+    tiles = cdiv(vocab, head.TILE)
+    records = weight.new_empty(4, n, tiles, dtype=torch.float32)
+    sums = weight.new_empty(3, n, dtype=torch.float32)
+    product = weight.new_empty(n, vocab)
+    read = _Read(
+        product=product,
+        shifted=torch.empty_like(product) if signal == "direct" else None,
+        peak=records[0],
+        best=weight.new_empty(n, tiles, dtype=torch.int32),
+        rest=records[1],
+        moment=records[2],
+        coarse=records[3],
+        highest=sums[0],
+        mass=sums[1],
+        rough=sums[2],
+        temperature=temperature.contiguous(),
+        cap=cap,
+        rounded=signal in ("exact", "sparse"),
+    )
+    ids, edges, no = (
+        (None, None, None) if denied is None else (*denied[:2], denied[2][rows].contiguous().view(torch.int8))
+    )
+    shape = head.shape(n, weight.dtype)
+    head.multiply[(cdiv(n, shape["ROWS"]), tiles)](
+        hidden,
+        weight,
+        product,
+        read.shifted,
+        read.peak,
+        read.best,
+        read.rest,
+        read.moment,
+        read.coarse,
+        read.temperature,
+        ids,
+        no,
+        edges,
+        n,
+        vocab,
+        width,
+        0 if ids is None else len(ids),
+        DENIED=ids is not None,
+        COARSE=read.rounded,
+        SHIFTED=read.shifted is not None,
+        EVEN=width % shape["INNER"] == 0,
+        TILE=head.TILE,
+        **read.capped,
+        **shape,
+    )
+    return read
+
+
+def _choose(read: _Read, uniform: Tensor, argmax: Tensor, sample: Tensor, entropy: Tensor) -> None:
+    """The rows' tokens and entropies, and the sums that the signal needs."""
+    n, tiles = read.peak.shape
+    head.choose[(n,)](
+        read.product,
+        read.peak,
+        read.best,
+        read.rest,
+        read.moment,
+        read.coarse,
+        read.temperature,
+        uniform.contiguous(),
+        argmax,
+        sample,
+        entropy,
+        read.highest,
+        read.mass,
+        read.rough,
+        read.product.shape[1],
+        tiles,
+        COARSE=read.rounded,
+        TILE=head.TILE,
+        TILES=power(tiles),
+        **read.capped,
+        num_warps=8,
+    )
+
+
+def _dense(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
+    """The signal of all rows from all tokens."""
+    n = len(signal)
+    every = torch.arange(n, dtype=torch.int32, device=signal.device)
+    _dense_rows(read, weight, scale, signal, every, torch.full((1,), n, dtype=torch.int32, device=signal.device))
+
+
+def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, order: Tensor, amount: Tensor) -> None:
+    """The signal of the first `amount` rows of `order` from all tokens."""
+    n, (vocab, width) = len(signal), weight.shape
+    share = read.shifted
+    if share is None:
+        belief.spread[(n, cdiv(vocab, belief.SPAN))](
+            read.product,
+            order,
+            amount,
+            read.highest,
+            read.rough,
+            read.temperature,
+            vocab,
+            **read.capped,
+            SPAN=belief.SPAN,
+        )
+        share = read.product
+    shape = belief.shape(n, weight.dtype)
+    blocks, columns = cdiv(n, shape["ROWS"]), cdiv(width, shape["COLUMNS"])
+    stretches = belief.stretches(blocks * columns, _processors(weight.device))
+    parts = weight.new_empty(stretches, n, width, dtype=torch.float32)
+    even = vocab % shape["INNER"] == 0
+    belief.multiply[(blocks, columns, stretches)](
+        share, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
+    )
+    belief.gather[(n, cdiv(width, belief.COLUMNS))](
+        parts,
+        signal,
+        order,
+        amount,
+        read.highest,
+        read.mass,
+        read.temperature,
+        scale,
+        n,
+        width,
+        stretches,
+        cap=read.cap or 1.0,
+        SHIFTED=read.shifted is not None,
+        COLUMNS=belief.COLUMNS,
+    )
+
+
+def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
+    """The signal from the likely tokens; of rows that have too many, from all."""
+    n, (vocab, width) = len(signal), weight.shape
+    chosen = signal.new_empty(n, belief.KEPT, dtype=torch.int32)
+    share = signal.new_empty(n, belief.KEPT, dtype=torch.float32)
+    kept = signal.new_empty(n, dtype=torch.int32)
+    belief.pick[(n,)](
+        read.product,
+        read.peak,
+        read.rest,
+        read.highest,
+        read.mass,
+        read.temperature,
+        chosen,
+        share,
+        kept,
+        vocab,
+        read.peak.shape[1],
+        least=belief.LEAST,
+        dropped=belief.DROPPED,
+        TILE=head.TILE,
+        GROUP=belief.GROUP,
+        KEPT=belief.KEPT,
+        **read.capped,
+        num_warps=8,
+    )
+    belief.weigh[(n, cdiv(width, belief.COLUMNS))](
+        chosen, share, kept, weight, signal, scale, width, KEPT=belief.KEPT, COLUMNS=belief.COLUMNS, AT_ONCE=16
+    )
+    crowded = kept == 0
+    order = crowded.int().argsort(descending=True, stable=True).int()
+    _dense_rows(read, weight, scale, signal, order, crowded.sum(dtype=torch.int32)[None])
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where there is none, few, so that sums in several stretches are tested."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

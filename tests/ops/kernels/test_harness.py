@@ -1,0 +1,95 @@
+"""The GPU harness without a GPU: what it says, what it needs, and that the parts that it times are whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blockpress.bench.gpu import PARTS, baseline, check, filled, steps
+from blockpress.bench.gpu.report import Report
+from blockpress.config import PRESETS, ModelConfig
+
+HIDDEN = ("jaxtyping", "typer", "rich", "jinja2", "PIL", "huggingface_hub", "beartype", "hypothesis", "pytest")
+"""Not on a bare GPU machine."""
+
+BARE = f"""
+import runpy, sys
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name.split(".")[0] in {HIDDEN} else found(name, *rest))
+"""
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_without_a_gpu_one_line_and_status_2(command: str, interpreted: Run) -> None:
+    done = interpreted("-m", "blockpress.bench.gpu", command, interpret=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
+
+
+def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
+    pytest.importorskip("triton")
+    arguments = ["check", "--part", "experts", "--only", "bfloat16 uniform 6x128x64 tokens=1"]
+    code = f"{BARE}sys.argv[1:] = {arguments}\nrunpy.run_module('blockpress.bench.gpu', run_name='__main__')"
+    done = interpreted("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [json.loads(line)["passed"] for line in done.stdout.splitlines()[:-1]][:1] == [True]
+
+
+def test_the_parts_import_on_a_bare_machine(interpreted: Run) -> None:
+    names = [f"blockpress.bench.gpu.{part}" for part in PARTS]
+    code = f"{BARE}import importlib\nfor name in {names}: importlib.import_module(name)\nprint('triton' in sys.modules)"
+    done = interpreted("-c", code, interpret=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_check_fails_by_nan_by_excess_and_by_raising(capsys: pytest.CaptureFixture[str]) -> None:
+    def raises(device: torch.device) -> float:
+        raise ValueError("no")
+
+    cpu = torch.device("cpu")
+    errors: list[tuple[Callable[[torch.device], float], bool]] = [
+        (lambda device: 0.1, True), (lambda device: 0.3, False), (lambda device: float("nan"), False), (raises, False),
+    ]  # fmt: skip
+    for error, passes in errors:
+        assert check._passes("part", check.Check(name="one", limit=0.2, error=error), cpu) is passes
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["passed"] for line in lines] == [passes for _, passes in errors]
+    assert lines[-1]["raised"] == "ValueError: no"
+
+
+def test_a_figure_is_printed_at_once_and_again_in_the_table() -> None:
+    out = io.StringIO()
+    report = Report(part="experts", out=out)
+    report.add("bf16", 0.5, "ms", floor=0.25)
+    assert json.loads(out.getvalue()) == {
+        "part": "experts", "name": "bf16", "value": 0.5, "unit": "ms", "floor": 0.25, "share": 0.5,
+    }  # fmt: skip
+    assert "50%" in report.table()
+
+
+@pytest.fixture(scope="module")
+def small() -> ModelConfig:
+    return replace(PRESETS["tiny"](), expert_size=32)
+
+
+@pytest.mark.parametrize("form", filled.EXPERTS)
+def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
+    network = filled.filled(small, form, torch.device("cpu"))
+    with torch.inference_mode():
+        seen = steps.step(network, 2, 5)()
+    assert seen.signal is not None and seen.signal.shape == (2 * small.canvas_length, small.hidden_size)
+    assert bool(seen.entropy.isfinite().all()) and float(seen.signal.float().std()) > 0
+
+
+def test_the_baseline_is_whole(small: ModelConfig) -> None:
+    pytest.importorskip("transformers")
+    with torch.inference_mode():
+        drawn = baseline.step(baseline.build(small, torch.device("cpu")), 2, 5)()
+    assert drawn.shape == (2, small.canvas_length) and int(drawn.max()) < small.vocab_size

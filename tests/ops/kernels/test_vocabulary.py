@@ -1,0 +1,72 @@
+"""The vocabulary's kernels on the CPU, through Triton's interpreter, and what the compiler makes of them for Hopper.
+
+The checks themselves are those of the GPU harness (`blockpress/bench/gpu/vocabulary.py`), each against full logits.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from blockpress.bench.gpu.vocabulary import checks
+
+pytest.importorskip("triton")
+
+SMALL = [check.name for check in checks() if not check.large]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_reading_is_right(name: str, checked: Callable[[str], dict[str, dict[str, Any]]]) -> None:
+    line = checked("vocabulary")[name]
+    assert line["passed"], line
+
+
+def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(interpreted: Run) -> None:
+    for part, count in (("multiply 256 rows", 4), ("head choose", 1), ("belief pick", 1)):
+        done = interpreted("-m", "blockpress.ops.kernels.compile_check", part, interpret=False)
+        lines = [line for line in done.stdout.splitlines() if part in line]
+        assert len(lines) == count, done.stderr
+        for line in lines:
+            registers, spills, _, programs, wgmma, sync = (int(word) for word in line.split()[-6:])
+            assert spills == 0 and sync == 0 and programs >= 1 and registers <= 255, line
+            assert (wgmma > 0) == ("multiply" in line), line
+
+
+def test_a_sparse_batch_has_rows_of_both_kinds(interpreted: Run) -> None:
+    """Otherwise the check of its signal would say nothing of one of them."""
+    code = """
+import warnings; warnings.simplefilter("ignore")
+import torch
+from blockpress.bench.gpu.vocabulary import Case, _see, draw
+from blockpress.ops.kernels import vocabulary
+whole = vocabulary._dense_rows
+def told(read, weight, scale, signal, order, amount):
+    print(int(amount), len(signal))
+    whole(read, weight, scale, signal, order, amount)
+vocabulary._dense_rows = told
+case = Case(rows=12, vocab=4500, signal="sparse", spread=12.0, denied=3)
+_see(case, draw(case, torch.device("cpu")))
+"""
+    done = interpreted("-c", code)
+    dense, rows = (int(word) for word in done.stdout.split())
+    assert 0 < dense < rows, done.stderr
+
+
+def test_the_direct_signal_is_refused_where_float32_does_not_hold_it(interpreted: Run) -> None:
+    code = """
+from blockpress.errors import ConfigError
+from blockpress.ops.kernels.vocabulary import check_bounded
+check_bounded(30.0, 0.4)
+for cap, coldest in ((30.0, 0.2), (None, 1.0), (30.0, float("nan"))):
+    try:
+        check_bounded(cap, coldest)
+    except ConfigError as error:
+        print(error)
+"""
+    lines = interpreted("-c", code).stdout.splitlines()
+    assert len(lines) == 3
+    assert "t_min 0.2" in lines[0] and "150" in lines[0] and "0.27" in lines[0] and "softcap" in lines[1]
