@@ -26,6 +26,7 @@ from torch import Tensor
 from blockpress.config import AutoregressiveSampling
 from blockpress.diffusion import Edits, KeyedDraws
 from blockpress.generate import pad, pictures
+from blockpress.judge import Judged, judge, look
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
 from blockpress.reply import Cancel, Done, Event, Row
@@ -57,7 +58,10 @@ def autoregress(
         forwards.update(row.index for row, tokens in zip(live, fresh, strict=True) if tokens)
         for row, token in zip(live, choose(network, live, last, sampling), strict=True):
             row.draft([token], steps=0)
-            yield from counted(row.commit(), forwards)
+        told, asked = tell(network, live, last, cache)
+        forwards.update(row.index for row, tokens in zip(live, asked, strict=True) if len(tokens) > 1)
+        for row, judged in zip(live, told, strict=True):
+            yield from counted(row.commit(judged.said), forwards)
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return
@@ -102,6 +106,17 @@ def choose(network: Network, rows: Sequence[Row], last: Tensor, sampling: Autore
     seeds, numbers = [row.seed for row in rows], [row.number for row in rows]
     draws = KeyedDraws(seeds, numbers, length=1, vocab=network.config.vocab_size, device=network.device)
     return draws.sample(every, 0, scaled)[:, 0].tolist()
+
+
+def tell(network: Network, rows: Sequence[Row], last: Tensor, cache: Cache) -> tuple[list[Judged], list[list[int]]]:
+    """What the causal pass says of what each row is about to commit, and those tokens; nothing where a row tells none.
+
+    It costs no forward but where a turn puts tokens of its own in place of the drawn one: the second of them follows
+    from the first.
+    """
+    asked = [[] if row.logprobs is None else row.proposal for row in rows]
+    states, _ = look(network, [tokens[:-1] for tokens in asked], last, cache)
+    return judge(network, states, rows, asked), asked
 
 
 def counted(events: Iterator[Event], forwards: Counter[int]) -> Iterator[Event]:

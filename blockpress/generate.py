@@ -9,8 +9,8 @@ is made of stands in `diffusion/` (the canvas) and `model/` (the network). Who w
     Thought, Called, Broken    the rest of a chat's turn: thoughts, tool calls, what was to be one
     Done        the reply                                                              one a row
 
-What is special to a row (its limits, stops, thinking budget, denied tokens, whether a canvas is begun again) is the
-row's own matter (`reply/row.py`): the loop asks it what to draw and what to commit.
+What is special to a row (its limits, stops, thinking budget, denied and pinned tokens, whether a canvas is begun again)
+is the row's own matter (`reply/row.py`): the loop asks it what to draw and what to commit.
 
 Invariant: a row's events are a function of (weights, prompt, seed, sampling), never of the other rows.
 Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --givens 40 --puzzle-only)"
@@ -18,7 +18,7 @@ Run it:  blockpress run sudoku-nano "$(blockpress sudoku --random 1 --givens 40 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from jaxtyping import Float32, Int
@@ -31,6 +31,7 @@ from blockpress.diffusion import (
     Edits,
     EntropyBound,
     KeyedDraws,
+    Pins,
     Reading,
     Schedule,
     StableAndConfident,
@@ -49,6 +50,7 @@ def generate(
     sampling: Sampling,
     cancel: Cancel | None = None,
     keyed: Callable[..., Draws] = KeyedDraws,
+    denoiser: Callable[[Network, Cache], Denoiser] | None = None,
 ) -> Iterator[Event]:
     """Answer every row's prompt, canvas by canvas; events come in the order of time, tagged with their row's index.
 
@@ -56,23 +58,13 @@ def generate(
         rows: prompts with their seeds, stop rules and limits; each fills up as it is answered.
         cancel: asked between steps; once it is set, every row still under way ends as "cancelled".
         keyed: where random tokens come from; tests hand in recorded ones.
+        denoiser: what reads a canvas over a context; None: `plain_denoiser`. Others must give the same tokens.
     """
-    config, live = network.config, list(rows)
-    schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
-    accept, settle = EntropyBound(sampling.entropy_bound), StableAndConfident(sampling.stability, sampling.confidence)
+    live = list(rows)
     cache = prefill(network, live)
     while True:
-        seeds, numbers = [row.seed for row in live], [row.number for row in live]
-        draws = keyed(seeds, numbers, length=config.canvas_length, vocab=config.vocab_size, device=network.device)
-        edits = Edits.of([row.denied for row in live], config.canvas_length, network.device)
-        for step in denoise(plain_denoiser(network, cache), draws, len(live), schedule, accept, settle, edits):
-            for place, row in enumerate(live[i] for i in step.rows.tolist()):
-                row.draft(step.argmax[place].tolist(), step.number)
-                yield denoised(row, place, step)
-            if cancel is not None and cancel.is_set():
-                for row in live:
-                    yield from row.cancel()
-                return
+        if not (yield from write(network, live, cache, sampling, cancel, keyed, denoiser)):
+            return
         for row in live:
             yield from row.commit()
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
@@ -81,6 +73,35 @@ def generate(
         if len(going) < len(live):
             live, cache = [live[place] for place in going], cache.select(torch.tensor(going))
         cache = read(network, [row.fresh for row in live], cache)  # commit
+
+
+def write(
+    network: Network,
+    live: Sequence[Row],
+    cache: Cache,
+    sampling: Sampling,
+    cancel: Cancel | None,
+    keyed: Callable[..., Draws],
+    denoiser: Callable[[Network, Cache], Denoiser] | None,
+) -> Generator[Event, None, bool]:
+    """One canvas for every row, left in it as its draft. False: all was cancelled on the way, and told so."""
+    length, device = network.config.canvas_length, network.device
+    schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
+    accept, settle = EntropyBound(sampling.entropy_bound), StableAndConfident(sampling.stability, sampling.confidence)
+    seeds, numbers = [row.seed for row in live], [row.number for row in live]
+    draws = keyed(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
+    edits = Edits.of([row.denied for row in live], length, device)
+    pins = Pins.of([row.pins for row in live], length, network.embed, device)
+    reading = (denoiser or plain_denoiser)(network, cache)
+    for step in denoise(reading, draws, len(live), schedule, accept, settle, edits, pins):
+        for place, row in enumerate(live[i] for i in step.rows.tolist()):
+            row.draft(step.argmax[place].tolist(), step.number)
+            yield denoised(row, place, step)
+        if cancel is not None and cancel.is_set():
+            for row in live:
+                yield from row.cancel()
+            return False
+    return True
 
 
 def prefill(network: Network, rows: Sequence[Row]) -> Cache:

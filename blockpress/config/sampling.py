@@ -17,6 +17,13 @@ from blockpress.config.checks import check, is_count, is_number
 from blockpress.config.model import ModelConfig
 from blockpress.errors import ConfigError, RequestError
 
+MOST_CHECKS = 63
+"""Each check begins a canvas again under draws of its own, and their number counts 256 beginnings, three of them for
+empty answers."""
+
+CHECKS = 4
+"""How many checks the mode "verified" makes of itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -24,8 +31,9 @@ class Sampling:
 
     steps: most denoising steps a canvas. entropy_bound: nats that the accepted tokens may hold together, the largest
     left out. t_max, t_min: temperature at the first step and after the last. stability: steps in a row whose argmax
-    must agree before a canvas settles. confidence: mean entropy (nats a token) below which it may settle. stop: text
-    that ends the answer and is not part of it.
+    must agree before a canvas settles. confidence: mean entropy (nats a token) below which it may settle. checks: how
+    many times at most the causal pass checks a settled canvas and has what it disagrees with denoised again; 0: never.
+    stop: text that ends the answer and is not part of it.
     """
 
     steps: int = 48
@@ -34,6 +42,7 @@ class Sampling:
     t_max: float = 0.8
     stability: int = 1
     confidence: float = 0.005
+    checks: int = 0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,6 +60,7 @@ class Sampling:
         )
         need(is_count(self.stability, 0), "stability", "a whole number of at least 0")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
+        need(is_count(self.checks, 0) and self.checks <= MOST_CHECKS, "checks", f"from 0 to {MOST_CHECKS}")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> Sampling:

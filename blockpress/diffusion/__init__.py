@@ -1,9 +1,11 @@
 """The canvas: noise, schedule, acceptance, settling and the loop. It knows no model."""
 
 from blockpress.diffusion.accept import EntropyBound
-from blockpress.diffusion.denoise import Denoiser, Draws, Reading, Step, denoise
+from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise
 from blockpress.diffusion.edits import Edits
 from blockpress.diffusion.noise import KeyedDraws
+from blockpress.diffusion.pins import Pins
+from blockpress.diffusion.reading import Reading
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import StableAndConfident
 
@@ -13,6 +15,7 @@ __all__ = [
     "Edits",
     "EntropyBound",
     "KeyedDraws",
+    "Pins",
     "Reading",
     "Schedule",
     "StableAndConfident",

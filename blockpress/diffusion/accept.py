@@ -13,15 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from blockpress.shapes import Accepted, Entropy
 
 
 @dataclass(frozen=True)
 class EntropyBound:
-    """Accept the lowest-entropy positions while their sum but the largest stays within `bound` nats."""
+    """Accept the lowest-entropy positions while their sum but the largest stays within `bound` nats, one a row or one
+    for all."""
 
-    bound: float
+    bound: float | Float32[Tensor, "batch 1"]
 
     def __call__(self, entropy: Entropy) -> Accepted:
         """The accepted positions of every row; the surest one is always among them.

@@ -23,19 +23,11 @@ from torch import Tensor
 
 from blockpress.diffusion.accept import EntropyBound
 from blockpress.diffusion.edits import Edits
+from blockpress.diffusion.pins import Pins
+from blockpress.diffusion.reading import Reading
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import StableAndConfident
 from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a denoiser makes of a canvas: best and drawn tokens, entropy in nats, and the signal for its next step."""
-
-    argmax: Canvas
-    sample: Canvas
-    entropy: Entropy
-    signal: Signal
 
 
 @runtime_checkable
@@ -85,19 +77,24 @@ def denoise(
     accept: EntropyBound,
     settle: StableAndConfident,
     edits: Edits | None = None,
+    pins: Pins | None = None,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
     A row's result is the argmax of its last step: the one in which it settled, or step `schedule.steps`. `Step.canvas`
-    is what the step read. `edits` hold for the whole canvas, by the places of the rows in the batch.
+    is what the step read. `edits` and `pins` hold for all steps, by the places of the rows in the batch.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
     rows = rows.to(canvas.device)
+    if pins is not None:
+        canvas = pins.hold(rows, canvas)
     unchanged = torch.zeros_like(rows)
     signal, previous = None, torch.full_like(canvas, -1)
     for number in range(1, schedule.steps + 1):
         reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, edits)
+        if pins is not None:
+            reading = pins(rows, reading)
         accepted = accept(reading.entropy)
         changed = reading.argmax != previous
         unchanged = torch.where(changed.any(-1), 0, unchanged + 1)
@@ -108,3 +105,5 @@ def denoise(
         live = ~settled
         rows, unchanged, previous, signal = rows[live], unchanged[live], reading.argmax[live], reading.signal[live]
         canvas = torch.where(accepted[live], reading.sample[live], draws.noise(rows, number))
+        if pins is not None:
+            canvas = pins.hold(rows, canvas)

@@ -24,9 +24,10 @@ NOISE, SAMPLE = 0, 1
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
+LOW = 0xFFFFFFFF
 
 Words = Int[Tensor, "..."]
+Fractions = Float64[Tensor, "..."]
 Steps = int | Int[Tensor, " rows"]
 """The number of the step that the rows are at: of all of them, or one by one."""
 
@@ -44,14 +45,19 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words])
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & LOW, (k1 + _WEYL[1]) & LOW
     return c0, c1, c2, c3
 
 
 def _multiply(word: Words, factor: int) -> tuple[Words, Words]:
     """High and low half of a 32 x 32 bit product; int64 wraps, and the mask takes the sign back out."""
     product = word * factor
-    return (product >> 32) & _LOW, product & _LOW
+    return (product >> 32) & LOW, product & LOW
+
+
+def _fraction(first: Words, second: Words) -> Fractions:
+    """A number in [0, 1) of the upper 53 bits of two words."""
+    return ((first << 21) | (second >> 11)).double() * 2.0**-53
 
 
 class KeyedDraws:
@@ -69,26 +75,54 @@ class KeyedDraws:
         vocab: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        low, high = ([seed >> shift & LOW for seed in seeds] for shift in (0, 32))
+        words = [torch.tensor(list(x), dtype=torch.int64, device=device) for x in (low, high, canvases)]
+        self._hold(words[0], words[1], words[2], length, vocab)
+
+    @classmethod
+    def from_words(
+        cls,
+        low: Int[Tensor, " rows"],
+        high: Int[Tensor, " rows"],
+        canvases: Int[Tensor, " rows"],
+        *,
+        length: int,
+        vocab: int,
+    ) -> KeyedDraws:
+        """The same from tensors: the low and the high 32 bits of the seeds, in int64, and the canvases' numbers."""
+        draws = cls.__new__(cls)
+        draws._hold(low, high, canvases, length, vocab)
+        return draws
+
+    def _hold(self, low: Tensor, high: Tensor, canvases: Tensor, length: int, vocab: int) -> None:
         self.length, self.vocab = length, vocab
-        low = [seed & _LOW for seed in seeds]
-        high = [seed >> 32 & _LOW for seed in seeds]
-        self._key = tuple(torch.tensor(x, dtype=torch.int64, device=device)[:, None] for x in (low, high))
-        self._canvas = torch.tensor(list(canvases), dtype=torch.int64, device=device)[:, None]
-        self._position = torch.arange(length, dtype=torch.int64, device=device)[None]
+        self._key, self._canvas = (low[:, None], high[:, None]), canvases[:, None]
+        self._position = torch.arange(length, dtype=torch.int64, device=canvases.device)[None]
 
     def noise(self, rows: Int[Tensor, " rows"], step: Steps) -> Canvas:
         """Uniform random tokens for the rows: the first canvas at step 0, what is not accepted after a later step."""
-        word = self._words(rows, step, NOISE)[0]
-        return (word * self.vocab) >> 32
+        return self._token(self._words(rows, step, NOISE)[0])
 
     def uniform(self, rows: Int[Tensor, " rows"], step: Steps) -> Float64[Tensor, "rows canvas"]:
         """One uniform number in [0, 1) with 53 random bits for every position."""
         first, second, _, _ = self._words(rows, step, SAMPLE)
-        return ((first << 21) | (second >> 11)).double() * 2.0**-53
+        return _fraction(first, second)
 
     def sample(self, rows: Int[Tensor, " rows"], step: Steps, scaled: Logits) -> Canvas:
         """A token a position from softmax(scaled)."""
         return vocabulary.sample(scaled, self.uniform(rows, step))
+
+    def of_step(
+        self, number: Int[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, "rows canvas"], Int[Tensor, "rows canvas"], Float64[Tensor, "rows canvas"]]:
+        """What a step of every row may need, in one pass: `noise` of step 0, `noise` and `uniform` of step `number`."""
+        kind = torch.arange(3, device=number.device)[:, None, None]
+        step, purpose = number[:, None] * (kind > 0), (kind == 2) * SAMPLE
+        first, second, _, _ = philox((self._position, step, self._canvas, purpose), self._key)
+        return self._token(first[0]), self._token(first[1]), _fraction(first[2], second[2])
+
+    def _token(self, word: Words) -> Words:
+        return (word * self.vocab) >> 32
 
     def _words(self, rows: Int[Tensor, " rows"], step: Steps, purpose: int) -> tuple[Words, Words, Words, Words]:
         canvas = self._canvas[rows]

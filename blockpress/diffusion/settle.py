@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.shapes import Entropy
@@ -14,11 +14,11 @@ from blockpress.shapes import Entropy
 class StableAndConfident:
     """Settle where the argmax agreed with the last `stability` steps and the mean entropy is below `confidence`.
 
-    `confidence` is in nats a token.
+    `confidence` is in nats a token. Each is one for all rows, or one a row.
     """
 
-    stability: int
-    confidence: float
+    stability: int | Int[Tensor, " batch"]
+    confidence: float | Float32[Tensor, " batch"]
 
     def __call__(self, unchanged: Int[Tensor, " batch"], entropy: Entropy) -> Bool[Tensor, " batch"]:
         """Which rows are finished.

@@ -52,6 +52,11 @@ class Cache:
         width = int(lengths.max())
         return Cache(tuple((k[rows][:, :, :width], v[rows][:, :, :width]) for k, v in self.layers), lengths)
 
+    def until(self, lengths: Int[Tensor, " batch"]) -> Cache:
+        """The cache with the first `lengths[b]` tokens of row b alone, none of them longer than it is."""
+        width = int(lengths.max())
+        return Cache(tuple((key[:, :, :width], value[:, :, :width]) for key, value in self.layers), lengths)
+
     def recent(self, layer: int, window: int | None) -> tuple[KeyValue, int]:
         """What a canvas can see of one layer, and the position of its first key.
 

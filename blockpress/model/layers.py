@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from blockpress.config import LayerConfig, ModelConfig
@@ -30,11 +30,13 @@ from blockpress.shapes import Heads, Hidden, KeyHeads
 
 Rotary = tuple[Tensor, Tensor]
 Attend = Callable[[Heads, KeyHeads, KeyHeads], Heads]
-"""What a layer does with its rows' queries, keys and values: it keeps the latter two, and lets the first look at all that
-they may. Where only keys and values are wanted of the first rows, there are fewer queries, those of the last rows."""
+"""What a layer does with its rows' queries, keys and values: it keeps the latter two, and lets the first look at all
+that they may. Where only keys and values are wanted of the first rows, there are fewer queries: those of the
+last rows."""
 
 Causal = bool | Bool[Tensor, " length"]
 """Whether the rows of a pass are of the causal pass or of a canvas: all of them alike, or one by one."""
+Wanted = Float[Tensor, "batch wanted hidden"]
 
 
 class PackedHolder(nn.Module):
@@ -162,7 +164,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, eps)
         self.k_norm = RMSNorm(dim, eps)
 
-    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, skip: int = 0) -> Hidden:
+    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, skip: int = 0) -> Wanted:
         """What x's rows see, the first `skip` of them left out: those leave their keys and values alone."""
         cos, sin = (table.to(x.dtype) for table in rotary)
         key = self._heads(self.k_proj(x))
@@ -205,11 +207,12 @@ class Layer(nn.Module):
         if self.sparse:
             self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
             self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
-        if config.has_canvas:
+        self.has_canvas = config.has_canvas
+        if self.has_canvas:
             self.register_buffer("layer_scalar", torch.ones(1))
         self.register_buffer("causal_scalar", torch.ones(1))
 
-    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Hidden:
+    def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
         """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
         mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
         h = x[:, skip:] + self.post_attention_layernorm(mixed)
@@ -222,9 +225,9 @@ class Layer(nn.Module):
         return y * self._scalar(causal, skip)
 
     def _scalar(self, causal: Causal, skip: int) -> Tensor:
-        if isinstance(causal, Tensor):
+        if isinstance(causal, Tensor) and self.has_canvas:
             return torch.where(causal[skip:, None], self.causal_scalar, self.layer_scalar)
-        return self.causal_scalar if causal else self.layer_scalar
+        return self.layer_scalar if causal is False else self.causal_scalar
 
 
 class SelfConditioning(nn.Module):

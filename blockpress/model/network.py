@@ -22,7 +22,7 @@ from blockpress.config import LayerKind, ModelConfig
 from blockpress.config.vision import pictures_see_themselves
 from blockpress.errors import RequestError
 from blockpress.model.cache import Cache, KeyValue
-from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning
+from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning, Wanted
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.pictures import Images, place
 from blockpress.ops import attention
@@ -50,7 +50,7 @@ class Looking:
 class Network(nn.Module):
     """A DiffusionGemma or Gemma 4 network with tied input embedding, output head and self-conditioning embedding."""
 
-    def __init__(self, config: ModelConfig, attention_op: AttentionOp = attention.plain) -> None:
+    def __init__(self, config: ModelConfig, attention_op: AttentionOp = attention.grouped) -> None:
         super().__init__()
         self.config = config
         self.attention_op = attention_op
@@ -141,7 +141,7 @@ class Network(nn.Module):
 
     def run(
         self, x: Hidden, positions: Positions, attends: Sequence[Attend], *, causal: Causal, skip: int = 0
-    ) -> Hidden:
+    ) -> Wanted:
         """The stack itself: layers and final norm.
 
         Args:
@@ -161,7 +161,7 @@ class Network(nn.Module):
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
         """Rows of the embedding times sqrt(hidden), which is rounded to the weight's dtype."""
-        return self.embed_tokens(tokens, self.dtype) * self._embed_scale()
+        return self.embed_tokens(tokens, self.dtype) * self.embed_scale()
 
     def condition(self, canvas: Canvas, signal: Signal | None) -> Hidden:
         """The canvas's input: its embedding and the self-conditioning signal (None: zeros), normed together.
@@ -193,10 +193,12 @@ class Network(nn.Module):
         Rounded where the reference rounds: logits to the weight's dtype, softmax in float32, back, times sqrt(hidden).
         """
         belief = torch.softmax(scaled.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
-        return combine(belief, self.embed_tokens.weight) * self._embed_scale()
+        return combine(belief, self.embed_tokens.weight) * self.embed_scale()
 
-    def _embed_scale(self) -> Tensor:
-        return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
+    def embed_scale(self) -> Tensor:
+        """sqrt(hidden), rounded to the weight's dtype as the reference has it."""
+        # A fill and no copy: on a GPU a copy would wait for the device, and could not be captured.
+        return torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
 
     def windows(self) -> dict[LayerKind, int | None]:
         """How far each kind of layer looks back, the token itself included; None: without limit."""

@@ -10,13 +10,15 @@ from blockpress.reply.events import (
     Denoised,
     Done,
     Event,
+    Failed,
     FinishReason,
     Reply,
     Text,
     Thought,
+    TokenLogprob,
     Usage,
 )
-from blockpress.reply.row import Cancel, FinishedCanvas, Row, denoised
+from blockpress.reply.row import Cancel, FinishedCanvas, Row, common_prefix, denoised
 from blockpress.reply.turn import Decoder, PlainTurn, Turn
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Denoised",
     "Done",
     "Event",
+    "Failed",
     "FinishReason",
     "FinishedCanvas",
     "PlainTurn",
@@ -35,7 +38,9 @@ __all__ = [
     "Row",
     "Text",
     "Thought",
+    "TokenLogprob",
     "Turn",
     "Usage",
+    "common_prefix",
     "denoised",
 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from blockpress.errors import BlockpressError
 from blockpress.text import BrokenCall, ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
@@ -24,6 +25,8 @@ class Usage:
     tokens_per_forward: returned tokens a forward. reasoning_tokens: of the returned ones, those inside thoughts, the
     control tokens around them left out. thought_cut: whether the budget closed a thought. empty_retries: canvases that
     were written again because they ended the answer before it began; their steps are counted, their tokens are not.
+    checks: how often the causal pass checked a settled canvas. rounds: how often it had part of one denoised again. A
+    check is a forward; where it agrees with all of a canvas, it is the commit as well.
     """
 
     prompt_tokens: int
@@ -35,6 +38,20 @@ class Usage:
     reasoning_tokens: int = 0
     thought_cut: bool = False
     empty_retries: int = 0
+    checks: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """What the causal pass thinks of a token behind the ones before it: natural logarithms, at temperature 1.
+
+    top: the likeliest tokens there with theirs, the best first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Reply:
     """The whole answer. `text` is None where the model has no tokenizer; `tokens` ends with the stop id if one came.
 
     Of a chat also: the thought (None without one), the tool calls, and what began like a call and is none.
+    logprobs: one for each of `tokens`, in their order; None where they were not asked for.
     """
 
     text: str | None
@@ -51,6 +69,7 @@ class Reply:
     thinking: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     broken_calls: tuple[BrokenCall, ...] = ()
+    logprobs: list[TokenLogprob] | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -77,7 +96,8 @@ class Reply:
 class Denoised:
     """One step of one row: what the canvas looked like and what the step made of it. Entropies in nats.
 
-    attempt: how many times this canvas has been begun again.
+    attempt: how many times this canvas has been begun again. checks: how many times the causal pass has checked it and
+    has had the rest of it denoised again.
     """
 
     row: int
@@ -89,11 +109,12 @@ class Denoised:
     changed: Bool[Tensor, " canvas"]
     settled: bool
     attempt: int = 0
+    checks: int = 0
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A canvas is finished: its returned tokens and the steps that it took.
+    """A canvas is finished: its returned tokens, their log-probabilities if asked for, and the steps that it took.
 
     A stop text that begins in one canvas and ends in the next takes tokens back: `Reply.tokens` has the last word.
     """
@@ -102,6 +123,7 @@ class Committed:
     canvas: int
     tokens: list[int]
     steps: int
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,4 +166,12 @@ class Done:
     reply: Reply
 
 
-Event = Denoised | Committed | Text | Thought | Called | Broken | Done
+@dataclass(frozen=True)
+class Failed:
+    """The row ended with an error of its own; what was told before stands, and no `Done` follows."""
+
+    row: int
+    error: BlockpressError
+
+
+Event = Denoised | Committed | Text | Thought | Called | Broken | Done | Failed

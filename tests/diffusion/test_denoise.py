@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.diffusion import Draws, EntropyBound, KeyedDraws, Reading, Schedule, StableAndConfident, Step, denoise
+from blockpress.diffusion import (
+    Draws,
+    EntropyBound,
+    KeyedDraws,
+    Pins,
+    Reading,
+    Schedule,
+    StableAndConfident,
+    Step,
+    denoise,
+)
 
 VOCAB, LENGTH, HIDDEN = 7, 5, 3
 
@@ -96,12 +107,24 @@ class Seen:
     settled: bool
 
 
-def plain(script: Script, draws: KeyedDraws, row: int, policy: Policy) -> list[Seen]:
-    """Reference model, section 2, for one row and with lists."""
-    canvas = draws.noise(torch.tensor([row]), 0)[0].tolist()
+def pinned_signal(tokens: Tensor) -> Tensor:
+    """What the signal of a pin is in these tests; no script says anything like it."""
+    return (1000.0 + tokens)[..., None].expand(*tokens.shape, HIDDEN)
+
+
+def plain(
+    script: Script, draws: KeyedDraws, row: int, policy: Policy, pins: Mapping[int, int] | None = None
+) -> list[Seen]:
+    """Reference model, section 2, for one row and with lists; and with places that hold what they are told."""
+    pins = pins or {}
+    canvas = held(draws.noise(torch.tensor([row]), 0)[0].tolist(), pins)
     signal, previous, unchanged, history = None, [-1] * LENGTH, 0, []
     for step in range(1, policy.steps + 1):
         line = script.line(row, step, canvas, signal)
+        for place, token in pins.items():
+            line.argmax[place] = line.sample[place] = token
+            line.entropy[place] = 0.0
+            line.signal[place] = [1000.0 + token] * HIDDEN
         accepted, total = [False] * LENGTH, 0.0
         for place in sorted(range(LENGTH), key=line.entropy.__getitem__):
             accepted[place] = total <= policy.bound
@@ -114,13 +137,20 @@ def plain(script: Script, draws: KeyedDraws, row: int, policy: Policy) -> list[S
             break
         noise = draws.noise(torch.tensor([row]), step)[0].tolist()
         canvas = [x if kept else fresh for x, kept, fresh in zip(line.sample, accepted, noise, strict=True)]
+        canvas = held(canvas, pins)
         signal, previous = line.signal, line.argmax
     return history
 
 
-def run(script: Script, draws: KeyedDraws, batch: int, policy: Policy) -> tuple[list[Step], list[list[Seen]]]:
+def held(canvas: list[int], pins: Mapping[int, int]) -> list[int]:
+    return [pins.get(place, token) for place, token in enumerate(canvas)]
+
+
+def run(
+    script: Script, draws: KeyedDraws, batch: int, policy: Policy, pins: Pins | None = None
+) -> tuple[list[Step], list[list[Seen]]]:
     accept, settle = EntropyBound(policy.bound), StableAndConfident(policy.stability, policy.confidence)
-    steps = list(denoise(script, draws, batch, policy.schedule, accept, settle))
+    steps = list(denoise(script, draws, batch, policy.schedule, accept, settle, None, pins))
     rows: list[list[Seen]] = [[] for _ in range(batch)]
     for step in steps:
         for place, row in enumerate(step.rows.tolist()):

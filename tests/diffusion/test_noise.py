@@ -86,6 +86,17 @@ def test_neither_the_batch_nor_its_order_nor_the_rows_at_hand_matter(
         assert all(torch.equal(many[place], one[0]) for many, one in zip(together, alone, strict=True))
 
 
+@given(st.lists(st.tuples(st.integers(-5, 2**65), st.integers(0, 3), st.integers(1, 48)), min_size=1, max_size=6))
+def test_a_steps_draws_in_one_pass_are_those_one_by_one(rows: list[tuple[int, int, int]]):
+    """Made from tensors of words, too."""
+    seeds, canvases, steps = (list(x) for x in zip(*rows, strict=True))
+    keyed, every, number = draws(seeds, canvases), torch.arange(len(rows)), torch.tensor(steps)
+    low, high = (torch.tensor([seed >> shift & 0xFFFFFFFF for seed in seeds]) for shift in (0, 32))
+    other = KeyedDraws.from_words(low, high, torch.tensor(canvases), length=6, vocab=1000)
+    wanted = keyed.noise(every, 0), keyed.noise(every, number), keyed.uniform(every, number)
+    assert all(torch.equal(a, b) for a, b in zip(other.of_step(number), wanted, strict=True))
+
+
 def test_asking_in_another_order_changes_nothing():
     one, other = draws([5], [0]), draws([5], [0])
     forwards = [numbers(one, [0], step) for step in range(5)]

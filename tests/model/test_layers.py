@@ -95,7 +95,9 @@ def test_the_whole_layer_is_scaled_at_its_end(tiny: ModelConfig, random_network)
     layer = random_network(tiny, seed=1).layers[1]
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     rotary = (torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))
-    outputs = {causal: layer(x, rotary, Looking(None, None, attention.plain), causal=causal) for causal in (True, False)}
+    outputs = {
+        causal: layer(x, rotary, Looking(None, None, attention.plain), causal=causal) for causal in (True, False)
+    }
     ratio = layer.causal_scalar / layer.layer_scalar
     torch.testing.assert_close(outputs[True], outputs[False] * ratio, rtol=1e-5, atol=1e-6)
     assert not torch.equal(outputs[True], outputs[False])

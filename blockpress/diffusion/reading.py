@@ -1,0 +1,21 @@
+"""What a denoiser makes of a canvas: all that the loop ever sees of a network.
+
+Invariant: four values a position and no logits, so that a denoiser need never hold a row of the vocabulary.
+Run it:  python -m pytest tests/diffusion
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockpress.shapes import Canvas, Entropy, Signal
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a denoiser makes of a canvas: best and drawn tokens, entropy in nats, and the signal for its next step."""
+
+    argmax: Canvas
+    sample: Canvas
+    entropy: Entropy
+    signal: Signal

@@ -1,0 +1,73 @@
+"""Log-probabilities of answers against `transformers`: its causal logits over prompt and answer, both families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from blockpress.autoregress import autoregress
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.model import Network
+from blockpress.reply import Done, Reply, Row
+from blockpress.verify import verified
+from blockpress.weights import load_network
+
+from .checkpoints import TINY
+from .oracle import _head, build, network_like
+from .siblings import CASES, checkpoint, prompts
+from .test_sibling import their_logits
+
+TOP = 3
+
+
+def answers(network: Network, rows: Sequence[list[int]], sampling: Sampling | AutoregressiveSampling) -> list[Reply]:
+    diffusion = isinstance(sampling, Sampling)
+    length = network.config.canvas_length if diffusion else 1
+    given = {"stop_ids": (), "canvas_length": length, "room": 60, "max_tokens": 14, "logprobs": TOP}
+    made = [Row(index, row, index, **given) for index, row in enumerate(rows)]
+    events = verified(network, made, sampling) if diffusion else autoregress(network, made, sampling)  # type: ignore[arg-type]
+    found = {event.row: event.reply for event in events if isinstance(event, Done)}
+    return [found[index] for index in range(len(rows))]
+
+
+def check(reply: Reply, prompt: Sequence[int], logits: Tensor) -> None:
+    """`logits`: of all of prompt and answer, [length, vocabulary]."""
+    log_p = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    assert reply.logprobs is not None and [said.token for said in reply.logprobs] == reply.tokens
+    own = log_p.gather(-1, torch.tensor(reply.tokens)[:, None])[:, 0]
+    assert [said.logprob for said in reply.logprobs] == pytest.approx(own.tolist(), abs=1e-4)
+    best = log_p.topk(TOP).values
+    assert [value for said in reply.logprobs for _, value in said.top] == pytest.approx(
+        best.flatten().tolist(), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_of_canvases(checks: int) -> None:
+    config = replace(TINY, canvas_length=8)
+    theirs = build(config, 0)
+    theirs.set_attn_implementation("eager")
+    rows = [[3, 4, 5], [9] * 20, [7]]
+    replies = answers(network_like(theirs, config), rows, Sampling(steps=3, checks=checks))
+    for prompt, reply in zip(rows, replies, strict=True):
+        out = theirs(
+            input_ids=torch.tensor([[*prompt, *reply.tokens]]),
+            decoder_input_ids=torch.zeros(1, 8, dtype=torch.long),
+            past_key_values=DynamicCache(config=theirs.config.text_config),
+        )
+        check(reply, prompt, _head(theirs, out.encoder_last_hidden_state[0]))
+
+
+@pytest.mark.parametrize("name", ["experts, keys are values", "dense, saved by itself, no softcap"])
+def test_of_single_tokens(name: str, workspace: object) -> None:
+    theirs, directory = checkpoint(name, workspace)  # type: ignore[arg-type]
+    rows = prompts(CASES[name], seed=2)
+    replies = answers(load_network(directory), rows, AutoregressiveSampling(temperature=1.0))
+    whole = [[*prompt, *reply.tokens] for prompt, reply in zip(rows, replies, strict=True)]
+    for prompt, reply, logits in zip(rows, replies, their_logits(theirs, whole, "eager"), strict=True):
+        check(reply, prompt, logits)
