@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from blockpress.config import ModelConfig, Sampling
     from blockpress.errors import BlockpressError
     from blockpress.lm import LM, load
-    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Event, Reply, Text, Thought, Usage
+    from blockpress.reply import (
+        Broken,
+        Called,
+        Committed,
+        Denoised,
+        Done,
+        Event,
+        Reply,
+        Text,
+        Thought,
+        TokenLogprob,
+        Usage,
+    )
     from blockpress.text import BrokenCall, ToolCall
 
 __version__ = "0.1.0"
@@ -36,6 +48,7 @@ _HOMES = {
     "Sampling": "config",
     "Text": "reply",
     "Thought": "reply",
+    "TokenLogprob": "reply",
     "ToolCall": "text",
     "Usage": "reply",
     "load": "lm",
@@ -56,6 +69,7 @@ __all__ = [
     "Sampling",
     "Text",
     "Thought",
+    "TokenLogprob",
     "ToolCall",
     "Usage",
     "__version__",

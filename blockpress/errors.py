@@ -12,7 +12,9 @@
     ├── TextError                text, token ids or a template that the tokenizer cannot take
     ├── RequestError             a call's argument
     │   ├── MediaError           an image or video that cannot be read, or does not fit its prompt
-    │   └── PromptTooLong        the prompt leaves no room in the context
+    │   ├── PromptTooLong        the prompt leaves no room in the context
+    │   └── Overloaded           the engine's queue is full; the same request may be asked again later
+    ├── EngineError              a request that the engine could not finish, through no fault of its own
     ├── PuzzleError              a sudoku that is malformed or contradicts itself
     └── TrainingError            a recipe, a resume point or a run that went wrong
 
@@ -27,10 +29,12 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DamagedFile",
+    "EngineError",
     "HubError",
     "MediaError",
     "MissingWeights",
     "ModelNotFound",
+    "Overloaded",
     "PromptTooLong",
     "PuzzleError",
     "RequestError",
@@ -110,6 +114,14 @@ class MediaError(RequestError):
 
 class PromptTooLong(RequestError):
     """The prompt leaves no room for a canvas in the model's context."""
+
+
+class Overloaded(RequestError):
+    """The engine's queue is full; nothing is wrong with the request, which may be asked again later."""
+
+
+class EngineError(BlockpressError):
+    """A forward failed, or gave no numbers: the request ends, every other one goes on."""
 
 
 class PuzzleError(BlockpressError):

@@ -22,6 +22,7 @@ from blockpress.diffusion import KeyedDraws
 from blockpress.errors import BlockpressError, CheckpointError, RequestError
 from blockpress.generate import generate
 from blockpress.lm import LM
+from blockpress.lm.answer import recite
 from blockpress.model import Cache, Network
 from blockpress.reply import Broken, Called, Committed, Denoised, Done, Event, Reply, Row, Text, Thought
 from blockpress.text import BrokenCall, Tokenizer, ToolCall
@@ -100,6 +101,7 @@ def model(script: Script, stop_ids: tuple[int, ...] = (EOS,)) -> LM:
         network=Scripted(script),
         generation=GenerationConfig(stop_ids=stop_ids),
         tokenizer=TOKENIZER,
+        answer=recite,
     )
 
 
@@ -439,7 +441,9 @@ def test_a_chat_in_a_batch_is_the_chat_alone():
     options: dict[str, Any] = {"thinking": True, "thinking_budget": 15}
 
     def fresh() -> LM:
-        return LM(path=Path("x"), network=Mixed(scripts), generation=GenerationConfig(), tokenizer=TOKENIZER)
+        return LM(
+            path=Path("x"), network=Mixed(scripts), generation=GenerationConfig(), tokenizer=TOKENIZER, answer=recite
+        )
 
     alone = [fresh().chat(talk, **options) for talk in talks]
     assert fresh().chat(talks, **options) == alone
@@ -473,6 +477,8 @@ def test_random_weights_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.
     together = random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options)
     assert together == alone
     assert sum(reply.usage.empty_retries for reply in alone) > 0
+    monkeypatch.setattr(random_lm, "answer", recite)
+    assert random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options) == alone
     for reply in alone:
         assert (
             reply.usage.empty_retries == RETRIES

@@ -127,10 +127,8 @@ def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
     assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.runs)
     assert sum(run.length for run in question.runs) == question.ids.count(lm.config.image_id or -1)
     # The same features at both places of the same picture, and another answer where the last one differs.
-    with patch("blockpress.lm.model.generate") as generating:
-        lm.chat_stream(talk)
-    (row,) = generating.call_args.args[1]
-    first, second, third = (row.images[run.start] for run in question.runs)
+    (request,) = lm.chat_requests(talk)
+    first, second, third = (request.row.images[run.start] for run in question.runs)
     assert torch.equal(first, third) and first.shape != second.shape
     options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
     assert lm.chat(talk, **options).tokens != lm.chat([*talk[:-1], *showing("Again ", image(3))], **options).tokens

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from blockpress.chat import RETRIES
 from blockpress.config import AutoregressiveSampling, GenerationConfig
 from blockpress.lm import LM
+from blockpress.lm.answer import recite
 from blockpress.model import Cache
 from blockpress.reply import Committed, Denoised, Event, Reply
 from blockpress.text import ToolCall
@@ -47,7 +48,7 @@ class Speaking(Scripted):
 
 def model(script: Script, kind: type[Speaking] = Speaking) -> LM:
     generation = GenerationConfig(stop_ids=(EOS,))
-    return LM(path=Path("scripted"), network=kind(script), generation=generation, tokenizer=TOKENIZER)
+    return LM(path=Path("scripted"), network=kind(script), generation=generation, tokenizer=TOKENIZER, answer=recite)
 
 
 def events_of(lm: LM, **options: Any) -> list[Event]:

@@ -23,6 +23,7 @@ SAYS = {
     "03_own_acceptance.py": "SurestShare(share=0.9)",
     "04_train_tiny.py": "answer",
     "05_chat.py": "thought for",
+    "06_many_at_once.py": "forwards for all of them",
 }
 
 

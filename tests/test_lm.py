@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockpress.config import PRESETS, GenerationConfig, ModelConfig, Sampling
+from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
 from blockpress.errors import BlockpressError, CheckpointError, PromptTooLong, RequestError, TextError
 from blockpress.lm import LM
 from blockpress.reply import Committed, Denoised, Done, Event, Reply, Text
@@ -192,6 +192,50 @@ def test_a_stop_text_cuts_the_same_answer(lm: LM, replies: list[Reply]):
     assert len(stop) == 3
     assert reply.text == text[: text.index(stop)]
     assert reply.finish_reason == "stop"
+
+
+# --------------------------------------------------------------------------------------- checks and log-probabilities
+
+
+def test_verified_is_diffusion_with_checks(lm: LM, replies: list[Reply]):
+    checked = lm.generate(PROMPTS[1], seed=7, max_tokens=20, mode="verified")
+    assert checked == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=4))
+    assert 0 < checked.usage.checks <= 4 * checked.usage.canvases and checked.usage.rounds
+    assert checked != replies[1] and replies[1].usage.checks == 0
+    twice = lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="verified")
+    assert twice == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="diffusion")
+
+
+def test_verified_to_the_end_is_the_greedy_answer(lm: LM):
+    checked = lm.generate(PROMPTS, max_tokens=20, sampling=LOOSE.with_(checks=CANVAS))
+    greedy = lm.generate(PROMPTS, max_tokens=20, mode="autoregressive")
+    assert [(r.text, r.finish_reason) for r in checked] == [(r.text, r.finish_reason) for r in greedy]
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])
+def test_log_probabilities_are_those_of_the_next_token_logits(lm: LM, mode: Any):
+    reply = lm.generate(PROMPTS[1], 20, seed=7, mode=mode, logprobs=1)
+    events = list(lm.stream(PROMPTS[1], 20, seed=7, mode=mode, logprobs=1))
+    assert reply.logprobs == [said for e in events if isinstance(e, Committed) for said in e.logprobs or []]
+    assert [said.token for said in reply.logprobs or []] == reply.tokens
+    prompt = lm.encode(PROMPTS[1])
+    log_p = lm.next_token_logits([*prompt, *reply.tokens]).log_softmax(-1)[len(prompt) - 1 : -1]
+    wanted = [float(log_p[place, token]) for place, token in enumerate(reply.tokens)]
+    assert [said.logprob for said in reply.logprobs or []] == pytest.approx(wanted, abs=1e-4)
+    assert [said.top[0][1] for said in reply.logprobs or []] == pytest.approx(log_p.amax(-1).tolist(), abs=1e-4)
+    assert lm.generate(PROMPTS[1], 20, seed=7, mode=mode).logprobs is None
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "3", 17])
+def test_log_probabilities_must_be_a_count(lm: LM, value: Any):
+    for mode in ("diffusion", "autoregressive"):
+        refused(lambda mode=mode: lm.stream("12", mode=mode, logprobs=value), RequestError, "logprobs", repr(value))
+
+
+def test_a_mode_must_be_one(lm: LM):
+    refused(lambda: lm.stream("1", mode="fast"), RequestError, "'fast'", "'verified'")  # type: ignore[arg-type]
+    greedy = AutoregressiveSampling()
+    refused(lambda: lm.stream("1", sampling=greedy, mode="verified"), RequestError, "blockpress.Sampling", "verified")
 
 
 # ----------------------------------------------------------------------------------------------- without a tokenizer

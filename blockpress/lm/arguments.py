@@ -12,13 +12,16 @@ from typing import Any, Literal, TypedDict, TypeGuard, cast, get_args
 import torch
 from torch import Tensor
 
-from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
+from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.config.sampling import CHECKS
 from blockpress.errors import RequestError
 from blockpress.reply import Cancel
 
 Prompt = str | Sequence[int] | Tensor
 Conversation = Sequence[Mapping[str, Any]]
-Mode = Literal["diffusion", "autoregressive"]
+Mode = Literal["diffusion", "verified", "autoregressive"]
+AnySampling = Sampling | AutoregressiveSampling
+"""How canvases are denoised, or how single tokens are chosen."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -28,10 +31,11 @@ class ChatOptions(TypedDict, total=False):
     thinking: bool
     thinking_budget: int | None
     max_tokens: int | None
-    sampling: Sampling | AutoregressiveSampling | None
+    sampling: AnySampling | None
     retry_empty: bool
     soft_tokens: int | None
     mode: Mode | None
+    logprobs: int | None
     cancel: Cancel | None
 
 
@@ -80,9 +84,44 @@ def check_mode(mode: object, config: ModelConfig) -> Mode:
     if mode is None:
         return "diffusion" if config.has_canvas else "autoregressive"
     if mode not in get_args(Mode):
-        raise RequestError(f"mode is {mode!r}", hint=f"mode must be {' or '.join(map(repr, get_args(Mode)))}, or None")
-    if mode == "diffusion" and not config.has_canvas:
+        raise RequestError(f"mode is {mode!r}", hint=f"mode must be {', '.join(map(repr, get_args(Mode)))}, or None")
+    if mode != "autoregressive" and not config.has_canvas:
         raise RequestError(
             f"mode is {mode!r}", hint=f"a model of the family {config.family} has no canvas: use 'autoregressive'"
         )
     return cast("Mode", mode)
+
+
+def check_sampling(
+    sampling: object, mode: object, generation: GenerationConfig, config: ModelConfig, *, has_text: bool
+) -> AnySampling:
+    """How the answer is sampled in a mode; None: as the checkpoint says. "verified" makes checks of its own, if any.
+
+    Raises:
+        RequestError: a mode that the model has not, a sampling of another kind, stop texts without a tokenizer.
+    """
+    chosen = check_mode(mode, config)
+    kind = AutoregressiveSampling if chosen == "autoregressive" else Sampling
+    if sampling is None:
+        sampling = generation.autoregressive if chosen == "autoregressive" else generation.sampling
+    if not isinstance(sampling, kind):
+        raise RequestError(
+            f"sampling is {sampling!r}", hint=f"give a blockpress.{kind.__name__} in the mode {chosen!r}"
+        )
+    if sampling.stop and not has_text:
+        raise RequestError(
+            f"sampling.stop is {sampling.stop!r}", hint="stop texts need a tokenizer; this model has none"
+        )
+    if chosen == "verified" and isinstance(sampling, Sampling) and not sampling.checks:
+        return sampling.with_(checks=CHECKS)
+    return sampling
+
+
+def check_logprobs(logprobs: object, config: ModelConfig) -> int | None:
+    """How many alternatives are told with each log-probability; None: neither. Raises RequestError."""
+    if logprobs is None or (is_whole(logprobs) and 0 <= cast("int", logprobs) <= config.vocab_size):
+        return cast("int | None", logprobs)
+    raise RequestError(
+        f"logprobs is {logprobs!r}",
+        hint=f"logprobs must be a whole number of alternatives from 0 to {config.vocab_size}, or None",
+    )

@@ -14,19 +14,20 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.autoregress import autoregress
 from blockpress.chat import Chat, Question, check_options
-from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.engine import Request
 from blockpress.errors import CheckpointError, RequestError
-from blockpress.generate import generate
+from blockpress.lm.answer import Answer, answer
 from blockpress.lm.arguments import (
+    AnySampling,
     ChatOptions,
     Conversation,
     Mode,
     Prompt,
     are_conversations,
     as_list,
-    check_mode,
+    check_sampling,
     is_batch,
     is_whole,
 )
@@ -39,17 +40,22 @@ from blockpress.weights import load_vision
 if TYPE_CHECKING:
     from blockpress.model import Network
 
-AnySampling = Sampling | AutoregressiveSampling
-"""How canvases are denoised, or how single tokens are chosen."""
-
 
 class LM:
     """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside."""
 
     def __init__(
-        self, *, path: Path, network: Network, generation: GenerationConfig, tokenizer: Tokenizer | None
+        self,
+        *,
+        path: Path,
+        network: Network,
+        generation: GenerationConfig,
+        tokenizer: Tokenizer | None,
+        answer: Answer = answer,
     ) -> None:
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
+        self.answer = answer
+        """What answers requests; `lm.answer.recite` does it slowly and plainly."""
 
     @property
     def config(self) -> ModelConfig:
@@ -80,6 +86,7 @@ class LM:
         sampling: AnySampling | None = None,
         *,
         mode: Mode | None = None,
+        logprobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> Reply: ...
 
@@ -92,6 +99,7 @@ class LM:
         sampling: AnySampling | None = None,
         *,
         mode: Mode | None = None,
+        logprobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> list[Reply]: ...
 
@@ -103,6 +111,7 @@ class LM:
         sampling: AnySampling | None = None,
         *,
         mode: Mode | None = None,
+        logprobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> Reply | list[Reply]:
         """Answer a prompt, or a list of them in one batch.
@@ -113,18 +122,18 @@ class LM:
             seed: of the random draws; a list gives each prompt its own. The same seed gives the same answer.
             sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as the
                 checkpoint's generation_config.json says.
-            mode: "diffusion", canvas by canvas, or "autoregressive", token by token with the same weights; None:
-                diffusion where the model has a canvas.
+            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases checked by the causal pass,
+                `sampling.checks` times at most, or 4 where that is 0; or "autoregressive", token by token with the same
+                weights. None: diffusion where the model has a canvas.
+            logprobs: tell the log-probability of each returned token in the causal pass, at temperature 1, and this
+                many of the likeliest tokens in its place; None: neither. It costs the causal pass over the last canvas.
             cancel: asked between steps (`is_set()`); a `threading.Event` will do.
 
         Returns:
             a `Reply`, or a list of them where `prompt` or `seed` is a list.
         """
-        replies = {
-            e.row: e.reply
-            for e in self.stream(prompt, max_tokens, seed, sampling, mode=mode, cancel=cancel)
-            if isinstance(e, Done)
-        }
+        events = self.stream(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs, cancel=cancel)
+        replies = {event.row: event.reply for event in events if isinstance(event, Done)}
         many = is_batch(prompt) or not is_whole(seed)
         return [replies[row] for row in sorted(replies)] if many else replies[0]
 
@@ -136,13 +145,27 @@ class LM:
         sampling: AnySampling | None = None,
         *,
         mode: Mode | None = None,
+        logprobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> Iterator[Event]:
-        """The same as `generate`, as events: `Denoised` a step, `Committed` a canvas, `Text`, and `Done` at the end.
-        Token by token there is no `Denoised`, and a `Committed` is one token.
+        """The same as `generate`, as events: `Denoised` a step, `Committed` a canvas (or token), `Text`, and `Done`.
 
         Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
         """
+        wanted = self.requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
+        return self.answer(self.network, wanted, cancel)
+
+    def requests(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampling: AnySampling | None = None,
+        *,
+        mode: Mode | None = None,
+        logprobs: int | None = None,
+    ) -> list[Request]:
+        """What `stream` would answer, checked, as requests for an engine that others use, too (`engine`)."""
         sampling = self._sampling(sampling, mode)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
@@ -150,8 +173,8 @@ class LM:
             return PlainTurn(None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop))
 
         ids = [check_ids(self.config, self.encode(one) if isinstance(one, str) else one, "prompt") for one in prompts]
-        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, turn, sampling)
-        return self._run(rows, sampling, cancel)
+        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, turn, sampling, logprobs)
+        return [Request(row, sampling) for row in rows]
 
     @overload
     def chat(self, messages: Conversation, *, seed: int = 0, **options: Unpack[ChatOptions]) -> Reply: ...
@@ -174,7 +197,7 @@ class LM:
             messages: in OpenAI's shape (`text.messages.check_messages` has the fields); `Reply.message` gives an answer
                 back as one.
             seed: as `generate` takes it.
-            options: those of `chat_stream`, where each is described.
+            options: `cancel`, as `generate` takes it, and those of `chat_requests`, where each is described.
 
         Returns:
             a `Reply`, or a list of them where `messages` or `seed` is one. `finish_reason` is "tool_calls" where the
@@ -188,6 +211,21 @@ class LM:
         self,
         messages: Conversation | Sequence[Conversation],
         *,
+        seed: int | Sequence[int] = 0,
+        **options: Unpack[ChatOptions],
+    ) -> Iterator[Event]:
+        """The same as `chat`, as events: those of `stream`, and `Thought`, `Called` and `Broken`.
+
+        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+        """
+        given: dict[str, Any] = {**options}
+        cancel = given.pop("cancel", None)
+        return self.answer(self.network, self.chat_requests(messages, seed=seed, **given), cancel)
+
+    def chat_requests(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = False,
         thinking_budget: int | None = None,
@@ -197,18 +235,16 @@ class LM:
         retry_empty: bool = True,
         soft_tokens: int | None = None,
         mode: Mode | None = None,
-        cancel: Cancel | None = None,
-    ) -> Iterator[Event]:
-        """The same as `chat`, as events: those of `stream`, and `Thought`, `Called` and `Broken`.
-
-        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+        logprobs: int | None = None,
+    ) -> list[Request]:
+        """What `chat_stream` would answer, checked, as requests for an engine that others use, too (`engine`).
 
         Args:
             tools: that the model may call, in OpenAI's shape.
             thinking: whether the model is asked to think before it answers.
             thinking_budget: most tokens of its thoughts; there the thought is closed and the answer begun.
-            max_tokens, sampling, mode, cancel: as `generate` takes them; `sampling.stop` is looked for in the answer
-                alone, and `max_tokens` counts thoughts and calls, too.
+            max_tokens, sampling, mode, logprobs: as `generate` takes them; `sampling.stop` is looked for in the
+                answer alone, and `max_tokens` counts thoughts and calls, too.
             retry_empty: write a canvas again that ends the answer before anything was said, at most three times, as
                 `usage.empty_retries` counts.
             soft_tokens: most tokens that an image, or a frame of a video, becomes (70, 140, 280, 560 or 1120); None: as
@@ -217,9 +253,8 @@ class LM:
         check_options(thinking, thinking_budget, retry_empty, soft_tokens)
         sampling = self._sampling(sampling, mode)
         many = are_conversations(messages)
-        asked = self._chat.questions(
-            messages if many else [messages], many, tools=tools, thinking=thinking, soft_tokens=soft_tokens
-        )
+        talks = messages if many else [messages]
+        asked = self._chat.questions(talks, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
         def turn(prompt: list[int]) -> Turn:
@@ -227,10 +262,9 @@ class LM:
                 prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
             )
 
-        ids = [question.ids for question in asked]
-        rows = self._rows(ids, max_tokens, seed, stop_ids, turn, sampling)
+        rows = self._rows([one.ids for one in asked], max_tokens, seed, stop_ids, turn, sampling, logprobs)
         self._show(rows, asked)
-        return self._run(rows, sampling, cancel)
+        return [Request(row, sampling) for row in rows]
 
     @cached_property
     def _chat(self) -> Chat:
@@ -250,20 +284,8 @@ class LM:
         for row in rows:
             row.images = seen[row.index if len(seen) > 1 else 0]
 
-    def _sampling(self, sampling: AnySampling | None, mode: Mode | None) -> AnySampling:
-        chosen = check_mode(mode, self.config)
-        kind = Sampling if chosen == "diffusion" else AutoregressiveSampling
-        if sampling is None:
-            sampling = self.generation.sampling if chosen == "diffusion" else self.generation.autoregressive
-        if not isinstance(sampling, kind):
-            raise RequestError(
-                f"sampling is {sampling!r}", hint=f"give a blockpress.{kind.__name__} in the mode {chosen!r}"
-            )
-        if sampling.stop and self.tokenizer is None:
-            raise RequestError(
-                f"sampling.stop is {sampling.stop!r}", hint="stop texts need a tokenizer; this model has none"
-            )
-        return sampling
+    def _sampling(self, given: AnySampling | None, mode: Mode | None) -> AnySampling:
+        return check_sampling(given, mode, self.generation, self.config, has_text=self.tokenizer is not None)
 
     def _rows(
         self,
@@ -273,16 +295,11 @@ class LM:
         stop_ids: Sequence[int],
         turn: Callable[[list[int]], Turn],
         sampling: AnySampling,
+        logprobs: int | None,
     ) -> list[Row]:
         canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
-        return make_rows(ids, seed, turn, canvas, self.config, max_tokens=max_tokens, stop_ids=stop_ids)
-
-    def _run(self, rows: list[Row], sampling: AnySampling, cancel: Cancel | None) -> Iterator[Event]:
-        if not rows:
-            return iter(())
-        if isinstance(sampling, Sampling):
-            return generate(self.network, rows, sampling, cancel)
-        return autoregress(self.network, rows, sampling, cancel)
+        limits = {"max_tokens": max_tokens, "logprobs": logprobs}
+        return make_rows(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)
 
     @torch.inference_mode()
     def denoise_logits(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockpress.config import ModelConfig
 from blockpress.errors import PromptTooLong, RequestError
-from blockpress.lm.arguments import as_list, is_whole
+from blockpress.lm.arguments import as_list, check_logprobs, is_whole
 from blockpress.reply import Row, Turn
 
 
@@ -25,16 +25,18 @@ def make_rows(
     *,
     max_tokens: int | None,
     stop_ids: Sequence[int],
+    logprobs: int | None = None,
 ) -> list[Row]:
     """A row for each prompt, or for each seed where there is one prompt; `canvas` tokens are written at once.
 
     Raises:
-        RequestError: max_tokens or seed. PromptTooLong: no room for a canvas.
+        RequestError: max_tokens, seed or logprobs. PromptTooLong: no room for a canvas.
     """
     if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
         raise RequestError(
             f"max_tokens is {max_tokens!r}", hint="max_tokens must be a whole number of at least 1, or None"
         )
+    check_logprobs(logprobs, config)
     seeds = [seed] * len(prompts) if is_whole(seed) else as_list(cast("Sequence[int]", seed), "seed")
     if len(prompts) == 1 and not is_whole(seed):
         prompts = prompts * len(seeds)
@@ -53,6 +55,7 @@ def make_rows(
                 room=config.context_length - len(ids),
                 max_tokens=max_tokens,
                 turn=turn(ids),
+                logprobs=logprobs,
             )
         )
     return rows

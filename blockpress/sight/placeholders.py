@@ -118,13 +118,19 @@ def chunks(length: int, size: int, runs: Sequence[Run]) -> list[tuple[int, int]]
     parts = []
     start = 0
     while start < length:
-        stop = min(start + size, length)
-        split = next((run for run in runs if run.start < stop < run.stop), None)
-        if split is not None:
-            stop = split.start if split.start > start else split.stop
+        stop = part_end(start, min(start + size, length), runs)
         parts.append((start, stop))
         start = stop
     return parts
+
+
+def part_end(start: int, stop: int, runs: Sequence[Run]) -> int:
+    """Where a part from `start` on ends that was to end at `stop`: before a run that would be cut, or, where the part
+    begins with that run, behind it."""
+    split = next((run for run in runs if run.start < stop < run.stop), None)
+    if split is None:
+        return stop
+    return split.start if split.start > start else split.stop
 
 
 def _check_number(kind: str, places: int, given: int) -> None:

@@ -1,0 +1,50 @@
+"""What an engine may use: how many requests, how much memory, how large a forward.
+
+Invariant: options that exist are valid; none of them changes a token of an answer, but for `soft_embedding="sparse"`.
+Run it:  python -m pytest tests/engine/test_pages.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from blockpress.errors import RequestError
+
+SoftEmbedding = Literal["exact", "sparse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Limits of an engine.
+
+    max_running: most requests in one forward. max_waiting: most requests in the queue; one more is refused as
+    `Overloaded`. memory: bytes for pages; None: half of what is free on the device, at most what `max_running` full
+    contexts need. chunk: most tokens of one request's prefill in one forward, unless a picture is longer.
+    prefill_tokens: most prefill tokens of all requests in one forward; canvases and commits always run.
+    reuse_prefixes: whether a request takes over pages that hold the beginning of its context already.
+    soft_embedding: "exact" as the reference rounds it, "sparse" without the least likely tokens.
+    """
+
+    max_running: int = 32
+    max_waiting: int = 1024
+    memory: int | None = None
+    chunk: int = 512
+    prefill_tokens: int = 2048
+    reuse_prefixes: bool = True
+    soft_embedding: SoftEmbedding = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "chunk", "prefill_tokens"):
+            self._need(_is_count(getattr(self, name)), name, "a whole number of at least 1")
+        self._need(self.memory is None or _is_count(self.memory), "memory", "a number of bytes above 0, or None")
+        self._need(isinstance(self.reuse_prefixes, bool), "reuse_prefixes", "True or False")
+        self._need(self.soft_embedding in get_args(SoftEmbedding), "soft_embedding", "'exact' or 'sparse'")
+
+    def _need(self, ok: bool, name: str, what: str) -> None:
+        if not ok:
+            raise RequestError(f"engine option {name} is {getattr(self, name)!r}", hint=f"{name} must be {what}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

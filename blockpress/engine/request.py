@@ -1,0 +1,87 @@
+"""One answer under way, as the engine sees it: its row, its context, and how much of that is in pages.
+
+    new --submit--> waiting --plan--> running --end--> ended
+                                      |     ^
+                               pages run out |  plan, once there is room
+                                      v     |
+                                      paused
+
+Invariant: `context[:read]` is what the request's pages hold, and nothing else; a request without pages has `read` 0.
+Run it:  python -m pytest tests/engine/test_scheduler.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
+
+if TYPE_CHECKING:  # a row knows torch, and this room plans without it
+    from blockpress.reply import Row
+
+Mode = Literal["diffusion", "autoregressive"]
+State = Literal["new", "waiting", "running", "paused", "ended"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Soft tokens in a prompt: the place of the first, how many they are, and a digest of what they show."""
+
+    start: int
+    length: int
+    digest: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@final
+class Request:
+    """One answer under way. Two requests are never equal, however alike they are."""
+
+    def __init__(self, row: Row, sampling: Sampling | AutoregressiveSampling) -> None:
+        self.row, self.sampling = row, sampling
+        self.pictures: tuple[Picture, ...] = ()
+        """What the prompt shows, in order; filled in before the request is submitted."""
+        self.context = list(row.prompt)
+        """The tokens that are context: the prompt, then what was committed."""
+        self.fresh = len(self.context)
+        """Where in the context the tokens of the last commit begin: they are read in one forward."""
+        self.read = 0
+        """How many tokens of the context are in pages."""
+        self.slot: int | None = None
+        """The place of its canvas in the runner, 0 to max_running - 1; kept while it is paused."""
+        self.step = 0
+        """Denoising steps done on the canvas under way, counted by who runs them; 0: not begun."""
+        self.tables: dict[LayerKind, list[int]] = {}
+        """Page ids of each kind of layer: entry i holds positions i*P to i*P + P - 1; DROPPED where let go."""
+        self.digests: list[bytes] = []
+        """What the whole pages of the context hold; computed once, as far as it was needed."""
+        self.asked = 0
+        """How many of the context's last tokens, those from `fresh` on, are a proposal that is yet to be judged."""
+        self.forwards = 0
+        """How many forwards have read its context to the end, counted by who runs them; a prompt in chunks is one."""
+        self.state: State = "new"
+        self.number = -1
+        """Its turn: requests are numbered as they are submitted."""
+
+    @property
+    def speaks(self) -> Mode:
+        """How it is answered: canvas by canvas, or token by token."""
+        return "autoregressive" if isinstance(self.sampling, AutoregressiveSampling) else "diffusion"
+
+    @property
+    def hears(self) -> int:
+        """How many of the context's last tokens must go through a forward, since their hidden states are wanted."""
+        if self.asked:
+            return self.asked
+        if isinstance(self.sampling, AutoregressiveSampling):
+            return 1
+        return 1 if self.sampling.checks or self.row.logprobs is not None else 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the context that are not in pages yet."""
+        return len(self.context) - self.read

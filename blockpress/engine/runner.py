@@ -1,0 +1,172 @@
+"""One forward: a plan without tensors goes in, what came of it comes out.
+
+    works --batch--> rows --embed, begin--> stack over pages --finish--> canvases of the next forward, what was done
+
+Each request has a slot, in which its canvas waits between two forwards. Every request is at a step of its own. On a
+GPU a forward of canvases alone is a captured graph (`captured.py`).
+
+Before the rows run all inputs are sent; behind them the processor waits for the device once, for the flags of every
+canvas, its argmax, and whether what was heard is sound. What else waits: pictures in a prompt, choosing a token
+(`autoregress.choose`), judging a proposal (`judge.judge`).
+
+Invariant: slots and pages change only when the whole forward went well, or hold what a second run of the same works
+would write again; so a forward that failed can be run again, request by request.
+Run it:  python -m pytest tests/engine/test_runner.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockpress.engine.batch import Batch, Part
+from blockpress.engine.captured import Captured, obstacle
+from blockpress.engine.looks import kernels_for, looks
+from blockpress.engine.options import EngineOptions
+from blockpress.engine.request import Request
+from blockpress.engine.scheduler import Work
+from blockpress.engine.slots import Rules, Slots
+from blockpress.engine.step import Begun, Canvases, Finished, begin, entry, finish
+from blockpress.engine.store import Store
+from blockpress.engine.transfer import fetch, send
+from blockpress.model import Network
+from blockpress.model.pictures import place
+from blockpress.reply import Denoised
+from blockpress.shapes import Hidden
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What a forward did for one request.
+
+    denoised: the step, where there was one. canvas: its argmax, where the step was its last. hidden: the final hidden
+    states of the tokens that were heard. sound: False where a number was none (NaN).
+    """
+
+    work: Work
+    denoised: Denoised | None = None
+    canvas: list[int] | None = None
+    hidden: Tensor | None = None
+    sound: bool = True
+
+
+class Runner:
+    """Runs forwards of one network over the pages of a store.
+
+    captured: None where every forward is eager; then `eager` says why.
+    """
+
+    def __init__(self, network: Network, options: EngineOptions, store: Store) -> None:
+        self.network, self.options, self.store = network, options, store
+        self.slots = Slots(network, options.max_running)
+        self.attention = kernels_for(store)
+        self.captured: Captured | None = None
+        self._obstacle = "it is not on a GPU" if store.device.type != "cuda" else obstacle(network, self.attention)
+        if self._obstacle is None and self.attention is not None:
+            self.captured = Captured(network, self.slots, store, options.soft_embedding, self.attention)
+
+    @property
+    def eager(self) -> str | None:
+        """Why no forward is captured; None where forwards of canvases alone are."""
+        return self._obstacle if self.captured is None else self.captured.failed
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """One forward over all works; an outcome for each."""
+        # Streams, events and kernels are the current GPU's, which need not be the network's.
+        with torch.cuda.device(self.store.device) if self.store.device.type == "cuda" else nullcontext():
+            return self._run(works)
+
+    def _run(self, works: Sequence[Work]) -> list[Outcome]:
+        batch = Batch.of(works, self.network.config.canvas_length)
+        rules = self.slots.begin([part.request for part in batch.canvases])
+        done: Finished | None = None
+        heard = torch.empty(0, self.network.config.hidden_size)
+        if self.captured is not None and batch.canvases and not batch.read:
+            done = self.captured.step(batch.canvases, rules)
+        if done is None and batch.rows:
+            heard, done = self._forward(batch, rules)
+        sound, told = self._told(heard, done)
+        steps = {} if done is None else self._steps(batch, done, told)
+        outcomes, hidden = (
+            [],
+            {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard},
+        )
+        for work in works:
+            denoised, canvas, whole = steps.get(work.request, (None, None, True))
+            own, states = hidden.get(work.request), None
+            if own is not None:
+                states, whole = heard[own], whole and bool(sound[own].all())
+            outcomes.append(Outcome(work=work, denoised=denoised, canvas=canvas, hidden=states, sound=whole))
+        return outcomes
+
+    def _forward(self, batch: Batch, rules: Rules) -> tuple[Tensor, Finished | None]:
+        """The rows one by one launched: the hidden states of what was heard, and what the step did, if there is one."""
+        network, device = self.network, self.network.device
+        canvases = None
+        if batch.canvases:
+            canvases = Canvases.of(send(torch.tensor([entry(part) for part in batch.canvases]), device))
+        x, runs = self._read(batch)
+        attends = looks(self.store, batch, network.windows(), runs, device, self.attention)
+        positions, causal = batch.positions(device), batch.causal(device)
+        begun: Begun | None = None
+        if canvases is not None:
+            begun = begin(network, self.slots, canvases, rules)
+            x = torch.cat((x, begun.x), dim=1) if batch.read else begun.x
+        hidden = network.run(x, positions, attends, causal=causal, skip=batch.skip)[0]
+        heard = hidden[: batch.read - batch.skip]
+        if canvases is None or begun is None:
+            return heard, None
+        states = hidden[batch.read - batch.skip :]
+        return heard, finish(network, self.slots, canvases, rules, begun, states, self.options.soft_embedding)
+
+    def _read(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
+        """The input of the causal rows: embeddings, with pictures in their places; and parts with pictures."""
+        network, device = self.network, self.network.device
+        causal, runs = (*batch.silent, *batch.heard), {}
+        tokens = [token for part in causal for token in part.tokens]
+        x = network.embed(send(torch.tensor(tokens, dtype=torch.long), device)[None])
+        for part in causal:
+            shown = part.pictures
+            if shown:
+                rows = slice(part.start, part.stop)
+                x[:, rows], marks = place(x[:, rows], torch.tensor([part.stop - part.start]), [shown])
+                if network.pictures_see_themselves:
+                    runs[part] = marks[0]
+        return x, runs
+
+    def _told(self, heard: Tensor, done: Finished | None) -> tuple[Tensor, Tensor]:
+        """Whether the states heard are sound, row by row, and what the step tells: in one go, here it is waited."""
+        sound = heard.isfinite().all(-1)
+        if done is None:
+            return (fetch(sound) if len(sound) else sound), torch.empty(0)
+        if not len(sound):
+            return sound, fetch(done.told)
+        words = fetch(torch.cat((sound.long(), done.told.flatten())))
+        return words[: len(sound)] != 0, words[len(sound) :].view(done.told.shape)
+
+    def _steps(
+        self, batch: Batch, done: Finished, told: Tensor
+    ) -> dict[Request, tuple[Denoised, list[int] | None, bool]]:
+        """Of every canvas the step, its argmax where it is done, and whether all its numbers are some."""
+        results = {}
+        for i, part in enumerate(batch.canvases):
+            request, (settled, ended, sound, *argmax) = part.request, told[i].tolist()
+            denoised = Denoised(
+                row=request.row.index,
+                canvas=len(request.row.canvases),
+                step=request.step + 1,
+                argmax=done.argmax[i],
+                accepted=done.accepted[i],
+                entropy=done.entropy[i],
+                changed=done.changed[i],
+                settled=bool(settled),
+                attempt=request.row.attempt,
+                checks=request.row.checks,
+            )
+            results[request] = (denoised, argmax if ended and sound else None, bool(sound))
+        return results

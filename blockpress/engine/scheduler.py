@@ -1,0 +1,262 @@
+"""Who takes part in the next forward, with which tokens: continuous batching, decided without a tensor.
+
+    queue                running, in order of arrival                  one forward
+    F E D   --admit-->   A  canvas under way                           A        ................
+                         B  finished a canvas                          B ###### ................     commit, first step
+                         C  prompt of three chunks                     C ####                        second chunk
+            <--pause--   where pages run out, the youngest goes back   # read causally   . denoised
+
+Every running request takes part in every forward, but for prompts that wait for their turn within `prefill_tokens`.
+Prefill, commits and canvases share forwards, each request at a step of its own.
+
+Invariant: running requests are older than waiting ones, and the oldest can always go on: it may have the pages of all
+others. So every request ends, whatever the others do.
+Run it:  python -m pytest tests/engine/test_scheduler.py tests/engine/test_state_machine.py
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from blockpress.config import LayerKind, ModelConfig
+from blockpress.engine.options import EngineOptions
+from blockpress.engine.request import Request
+from blockpress.engine.tables import Tables
+from blockpress.errors import Overloaded, RequestError
+from blockpress.sight.placeholders import Run, part_end
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's part of a forward: its context tokens [start, stop) are read causally, perhaps none; where `canvas`
+    is set, a denoising step runs behind them.
+
+    Its tables have pages for all tokens before `stop` that are seen. An autoregressive request wants the hidden state
+    of token stop - 1 where stop == len(context); start == stop only where it chooses that token once more.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    canvas: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageCounts:
+    """Pages of one kind of layer: all, those that requests hold, those that may be taken over, and how many were given
+    up so far for want of room."""
+
+    total: int
+    held: int
+    reusable: int
+    evicted: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerStats:
+    """What is, and what has been: requests, pauses for want of pages, tokens that were not read because pages held
+    them already."""
+
+    running: int
+    waiting: int
+    submitted: int
+    ended: int
+    pauses: int
+    reused_tokens: int
+    pages: Mapping[LayerKind, PageCounts]
+
+
+@final
+class Scheduler:
+    """Plans forwards for requests that come and go. `pages`: how many of each kind there are (`pages.plan_pages`)."""
+
+    def __init__(self, config: ModelConfig, options: EngineOptions, pages: Mapping[LayerKind, int]) -> None:
+        self._config, self._options = config, options
+        self._tables = Tables(config, options, pages)
+        self._running: list[Request] = []
+        self._queue: deque[Request] = deque()
+        self._slots = list(range(options.max_running))
+        self._submitted = self._ended = self._pauses = self._reused = 0
+
+    @property
+    def running(self) -> int:
+        """Requests that take part in forwards."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue, paused ones among them."""
+        return len(self._queue)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        pages = {
+            kind: PageCounts(
+                total=pool.total,
+                held=pool.total - pool.available,
+                reusable=pool.reusable,
+                evicted=pool.evicted,
+            )
+            for kind, pool in self._tables.pools.items()
+        }
+        return SchedulerStats(
+            running=self.running,
+            waiting=self.waiting,
+            submitted=self._submitted,
+            ended=self._ended,
+            pauses=self._pauses,
+            reused_tokens=self._reused,
+            pages=pages,
+        )
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue, its row's room cut to what the pages hold for it alone.
+
+        Raises:
+            Overloaded: the queue is full. RequestError: its prompt can never fit the pages; names `memory`.
+        """
+        assert request.state == "new", f"a request that is {request.state} was submitted before"
+        capacity, prompt = self._tables.capacity(request), len(request.context)
+        # What is written last is not always read, and then needs no pages.
+        room = None if capacity is None else capacity - prompt + self._unread(request)
+        least = 1 if request.speaks == "autoregressive" else self._config.canvas_length
+        if room is not None and room < least:
+            raise RequestError(
+                f"the prompt has {prompt} tokens, and the pages hold a context of {prompt + room - least}",
+                hint=f"raise the engine option memory (it is {self._options.memory}), or shorten the prompt",
+            )
+        fresh = sum(one.state == "waiting" for one in self._queue)
+        if fresh >= self._options.max_waiting:
+            raise Overloaded(
+                f"the queue is full: {fresh} requests wait, and max_waiting is {self._options.max_waiting}",
+                hint="ask again later, or raise the engine option max_waiting",
+            )
+        if room is not None:
+            request.row.limit(room)
+        request.number, request.state = self._submitted, "waiting"
+        self._submitted += 1
+        self._queue.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Take a request out of the queue or the batch; its pages and its slot are free at once."""
+        self.end(request)
+
+    def plan(self) -> list[Work]:
+        """What the next forward runs, in order of arrival; empty only where nothing is running or waiting."""
+        works: list[Work] = []
+        left = self._options.prefill_tokens
+        for request in list(self._running):
+            if request.state != "running":
+                break  # paused for an older one, and so is whoever is younger
+            work, rest = self._part(request, request.read, left)
+            if work is None or self._find_pages(request, work.stop):
+                left = rest
+                works += [] if work is None else [work]
+        while self._queue and len(self._running) < self._options.max_running:
+            work, left = self._admit(self._queue[0], left)
+            if work is None:
+                break
+            works.append(work)
+        assert works or not (self._running or self._queue), "no request can go on"
+        return works
+
+    def done(self, work: Work) -> None:
+        """The forward ran: the work's tokens are in pages. Nothing happens where its request has ended since."""
+        if work.request.state == "running":
+            assert work.start == work.request.read, "another work of this request came in between"
+            self._tables.wrote(work.request, work.stop)
+
+    def commit(self, request: Request, tokens: list[int]) -> None:
+        """What was written joins the context and is read by the next plan; without tokens it is begun again."""
+        assert request.state == "running" and not request.unread, "what it was written behind has not been read"
+        request.fresh = len(request.context)
+        request.context += tokens
+        request.step = 0
+        capacity = self._tables.capacity(request)
+        assert capacity is None or len(request.context) <= capacity, "the row wrote more than its room"
+
+    def end(self, request: Request, spoilt: bool = False) -> None:
+        """A request is answered or given up: its pages and its slot are free. Nothing where it has ended already.
+
+        Args:
+            spoilt: whether what it has in pages must not be taken over by others.
+        """
+        if request.state in ("new", "ended"):
+            return
+        (self._running if request.state == "running" else self._queue).remove(request)
+        self._tables.release(request, spoilt)
+        if request.slot is not None:
+            heapq.heappush(self._slots, request.slot)
+        request.slot, request.state = None, "ended"
+        self._ended += 1
+
+    def check(self) -> None:
+        """Raises AssertionError where an invariant does not hold; for tests."""
+        self._tables.check(self._running)
+        numbers = [request.number for request in (*self._running, *self._queue)]
+        assert numbers == sorted(set(numbers)), "running or waiting requests are out of order"
+        paused = [request for request in self._queue if request.state == "paused"]
+        slots = [-1 if request.slot is None else request.slot for request in (*self._running, *paused)]
+        assert sorted([*slots, *self._slots]) == list(range(self._options.max_running)), "a slot is lost, or used twice"
+        assert all(request.state == "running" for request in self._running)
+        for request in self._queue:
+            assert request.state in ("waiting", "paused") and not request.tables and not request.read
+            assert (request.slot is not None) == (request.state == "paused")
+
+    def _unread(self, request: Request) -> int:
+        """Tokens that it writes and never reads: the last token, or the last canvas where nobody judges it."""
+        if request.speaks == "autoregressive":
+            return 1
+        return 0 if request.hears else self._config.canvas_length
+
+    def _part(self, request: Request, read: int, left: int) -> tuple[Work | None, int]:
+        """What a request can do in this forward behind `read` tokens, and what is left of the prefill tokens.
+
+        None where it needs more than is left; then nobody behind it gets any, so that prompts are read in turn.
+        """
+        end = len(request.context)
+        if read >= request.fresh:
+            stop = end
+        elif left == 0:
+            return None, 0
+        else:
+            runs = [Run(one.start, one.length) for one in request.pictures]
+            stop = part_end(read, min(read + min(self._options.chunk, left), request.fresh), runs)
+            if stop - read > left and left < self._options.prefill_tokens:
+                return None, 0  # a picture that is read as a whole, in a forward of which no other prompt has taken any
+            left = max(0, left - (stop - read))
+        canvas = stop == end and request.speaks == "diffusion" and not request.asked
+        return Work(request, read, stop, canvas), left
+
+    def _find_pages(self, request: Request, stop: int) -> bool:
+        """Pages for its tokens up to `stop`; where they run out the youngest pause. False: it was the youngest."""
+        while not self._tables.extend(request, stop):
+            youngest = self._running.pop()
+            self._tables.release(youngest)
+            youngest.state = "paused"
+            self._queue.appendleft(youngest)
+            self._pauses += 1
+            if youngest is request:
+                return False
+        return True
+
+    def _admit(self, request: Request, left: int) -> tuple[Work | None, int]:
+        """Take the first of the queue into the batch; None where pages or prefill tokens do not suffice."""
+        found = self._tables.match(request)
+        read = max((len(table) for table in found.values()), default=0) * self._tables.page
+        work, rest = self._part(request, read, left)
+        if work is None or not self._tables.has_room(request, found, self._running):
+            return None, left
+        self._queue.popleft()
+        self._reused += self._tables.adopt(request, found)
+        if request.slot is None:
+            request.slot = heapq.heappop(self._slots)
+        request.state = "running"
+        self._running.append(request)
+        fits = self._tables.extend(request, work.stop)
+        assert fits, "room that was there is gone"
+        return work, rest

@@ -1,0 +1,123 @@
+"""Where canvases wait between two forwards: a row of a few tensors for each request that runs.
+
+    slot     canvas    what the next step reads                 signal      what the last step believed
+             argmax    of the last step, to see what changed    unchanged   steps in a row that it has stayed the same
+             pins      the tokens that it must hold, or OPEN    denied      which of `ids` each place must not take
+    spare    the last row, for entries of a padded batch that are nobody's
+
+`ids` joins what all running requests deny, filled up with ids that nobody denies: so the tensors keep their shapes
+while requests come and go, and a captured step keeps its addresses.
+
+Invariant: a slot is its request's from the first step of its first canvas to its end; a pause does not touch it.
+Run it:  python -m pytest tests/engine/test_runner.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count as numbers
+from itertools import islice
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from blockpress.diffusion.pins import OPEN
+from blockpress.engine.request import Request
+from blockpress.engine.transfer import send
+from blockpress.model import Network
+
+LEAST_IDS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the canvases of a forward ask for beyond the common: a forward without rules does not pay for them.
+
+    begins: some canvas is at its first step. pinned: some place of some canvas is. denied: how many `ids` there are,
+    0 where no canvas denies any.
+    """
+
+    begins: bool = True
+    pinned: bool = False
+    denied: int = 0
+
+
+class Slots:
+    """State for `count` canvases of a network's length. A network without canvases takes no memory here."""
+
+    def __init__(self, network: Network, count: int) -> None:
+        config, self._device = network.config, network.device
+        self._vocab, self.length = config.vocab_size, config.canvas_length if config.has_canvas else 0
+        shape = (count + 1, self.length)
+        self.spare = count
+        self.canvas = torch.zeros(shape, dtype=torch.long, device=self._device)
+        self.argmax = torch.zeros(shape, dtype=torch.long, device=self._device)
+        self.signal = torch.zeros((*shape, config.hidden_size), dtype=network.dtype, device=self._device)
+        self.unchanged = torch.zeros(count + 1, dtype=torch.long, device=self._device)
+        self.pins = torch.full(shape, OPEN, device=self._device)
+        self.ids: Int[Tensor, " ids"] = torch.empty(0, dtype=torch.long, device=self._device)
+        self.denied: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
+        self._column: dict[int, int] = {}
+        self._owner: dict[int, Request] = {}
+        self._denials: dict[int, Mapping[int, Container[int]]] = {}
+        self._pinned: set[int] = set()
+
+    def begin(self, requests: Sequence[Request]) -> Rules:
+        """Take in the rules of canvases whose next step is their first; what the step of all these has to heed."""
+        fresh = [request for request in requests if request.step == 0]
+        for request in fresh:
+            slot = slot_of(request)
+            self._owner[slot], self._denials[slot] = request, dict(request.row.denied)
+            self._pin(slot, request.row.pins)
+        if any(token not in self._column for request in fresh for token in self._denials[slot_of(request)]):
+            self._gather_ids()
+        elif len(self.ids):
+            for request in fresh:
+                self._deny(slot_of(request))
+        slots = [slot_of(request) for request in requests]
+        return Rules(
+            begins=bool(fresh),
+            pinned=any(slot in self._pinned for slot in slots),
+            denied=len(self.ids) if any(self._denials[slot] for slot in slots) else 0,
+        )
+
+    def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
+        if pins:
+            self.pins[slot] = send(torch.tensor([pins.get(place, OPEN) for place in range(self.length)]), self._device)
+            self._pinned.add(slot)
+        elif slot in self._pinned:
+            self.pins[slot] = OPEN
+            self._pinned.discard(slot)
+
+    def _gather_ids(self) -> None:
+        """Join what the requests that still run deny; wider tensors only where it does not fit these."""
+        for slot in [slot for slot, owner in self._owner.items() if owner.slot != slot]:
+            del self._owner[slot], self._denials[slot]
+        ids = sorted({token for denied in self._denials.values() for token in denied})
+        width = min(self._vocab, max(LEAST_IDS, len(self.ids), 1 << (len(ids) - 1).bit_length()))
+        known = set(ids)
+        ids += islice((other for other in numbers() if other not in known), width - len(ids))
+        self._column = {token: column for column, token in enumerate(ids)}
+        if width > len(self.ids):
+            self.ids = torch.empty(width, dtype=torch.long, device=self._device)
+            self.denied = torch.zeros(*self.pins.shape, width, dtype=torch.bool, device=self._device)
+        self.ids.copy_(send(torch.tensor(ids), self._device))
+        for slot in self._owner:
+            self._deny(slot)
+
+    def _deny(self, slot: int) -> None:
+        if not self._denials[slot]:
+            self.denied[slot] = False
+            return
+        mask = torch.zeros(self.length, len(self.ids), dtype=torch.bool)
+        for token, places in self._denials[slot].items():
+            mask[:, self._column[token]] = torch.tensor([place in places for place in range(self.length)])
+        self.denied[slot] = send(mask, self._device)
+
+
+def slot_of(request: Request) -> int:
+    """The slot of a request that runs."""
+    assert request.slot is not None, "a request that runs has a slot"
+    return request.slot

@@ -1,0 +1,82 @@
+"""Requests played through a core: who arrives when, who is cancelled when, and what each was told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from blockpress.autoregress import autoregress
+from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
+from blockpress.engine import Core, Request
+from blockpress.generate import generate
+from blockpress.model import Network
+from blockpress.reply import Done, Event, Failed, Reply, Row
+from blockpress.verify import verified
+
+AnySampling = Sampling | AutoregressiveSampling
+
+
+def prompts(config: ModelConfig, count: int, longest: int, seed: int, shared: int = 0) -> list[list[int]]:
+    """Random prompts of mixed lengths, every other one beginning with the same `shared` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, config.vocab_size, (length,), generator=generator).tolist()
+
+    beginning = tokens(shared)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [(beginning if i % 2 else []) + tokens(length) for i, length in enumerate(lengths)]
+
+
+def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySampling, **changes: Any) -> Row:
+    canvas = config.canvas_length if isinstance(sampling, Sampling) else 1
+    given = {
+        "stop_ids": (1,),
+        "canvas_length": canvas,
+        "room": config.context_length - len(prompt),
+        "max_tokens": 2 * config.canvas_length + 5 if isinstance(sampling, Sampling) else 9,
+    }
+    return Row(index, prompt, 100 + index, **{**given, **changes})
+
+
+def poem(
+    network: Network, config: ModelConfig, prompt: list[int], index: int, sampling: AnySampling, **kw: Any
+) -> Reply:
+    """What the poem answers to one prompt alone; `images` of the row are among the changes."""
+    images = kw.pop("images", {})
+    one = row(config, index, prompt, sampling, **kw)
+    one.images = images
+    looked_at = isinstance(sampling, Sampling) and (sampling.checks or one.logprobs is not None)
+    write = verified if looked_at else generate if isinstance(sampling, Sampling) else autoregress
+    [reply] = [event.reply for event in write(network, [one], sampling) if isinstance(event, Done)]  # type: ignore[operator]
+    return reply
+
+
+def play(
+    core: Core, requests: Sequence[Request], arrivals: Sequence[int] = (), cancels: Mapping[int, int] | None = None
+) -> dict[Request, list[Event]]:
+    """Run until all is answered: request i is submitted before forward `arrivals[i]`, and cancelled before `cancels[i]`."""
+    told: dict[Request, list[Event]] = {request: [] for request in requests}
+    arrivals = list(arrivals) or [0] * len(requests)
+    waiting, number = sorted(range(len(requests)), key=lambda i: arrivals[i]), 0
+    while waiting or core.busy:
+        while waiting and arrivals[waiting[0]] <= number:
+            core.submit(requests[waiting.pop(0)])
+        for i, moment in (cancels or {}).items():
+            if moment == number:
+                core.cancel(requests[i])
+        for request, event in core.step():
+            told[request].append(event)
+        core.scheduler.check()
+        number += 1
+        assert number < 10_000, "no end in sight"
+    return told
+
+
+def reply(events: Sequence[Event]) -> Reply:
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert not failed, failed
+    [done] = [event for event in events if isinstance(event, Done)]
+    return done.reply

@@ -1,0 +1,278 @@
+"""One forward: whose state it touches, whose numbers it lets through, and that it waits for the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import blockpress
+from blockpress import sudoku
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine.batch import Batch, Part
+from blockpress.engine.captured import Captured
+from blockpress.engine.slots import LEAST_IDS, Rules, Slots
+from blockpress.engine.step import FIELDS, Canvases, begin, entry, finish, idle
+from blockpress.model import Network
+from blockpress.reply import Failed
+
+from .play import play, poem, prompts, reply, row
+from .special import CONFIG, DENIED, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
+
+OPTIONS = EngineOptions(memory=1 << 23, max_running=5)
+MAKERS: dict[str, Callable[[Network, EngineOptions], Core]] = {"eager": Core, "captured": on_paper}
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return damped()
+
+
+def test_denied_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_read(network: Network):
+    given, how = prompts(CONFIG, 7, 50, seed=7, shared=20), [SHORT.with_(steps=2 + i % 3) for i in range(7)]
+    requests = asked(given, how)
+    told = play(poison(Core(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
+    for i, request in enumerate(requests):
+        answer = reply(told[request])
+        assert answer == alone(network, i, given[i], how[i]), f"request {i}"
+        for token, places in DENIED[i % len(DENIED)].items():
+            pinned = {at for at, pin in PINNED[i % len(PINNED)].items() if pin == token}
+            found = {at for at, one in enumerate(answer.tokens) if one == token and at % 12 in places}
+            assert found <= pinned
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("what", ["signal", "pages"])
+def test_a_number_that_is_none_hurts_its_own_request_alone(network: Network, what: str, maker: str):
+    """NaN in one request's signal or pages: it fails, the others' tokens are the poem's, and so are those of who comes
+    into its slot and its pages."""
+    given, how = prompts(CONFIG, 6, 30, seed=11), [SHORT] * 6
+    core, requests = MAKERS[maker](network, OPTIONS), asked(given, how)
+    for request in requests:
+        core.submit(request)
+    told: dict[Request, list[Any]] = {request: [] for request in requests}
+    for number in range(10_000):
+        if number == 2:
+            spoil(core, requests[1], what)
+        for request, event in core.step():
+            told[request].append(event)
+        if not core.busy:
+            break
+    assert isinstance(told[requests[1]][-1], Failed)
+    for i in (0, 2, 3, 4, 5):
+        assert reply(told[requests[i]]) == alone(network, i, given[i], how[i]), f"request {i}"
+
+
+def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(network: Network):
+    how, given = AutoregressiveSampling(), prompts(CONFIG, 3, 30, seed=14)
+    core, requests = Core(network, OPTIONS), [Request(row(CONFIG, i, given[i], how), how) for i in range(3)]
+    for request in requests:
+        core.submit(request)
+    told: dict[Request, list[Any]] = {request: [] for request in requests}
+    while core.busy:
+        for request, event in core.step():
+            told[request].append(event)
+        if requests[1].read == len(given[1]):
+            spoil(core, requests[1], "pages")
+    assert isinstance(told[requests[1]][-1], Failed)
+    for i in (0, 2):
+        assert reply(told[requests[i]]) == poem(network, CONFIG, given[i], i, how), f"request {i}"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_canvas_settles_after_as_many_steps_as_it_is_to_stay_the_same(maker: str):
+    """The shipped model, whose canvases do settle; its answer, steps included, is the poem's."""
+    lm = blockpress.load("sudoku-nano")
+    prompt, steps = lm.encode(sudoku.layout(sudoku.generate(3, givens=36).puzzle)), []
+    for stability in (1, 3):
+        how = lm.generation.sampling.with_(stability=stability)
+        request = Request(row(lm.config, 0, prompt, how, max_tokens=90), how)
+        answer = reply(play(MAKERS[maker](lm.network, EngineOptions(memory=1 << 26)), [request])[request])
+        assert answer == poem(lm.network, lm.config, prompt, 0, how, max_tokens=90)
+        steps.append(answer.usage.steps)
+    assert steps[1] == steps[0] + 2
+
+
+def spoil(core: Core, request: Request, what: str) -> None:
+    assert request.slot is not None and request.read
+    if what == "signal":
+        core.runner.slots.signal[request.slot] = torch.nan
+        return
+    for layer, kind in enumerate(core.store.kinds):
+        for part in core.store.pages(layer):
+            part[:, [page for page in request.tables[kind] if page >= 0]] = torch.nan
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_forward_that_breaks_is_run_again_one_by_one(network: Network, maker: str, monkeypatch: pytest.MonkeyPatch):
+    given, how = prompts(CONFIG, 3, 30, seed=12), [SHORT] * 3
+    core, requests = MAKERS[maker](network, OPTIONS), asked(given, how)
+    run, forwards = network.run, []
+
+    def breaking(x: Tensor, *others: Any, **more: Any) -> Tensor:
+        forwards.append(x.shape[1])
+        if len(forwards) in (1, 6):
+            raise RuntimeError("out of memory")
+        return run(x, *others, **more)
+
+    monkeypatch.setattr(network, "run", breaking)
+    told = play(core, requests)
+    monkeypatch.undo()
+    assert [reply(told[one]) for one in requests] == [alone(network, i, given[i], how[i]) for i in range(3)]
+    assert len(forwards) > 8
+
+
+def test_a_step_changes_its_own_slots_and_tells_what_it_did(network: Network):
+    """Entries of nobody, and slots of others, leave a canvas as it is alone."""
+    requests = [Request(row(CONFIG, i, [5, 6], SHORT), SHORT) for i in range(2)]
+    numbers = []
+    for i, request in enumerate(requests):
+        request.slot = 3 * i
+        numbers.append(first(request))
+    results = []
+    for rows in ([0, 1], [None, 1, None, 0, None], [1]):
+        slots = Slots(network, 5)
+        before = [tensor.clone() for tensor in (slots.canvas, slots.signal, slots.argmax)]
+        entries = torch.tensor([idle(slots.spare) if i is None else numbers[i] for i in rows])
+        finished = stepped(network, slots, entries)
+        touched = [requests[i].slot for i in rows if i is not None]
+        for tensor, old in zip((slots.canvas, slots.signal, slots.argmax), before, strict=True):
+            assert [at for at in range(5) if not torch.equal(tensor[at], old[at])] == sorted(
+                x for x in touched if x is not None
+            )
+        at = rows.index(1)
+        assert finished.told[at].tolist() == [0, 0, 1, *finished.argmax[at].tolist()]
+        results.append((slots.canvas[3], slots.argmax[3], finished.accepted[at], finished.changed[at]))
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+def first(request: Request) -> list[int]:
+    """The numbers of a request's first step, without a context."""
+    return entry(Part(request=request, first=0, start=0, stop=CONFIG.canvas_length, canvas=True))
+
+
+@torch.inference_mode()
+def stepped(network: Network, slots: Slots, entries: Tensor) -> Any:
+    """A step whose rows see nothing but themselves."""
+    canvases = Canvases.of(entries)
+    begun = begin(network, slots, canvases, Rules())
+    hidden = torch.nn.functional.normalize(begun.x[0]) * 3
+    return finish(network, slots, canvases, Rules(), begun, hidden, "exact")
+
+
+def test_numbers_are_read_as_they_were_written():
+    how = Sampling(steps=7, t_min=0.3, t_max=1.1, entropy_bound=0.15, stability=2, confidence=0.007)
+    one = row(CONFIG, 0, [5, 6, 7], how)
+    one.seed = -(2**40) - 3
+    request = Request(one, how)
+    request.slot, request.step = 4, 6
+    canvases = Canvases.of(torch.tensor([[*first(request), 99], [*idle(5), 99]]))
+    assert len(first(request)) == len(idle(5)) == FIELDS
+    assert canvases.slot.tolist() == [4, 5] and canvases.rows.tolist() == [12, 0] and canvases.number.tolist() == [7, 1]
+    assert int(canvases.high[0]) << 32 | int(canvases.low[0]) == one.seed % 2**64
+    assert canvases.last.tolist() == [True, False] and canvases.stability.tolist() == [2, 0]
+    wanted = torch.tensor([0.3 + 0.8 / 7, 0.15, 0.007])
+    torch.testing.assert_close(torch.stack((canvases.temperature, canvases.bound, canvases.confidence))[:, 0], wanted)
+
+
+def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
+    """A table of ids that nobody denies twice is filled anew in place, and grows only where it must."""
+    slots, at, spaces = Slots(network, 3), [], (range(8), range(8, 16), range(16, 36))
+    requests = [Request(row(CONFIG, i, [5], SHORT), SHORT) for i in range(3)]
+    for i, (request, ids) in enumerate(zip(requests, spaces, strict=True)):
+        request.slot = i
+        request.row._turn.denied = {token: {token % 12} for token in ids}
+        rules = slots.begin([request])
+        at.append((slots.ids.data_ptr(), rules.denied))
+        requests[i - 1].slot = None if i == 1 else requests[i - 1].slot  # the first ends when the second has begun
+        columns = slots.ids.tolist()
+        assert len(set(columns)) == len(columns) == rules.denied
+        places = {token: slots.denied[i, :, columns.index(token)].nonzero().flatten().tolist() for token in ids}
+        assert places == {token: [token % 12] for token in ids}
+        assert int(slots.denied[i].sum()) == len(ids)
+    assert [width for _, width in at] == [LEAST_IDS, 16, 32]
+    requests[2].slot, other = None, Request(row(CONFIG, 3, [5], SHORT), SHORT)
+    other.slot, other.row._turn.denied = 2, {40: {1}}
+    assert slots.begin([other]).denied == 32 and slots.ids.data_ptr() == at[2][0]
+    assert int(slots.denied[2].sum()) == 1
+    free = Request(row(CONFIG, 4, [5], SHORT), SHORT)
+    free.slot = 2
+    assert slots.begin([free]) == Rules(begins=True) and not slots.denied[2].any()
+
+
+class Blank(InTorch):
+    """Sees nothing, and writes nothing."""
+
+    @staticmethod
+    def attend(query: Tensor, *others: Any, **more: Any) -> Tensor:
+        return torch.empty_like(query)
+
+    @staticmethod
+    def write(*given: Any) -> None:
+        return None
+
+
+@torch.inference_mode()
+def test_no_value_of_the_device_decides_what_a_forward_does():
+    """On the meta device tensors have no values: whoever waits for one, or for a shape made of some, raises."""
+    core = Core(damped().to("meta"), OPTIONS)
+    runner = core.runner
+    runner.attention = Blank()
+    requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(checks=1), SHORT])
+    for request in requests:
+        core.submit(request)
+    works = core.scheduler.plan()
+    batch = Batch.of(works, CONFIG.canvas_length)
+    assert batch.silent and batch.heard and len(batch.canvases) == 4
+    rules = runner.slots.begin(requests)
+    assert rules == Rules(begins=True, pinned=True, denied=16)
+    heard, done = runner._forward(batch, rules)
+    assert done is not None and done.told.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
+    graphs = Captured(runner.network, runner.slots, core.store, "exact", Blank(), there_alone)  # type: ignore[arg-type]
+    finished = graphs.step(batch.canvases, rules)
+    assert graphs.failed is None and finished is not None and finished.told.is_meta
+    graphs.prepare(3)
+    assert (graphs.captures, graphs.failed) == (4, None)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        finished.told.tolist()
+    with pytest.raises(AssertionError), There():
+        torch.tensor([1, 2]).to("meta")
+
+
+def there_alone(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Runs work once as it is, then again, and nothing may come from the processor any more."""
+    work()
+    with There():
+        return work, work()
+
+
+class There(TorchDispatchMode):
+    """Every tensor that goes into an operation is on the device already."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            assert not isinstance(given, Tensor) or given.is_meta, f"{func} takes a tensor of the processor"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_is_waited_for_once(network: Network, monkeypatch: pytest.MonkeyPatch):
+    core, requests = (
+        Core(network, OPTIONS),
+        asked(prompts(CONFIG, 3, 30, seed=13), [SHORT.with_(checks=1), SHORT, SHORT]),
+    )
+    for request in requests:
+        core.submit(request)
+    fetched = []
+    monkeypatch.setattr("blockpress.engine.runner.fetch", lambda tensor: fetched.append(tensor.shape) or tensor)
+    forwards = 0
+    while core.busy:
+        core.step()
+        forwards += 1
+    assert len(fetched) == forwards
