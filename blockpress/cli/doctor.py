@@ -14,14 +14,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
-from blockpress.cli import options
+from blockpress.cli import options, paths
+from blockpress.cli.checks import DRIFT, Check
 from blockpress.errors import BlockpressError
 
 if TYPE_CHECKING:
@@ -29,25 +30,14 @@ if TYPE_CHECKING:
 
 PUZZLE = "500678000600005300008300567809061420400800791703920000901537004280019600345086079"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
-DRIFT = 1e-4  # relative; float32 orders of summation differ by about 1e-6
 NEEDED = 1 << 30  # bytes that torch and the shipped model take, with room to breathe
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `hint` says what to do where it is not ok."""
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    hint: str = ""
 
 
 def doctor(json: options.Json = False, device: options.Device = "cpu") -> None:
     """Check that this machine is ready.
 
-    Looks at Python, torch, processors and memory, loads the shipped models, solves a fixed puzzle, and compares two
-    ways of computing attention. The exit code is 1 if something fails.
+    Looks at Python, torch, processors and memory, loads the shipped models, solves a fixed puzzle, and compares the
+    fast ways of this machine with the plain ones on a few numbers. The exit code is 1 if something fails.
 
     \b
     Examples:
@@ -77,6 +67,8 @@ def examine(device: str = "cpu") -> Iterator[Check]:
         ("cuda", _cuda),
         ("memory", _memory),
         ("models", lambda: _models(device)),
+        ("native", paths.native),
+        ("paths", lambda: paths.agreement(device)),
         ("parts", _parts),
     ]
     for name, test in tests:
@@ -147,6 +139,7 @@ def _models(device: str) -> Iterator[Check]:
     lm = load(resolve(options.SHIPPED), device=device)
     yield _solves(lm)
     yield _agrees(lm)
+    yield paths.engine(lm, PUZZLE)
 
 
 def _solves(lm: LM) -> Check:

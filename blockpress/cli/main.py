@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from blockpress import __version__
+from blockpress.cli.bench import bench
 from blockpress.cli.doctor import doctor
 from blockpress.cli.keep import ls, pull, rm
 from blockpress.cli.quantize import quantize
@@ -90,7 +91,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, show, pull, ls, rm, quantize, synthesize, train, doctor):
+for _command in (sudoku, run, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
     app.command()(_command)
 
 

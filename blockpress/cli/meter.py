@@ -90,8 +90,9 @@ class Meter:
         self.step = event.step
         self.accepted = int(event.accepted.sum())
         self.entropies.append(float(event.entropy.mean()))
-        # A canvas behind the first costs one forward more, the commit of the one before it; begun again, it does not.
-        self.forwards += 2 if event.step == 1 and event.canvas and not event.attempt else 1
+        # A canvas behind the first costs one forward more, the commit of the one before it; begun again because it was
+        # empty, it does not; because of a check, that is the forward.
+        self.forwards += 2 if event.step == 1 and (event.checks or (event.canvas and not event.attempt)) else 1
         tokens = event.argmax.tolist()
         valid = next((place + 1 for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         self.tokens_per_forward = (self._committed + valid) / self.forwards

@@ -99,15 +99,18 @@ def open_in_mode(
 
 def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:
     from blockpress.config import AutoregressiveSampling
+    from blockpress.config.sampling import CHECKS
 
-    own = generation.sampling if mode == "diffusion" else generation.autoregressive
+    own = generation.autoregressive if mode == "autoregressive" else generation.sampling
     given = {field: value for field, value in changes.items() if value is not None}
     for field in given:
         if field not in own.__dataclass_fields__:
-            option, other = _option(field), "autoregressive" if mode == "diffusion" else "diffusion"
+            option, other = _option(field), "diffusion" if mode == "autoregressive" else "autoregressive"
             able = generation.has_canvas
             hint = f"leave out {option}, or give --mode {other}" if able else f"leave out {option}: there is no canvas"
             raise RequestError(f"{option} is given in the mode {mode}", hint=hint)
+    if mode == "verified" and given.setdefault("checks", CHECKS) == 0:
+        raise RequestError("--checks is 0 in the mode verified", hint="give at least 1, or --mode diffusion")
     if given.get("top_k") == 0:
         given["top_k"] = None
     chosen = own.with_(**given)

@@ -41,8 +41,21 @@ MaxTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of all random draws: the same seed, the same answer.")]
 Mode = Annotated[
-    Literal["diffusion", "autoregressive"] | None,
-    typer.Option(help="Write canvas by canvas, or token by token. Default: canvases, if the model has them."),
+    Literal["diffusion", "verified", "autoregressive"] | None,
+    typer.Option(
+        help="Write canvas by canvas, the same checked by the causal pass, or token by token. Default: canvases, "
+        "if the model has them."
+    ),
+]
+Checks = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Most checks of a settled canvas by the causal pass. Default: 0; if verified, 4."),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K", help="With --json or --events: log-probabilities of the tokens, and of the K best in each place."
+    ),
 ]
 Temperature = Annotated[
     float | None, typer.Option(metavar="T", help="Token by token: divides the logits; 0 takes the likeliest token.")
@@ -87,6 +100,10 @@ Events = Annotated[
     bool, typer.Option("--events", help="Print one JSON object an event: step, commit, text, thought, call, done.")
 ]
 
+_DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence", "checks")
+FIELDS = frozenset((*_DENOISING, "temperature", "top_k", "top_p", "stop"))
+"""The options of `run` that are fields of a sampling."""
+
 
 def run(
     model: Model = options.SHIPPED,
@@ -107,10 +124,12 @@ def run(
     t_max: TMax = None,
     stability: Stability = None,
     confidence: Confidence = None,
+    checks: Checks = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     stop: Stop = None,
+    logprobs: Logprobs = None,
     json: options.Json = False,
     events: Events = False,
     dtype: options.Dtype = None,
@@ -127,29 +146,29 @@ def run(
     Examples:
       blockpress run sudoku-nano "$(blockpress sudoku --random 1 --puzzle-only)"
       blockpress run ./my-checkpoint "Once upon a time" --raw --max-tokens 100 --seed 3
-      blockpress run ./my-checkpoint "What is 17 * 23?" --thinking-budget 500
-      blockpress run ./my-checkpoint "What is this?" --image photo.jpg --mode autoregressive
+      blockpress run ./my-checkpoint "What is this?" --image photo.jpg --thinking-budget 500
     """
+    changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
-    _check(max_tokens, thinking_budget, raw, json, events, chat | shown)
-    changes: dict[str, Any] = {"steps": steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max}
-    changes |= {"stability": stability, "confidence": confidence, "stop": stop or None}
-    changes |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    limits = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
+    _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events) else _prompt(prompt)
-    _answer(_open(model, mode, changes, chat, shown, max_tokens, seed, raw, dtype, device), text, json, events, fast)
+    _answer(_open(model, mode, changes, chat, shown, limits, raw, dtype, device), text, json, events, fast)
 
 
 def _check(
-    max_tokens: int | None, budget: int | None, raw: bool, json: bool, events: bool, chat: dict[str, Any]
+    limits: dict[str, Any], budget: int | None, raw: bool, json: bool, events: bool, chat: dict[str, Any]
 ) -> None:
     """Raises RequestError: a count below 1, and options that mean nothing beside each other."""
-    options.positive(max_tokens, "--max-tokens")
+    options.positive(limits["max_tokens"], "--max-tokens")
     options.positive(budget, "--thinking-budget")
     if raw:
         options.refuse("--raw", chat)
     if events:
         options.refuse("--events", {"--json": json or None})
+    if limits["logprobs"] is not None and not (json or events):
+        raise RequestError("--logprobs is given, and text has no place for them", hint="add --json or --events")
 
 
 def _may_talk(otherwise: bool) -> bool:
@@ -164,13 +183,13 @@ def _open(
     changes: dict[str, Any],
     chat: dict[str, Any],
     shown: dict[str, Any],
-    max_tokens: int | None,
-    seed: int,
+    limits: dict[str, Any],
     raw: bool,
     dtype: str | None,
     device: str,
 ) -> Asking:
-    """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options."""
+    """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options, `limits` as
+    fields of `Asking`."""
     parts = showing.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
@@ -184,14 +203,13 @@ def _open(
     return Asking(
         lm=lm,
         sampling=sampling,
-        max_tokens=max_tokens,
-        seed=seed,
         chat=not raw and lm.tokenizer is not None and lm.tokenizer.chat_template is not None,
         system=chat["--system"],
         thinking=budget is not None if thinking is None else thinking,
         thinking_budget=budget,
         shown=parts,
         soft_tokens=shown["--soft-tokens"],
+        **limits,
     )
 
 

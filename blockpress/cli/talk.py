@@ -39,6 +39,7 @@ class Asking:
     max_tokens: int | None
     seed: int
     chat: bool
+    logprobs: int | None = None
     system: str | None = None
     thinking: bool = False
     thinking_budget: int | None = None
@@ -47,13 +48,15 @@ class Asking:
 
     @property
     def mode(self) -> Mode:
-        """How the model writes."""
+        """How the model writes. Whether canvases are checked, their sampling says."""
         return "diffusion" if isinstance(self.sampling, Sampling) else "autoregressive"
 
     def stream(self, text: str, before: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
         """The events of the answer to `text`; `before`: the messages of a chat so far."""
         if not self.chat:
-            return self.lm.stream(text, self.max_tokens, self.seed, self.sampling, mode=self.mode)
+            return self.lm.stream(
+                text, self.max_tokens, self.seed, self.sampling, mode=self.mode, logprobs=self.logprobs
+            )
         return self.lm.chat_stream(
             [*self.opening(), *before, self.message(text, first=not before)],
             thinking=self.thinking,
@@ -63,6 +66,7 @@ class Asking:
             sampling=self.sampling,
             soft_tokens=self.soft_tokens,
             mode=self.mode,
+            logprobs=self.logprobs,
         )
 
     def opening(self) -> list[dict[str, Any]]:

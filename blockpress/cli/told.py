@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from blockpress.lm import LM
-    from blockpress.reply import Event, Reply
+    from blockpress.reply import Event, Reply, TokenLogprob
 
 
 def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
         "text": reply.text,
         **(said if chat else {}),
         "tokens": reply.tokens,
+        **_logprobs(reply.logprobs),
         "finish_reason": reply.finish_reason,
         "usage": vars(reply.usage),
     }
@@ -32,13 +35,14 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
 
 def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
     """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
-    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Thought
+    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Failed, Thought
 
     if isinstance(event, Denoised):
         return {
             "event": "step",
             "canvas": event.canvas,
             "attempt": event.attempt,
+            "checks": event.checks,
             "step": event.step,
             "text": None if lm.tokenizer is None else lm.decode(event.argmax),
             "tokens": event.argmax.tolist(),
@@ -48,7 +52,8 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
             "settled": event.settled,
         }
     if isinstance(event, Committed):
-        return {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
+        told = {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
+        return told | _logprobs(event.logprobs)
     if isinstance(event, Done):
         chat = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
         return {"event": "done", **reply_to_dict(event.reply, chat)}
@@ -56,9 +61,27 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
         return {"event": "call", **vars(event.call)}
     if isinstance(event, Broken):
         return {"event": "broken call", **vars(event.call)}
+    if isinstance(event, Failed):
+        return {"event": "failed", "error": str(event.error)}
     if isinstance(event, Thought):
         return {"event": "thought", "text": event.text}
     return {"event": "text", "text": event.text}
+
+
+def _logprobs(said: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+    """The log-probabilities of tokens, if they are told, each with those of the likeliest in its place."""
+    if said is None:
+        return {}
+    return {
+        "logprobs": [
+            {
+                "token": each.token,
+                "logprob": each.logprob,
+                "top": [{"token": token, "logprob": logprob} for token, logprob in each.top],
+            }
+            for each in said
+        ]
+    }
 
 
 def ended(reply: Reply) -> str:
@@ -68,6 +91,7 @@ def ended(reply: Reply) -> str:
     took = _counted(usage.forwards, "forward")
     if usage.canvases or usage.steps:
         took = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
+    took += f", {_counted(usage.checks, 'check')}" if usage.checks else ""
     more = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
     more += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
     return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {took}{more}"

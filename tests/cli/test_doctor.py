@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from blockpress import sudoku
-from blockpress.cli import doctor
-from blockpress.lm import LM
-from blockpress.ops import attention
+from blockpress.cli import doctor, paths
+from blockpress.lm import LM, load
+from blockpress.ops import attention, compiled, experts, spans, vocabulary
 
 from .conftest import Call
 
@@ -52,3 +52,41 @@ def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_fixed_puzzle_has_one_solution() -> None:
     assert sudoku.count_solutions(doctor.PUZZLE) == 1
+
+
+def names(call: Call) -> dict[str, str]:
+    """The status of each check, the worst where there are several of a name."""
+    worst: dict[str, str] = {}
+    for line in call("doctor").out.splitlines():
+        status, name = line.split()[:2]
+        worst[name] = status if worst.get(name, "ok") == "ok" else worst[name]
+    return worst
+
+
+def test_every_fast_path_is_compared(call: Call) -> None:
+    found = names(call)
+    assert [found[name] for name in ("engine", "vocabulary", "experts", "spans")] == ["ok"] * 4
+
+
+def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix, look, see = experts.mix, spans.look, vocabulary.see
+    monkeypatch.setattr(experts, "mix", lambda x, weights, *given: mix(x, 1.05 * weights, *given))
+    monkeypatch.setattr(spans, "look", lambda query, given: look(1.05 * query, given))
+    monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(1.05 * x, weight, **given))
+    found = names(call)
+    assert [found[name] for name in ("vocabulary", "experts", "spans")] == ["fail"] * 3
+
+
+def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load("sudoku-nano")
+    assert paths.engine(lm, doctor.PUZZLE).status == "ok"
+    see = vocabulary.see
+    monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(-x, weight, **given))
+    done = paths.engine(lm, doctor.PUZZLE)
+    assert done.status == "fail" and "other tokens" in done.detail and "BLOCKPRESS_NATIVE" in done.hint
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", lambda name: None)
+    (told,) = paths.native()
+    assert told.status == "warn" and "by torch alone" in told.detail and "g++" in told.hint

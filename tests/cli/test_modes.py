@@ -121,6 +121,36 @@ def test_token_by_token_is_the_librarys_answer(call: Call, untrained: Path) -> N
     assert reply.tokens != lm.generate(PROMPT, 30, 3, mode="autoregressive").tokens
 
 
+@pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])
+def test_log_probabilities_stand_beside_the_tokens(call: Call, untrained: Path, mode: Any) -> None:
+    lm, options = blockpress.load(untrained), ("--mode", mode, "--max-tokens", 12, "--steps", 2, "--logprobs", 2)
+    options = options if mode != "autoregressive" else (*options[:4], *options[6:])
+    sampling = None if mode == "autoregressive" else lm.generation.sampling.with_(steps=2)
+    reply = lm.generate(PROMPT, 12, sampling=sampling, mode=mode, logprobs=2)
+    said = json.loads(call("run", untrained, PROMPT, "--json", *options).out)
+    assert said == plain(reply_to_dict(reply)) and len(said["logprobs"]) == len(said["tokens"]) > 0
+    first = (reply.logprobs or [])[0]
+    assert said["logprobs"][0] == {
+        "token": reply.tokens[0],
+        "logprob": first.logprob,
+        "top": [{"token": token, "logprob": logprob} for token, logprob in first.top],
+    }
+    told = [json.loads(line) for line in call("run", untrained, PROMPT, "--events", *options).out.splitlines()]
+    assert [each for event in told if event["event"] == "commit" for each in event["logprobs"]] == said["logprobs"]
+    assert (said["usage"]["checks"] > 0) == (mode == "verified")
+
+
+def test_checks_are_counted_in_words_and_their_number_is_honoured(call: Call, untrained: Path) -> None:
+    options = ("--max-tokens", 5, "--steps", 2)
+    reply = blockpress.load(untrained).generate(PROMPT, 5, sampling=Sampling(steps=2, checks=1))
+    said = json.loads(call("run", untrained, PROMPT, "--json", "--checks", 1, *options).out)
+    assert said == plain(reply_to_dict(reply)) and (reply.usage.checks, reply.usage.rounds) == (1, 1)
+    assert (
+        "1 canvas, 4 steps, 1 check"
+        in call("run", untrained, PROMPT, "--mode", "verified", "--checks", 1, *options).err
+    )
+
+
 def test_events_of_single_tokens(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
     events = list(lm.stream(PROMPT, 12, 3, HOT, mode="autoregressive"))
@@ -175,7 +205,7 @@ def test_a_model_without_canvases_needs_no_mode(call: Call, causal: Path) -> Non
 
 
 @pytest.mark.usefixtures("weightless")
-@pytest.mark.parametrize("option", ["steps", "entropy-bound", "t-min", "t-max", "stability", "confidence"])
+@pytest.mark.parametrize("option", ["steps", "entropy-bound", "t-min", "t-max", "stability", "confidence", "checks"])
 def test_an_option_of_canvases_is_refused_token_by_token(
     call: Call, untrained: Path, causal: Path, option: str
 ) -> None:
@@ -201,6 +231,11 @@ def test_what_cannot_be_is_refused_before_the_weights(call: Call, untrained: Pat
     for model, options, words in (
         (causal, ("--mode", "diffusion"), "has no canvas"),
         (untrained, ("--mode", "fast"), "--mode"),
+        (causal, ("--mode", "verified"), "has no canvas"),
+        (causal, ("--checks", 1), "leave out --checks: there is no canvas"),
+        (untrained, ("--mode", "verified", "--checks", 0), "--checks is 0 in the mode verified"),
+        (untrained, ("--checks", 64), "checks is 64"),
+        (untrained, ("--logprobs", 1), "add --json or --events"),
         (untrained, (*token, "--temperature", -1), "temperature is -1"),
         (untrained, (*token, "--temperature", 1, "--top-k", -2), "top_k is -2"),
         (untrained, (*token, "--temperature", 1, "--top-p", 2), "top_p is 2"),

@@ -52,7 +52,22 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
     stream = blockpress.LM.stream
     monkeypatch.setattr(blockpress.LM, "stream", lambda *a, **k: seen.append(a[4]) or stream(*a, **k))
     fields = ("--steps", 3, "--entropy-bound", 0.2, "--t-min", 0.5, "--t-max", 0.9, "--stability", 2)
-    call("run", untrained, "1", *fields, "--confidence", 0.1, "--stop", "7", "--stop", "88", "--max-tokens", 5)
+    call(
+        "run",
+        untrained,
+        "1",
+        *fields,
+        "--confidence",
+        0.1,
+        "--checks",
+        2,
+        "--stop",
+        "7",
+        "--stop",
+        "88",
+        "--max-tokens",
+        5,
+    )
     assert vars(seen[0]) == {
         "steps": 3,
         "entropy_bound": 0.2,
@@ -60,6 +75,7 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "t_max": 0.9,
         "stability": 2,
         "confidence": 0.1,
+        "checks": 2,
         "stop": ("7", "88"),
     }
 

@@ -10,7 +10,7 @@ Why: whether a model fits is asked before its weights are there. No torch here.
 Invariant: `sum(parameters(config).values())` is the number of parameters of `Network(config)`; the two layer scalars of
 a layer are buffers and not counted, nor is the vision tower, which the config alone does not describe.
 
-Run it:  python -c "from blockpress import costs, config as c; print(costs.parameters(c.PRESETS['tiny']()))"
+Run it:  python -m pytest blockpress/costs/memory.py tests/test_costs.py
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def canvas_peak(config: ModelConfig, dtype: str, context: int, rows: int = 1) ->
 
     The first is that of `generate.plain_denoiser` and `ops/vocabulary.py: entropy`: float32 logits, the same divided by
     the temperature, and, of the latter, log-probabilities, probabilities, the clamped copy and their product: 6 x 4
-    bytes for every position and token. The second grows with the context and overtakes it at some 20,000 tokens.
+    bytes for every position and token. The second grows with the context and overtakes it at some 120,000 tokens.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(canvas_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (0, 4096, 131072)]
-    [1.51, 1.51, 9.59]
+    [1.51, 1.51, 1.58]
     """
     canvas, window = config.canvas_length, config.sliding_window - 1
     beside = _resident(config, dtype, rows * canvas)
@@ -105,7 +105,7 @@ def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0,
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(reading_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (256, 4096, 32768)]
-    [0.05, 2.84, 164.44]
+    [0.05, 0.86, 36.28]
     """
     beside = _resident(config, dtype, rows * tokens)
     looking = max(_looking(config, layer, dtype, rows, tokens, context + tokens) for layer in set(config.layers))
@@ -114,17 +114,17 @@ def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0,
 
 
 def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, queries: int, keys: int) -> int:
-    """Bytes of `ops/attention.py: plain` at its softmax.
+    """Bytes of `ops/attention.py: grouped` at its softmax, which is done in the memory of the scores.
 
-    Scores in the weights' type, float32 weights, and between the two, where the types differ, the scores in float32;
-    the mask twice, keys and values joined with the context's, and repeated for every query head.
+    Scores in the weights' type, the mask twice, keys and values joined with the context's, the rows' own queries, keys
+    and values, and the queries once more as rows of one product. Where there is no compiler, torch's softmax takes 8
+    bytes more for every score, in float32 4.
     """
     size, heads = DTYPE_BYTES[dtype], config.num_heads
-    scores = rows * heads * queries * keys * (8 if size == 4 else size + 8)
+    scores = rows * heads * queries * keys * size
     joined = 2 * rows * layer.kv_heads * keys * layer.head_dim * size
-    repeated = 0 if heads == layer.kv_heads else 2 * rows * heads * keys * layer.head_dim * size
-    own = rows * queries * layer.head_dim * (heads + 2 * layer.kv_heads) * size
-    return scores + joined + repeated + own + 2 * rows * queries * keys
+    own = rows * queries * layer.head_dim * (2 * heads + 2 * layer.kv_heads) * size
+    return scores + joined + own + 2 * rows * queries * keys
 
 
 def _mixing(config: ModelConfig, dtype: str, positions: int) -> int:
@@ -141,9 +141,8 @@ def _mixing(config: ModelConfig, dtype: str, positions: int) -> int:
 
 
 def _resident(config: ModelConfig, dtype: str, positions: int) -> int:
-    """Bytes of the activations that wait meanwhile: measured, four times the input of a layer, in float32 six times."""
-    size = DTYPE_BYTES[dtype]
-    return (6 if size == 4 else 4) * positions * config.hidden_size * size
+    """Bytes of the activations that wait meanwhile: measured, six times the input of a layer."""
+    return 6 * positions * config.hidden_size * DTYPE_BYTES[dtype]
 
 
 def _attention(config: ModelConfig, layer: LayerConfig) -> int:

@@ -1,0 +1,113 @@
+"""What this machine can do, measured now: products a second at the model's own shapes, and bytes read a second.
+
+Why: a share of the floor means something only against a ceiling that was measured beside it, in the same minutes, on
+the same busy machine.
+
+    products    [tokens, in] x [in, out] of a canvas with the network's larger matrices, in the network's type and in
+                float32; the fastest of several ways and repeats
+    reading     the sum over as many bytes as the weights take: where they fit a cache, so does this
+
+Invariant: a ceiling is the best that was seen, never a mean.
+Run it:  blockpress bench --preset tiny --steps 2
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockpress import costs
+from blockpress.bench.subject import weight_bytes
+from blockpress.model import Network
+from blockpress.ops.linear import linear
+from blockpress.weights.memory import free_memory
+
+SECONDS = 0.25
+LEAST, MOST = 16 << 20, 1 << 30
+"""Bytes that are read at once: fewer are the processor's own caches, more tell nothing new."""
+
+OUTPUTS = 8192
+"""Most columns of a product that is measured: those of a whole vocabulary would take seconds."""
+
+
+def measure_device(network: Network, *, seconds: float | None = None) -> costs.Device:
+    """This machine as a `costs.Device`, for products and weights of that network's size.
+
+    Args:
+        seconds: how long each kind of product, and the reading, is repeated; None: `SECONDS`.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    names = {str(network.dtype).removeprefix("torch."): network.dtype, "float32": torch.float32}
+    rates = {name: max(_rates(network, dtype, seconds)) for name, dtype in names.items()}
+    return costs.Device(
+        name=machine(network.device),
+        bandwidth=_reading(network, seconds),
+        rates=rates,
+        memory=free_memory().get(str(network.device), 0),
+    )
+
+
+def better(measured: Sequence[costs.Device]) -> costs.Device:
+    """The same machine, measured several times: the best of each figure."""
+    rates = {math: max(one.rates[math] for one in measured) for math in measured[0].rates}
+    return replace(measured[0], bandwidth=max(one.bandwidth for one in measured), rates=rates)
+
+
+def machine(device: torch.device) -> str:
+    """The processor, or the card, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return f"{torch.get_num_threads()} threads of {model or platform.processor() or 'an unnamed processor'}"
+
+
+def repeated(action: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """The shortest time of `action`, repeated for that long, at least three times."""
+    best, end, count = float("inf"), time.perf_counter() + seconds, 0
+    while count < 3 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, count = min(best, time.perf_counter() - begun), count + 1
+    return best
+
+
+def _rates(network: Network, dtype: torch.dtype, seconds: float) -> Iterator[float]:
+    """Operations a second of each shape and way."""
+    config, device = network.config, network.device
+    layer = max(config.layers, key=lambda one: one.head_dim)
+    outputs = {
+        config.num_heads * layer.head_dim,
+        config.intermediate_size,
+        min(config.num_experts * config.expert_size, OUTPUTS),
+        min(config.vocab_size, OUTPUTS),
+    }
+    rows = max(config.canvas_length, 64)
+    for wide in sorted(outputs - {0}):
+        x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
+        weight = torch.randn(wide, config.hidden_size, device=device).to(dtype)
+        for way in (F.linear, linear):
+            best = repeated(lambda way=way, x=x, w=weight: way(x, w), seconds / len(outputs), device)  # type: ignore[misc]
+            yield 2.0 * x.numel() * wide / best
+
+
+@torch.inference_mode()
+def _reading(network: Network, seconds: float) -> float:
+    """Bytes a second."""
+    size = min(max(sum(weight_bytes(network).values()), LEAST), MOST, free_memory().get(str(network.device), MOST) // 4)
+    whole = torch.ones(size // 4, device=network.device)
+    columns = 4096
+    matrix = whole[: len(whole) // columns * columns].view(-1, columns)
+    vector = torch.ones(columns, device=network.device)
+    ways: list[tuple[Tensor, Callable[[], Tensor]]] = [(whole, whole.sum), (matrix, lambda: torch.mv(matrix, vector))]
+    return max(read.nbytes / repeated(way, seconds / 2, network.device) for read, way in ways)

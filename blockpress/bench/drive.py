@@ -1,0 +1,193 @@
+"""A workload, run: one forward after another, timed, with what was in it.
+
+    arrivals --submit--> stepper --step--> events           every forward: seconds, rows, events
+                                                            every request: when it came, first canvas, end
+
+A stepper runs one forward at a time: the engine's core, or the poem, whose step and commit count as one forward, as
+they are one in the engine.
+
+Invariant: a request's times count from its arrival, whether or not anybody was free to take it then.
+Run it:  python -m pytest tests/bench/test_drive.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from blockpress.bench.memory import Peak
+from blockpress.bench.workload import Workload, arrivals
+from blockpress.costs import Rows
+from blockpress.engine import Request
+from blockpress.errors import BlockpressError, RequestError
+from blockpress.reply import Committed, Done, Event, Failed, Reply
+
+
+class Stepper(Protocol):
+    """What answers requests, one forward a `step`.
+
+    rows: what the last forward worked on. prefill: whether tokens of a prompt were among it.
+    """
+
+    rows: Rows
+    prefill: bool
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of keys and values that are held for contexts."""
+        ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def step(self) -> list[tuple[Request, Event]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """One forward: how long it took, when it ended, what it worked on, and how many tokens it finished."""
+
+    seconds: float
+    ended: float
+    rows: Rows
+    prefill: bool
+    tokens: int
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """One request. Times in seconds from the beginning of the run; None: not yet."""
+
+    request: Request
+    arrived: float
+    first: float | None = None
+    ended: float | None = None
+    steps: list[int] = field(default_factory=list)
+    reply: Reply | None = None
+    error: BlockpressError | None = None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that was recorded. `seconds` is the whole, waiting for arrivals included; memory in bytes."""
+
+    forwards: list[Forward] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    refused: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    page_bytes: int = 0
+
+    @property
+    def errors(self) -> list[BlockpressError]:
+        """Those of the requests that failed."""
+        return [asked.error for asked in self.asked if asked.error is not None]
+
+    def whole(self) -> Run:
+        """The run, where every request was answered. Raises the error of the first that was not."""
+        for error in self.errors:
+            raise error
+        return self
+
+
+def drive(
+    stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, before: int | None = None
+) -> Run:
+    """Run the workload to its end: all requests that arrive are answered, failed or refused.
+
+    Args:
+        before: bytes that do not count as taken by the run; None: what is taken when it begins.
+    """
+    # Making a prompt takes time, too, and is not what is measured.
+    ready = coming if work.count is None else iter(list(coming))
+    return _Driver(stepper, work, ready, device, Peak(device, before)).go()
+
+
+class _Driver:
+    def __init__(
+        self, stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, peak: Peak
+    ) -> None:
+        self.stepper, self.work, self.device, self.peak = stepper, work, device, peak
+        self.run, self._begun = Run(), time.perf_counter()
+        self._open: dict[int, Asked] = {}
+        self._due = zip(arrivals(work), coming, strict=False)
+        self._next = next(self._due, None)
+
+    def go(self) -> Run:
+        while True:
+            self._submit()
+            if self.stepper.busy:
+                self._step()
+            elif self._next is None:
+                break
+            else:
+                time.sleep(max(0.0, min(0.05, self._next[0] - self._now())))
+        self.run.seconds = self._now()
+        self.run.peak_bytes = self.peak.value()
+        return self.run
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def _submit(self) -> None:
+        """Hand over whoever has arrived; of a closed circle only as many as there are users."""
+        users = self.work.concurrency
+        while self._next is not None and (users is None or len(self._open) < users):
+            due, now = self._next[0], self._now()
+            if self.work.seconds is not None and max(due, now if users else 0.0) >= self.work.seconds:
+                self._next = None
+                return
+            if due > now:
+                return
+            request = self._next[1]
+            try:
+                self.stepper.submit(request)
+            except RequestError as error:
+                self._refused(request, error)
+            else:
+                asked = Asked(request=request, arrived=now if users else due)
+                self._open[request.row.index] = asked
+                self.run.asked.append(asked)
+            self._next = next(self._due, None)
+
+    def _refused(self, request: Request, error: RequestError) -> None:
+        """A queue that is full is a finding; a request that can never be answered is the caller's mistake."""
+        if self.work.rate is None:
+            raise error
+        self.run.refused += 1
+
+    def _step(self) -> None:
+        begun = self._now()
+        events = self.stepper.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, tokens = self._now(), 0
+        for request, event in events:
+            tokens += self._take(request, event, now)
+        rows = self.stepper.rows
+        if rows != Rows():
+            forward = Forward(seconds=now - begun, ended=now, rows=rows, prefill=self.stepper.prefill, tokens=tokens)
+            self.run.forwards.append(forward)
+        self.peak.see()
+        self.run.page_bytes = max(self.run.page_bytes, self.stepper.page_bytes)
+
+    def _take(self, request: Request, event: Event, now: float) -> int:
+        """Book an event; how many tokens it finished."""
+        asked = self._open[request.row.index]
+        if isinstance(event, Committed):
+            asked.first = now if asked.first is None else asked.first
+            asked.steps.append(event.steps)
+            return len(event.tokens)
+        if isinstance(event, Done):
+            asked.ended, asked.reply = now, event.reply
+            del self._open[request.row.index]
+        elif isinstance(event, Failed):
+            asked.ended, asked.error = now, event.error
+            del self._open[request.row.index]
+        return 0

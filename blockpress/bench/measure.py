@@ -1,0 +1,62 @@
+"""A benchmark, from a subject and a workload to a report: warm up, measure the machine, run, measure it
+again, count.
+
+Invariant: nothing is reported that was not measured in this process after the warm-up.
+Run it:  blockpress bench --preset bench-4k --batch 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blockpress import costs
+from blockpress.bench.ceilings import better, measure_device
+from blockpress.bench.drive import drive
+from blockpress.bench.memory import taken
+from blockpress.bench.report import Report, report
+from blockpress.bench.steppers import EngineStepper
+from blockpress.bench.subject import Subject
+from blockpress.bench.workload import Workload, requests
+from blockpress.engine.options import SoftEmbedding
+
+
+def measure(
+    subject: Subject,
+    work: Workload,
+    *,
+    device: costs.Device | None = None,
+    soft_embedding: SoftEmbedding = "exact",
+) -> tuple[Report, costs.Device]:
+    """Run the workload on the engine; the report, and the machine that it was run on.
+
+    Raises:
+        RequestError: a workload that this network cannot be given. BlockpressError: no request was answered.
+    """
+    network = subject.network
+    before = taken(network.device)
+    warm(subject, work, soft_embedding)
+    ceilings = [measure_device(network)] if device is None else [device]
+    stepper = EngineStepper(network, running=work.running, soft_embedding=soft_embedding)
+    run = drive(stepper, work, requests(subject, work), network.device, before)
+    if len(run.errors) == len(run.asked):
+        run.whole()
+    if device is None:  # once more behind the run: on a busy machine neither moment may have been a good one
+        ceilings.append(measure_device(network))
+    ceiling = better(ceilings)
+    return report(subject, work, run, ceiling, soft=soft_embedding == "exact"), ceiling
+
+
+def warm(subject: Subject, work: Workload, soft_embedding: SoftEmbedding = "exact") -> None:
+    """One short batch: the first run of a process pays for allocations, compilations and the pages of the weights."""
+    short = replace(
+        work,
+        requests=work.running,
+        batch=work.running,
+        rate=None,
+        concurrency=None,
+        seconds=None,
+        steps=None if work.mode == "autoregressive" else 2,
+        max_tokens=min(work.max_tokens, 4 if work.mode == "autoregressive" else subject.config.canvas_length),
+    )
+    stepper = EngineStepper(subject.network, running=short.batch, soft_embedding=soft_embedding)
+    drive(stepper, short, requests(subject, short), subject.network.device).whole()

@@ -1,0 +1,96 @@
+"""Throughput against users on this machine: both modes of one network, measured, and the floors beside them.
+
+Every user has a prompt of one canvas, so that the forward that reads it and takes the first step costs what a commit
+and a first step cost later on. Of the other steps a few are measured, and the median is taken for each:
+
+    seconds a canvas  =  first forward  +  (steps - 1) x median of the others
+
+Token by token, the median forward behind the prompts is the figure.
+
+Invariant: all users are in every forward that counts.
+Run it:  blockpress bench --preset bench-4k --sweep --out sweep.svg
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from blockpress import costs
+from blockpress.bench.drive import Forward, Run, drive
+from blockpress.bench.panels import STEPS, USERS, Curve, Panel, roofline_curves
+from blockpress.bench.steppers import EngineStepper
+from blockpress.bench.subject import Subject, widths
+from blockpress.bench.workload import Workload, requests
+
+MEASURED = 4
+"""Steps, or tokens, that are run for one point."""
+
+
+def measured(
+    subject: Subject,
+    device: costs.Device,
+    *,
+    users: Sequence[int] = USERS,
+    steps: float = STEPS,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Panel:
+    """The panel of this machine.
+
+    Args:
+        device: what it can do, as `measure_device` found it.
+        progress: told of every point.
+
+    Raises:
+        RequestError: a network without a canvas.
+    """
+    length = subject.config.canvas_length
+    curves = []
+    for mode in ("diffusion", "autoregressive"):
+        points = []
+        for count in users:
+            speed = _point(subject, mode, count, steps, seed)
+            points.append((count, speed))
+            if progress is not None:
+                progress(f"{mode}, {count} users: {speed:.1f} tokens/s")
+        curves.append(Curve(name=mode, points=tuple(points)))
+    floors = roofline_curves(subject.config, widths(subject.network), device, users=users, steps=steps, context=length)
+    curves += [Curve(name=f"{curve.name}, floor", points=curve.points, dashed=True) for curve in floors]
+    dtype = str(subject.network.dtype).removeprefix("torch.")
+    note = f"{subject.name} in {dtype}, {length} tokens of context, {steps:g} steps a canvas; dashed: floors"
+    return Panel(title=f"{device.name}, measured", note=note, curves=tuple(curves))
+
+
+def _point(
+    subject: Subject, mode: Literal["diffusion", "autoregressive"], users: int, steps: float, seed: int
+) -> float:
+    """Tokens a second of so many users together."""
+    length = subject.config.canvas_length
+    diffusion = mode == "diffusion"
+    work = Workload(
+        mode=mode,
+        batch=users,
+        prompt_len=length,
+        max_tokens=length if diffusion else MEASURED,
+        steps=max(2, min(MEASURED, int(steps))) if diffusion else None,
+        seed=seed,
+    )
+    stepper = EngineStepper(subject.network, running=users, prefill=users * length)
+    run = drive(stepper, work, requests(subject, work), subject.network.device).whole()
+    whole = [forward for forward in run.forwards if _everybody(forward.rows, users)]
+    if not diffusion:
+        return users / statistics.median(_later(run, whole))
+    first = next(forward.seconds for forward in whole if forward.prefill)
+    return users * length / (first + (steps - 1) * statistics.median(_later(run, whole)))
+
+
+def _later(run: Run, whole: Sequence[Forward]) -> list[float]:
+    later = [forward.seconds for forward in whole if not forward.prefill]
+    assert later, f"{len(run.forwards)} forwards, none of them with all users behind their prompts"
+    return later
+
+
+def _everybody(rows: costs.Rows, users: int) -> bool:
+    return len(rows.canvases) == users or len(rows.heard) == users

@@ -1,0 +1,147 @@
+"""This machine's fast paths, run beside the slow truth: which are used here, and whether they agree.
+
+    native       operations in C++: built here, or torch does their work
+    vocabulary   argmax, sample, entropy and signal in one pass, beside whole float32 logits
+    experts      all tokens' experts in grouped products, beside one expert after another
+    spans        attention of many requests in one batch, beside each of them alone
+    engine       the fixed puzzle by the engine, beside the poem
+
+Invariant: a check compares numbers of this process; it never takes a path for granted because it is there.
+
+Run it:  blockpress doctor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from blockpress.cli.checks import DRIFT, Check
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from blockpress.lm import LM
+
+ROUNDED = 2e-2  # relative; a bfloat16 has eight bits
+_REPORT = "report this line; until then BLOCKPRESS_NATIVE=0 leaves the C++ out"
+
+
+def native() -> Iterator[Check]:
+    """Which operations run in C++."""
+    from blockpress.ops import compiled
+
+    names = sorted(source.stem for source in compiled.SOURCES.glob("*.cpp"))
+    built = [name for name in names if compiled.library(name) is not None]
+    missing = [name for name in names if name not in built]
+    if not missing:
+        yield Check("native", "ok", f"{', '.join(built)} in C++")
+        return
+    detail = f"{', '.join(missing)} by torch alone" + (f"; {', '.join(built)} in C++" if built else "")
+    yield Check("native", "warn", detail, "install g++ (or unset BLOCKPRESS_NATIVE): these steps would be faster")
+
+
+def agreement(device: str) -> Iterator[Check]:
+    """The fast operations on random numbers, on that device."""
+    import torch
+
+    with torch.inference_mode():
+        draw = torch.Generator().manual_seed(0)
+        yield _vocabulary(draw, device)
+        yield from _experts(draw, device)
+        yield _spans(draw, device)
+
+
+def engine(lm: LM, puzzle: str) -> Check:
+    """The engine's answer to a puzzle, beside the poem's: the same tokens."""
+    from blockpress import sudoku
+    from blockpress.engine import EngineOptions, Request
+    from blockpress.engine.core import Core
+    from blockpress.generate import generate
+    from blockpress.reply import Done, Row
+
+    prompt, sampling, config = lm.encode(sudoku.layout(puzzle)), lm.generation.sampling, lm.config
+
+    def row() -> Row:
+        room = config.context_length - len(prompt)
+        return Row(0, prompt, 0, stop_ids=lm.generation.stop_ids, canvas_length=config.canvas_length, room=room)
+
+    slow = next(event.reply for event in generate(lm.network, [row()], sampling) if isinstance(event, Done))
+    core, fast = Core(lm.network, EngineOptions(max_running=1)), []
+    core.submit(Request(row=row(), sampling=sampling))
+    while core.busy:
+        fast += [event.reply for _, event in core.step() if isinstance(event, Done)]
+    same = bool(fast) and fast[0].tokens == slow.tokens and fast[0].usage == slow.usage
+    detail = f"{'the same' if same else 'other'} tokens as the poem, {slow.usage.steps} steps"
+    # Elsewhere than in float32 on a CPU the order of a sum may decide between two tokens.
+    exact = lm.network.device.type == "cpu" and str(lm.network.dtype) == "torch.float32"
+    return Check("engine", "ok" if same else "fail" if exact else "warn", detail, "" if same else _REPORT)
+
+
+def _vocabulary(draw: Generator, device: str) -> Check:
+    import torch
+
+    from blockpress.ops import compiled, vocabulary
+
+    rows, hidden, vocab, cap = 24, 64, 5000, 30.0
+    x = torch.randn(rows, hidden, generator=draw).to(device)
+    weight = torch.randn(vocab, hidden, generator=draw).to(device) * hidden**-0.5
+    heat = torch.linspace(0.4, 0.8, rows, device=device)
+    uniform = torch.rand(rows, generator=draw, dtype=torch.float64).to(device)
+    scale = torch.tensor(hidden**0.5, device=device)
+    seen = vocabulary.see(x, weight, cap=cap, temperature=heat, uniform=uniform, scale=scale)
+    logits = torch.tanh(x @ weight.T / cap) * cap / heat[:, None]
+    signal = torch.softmax(logits, -1) @ weight * scale
+    same = torch.equal(seen.argmax, logits.argmax(-1))
+    same = same and torch.equal(seen.sample, vocabulary.sample(logits[None], uniform[None])[0])
+    assert seen.signal is not None
+    gaps = [_gap(seen.entropy, vocabulary.entropy(logits[None])[0]), _gap(seen.signal, signal)]
+    path = "C++" if device == "cpu" and compiled.library("vocabulary") is not None else "torch"
+    return _told("vocabulary", f"one pass in {path}", max(gaps), same)
+
+
+def _experts(draw: Generator, device: str) -> Iterator[Check]:
+    import torch
+
+    from blockpress.ops import experts, grouped
+
+    tokens, hidden, size, count = 48, 64, 32, 16
+    given = torch.randn(tokens, hidden, generator=draw).to(device)
+    whole = torch.randn(count, 2 * size, hidden, generator=draw).to(device) * hidden**-0.5
+    narrow = torch.randn(count, hidden, size, generator=draw).to(device) * size**-0.5
+    scores = torch.randn(tokens, count, generator=draw).to(device)
+    weights, chosen = experts.route(scores, 4, torch.ones(count, device=device))
+    for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
+        x, gate_up, down = (tensor.to(dtype) for tensor in (given, whole, narrow))
+        fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.mix, experts.loop))
+        path = "matrix tiles in C++" if grouped.fits(x, gate_up, down) else "grouped products"
+        yield _told("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
+
+
+def _spans(draw: Generator, device: str) -> Check:
+    import torch
+
+    from blockpress.ops import attention
+    from blockpress.ops.spans import Span, look
+
+    heads, dim, sizes = 4, 16, ((12, 30), (1, 7), (12, 41), (1, 19))
+    query = torch.randn(heads, sum(rows for rows, _ in sizes), dim, generator=draw).to(device)
+    spans, alone, start = [], [], 0
+    for rows, keys in sizes:
+        key, value = torch.randn(2, 2, keys, dim, generator=draw).to(device)
+        spans.append(Span(start=start, stop=start + rows, seen=((key, value),)))
+        part = query[None, :, start : start + rows]
+        alone.append(attention.plain(part, key[None], value[None], None)[0])
+        start += rows
+    return _told("spans", f"{len(sizes)} requests in one batch", _gap(look(query, spans), torch.cat(alone, dim=1)))
+
+
+def _gap(fast: Tensor, slow: Tensor) -> float:
+    """Relative difference."""
+    return float((fast.double() - slow.double()).norm() / slow.double().norm())
+
+
+def _told(name: str, path: str, gap: float, same: bool = True, limit: float = DRIFT) -> Check:
+    good = same and gap <= limit
+    detail = f"{path}: differs by {gap:.1e} from the plain one" + ("" if same else ", and takes other tokens")
+    return Check(name, "ok" if good else "fail", detail, "" if good else _REPORT)

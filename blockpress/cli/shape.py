@@ -1,0 +1,59 @@
+"""Which network is measured: a model, or a shape with random weights, as the options of `blockpress bench` name it.
+
+Invariant: exactly one network is named, and the device is known to be there before its weights are made.
+
+Run it:  blockpress bench --preset tiny
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockpress.cli import options
+from blockpress.cli.terminal import waiting
+from blockpress.errors import RequestError
+
+if TYPE_CHECKING:
+    from blockpress.bench.subject import Subject
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the caller says about the network."""
+
+    model: str | None
+    preset: str | None
+    config: Path | None
+    seed: int
+    dtype: str | None
+    threads: int | None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that name a network."""
+        named = {"MODEL": self.model, "--preset": self.preset, "--config": self.config}
+        return [name for name, value in named.items() if value is not None]
+
+
+def open_subject(asked: Shape, device: str) -> Subject:
+    """The one network that is named. Raises RequestError: none, or two."""
+    given = asked.given
+    if len(given) != 1:
+        text = f"{given[1]} is given with {given[0]}" if given else "no model is given"
+        raise RequestError(text, hint="give one of MODEL, --preset NAME and --config FILE")
+    options.check_device(device)
+    import torch
+
+    from blockpress.bench import subject
+
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
+    if asked.model is not None:
+        with waiting(f"loading {asked.model}"):
+            return subject.loaded(asked.model, dtype=asked.dtype, device=device)
+    shape = subject.shape_in(asked.config) if asked.config is not None else subject.shape_named(asked.preset or "")
+    name = str(asked.preset or asked.config)
+    with waiting("drawing random weights"):
+        return subject.randomised(name, shape, dtype=asked.dtype, device=device, seed=asked.seed)

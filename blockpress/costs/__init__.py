@@ -1,0 +1,59 @@
+"""What a network costs, from its config alone: parameters, memory, and the least time that a forward can take.
+
+    memory.py     parameters of each part, bytes of context, peaks of working memory
+    floors.py     operations and bytes of one forward, and the floor of its time on a device
+    devices.py    what devices can do: three graphics cards; this machine is measured by `bench/ceilings.py`
+
+Invariant: no torch in this room.
+
+Run it:  python -c "from blockpress import costs, config as c; print(costs.parameters(c.PRESETS['tiny']()))"
+"""
+
+from __future__ import annotations
+
+from blockpress.costs.devices import DEVICES, Device
+from blockpress.costs.floors import (
+    WIDTHS,
+    Rows,
+    Width,
+    Widths,
+    Work,
+    arithmetic_seconds,
+    byte_seconds,
+    distinct,
+    floor_seconds,
+    forward,
+    throughput,
+)
+from blockpress.costs.memory import (
+    DTYPE_BYTES,
+    active_parameters,
+    canvas_peak,
+    context_bytes,
+    expert_parameters,
+    parameters,
+    reading_peak,
+)
+
+__all__ = [
+    "DEVICES",
+    "DTYPE_BYTES",
+    "WIDTHS",
+    "Device",
+    "Rows",
+    "Width",
+    "Widths",
+    "Work",
+    "active_parameters",
+    "arithmetic_seconds",
+    "byte_seconds",
+    "canvas_peak",
+    "context_bytes",
+    "distinct",
+    "expert_parameters",
+    "floor_seconds",
+    "forward",
+    "parameters",
+    "reading_peak",
+    "throughput",
+]
