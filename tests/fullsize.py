@@ -17,14 +17,14 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-from blockpress.diffusion import KeyedDraws
-from blockpress.generate import plain_denoiser, read
+from blockpress.config import Sampling
+from blockpress.engine import Core, EngineOptions
 from blockpress.lm import load
+from blockpress.reply import Denoised
 from blockpress.weights.memory import needed, survey
 
 
@@ -56,24 +56,27 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
         return result
 
     lm = timed("load", lambda: load(path))
-    network, config = lm.network, lm.config
+    config = lm.config
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, config.vocab_size, (prompt_length,), generator=draw).tolist()
-    cache = timed(f"prefill of {prompt_length}", lambda: read(network, [prompt], network.empty_cache(1)))
-    canvas = torch.randint(0, config.vocab_size, (1, config.canvas_length), generator=draw)
-    keyed = KeyedDraws([0], [0], length=config.canvas_length, vocab=config.vocab_size, device=network.device)
-    denoiser, signal, rows = plain_denoiser(network, cache), None, torch.tensor([0])
-    for step in range(1, steps + 1):
-        temperature = torch.tensor(0.8)
-        work = partial(denoiser, rows, step, canvas, signal, temperature, keyed, None)
-        reading = timed(f"denoising step {step}", work)
-        assert bool(reading.entropy.isfinite().all()), "the entropies are not finite"
-        signal, canvas = reading.signal, reading.sample
-    cache = timed("commit", lambda: read(network, [reading.argmax[0].tolist()], cache))
-    hidden, _ = timed("a token by itself", lambda: network.read(torch.tensor([[5]]), cache))
-    assert bool(network.logits(hidden).isfinite().all()), "the logits are not finite"
+    core = Core(lm.network, EngineOptions(max_running=2))
+    sampling = Sampling(steps=steps, confidence=0.0)
+    one = [*lm.requests([prompt], config.canvas_length + 1, 0, sampling)]
+    core.submit(one[0])
+    timed(f"prefill of {prompt_length}, first step", core.step)
+    for number in range(2, steps + 1):
+        timed(f"denoising step {number}", core.step)
+    events = timed("commit, first step of the next", core.step)
+    entropies = [event.entropy for _, event in events if isinstance(event, Denoised)]
+    assert entropies and all(bool(entropy.isfinite().all()) for entropy in entropies), "the entropies are not finite"
+    while core.busy:
+        core.step()
+    tokens = [*lm.requests([prompt[:4]], 2, mode="autoregressive")]
+    core.submit(tokens[0])
+    core.step()
+    timed("a token by itself", core.step)
     taken = peak() - before
-    need = needed(config, int(cache.lengths.max()) + 1, dtype=config.dtype, files=survey(lm.path))
+    need = needed(config, prompt_length + config.canvas_length, dtype=config.dtype, files=survey(lm.path))
     print(f"predicted {need.total / 2**30:.2f} GiB, taken {taken / 2**30:.2f} GiB: {need.total / taken - 1:+.1%}")
     return {"seconds": figures, "before": before, "taken": taken, "predicted": need}
 

@@ -48,6 +48,9 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"sampling": {"steps": 3}}, "sampling"),
 ]
 
+PATIENCE = 1.0
+"""Seconds until a user who was refused because the queue was full asks again."""
+
 
 @dataclass
 class Log:
@@ -95,6 +98,7 @@ def ask(lm: LM, engine: Engine, rng: random.Random, prompts: list[list[int]], lo
     except Overloaded:
         with log.lock:
             log.ends["overloaded"] += 1
+        time.sleep(PATIENCE)
 
 
 def question(lm: LM, rng: random.Random, prompts: list[list[int]]) -> dict[str, Any]:
@@ -147,12 +151,12 @@ def soak(lm: LM, count: int, users: int, options: EngineOptions, seed: int = 0) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--users", type=int, default=12)
+    parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--model", default="sudoku-nano")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     lm = blockpress.load(given.model)
-    options = EngineOptions(memory=1 << 22, max_running=8, max_waiting=6, chunk=64)
+    options = EngineOptions(memory=3 << 22, max_running=8, max_waiting=7, chunk=64)
     begun = time.perf_counter()
     log = soak(lm, given.requests, given.users, options, given.seed)
     gc.collect()
@@ -160,10 +164,12 @@ def main() -> None:
         f"{given.requests} requests, {given.users} users, {time.perf_counter() - begun:.0f} s, {torch.get_num_threads()} threads"
     )
     print("ended:", ", ".join(f"{name} {number}" for name, number in sorted(log.ends.items())))
-    for name, part in (("first", slice(100)), ("last", slice(-100, None))):
-        seconds, memory = log.seconds[part], log.resident[part]
+    most = len(log.seconds) - 100
+    for start in sorted({0, most // 4, most // 2, 3 * most // 4, most}):
+        seconds, memory = log.seconds[start : start + 100], log.resident[start : start + 100]
         print(
-            f"{name:5} 100: p50 {statistics.median(seconds):.3f} s, resident {statistics.median(memory) / 2**20:.1f} MiB"
+            f"answers {start:5} to {start + 99:5}: p50 {statistics.median(seconds):.3f} s, "
+            f"resident {statistics.median(memory) / 2**20:.1f} MiB"
         )
 
 

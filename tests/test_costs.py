@@ -10,11 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from blockpress import costs
-from blockpress.config import PRESETS, LayerConfig, ModelConfig
+from blockpress.config import PRESETS, LayerConfig, ModelConfig, Sampling
 from blockpress.diffusion import KeyedDraws
+from blockpress.engine import Core, EngineOptions, Request
 from blockpress.generate import plain_denoiser
 from blockpress.model import Network
 from blockpress.ops import compiled
+from blockpress.reply import Row
 
 WITHIN = 0.05
 pytestmark = pytest.mark.skipif(compiled.library("rows") is None, reason="no C++ compiler: torch's softmax takes more")
@@ -95,3 +97,22 @@ def test_the_peak_of_few_wide_experts_is_predicted() -> None:
     _, cache = network.read(torch.tensor([[1, 2]]), network.empty_cache(1))
     measured = peak(lambda: network.denoise(torch.ones(1, 64, dtype=torch.long), cache, None))
     assert costs.canvas_peak(config, "float32", 2) == pytest.approx(measured, rel=2 * WITHIN)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_the_peak_of_the_engines_forwards_is_predicted(dtype: str) -> None:
+    """A canvas alone, and one whose context is committed beside its first step."""
+    config, context, how = LONG_CONTEXT, 1500, Sampling(steps=3, confidence=0.0)
+    core = Core(network_of(config, dtype), EngineOptions(memory=1 << 26, max_running=2, chunk=512))
+    prompt = torch.randint(0, config.vocab_size, (context,)).tolist()
+    row = Row(0, prompt, 0, stop_ids=(), canvas_length=config.canvas_length, room=1000, max_tokens=200)
+    core.submit(request := Request(row, how))
+    while request.step < 1:
+        core.step()
+    alone = peak(core.step)
+    assert costs.engine_peak(config, dtype, context) == pytest.approx(alone, rel=2 * WITHIN)
+    while len(request.context) == context:
+        core.step()
+    together = peak(core.step)
+    assert costs.engine_peak(config, dtype, context, 1, config.canvas_length) == pytest.approx(together, rel=3 * WITHIN)

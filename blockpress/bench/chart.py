@@ -18,14 +18,15 @@ from blockpress.bench.panels import Panel, table
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 58, 46
 STYLE = """\
-  svg { --ink: #1f2328; --paper: #ffffff; --line: #d0d7de; --a: #0b5fff; --b: #c2410c; font: 13px sans-serif }
+  svg { font: 13px sans-serif } .title { font-weight: bold; font-size: 15px }
+  .paper { fill: #ffffff } text { fill: #1f2328 } .grid { stroke: #d0d7de; stroke-width: 1 }
+  .curve { fill: none; stroke-width: 2.5 } .dashed { stroke-dasharray: 5 5 }
+  .a { stroke: #0b5fff } .b { stroke: #c2410c } .mark { fill: none; stroke: #1f2328; stroke-width: 1.5 }
   @media (prefers-color-scheme: dark) {
-    svg { --ink: #e6edf3; --paper: #0d1117; --line: #3d444d; --a: #79b0ff; --b: #ffa657 }
+    .paper { fill: #0d1117 } text { fill: #e6edf3 } .grid { stroke: #3d444d }
+    .a { stroke: #79b0ff } .b { stroke: #ffa657 } .mark { stroke: #e6edf3 }
   }
-  .paper { fill: var(--paper) } text { fill: var(--ink) } .title { font-weight: bold; font-size: 15px }
-  .grid { stroke: var(--line); stroke-width: 1 } .curve { fill: none; stroke-width: 2.5 } .dashed { stroke-dasharray: 5 5 }
-  .a { stroke: var(--a) } .b { stroke: var(--b) } .mark { fill: none; stroke: var(--ink); stroke-width: 1.5 }
-"""  # noqa: E501
+"""
 
 
 def svg(panels: Sequence[Panel]) -> str:

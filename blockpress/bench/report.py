@@ -51,7 +51,8 @@ class Report:
     read prompts, together; the last of them takes the first step, too. forward_ms: of all forwards. steps_per_canvas:
     all 0 token by token. tokens_per_forward: of a request, on average. tokens_per_second_user: of a request from its
     arrival to its end, on average. first_canvas_ms: from arrival to the first canvas, or token. peak_bytes: resident
-    above the loaded model. page_bytes: most that requests held. byte_share, arithmetic_share: of the time of all
+    above the loaded model. page_bytes: most that requests held. step_bytes: what the largest forward asks for beside
+    them, by `costs.engine_peak`. byte_share, arithmetic_share: of the time of all
     forwards, what reading each byte once, and what the operations alone, would take at this machine's ceilings;
     floor_share: part by part the longer of both.
     """
@@ -77,6 +78,7 @@ class Report:
     weight_bytes: int
     peak_bytes: int
     page_bytes: int
+    step_bytes: int
     byte_share: float
     arithmetic_share: float
     floor_share: float
@@ -115,6 +117,7 @@ def report(subject: Subject, work: Workload, run: Run, device: costs.Device, *, 
         weight_bytes=sum(weight_bytes(subject.network).values()),
         peak_bytes=run.peak_bytes,
         page_bytes=run.page_bytes,
+        step_bytes=max((_step_bytes(subject, forward.rows) for forward in run.forwards), default=0),
         byte_share=shares[0],
         arithmetic_share=shares[1],
         floor_share=shares[2],
@@ -129,7 +132,10 @@ def lines(found: Report, device: costs.Device) -> list[str]:
     ends = f"{found.answered} answered{solved}" + "".join(
         f", {count} {what}" for what, count in (("failed", found.failed), ("refused", found.refused)) if count
     )
-    memory = f"{_mib(found.peak_bytes)} above {_mib(found.weight_bytes)} of weights, {_mib(found.page_bytes)} in pages"
+    memory = (
+        f"{_mib(found.peak_bytes)} above {_mib(found.weight_bytes)} of weights: {_mib(found.page_bytes)} in pages, "
+        f"{_mib(found.step_bytes)} a forward asks for"
+    )
     said = [
         ("machine", f"{device.name}: {rates} operations a second, {device.bandwidth / 1e9:.1f} GB/s read"),
         ("requests", f"{ends} in {found.seconds:.2f} s: {found.requests_per_second:.2f} a second"),
@@ -157,6 +163,14 @@ def _shares(subject: Subject, run: Run, device: costs.Device, soft: bool) -> tup
         for place, floor in enumerate((costs.byte_seconds, costs.arithmetic_seconds, costs.floor_seconds)):
             totals[place] += floor(parts, device)
     return tuple(total / taken if taken else 0.0 for total in totals)  # type: ignore[return-value]
+
+
+def _step_bytes(subject: Subject, rows: costs.Rows) -> int:
+    """What a forward of the engine asks for at its peak; each canvas and each read as if behind the longest context."""
+    behind = [*rows.canvases, *(context for context, _ in (*rows.reads, *rows.heard))]
+    tokens = sum(count for _, count in (*rows.reads, *rows.heard))
+    dtype = str(subject.network.dtype).removeprefix("torch.")
+    return costs.engine_peak(subject.config, dtype, max(behind, default=0), len(rows.canvases), tokens)
 
 
 def _solved(subject: Subject, work: Workload, ended: Sequence[Asked]) -> int | None:

@@ -26,18 +26,26 @@ from blockpress.costs.floors import (
     throughput,
 )
 from blockpress.costs.memory import (
+    CHUNK,
     DTYPE_BYTES,
+    PLAIN_PAGE,
+    PRODUCTS,
     active_parameters,
     canvas_peak,
     context_bytes,
+    engine_peak,
     expert_parameters,
+    paged_bytes,
     parameters,
     reading_peak,
 )
 
 __all__ = [
+    "CHUNK",
     "DEVICES",
     "DTYPE_BYTES",
+    "PLAIN_PAGE",
+    "PRODUCTS",
     "WIDTHS",
     "Device",
     "Rows",
@@ -50,9 +58,11 @@ __all__ = [
     "canvas_peak",
     "context_bytes",
     "distinct",
+    "engine_peak",
     "expert_parameters",
     "floor_seconds",
     "forward",
+    "paged_bytes",
     "parameters",
     "reading_peak",
     "throughput",

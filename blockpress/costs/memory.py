@@ -17,6 +17,17 @@ from __future__ import annotations
 
 from blockpress.config import LayerConfig, LayerKind, ModelConfig
 
+CHUNK = 512
+"""Tokens of a prompt that the engine reads in one forward, unless told otherwise."""
+
+PLAIN_PAGE = 256
+"""Tokens a page where a family has no canvas."""
+
+PRODUCTS = 1 << 27
+"""Bytes of products with the vocabulary that are in memory at a time."""
+
+SLIDING: LayerKind = "sliding_attention"
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -111,6 +122,46 @@ def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0,
     looking = max(_looking(config, layer, dtype, rows, tokens, context + tokens) for layer in set(config.layers))
     copies = rows * (context + tokens) * sum(context_bytes(config, dtype).values())
     return max(beside + max(looking, _mixing(config, dtype, rows * tokens)), copies)
+
+
+def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK) -> int:
+    """Bytes of the pages that the engine keeps for one request of so many tokens: whole pages, of sliding layers no
+    more than the window and a chunk of a prompt reach over.
+
+    >>> from blockpress.config import PRESETS
+    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
+    >>> [round(paged_bytes(published, "bfloat16", tokens) / 2**30, 2) for tokens in (512, 4096, 32768)]
+    [0.11, 0.42, 0.97]
+    """
+    page = config.canvas_length if config.has_canvas else PLAIN_PAGE
+    each, whole = context_bytes(config, dtype), -(-tokens // page)
+    window = -(-(config.sliding_window - 1 + chunk) // page) + 1
+    return page * sum(size * (min(whole, window) if kind == SLIDING else whole) for kind, size in each.items())
+
+
+def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1, tokens: int = 0) -> int:
+    """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally behind
+    `context` of one request, all rows in one flat batch.
+
+    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`); without a compiler the passes over
+    it take some times as much again. In a layer, what `ops/spans.py` joins and scores for one group of spans.
+
+    >>> from blockpress.config import PRESETS
+    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
+    >>> [round(engine_peak(published, "bfloat16", tokens, 1, 256) / 2**20) for tokens in (0, 4096, 131072)]
+    [144, 144, 1632]
+    """
+    canvas, window, size = config.canvas_length, config.sliding_window - 1, DTYPE_BYTES[dtype]
+    rows = canvases * canvas + tokens
+    vocabulary = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
+    looking = 0
+    for layer in set(config.layers):
+        seen = min(context, window) if layer.sliding else context
+        if canvases:
+            looking = max(looking, _looking(config, layer, dtype, 1, canvas, seen + tokens + canvas))
+        if tokens:
+            looking = max(looking, _looking(config, layer, dtype, 1, tokens, seen + tokens))
+    return _resident(config, dtype, rows) + max(vocabulary, looking, _mixing(config, dtype, rows))
 
 
 def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, queries: int, keys: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from blockpress.costs import CHUNK
 from blockpress.errors import RequestError
 
 SoftEmbedding = Literal["exact", "sparse"]
@@ -29,7 +30,7 @@ class EngineOptions:
     max_running: int = 32
     max_waiting: int = 1024
     memory: int | None = None
-    chunk: int = 512
+    chunk: int = CHUNK
     prefill_tokens: int = 2048
     reuse_prefixes: bool = True
     soft_embedding: SoftEmbedding = "exact"

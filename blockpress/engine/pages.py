@@ -17,7 +17,6 @@ from blockpress.errors import RequestError
 
 DROPPED = -1
 """Stands in a request's table for a page that was let go."""
-_PLAIN_PAGE = 256
 
 
 def page_length(config: ModelConfig) -> int:
@@ -27,7 +26,7 @@ def page_length(config: ModelConfig) -> int:
     >>> page_length(PRESETS["sudoku-nano"]()), page_length(PRESETS["gemma4-26B-A4B"]())
     (90, 256)
     """
-    return config.canvas_length if config.has_canvas else _PLAIN_PAGE
+    return config.canvas_length if config.has_canvas else costs.PLAIN_PAGE
 
 
 def pages_for(tokens: int, page: int) -> int:

@@ -216,6 +216,8 @@ class Layer(nn.Module):
         """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
         mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
         h = x[:, skip:] + self.post_attention_layernorm(mixed)
+        if not h.numel():
+            return h
         fed = self.mlp(self.pre_feedforward_layernorm(h))
         if self.sparse:
             flat = h.flatten(0, 1)

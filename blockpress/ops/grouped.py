@@ -33,6 +33,8 @@ def ordered(
 ) -> Float[Tensor, "tokens hidden"]:
     """`experts.loop` with one sort in place of a search for every expert's tokens."""
     tokens, k = chosen.shape
+    if not tokens:
+        return torch.empty_like(x)
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=down.shape[0]).tolist()
     parts = []

@@ -129,16 +129,16 @@ def needed(config: ModelConfig, tokens: int, *, dtype: str | None = None, files:
     >>> from blockpress.config import PRESETS
     >>> need = needed(PRESETS["diffusiongemma-26B-A4B"](), 4096)
     >>> [round(size / 2**30, 2) for size in (need.weights, need.context, need.canvas, need.reading, need.total)]
-    [47.03, 0.86, 1.51, 2.84, 50.73]
+    [47.03, 0.42, 0.14, 0.13, 47.59]
     """
     dtype = config.dtype if dtype is None else dtype
     packed = files is not None and bool(files.quantised)
     return Need(
         tokens=tokens,
         weights=files.text if files is not None and packed else plain_weights(config, dtype),
-        context=tokens * sum(costs.context_bytes(config, dtype).values()),
-        canvas=costs.canvas_peak(config, dtype, tokens),
-        reading=costs.reading_peak(config, dtype, tokens) if tokens else 0,
+        context=costs.paged_bytes(config, dtype, tokens),
+        canvas=costs.engine_peak(config, dtype, tokens, 1, config.canvas_length if config.has_canvas else 0),
+        reading=costs.engine_peak(config, dtype, tokens, 0, min(tokens, costs.CHUNK)) if tokens else 0,
     )
 
 

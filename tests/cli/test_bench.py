@@ -20,7 +20,7 @@ TINY = ["bench", "--preset", "tiny", "--prompt-len", "8", "--max-tokens", "12", 
 FIELDS = {
     "model", "random_weights", "dtype", "workload", "soft_embedding", "answered", "failed", "refused", "errors", "solved", "seconds", "requests_per_second",
     "forwards", "canvases", "steps", "tokens", "prefill_ms", "forward_ms", "steps_per_canvas", "tokens_per_forward",
-    "tokens_per_second", "tokens_per_second_user", "first_canvas_ms", "weight_bytes", "peak_bytes", "page_bytes",
+    "tokens_per_second", "tokens_per_second_user", "first_canvas_ms", "weight_bytes", "peak_bytes", "page_bytes", "step_bytes",
     "byte_share", "arithmetic_share", "floor_share", "machine",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from blockpress.reply import Denoised, Done
 from ..conftest import make_random_network
 from .play import AnySampling, play, poem, prompts, reply, row
 
-CONFIG = replace(PRESETS["tiny"](), context_length=192)
+CONFIG = replace(PRESETS["tiny"](), context_length=192, num_experts=8)  # so many that they are grouped
 SHORT = Sampling(steps=4, confidence=0.0)
 WARM = AutoregressiveSampling(temperature=1.2, top_k=20)
 COUNTS = (1, 3, 8, 32)

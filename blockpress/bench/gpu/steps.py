@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, st
     core, draw = Core(network, options), torch.Generator().manual_seed(batch)
     for index in range(batch):
         prompt = torch.randint(config.vocab_size, (context,), generator=draw).tolist()
-        limits = {"room": config.context_length - context, "max_tokens": config.canvas_length}
+        limits: dict[str, Any] = {"room": config.context_length - context, "max_tokens": config.canvas_length}
         core.submit(Request(Row(index, prompt, index, stop_ids=(), canvas_length=config.canvas_length, **limits), how))
     core.step()  # the prompts and the first step
     core.step()  # captures

@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from blockpress.costs import PRODUCTS
 from blockpress.ops.linear import Packed, linear, lookup, tiles
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
 from blockpress.ops.vocabulary.passes import Belief, Pass, Sparse
 
-BUFFER = 1 << 27
+BUFFER = PRODUCTS
 """Most bytes of products at a time: 256 rows of 262,144 bfloat16."""
 
 LARGE = 1 << 22
