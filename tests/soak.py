@@ -32,7 +32,8 @@ from blockpress.config import AutoregressiveSampling
 from blockpress.engine import Core, Engine, EngineOptions
 from blockpress.errors import Overloaded, RequestError
 from blockpress.lm import LM
-from blockpress.reply import Denoised, Done, Failed
+from blockpress.model import Network
+from blockpress.reply import Denoised, Done, Event, Failed
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt is empty"),
@@ -52,12 +53,27 @@ PATIENCE = 1.0
 """Seconds until a user who was refused because the queue was full asks again."""
 
 
+class Timed(Core):
+    """A core that notes how long its forwards take."""
+
+    def __init__(self, network: Network, options: EngineOptions) -> None:
+        super().__init__(network, options)
+        self.seconds: list[float] = []
+
+    def step(self) -> list[tuple[Request, Event]]:
+        begun = time.perf_counter()
+        told = super().step()
+        self.seconds.append(time.perf_counter() - begun)
+        return told
+
+
 @dataclass
 class Log:
-    """What became of the requests, and what the process held on the way."""
+    """What became of the requests, what the process held on the way, and how long whole puzzles and forwards took."""
 
     ends: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
+    forwards: list[float] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +93,8 @@ def ask(lm: LM, engine: Engine, rng: random.Random, prompts: list[list[int]], lo
         with log.lock:
             log.ends["refused"] += 1
         return
-    [request] = lm.requests(**question(lm, rng, prompts))
+    asked = question(lm, rng, prompts)
+    [request] = lm.requests(**asked)
     leave = rng.randint(1, 9) if rng.random() < 1 / 6 else None
     begun, steps = time.perf_counter(), 0
     try:
@@ -92,7 +109,7 @@ def ask(lm: LM, engine: Engine, rng: random.Random, prompts: list[list[int]], lo
                 assert event.reply.usage.completion_tokens == len(event.reply.tokens)
                 with log.lock:
                     log.ends[end] += 1
-                    if leave is None and request.speaks == "diffusion":
+                    if leave is None and "max_tokens" not in asked:
                         log.seconds.append(time.perf_counter() - begun)
                         log.resident.append(resident())
     except Overloaded:
@@ -119,7 +136,8 @@ def soak(lm: LM, count: int, users: int, options: EngineOptions, seed: int = 0) 
     """`count` requests by `users` who ask one after another, each a thread."""
     prompts = [lm.encode(sudoku.layout(one.puzzle)) for one in sudoku.held_out(seed, 24)]
     log, left, errors = Log(), iter(range(count)), list[BaseException]()
-    core = Core(lm.network, options)
+    core = Timed(lm.network, options)
+    log.forwards = core.seconds
 
     def user() -> None:
         while not errors:
@@ -164,6 +182,9 @@ def main() -> None:
         f"{given.requests} requests, {given.users} users, {time.perf_counter() - begun:.0f} s, {torch.get_num_threads()} threads"
     )
     print("ended:", ", ".join(f"{name} {number}" for name, number in sorted(log.ends.items())))
+    tenth = len(log.forwards) // 10
+    for name, part in (("first", log.forwards[:tenth]), ("last", log.forwards[-tenth:])):
+        print(f"{name} tenth of {len(log.forwards)} forwards: p50 {1000 * statistics.median(part):.1f} ms")
     most = len(log.seconds) - 100
     for start in sorted({0, most // 4, most // 2, 3 * most // 4, most}):
         seconds, memory = log.seconds[start : start + 100], log.resident[start : start + 100]

@@ -13,7 +13,7 @@ from blockpress.ops import attention
 
 from .oracle import Figures, Text, build, distance, full, kinds, round_weights, sliding, texts, their_figures
 
-OPS = {"plain": attention.plain, "fused": attention.fused}
+OPS = {"plain": attention.plain, "fused": attention.fused, "grouped": attention.grouped}
 PARTS = ("prefill", "commit")
 
 
