@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,54 +109,75 @@ class Core:
 
     def step(self) -> list[tuple[Request, Event]]:
         """One forward, and what came of it, in the order of the requests."""
-        events = [(request, event) for request in self._cancelled for event in self._cancel(request)]
-        self._cancelled.clear()
+        cancelled, self._cancelled = self._cancelled, []
+        events = [(request, event) for request in cancelled for event in self._cancel(request)]
         works = self.scheduler.plan()
         self._ran += bool(works)
-        outcomes = [*self._run(works)]
+        outcomes = self._run(works)
         tokens = self._choose([one for one in outcomes if isinstance(one, Outcome)])
         for outcome in outcomes:
             request = outcome.work.request if isinstance(outcome, Outcome) else outcome[0].request
-            events += ((request, event) for event in self._take(outcome, tokens))
+            try:
+                told = self._take(outcome, tokens)
+            except Exception as error:  # of any kind: a turn's, a judge's; the other requests have no part in it
+                told = self._fail(request, error)
+            events += [(request, event) for event in told]
         return events
 
-    def _run(self, works: Sequence[Work]) -> Iterator[Outcome | tuple[Work, Exception]]:
+    def _run(self, works: Sequence[Work]) -> Sequence[Outcome | tuple[Work, Exception]]:
         """The forward; where it fails, request by request, so that the one at fault is found."""
         if not works:
-            return iter(())
+            return []
         try:
-            return iter(self.runner.run(works))
+            return self.runner.run(works)
         except Exception as error:
-            if len(works) == 1:
-                return iter([(works[0], error)])
-            return iter([one for work in works for one in self._run([work])])
+            failed = error.with_traceback(None)  # whose frames hold all that the forward had allocated
+        if len(works) == 1:
+            return [(works[0], failed)]
+        return [one for work in works for one in self._run([work])]
 
     def _cancel(self, request: Request) -> Iterable[Event]:
         if request.state == "ended":
             return []
         self.scheduler.cancel(request)
         self._last.pop(request, None)
-        return [*request.row.cancel()]
+        try:
+            return [*request.row.cancel()]
+        except Exception as error:
+            return self._fail(request, error)
 
     @torch.inference_mode()
-    def _choose(self, outcomes: Sequence[Outcome]) -> dict[Request, int]:
+    def _choose(self, outcomes: Sequence[Outcome]) -> dict[Request, int | Exception]:
         """The next token of every autoregressive request whose whole context has been read."""
         alike: dict[AutoregressiveSampling, list[Request]] = {}
         for outcome in outcomes:
             request = outcome.work.request
-            if request.asked:
+            if request.asked or not outcome.sound:
                 continue
             if outcome.hidden is not None:
-                self._last[request] = outcome.hidden[-1:]
+                self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
             if isinstance(request.sampling, AutoregressiveSampling) and outcome.work.stop == len(request.context):
                 alike.setdefault(request.sampling, []).append(request)
-        tokens: dict[Request, int] = {}
+        tokens: dict[Request, int | Exception] = {}
         for sampling, requests in alike.items():
-            last = torch.stack([self._last[request] for request in requests])
-            tokens |= zip(requests, choose(self.network, [one.row for one in requests], last, sampling), strict=True)
+            tokens |= self._chosen(requests, sampling)
         return tokens
 
-    def _take(self, outcome: Outcome | tuple[Work, Exception], tokens: Mapping[Request, int]) -> list[Event]:
+    def _chosen(self, requests: Sequence[Request], sampling: AutoregressiveSampling) -> dict[Request, int | Exception]:
+        """A token each; where that fails, request by request, so that the one at fault is found."""
+        try:
+            last = torch.stack([self._last[request] for request in requests])
+            chosen = choose(self.network, [request.row for request in requests], last, sampling)
+            return dict(zip(requests, chosen, strict=True))
+        except Exception as error:
+            failed = error.with_traceback(None)
+        if len(requests) == 1:
+            return {requests[0]: failed}
+        return {one: found for request in requests for one, found in self._chosen([request], sampling).items()}
+
+    def _take(
+        self, outcome: Outcome | tuple[Work, Exception], tokens: Mapping[Request, int | Exception]
+    ) -> list[Event]:
         """Book a request's part of a forward, and tell what it adds to its answer."""
         if isinstance(outcome, tuple):
             return self._fail(outcome[0].request, outcome[1])
@@ -167,8 +188,9 @@ class Core:
             return self._conclude(request, outcome)
         self.scheduler.done(outcome.work)
         request.forwards += outcome.work.start < outcome.work.stop == len(request.context)
-        if request in tokens:
-            return self._take_token(request, tokens[request])
+        token = tokens.get(request)
+        if token is not None:
+            return self._fail(request, token) if isinstance(token, Exception) else self._take_token(request, token)
         if outcome.denoised is None:
             return []
         request.step = outcome.denoised.step
@@ -181,6 +203,7 @@ class Core:
             return events
         return [*events, *request.row.commit(), *self._go_on(request)]
 
+    @torch.inference_mode()
     def _take_token(self, request: Request, token: int) -> list[Event]:
         """A token was chosen; where log-probabilities are told, a turn's own tokens behind it are read first."""
         row = request.row
@@ -212,7 +235,7 @@ class Core:
         else:
             events = [*conclude(row, judged, _checks(request))]
             kept = row.kept
-        self._last[request] = states[0, kept : kept + 1]
+        self._last[request] = states[0, kept : kept + 1].clone()
         del request.context[base + kept :]
         request.asked = 0
         self.scheduler.done(Work(request, work.start, base + kept, canvas=False))
@@ -238,7 +261,7 @@ class Core:
         if not isinstance(error, BlockpressError):
             said = " ".join(f"{type(error).__name__}: {error}".split())
             error = EngineError(
-                f"a forward failed: {said}", hint="ask again; if that does not help, restart the engine"
+                f"the request could not be finished: {said}", hint="ask again; if that does not help, restart the engine"
             )
         return [Failed(request.row.index, error)]
 
@@ -248,8 +271,11 @@ def _checks(request: Request) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return free_memory()[str(device) if device.type == "cpu" else f"{device.type}:{device.index or 0}"]
+    """Bytes that are free on a device; of a GPU also those that torch keeps of what was freed."""
+    if device.type != "cuda":
+        return free_memory()["cpu"]  # of another kind of device nothing is known: its memory may well be this one
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory()[f"cuda:{device.index or 0}"] + kept
 
 
 def _digest(features: Tensor) -> bytes:

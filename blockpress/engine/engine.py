@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
+from typing import cast
 
 from blockpress.engine.core import Core
 from blockpress.engine.request import Request
@@ -67,8 +68,9 @@ class Engine:
         events = SimpleQueue[Event | BlockpressError]()
         self.submit(request, events.put)
 
-        def wait() -> Iterator[Event]:
+        def wait() -> Iterator[Event | None]:
             try:
+                yield None
                 while True:
                     event = _raised(events.get())
                     yield event
@@ -77,7 +79,9 @@ class Engine:
             finally:
                 self.cancel(request)
 
-        return wait()
+        waiting = wait()
+        next(waiting)  # begun, so that it cancels even where no event is ever asked for
+        return cast("Iterator[Event]", waiting)
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Hand a request in from any thread; what becomes of it is delivered, a refusal too."""
@@ -118,14 +122,13 @@ class Engine:
                 for request, event in self.core.step():
                     self._tell(request, event)
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            broken = EngineError(f"the engine broke: {said}", hint="make a new one, and report this line")
+            broken = EngineError(f"the engine broke: {_said(error)}", hint="make a new one, and report this line")
             with self._changed:
                 self._broken = broken
                 self._inbox.extend(self._told.items())
                 waiting = {request: deliver for request, deliver in self._inbox if deliver is not None}
-            for deliver in waiting.values():
-                deliver(broken)
+            for request, deliver in waiting.items():
+                self._deliver(request, deliver, broken)
 
     def _take_in(self) -> bool:
         """Empty the inbox, waiting where there is nothing to do; False once closed and done."""
@@ -142,7 +145,10 @@ class Engine:
                 self.core.submit(request)
                 self._told[request] = deliver
             except BlockpressError as error:
-                deliver(error)
+                self._deliver(request, deliver, error)
+            except Exception as error:  # one request's, and no reason to give up those behind it
+                refused = EngineError(f"a request was not taken: {_said(error)}", hint="submit each request once")
+                self._deliver(request, deliver, refused)
         if closing:
             for request in self._told:
                 self.core.cancel(request)
@@ -151,7 +157,18 @@ class Engine:
     def _tell(self, request: Request, event: Event) -> None:
         ended = isinstance(event, Done | Failed)
         deliver = self._told.pop(request) if ended else self._told[request]
-        deliver(event)
+        self._deliver(request, deliver, event)
+
+    def _deliver(self, request: Request, deliver: Deliver, event: Event | BlockpressError) -> None:
+        """Tell a caller; one who cannot be told is left, and the others are told all the same."""
+        try:
+            deliver(event)
+        except Exception:
+            self.cancel(request)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _raised(event: Event | BlockpressError) -> Event:

@@ -1,0 +1,149 @@
+"""Whatever goes wrong in one request, outside the forward too, ends that one; callers who are gone are cancelled."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
+from blockpress.engine import Core, Engine, EngineOptions, Request
+from blockpress.engine import core as cores
+from blockpress.engine.scheduler import Work
+from blockpress.errors import BlockpressError, EngineError
+from blockpress.model import Network
+from blockpress.reply import Done, Event, Failed
+from blockpress.reply.turn import PlainTurn
+
+from ..conftest import make_random_network
+from .play import AnySampling, play, poem, reply, row
+
+CONFIG = replace(PRESETS["tiny"](), context_length=192)
+SHORT = Sampling(steps=4, confidence=0.0)
+ROOM = EngineOptions(memory=1 << 22)
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    network = make_random_network(CONFIG, seed=5).requires_grad_(False)
+    assert network.self_conditioning is not None
+    network.self_conditioning.down_proj.weight.mul_(0.05)
+    return network
+
+
+class Broken(PlainTurn):
+    """A turn that cannot read what was written, or cannot end."""
+
+    def __init__(self, fails: str) -> None:
+        super().__init__(None)
+
+        def fail(*_: Any) -> Any:
+            raise ValueError("a turn at fault")
+
+        setattr(self, fails, fail)
+
+
+def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Request:
+    return Request(row(CONFIG, index, [5, 6, 7], sampling, **changes), sampling)
+
+
+@pytest.mark.parametrize("sampling", [SHORT, SHORT.with_(checks=2), AutoregressiveSampling()])
+@pytest.mark.parametrize("fails", ["take", "cut"])
+def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnySampling, fails: str):
+    core = Core(network, ROOM)
+    requests = [request(0, sampling), request(1, sampling, turn=Broken(fails)), request(2, sampling)]
+    told = play(core, requests)
+    last = told[requests[1]][-1]
+    assert isinstance(last, Failed) and "a turn at fault" in last.error.message
+    for i in (0, 2):
+        assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
+    assert core.stats.failures == 1 and not core._last
+
+
+def test_a_cancellation_that_fails_is_an_end_too(network: Network):
+    core = Core(network, ROOM)
+    requests = [request(0, turn=Broken("finish")), request(1)]
+    told = play(core, requests, cancels={0: 2})
+    assert isinstance(told[requests[0]][-1], Failed)
+    assert reply(told[requests[1]]) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+
+
+def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, monkeypatch: pytest.MonkeyPatch):
+    sampling, choose = AutoregressiveSampling(), cores.choose
+
+    def failing(network: Network, rows: Sequence[Any], *rest: Any) -> list[int]:
+        if any(one.index == 1 for one in rows):
+            raise ValueError("no token for this one")
+        return choose(network, rows, *rest)
+
+    monkeypatch.setattr(cores, "choose", failing)
+    requests = [request(i, sampling) for i in range(3)]
+    told = play(Core(network, ROOM), requests)
+    assert isinstance(told[requests[1]][-1], Failed)
+    for i in (0, 2):
+        assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
+
+
+def test_what_a_failed_forward_allocated_is_gone_before_the_next(network: Network, monkeypatch: pytest.MonkeyPatch):
+    """Else a forward that was too large for the memory would leave no room for the small ones that follow it."""
+    core, alive = Core(network, ROOM), set[int]()
+    run: Callable[..., Any] = core.runner.run
+
+    class Buffer:
+        def __init__(self) -> None:
+            alive.add(id(self))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def failing(works: Sequence[Work]) -> Any:
+        assert not alive
+        buffer = Buffer()
+        if len(works) > 1:
+            raise MemoryError(f"too many for {type(buffer)}")
+        return run(works)
+
+    monkeypatch.setattr(core.runner, "run", failing)
+    told = play(core, [request(0), request(1)])
+    assert [reply(events).finish_reason for events in told.values()]
+
+
+def test_a_request_that_cannot_be_taken_holds_up_nobody(network: Network):
+    """Submitted twice: refused by name; the first submission, and whoever came behind, get their answers."""
+    with Engine(Core(network, ROOM)) as engine:
+        one, other = request(0), request(1)
+        with engine._changed:  # so that all three are taken in at once
+            first, again, behind = engine.events(one), engine.events(one), engine.events(other)
+        with pytest.raises(EngineError, match="not taken"):
+            next(again)
+        assert isinstance(list(behind)[-1], Done) and isinstance(list(first)[-1], Done)
+
+
+def test_who_never_asks_for_an_event_and_lets_go_is_cancelled(network: Network):
+    long = SHORT.with_(steps=48)
+    with Engine(Core(network, ROOM)) as engine:
+        left = request(0, long, max_tokens=170)
+        with engine._changed:
+            engine.events(left)
+            gc.collect()
+        assert isinstance(list(engine.events(request(1)))[-1], Done)
+        assert left.row.finish_reason == "cancelled"
+
+
+def test_a_caller_who_cannot_be_told_is_left(network: Network):
+    def deaf(_: Event | BlockpressError) -> None:
+        raise OSError("nobody there")
+
+    with Engine(Core(network, ROOM)) as engine:
+        left = request(0, SHORT.with_(steps=48), max_tokens=170)
+        engine.submit(left, deaf)
+        assert reply(list(engine.events(request(1)))) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+    assert left.row.finish_reason == "cancelled"
+
+
+def test_free_memory_of_any_device_is_known():
+    assert cores._free(torch.device("mps")) > 0 and cores._free(torch.device("cpu")) > 0
