@@ -1,1 +1,1 @@
-"""Speed: `gpu/` measures kernels and whole steps on a GPU, over their floors."""
+"""Speed: workloads on the engine beside floors and other programs; `gpu/` measures kernels and whole steps on a GPU."""

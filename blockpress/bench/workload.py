@@ -8,7 +8,7 @@ Prompts are random tokens, or, for a model that writes a sudoku's cells as token
 it knows does a model settle as early as it would.
 
 Invariant: the same workload and seed give the same prompts, seeds and arrivals.
-Run it:  python -m pytest tests/bench/test_workload.py
+Run it:  python -m pytest tests/bench/test_drive.py
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from typing import Literal
 from blockpress import sudoku
 from blockpress.bench.subject import Subject
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.config.sampling import CHECKS
 from blockpress.engine import Request
 from blockpress.errors import RequestError
 from blockpress.reply import Row
 
 Mode = Literal["diffusion", "autoregressive", "verified"]
 MODES: tuple[Mode, ...] = ("diffusion", "autoregressive", "verified")
-CHECKS = 4
-"""How often a settled canvas is checked in the mode "verified"."""
 GIVENS = 36
 
 

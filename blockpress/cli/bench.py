@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROUNDS = 3
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="A model with its own weights; or give --preset or --config.")
+    str | None, typer.Argument(metavar="MODEL", help="A model with its own weights; or give --preset or --config.")
 ]
 Preset = Annotated[
     str | None,
@@ -38,7 +38,9 @@ Preset = Annotated[
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="The shape of a config.json, with random weights.")]
 Batch = Annotated[int | None, typer.Option(metavar="N", help="Requests that run at once. Default: 1.")]
 PromptLen = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a prompt, random ones. Default: 64.")]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Tokens of an answer. Default: two canvases.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Most tokens of an answer. Default: two canvases, one of a sudoku.")
+]
 Mode = Annotated[
     str | None, typer.Option(metavar="M", help="diffusion, autoregressive or verified. Default: diffusion.")
 ]
@@ -49,7 +51,9 @@ Prompts = Annotated[
     str | None,
     typer.Option(metavar="P", help="random or sudoku. Default: sudoku where the model writes cells as tokens."),
 ]
-Requests = Annotated[int | None, typer.Option(metavar="N", help="Requests in all. Default: one batch.")]
+Requests = Annotated[
+    int | None, typer.Option(metavar="N", help="Requests in all. Default: one batch; online 16, or 4 a user.")
+]
 Rate = Annotated[float | None, typer.Option(metavar="R", help="Online: requests that arrive a second, at random.")]
 Concurrency = Annotated[
     int | None, typer.Option(metavar="N", help="Online: users, each of whom asks again once answered.")
@@ -219,7 +223,9 @@ def _fitted(subject: Subject, work: Workload, prompts: str | None, asked: dict[s
 def _about(subject: Subject, work: Workload) -> dict[str, Any]:
     dtype = str(subject.network.dtype).removeprefix("torch.")
     said = {"model": subject.name, "random_weights": subject.random, "dtype": dtype}
-    return said | {"workload": {name: value for name, value in asdict(work).items() if value is not None}}
+    left_out = {"prompt_len"} if work.puzzles else set[str]()  # a puzzle is as long as it is
+    asked = {name: value for name, value in asdict(work).items() if value is not None and name not in left_out}
+    return said | {"workload": asked}
 
 
 def _title(subject: Subject, work: Workload) -> str:

@@ -36,6 +36,12 @@ class Shape:
         named = {"MODEL": self.model, "--preset": self.preset, "--config": self.config}
         return [name for name, value in named.items() if value is not None]
 
+    @property
+    def named(self) -> list[str]:
+        """All options that mean nothing where no network is run."""
+        rest = {"--dtype": self.dtype, "--threads": self.threads}
+        return [*self.given, *(name for name, value in rest.items() if value is not None)]
+
 
 def open_subject(asked: Shape, device: str) -> Subject:
     """The one network that is named. Raises RequestError: none, or two."""

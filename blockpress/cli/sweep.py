@@ -38,10 +38,12 @@ def sweep(
 
     if out is None:
         raise RequestError("--sweep is given without --out", hint="give --out FILE.svg")
+    if out.is_dir():
+        raise RequestError(f"--out is {out}, a folder", hint=f"give a file, such as {out / 'sweep.svg'}")
     if not out.parent.is_dir():
         raise RequestError(f"--out is {out}", hint=f"make the folder {out.parent} first")
     if all(device in CARDS for device in devices):
-        for name in shape.given:
+        for name in shape.named:
             raise RequestError(
                 f"{name} is given with --device {devices[0]} alone",
                 hint="cards are computed with the published model; add --device cpu to measure yours",

@@ -89,9 +89,10 @@ def context_bytes(config: ModelConfig, dtype: str) -> dict[LayerKind, int]:
 def canvas_peak(config: ModelConfig, dtype: str, context: int, rows: int = 1) -> int:
     """Bytes that one denoising step allocates at its peak: over the vocabulary, or in a layer's attention.
 
-    The first is that of `generate.plain_denoiser` and `ops/vocabulary.py: entropy`: float32 logits, the same divided by
-    the temperature, and, of the latter, log-probabilities, probabilities, the clamped copy and their product: 6 x 4
-    bytes for every position and token. The second grows with the context and overtakes it at some 120,000 tokens.
+    The first is that of `generate.plain_denoiser` and `ops/vocabulary/plain.py: entropy`: float32 logits, the same
+    divided by the temperature, and, of the latter, log-probabilities, probabilities, the clamped copy and their
+    product: 6 x 4 bytes for every position and token. The second grows with the context and overtakes it at
+    some 120,000 tokens.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()

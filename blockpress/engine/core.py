@@ -261,7 +261,8 @@ class Core:
         if not isinstance(error, BlockpressError):
             said = " ".join(f"{type(error).__name__}: {error}".split())
             error = EngineError(
-                f"the request could not be finished: {said}", hint="ask again; if that does not help, restart the engine"
+                f"the request could not be finished: {said}",
+                hint="ask again; if that does not help, restart the engine",
             )
         return [Failed(request.row.index, error)]
 

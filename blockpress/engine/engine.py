@@ -4,7 +4,7 @@
 
 Invariant: the core is touched by the worker alone; whatever happens to it, every request that was taken is told how it
 ended: by `Done`, by `Failed`, or by an error that is raised where its events are awaited.
-Run it:  python -m pytest tests/engine/test_engine.py
+Run it:  python -m pytest tests/engine/test_engine.py tests/engine/test_faults.py
 """
 
 from __future__ import annotations

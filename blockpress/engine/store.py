@@ -6,7 +6,7 @@
 Pages of a request that follow one another in memory are seen without a copy; others are gathered.
 
 Invariant: a view holds the request's tokens in order, and nothing is ever read that was not written for these tokens.
-Run it:  python -m pytest tests/engine/test_store.py
+Run it:  python -m pytest tests/engine/test_batch.py
 """
 
 from __future__ import annotations

@@ -135,6 +135,11 @@ BAD = {
     "a sweep of no format": (["bench", "--sweep", "--format", "int3", "--out", "x.svg"], "--format is 'int3'"),
     "users that shrink": (["bench", "--sweep", "--users", "4,2", "--out", "x.svg"], "--users is 4,2"),
     "a model for a card": (["bench", "sudoku-nano", "--sweep", "--device", "h100", "--out", "x.svg"], "MODEL is given"),
+    "a type for a card": (
+        ["bench", "--sweep", "--device", "h100", "--dtype", "bfloat16", "--out", "x.svg"],
+        "--dtype is",
+    ),
+    "a folder for a picture": (["bench", "--sweep", "--device", "h100", "--out", "."], "--out is ., a folder"),
     "a prompt beyond the context": ([*TINY, "--prompt-len", "255"], "--prompt-len is 255"),
 }
 
