@@ -20,8 +20,8 @@ Invariant: a span gets what `ops.attention.plain` gives for its rows over its jo
 wherever its pages lie and whatever stands beside it.
 Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check --part attention; make bench-gpu PART=attention
 
-Compiled for sm_90 (`compile_check`): products are wgmma from 64 rows a tile on, and nothing is spilled; but head size
-512 without parts (large batches) spills 224 bytes where its result is written, behind the loops.
+Compiled for sm_90 (`compile_check`): products are wgmma from 64 rows a tile on, and nothing is spilled. Head size 512
+goes through `combine` even in one part: written by the program itself, the result would spill 224 bytes.
 
 Predicted for one canvas of 256 rows in bfloat16 on an H200, not measured; floors are of arithmetic, at 790 TFLOP/s:
 
@@ -78,6 +78,13 @@ class Tile:
     parts: int
     warps: int = 8
     stages: int = 2
+    joined: bool = False
+    """Whether what is seen goes through `combine` even where there is one part: large heads have no registers left to
+    write the result themselves."""
+
+    @property
+    def parted(self) -> bool:
+        return self.joined or self.parts > 1
 
 
 Pages = Float[Tensor, "kv_heads pages page dim"]
@@ -87,7 +94,7 @@ def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.d
     """The tile for a flat batch of so many rows: the largest whose queries, keys and values fit, parted to fill a GPU.
 
     >>> choose_tile(256, 16, 2, 512, torch.bfloat16)
-    Tile(rows=64, keys=32, parts=2, warps=8, stages=2)
+    Tile(rows=64, keys=32, parts=2, warps=8, stages=2, joined=True)
     >>> choose_tile(256, 16, 8, 256, torch.bfloat16).parts, choose_tile(8192, 16, 8, 256, torch.bfloat16).parts
     (4, 1)
     """
@@ -98,7 +105,8 @@ def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.d
     rows = max(16, min(rows, power(packed)))
     programs = cdiv(packed, rows) * kv_heads
     parts = max(1, min(4, PROCESSORS // programs))
-    return Tile(rows=rows, keys=keys, parts=parts, warps=8 if rows >= 64 else 4, stages=2 if dim > 256 else 3)
+    warps, stages = 8 if rows >= 64 else 4, 2 if dim > 256 else 3
+    return Tile(rows=rows, keys=keys, parts=parts, warps=warps, stages=stages, joined=dim > 256)
 
 
 def attend(
@@ -124,20 +132,20 @@ def attend(
         return query.new_zeros(tokens, heads, dim)
     tile = tile or choose_tile(tokens, heads, kv_heads, dim, query.dtype)
     group, slots = heads // kv_heads, len(spans.count)
-    out = (query.new_zeros if tile.parts == 1 else query.new_empty)(tokens, heads, dim)
+    out = (query.new_empty if tile.parted else query.new_zeros)(tokens, heads, dim)
     # The sum of what spans need, each rounded up to whole tiles, is at most this.
     grid = (cdiv(tokens * group, tile.rows) + slots, kv_heads, tile.parts)
     sums = torch.zeros((2, tile.parts, tokens, heads), dtype=torch.float32, device=query.device)
-    seen = out if tile.parts == 1 else query.new_empty(tile.parts, tokens, heads, dim, dtype=torch.float32)
+    seen = query.new_empty(tile.parts, tokens, heads, dim, dtype=torch.float32) if tile.parted else out
     attend_kernel[grid](
         query, *query.stride()[:2], key, *key.stride()[:2], value, *value.stride()[:2],
         *pages, *pages[0].stride()[:3], *pages[1].stride()[:3],
         spans.first, spans.count, spans.stop, spans.causal.view(torch.int8), spans.table, spans.table.stride(0),
         seen, *sums, tokens, heads, window or 0,
         SLOTS=slots, WIDTH=power(slots), GROUP=group, PAGE=pages[0].shape[2], DIM=dim, ROWS=tile.rows, KEYS=tile.keys,
-        WINDOWED=window is not None, PARTED=tile.parts > 1, num_warps=tile.warps, num_stages=tile.stages,
+        WINDOWED=window is not None, PARTED=tile.parted, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if tile.parts > 1:
+    if tile.parted:
         joined = tokens * heads
         combine_kernel[(cdiv(joined, 16),)](seen, *sums, out, joined, PARTS=tile.parts, ROWS=16, DIM=dim)
     return out

@@ -62,7 +62,7 @@ def _attention() -> Iterator[Variant]:
             }
             constants |= {"query_row": 16 * dim, "key_row": kv_heads * dim, "value_row": kv_heads * dim}
             constants |= {"key_pages_token": dim, "value_pages_token": dim}
-            constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "PARTED": tile.parts > 1}
+            constants |= {"ROWS": tile.rows, "KEYS": tile.keys, "PARTED": tile.parted}
             shape = {"num_warps": tile.warps, "num_stages": tile.stages}
             yield _variant(f"attend {label} {tokens} rows", attention.attend_kernel, constants, shape)
         constants = {"PARTS": 4, "ROWS": 16, "DIM": dim}
