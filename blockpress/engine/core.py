@@ -113,6 +113,11 @@ class Core:
         events = [(request, event) for request in cancelled for event in self._cancel(request)]
         works = self.scheduler.plan()
         self._ran += bool(works)
+        with self.runner.placed():
+            return events + self._answered(works)
+
+    def _answered(self, works: Sequence[Work]) -> list[tuple[Request, Event]]:
+        events: list[tuple[Request, Event]] = []
         outcomes = self._run(works)
         tokens = self._choose([one for one in outcomes if isinstance(one, Outcome)])
         for outcome in outcomes:
@@ -132,9 +137,14 @@ class Core:
             return self.runner.run(works)
         except Exception as error:
             failed = error.with_traceback(None)  # whose frames hold all that the forward had allocated
+        moved_on = self.runner.stepped
         if len(works) == 1:
             return [(works[0], failed)]
-        return [one for work in works for one in self._run([work])]
+        again = [work for work in works if not (moved_on and work.canvas)]
+        return [
+            *((work, failed) for work in works if moved_on and work.canvas),
+            *(one for work in again for one in self._run([work])),
+        ]
 
     def _cancel(self, request: Request) -> Iterable[Event]:
         if request.state == "ended":

@@ -9,15 +9,15 @@ Before the rows run all inputs are sent; behind them the processor waits for the
 canvas, its argmax, and whether what was heard is sound. What else waits: pictures in a prompt, choosing a token
 (`autoregress.choose`), judging a proposal (`judge.judge`).
 
-Invariant: slots and pages change only when the whole forward went well, or hold what a second run of the same works
-would write again; so a forward that failed can be run again, request by request.
+Invariant: a forward that failed can be run again, request by request: pages hold what a second run of the same works
+would write again, and where canvases have moved on, `stepped` says that they must not be run again.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +57,15 @@ class Outcome:
 class Runner:
     """Runs forwards of one network over the pages of a store.
 
-    captured: None where every forward is eager; then `eager` says why.
+    captured: None where every forward is eager; then `eager` says why. stepped: whether a forward failed whose
+    canvases had moved on to their next step already.
     """
 
     def __init__(self, network: Network, options: EngineOptions, store: Store) -> None:
         self.network, self.options, self.store = network, options, store
         self.slots = Slots(network, options.max_running)
         self.attention = kernels_for(store)
+        self.stepped = False
         self.captured: Captured | None = None
         self._obstacle = "it is not on a GPU" if store.device.type != "cuda" else obstacle(network, self.attention)
         if self._obstacle is None and self.attention is not None:
@@ -77,11 +79,15 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         """One forward over all works; an outcome for each."""
-        # Streams, events and kernels are the current GPU's, which need not be the network's.
-        with torch.cuda.device(self.store.device) if self.store.device.type == "cuda" else nullcontext():
+        with self.placed():
             return self._run(works)
 
+    def placed(self) -> AbstractContextManager[object]:
+        """Streams, events and kernels are the current GPU's, which need not be the network's: in here it is."""
+        return torch.cuda.device(self.store.device) if self.store.device.type == "cuda" else nullcontext()
+
     def _run(self, works: Sequence[Work]) -> list[Outcome]:
+        self.stepped = False
         batch = Batch.of(works, self.network.config.canvas_length)
         rules = self.slots.begin([part.request for part in batch.canvases])
         done: Finished | None = None
@@ -90,6 +96,7 @@ class Runner:
             done = self.captured.step(batch.canvases, rules)
         if done is None and batch.rows:
             heard, done = self._forward(batch, rules)
+        self.stepped = done is not None
         sound, told = self._told(heard, done)
         steps = {} if done is None else self._steps(batch, done, told)
         outcomes, hidden = (
@@ -102,6 +109,7 @@ class Runner:
             if own is not None:
                 states, whole = heard[own], whole and bool(sound[own].all())
             outcomes.append(Outcome(work=work, denoised=denoised, canvas=canvas, hidden=states, sound=whole))
+        self.stepped = False
         return outcomes
 
     def _forward(self, batch: Batch, rules: Rules) -> tuple[Tensor, Finished | None]:

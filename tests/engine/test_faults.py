@@ -147,3 +147,23 @@ def test_a_caller_who_cannot_be_told_is_left(network: Network):
 
 def test_free_memory_of_any_device_is_known():
     assert cores._free(torch.device("mps")) > 0 and cores._free(torch.device("cpu")) > 0
+
+
+def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypatch: pytest.MonkeyPatch):
+    """The forward fails behind the step: another run would take one step more, so the canvases fail by name."""
+    core = Core(network, ROOM)
+    told_by, calls = core.runner._told, list[int]()
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room for the copy back")
+        return told_by(*given)
+
+    monkeypatch.setattr(core.runner, "_told", failing)
+    canvases, token = [request(0), request(1)], request(2, AutoregressiveSampling())
+    told = play(core, [*canvases, token])
+    for one in canvases:
+        last = told[one][-1]
+        assert isinstance(last, Failed) and "copy back" in last.error.message
+    assert reply(told[token]) == poem(network, CONFIG, [5, 6, 7], 2, AutoregressiveSampling())
