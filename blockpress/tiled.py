@@ -57,13 +57,6 @@ def tiled_denoiser(network: Network, cache: Cache, *, signal_kind: vocabulary.Si
             signal=signal_kind,
             denied=None if edits is None else (edits.ids, edits.denied[rows].flatten(0, 1)),
         )
-        assert seen.signal is not None
-        shape = canvas.shape
-        return Reading(
-            argmax=seen.argmax.view(shape),
-            sample=seen.sample.view(shape),
-            entropy=seen.entropy.view(shape),
-            signal=seen.signal.view(*shape, -1),
-        )
+        return Reading.of(seen, len(canvas))
 
     return reading

@@ -40,7 +40,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory, tiny: ModelConfig, random_netwo
     backend = speech.backend()
     backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS])
     ids = {name: backend.token_to_id(name) for name in ("<|image|>", *PICTURE_TOKENS)}
-    with patch.dict(weights_vision._MINIMAL, {"position_embedding_size": 48}):
+    with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
         tower, tensors = weights_vision.minimal_vision(0, tiny.hidden_size)
     config = replace(
         tiny,

@@ -52,6 +52,21 @@ _LIBRARY_FRAMES = (
     32  # transformers writes its own default into every file that it saves; only another number is a choice
 )
 
+MINIMAL_TOWER: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "patch_size": 4,
+    # At a pooling of 1 the reference drops every soft token.
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+"""The smallest tower that the reference builds; left out, it would invent one of 167 million parameters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:

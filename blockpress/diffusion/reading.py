@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blockpress.ops.vocabulary import Seen
 from blockpress.shapes import Canvas, Entropy, Signal
 
 
@@ -19,3 +20,10 @@ class Reading:
     sample: Canvas
     entropy: Entropy
     signal: Signal
+
+    @classmethod
+    def of(cls, seen: Seen, canvases: int) -> Reading:
+        """What one pass over the vocabulary found at the places of so many canvases, one canvas behind the other."""
+        assert seen.signal is not None, "the signal was not asked for"
+        each = (seen.argmax, seen.sample, seen.entropy, seen.signal)
+        return cls(*(found.unflatten(0, (canvases, -1)) for found in each))

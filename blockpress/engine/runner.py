@@ -99,10 +99,8 @@ class Runner:
         self.stepped = done is not None
         sound, told = self._told(heard, done)
         steps = {} if done is None else self._steps(batch, done, told)
-        outcomes, hidden = (
-            [],
-            {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard},
-        )
+        hidden = {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard}
+        outcomes = []
         for work in works:
             denoised, canvas, whole = steps.get(work.request, (None, None, True))
             own, states = hidden.get(work.request), None

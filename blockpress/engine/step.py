@@ -166,13 +166,7 @@ def finish(
         signal=signal,
         scale=network.embed_scale(),
     )
-    assert seen.signal is not None
-    reading = Reading(
-        argmax=seen.argmax.view(count, length),
-        sample=seen.sample.view(count, length),
-        entropy=seen.entropy.view(count, length),
-        signal=seen.signal.view(count, length, -1),
-    )
+    reading = Reading.of(seen, count)
     if begun.pins is not None:
         reading = begun.pins(torch.arange(count, device=at.device), reading)
     accepted = EntropyBound(canvases.bound[:, None])(reading.entropy)

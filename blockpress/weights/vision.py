@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blockpress.config import ModelConfig
-from blockpress.config.vision import PictureSettings, VisionConfig
+from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfig
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
 from blockpress.weights.build import choose_device, choose_dtype, room_for, without_memory
@@ -45,20 +45,6 @@ _PROCESSOR, _PREPROCESSOR, _VIDEO = (
 _AGREE = "do config and weights come from the same save?"
 
 Shapes = dict[str, tuple[int, ...]]
-
-_MINIMAL: dict[str, Any] = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "patch_size": 4,
-    # At a pooling of 1 the reference drops every soft token.
-    "pooling_kernel_size": 2,
-    "position_embedding_size": 16,
-}
 
 
 def load_vision(
@@ -140,7 +126,7 @@ def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes
     Raises:
         ConfigError: another kind of tower, or a size that is no whole number of at least 1 or that no tensor can have.
 
-    >>> sum(torch.Size(shape).numel() for shape in vision_tensors(_MINIMAL, 192).values())
+    >>> sum(torch.Size(shape).numel() for shape in vision_tensors(MINIMAL_TOWER, 192).values())
     2672
     """
     config = VisionConfig.from_dict(vision_config)
@@ -155,10 +141,10 @@ def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[st
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in vision_tensors(_MINIMAL, text_hidden).items():
+    for name, shape in vision_tensors(MINIMAL_TOWER, text_hidden).items():
         drawn = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         tensors[name] = drawn.to(torch.bfloat16)
-    return dict(_MINIMAL), tensors
+    return dict(MINIMAL_TOWER), tensors
 
 
 def _check(stored: Mapping[str, Stored], wanted: Shapes) -> None:

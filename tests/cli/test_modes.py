@@ -56,7 +56,7 @@ def seeing(workspace: Path, random_network: Callable[..., Any]) -> Path:
     backend, names = speech.backend(), ["<|image>", "<image|>", "<|video|>"]
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
     ids = {name: backend.token_to_id(name) for name in ("<|image|>", *names)}
-    with patch.dict(weights_vision._MINIMAL, {"position_embedding_size": 48}):
+    with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
         tower, tensors = weights_vision.minimal_vision(0, tiny.hidden_size)
     config = replace(
         tiny,

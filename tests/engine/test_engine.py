@@ -19,8 +19,8 @@ from blockpress.errors import EngineError, Overloaded, RequestError
 from blockpress.model import Network
 from blockpress.reply import Committed, Denoised, Done, Event, Failed
 
-from ..conftest import make_random_network
 from .play import play, poem, prompts, reply, row
+from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=4, confidence=0.0)
@@ -29,10 +29,7 @@ ROOM = EngineOptions(memory=1 << 22)
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    network = make_random_network(CONFIG, seed=5).requires_grad_(False)
-    assert network.self_conditioning is not None
-    network.self_conditioning.down_proj.weight.mul_(0.05)
-    return network
+    return damped(CONFIG)
 
 
 def request(index: int, prompt: Sequence[int] = (5, 6, 7), sampling: Sampling = SHORT, **changes: Any) -> Request:

@@ -19,8 +19,8 @@ from blockpress.model import Network
 from blockpress.reply import Done, Event, Failed
 from blockpress.reply.turn import PlainTurn
 
-from ..conftest import make_random_network
 from .play import AnySampling, play, poem, reply, row
+from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=4, confidence=0.0)
@@ -29,10 +29,7 @@ ROOM = EngineOptions(memory=1 << 22)
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    network = make_random_network(CONFIG, seed=5).requires_grad_(False)
-    assert network.self_conditioning is not None
-    network.self_conditioning.down_proj.weight.mul_(0.05)
-    return network
+    return damped(CONFIG)
 
 
 class Broken(PlainTurn):

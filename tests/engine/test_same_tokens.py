@@ -17,6 +17,7 @@ from blockpress.reply import Denoised, Done
 
 from ..conftest import make_random_network
 from .play import AnySampling, play, poem, prompts, reply, row
+from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192, num_experts=8)  # so many that they are grouped
 SHORT = Sampling(steps=4, confidence=0.0)
@@ -27,10 +28,7 @@ COUNTS = (1, 3, 8, 32)
 @pytest.fixture(scope="module")
 def network() -> Network:
     """Random, its signal damped: at full strength rounding grows three to four times a step."""
-    network = make_random_network(CONFIG, seed=5).requires_grad_(False)
-    assert network.self_conditioning is not None
-    network.self_conditioning.down_proj.weight.mul_(0.05)
-    return network
+    return damped(CONFIG)
 
 
 def samplings(kind: str, count: int) -> list[AnySampling]:

@@ -25,6 +25,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 import blockpress
 from blockpress.config import LayerConfig, ModelConfig
+from blockpress.config.vision import MINIMAL_TOWER
 from blockpress.model import Cache, Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.network import Looking
@@ -32,19 +33,6 @@ from blockpress.ops import attention
 from blockpress.ops.attention import AttentionOp
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
 
-# The smallest tower that `transformers` builds; left out, it would invent one of 167 million parameters.
-VISION = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "patch_size": 4,
-    "pooling_kernel_size": 2,
-    "position_embedding_size": 16,
-}
 TEMPERATURE = 0.7
 SHIPPED = Path(blockpress.__file__).parent / "models" / "sudoku-nano"
 Figures = dict[str, Tensor]
@@ -97,7 +85,7 @@ def load_shipped() -> DiffusionGemmaForBlockDiffusion:
 
 
 def _their_config(config: ModelConfig) -> DiffusionGemmaConfig:
-    data = config.to_dict() | {"vision_config": dict(VISION)}
+    data = config.to_dict() | {"vision_config": dict(MINIMAL_TOWER)}
     data["text_config"] |= {"use_bidirectional_attention": "vision"}  # as published; it concerns images only
     return DiffusionGemmaConfig.from_dict(data)
 

@@ -11,8 +11,9 @@ import torch
 from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
 from blockpress.config import PRESETS, ModelConfig
+from blockpress.config.vision import MINIMAL_TOWER
 
-from .oracle import VISION, full, sliding
+from .oracle import full, sliding
 
 Theirs = Gemma4ForConditionalGeneration | Gemma4ForCausalLM
 TINY = replace(PRESETS["tiny"](), family="gemma4", canvas_length=1)
@@ -64,7 +65,7 @@ def build(config: ModelConfig, vision: bool = False, seed: int = 0) -> Theirs:
         theirs: Theirs = Gemma4ForCausalLM(Gemma4TextConfig.from_dict(data))
     else:
         theirs = Gemma4ForConditionalGeneration(
-            Gemma4Config.from_dict(data | {"vision_config": VISION if vision else None})
+            Gemma4Config.from_dict(data | {"vision_config": MINIMAL_TOWER if vision else None})
         )
     draw = torch.Generator().manual_seed(seed)
     for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:

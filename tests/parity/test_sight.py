@@ -23,6 +23,7 @@ from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from blockpress.config import ModelConfig
+from blockpress.config.vision import MINIMAL_TOWER as SMALLEST
 from blockpress.config.vision import PictureSettings, VisionConfig
 from blockpress.model import Network, pictures
 from blockpress.model.vision import VisionTower
@@ -31,7 +32,6 @@ from blockpress.sight.images import fitted_size
 
 from .checkpoints import TINY
 from .conftest import Report
-from .oracle import VISION as SMALLEST
 from .oracle import build, distance, network_like
 
 FLOAT32 = 1e-5

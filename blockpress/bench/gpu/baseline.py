@@ -19,23 +19,11 @@ from blockpress.bench.gpu.report import Report
 from blockpress.bench.gpu.steps import CONTEXT
 from blockpress.bench.gpu.timing import DEVICE, timed
 from blockpress.config import PRESETS, ModelConfig
+from blockpress.config.vision import MINIMAL_TOWER
 from blockpress.costs import WIDTHS, Rows, floor_seconds, forward
 
 BATCHES = (1, 4)
 TEMPERATURE = 0.6
-NO_TOWER = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "patch_size": 4,
-    "pooling_kernel_size": 2,
-    "position_embedding_size": 16,
-}
-"""The smallest tower that `transformers` builds; it does not run here."""
 
 
 @torch.inference_mode()
@@ -64,7 +52,7 @@ def build(config: ModelConfig, device: torch.device) -> Any:
     """The model of that config in bfloat16, with the package's own random weights."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-    data = config.to_dict() | {"vision_config": dict(NO_TOWER)}
+    data = config.to_dict() | {"vision_config": dict(MINIMAL_TOWER)}
     data["text_config"] |= {"use_bidirectional_attention": "vision"}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
