@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from blockpress.config import LayerConfig, ModelConfig
+from blockpress.model.fused import fused
 from blockpress.ops import experts
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import Packed, Weight, linear, lookup
@@ -214,6 +215,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
         """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
+        whole = fused(self, x, skip)
+        if whole is not None:
+            return whole(x, rotary, attend, causal, skip)
         mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
         h = x[:, skip:] + self.post_attention_layernorm(mixed)
         if not h.numel():

@@ -27,6 +27,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+FLAGS += ("-pthread", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
 SECONDS = 120  # a build that takes longer hangs
 
 
@@ -38,8 +39,12 @@ def library(name: str) -> ctypes.CDLL | None:
     found = compiler()
     if found is None:
         return None
+    shared = name == "pool"  # the others find its function among the process's symbols
+    if not shared and library("pool") is None:
+        return None
+    mode = ctypes.RTLD_GLOBAL if shared else ctypes.DEFAULT_MODE
     try:
-        return ctypes.CDLL(str(_built(SOURCES / f"{name}.cpp", found)))
+        return ctypes.CDLL(str(_built(SOURCES / f"{name}.cpp", found)), mode=mode)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -51,7 +56,7 @@ def compiler() -> str | None:
 
 def _built(source: Path, found: str) -> Path:
     """The library of a source, built if it is not there; a process that builds at the same time does no harm."""
-    text = source.read_bytes()
+    text = b"\0".join(each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256(b"\0".join((text, " ".join((found, *FLAGS)).encode(), _processor().encode()))).hexdigest()[:16]
     place = _folder() / f"{source.stem}-{key}.so"
     if not place.is_file():

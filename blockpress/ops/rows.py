@@ -10,7 +10,7 @@ Run it:  python -m pytest tests/ops/test_rows.py
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_float, c_long, c_void_p
+from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import cache
 
 import torch
@@ -25,11 +25,11 @@ LEAST = 1 << 11
 
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
-    "rms_norm": [c_void_p] * 3 + [c_long] * 2 + [c_float],
-    "geglu": [c_void_p] * 3 + [c_long] * 4,
-    "rotate": [c_void_p] * 4 + [c_long] * 9,
-    "softmax": [c_void_p] * 2 + [c_long] * 7,
-    "weigh": [c_void_p] * 4 + [c_long] * 3,
+    "rms_norm": [c_void_p] * 3 + [c_long] * 2 + [c_float, c_int],
+    "geglu": [c_void_p] * 3 + [c_long] * 4 + [c_int],
+    "rotate": [c_void_p] * 4 + [c_long] * 9 + [c_int],
+    "softmax": [c_void_p] * 2 + [c_long] * 7 + [c_int],
+    "weigh": [c_void_p] * 4 + [c_long] * 3 + [c_int],
 }
 
 
@@ -109,7 +109,7 @@ def _dense(x: Tensor) -> bool:
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*arguments)
+    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
 
 
 @cache

@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from blockpress.ops import attention
+from blockpress.ops.cpu import attention as in_cpp
+from blockpress.ops.cpu import bridge
 
 Piece = tuple[Float[Tensor, "kv_heads _keys dim"], Float[Tensor, "kv_heads _keys dim"]]
 """Keys and values, of any strides."""
@@ -61,10 +63,18 @@ def look(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float
     """
     heads, rows, dim = query.shape
     assert sum(span.queries for span in spans) == rows, "every row is in one span"
+    if rows and _in_cpp(query, spans):
+        return in_cpp.attend(query, spans)
     out = query.new_empty(rows, heads, dim)
     for group in together(spans, heads):
         _look(query, group, out)
     return out.transpose(0, 1)
+
+
+def _in_cpp(query: Tensor, spans: Sequence[Span]) -> bool:
+    """Whether the version in C++ may take them: a CPU's tensors of one type."""
+    pieces = (tensor for span in spans for piece in span.seen for tensor in piece)
+    return bridge.supports(query) and all(tensor.dtype == query.dtype for tensor in pieces)
 
 
 def together(spans: Sequence[Span], heads: int) -> Iterator[list[Span]]:

@@ -1,0 +1,133 @@
+"""A layer on a CPU without gradients: two calls of C++ with attention between them, in place of some fifty of torch.
+
+The modules of layers.py stay the owners of the weights. What C++ is given are pointers, kept for each layer and looked
+at again before every use: a weight that was replaced or moved gives new ones.
+
+Invariant: the same as the layer's modules one by one, within float32 rounding of the sums; `fused` is None where they
+cannot be read as they lie (codes of 8 and 4 bits), and where torch is the faster one.
+Run it:  python -m pytest tests/model/test_fused.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu import layer as cpu
+from blockpress.ops.cpu.experts import stacked
+from blockpress.ops.cpu.layer import After, Before
+
+if TYPE_CHECKING:
+    from blockpress.model.layers import Attend, Causal, Layer, Rotary
+
+NORMS = {
+    "attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_after": "post_feedforward_layernorm_1",
+    "experts_norm": "pre_feedforward_layernorm_2",
+    "experts_after": "post_feedforward_layernorm_2",
+    "feed_after": "post_feedforward_layernorm",
+}
+
+
+@final
+class Fused:
+    """The weights of one layer as C++ reads them."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.dtype, self.whole = dtype, True
+        self._seen: list[tuple[dict[str, Any], str, object, Tensor | None, int]] = []
+        self.before, self.after = self._before(layer), self._after(layer)
+
+    def current(self) -> bool:
+        """Whether every weight still is where it was."""
+        for owner, name, held, tensor, pointer in self._seen:
+            if owner.get(name) is not held or (tensor is not None and tensor.data_ptr() != pointer):
+                return False
+        return True
+
+    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend, causal: Causal, skip: int) -> Tensor:
+        """What `Layer.forward` gives."""
+        batch, length, hidden = x.shape
+        flat = x.reshape(-1, hidden)
+        cos, sin = (table.expand(batch, -1, -1, -1).reshape(-1, table.shape[-1]) for table in rotary)
+        query, key, value = (
+            part.view(batch, -1, *part.shape[1:]).transpose(1, 2)
+            for part in cpu.before(self.before, flat, cos, sin, skip)
+        )
+        mixed = attend(query, key, value).transpose(1, 2).reshape(batch * (length - skip), -1)
+        if not self.after.canvas_scalar:
+            causal = True
+        out = cpu.after(self.after, flat[skip:], mixed, causal[skip:] if isinstance(causal, Tensor) else causal)
+        return out.view(batch, length - skip, hidden)
+
+    def _before(self, layer: Layer) -> Before:
+        own, to = layer.self_attn, Before()
+        to.norm, to.eps = self._pointer(layer.input_layernorm), own.eps
+        to.query, to.key = self._matrix(own.q_proj), self._matrix(own.k_proj)
+        if own.v_proj is not None:
+            to.value = self._matrix(own.v_proj)
+        to.query_norm, to.key_norm = self._pointer(own.q_norm), self._pointer(own.k_norm)
+        to.hidden, to.dim = to.query.columns, own.dim
+        to.heads, to.kv = to.query.rows // own.dim, to.key.rows // own.dim
+        return to
+
+    def _after(self, layer: Layer) -> After:
+        to = After()
+        to.out, to.gate = self._matrix(layer.self_attn.o_proj), self._matrix(layer.mlp.gate_proj)
+        to.up, to.down = self._matrix(layer.mlp.up_proj), self._matrix(layer.mlp.down_proj)
+        to.hidden, to.inner, to.width, to.eps = to.down.rows, to.gate.rows, to.out.columns, layer.input_layernorm.eps
+        if layer.sparse:
+            gate_up, down = self._tensor(layer.experts, "gate_up_proj"), self._tensor(layer.experts, "down_proj")
+            if gate_up is not None and down is not None:
+                dense = gate_up.is_contiguous() and down.is_contiguous()
+                self.whole = self.whole and dense
+                to.experts = stacked(gate_up, down) if dense else to.experts
+            to.router, to.top_k, to.root = self._matrix(layer.router.proj), layer.router.top_k, layer.router.root
+            to.router_scale = self._pointer(layer.router, "scale")
+            to.expert_scale = self._pointer(layer.router, "per_expert_scale")
+        for field, module in NORMS.items():
+            if hasattr(layer, module):
+                setattr(to, field, self._pointer(getattr(layer, module)))
+        to.causal_scalar = self._pointer(layer, "causal_scalar")
+        if layer.has_canvas:
+            to.canvas_scalar = self._pointer(layer, "layer_scalar")
+        return to
+
+    def _tensor(self, module: nn.Module, name: str = "weight") -> Tensor | None:
+        """The tensor behind a parameter, a buffer or a packed weight, which is looked at again later."""
+        places = (module._parameters, module._buffers, module.__dict__)
+        owner = next(each for each in places if each.get(name) is not None)
+        held = owner[name]
+        tensor = bridge.stored(held)
+        self._seen.append((owner, name, held, tensor, 0 if tensor is None else tensor.data_ptr()))
+        self.whole = self.whole and tensor is not None
+        return tensor
+
+    def _matrix(self, module: nn.Module) -> bridge.Matrix:
+        tensor = self._tensor(module)
+        return bridge.Matrix() if tensor is None else bridge.matrix(tensor)
+
+    def _pointer(self, module: nn.Module, name: str = "weight") -> int | None:
+        """Of a vector, which is in the activations' type."""
+        tensor = self._tensor(module, name)
+        self.whole = self.whole and tensor is not None and tensor.dtype == self.dtype
+        return None if tensor is None else tensor.data_ptr()
+
+
+_LAYERS: WeakKeyDictionary[nn.Module, Fused] = WeakKeyDictionary()
+
+
+def fused(layer: Layer, x: Tensor, skip: int) -> Callable[..., Tensor] | None:
+    """The layer in C++, for inputs like x; None where it has to be run module by module."""
+    if not x.numel() or (skip and len(x) > 1) or skip >= x.shape[1] or not bridge.supports(x):
+        return None
+    found = _LAYERS.get(layer)
+    if found is None or found.dtype != x.dtype or not found.current():
+        found = _LAYERS[layer] = Fused(layer, x.dtype)
+    return found if found.whole else None

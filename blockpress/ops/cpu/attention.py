@@ -1,0 +1,62 @@
+"""Attention over a flat batch in one call of C++: every span reads its pieces of keys and values where they lie.
+
+Run it:  python -m pytest tests/ops/test_spans.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from blockpress.ops.cpu import bridge
+
+if TYPE_CHECKING:
+    from blockpress.ops.spans import Span
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        ("key", c_void_p),
+        ("value", c_void_p),
+        *((name, c_int64) for name in ("count", "key_head", "key_row", "value_head", "value_row")),
+    ]
+
+
+class _Span(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("start", "stop", "first", "last")),
+        ("mask", c_void_p),
+        ("mask_row", c_int64),
+    ]
+
+
+def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float[Tensor, "heads rows dim"]:
+    """`spans.look`, without copies of keys and values; the result lies in memory as [rows, heads, dim]."""
+    heads, rows, dim = query.shape
+    query = query if query.stride(2) == 1 else query.contiguous()
+    out, kept = query.new_empty(rows, heads, dim), []
+    pieces: list[_Piece] = []
+    listed = (_Span * len(spans))()
+    for place, span in zip(listed, spans, strict=True):
+        place.start, place.stop, place.first = span.start, span.stop, len(pieces)
+        for key, value in span.seen:
+            if key.stride(2) != 1 or value.stride(2) != 1:
+                key, value = key.contiguous(), value.contiguous()
+                kept += [key, value]
+            (key_head, key_row, _), (value_head, value_row, _) = key.stride(), value.stride()
+            where = (key.data_ptr(), value.data_ptr(), key.shape[1])
+            pieces.append(_Piece(*where, key_head, key_row, value_head, value_row))
+        place.last = len(pieces)
+        if span.mask is not None:
+            mask = span.mask if span.mask.stride(-1) == 1 else span.mask.contiguous()
+            kept.append(mask)
+            place.mask, place.mask_row = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0
+    kv = spans[0].seen[0][0].shape[0] if spans else heads
+    where = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
+    bridge.call("attend", query.dtype, *where, listed, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
+    return out.transpose(0, 1)

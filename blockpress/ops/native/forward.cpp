@@ -1,0 +1,508 @@
+// The products of a forward and what lies between them: a matrix, the experts, attention, and whole layers.
+//
+// Whatever a tensor of T would hold between two operations is rounded to T, so that bfloat16 gives what the plain
+// versions give, within float32 rounding of the sums. Called by ops/cpu/, which says what the arguments are.
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "gemm.h"
+
+namespace {
+
+// Memory of the calling thread that outlives the call: fresh pages would cost as much as the steps that fill them.
+template <class T>
+T* keep(int which, long count) {
+  static thread_local std::vector<float> memory[8];
+  return reinterpret_cast<T*>(Scratch::room(memory[which], (count * static_cast<long>(sizeof(T)) + 3) / 4));
+}
+enum { NORMED, STATES, FED, ACTIVE, ROUTED, SLOTS, SCORES_OF };
+
+template <class T>
+void linear(const T* x, long rows, long step, const Matrix& weight, T* out, long out_step, int threads) {
+  const Side side{weight};
+  products<T>([&](long i) { return x + i * step; }, rows, weight.columns, &side, 1, threads,
+              [&](int, long m, long count, long n, long columns, const float* sums, long sums_step) {
+                copy_out(sums, sums_step, count, columns, out + m * out_step + n, out_step);
+              });
+}
+
+// out [rows][weight.columns] = shares [rows][weight.rows] @ weight. Sums of DEEP products are added up: over a whole
+// vocabulary one running sum would lose a digit.
+template <class T>
+void combine(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
+  constexpr long DEEP = 2048;
+  const long panels = (rows + MR - 1) / MR, columns = weight.columns;
+  float* const left = keep<float>(SLOTS, panels * MR * std::min<long>(DEEP, weight.rows));
+  const long block = columns >= 4 * threads * NB ? NB : NR;
+  const long across = (columns + block - 1) / block, down = (rows + MB - 1) / MB;
+  for (long from = 0; from < weight.rows; from += DEEP) {
+    const long deep = std::min<long>(DEEP, weight.rows - from);
+    parallel(panels, threads, [&](long p) {
+      const T* lines[MR];
+      const int some = static_cast<int>(std::min<long>(MR, rows - p * MR));
+      for (int i = 0; i < some; i++) lines[i] = shares + (p * MR + i) * step + from;
+      pack_left<T, false>(lines, some, deep, left + p * MR * deep);
+    });
+    const Matrix slice = weight.from(from, deep);
+    parallel(across * down, threads, [&](long task) {
+      const long n = task % across * block, m = task / across * MB;
+      const long here = std::min(MB, rows - m), some = std::min(block, columns - n);
+      float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
+      multiply<false, true>(left + m * deep, here, deep, slice, n, some, sums, NB);
+      for (long i = 0; i < here; i++)
+        each(some, [&](long j, long c) {
+          float* to = out + (m + i) * columns + n + j;
+          put(to, from ? get(to, c) + get(sums + i * NB + j, c) : get(sums + i * NB + j, c), c);
+        });
+    });
+  }
+}
+
+// ---- experts
+
+struct Experts {  // mirrored by ops/cpu/experts.py
+  Matrix gate_up;  // [experts * 2 * size][hidden], of each expert its gate's rows first
+  Matrix down;     // [experts * hidden][size]
+  int64_t count, size;
+};
+
+struct Unit {
+  long expert, start, count;  // slots start .. start + count in the order of experts
+};
+
+constexpr long UNIT = 10 * 12;  // most tokens of a unit: whole panels of 6 and of 12
+
+template <class T, bool PAIRS>
+void expert_unit(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
+                 const Unit& unit, T* y) {
+  const long size = experts.size, all = units(hidden, PAIRS), middle = units(size, PAIRS);
+  Scratch& own = scratch();
+  float* left = Scratch::room(own.more, (UNIT + MR) * all);
+  float* sums = Scratch::room(own.sums, MB * 2 * NB);
+  // The activations [count][size] of T and their panels stand one after the other.
+  float* memory = Scratch::room(own.wide, UNIT * size + (UNIT + MR) * middle);
+  T* active = reinterpret_cast<T*>(memory);
+  float* again = memory + UNIT * size;
+  slots += unit.start;
+  const T* lines[MR];
+  auto pack = [&](long depth, float* to, long step, const auto& row) {
+    for (long i = 0; i < unit.count; i += MR) {
+      const int some = static_cast<int>(std::min<long>(MR, unit.count - i));
+      for (int j = 0; j < some; j++) lines[j] = row(i + j);
+      pack_left<T, PAIRS>(lines, some, depth, to + i * step);
+    }
+  };
+  pack(hidden, left, all, [&](long i) { return x + slots[i] / k * hidden; });
+  const Matrix gate = experts.gate_up.from(unit.expert * 2 * size, size);
+  const Matrix up = experts.gate_up.from(unit.expert * 2 * size + size, size);
+  const Matrix down = experts.down.from(unit.expert * hidden, hidden);
+  for (long n = 0; n < size; n += NB) {
+    const long some = std::min(NB, size - n);
+    multiply<PAIRS>(left, unit.count, hidden, gate, n, some, sums, 2 * NB);
+    multiply<PAIRS>(left, unit.count, hidden, up, n, some, sums + NB, 2 * NB);
+    activate(sums, 2 * NB, unit.count, some, active + n, size);
+  }
+  pack(size, again, middle, [&](long i) { return active + i * size; });
+  for (long n = 0; n < hidden; n += NB) {
+    const long some = std::min(NB, hidden - n);
+    multiply<PAIRS>(again, unit.count, size, down, n, some, sums, 2 * NB);
+    for (long i = 0; i < unit.count; i++)
+      each(some, [&](long j, long c) {
+        put(y + slots[i] * hidden + n + j, kept(get(sums + i * 2 * NB + j, c), T{}) * weights[slots[i]], c);
+      });
+  }
+}
+
+// The same where there are up to FEW tokens in all: dot products.
+template <class T>
+void expert_few(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
+                const Unit& unit, T* y) {
+  const long size = experts.size;
+  Scratch& own = scratch();
+  float* wide = Scratch::room(own.more, FEW * (hidden + size));
+  const float *rows[FEW], *middle[FEW];
+  slots += unit.start;
+  for (long i = 0; i < unit.count; i++) {
+    const T* from = x + slots[i] / k * hidden;
+    float* to = wide + i * hidden;
+    each(hidden, [&](long j, long n) { put(to + j, get(from + j, n), n); });
+    rows[i] = to;
+    middle[i] = wide + FEW * hidden + i * size;
+  }
+  float sums[FEW * 2 * NB];
+  const Matrix gate = experts.gate_up.from(unit.expert * 2 * size, size);
+  const Matrix up = experts.gate_up.from(unit.expert * 2 * size + size, size);
+  const Matrix down = experts.down.from(unit.expert * hidden, hidden);
+  for (long n = 0; n < size; n += NB) {
+    const long some = std::min(NB, size - n);
+    few(rows, unit.count, hidden, gate, n, some, sums, 2 * NB);
+    few(rows, unit.count, hidden, up, n, some, sums + NB, 2 * NB);
+    for (long i = 0; i < unit.count; i++)
+      each(some, [&](long j, long c) {
+        F g = kept(gelu(kept(get(sums + i * 2 * NB + j, c), T{})), T{});
+        put(const_cast<float*>(middle[i]) + n + j, kept(g * kept(get(sums + i * 2 * NB + NB + j, c), T{}), T{}), c);
+      });
+  }
+  for (long n = 0; n < hidden; n += NB) {
+    const long some = std::min(NB, hidden - n);
+    few(middle, unit.count, size, down, n, some, sums, 2 * NB);
+    for (long i = 0; i < unit.count; i++)
+      each(some, [&](long j, long c) {
+        put(y + slots[i] * hidden + n + j, kept(get(sums + i * 2 * NB + j, c), T{}) * weights[slots[i]], c);
+      });
+  }
+}
+
+// Tokens sorted by expert, each expert over its own, and every token's sum in the order of its choices.
+template <class T>
+void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, const float* weights,
+         const int64_t* chosen, T* y, T* out, int threads) {
+  std::vector<long> begin(experts.count + 1), slots(tokens * k);
+  for (long s = 0; s < tokens * k; s++) begin[chosen[s] + 1]++;
+  std::partial_sum(begin.begin(), begin.end(), begin.begin());
+  std::vector<long> at(begin.begin(), begin.end() - 1);
+  for (long s = 0; s < tokens * k; s++) slots[at[chosen[s]]++] = s;
+  std::vector<Unit> all;
+  for (long e = 0; e < experts.count; e++) {
+    const long own = begin[e + 1] - begin[e], parts = (own + UNIT - 1) / UNIT;
+    for (long i = 0; i < parts; i++) {
+      const long start = own * i / parts, stop = own * (i + 1) / parts;
+      all.push_back({e, begin[e] + start, stop - start});
+    }
+  }
+  std::stable_sort(all.begin(), all.end(), [](const Unit& a, const Unit& b) { return a.count > b.count; });
+  const bool pairs = HAS_PAIRS && sizeof(T) == 2 && experts.gate_up.kind == BFLOAT16 && experts.down.kind == BFLOAT16;
+  parallel(static_cast<long>(all.size()), threads, [&](long i) {
+    const Unit& unit = all[i];
+    if (tokens <= FEW) return expert_few(x, hidden, k, experts, weights, slots.data(), unit, y);
+    if constexpr (HAS_PAIRS && sizeof(T) == 2) {
+      if (pairs) return expert_unit<T, true>(x, hidden, k, experts, weights, slots.data(), unit, y);
+    }
+    expert_unit<T, false>(x, hidden, k, experts, weights, slots.data(), unit, y);
+  });
+  const long slices = std::max(1L, std::min(tokens, tokens * hidden * k >> 14));
+  parallel(slices, threads, [&](long part) {
+    for (long token = tokens * part / slices; token < tokens * (part + 1) / slices; token++)
+      each(hidden, [&](long i, long n) {
+        F total = {};
+        for (long j = 0; j < k; j++) total += get(y + (token * k + j) * hidden + i, n);
+        put(out + token * hidden + i, total, n);
+      });
+  });
+}
+
+// ---- attention
+
+struct Piece {  // keys and values of a span; mirrored by ops/cpu/attention.py
+  const void *key, *value;
+  int64_t count, key_head, key_row, value_head, value_row;
+};
+
+struct Span {  // queries start .. stop and the pieces that they see; mask [queries or 1][keys], a byte an entry, or null
+  int64_t start, stop, first, last;
+  const uint8_t* mask;
+  int64_t mask_row;
+};
+
+template <class T>
+struct Attention {
+  const T* query;
+  long head_step, row_step, heads, kv, dim;
+  const Piece* pieces;
+  T* out;  // [rows][heads][dim]
+
+  // Queries `from` to `to` of a span, all heads that share a key head.
+  void block(const Span& span, long head, long from, long to) const {
+    const long group = heads / kv, rows = (to - from) * group;
+    long keys = 0;
+    for (long p = span.first; p < span.last; p++) keys += pieces[p].count;
+    const long step = keys + NR, width = (dim + NR - 1) / NR * NR;
+    Scratch& own = scratch();
+    float* left = Scratch::room(own.more, (rows + MR) * std::max(dim, keys));
+    float* scores = Scratch::room(own.wide, rows * step + keys + 2 * W);
+    float* buffer = scores + rows * step;
+    float* sums = Scratch::room(own.sums, rows * width);
+    for (long i = 0; i < rows; i += MR) {
+      const T* lines[MR];
+      const int some = static_cast<int>(std::min<long>(MR, rows - i));
+      for (int j = 0; j < some; j++) lines[j] = line(span, head, from, i + j, group);
+      pack_left<T, false>(lines, some, dim, left + i * dim);
+    }
+    long at = 0;
+    for (long p = span.first; p < span.last; p++) {
+      const Piece& piece = pieces[p];
+      const Matrix key{static_cast<const T*>(piece.key) + head * piece.key_head, piece.count, dim, piece.key_row,
+                       kind_of<T>()};
+      multiply<false>(left, rows, dim, key, 0, piece.count, scores + at, step);
+      at += piece.count;
+    }
+    for (long i = 0; i < rows; i++) {
+      const uint8_t* may = span.mask ? span.mask + (from + i / group) * span.mask_row : nullptr;
+      soften<T>(scores + i * step, may, keys, buffer);
+    }
+    at = 0;
+    for (long p = span.first; p < span.last; p++) {
+      const Piece& piece = pieces[p];
+      if (!piece.count) continue;
+      const Matrix value{static_cast<const T*>(piece.value) + head * piece.value_head, piece.count, dim,
+                         piece.value_row, kind_of<T>()};
+      for (long i = 0; i < rows; i += MR) {
+        const float* lines[MR];
+        const int some = static_cast<int>(std::min<long>(MR, rows - i));
+        for (int j = 0; j < some; j++) lines[j] = scores + (i + j) * step + at;
+        pack_left<float, false>(lines, some, piece.count, left + i * piece.count);
+      }
+      multiply<false, true>(left, rows, piece.count, value, 0, dim, sums, width, at == 0);
+      at += piece.count;
+    }
+    for (long i = 0; i < rows; i++) {
+      const long row = span.start + from + i / group, h = head * group + i % group;
+      copy_out(sums + i * width, width, 1, dim, out + (row * heads + h) * dim, dim);
+    }
+  }
+
+  const T* line(const Span& span, long head, long from, long i, long group) const {
+    return query + (head * group + i % group) * head_step + (span.start + from + i / group) * row_step;
+  }
+
+  void run(const Span* spans, long count, int threads) const {
+    constexpr long SCORES = 1 << 16;  // of a task, which stay in its core's cache
+    struct Task {
+      long span, head, from, to;
+    };
+    std::vector<Task> tasks;
+    double work = 0;
+    for (long s = 0; s < count; s++) {
+      const long queries = spans[s].stop - spans[s].start, group = heads / kv;
+      long keys = 0;
+      for (long p = spans[s].first; p < spans[s].last; p++) keys += pieces[p].count;
+      work += 1.0 * queries * keys * heads * dim;
+      long most = std::max(std::max<long>(1, 2 * MR / group), SCORES / std::max(1L, keys) / group);
+      const long parts = (queries + most - 1) / most;
+      for (long h = 0; h < kv; h++)
+        for (long i = 0; i < parts; i++) tasks.push_back({s, h, queries * i / parts, queries * (i + 1) / parts});
+    }
+    parallel(static_cast<long>(tasks.size()), work < 1 << 17 ? 1 : threads, [&](long i) {
+      block(spans[tasks[i].span], tasks[i].head, tasks[i].from, tasks[i].to);
+    });
+  }
+};
+
+// ---- whole layers
+
+
+// op(first, last) over slices of the rows.
+template <class Op>
+void over(long rows, long values, int threads, const Op& op) {
+  long slices = std::max(1L, std::min(std::min(rows, 4L * threads), rows * values >> 14));
+  parallel(slices, threads, [&](long i) { op(rows * i / slices, rows * (i + 1) / slices); });
+}
+
+struct Before {  // mirrored by ops/cpu/layer.py: from a layer's input to queries, keys and values
+  const void* norm;              // [hidden]
+  Matrix query, key, value;      // value.data null: the values are the keys before their norm
+  const void *query_norm, *key_norm;
+  int64_t hidden, heads, kv, dim;
+  float eps;
+};
+
+template <class T>
+void before(const Before& layer, const T* x, const T* cosine, const T* sine, long rows, long skip, T* query, T* key,
+            T* value, int threads) {
+  const long hidden = layer.hidden, dim = layer.dim, wide = layer.heads * dim, narrow = layer.kv * dim;
+  T* const normed = keep<T>(NORMED, rows * hidden);
+  over(rows, hidden, threads, [&](long first, long last) {
+    for (long i = first; i < last; i++)
+      normalise(x + i * hidden, static_cast<const T*>(layer.norm), normed + i * hidden, hidden, layer.eps);
+  });
+  const Side sides[] = {{layer.key}, {layer.value}, {layer.query}};
+  const bool shared = !layer.value.data;
+  T* const outs[] = {key, value, query};
+  const long steps[] = {narrow, narrow, wide};
+  auto row = [&](long i) { return normed + i * hidden; };
+  auto emit = [&](const int* which, long moved) {
+    return [=](int s, long m, long count, long n, long columns, const float* sums, long step) {
+      copy_out(sums, step, count, columns, outs[which[s]] + (m + moved) * steps[which[s]] + n, steps[which[s]]);
+    };
+  };
+  static const int all[] = {0, 1, 2}, without[] = {0, 2}, last[] = {2};
+  Side chosen[3];
+  const int* which = shared ? without : all;
+  const int kinds = shared ? 2 : 3;
+  for (int s = 0; s < kinds; s++) chosen[s] = sides[which[s]];
+  if (skip) {  // the first rows leave no queries
+    products<T>(row, rows, hidden, chosen, kinds - 1, threads, emit(which, 0));
+    products<T>([&](long i) { return row(i + skip); }, rows - skip, hidden, chosen + kinds - 1, 1, threads,
+                emit(last, 0));
+  } else {
+    products<T>(row, rows, hidden, chosen, kinds, threads, emit(which, 0));
+  }
+  over(rows, wide + 2 * narrow, threads, [&](long first, long last) {
+    for (long i = first; i < last; i++) {
+      const T *c = cosine + i * dim, *s = sine + i * dim;
+      for (long h = 0; h < layer.kv; h++) {
+        T *k = key + i * narrow + h * dim, *v = value + i * narrow + h * dim;
+        normalise(shared ? k : v, static_cast<const T*>(nullptr), v, dim, layer.eps);
+        normalise(k, static_cast<const T*>(layer.key_norm), k, dim, layer.eps);
+        turn(k, c, s, k, dim / 2);
+      }
+      for (long h = 0; i >= skip && h < layer.heads; h++) {
+        T* q = query + (i - skip) * wide + h * dim;
+        normalise(q, static_cast<const T*>(layer.query_norm), q, dim, layer.eps);
+        turn(q, c, s, q, dim / 2);
+      }
+    }
+  });
+}
+
+struct After {  // mirrored by ops/cpu/layer.py: from what attention mixed to the layer's output
+  Matrix out, gate, up, down, router;  // router.data null: a dense layer
+  Experts experts;
+  const void *attention_norm, *mlp_norm, *mlp_after, *experts_norm, *experts_after, *feed_after;
+  const void *router_scale, *expert_scale;
+  const void *canvas_scalar, *causal_scalar;
+  int64_t hidden, inner, width, top_k;  // width: of what attention mixed
+  float eps, root;
+};
+
+// The best `k` of the scores, as torch.topk takes them (ties by the same algorithm), their shares and scales.
+template <class T>
+void route(const T* scores, long count, long k, const T* scale, float* weights, int64_t* chosen,
+           std::vector<std::pair<float, int64_t>>& queue, float* wide) {
+  for (long e = 0; e < count; e++) wide[count + W + e] = widen(scores[e]);
+  float* own = wide + count + W;
+  soften<float>(own, nullptr, count, wide);
+  for (long e = 0; e < count; e++) queue[e] = {own[e], e};
+  auto better = [](const auto& a, const auto& b) {
+    return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
+  };
+  if (k * 64 <= count) {
+    std::partial_sort(queue.begin(), queue.begin() + k, queue.end(), better);
+  } else {
+    std::nth_element(queue.begin(), queue.begin() + k - 1, queue.end(), better);
+    std::sort(queue.begin(), queue.begin() + k - 1, better);
+  }
+  float total = 0;
+  for (long j = 0; j < k; j++) total += queue[j].first;
+  for (long j = 0; j < k; j++) {
+    chosen[j] = queue[j].second;
+    weights[j] = queue[j].first / total * widen(scale[chosen[j]]);
+  }
+}
+
+template <class T>
+void route_rows(const After& layer, const T* h, long rows, float* weights, int64_t* chosen, int threads) {
+  const long hidden = layer.hidden, experts = layer.router.rows;
+  T *const scaled = keep<T>(NORMED, rows * hidden), *const scores = keep<T>(SCORES_OF, rows * experts);
+  const T* scale = static_cast<const T*>(layer.router_scale);
+  over(rows, hidden, threads, [&](long first, long last) {
+    for (long i = first; i < last; i++) {
+      T* own = scaled + i * hidden;
+      normalise(h + i * hidden, static_cast<const T*>(nullptr), own, hidden, layer.eps);
+      each(hidden, [&](long j, long n) {
+        put(own + j, kept(get(own + j, n) * get(scale + j, n), T{}) * layer.root, n);
+      });
+    }
+  });
+  linear(scaled, rows, hidden, layer.router, scores, experts, threads);
+  over(rows, experts * 8, threads, [&](long first, long last) {
+    std::vector<std::pair<float, int64_t>> queue(experts);
+    std::vector<float> wide(2 * (experts + W));
+    for (long i = first; i < last; i++)
+      route(scores + i * experts, experts, layer.top_k, static_cast<const T*>(layer.expert_scale),
+            weights + i * layer.top_k, chosen + i * layer.top_k, queue, wide.data());
+  });
+}
+
+// x, mixed and out are of the same rows; causal: of each row whether it is of the causal pass, or null and `all`.
+template <class T>
+void after(const After& layer, const T* x, const T* mixed, T* out, long rows, const uint8_t* causal, int all,
+           int threads) {
+  const long hidden = layer.hidden, inner = layer.inner;
+  auto norm = [&](const void* weight) { return static_cast<const T*>(weight); };
+  T *const h = keep<T>(STATES, rows * hidden), *const fed = keep<T>(FED, rows * hidden);
+  T* const active = keep<T>(ACTIVE, rows * inner);
+  linear(mixed, rows, layer.width, layer.out, fed, hidden, threads);
+  T* const normed = keep<T>(NORMED, rows * hidden);
+  over(rows, hidden * 2, threads, [&](long first, long last) {
+    std::vector<T> line(hidden);
+    for (long i = first * hidden; i < last * hidden; i += hidden) {
+      normalise(fed + i, norm(layer.attention_norm), line.data(), hidden, layer.eps);
+      each(hidden, [&](long j, long n) { put(h + i + j, get(x + i + j, n) + get(line.data() + j, n), n); });
+      normalise(h + i, norm(layer.mlp_norm), normed + i, hidden, layer.eps);
+    }
+  });
+  const Side gated{layer.gate, &layer.up};
+  products<T>([&](long i) { return normed + i * hidden; }, rows, hidden, &gated, 1, threads,
+              [&](int, long m, long count, long n, long columns, const float* sums, long step) {
+                activate(sums, step, count, columns, active + m * inner + n, inner);
+              });
+  linear(active, rows, inner, layer.down, fed, hidden, threads);
+  T* const routed = layer.router.data ? keep<T>(ROUTED, rows * hidden) : nullptr;
+  if (routed) {
+    std::vector<float> weights(rows * layer.top_k);
+    std::vector<int64_t> chosen(rows * layer.top_k);
+    route_rows(layer, h, rows, weights.data(), chosen.data(), threads);
+    over(rows, hidden, threads, [&](long first, long last) {
+      for (long i = first * hidden; i < last * hidden; i += hidden)
+        normalise(h + i, norm(layer.experts_norm), normed + i, hidden, layer.eps);
+    });
+    mix(normed, rows, hidden, layer.top_k, layer.experts, weights.data(), chosen.data(),
+        keep<T>(SLOTS, rows * layer.top_k * hidden), routed, threads);
+  }
+  const float scalars[] = {layer.canvas_scalar ? widen(*norm(layer.canvas_scalar)) : 1.0f,
+                           widen(*norm(layer.causal_scalar))};
+  over(rows, hidden * 3, threads, [&](long first, long last) {
+    std::vector<T> line(hidden), more(hidden);
+    for (long row = first; row < last; row++) {
+      const long i = row * hidden;
+      const float scalar = scalars[causal ? causal[row] != 0 : all != 0];
+      T* own = fed + i;
+      if (routed) {
+        normalise(own, norm(layer.mlp_after), line.data(), hidden, layer.eps);
+        normalise(routed + i, norm(layer.experts_after), more.data(), hidden, layer.eps);
+        each(hidden, [&](long j, long n) { put(own + j, get(line.data() + j, n) + get(more.data() + j, n), n); });
+      }
+      normalise(own, norm(layer.feed_after), line.data(), hidden, layer.eps);
+      each(hidden, [&](long j, long n) {
+        put(out + i + j, kept(get(h + i + j, n) + get(line.data() + j, n), T{}) * scalar, n);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+#define DEFINE(T, suffix)                                                                                           \
+  void linear_##suffix(const T* x, long rows, long step, const Matrix* weight, T* out, long out_step, int threads) { \
+    linear(x, rows, step, *weight, out, out_step, threads);                                                         \
+  }                                                                                                                 \
+  void combine_##suffix(const T* shares, long rows, long step, const Matrix* weight, float* out, int threads) {     \
+    combine(shares, rows, step, *weight, out, threads);                                                             \
+  }                                                                                                                 \
+  void mix_##suffix(const T* x, long tokens, long hidden, long k, const Experts* experts, const float* weights,     \
+                    const int64_t* chosen, T* y, T* out, int threads) {                                             \
+    mix(x, tokens, hidden, k, *experts, weights, chosen, y, out, threads);                                          \
+  }                                                                                                                 \
+  void attend_##suffix(const T* query, long head_step, long row_step, long heads, long kv, long dim,                \
+                       const Span* spans, long count, const Piece* pieces, T* out, int threads) {                   \
+    Attention<T>{query, head_step, row_step, heads, kv, dim, pieces, out}.run(spans, count, threads);               \
+  }                                                                                                                 \
+  void before_##suffix(const Before* layer, const T* x, const T* cosine, const T* sine, long rows, long skip,       \
+                       T* query, T* key, T* value, int threads) {                                                   \
+    before(*layer, x, cosine, sine, rows, skip, query, key, value, threads);                                        \
+  }                                                                                                                 \
+  void after_##suffix(const After* layer, const T* x, const T* mixed, T* out, long rows, const uint8_t* causal,     \
+                      int all, int threads) {                                                                       \
+    after(*layer, x, mixed, out, rows, causal, all, threads);                                                       \
+  }
+
+DEFINE(float, float32)
+DEFINE(bf16, bfloat16)
+
+}  // extern "C"

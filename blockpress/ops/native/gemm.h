@@ -1,0 +1,424 @@
+// Products of rows with a weight matrix, blocked for the caches: what oneDNN does, with the steps around it taken in.
+//
+//     x [rows][depth]      --panels of MR rows-->    left  [panel][depth][MR]     once a product
+//     w [columns][depth]   --panels of NR columns--> right [depth][NR]            a panel at a time, KC deep, in float32
+//     left panel x right panel --MR x 2 vectors of sums--> a block of sums [rows][columns] --emit--> where they belong
+//
+// A weight lies in memory as it is stored: bfloat16 and float16 become float32 in the panel (a bfloat16 is shifted), which
+// is read again for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands are of that type,
+// panels hold pairs. With up to FEW rows no panel pays, and each sum is a dot product along the weight's row.
+//
+// Sums run over the depth in order, whatever the number of rows above FEW: rows do not change with their neighbours.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's are passed between inlined functions only
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VW = 16, MR = 12;
+constexpr long KC = 192;
+#elif defined(__AVX__)
+constexpr int VW = 8, MR = 6;
+constexpr long KC = 256;
+#else
+constexpr int VW = 4, MR = 6;
+constexpr long KC = 256;
+#endif
+#ifdef __AVX512BF16__
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+constexpr int NR = 2 * VW;
+constexpr long NB = 64 > NR ? 64 : NR;  // most columns of a task
+constexpr long MB = 240;                // most rows of a task
+constexpr long ROWS = 4 * MB;           // rows whose panels are held at a time
+constexpr long FEW = 4;
+
+typedef float V __attribute__((vector_size(4 * VW), aligned(4), may_alias));
+
+enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// A weight as it lies in memory: `rows` lines of `columns` values, `step` values from one line to the next.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, step, kind;
+
+  template <class T>
+  const T* at(long row, long column) const { return static_cast<const T*>(data) + row * step + column; }
+
+  Matrix from(long row, long count) const {
+    return {static_cast<const char*>(data) + row * step * (kind == FLOAT32 ? 4 : 2), count, columns, step, kind};
+  }
+
+  // Values of a line as float32: where they lie, or in the buffer.
+  const float* line(long row, long first, long count, float* buffer) const {
+    if (kind == FLOAT32) return at<float>(row, first);
+    kind == BFLOAT16 ? widen_all(at<bf16>(row, first), count, buffer) : widen_all(at<f16>(row, first), count, buffer);
+    return buffer;
+  }
+};
+
+template <class T>
+constexpr int64_t kind_of() { return sizeof(T) == 4 ? FLOAT32 : BFLOAT16; }
+
+inline V loadv(const float* p) { return *reinterpret_cast<const V*>(p); }
+inline void storev(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
+
+template <bool PAIRS>
+inline V fused(V sum, float x, V y) {
+#ifdef __AVX512BF16__
+  if (PAIRS) {
+    const __m512i all = _mm512_set1_epi32(__builtin_bit_cast(int, x));
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all, (__m512bh)y);
+  }
+#endif
+  return sum + (x - V{}) * y;
+}
+
+// Sums of M rows and two vectors of columns, `first` or going on from what stands there.
+template <int M, bool PAIRS>
+__attribute__((noinline)) void tile(long depth, const float* left, const float* right, float* to, long step, bool first) {
+  V sums[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++) {
+    sums[i][0] = first ? V{} : loadv(to + i * step);
+    sums[i][1] = first ? V{} : loadv(to + i * step + VW);
+  }
+  for (long k = 0; k < depth; k++) {
+    V low = loadv(right), high = loadv(right + VW);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) {
+      sums[i][0] = fused<PAIRS>(sums[i][0], left[i], low);
+      sums[i][1] = fused<PAIRS>(sums[i][1], left[i], high);
+    }
+    left += MR, right += NR;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++) {
+    storev(to + i * step, sums[i][0]);
+    storev(to + i * step + VW, sums[i][1]);
+  }
+}
+
+template <bool PAIRS, int M = MR>
+inline void tile_of(long rows, long depth, const float* left, const float* right, float* to, long step, bool first) {
+  if (rows == M) return tile<M, PAIRS>(depth, left, right, to, step, first);
+  if constexpr (M > 1) tile_of<PAIRS, M - 1>(rows, depth, left, right, to, step, first);
+}
+
+#ifdef __AVX2__
+// Eight values of 32 bits of eight lines, as eight columns.
+inline void transpose(const float* const* from, long at, float* to, long step) {
+  __m256 r[8], t[8], s[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i] + at);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      s[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      s[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * step, _mm256_permute2f128_ps(s[i], s[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * step, _mm256_permute2f128_ps(s[i], s[i + 4], 0x31));
+  }
+}
+#endif
+
+// Lines side by side: to[k][R] of `count` lines, the others 0; values of 32 bits, pairs of bfloat16 too.
+template <int R>
+void panel(const float* const* from, int count, long depth, float* to) {
+  int i = 0;
+#ifdef __AVX2__
+  for (; i + 8 <= count && i + 8 <= R; i += 8) {
+    long k = 0;
+    for (; k + 8 <= depth; k += 8) transpose(from + i, k, to + k * R + i, R);
+    for (; k < depth; k++)
+      for (int j = 0; j < 8; j++) std::memcpy(to + k * R + i + j, from[i + j] + k, 4);
+  }
+#endif
+  for (; i < R; i++)
+    for (long k = 0; k < depth; k++) {
+      if (i < count) std::memcpy(to + k * R + i, from[i] + k, 4);
+      else to[k * R + i] = 0;
+    }
+}
+
+// Memory of a thread, kept for its next task.
+struct Scratch {
+  std::vector<float> right, lines, sums, left, more, wide;
+
+  static float* room(std::vector<float>& memory, long count) {
+    if (static_cast<long>(memory.size()) < count) memory.resize(count);
+    return memory.data();
+  }
+};
+
+inline Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
+constexpr long units(long depth, bool pairs) { return pairs ? (depth + 1) / 2 : depth; }
+
+// One panel of up to MR rows, the whole depth.
+template <class T, bool PAIRS>
+void pack_left(const T* const* rows, int count, long depth, float* to) {
+  const float* lines[MR];
+  if (PAIRS && depth % 2 == 0) {
+    for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(rows[i]);
+  } else if (PAIRS) {  // a last pair is filled up with 0
+    float* buffer = Scratch::room(scratch().lines, MR * units(depth, true));
+    for (int i = 0; i < count; i++) {
+      float* own = buffer + i * units(depth, true);
+      own[units(depth, true) - 1] = 0;
+      std::memcpy(own, rows[i], depth * 2);
+      lines[i] = own;
+    }
+  } else if (sizeof(T) == 4) {
+    for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(rows[i]);
+  } else {
+    float* buffer = Scratch::room(scratch().lines, MR * depth);
+    for (int i = 0; i < count; i++) {
+      each(depth, [&](long k, long n) { put(buffer + i * depth + k, get(rows[i] + k, n), n); });
+      lines[i] = buffer + i * depth;
+    }
+  }
+  panel<MR>(lines, count, units(depth, PAIRS), to);
+}
+
+// Columns first .. first + count of the product's right side, units from .. from + depth of it.
+template <bool PAIRS>
+void pack_right(const Matrix& w, long first, int count, long from, long depth, float* to) {
+  const float* lines[NR];
+  Scratch& own = scratch();
+  if (PAIRS && w.columns % 2 == 0) {
+    for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(w.at<bf16>(first + i, 2 * from));
+  } else if (PAIRS) {
+    float* buffer = Scratch::room(own.lines, NR * depth);
+    for (int i = 0; i < count; i++) {
+      long values = std::min<long>(2 * depth, w.columns - 2 * from);
+      buffer[i * depth + depth - 1] = 0;
+      std::memcpy(buffer + i * depth, w.at<bf16>(first + i, 2 * from), values * 2);
+      lines[i] = buffer + i * depth;
+    }
+  } else {
+    float* buffer = Scratch::room(own.lines, NR * depth);
+    for (int i = 0; i < count; i++) lines[i] = w.line(first + i, from, depth, buffer + i * depth);
+  }
+  panel<NR>(lines, count, depth, to);
+}
+
+// The same of a matrix whose lines are the depth: nothing is turned.
+inline void pack_across(const Matrix& w, long first, int count, long from, long depth, float* to) {
+  for (long k = 0; k < depth; k++, to += NR) {
+    const float* line = w.line(from + k, first, count, to);
+    if (line != to && count == NR) {
+      storev(to, loadv(line));
+      storev(to + VW, loadv(line + VW));
+    } else if (line != to) {
+      std::memcpy(to, line, count * 4);
+    }
+    for (int i = count; i < NR; i++) to[i] = 0;
+  }
+}
+
+// Asks for the weights of the next panel while this one is multiplied: memory that is asked for late is waited for.
+struct Ahead {
+  const char* data;
+  long lines, line_bytes, run, each, at = 0;
+
+  Ahead(const Matrix& w, bool across, bool pairs, long first, long from, long deep, long calls) {
+    const long size = w.kind == FLOAT32 ? 4 : 2, whole = pairs ? 2 : 1;
+    line_bytes = w.step * size;
+    const long row = across ? from : first, column = across ? first : from * whole;
+    const long left = across ? deep : std::min<long>(NR, w.rows - first);
+    data = static_cast<const char*>(w.data) + row * line_bytes + column * size;
+    lines = across && first >= w.columns ? 0 : std::max(0L, left);
+    run = (across ? NR * size : deep * whole * size) / 64 + 1;
+    each = (lines * run + calls - 1) / calls;
+  }
+
+  void fetch() {
+    for (long i = 0; i < each && lines > 0; i++) {
+      __builtin_prefetch(data + at * 64, 0, 2);
+      if (++at == run) at = 0, lines--, data += line_bytes;
+    }
+  }
+};
+
+// Sums of packed rows with columns first .. first + count; `step` has room for whole panels of columns.
+template <bool PAIRS, bool ACROSS = false>
+void multiply(const float* left, long rows, long depth, const Matrix& w, long first, long count, float* to, long step,
+              bool fresh = true) {
+  const long all = units(depth, PAIRS);
+  float* right = Scratch::room(scratch().right, KC * NR);
+  for (long from = 0; from < all; from += KC) {
+    const long deep = std::min(KC, all - from);
+    for (long j = 0; j < count; j += NR) {
+      const int some = static_cast<int>(std::min<long>(NR, count - j));
+      if (ACROSS) pack_across(w, first + j, some, from, deep, right);
+      else pack_right<PAIRS>(w, first + j, some, from, deep, right);
+      Ahead ahead(w, ACROSS, PAIRS, first + j + NR, from, deep, (rows + MR - 1) / MR);
+      for (long i = 0; i < rows; i += MR) {
+        ahead.fetch();
+        tile_of<PAIRS>(std::min<long>(MR, rows - i), deep, left + i * all + from * MR, right, to + i * step + j, step,
+                       fresh && from == 0);
+      }
+    }
+  }
+}
+
+inline float sum_of(V x) {
+  float total = 0;
+  for (int i = 0; i < VW; i++) total += x[i];
+  return total;
+}
+
+// Dot products of M rows with one line.
+template <int M>
+void dots(const float* const* x, const float* line, long depth, float* to, long step) {
+  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
+  V sums[M][U] = {};
+  long k = 0;
+  for (; k + U * VW <= depth; k += U * VW)
+    for (int u = 0; u < U; u++) {
+      V y = loadv(line + k + u * VW);
+      for (int i = 0; i < M; i++) sums[i][u] += loadv(x[i] + k + u * VW) * y;
+    }
+  for (int i = 0; i < M; i++) {
+    V all = sums[i][0];
+    for (int u = 1; u < U; u++) all += sums[i][u];
+    float total = sum_of(all);
+    for (long rest = k; rest < depth; rest++) total += x[i][rest] * line[rest];
+    to[i * step] = total;
+  }
+}
+
+// Sums of up to FEW rows of float32 with columns first .. first + count.
+inline void few(const float* const* x, long rows, long depth, const Matrix& w, long first, long count, float* to,
+                long step) {
+  float* buffer = Scratch::room(scratch().wide, depth);
+  for (long j = 0; j < count; j++) {
+    const float* line = w.line(first + j, 0, depth, buffer);
+    switch (rows) {
+      case 1: dots<1>(x, line, depth, to + j, step); break;
+      case 2: dots<2>(x, line, depth, to + j, step); break;
+      case 3: dots<3>(x, line, depth, to + j, step); break;
+      default: dots<4>(x, line, depth, to + j, step);
+    }
+  }
+}
+
+// One of the weights that the same rows are multiplied with; of `twin` the same columns are made beside its own.
+struct Side {
+  Matrix own;
+  const Matrix* twin = nullptr;
+};
+
+// emit(side, first row, rows, first column, columns, sums, step) for blocks of x @ weight^T; a twin's sums stand NB
+// behind. row(i) is where row i of x begins.
+template <class T, bool PAIRS, class Row, class Emit>
+void products_as(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
+  const long all = units(depth, PAIRS);
+  float* const left = Scratch::room(scratch().left, (std::min(rows, ROWS) + MR) * all);
+  for (long start = 0; start < rows; start += ROWS) {
+    const long here = std::min(ROWS, rows - start), panels = (here + MR - 1) / MR;
+    parallel((panels + 7) / 8, threads, [&](long part) {
+      for (long p = part * 8; p < std::min(panels, part * 8 + 8); p++) {
+        const T* lines[MR];
+        const int some = static_cast<int>(std::min<long>(MR, here - p * MR));
+        for (int i = 0; i < some; i++) lines[i] = row(start + p * MR + i);
+        pack_left<T, PAIRS>(lines, some, depth, left + p * MR * all);
+      }
+    });
+    struct Task {
+      int side;
+      long row, column;
+    };
+    std::vector<Task> tasks;
+    long block = NB;
+    for (;; block /= 2) {
+      tasks.clear();
+      for (long m = 0; m < here; m += MB)
+        for (int s = 0; s < count; s++)
+          for (long n = 0; n < sides[s].own.rows; n += block) tasks.push_back({s, m, n});
+      if (threads <= 1 || static_cast<long>(tasks.size()) >= 4 * threads || block <= NR) break;
+    }
+    parallel(static_cast<long>(tasks.size()), threads, [&](long i) {
+      const Task& task = tasks[i];
+      const Side& side = sides[task.side];
+      const long m = std::min(MB, here - task.row), n = std::min(block, side.own.rows - task.column);
+      float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
+      const float* own = left + task.row * all;
+      multiply<PAIRS>(own, m, depth, side.own, task.column, n, sums, 2 * NB);
+      if (side.twin) multiply<PAIRS>(own, m, depth, *side.twin, task.column, n, sums + NB, 2 * NB);
+      emit(task.side, start + task.row, m, task.column, n, sums, 2 * NB);
+    });
+  }
+}
+
+template <class T, class Row, class Emit>
+void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
+  if (rows <= FEW) {
+    std::vector<float> memory(rows * depth);
+    const float* x[FEW];
+    for (long i = 0; i < rows; i++) {
+      float* own = memory.data() + i * depth;
+      const T* from = row(i);
+      each(depth, [&](long k, long n) { put(own + k, get(from + k, n), n); });
+      x[i] = own;
+    }
+    std::vector<std::pair<int, long>> tasks;
+    for (int s = 0; s < count; s++)
+      for (long n = 0; n < sides[s].own.rows; n += NB) tasks.push_back({s, n});
+    parallel(static_cast<long>(tasks.size()), rows * depth * NB < 1 << 15 ? 1 : threads, [&](long i) {
+      const auto [s, first] = tasks[i];
+      const Side& side = sides[s];
+      const long n = std::min(NB, side.own.rows - first);
+      float sums[FEW * 2 * NB];
+      few(x, rows, depth, side.own, first, n, sums, 2 * NB);
+      if (side.twin) few(x, rows, depth, *side.twin, first, n, sums + NB, 2 * NB);
+      emit(s, 0L, rows, first, n, sums, 2 * NB);
+    });
+    return;
+  }
+  bool pairs = HAS_PAIRS && sizeof(T) == 2;
+  for (int s = 0; s < count; s++) pairs = pairs && sides[s].own.kind == BFLOAT16;
+  if constexpr (HAS_PAIRS && sizeof(T) == 2) {
+    if (pairs) return products_as<T, true>(row, rows, depth, sides, count, threads, emit);
+  }
+  products_as<T, false>(row, rows, depth, sides, count, threads, emit);
+}
+
+// A block of sums as values of T.
+template <class T>
+inline void copy_out(const float* sums, long step, long rows, long columns, T* to, long to_step) {
+  for (long i = 0; i < rows; i++)
+    each(columns, [&](long j, long n) { put(to + i * to_step + j, get(sums + i * step + j, n), n); });
+}
+
+// gelu(gate) * up of a block whose twin holds the ups, rounded where a tensor of T would be.
+template <class T>
+inline void activate(const float* sums, long step, long rows, long columns, T* to, long to_step) {
+  for (long i = 0; i < rows; i++) {
+    const float *gate = sums + i * step, *up = gate + NB;
+    each(columns, [&](long j, long n) {
+      F g = kept(gelu(kept(get(gate + j, n), T{})), T{});
+      put(to + i * to_step + j, g * kept(get(up + j, n), T{}), n);
+    });
+  }
+}
+
+}  // namespace

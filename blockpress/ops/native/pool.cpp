@@ -1,0 +1,124 @@
+// One pool of threads for every operation in C++: no thread waits for a part that nobody has begun.
+//
+//     caller    publish parts -> take parts until none is left -> close -> wait for parts that are under way
+//     worker    look for new parts (pauses, then gives up its turn, then sleeps) -> take parts until none is left
+//
+// Parts are taken one by one, so a worker that the system has put aside costs nothing but the part in its hands. A caller
+// that finds the pool busy does its parts alone; so does a part that asks for parts of its own.
+//
+// Loaded once with global symbols (ops/compiled.py); pool.h declares the one function.
+
+#include "pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__) || defined(__APPLE__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace {
+
+inline void rest() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+inline void give_up_turn() { std::this_thread::yield(); }
+
+// state: number of the job << 16 | OPEN | workers inside
+constexpr uint64_t OPEN = 1 << 15, INSIDE = OPEN - 1, JOB = 1 << 16;
+constexpr int PAUSES = 2000, TURNS = 50;  // some 50 us, then about as long again for others
+
+struct Pool {
+  std::atomic<bool> taken{false};
+  std::mutex asleep;
+  std::condition_variable wake;
+  std::atomic<uint64_t> state{0};
+  std::atomic<long> next{0};
+  std::atomic<int> sleepers{0};
+  std::vector<std::thread> workers;
+  long count = 0;
+  std::atomic<uint64_t> most{0};  // workers that may take part
+  void (*part)(void*, long) = nullptr;
+  void* data = nullptr;
+
+  void take() {
+    for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) part(data, i);
+  }
+
+  void work() {
+    uint64_t seen = 0;  // a job that this worker is done with
+    for (;;) {
+      uint64_t now = await(seen);
+      if ((now & INSIDE) >= most) {
+        seen = now & ~(JOB - 1);
+        continue;
+      }
+      if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
+      take();
+      seen = now & ~(JOB - 1);
+      state.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+  static bool offers(uint64_t state, uint64_t seen) { return (state & OPEN) && (state & ~(JOB - 1)) != seen; }
+
+  uint64_t await(uint64_t seen) {
+    for (int i = 0; i < PAUSES + TURNS; i++) {
+      uint64_t now = state.load(std::memory_order_acquire);
+      if (offers(now, seen)) return now;
+      i < PAUSES ? rest() : give_up_turn();
+    }
+    std::unique_lock<std::mutex> lock(asleep);
+    sleepers++;
+    uint64_t now = 0;
+    wake.wait(lock, [&] { return offers(now = state.load(), seen); });
+    sleepers--;
+    return now;
+  }
+
+  void run(long parts, int threads, void (*function)(void*, long), void* argument) {
+    while (static_cast<int>(workers.size()) < threads - 1) {
+      workers.emplace_back([this] { work(); });
+      workers.back().detach();
+    }
+    part = function, data = argument, count = parts, most = threads - 1;
+    next.store(0, std::memory_order_relaxed);
+    state.store(((state.load() & ~(JOB - 1)) + JOB) | OPEN);
+    if (sleepers.load()) {
+      std::lock_guard<std::mutex> lock(asleep);
+      wake.notify_all();
+    }
+    take();
+    state.fetch_and(~OPEN);
+    for (int i = 0; state.load(std::memory_order_acquire) & INSIDE; i++) i < PAUSES ? rest() : give_up_turn();
+  }
+};
+
+Pool* pool = new Pool;  // never taken down: workers end with the process
+
+#if defined(__linux__) || defined(__APPLE__)
+void renew() { pool = new Pool; }  // a forked process has no workers
+const int registered = pthread_atfork(nullptr, nullptr, renew);
+#endif
+
+}  // namespace
+
+extern "C" void blockpress_parallel(long parts, int threads, void (*part)(void*, long), void* data) {
+  Pool* now = pool;
+  if (threads > 1 && parts > 1 && !now->taken.exchange(true, std::memory_order_acquire)) {
+    now->run(parts, threads < parts ? threads : static_cast<int>(parts), part, data);
+    now->taken.store(false, std::memory_order_release);
+    return;
+  }
+  for (long i = 0; i < parts; i++) part(data, i);
+}
