@@ -66,6 +66,12 @@ def test_no_room_is_a_drawer() -> None:
     assert [module_name(path) for path in SOURCES if drawers & set(module_name(path).split("."))] == []
 
 
+def test_one_room_asks_what_the_processor_is() -> None:
+    asking = re.compile(r"cpuinfo|get_cpu_capability|platform\.processor")
+    found = {module_name(path) for path in SOURCES if asking.search(path.read_text(encoding="utf-8"))}
+    assert found == {"blockpress.hardware.system"}
+
+
 def test_the_door_is_sorted_and_opens() -> None:
     def order(name: str) -> tuple[int, str]:  # constants, classes, functions: as ruff sorts every other `__all__`
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)

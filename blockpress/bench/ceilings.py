@@ -13,11 +13,9 @@ Run it:  blockpress bench --preset tiny --steps 2
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,9 +23,9 @@ from torch.nn import functional as F
 
 from blockpress import costs
 from blockpress.bench.subject import weight_bytes
+from blockpress.hardware import free_memory, machine
 from blockpress.model import Network
 from blockpress.ops.linear import linear
-from blockpress.weights.memory import free_memory
 
 SECONDS = 0.25
 LEAST, MOST = 16 << 20, 1 << 30
@@ -58,16 +56,6 @@ def better(measured: Sequence[costs.Device]) -> costs.Device:
     """The same machine, measured several times: the best of each figure."""
     rates = {math: max(one.rates[math] for one in measured) for math in measured[0].rates}
     return replace(measured[0], bandwidth=max(one.bandwidth for one in measured), rates=rates)
-
-
-def machine(device: torch.device) -> str:
-    """The processor, or the card, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.is_file() else ""
-    model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    return f"{torch.get_num_threads()} threads of {model or platform.processor() or 'an unnamed processor'}"
 
 
 def repeated(action: Callable[[], object], seconds: float, device: torch.device) -> float:

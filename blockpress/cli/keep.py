@@ -186,7 +186,7 @@ def _already_there(name: str, wanted: HubName, file: str | None) -> Path:
 
 
 def _warn_of_memory(plan: Plan) -> None:
-    from blockpress.weights.memory import free_memory
+    from blockpress.hardware import free_memory
 
     weights = sum(file.size for file in plan.files if file.path.endswith((".safetensors", ".gguf")))
     device, free = max(free_memory().items(), key=lambda item: item[1])

@@ -192,7 +192,8 @@ def _no_canvas(path: Path) -> str | None:
 
 
 def _too_large(folders: Sequence[Path], device: str) -> str | None:
-    from blockpress.weights.memory import free_memory, needed, shape_of, survey
+    from blockpress.hardware import free_memory
+    from blockpress.weights.memory import needed, shape_of, survey
 
     free = free_memory().get("cuda:0" if device == "cuda" else device)
     for folder in folders:

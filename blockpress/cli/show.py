@@ -100,6 +100,8 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
         "tokenizer": tokenizer,
         **_network(config, 0 if files is None else files.vision_parameters),
         "files": None if files is None else asdict(files),
+        "stored_in": config.dtype,
+        "compute_dtype": _compute_dtype(config.dtype),
         "memory": _memory(config, context, files),
         "sampling": vars(generation.sampling if config.has_canvas else generation.autoregressive),
         "stop_ids": list(generation.stop_ids if path is not None else config.eos_ids),
@@ -121,6 +123,9 @@ def lines(described: dict[str, Any]) -> list[str]:
         of = "GGUF" if described["packed_by"] == "gguf" else "safetensors"
         rows += [("files", f"{files['count']} of {of}, {size(files['bytes'])}; tensors: {types}")]
         rows += [("tokenizer", "yes" if described["tokenizer"] else "none: the model takes token ids only")]
+    if described["compute_dtype"] != described["stored_in"]:
+        slower = f"products in {described['stored_in']} are slower"
+        rows += [("computed in", f"{described['compute_dtype']} on this processor, where {slower}")]
     rows += _memory_rows(described["memory"])
     rows += [("sampling", _sampling(described["sampling"]))]
     rows += [("stop ids", ", ".join(map(str, described["stop_ids"])) or "none")]
@@ -196,7 +201,8 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
 
 def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
     """Bytes of each part by the type of the weights; packed weights have one type, in which their products are."""
-    from blockpress.weights.memory import free_memory, needed
+    from blockpress.hardware import free_memory
+    from blockpress.weights.memory import needed
 
     most = config.context_length
     if context is not None and context > most:
@@ -208,6 +214,15 @@ def _memory(config: ModelConfig, context: int | None, files: Files | None) -> di
         each = {_short(kind): count for kind, count in costs.context_bytes(config, dtype).items()}
         by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each}
     return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
+
+
+def _compute_dtype(stored: str) -> str:
+    """The type in which weights of that type are computed on this processor."""
+    import torch
+
+    from blockpress.hardware import compute_dtype
+
+    return str(compute_dtype(getattr(torch, stored), torch.device("cpu"))).removeprefix("torch.")
 
 
 def _short(kind: str) -> str:

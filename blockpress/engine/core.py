@@ -30,11 +30,11 @@ from blockpress.engine.runner import Outcome, Runner
 from blockpress.engine.scheduler import Scheduler, SchedulerStats, Work
 from blockpress.engine.store import Store
 from blockpress.errors import BlockpressError, EngineError
+from blockpress.hardware import free_memory
 from blockpress.judge import judge
 from blockpress.model import Network
 from blockpress.reply import Event, Failed
 from blockpress.verify import conclude, is_asked
-from blockpress.weights.memory import free_memory
 
 
 @dataclass(frozen=True, kw_only=True)

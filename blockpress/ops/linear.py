@@ -15,14 +15,14 @@ Run it:  python -m pytest tests/ops/test_linear.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from blockpress.hardware import float32_way
 
 TILE = 1 << 20
 """Most values that are unpacked at once on a CPU, 2 MiB in bfloat16: they stay in its caches, and the allocator keeps
@@ -86,8 +86,8 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's float32 product is the better one: 2.2 times MKL's on AMD, where that keeps to AVX2."""
-    if x.dtype != torch.float32 or not mkl_is_slow() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether this is a product for oneDNN: float32 on a processor where that is the better way, more than one row."""
+    if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_grad_enabled() or float32_way() == "mkl":
         return False
     plain = all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in (x, weight))
     return plain and weight.dtype == torch.float32 and x.numel() // x.shape[-1] > 1
@@ -96,14 +96,6 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 def _onednn(x: Float32[Tensor, "*rows in"], weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "*rows out"]:
     """True float32, asked for this one product: the global precision switch would change what others compute."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@cache
-def mkl_is_slow() -> bool:
-    """Whether this processor is AMD's and torch has oneDNN."""
-    info = Path("/proc/cpuinfo")
-    amd = info.is_file() and "AuthenticAMD" in info.read_text(errors="replace")
-    return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def lookup(

@@ -26,11 +26,11 @@ from blockpress.autoregress import autoregress
 from blockpress.config import Sampling
 from blockpress.errors import BlockpressError
 from blockpress.generate import generate
+from blockpress.hardware import machine
 from blockpress.model import Network
 from blockpress.reply import Done, Row
 from blockpress.text import Tokenizer
 from blockpress.train.data import sudoku_pool
-from blockpress.train.hardware import machine
 from blockpress.train.initialise import initialise
 from blockpress.train.recipes import SUDOKU_GIVENS, SUDOKU_POOL, SUDOKU_SEED, recipe
 from blockpress.weights import load_config, load_generation, load_network, resolve

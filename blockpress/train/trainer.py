@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from blockpress.errors import TrainingError
+from blockpress.hardware import machine
 from blockpress.model import Network
 from blockpress.train import parallel
-from blockpress.train.hardware import machine
 from blockpress.train.initialise import initialise
 from blockpress.train.objective import Draw, Losses, Rows, draw, losses
 from blockpress.train.optimizer import build_optimizers, set_rates

@@ -1,4 +1,4 @@
-"""Whether a model fits: the bytes of its parts from the headers of its files, and what this machine has free.
+"""Whether a model fits: the bytes of its parts from the headers of its files.
 
 Formulas over the config alone stand in `costs.py`; here they meet the files. Weights that are stored packed stay
 packed in memory, so they count as they lie on disk; others count in the type that they are loaded in.
@@ -11,7 +11,6 @@ Run it:  blockpress show sudoku-nano --context 128
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -145,26 +144,6 @@ def needed(config: ModelConfig, tokens: int, *, dtype: str | None = None, files:
 def plain_weights(config: ModelConfig, dtype: str) -> int:
     """Bytes of a network's parameters, and of the two scalars of each layer, in that type."""
     return (sum(costs.parameters(config).values()) + 2 * len(config.layers)) * costs.DTYPE_BYTES[dtype]
-
-
-def free_memory() -> dict[str, int]:
-    """Bytes that are free now, by device: "cpu", and "cuda:N" of each GPU."""
-    import torch
-
-    free = {"cpu": _free_on_cpu()}
-    for index in range(torch.cuda.device_count()):
-        free[f"cuda:{index}"] = torch.cuda.mem_get_info(index)[0]
-    return free
-
-
-def _free_on_cpu() -> int:
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(encoding="ascii"), flags=re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    # Elsewhere what is free is not to be had without another library; what there is in all is the next best.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_tie(name: str, tensors: Mapping[str, Stored]) -> bool:

@@ -110,7 +110,7 @@ class TestPull:
     def test_what_will_not_fit_is_said_and_fetched(
         self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("blockpress.weights.memory.free_memory", lambda: {"cpu": 1000})
+        monkeypatch.setattr("blockpress.hardware.free_memory", lambda: {"cpu": 1000})
         done = call("pull", NAME)
         assert done.code == 0 and "it will not run here" in done.err
 

@@ -60,7 +60,7 @@ def test_a_model_without_a_tokenizer_is_asked_in_token_ids(call: Call, tmp_path:
 def test_without_room_in_memory_the_report_is_left_out(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blockpress.weights.memory.free_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr("blockpress.hardware.free_memory", lambda: {"cpu": 1000})
     done = call("quantize", "sudoku-nano", tmp_path / "out", "--format", "fp8")
     assert done.code == 0 and "no report: " in done.err and "1000 bytes are free" in done.err
     assert (tmp_path / "out" / "model.safetensors").is_file() and "KL" not in done.out

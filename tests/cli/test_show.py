@@ -157,7 +157,7 @@ def test_what_fits_is_said_for_every_device(call: Call, untrained: Path, monkeyp
         "cuda:0": need["bfloat16"]["total"],
         "cuda:1": need["bfloat16"]["total"] - 1,
     }
-    monkeypatch.setattr("blockpress.weights.memory.free_memory", lambda: free)
+    monkeypatch.setattr("blockpress.hardware.free_memory", lambda: free)
     rows = {line.split("  ")[0]: line for line in call("show", untrained).out.splitlines()}
     assert rows["on cpu"].endswith("fits in float32 and bfloat16")
     assert rows["on cuda:0"].endswith("fits in bfloat16") and rows["on cuda:1"].endswith("does not fit")

@@ -1,0 +1,135 @@
+"""The processor, its ISA level, and the machine in words.
+
+Why: code is built for a level, not for one processor, so that a level below this machine's can be chosen and tested
+here (BLOCKPRESS_ISA), and reports say which one ran.
+
+    amx > avx512_bf16 > avx512 > avx2 > portable          neon > portable
+
+Invariant: each level asks for every flag that `ops/compiled.py` builds it with, and for those of the levels below.
+
+Run it:  python -c "from blockpress.hardware import processor; print(processor().levels)"
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from blockpress.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"]
+
+ROOT = Path("/")
+"""What /proc and /sys hang from; tests put a made-up machine there."""
+
+_NEEDED: tuple[tuple[Isa, frozenset[str]], ...] = (
+    ("avx2", frozenset({"avx2", "fma", "f16c"})),
+    ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})),
+    ("avx512_bf16", frozenset({"avx512_bf16", "avx512_vnni"})),
+    ("amx", frozenset({"amx_tile", "amx_bf16", "amx_int8"})),
+)
+"""The flags of each x86 level, beside those of the levels below it: what `ops/compiled.py` builds with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """A processor as the system describes it; of one that it does not describe, flags and vendor are empty."""
+
+    name: str
+    vendor: str
+    cores: int
+    flags: frozenset[str]
+
+    @property
+    def levels(self) -> tuple[Isa, ...]:
+        """The ISA levels that it has, the best first; "portable" is always the last."""
+        if "asimd" in self.flags:
+            return "neon", "portable"
+        have: list[Isa] = ["portable"]
+        for level, flags in _NEEDED:
+            if not flags <= self.flags:
+                break
+            have.append(level)
+        return tuple(reversed(have))
+
+    @property
+    def isa(self) -> Isa:
+        """The best of them."""
+        return self.levels[0]
+
+
+@cache
+def processor() -> Processor:
+    """This machine's processor; never fails."""
+    return parse(read_text("proc/cpuinfo") or _sysctl())
+
+
+def parse(text: str) -> Processor:
+    """A processor from the text of Linux's cpuinfo: its first block speaks for all cores."""
+    pairs = [line.split(":", 1) for line in text.strip().split("\n\n")[0].splitlines() if ":" in line]
+    values = {key.strip(): value.strip() for key, value in pairs}
+    part = f"{platform.machine()}, implementer {values['CPU implementer']}" if "CPU implementer" in values else ""
+    return Processor(
+        name=values.get("model name") or part or platform.processor() or platform.machine() or "an unnamed processor",
+        vendor=values.get("vendor_id") or values.get("CPU implementer", ""),
+        cores=os.cpu_count() or 1,
+        flags=frozenset((values.get("flags") or values.get("Features") or "").split()),
+    )
+
+
+def _sysctl() -> str:
+    """The same text, as far as macOS can tell."""
+    if platform.system() != "Darwin":
+        return ""
+    try:
+        done = subprocess.run(["/usr/sbin/sysctl", "machdep.cpu"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    lines = [line.removeprefix("machdep.cpu.").split(": ", 1) for line in done.stdout.splitlines() if ": " in line]
+    name, vendor, *flags = (
+        dict(lines).get(key, "") for key in ("brand_string", "vendor", "features", "leaf7_features")
+    )
+    flags += ["asimd"] if platform.machine() == "arm64" else []
+    return f"model name: {name}\nvendor_id: {vendor}\nflags: {' '.join(flags).lower()}"
+
+
+def isa() -> Isa:
+    """The ISA level in use: the processor's best, or the one that BLOCKPRESS_ISA asks for.
+
+    Raises:
+        ConfigError: BLOCKPRESS_ISA is no level, or one that the processor lacks.
+    """
+    asked, have = os.environ.get("BLOCKPRESS_ISA"), processor().levels
+    if not asked:
+        return have[0]
+    if asked not in have:
+        raise ConfigError(f"BLOCKPRESS_ISA is {asked!r}", hint=f"{processor().name} has {', '.join(have)}")
+    return asked
+
+
+def machine(device: torch.device | None = None) -> str:
+    """In words: the processor, its cores and the first card; of a device: that alone, with the threads that it uses."""
+    import torch
+
+    if device is None:
+        card = f" and one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+        return f"{processor().cores} cores of {processor().name}{card}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {processor().name}"
+
+
+def read_text(path: str | Path) -> str:
+    """A file of the system, below ROOT; "" where it cannot be read."""
+    try:
+        return (ROOT / path).read_text(errors="replace")
+    except OSError:
+        return ""

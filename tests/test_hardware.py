@@ -1,0 +1,324 @@
+"""What is known of the machine: processors from fake texts, overrides, measured rates and their cache, limits of memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockpress import hardware
+from blockpress.cli import doctor, show
+from blockpress.errors import ConfigError
+from blockpress.hardware import Processor, Rates, compute_dtype, memory, speed, system
+
+AVX2 = "fpu sse2 avx avx2 fma f16c bmi2"
+AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq avx512cd"
+ZEN4 = f"{AVX512} avx512_vnni avx512_bf16"
+XEON = f"{ZEN4} amx_tile amx_bf16 amx_int8"
+TEXTS = {
+    "amx": f"processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) 8481C\nflags\t\t: {XEON}\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+    "avx512_bf16": f"vendor_id : AuthenticAMD\nmodel name : AMD EPYC 9B14\nflags : {ZEN4}\n",
+    "avx512": f"vendor_id : GenuineIntel\nmodel name : Xeon Gold\nflags : {AVX512} avx512_vnni\n",
+    "avx2": f"vendor_id : AuthenticAMD\nmodel name : AMD EPYC 7B13\nflags : {AVX2}\n",
+    "neon": "processor\t: 0\nFeatures\t: fp asimd bf16 sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n",
+    "portable": "",
+}
+HALVES = (torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Neither the environment nor the cache of whoever runs the tests; what is memoised here is forgotten."""
+    for name in (*speed._SWITCHES, "BLOCKPRESS_ISA", "BLOCKPRESS_COMPUTE_DTYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caches = system.processor, speed._kept, speed.float32_way
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, level: str) -> Processor:
+    """This machine becomes the one of that text."""
+    made = system.parse(TEXTS[level])
+    for module in (system, speed):
+        monkeypatch.setattr(module, "processor", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize("level", TEXTS)
+def test_a_processor_is_read_from_its_text(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(TEXTS[level])
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    found = hardware.processor()
+    assert found.isa == level == hardware.isa() and found.levels[-1] == "portable"
+    assert found.name and found.cores >= 1
+    assert found.vendor == {"amx": "GenuineIntel", "avx512": "GenuineIntel", "neon": "0x41", "portable": ""}.get(
+        level, "AuthenticAMD"
+    )
+
+
+def test_a_level_needs_all_below_it() -> None:
+    lone = Processor(
+        name="odd", vendor="", cores=1, flags=frozenset(["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"])
+    )
+    assert lone.levels == ("portable",)
+
+
+def test_a_mac_is_described_by_sysctl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    monkeypatch.setattr(system.platform, "system", lambda: "Darwin")
+    assert hardware.processor().levels[-1] == "portable", "there is no sysctl here"
+    told = "machdep.cpu.brand_string: Intel(R) Core(TM) i7\nmachdep.cpu.vendor: GenuineIntel\nmachdep.cpu.features: FPU AVX1.0 FMA F16C\nmachdep.cpu.leaf7_features: AVX2 BMI2\n"
+
+    class Done:
+        stdout = told
+
+    monkeypatch.setattr(system.subprocess, "run", lambda *given, **more: Done)
+    system.processor.cache_clear()
+    assert (hardware.processor().name, hardware.isa()) == ("Intel(R) Core(TM) i7", "avx2")
+    told = Done.stdout = "machdep.cpu.brand_string: Apple M2\n"
+    monkeypatch.setattr(system.platform, "machine", lambda: "arm64")
+    system.processor.cache_clear()
+    assert (hardware.processor().name, hardware.isa()) == ("Apple M2", "neon")
+
+
+def test_a_lower_level_is_taken_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "avx512_bf16")
+    for level in ("avx512", "avx2", "portable", "avx512_bf16"):
+        monkeypatch.setenv("BLOCKPRESS_ISA", level)
+        assert hardware.isa() == level
+    for wrong in ("amx", "neon", "AVX2", "sse9"):
+        monkeypatch.setenv("BLOCKPRESS_ISA", wrong)
+        with pytest.raises(ConfigError, match=rf"BLOCKPRESS_ISA is '{wrong}'.*avx512_bf16, avx512, avx2, portable"):
+            hardware.isa()
+    monkeypatch.setenv("BLOCKPRESS_ISA", "")
+    assert hardware.isa() == "avx512_bf16"
+
+
+def made(**best: float) -> Rates:
+    return Rates(products={way: {"1x512x512": rate / 2, "64x512x512": rate} for way, rate in best.items()}, reading=9.0)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
+    """Every measurement that is asked for; none is made."""
+    calls: list[Rates] = []
+
+    def measure() -> Rates:
+        calls.append(made(mkl=100.0 + len(calls), bfloat16=19.0))
+        return calls[-1]
+
+    monkeypatch.setattr(speed, "measure", measure)
+    return calls
+
+
+def again() -> Rates:
+    """Rates as the next process sees them."""
+    speed._kept.cache_clear()
+    return hardware.rates()
+
+
+def test_rates_are_measured_once_a_machine(measured: list[Rates], tmp_path: Path) -> None:
+    first = hardware.rates()
+    assert hardware.rates() is first and again() == first and len(measured) == 1
+    (file,) = (tmp_path / "cache" / "blockpress" / "hardware").iterdir()
+    assert file.suffix == ".json" and first.of("mkl") == 100.0 and first.of("int8") == 0.0
+
+
+@pytest.mark.parametrize("name", [*speed._SWITCHES, "BLOCKPRESS_ISA"])
+def test_rates_are_those_of_the_switches(name: str, measured: list[Rates], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = hardware.rates()
+    monkeypatch.setenv(name, "portable" if name == "BLOCKPRESS_ISA" else "AVX2")
+    assert again() != first and len(measured) == 2
+    monkeypatch.delenv(name)
+    assert again() == first and len(measured) == 2
+
+
+def test_rates_are_those_of_the_threads(measured: list[Rates]) -> None:
+    threads = torch.get_num_threads()
+    first = hardware.rates()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert hardware.rates() != first and len(measured) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"key": "another", "products": {}, "reading": 1.0}', "reading: 0", "products: list", "rate: words"],
+)  # fmt: skip
+def test_a_damaged_file_is_measured_anew(text: str, measured: list[Rates], tmp_path: Path) -> None:
+    hardware.rates()
+    (file,) = (tmp_path / "cache" / "blockpress" / "hardware").iterdir()
+    held = json.loads(file.read_text())
+    changes = {
+        "reading: 0": {"reading": 0.0},
+        "products: list": {"products": [1.0]},
+        "rate: words": {"products": {"mkl": {"1x1x1": "fast"}}},
+    }
+    file.write_text(json.dumps(held | changes[text]) if text in changes else text)
+    assert again() == measured[1]
+    assert again() == measured[1] and len(measured) == 2, "and mended"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    measured: list[Rates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert hardware.rates() == measured[0] and again() == measured[1]
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(speed.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("nobody's home")))
+    assert again() == measured[2]
+
+
+def test_measuring_is_quick_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_READ", 1 << 20)
+    monkeypatch.setattr(speed, "_SHAPES", ((1, 64, 64), (32, 64, 64)))
+    found = hardware.measure()
+    assert {"mkl", "bfloat16", "float16"} <= set(found.products) <= set(speed._WAYS)
+    assert found.reading > 0 and all(found.of(way) > 0 for way in found.products)
+
+
+def test_shapes_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_fastest", lambda action: 0.2)  # seconds, whatever the product
+    assert [shape for shape, _ in speed._products("bfloat16")] == ["1x512x512"]
+    monkeypatch.setattr(speed, "_fastest", lambda action: 1e-6)
+    assert len(list(speed._products("bfloat16"))) == len(speed._SHAPES)
+
+
+SLOW, FAST = made(mkl=100.0, onednn=100.0, bfloat16=19.0, float16=19.0), made(mkl=100.0, onednn=90.0, bfloat16=100.0)
+
+
+@pytest.mark.parametrize(
+    ("level", "rates", "bfloat16", "float16"),
+    [
+        ("amx", SLOW, True, False),  # by flags, whatever was measured
+        ("avx512_bf16", SLOW, True, False),
+        ("avx512", SLOW, False, False),
+        ("avx2", SLOW, False, False),
+        ("avx2", FAST, True, False),
+        ("neon", FAST, True, False),
+        ("neon", made(mkl=30.0, bfloat16=80.0, float16=70.0), True, True),
+        ("portable", made(mkl=5.0), False, False),
+    ],
+)
+def test_products_are_in_the_fastest_type(
+    level: str, rates: Rates, bfloat16: bool, float16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, level)
+    monkeypatch.setattr(speed, "rates", lambda: rates)
+    for storage, stays in zip(HALVES, (bfloat16, float16), strict=True):
+        assert compute_dtype(storage, CPU) == (storage if stays else torch.float32)
+        assert compute_dtype(storage, torch.device("cuda")) == storage
+    assert compute_dtype(torch.float32, CPU) == torch.float32
+
+
+def test_flags_decide_nothing_where_torch_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "avx512_bf16")
+    monkeypatch.setattr(speed, "rates", lambda: SLOW)
+    for name in speed._SWITCHES:
+        with monkeypatch.context() as held:
+            held.setenv(name, "AVX2")
+            assert compute_dtype(torch.bfloat16, CPU) == torch.float32
+    monkeypatch.setenv("BLOCKPRESS_ISA", "avx2")
+    assert compute_dtype(torch.bfloat16, CPU) == torch.float32
+
+
+def test_the_type_of_products_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "avx512_bf16")
+    for asked in ("float32", "bfloat16", "float16"):
+        monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
+        assert compute_dtype(torch.bfloat16, CPU) == getattr(torch, asked)
+    for asked in ("auto", ""):
+        monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
+        assert compute_dtype(torch.bfloat16, CPU) == torch.bfloat16
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "fp8")
+    with pytest.raises(ConfigError, match=r"BLOCKPRESS_COMPUTE_DTYPE is 'fp8'.*auto, float32, bfloat16, float16"):
+        compute_dtype(torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("level", "way"), [("avx2", "onednn"), ("avx512_bf16", "onednn"), ("amx", "mkl"), ("neon", "mkl")])  # fmt: skip
+def test_float32_is_onednns_on_amd(level: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, level)
+    assert hardware.float32_way() == way
+    speed.float32_way.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert hardware.float32_way() == "mkl"
+
+
+GIB = 1 << 30
+MEMINFO = f"MemTotal: {64 * GIB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {40 * GIB // 1024} kB\n"
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+STAT = f"anon 5\ninactive_file {GIB}\nactive_file {GIB}\ntotal_inactive_file {GIB}\ntotal_active_file 0\n"
+CGROUPS: dict[str, tuple[dict[str, str], int, int]] = {  # files, GiB free, GiB in all
+    "none": ({}, 40, 64),
+    "unlimited": ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": "max\n", f"{V2}/a/memory.current": "9\n"}, 40, 64),
+    "version 2": ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/memory.max": f"{8 * GIB}\n", f"{V2}/a/b/memory.current": f"{3 * GIB}\n"}, 5, 8),
+    "a limit above": ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/memory.max": "max", f"{V2}/a/b/memory.current": "0", f"{V2}/a/memory.max": f"{4 * GIB}\n", f"{V2}/a/memory.current": f"{GIB}\n"}, 3, 4),
+    "cached files": ({"proc/self/cgroup": "0::/\n", f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{7 * GIB}\n", f"{V2}/memory.stat": STAT}, 3, 8),
+    "used up": ({"proc/self/cgroup": "0::/\n", f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{9 * GIB}\n"}, 0, 8),
+    "version 1": ({"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/x:y\n0::/\n", f"{V1}/x:y/memory.limit_in_bytes": f"{6 * GIB}\n", f"{V1}/x:y/memory.usage_in_bytes": f"{2 * GIB}\n", f"{V1}/x:y/memory.stat": STAT}, 5, 6),
+    "the host's path": ({"proc/self/cgroup": "4:memory:/docker/123\n", f"{V1}/memory.limit_in_bytes": f"{6 * GIB}\n", f"{V1}/memory.usage_in_bytes": f"{2 * GIB}\n"}, 4, 6),
+    "version 1, unlimited": ({"proc/self/cgroup": "4:memory:/\n", f"{V1}/memory.limit_in_bytes": "9223372036854771712\n", f"{V1}/memory.usage_in_bytes": "5\n"}, 40, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_a_containers_limit_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, free, total = CGROUPS[name]
+    for path, text in ({"proc/meminfo": MEMINFO} | files).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    assert hardware.main_memory() == (free * GIB, total * GIB)
+    assert hardware.free_memory()["cpu"] == free * GIB
+
+
+def test_without_linux_the_whole_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    free, total = memory.main_memory()
+    assert free == total > 0
+
+
+def test_doctor_tells_the_level_and_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake(monkeypatch, "avx2")
+    for name, value in {"processor": lambda: found, "rates": lambda: made(onednn=104.0, mkl=50.0, bfloat16=19.0, int8=217.0)}.items():  # fmt: skip
+        monkeypatch.setattr(hardware, name, value)
+        monkeypatch.setattr(speed, name, value)
+    (told,) = doctor._processor()
+    assert told.detail == f"{found.cores} cores of AMD EPYC 7B13, ISA level avx2"
+    monkeypatch.setenv("BLOCKPRESS_ISA", "portable")
+    (told,) = doctor._processor()
+    assert told.detail.endswith("ISA level portable, lowered from avx2 by BLOCKPRESS_ISA")
+    (told,) = doctor._products()
+    assert told.detail.startswith("float32 104 GFLOP/s by oneDNN, bfloat16 19, int8 217 on ")
+    assert told.detail.endswith("reads 9 GB/s; bfloat16 weights are computed in float32")
+
+
+def test_doctor_says_that_neon_was_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake(monkeypatch, "neon")
+    monkeypatch.setattr(hardware, "processor", lambda: found)
+    (told,) = doctor._processor()
+    assert "ISA level neon" in told.detail and "have not run" in told.detail
+
+
+def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "diffusiongemma-26B-A4B"
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "float32")
+    described = show.describe(name)
+    assert (described["stored_in"], described["compute_dtype"]) == ("bfloat16", "float32")
+    (line,) = [line for line in show.lines(described) if line.startswith("computed in")]
+    assert "float32" in line and "bfloat16" in line
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
+    assert not [line for line in show.lines(show.describe(name)) if line.startswith("computed in")]
