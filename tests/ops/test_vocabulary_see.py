@@ -109,7 +109,7 @@ def same(c: Case, got: vocabulary.Seen, want: vocabulary.Seen, near: float = 1e-
     torch.testing.assert_close(got.entropy.double(), entropy, rtol=1e-5, atol=near)
     assert got.signal is not None and want.signal is not None
     assert got.signal.dtype == c.hidden.dtype
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[c.hidden.dtype]
+    tolerance = {torch.float32: max(1e-5, near), torch.bfloat16: 1e-2, torch.float16: 2e-3}[c.hidden.dtype]
     torch.testing.assert_close(got.signal, want.signal, rtol=tolerance, atol=tolerance)
 
 

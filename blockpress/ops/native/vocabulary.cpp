@@ -1,13 +1,15 @@
-// One pass per row over the products of the head: cap, temperature, maximum, sums, entropy, argmax, sample, belief.
+// What a step reads from the products of the head, row by row: cap, temperature, maximum, sums, entropy, argmax, sample,
+// belief.
 //
 //     products --cap, / temperature--> scaled s      m = max s, w = exp(s - m)
 //     entropy  log(sum w) - sum(w (s - m)) / sum w   from moments about the maximum, which is left out of both sums
 //     sample   sums of w over tiles, in float64: the tile is found first, then the token in it
 //     belief   exp(s' - m') / sum, s' rounded to the products' type, written where the products were
 //
-// The maximum is sought among the products (cap and temperature keep their order), so a row is read from a cache three
-// times and from memory once. A product of -inf, even under a cap, is a denied token. A row whose maximum is no finite
-// number is answered with NaN.
+// `largest` looks for the maximum among the products (cap and temperature keep their order), `measure` computes every
+// logit once, adds up, and keeps the belief's weights: float32 ones over the products, where a belief is wanted at all,
+// those of bfloat16 beside them. `gather` and `believe` share the weights out. A product of -inf, even under a cap, is a
+// denied token. A row whose maximum is no finite number is answered with NaN.
 //
 // bfloat16 has 65,536 values: with many rows to read, scaled logits and weights come from tables that the caller has
 // made (three a temperature), and no tanh, quotient or exp is left. Whoever calls has a version in torch:
@@ -19,8 +21,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -33,21 +36,39 @@ constexpr int WIDE = 8;
 #else
 constexpr int WIDE = 4;
 #endif
+#if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
+#define GATHERS // AMD's take longer than as many loads; g++ before 13 calls Zen 4 Zen 3
+#endif
 constexpr int64_t SPAN = 256; // values that are summed in float32 before a sum goes on in float64
 typedef float Floats __attribute__((vector_size(4 * WIDE)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDE)));
-typedef double Doubles __attribute__((vector_size(8 * WIDE)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr float LEAST = -86.5f; // below it exp leaves the normal floats: weight 0
+constexpr float LOWEST = -88.0f; // exp of it, and of what is lower, is taken for 0
 
 inline Floats all(float x) { return x - Floats{}; }
 inline Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
 
-// exp(x) for -87 < x < 88, to 1 ulp: 2^n exp(r), |r| <= log(2) / 2 (Cephes expf).
+// Bit k: whether lane k of a comparison is true.
+inline uint32_t lanes(Ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX__)
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+    typedef int64_t Longs __attribute__((vector_size(4 * WIDE)));
+    if (!(((Longs)mask)[0] | ((Longs)mask)[1])) return 0;
+    uint32_t bits = 0;
+    for (int k = 0; k < WIDE; ++k) bits |= (uint32_t)(mask[k] & 1) << k;
+    return bits;
+#endif
+}
+
+// exp(x) to 1 ulp for -87.3 < x < 88, 0 at LOWEST: 2^n (1 + r + ...), |r| <= log(2) / 2 (Cephes expf). The lowest bits
+// of `t` are n + 127, the exponent of 2^n; at LOWEST they are 0, and so is what stands for 2^n.
 inline Floats exponential(Floats x) {
-    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to a whole number
-    Floats n = (x * 1.44269504088896341f + magic) - magic;
+    const float magic = 12582912.0f + 127; // 1.5 * 2^23: adding it rounds to a whole number
+    Floats t = x * 1.44269504088896341f + magic, n = t - magic;
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Floats p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -56,35 +77,38 @@ inline Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+    return p * (Floats)((Ints)t << 23);
 }
 
-// exp(d) for d <= 0, -inf included: 0 below LEAST.
-inline Floats exponential_or_0(Floats d) {
-    Ints some = d > LEAST;
-    return (Floats)((Ints)exponential(pick(some, d, all(LEAST))) & some);
-}
+inline Floats held(Floats d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
 
-// tanh to 2 ulp (Cephes tanhf).
+// tanh to 2 ulp (Cephes tanhf); -inf of -inf: a denied token. Few logits are large enough for the second form.
 inline Floats tangent(Floats z) {
     Floats size = (Floats)((Ints)z & 0x7fffffff);
-    Floats held = pick(size < 9.2f, size, all(9.2f)); // where it is 1
-    Floats large = 1.0f - 2.0f / (exponential(held + held) + 1.0f);
     Floats s = z * z, p = all(-5.70498872745e-3f);
     p = p * s + 2.06390887954e-2f;
     p = p * s - 5.37397155531e-2f;
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
-    Floats small = p * s * z + z;
-    Floats signed_large = (Floats)((Ints)large | ((Ints)z & (int32_t)0x80000000));
-    return pick(size < 0.625f, small, signed_large);
+    Floats small = p * (s * z) + z;
+    Ints large = size >= 0.625f;
+    if (!lanes(large)) return small;
+    Floats enough = size < 9.2f ? size : all(9.2f); // where it is 1
+    Floats one = 1.0f - 2.0f / (exponential(enough + enough) + 1.0f);
+    one = (Floats)((Ints)one | ((Ints)z & (int32_t)0x80000000));
+    return pick(large, pick(z < -FLT_MAX, z, one), small);
 }
 
-// x / by, rounded as a division is, from the reciprocal (Markstein); x finite.
+// x / by, rounded as a division is, x finite: from the reciprocal (Markstein), which takes a fused multiply-add.
 inline Floats quotient(Floats x, float by, float reciprocal) {
+#if defined(__FMA__) || defined(__aarch64__)
     Floats q = x * reciprocal;
-    Floats rest = x - q * by; // one rounding: contracted to a fused multiply-add
+    Floats rest = x - q * by; // one rounding: contracted
     return q + rest * reciprocal;
+#else
+    (void)reciprocal;
+    return x / by;
+#endif
 }
 
 inline Floats load(const float *from) {
@@ -96,8 +120,10 @@ inline Floats load(const float *from) {
 inline Ints codes(const uint16_t *from) {
     Halves h;
     std::memcpy(&h, from, sizeof h);
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); // in one instruction, not four
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     return __builtin_convertvector(h, Ints);
 #endif
@@ -105,18 +131,42 @@ inline Ints codes(const uint16_t *from) {
 
 inline Floats load(const uint16_t *from) { return (Floats)(codes(from) << 16); }
 
+struct Sums { // in float64, of float32 vectors
+    typedef float Half __attribute__((vector_size(2 * WIDE)));
+    typedef double Doubles __attribute__((vector_size(4 * WIDE)));
+    Doubles low = {}, high = {};
+    void operator+=(Floats x) {
+        Half parts[2];
+        std::memcpy(parts, &x, sizeof x);
+        low += __builtin_convertvector(parts[0], Doubles);
+        high += __builtin_convertvector(parts[1], Doubles);
+    }
+    double all() const {
+        double sum = 0;
+        for (int k = 0; k < WIDE / 2; ++k) sum += low[k] + high[k];
+        return sum;
+    }
+};
+
 inline Ints nearest(Floats x) { // bfloat16, ties to even, in the high half
     Ints bits = (Ints)x;
     return (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
 }
 
-inline Floats rounded(Floats x, const float *) { return x; }
-inline Floats rounded(Floats x, const uint16_t *) { return pick(x < -FLT_MAX, x, (Floats)nearest(x)); }
+inline Floats rounded(Floats x) { return pick(x < -FLT_MAX, x, (Floats)nearest(x)); }
 
 inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
 inline void store(uint16_t *to, Floats x) {
     Halves h = __builtin_convertvector((nearest(x) >> 16) & 0xffff, Halves);
     std::memcpy(to, &h, sizeof h);
+}
+
+// The first `count` of them.
+template <class T> inline void store(T *to, Floats x, int64_t count) {
+    if (count == WIDE) return store(to, x);
+    T values[WIDE];
+    store(values, x);
+    std::memcpy(to, values, count * sizeof(T));
 }
 
 inline float raw(float x) { return x; }
@@ -134,56 +184,72 @@ inline uint16_t typed(float x, const uint16_t *) { // of a value that bfloat16 h
     return (uint16_t)(bits >> 16);
 }
 
-inline bool any(Ints mask) {
-#ifdef __AVX512F__
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#else
-    int32_t found = 0;
-    for (int i = 0; i < WIDE; ++i) found |= mask[i];
-    return found;
-#endif
-}
+// Ways to read products: each gives scaled logits, how far they are `below` the maximum, and weights of both kinds.
 
-// Two ways to read products: each gives scaled logits, weights exp(s - something) and weights of rounded logits.
+template <class T, bool CAPPED> struct Computed; // weights are relative to the row's maximum
 
-template <class T> struct Computed { // weights are relative to the row's maximum
-    typedef T Type;
+// The logits of a cap are tanh alone: differences of those, scaled, are nearer the truth than differences of logits.
+template <bool CAPPED> struct Computed<float, CAPPED> {
+    typedef float Type;
+    float temperature, by_cap, by_temperature, factor, top = 0;
+    Computed(float cap, float temperature)
+        : temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature),
+          factor((float)((double)cap / temperature)) {}
+    Floats scaled(const float *from) const {
+        return CAPPED ? tangent(load(from) * by_cap) : quotient(load(from), temperature, by_temperature);
+    }
+    float found(const float *most) {
+        top = scaled(most)[0];
+        return CAPPED ? top * factor : top;
+    }
+    Floats below(Floats s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a denied token
+    Floats weight(const float *, Floats d) const { return exponential(held(d)); }
+    Floats belief(const float *, Floats) const { return Floats{}; } // that of the weights
+};
+
+template <bool CAPPED> struct Computed<uint16_t, CAPPED> {
+    typedef uint16_t Type;
     float cap, temperature, by_cap, by_temperature, top = 0, about = 0;
     Computed(float cap, float temperature)
-        : cap(cap), temperature(temperature), by_cap(cap > 0 ? 1.0f / cap : 0), by_temperature(1.0f / temperature) {}
-    Floats scaled(const T *from) const {
+        : cap(cap), temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature) {}
+    Floats scaled(const uint16_t *from) const {
         Floats x = load(from), s = x;
-        if (cap > 0) {
-            s = pick(x > FLT_MAX, all(FLT_MAX), x);
-            s = tangent(quotient(s, cap, by_cap)) * cap;
-        }
-        return pick(x < -FLT_MAX, all(-INF), quotient(s, temperature, by_temperature));
+        if (CAPPED) s = tangent(quotient(s, cap, by_cap)) * cap;
+        return x < -FLT_MAX ? all(-INF) : quotient(s, temperature, by_temperature);
     }
-    void found(float maximum) {
-        top = maximum;
-        about = rounded(all(top), (const T *)nullptr)[0];
+    float found(const uint16_t *most) {
+        top = scaled(most)[0];
+        about = rounded(all(top))[0];
+        return top;
     }
-    Floats weight(const T *, Floats s) const { return exponential_or_0(s - top); }
-    Floats belief(const T *from, Floats s) const { return exponential_or_0(rounded(s, from) - about); }
+    Floats below(Floats s) const { return s - top; }
+    Floats weight(const uint16_t *, Floats d) const { return exponential(held(d)); }
+    Floats belief(const uint16_t *, Floats s) const { return exponential(held(rounded(s) - about)); }
 };
 
 struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 84
     typedef uint16_t Type;
     const float *logits, *weights, *beliefs;
+    float top = 0;
     explicit Tabled(const float *tables) : logits(tables), weights(tables + 65536), beliefs(tables + 2 * 65536) {}
     static Floats entries(const float *table, const uint16_t *from) {
-#ifdef __AVX512F__
+#ifdef GATHERS
         __mmask16 every = 0xffff;
         __asm__("" : "+Yk"(every)); // else the zeros are dropped, and each gather waits for the register's last use
         return (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), every, (__m512i)codes(from), table, 4);
 #else
+        constexpr int some = WIDE < 8 ? WIDE : 8; // of 16 at once g++ makes 16 insertions into a whole register
+        typedef float Part __attribute__((vector_size(4 * some)));
+        Part parts[WIDE / some];
+        for (int i = 0; i < WIDE; ++i) parts[i / some][i % some] = table[from[i]];
         Floats x;
-        for (int i = 0; i < WIDE; ++i) x[i] = table[from[i]];
+        std::memcpy(&x, parts, sizeof x);
         return x;
 #endif
     }
     Floats scaled(const uint16_t *from) const { return entries(logits, from); }
-    void found(float) {}
+    float found(const uint16_t *most) { return top = logits[*most]; }
+    Floats below(Floats s) const { return s - top; }
     Floats weight(const uint16_t *from, Floats) const { return entries(weights, from); }
     Floats belief(const uint16_t *from, Floats) const { return entries(beliefs, from); }
 };
@@ -198,11 +264,12 @@ template <class T> struct Tail {
     }
 };
 
-// `each(from, place)` for all of [from, to), WIDE at a time.
-template <class T, class Each> inline void walk(const T *row, int64_t from, int64_t to, Each each) {
+// `each(from, place, count)` for all of [from, to), WIDE at a time; the last have a count of less.
+template <class T, class Each>
+inline __attribute__((always_inline)) void walk(const T *row, int64_t from, int64_t to, Each each) {
     int64_t i = from;
-    for (; i + WIDE <= to; i += WIDE) each(row + i, i);
-    if (i < to) each(Tail<T>(row + i, to - i).values, i);
+    for (; i + WIDE <= to; i += WIDE) each(row + i, i, WIDE);
+    if (i < to) each(Tail<T>(row + i, to - i).values, i, to - i);
 }
 
 // WIDE times the same product.
@@ -211,76 +278,81 @@ template <class T> struct Same {
     explicit Same(T value) { std::fill(values, values + WIDE, value); }
 };
 
-struct Moments { // of a row; sums in the unit of the reader's weights
-    int64_t argmax = -1;  // the first place of the maximum m
-    double ties = 0;      // how many places have it
-    double rest = 0;      // the weights of all others
-    double moment = 0;    // sum of w (s - m)
-    double belief = 0;    // sum of the weights of the rounded logits
-};
-
 // The largest product; NaN if there is any.
 template <class T> float largest(const T *row, int64_t vocab) {
-    Floats best = all(-INF);
-    Ints odd = {};
-    auto look = [&](Floats x) {
-        best = pick(x > best, x, best);
-        odd |= x != x;
+    constexpr int ways = 4; // that do not wait for each other
+    Floats best[ways];
+    Ints odd[ways] = {};
+    std::fill(best, best + ways, all(-INF));
+    auto look = [&](Floats x, int way) {
+        best[way] = x > best[way] ? x : best[way];
+        odd[way] |= x != x;
     };
-    walk(row, 0, vocab, [&](const T *from, int64_t) { look(load(from)); });
+    int64_t i = 0;
+    for (; i + ways * WIDE <= vocab; i += ways * WIDE)
+        for (int way = 0; way < ways; ++way) look(load(row + i + way * WIDE), way);
+    walk(row, i, vocab, [&](const T *from, int64_t, int64_t) { look(load(from), 0); });
     float top = -INF;
-    for (int k = 0; k < WIDE; ++k) {
-        if (odd[k]) return NAN;
-        if (best[k] > top) top = best[k];
-    }
+    for (int way = 0; way < ways; ++way)
+        for (int k = 0; k < WIDE; ++k) {
+            if (odd[way][k]) return NAN;
+            top = std::max(top, best[way][k]);
+        }
     return top;
 }
 
-// The first place in [from, to) whose scaled logit is `top`.
-template <class Read>
-int64_t first_at(const Read &read, const typename Read::Type *row, int64_t from, int64_t to, float top) {
-    int64_t found = -1;
-    walk(row, from, to, [&](const typename Read::Type *at, int64_t place) {
-        Floats s = read.scaled(at);
-        if (found >= 0 || !any(s >= top)) return;
-        for (int k = WIDE - 1; k >= 0; --k)
-            if (s[k] >= top) found = place + k;
-    });
-    return found;
-}
+struct Moments { // of a row; sums in the unit of the reader's weights
+    int64_t argmax = -1; // the first place of the maximum m
+    int64_t ties = 0;    // how many places have it
+    double rest = 0;     // the weights of all others
+    double moment = 0;   // sum of w (s - m)
+    double belief = 0;   // sum of the weights of the rounded logits
+};
 
+struct Room { // of a thread
+    std::vector<double> tiles;       // sums of weights
+    std::unique_ptr<float[]> weight; // of the tile that was read last
+    std::unique_ptr<float[]> belief; // weights of a row's rounded logits
+};
+
+// Weights, tie or not, are left in `weights`: over a row's products (`over`), else those of one tile after another.
 template <class Read, bool BELIEF>
-Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab, int64_t tile, float top, double unit,
-                double *tiles) {
+Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab, int64_t tile, double unit, Room &room,
+                float *weights, bool over) {
     typedef const typename Read::Type *From;
     Moments m;
     for (int64_t first = 0; first < vocab; first += tile) {
-        const int64_t end = std::min(first + tile, vocab);
-        Doubles rests = {}, moments = {}, beliefs = {};
-        Ints ties = {};
+        const int64_t end = std::min(first + tile, vocab), before = m.ties;
+        float *into = over ? weights : weights - first;
+        Sums rests, moments, beliefs;
         for (int64_t start = first; start < end; start += SPAN) {
             Floats rest = {}, moment = {}, belief = {};
-            walk(row, start, std::min(start + SPAN, end), [&](From from, int64_t) {
-                Floats s = read.scaled(from), d = s - top;
-                Ints tie = d >= 0.0f;
-                Floats w = (Floats)((Ints)read.weight(from, s) & ~tie);
-                ties -= tie;
+            auto each = [&](From from, int64_t place, int64_t count) __attribute__((always_inline)) {
+                const Floats s = read.scaled(from);
+                const Floats d = read.below(s);
+                Floats w = read.weight(from, d);
+                if (BELIEF) {
+                    const Floats rough = read.belief(from, s);
+                    belief += rough;
+                    store(room.belief.get() + place, rough);
+                }
+                const Ints tie = d >= 0.0f;
+                store(into + place, w, count);
+                if (const uint32_t tied = lanes(tie)) {
+                    if (!m.ties) m.argmax = place + __builtin_ctz(tied);
+                    m.ties += __builtin_popcount(tied);
+                    w = (Floats)((Ints)w & ~tie);
+                }
                 rest += w;
-                moment += w * pick(d > -1e30f, d, all(-1e30f)); // 0 times -inf is no 0
-                if (BELIEF) belief += read.belief(from, s);
-            });
-            rests += __builtin_convertvector(rest, Doubles);
-            moments += __builtin_convertvector(moment, Doubles);
-            if (BELIEF) beliefs += __builtin_convertvector(belief, Doubles);
+                moment += w * held(d);
+            };
+            walk(row, start, std::min(start + SPAN, end), each);
+            rests += rest, moments += moment;
+            if (BELIEF) beliefs += belief;
         }
-        double count = 0, rest = 0;
-        for (int k = 0; k < WIDE; ++k) {
-            count += ties[k], rest += rests[k];
-            m.moment += moments[k], m.belief += beliefs[k];
-        }
-        if (count > 0 && m.argmax < 0) m.argmax = first_at(read, row, first, end, top);
-        m.ties += count, m.rest += rest;
-        tiles[first / tile] = count * unit + rest;
+        const double rest = rests.all();
+        m.rest += rest, m.moment += moments.all(), m.belief += beliefs.all();
+        room.tiles[first / tile] = (double)(m.ties - before) * unit + rest;
     }
     return m;
 }
@@ -299,37 +371,54 @@ template <class Number> int64_t first_above(const Number *weights, int64_t count
     return last;
 }
 
+// The same, of a tile: in steps of many places first.
+inline int64_t first_above(const float *weights, int64_t count, double target) {
+    constexpr int64_t step = 8 * WIDE;
+    std::vector<double> sums;
+    for (int64_t i = 0; i < count; i += step) {
+        Sums sum;
+        walk(weights, i, std::min(i + step, count), [&](const float *from, int64_t, int64_t some) {
+            const Floats w = load(from);
+            sum += some < WIDE ? (w > 0.0f ? w : Floats{}) : w; // what fills up a tail is -inf
+        });
+        sums.push_back(sum.all());
+    }
+    double before, ignored;
+    const int64_t start = first_above(sums.data(), (int64_t)sums.size(), target, &before) * step;
+    return start + first_above(weights + start, std::min(step, count - start), target - before, &ignored);
+}
+
 template <class Read>
 int64_t draw(const Read &read, const typename Read::Type *row, int64_t vocab, int64_t tile, double uniform,
-             const std::vector<double> &tiles) {
-    double total = 0, before, ignored;
-    for (double x : tiles) total += x;
-    const int64_t start = first_above(tiles.data(), (int64_t)tiles.size(), uniform * total, &before) * tile;
-    const int64_t stop = std::min(start + tile, vocab);
-    std::vector<float> weights(tile + WIDE, 0.0f);
-    walk(row, start, stop, [&](const typename Read::Type *from, int64_t place) {
-        store(&weights[place - start], read.weight(from, read.scaled(from)));
-    });
-    return start + first_above(weights.data(), stop - start, uniform * total - before, &ignored);
+             const Room &room, float *weights, bool over) {
+    double total = 0, before;
+    for (double x : room.tiles) total += x;
+    const int64_t at = first_above(room.tiles.data(), (int64_t)room.tiles.size(), uniform * total, &before);
+    const int64_t start = at * tile, stop = std::min(start + tile, vocab);
+    if (over)
+        weights += start;
+    else if (stop < vocab) // else they are there still
+        walk(row, start, stop, [&](const typename Read::Type *from, int64_t place, int64_t) {
+            store(weights + place - start, read.weight(from, read.below(read.scaled(from))));
+        });
+    return start + first_above(weights, stop - start, uniform * total - before);
 }
 
 struct Share { // x -> x / total, in two factors: neither leaves the normal floats where the total nearly does
+    double total;
     float first, second;
-    explicit Share(double total) {
+    explicit Share(double total) : total(total) {
         const int about = std::max(-100, std::min(100, std::ilogb(total)));
         first = std::ldexp(1.0f, -about);
         second = (float)(std::ldexp(1.0, about) / total);
     }
-    Floats operator()(Floats x) const { return x * first * second; }
+    template <class Some> Some operator()(Some x) const { return x * first * second; }
 };
 
-template <class Read> void believe(const Read &read, typename Read::Type *row, int64_t vocab, Share share) {
-    walk(row, 0, vocab, [&](const typename Read::Type *from, int64_t place) {
-        Floats p = share(read.belief(from, read.scaled(from)));
-        if (place + WIDE <= vocab) return store(row + place, p);
-        typename Read::Type last[WIDE];
-        store(last, p);
-        std::memcpy(row + place, last, (vocab - place) * sizeof last[0]);
+// `row` becomes `weights` shared out; they may lie in the same place.
+template <class T> void believe(const float *weights, T *row, int64_t vocab, Share share) {
+    walk(weights, 0, vocab, [&](const float *from, int64_t place, int64_t count) __attribute__((always_inline)) {
+        store(row + place, share(load(from)), count);
     });
 }
 
@@ -351,30 +440,23 @@ struct Block { // mirrored by ops/vocabulary/native.py: Block
 constexpr double DROPPED = 1.0 / 512 - 1e-6; // most probability that a sparse belief leaves out
 
 // The tokens that hold a row's belief but for DROPPED; -1 where they are more than `most`.
-template <class Read>
-int64_t gather(const Read &read, const typename Read::Type *row, const Block &b, float temperature, float top,
-               double sum, Share share, int64_t *ids, float *shares) {
+template <class T>
+int64_t gather(const float *weights, const T *, const Block &b, Share share, int64_t *ids, float *shares) {
     for (double least = 1.0 / 4096;; least /= 16) {
-        // Products that cannot reach the share `least` are passed over unscaled: its logit, a little lower, uncapped.
-        double bound = top + std::log(least * sum);
-        bound -= std::abs(bound) / 100 + std::abs(top) / 100 + 1e-3; // rounded logits are off by 1 / 256 at most
-        bound *= temperature;
-        if (b.cap > 0) bound = bound <= -b.cap ? -INF : bound >= b.cap ? FLT_MAX : b.cap * std::atanh(bound / b.cap);
-        const float floor = (float)(bound - std::abs(bound) * 1e-3);
+        const float floor = (float)(least * share.total * (1 - 1e-6));
         int64_t count = 0;
         double kept = 0;
         for (int64_t start = 0; start < b.vocab; start += WIDE) {
-            const int64_t stop = std::min(start + WIDE, b.vocab);
-            if (stop - start == WIDE && !any(load(row + start) >= floor)) continue;
-            for (int64_t i = start; i < stop; ++i) {
-                if (!(raw(row[i]) >= floor)) continue;
-                const Same<typename Read::Type> same(row[i]);
-                const Floats p = share(read.belief(same.values, read.scaled(same.values)));
-                if (p[0] < least) continue;
+            const int64_t left = b.vocab - start;
+            const Floats w = left < WIDE ? load(Tail<float>(weights + start, left).values) : load(weights + start);
+            for (uint32_t some = lanes(w >= floor); some; some &= some - 1) {
+                const int64_t i = start + __builtin_ctz(some);
+                const float p = share(weights[i]);
+                if (p < least) continue;
                 if (count == b.most) return -1;
                 ids[count] = i;
-                shares[count++] = rounded(p, row)[0];
-                kept += p[0];
+                shares[count++] = sizeof(T) == 2 ? rounded(all(p))[0] : p;
+                kept += p;
             }
         }
         const double open = 1.0 - DROPPED - kept;
@@ -398,31 +480,40 @@ template <class T> void give_up(const Block &b, T *row, int64_t r, float most) {
     if (b.belief == 2) b.counts[r] = -1;
 }
 
-template <class Read> void see_row(Read read, const Block &b, int64_t r, std::vector<double> &tiles) {
-    auto *row = (typename Read::Type *)b.products + r * b.vocab;
+template <class Read> void see_row(Read read, const Block &b, int64_t r, Room &room) {
+    typedef typename Read::Type T;
+    T *row = (T *)b.products + r * b.vocab;
     const float most = largest(row, b.vocab);
-    const Same<typename Read::Type> same(typed(most, row));
-    const Floats tops = read.scaled(same.values);
-    const float top = tops[0];
+    const Same<T> same(typed(most, row));
+    const float top = read.found(same.values);
     if (!std::isfinite(most) || !std::isfinite(top)) return give_up(b, row, r, most);
-    read.found(top);
-    const double unit = read.weight(same.values, tops)[0];
-    const bool narrow = b.belief && sizeof *row == 2;
-    const Moments m = narrow ? measure<Read, true>(read, row, b.vocab, b.tile, top, unit, tiles.data())
-                             : measure<Read, false>(read, row, b.vocab, b.tile, top, unit, tiles.data());
-    const double rest = m.rest / unit, sum = m.ties + rest;
+    const double unit = read.weight(same.values, Floats{})[0];
+    constexpr bool narrow = sizeof(T) == 2;
+    const bool over = b.belief && !narrow; // float32 weights take the products' place: they are the belief's
+    float *weights = over ? (float *)row : room.weight.get();
+    const Moments m = narrow && b.belief ? measure<Read, narrow>(read, row, b.vocab, b.tile, unit, room, weights, over)
+                                         : measure<Read, false>(read, row, b.vocab, b.tile, unit, room, weights, over);
+    const double ties = (double)m.ties, rest = m.rest / unit, sum = ties + rest;
     b.argmax[r] = m.argmax;
-    b.entropy[r] = (float)(std::log(m.ties) + std::log1p(rest / m.ties) - m.moment / unit / sum);
+    b.entropy[r] = (float)(std::log(ties) + std::log1p(rest / ties) - m.moment / unit / sum);
     b.total[r] = (float)(top + std::log(sum));
-    if (b.uniform) b.sample[r] = draw(read, row, b.vocab, b.tile, b.uniform[r], tiles);
+    if (b.uniform) b.sample[r] = draw(read, row, b.vocab, b.tile, b.uniform[r], room, weights, over);
     if (!b.belief) return;
     const Share share(narrow ? m.belief : sum * unit);
+    const float *shared = narrow ? room.belief.get() : weights;
     if (b.belief == 2) {
         const int64_t at = r * b.most;
-        b.counts[r] = gather(read, row, b, b.temperature[r], top, sum, share, b.ids + at, b.shares + at);
+        b.counts[r] = gather(shared, row, b, share, b.ids + at, b.shares + at);
         if (b.counts[r] >= 0) return;
     }
-    believe(read, row, b.vocab, share);
+    believe(shared, row, b.vocab, share);
+}
+
+template <class T> void see_computed(const Block &b, int64_t r, Room &room) {
+    if (b.cap > 0)
+        see_row(Computed<T, true>(b.cap, b.temperature[r]), b, r, room);
+    else
+        see_row(Computed<T, false>(0, b.temperature[r]), b, r, room);
 }
 
 template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b, float *out, int64_t r) {
@@ -440,14 +531,17 @@ template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b
 // Rows [start, stop) of a block; `narrow`: the products are bfloat16, else float32.
 extern "C" void see(const Block *block, int32_t narrow, int64_t start, int64_t stop) {
     const Block &b = *block;
-    std::vector<double> tiles((b.vocab + b.tile - 1) / b.tile);
+    Room room;
+    room.tiles.resize((b.vocab + b.tile - 1) / b.tile);
+    room.weight.reset(new float[b.tile + WIDE]);
+    if (narrow && b.belief) room.belief.reset(new float[b.vocab + WIDE]);
     for (int64_t r = start; r < stop; ++r) {
         if (!narrow)
-            see_row(Computed<float>(b.cap, b.temperature[r]), b, r, tiles);
+            see_computed<float>(b, r, room);
         else if (b.tables)
-            see_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, tiles);
+            see_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, room);
         else
-            see_row(Computed<uint16_t>(b.cap, b.temperature[r]), b, r, tiles);
+            see_computed<uint16_t>(b, r, room);
     }
 }
 
