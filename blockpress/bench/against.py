@@ -1,6 +1,7 @@
 """Two programs on the same weights, in the same process, taking turns: A B A B, so that a busy machine slows both.
 
-    transformers   its own DiffusionGemma: the same checkpoint (saved and loaded), prompts and number of steps
+    transformers   its own DiffusionGemma: the same checkpoint (saved and loaded), prompts and number of steps; in the
+                   type of the weights, or in another, to which their values are widened or rounded
     poem           `generate`, the slow truth, on the very same network
 
 Both write whole canvases with a fixed number of steps. What `transformers` ran is counted, not believed: its forwards
@@ -32,6 +33,7 @@ from blockpress.config import GenerationConfig, Sampling
 from blockpress.engine.options import SoftEmbedding
 from blockpress.errors import RequestError
 from blockpress.weights import minimal_vision, save_checkpoint
+from blockpress.weights.build import DTYPES
 
 RIVALS = ("transformers", "poem")
 
@@ -76,10 +78,14 @@ class Comparison:
         ]
 
 
-def check(work: Workload, rival: str) -> None:
-    """Raises RequestError: no such rival, or a workload that it cannot be given."""
+def check(work: Workload, rival: str, dtype: str | None = None) -> None:
+    """Raises RequestError: no such rival, or a workload or a type that it cannot be given."""
     if rival not in RIVALS:
         raise RequestError(f"--against is {rival!r}", hint=f"--against takes {' or '.join(RIVALS)}")
+    if dtype is not None and rival == "poem":
+        raise RequestError("--against-dtype is given with --against poem", hint="it runs the very same network")
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"--against-dtype is {dtype!r}", hint=f"--against-dtype takes {', '.join(DTYPES)}")
     if work.online:
         raise RequestError("--against is given with --rate or --concurrency", hint="compare offline: give --batch")
     if work.mode != "diffusion" or work.steps is None:
@@ -90,14 +96,23 @@ def check(work: Workload, rival: str) -> None:
 
 
 def compare(
-    subject: Subject, work: Workload, rival: str, *, rounds: int = 3, soft_embedding: SoftEmbedding = "exact"
+    subject: Subject,
+    work: Workload,
+    rival: str,
+    *,
+    rounds: int = 3,
+    dtype: str | None = None,
+    soft_embedding: SoftEmbedding = "exact",
 ) -> Comparison:
     """Run the workload's first batch with both, in turns.
+
+    Args:
+        dtype: that `transformers` runs in; None: that of the weights.
 
     Raises:
         RequestError: what `check` refuses, packed weights, or `transformers` is not installed.
     """
-    check(work, rival)
+    check(work, rival, dtype)
     work = replace(work, requests=work.batch, puzzles=False)
     canvases = -(-work.max_tokens // subject.config.canvas_length)
     steps = canvases * (work.steps or 0)
@@ -111,7 +126,7 @@ def compare(
 
     if rival == "poem":
         return _rounds("poem", ours, poem, rounds, steps)
-    with _transformers(subject, work, canvases) as (name, theirs):
+    with _transformers(subject, work, canvases, dtype or subject.types["dtype"]) as (name, theirs):
         return _rounds(name, ours, theirs, rounds, steps)
 
 
@@ -127,8 +142,10 @@ def _rounds(rival: str, ours: Callable[[], None], theirs: Callable[[], None], co
 
 
 @contextmanager
-def _transformers(subject: Subject, work: Workload, canvases: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Its name and version, and its answer to the workload; the checkpoint between us lives as long as the block."""
+def _transformers(
+    subject: Subject, work: Workload, canvases: int, dtype: str
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Its name, version and type, and its answer to the workload; the checkpoint between us lives as long as it."""
     try:
         import transformers
         from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
@@ -160,7 +177,7 @@ def _transformers(subject: Subject, work: Workload, canvases: int) -> Iterator[t
     prompts = torch.tensor([one.row.prompt for one in requests(subject, work)], device=network.device)
     with tempfile.TemporaryDirectory() as folder:
         _save(subject, Path(folder))
-        theirs: Any = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=network.dtype)
+        theirs: Any = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=DTYPES[dtype])
     theirs.to(network.device).eval().requires_grad_(False)
     counted: list[Tensor] = []
     theirs.model.decoder.register_forward_hook(lambda *given: counted.append(torch.empty(0)))
@@ -175,7 +192,7 @@ def _transformers(subject: Subject, work: Workload, canvases: int) -> Iterator[t
                 hint="its version may be another one: pip install 'transformers==5.23.0'",
             )
 
-    yield f"transformers {transformers.__version__}", run
+    yield f"transformers {transformers.__version__} in {dtype}", run
 
 
 def _save(subject: Subject, folder: Path) -> None:

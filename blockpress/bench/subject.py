@@ -29,7 +29,7 @@ from blockpress.lm import LM, load
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.linear import Packed
-from blockpress.weights.build import choose_device, choose_dtype, without_memory
+from blockpress.weights.build import choose_device, choose_types, hold, without_memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +47,18 @@ class Subject:
     @property
     def config(self) -> ModelConfig:
         return self.network.config
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The names of the type of the weights and of that in which products are made."""
+        found = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
+        return {name: str(kind).removeprefix("torch.") for name, kind in found.items()}
+
+    @property
+    def in_types(self) -> str:
+        """The same in words: one of them where they are one."""
+        stored, computed = self.types.values()
+        return stored if stored == computed else f"{stored}, computed in {computed}"
 
 
 def bench_262k() -> ModelConfig:
@@ -108,22 +120,29 @@ def shape_in(file: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(data)
 
 
-def loaded(model: str, *, dtype: str | None = None, device: str = "cpu") -> Subject:
+def loaded(model: str, *, dtype: str | None = None, compute_dtype: str | None = None, device: str = "cpu") -> Subject:
     """A checkpoint, as `blockpress.load` loads it. Raises BlockpressError."""
-    lm = load(model, dtype=dtype, device=device)
+    lm = load(model, dtype=dtype, compute_dtype=compute_dtype, device=device)
     return Subject(name=model, network=lm.network, lm=lm)
 
 
 def randomised(
-    name: str, config: ModelConfig, *, dtype: str | None = None, device: str = "cpu", seed: int = 0
+    name: str,
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Subject:
     """A network of that shape with random weights: matrices of variance 1 / inputs, norms and scales of 1.
 
     Raises:
-        RequestError: the type or the device.
+        RequestError: the types or the device.
     """
-    kind, place = choose_dtype(dtype, config), choose_device(device)
-    network = without_memory(lambda: Network(config)).to(kind).to_empty(device=place)
+    place = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, place)
+    network = without_memory(lambda: Network(config)).to(types.storage).to_empty(device=place)
     draw = torch.Generator(place).manual_seed(seed)
     with torch.no_grad():
         for tensor in [*network.parameters(), *network.buffers()]:
@@ -131,6 +150,7 @@ def randomised(
                 tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=draw)
             else:
                 tensor.fill_(1.0)
+    hold(network, types)
     return Subject(name=name, network=network.eval().requires_grad_(False))
 
 

@@ -58,8 +58,7 @@ def measured(
         curves.append(Curve(name=mode, points=tuple(points)))
     floors = roofline_curves(subject.config, widths(subject.network), device, users=users, steps=steps, context=length)
     curves += [Curve(name=f"{curve.name}, floor", points=curve.points, dashed=True) for curve in floors]
-    dtype = str(subject.network.dtype).removeprefix("torch.")
-    note = f"{subject.name} in {dtype}, {length} tokens of context, {steps:g} steps a canvas; dashed: floors"
+    note = f"{subject.name} in {subject.in_types}, {length} tokens of context, {steps:g} steps a canvas; dashed: floors"
     return Panel(title=f"{device.name}, measured", note=note, curves=tuple(curves))
 
 

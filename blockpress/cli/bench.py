@@ -65,6 +65,10 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of torch
 Against = Annotated[
     str | None, typer.Option(metavar="P", help="Take turns with transformers, or with poem, the slow truth.")
 ]
+AgainstDtype = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="That transformers runs in, on the same values. Default: that of the weights."),
+]
 Rounds = Annotated[int | None, typer.Option(metavar="N", help="Rounds of --against. Default: 3.")]
 Sweep = Annotated[
     bool, typer.Option("--sweep", help="Throughput against users, diffusion and token by token, as SVG to --out.")
@@ -98,6 +102,7 @@ def bench(
     seconds: Seconds = None,
     soft_embedding: Soft = None,
     against: Against = None,
+    against_dtype: AgainstDtype = None,
     rounds: Rounds = None,
     sweep: Sweep = False,
     out: Out = None,
@@ -105,6 +110,7 @@ def bench(
     form: Form = None,
     seed: Seed = 0,
     dtype: options.Dtype = None,
+    compute_dtype: options.ComputeDtype = None,
     device: Devices = None,
     threads: Threads = None,
     json: options.Json = False,
@@ -122,29 +128,37 @@ def bench(
       blockpress bench --preset bench-4k --steps 4 --against transformers
       blockpress bench --preset bench-wide --sweep --device cpu --device h200 --out sweep.svg
     """
-    fixed, shape, devices = _steps(steps), Shape(model, preset, config, seed, dtype, threads), device or ["cpu"]
-    options.positive(threads, "--threads")
-    asked: dict[str, Any] = {
-        "prompt_len": prompt_len, "max_tokens": max_tokens, "mode": mode, "batch": batch, "requests": requests,
-        "rate": rate, "concurrency": concurrency, "seconds": seconds,
-    }  # fmt: skip
-    asked = {name: value for name, value in asked.items() if value is not None}
-    rest = {"--prompts": prompts, "--against": against, "--rounds": rounds, "--soft-embedding": soft_embedding}
+    shape = Shape(model, preset, config, seed, dtype, compute_dtype, threads)
+    fixed, devices = _steps(steps), device or ["cpu"]
+    asked = _given(
+        prompt_len=prompt_len, max_tokens=max_tokens, mode=mode, batch=batch, requests=requests, rate=rate,
+        concurrency=concurrency, seconds=seconds,
+    )  # fmt: skip
+    rival = {"--against": against, "--against-dtype": against_dtype, "--rounds": rounds}
     if sweep:
-        options.refuse("--sweep", {f"--{name.replace('_', '-')}": value for name, value in asked.items()} | rest)
+        others = rival | {"--prompts": prompts, "--soft-embedding": soft_embedding}
+        options.refuse("--sweep", {f"--{name.replace('_', '-')}": value for name, value in asked.items()} | others)
         draw_sweep(shape, devices, counts(users), fixed, choose("--format", form or "fp8", FORMATS), out, json)
         return
     _without_sweep({"--out": out, "--users": users, "--format": form})
-    if len(devices) != 1 or devices[0] in CARDS:
-        raise RequestError(f"--device is {', '.join(devices)}", hint="give one device of this machine; see --sweep")
     soft = cast(Literal["exact", "sparse"], choose("--soft-embedding", soft_embedding or "exact", ("exact", "sparse")))
     work = _workload(asked, fixed, seed)
-    _check_rival(work, against, rounds, prompts, requests)
-    subject = open_subject(shape, devices[0])
+    _check_rival(work, rival, prompts, requests)
+    subject = open_subject(shape, _own(devices))
     if against is not None:
-        _compare(subject, _fitted(subject, work, "random", asked), against, rounds or ROUNDS, soft, json)
+        _compare(subject, _fitted(subject, work, "random", asked), rival, soft, json)
     else:
         _measure(subject, _fitted(subject, work, prompts, asked), soft, json)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _own(devices: list[str]) -> str:
+    if len(devices) != 1 or devices[0] in CARDS:
+        raise RequestError(f"--device is {', '.join(devices)}", hint="give one device of this machine; see --sweep")
+    return devices[0]
 
 
 def _without_sweep(given: Mapping[str, object]) -> None:
@@ -162,19 +176,18 @@ def _workload(asked: dict[str, Any], steps: int | None, seed: int) -> Workload:
     return work
 
 
-def _check_rival(
-    work: Workload, rival: str | None, rounds: int | None, prompts: str | None, requests: int | None
-) -> None:
+def _check_rival(work: Workload, rival: Mapping[str, Any], prompts: str | None, requests: int | None) -> None:
     """Raises RequestError: what means nothing with --against, or without it."""
-    if rival is None:
-        if rounds is not None:
-            raise RequestError("--rounds is given without --against", hint="leave out --rounds, or give --against")
+    if rival["--against"] is None:
+        for name, value in rival.items():
+            if value is not None:
+                raise RequestError(f"{name} is given without --against", hint=f"leave out {name}, or give --against")
         return
     from blockpress.bench.against import check
 
-    options.positive(rounds, "--rounds")
+    options.positive(rival["--rounds"], "--rounds")
     options.refuse("--against", {"--prompts": prompts, "--requests": requests})
-    check(work, rival)
+    check(work, rival["--against"], rival["--against-dtype"])
 
 
 def _measure(subject: Subject, work: Workload, soft: Literal["exact", "sparse"], json: bool) -> None:
@@ -190,12 +203,13 @@ def _measure(subject: Subject, work: Workload, soft: Literal["exact", "sparse"],
 
 
 def _compare(
-    subject: Subject, work: Workload, rival: str, rounds: int, soft: Literal["exact", "sparse"], json: bool
+    subject: Subject, work: Workload, rival: Mapping[str, Any], soft: Literal["exact", "sparse"], json: bool
 ) -> None:
     from blockpress.bench.against import compare
 
-    with waiting(f"taking turns with {rival}"):
-        found = compare(subject, work, rival, rounds=rounds, soft_embedding=soft)
+    name, rounds, dtype = rival["--against"], rival["--rounds"] or ROUNDS, rival["--against-dtype"]
+    with waiting(f"taking turns with {name}"):
+        found = compare(subject, work, name, rounds=rounds, dtype=dtype, soft_embedding=soft)
     if json:
         options.print_json(_about(subject, work) | {"soft_embedding": soft} | found.to_dict())
     else:
@@ -221,19 +235,17 @@ def _fitted(subject: Subject, work: Workload, prompts: str | None, asked: dict[s
 
 
 def _about(subject: Subject, work: Workload) -> dict[str, Any]:
-    dtype = str(subject.network.dtype).removeprefix("torch.")
-    said = {"model": subject.name, "random_weights": subject.random, "dtype": dtype}
+    said = {"model": subject.name, "random_weights": subject.random, **subject.types}
     left_out = {"prompt_len"} if work.puzzles else set[str]()  # a puzzle is as long as it is
     asked = {name: value for name, value in asdict(work).items() if value is not None and name not in left_out}
     return said | {"workload": asked}
 
 
 def _title(subject: Subject, work: Workload) -> str:
-    said = _about(subject, work)
     weights = "random weights, which write noise" if subject.random else "its own weights"
     prompts = "puzzles" if work.puzzles else f"prompts of {work.prompt_len} random tokens"
     steps = "" if work.mode == "autoregressive" else f", {work.steps or 'adaptive'} steps"
-    return f"{subject.name} in {said['dtype']}, {weights}; {prompts}, {work.max_tokens} tokens, {work.mode}{steps}"
+    return f"{subject.name} in {subject.in_types}, {weights}; {prompts}, {work.max_tokens} tokens, {work.mode}{steps}"
 
 
 def _machine(device: Device) -> dict[str, Any]:

@@ -28,6 +28,13 @@ Dtype = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="Of the weights in memory: float32, bfloat16 or float16. Default: the model's."),
 ]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Of the arithmetic: auto, float32, bfloat16 or float16. Default: auto, --dtype or what is faster here.",
+    ),
+]
 Steps = Annotated[
     int | None, typer.Option(help="Most denoising steps a canvas. Default: the model's own, usually 48.", metavar="N")
 ]
@@ -47,12 +54,17 @@ def refuse(option: str, others: Mapping[str, Any]) -> None:
 
 
 def open_model(
-    name: str, changes: dict[str, Any], *, dtype: str | None = None, device: str = "cpu"
+    name: str,
+    changes: dict[str, Any],
+    *,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    device: str = "cpu",
 ) -> tuple[LM, Sampling]:
     """The model of that name, which must have a canvas, and its own sampling with the `changes` that are not None.
 
     Raises:
-        BlockpressError: the model, its files, a sampling field, the type or the device.
+        BlockpressError: the model, its files, a sampling field, the types or the device.
     """
     from blockpress.config import Sampling
 
@@ -63,7 +75,9 @@ def open_model(
                 hint="give a model that has one, or ask this one by `blockpress run`",
             )
 
-    lm, sampling = open_in_mode(name, None, changes, check=check, dtype=dtype, device=device)
+    lm, sampling = open_in_mode(
+        name, None, changes, check=check, dtype=dtype, compute_dtype=compute_dtype, device=device
+    )
     assert isinstance(sampling, Sampling)
     return lm, sampling
 
@@ -75,6 +89,7 @@ def open_in_mode(
     *,
     check: Callable[[Checkpoint], None] | None = None,
     dtype: str | None = None,
+    compute_dtype: str | None = None,
     device: str = "cpu",
 ) -> tuple[LM, Sampling | AutoregressiveSampling]:
     """The model of that name, and its own sampling in the mode (None: its own) with the `changes` that are not None.
@@ -84,7 +99,7 @@ def open_in_mode(
         check: what else the caller wants to know of the model before its weights are read; it raises.
 
     Raises:
-        BlockpressError: the model, its files, the mode, a sampling field, the type or the device.
+        BlockpressError: the model, its files, the mode, a sampling field, the types or the device.
     """
     from blockpress.lm import load
     from blockpress.lm.arguments import check_mode
@@ -94,7 +109,7 @@ def open_in_mode(
     if check is not None:
         check(found)
     sampling = _sampling(found.generation, check_mode(mode, found.config), changes)
-    return load(found.path, dtype=dtype, device=device), sampling
+    return load(found.path, dtype=dtype, compute_dtype=compute_dtype, device=device), sampling
 
 
 def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:

@@ -193,12 +193,14 @@ def _no_canvas(path: Path) -> str | None:
 
 def _too_large(folders: Sequence[Path], device: str) -> str | None:
     from blockpress.hardware import free_memory
+    from blockpress.weights.build import compute_name
     from blockpress.weights.memory import needed, shape_of, survey
 
     free = free_memory().get("cuda:0" if device == "cuda" else device)
     for folder in folders:
         config = shape_of(folder)
-        need = needed(config, config.canvas_length, files=survey(folder)).total
+        compute = compute_name(config.dtype, device)
+        need = needed(config, config.canvas_length, compute_dtype=compute, files=survey(folder)).total
         if free is not None and need > free:
             return f"{folder} takes {size(need)} of memory, and {size(free)} are free on {device}"
     return None

@@ -133,6 +133,7 @@ def run(
     json: options.Json = False,
     events: Events = False,
     dtype: options.Dtype = None,
+    compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
     fast: options.Fast = False,
 ) -> None:
@@ -154,7 +155,8 @@ def run(
     limits = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events) else _prompt(prompt)
-    _answer(_open(model, mode, changes, chat, shown, limits, raw, dtype, device), text, json, events, fast)
+    how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
+    _answer(_open(model, mode, changes, chat, shown, limits, raw, how), text, json, events, fast)
 
 
 def _check(
@@ -185,11 +187,10 @@ def _open(
     shown: dict[str, Any],
     limits: dict[str, Any],
     raw: bool,
-    dtype: str | None,
-    device: str,
+    how: dict[str, Any],
 ) -> Asking:
     """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options, `limits` as
-    fields of `Asking`."""
+    fields of `Asking`, `how` its weights are loaded."""
     parts = showing.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
@@ -198,7 +199,7 @@ def _open(
     with waiting(f"loading {model}"):
         from blockpress.cli.talk import Asking
 
-        lm, sampling = options.open_in_mode(model, mode, changes, check=check, dtype=dtype, device=device)
+        lm, sampling = options.open_in_mode(model, mode, changes, check=check, **how)
     budget, thinking = chat["--thinking-budget"], chat["--thinking"]
     return Asking(
         lm=lm,

@@ -28,6 +28,7 @@ class Shape:
     config: Path | None
     seed: int
     dtype: str | None
+    compute_dtype: str | None
     threads: int | None
 
     @property
@@ -39,7 +40,7 @@ class Shape:
     @property
     def named(self) -> list[str]:
         """All options that mean nothing where no network is run."""
-        rest = {"--dtype": self.dtype, "--threads": self.threads}
+        rest = {"--dtype": self.dtype, "--compute-dtype": self.compute_dtype, "--threads": self.threads}
         return [*self.given, *(name for name, value in rest.items() if value is not None)]
 
 
@@ -54,12 +55,14 @@ def open_subject(asked: Shape, device: str) -> Subject:
 
     from blockpress.bench import subject
 
+    options.positive(asked.threads, "--threads")
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
+    types = {"dtype": asked.dtype, "compute_dtype": asked.compute_dtype}
     if asked.model is not None:
         with waiting(f"loading {asked.model}"):
-            return subject.loaded(asked.model, dtype=asked.dtype, device=device)
+            return subject.loaded(asked.model, **types, device=device)
     shape = subject.shape_in(asked.config) if asked.config is not None else subject.shape_named(asked.preset or "")
     name = str(asked.preset or asked.config)
     with waiting("drawing random weights"):
-        return subject.randomised(name, shape, dtype=asked.dtype, device=device, seed=asked.seed)
+        return subject.randomised(name, shape, **types, device=device, seed=asked.seed)

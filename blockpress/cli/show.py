@@ -157,7 +157,8 @@ def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for dtype, need in memory["in"].items():
         each = " + ".join(f"{size(count)} {kind}" for kind, count in need["context_token"].items())
-        rows += [(f"in {dtype}", f"weights {size(need['weights'])}; a token of context {each}")]
+        computed = "" if need["compute_dtype"] == dtype else f", computed in {need['compute_dtype']}"
+        rows += [(f"in {dtype}", f"weights {size(need['weights'])}{computed}; a token of context {each}")]
         rows += [
             (
                 f"  {memory['tokens']:,} tokens",
@@ -200,8 +201,10 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
 
 
 def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
-    """Bytes of each part by the type of the weights; packed weights have one type, in which their products are."""
+    """Bytes of each part by the type of the weights; packed weights have one. Context and working memory count in the
+    type that the processor computes in."""
     from blockpress.hardware import free_memory
+    from blockpress.weights.build import compute_name
     from blockpress.weights.memory import needed
 
     most = config.context_length
@@ -210,9 +213,10 @@ def _memory(config: ModelConfig, context: int | None, files: Files | None) -> di
     tokens = min(CONTEXT, most) if context is None else context
     by_dtype = {}
     for dtype in (config.dtype,) if files is not None and files.quantised else ("float32", "bfloat16"):
-        need = needed(config, tokens, dtype=dtype, files=files)
-        each = {_short(kind): count for kind, count in costs.context_bytes(config, dtype).items()}
-        by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each}
+        compute = compute_name(dtype, "cpu")
+        need = needed(config, tokens, dtype=dtype, compute_dtype=compute, files=files)
+        each = {_short(kind): count for kind, count in costs.context_bytes(config, compute).items()}
+        by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each, "compute_dtype": compute}
     return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
 
 

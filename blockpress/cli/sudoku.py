@@ -128,6 +128,7 @@ def sudoku(
     noise_seed: NoiseSeed = 0,
     batch: Batch = None,
     dtype: options.Dtype = None,
+    compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
     fast: options.Fast = False,
 ) -> None:
@@ -154,11 +155,14 @@ def sudoku(
         again = "" if givens is None else f" --givens {givens}"
         note(f"seed {asked.seed} (the same again: --random {asked.count}{again} --seed {asked.seed})")
     if puzzle_only:
-        options.refuse("--puzzle-only", {"--steps": steps, "--batch": batch, "--dtype": dtype})
+        unused = {"--steps": steps, "--batch": batch, "--dtype": dtype, "--compute-dtype": compute_dtype}
+        options.refuse("--puzzle-only", unused)
         _print_puzzles(asked, json)
         return
     with waiting(f"loading {model}"):
-        lm, sampling = options.open_model(model, {"steps": steps}, dtype=dtype, device=device)
+        lm, sampling = options.open_model(
+            model, {"steps": steps}, dtype=dtype, compute_dtype=compute_dtype, device=device
+        )
     if not json and batch is None and asked.count <= SHOWN and is_terminal(sys.stdout):
         _show(lm, asked, sampling, noise_seed, fast)
         return

@@ -16,7 +16,13 @@ from blockpress.lm.model import LM
 from blockpress.weights import open_checkpoint
 
 
-def load(name: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> LM:
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> LM:
     """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, or the name of a
     model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision".
 
@@ -24,18 +30,21 @@ def load(name: str | Path, *, dtype: str | torch.dtype | None = None, device: st
 
     Args:
         dtype: of the weights in memory, a torch dtype or its name ("float32", "bfloat16"); None: what the checkpoint's
-            config.json names. Where weights are packed it is the type of the others, and of what is computed.
+            config.json names. Where weights are packed it is the type of the others.
+        compute_dtype: of activations and products: `dtype`, which rounds where the reference does, or "float32", for
+            which weights are widened a tile at a time where they are used; None or "auto": what is fast here.
         device: where the network runs, such as "cpu" or "cuda".
 
     Raises:
         CheckpointError, ConfigError: what is wrong with the files, and what to do.
+        RequestError: a type or a device that there is not, or a compute_dtype that does not hold the weights.
     """
     if not isinstance(name, str | Path):
         raise RequestError(f"name is {name!r:.60}", hint="give a model's name, a checkpoint's directory or a GGUF file")
     checkpoint = open_checkpoint(name)
     return LM(
         path=checkpoint.path,
-        network=checkpoint.network(dtype=dtype, device=device),
+        network=checkpoint.network(dtype=dtype, compute_dtype=compute_dtype, device=device),
         generation=checkpoint.generation,
         tokenizer=checkpoint.tokenizer(),
     )

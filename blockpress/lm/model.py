@@ -272,7 +272,8 @@ class LM:
 
     @cached_property
     def _tower(self) -> VisionTower:
-        return load_vision(self.path, config=self.config, dtype=self.network.dtype, device=self.network.device)
+        types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
+        return load_vision(self.path, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
     def _show(self, rows: list[Row], asked: Sequence[Question]) -> None:

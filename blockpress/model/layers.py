@@ -15,6 +15,7 @@ Source: reference model, section 1 of its `config.json` and `DiffusionGemmaDecod
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +27,7 @@ from blockpress.ops import experts
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import Packed, Weight, linear, lookup
 from blockpress.ops.norm import rms_norm
+from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import rotate
 from blockpress.shapes import Heads, Hidden, KeyHeads
 
@@ -43,8 +45,15 @@ Wanted = Float[Tensor, "batch wanted hidden"]
 class PackedHolder(nn.Module):
     """A module some of whose parameters may be packed weights that were put into their places.
 
-    A packed weight is no parameter: `state_dict` leaves it out, and a change of dtype leaves it alone.
+    A packed weight is no parameter, and a change of dtype leaves it alone. `state_dict` gives those that are floats
+    (`HalfFloats`) as they are stored, and leaves out the others.
     """
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in packed_weights(self).items():
+            if isinstance(weight, HalfFloats):
+                destination[prefix + name] = weight.values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
         super()._apply(fn, recurse)

@@ -22,12 +22,13 @@ from blockpress.config import LayerKind, ModelConfig
 from blockpress.config.vision import pictures_see_themselves
 from blockpress.errors import RequestError
 from blockpress.model.cache import Cache, KeyValue
-from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning, Wanted
+from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning, Wanted, packed_weights
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.pictures import Images, place
 from blockpress.ops import attention
 from blockpress.ops.attention import AttentionOp
 from blockpress.ops.linear import combine, linear
+from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
 from blockpress.shapes import Canvas, Heads, Hidden, KeyHeads, Logits, Mask, Positions, Signal, Tokens
 
@@ -63,7 +64,17 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The compute dtype: of activations, products and the cache."""
         return self.norm.weight.dtype
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Of the floats that matrices lie in memory as: `dtype`, or a narrower one that is widened where it is used."""
+        for module in self.modules():
+            for weight in packed_weights(module).values():
+                if isinstance(weight, HalfFloats):
+                    return weight.values.dtype
+        return self.dtype
 
     @property
     def device(self) -> torch.device:

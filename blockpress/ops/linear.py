@@ -80,7 +80,7 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
     parts = []
     for _, tile in tiles(weight):
         matrix, scale = tile.factors(x.dtype)
-        part = F.linear(x, matrix)
+        part = linear(x, matrix)
         parts.append(part if scale is None else (part.float() * scale).to(x.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

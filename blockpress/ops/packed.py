@@ -1,5 +1,6 @@
-"""Layouts of weights in 8 and 4 bits, and how each becomes floats.
+"""Layouts of weights in fewer bits than their products are made in, and how each becomes floats.
 
+    HalfFloats   bfloat16 or float16                   value, and nothing beside it
     Codes    e4m3 or int8, a byte a value              value = (code - zero) * scale
     Nibbles  4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
     Float4   e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
@@ -34,6 +35,7 @@ from torch import Tensor
 from blockpress.ops import unpacking
 
 E4M3 = torch.float8_e4m3fn
+HALVES = (torch.bfloat16, torch.float16)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of the sixteen 4-bit floats, by code."""
 
@@ -96,6 +98,29 @@ class ScaledCodes(PackedTensors):
     def codes_as(self, dtype: torch.dtype) -> Tensor:
         """The codes as floats, in memory of their own."""
         raise NotImplementedError
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HalfFloats(PackedTensors):
+    """Floats of 16 bits that lie in memory as they are stored, while products are made in a wider type."""
+
+    values: Float[Tensor, "*lead rows columns"]
+
+    def __post_init__(self) -> None:
+        assert self.values.dtype in HALVES, self.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """All values, unrounded in every type that is wider."""
+        return self.values.to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, None]:
+        """The values: there is no scale."""
+        return self.values.to(dtype), None
 
 
 @final

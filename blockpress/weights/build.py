@@ -3,6 +3,8 @@
 Why: a network is built without memory (on torch's meta device) and gets its weights one by one, so that none is in
 memory twice. How one is read is for `load.py` (safetensors) and `gguf/load.py` to say.
 
+Weights have two types: that in which they lie in memory, and that in which products are made (`Types`).
+
 Invariant: a type, a device or a lack of room that ends a load is the caller's `RequestError`; sizes that no network can
 have are a `ConfigError`; an error of our own passes as it is.
 
@@ -13,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from blockpress import hardware
 from blockpress.config import ModelConfig
 from blockpress.config.model import DTYPES as NAMES
 from blockpress.errors import ConfigError, RequestError
-from blockpress.model import Network
-from blockpress.model.layers import put_packed
+from blockpress.model.layers import Experts, Weighted, put_packed
 from blockpress.ops.linear import Weight
+from blockpress.ops.packed import HalfFloats
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -49,6 +53,56 @@ def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.
             f"dtype is {dtype!r}", hint=f"dtype must be one of {known}, or None for the checkpoint's own"
         )
     return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Types:
+    """The type that weights are stored in while they are in memory, and the one that is computed in: it, or a wider
+    one."""
+
+    storage: torch.dtype
+    compute: torch.dtype
+
+    def held(self, weight: Tensor, *, matrix: bool) -> Weight:
+        """A weight of the stored type as the network holds it: a matrix as it is, what is small in the wider type."""
+        if self.storage == self.compute:
+            return weight
+        return HalfFloats(values=weight) if matrix else weight.to(self.compute)
+
+
+def choose_types(
+    dtype: torch.dtype | str | None,
+    compute_dtype: torch.dtype | str | None,
+    config: ModelConfig,
+    device: torch.device,
+) -> Types:
+    """The types that a caller asked for; None: the config's, and what is fast on that device (as "auto" is).
+
+    Raises:
+        RequestError: no such types, or one to compute in that does not hold what is stored.
+    """
+    storage = choose_dtype(dtype, config)
+    fast = hardware.compute_dtype(storage, device)
+    compute = DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+    if compute_dtype is None or compute_dtype == "auto":
+        compute = fast
+    stored, asked = (str(kind).removeprefix("torch.") for kind in (storage, compute))
+    if compute is None or asked not in DTYPES:
+        raise RequestError(
+            f"compute_dtype is {compute_dtype!r}",
+            hint=f"compute_dtype must be one of {', '.join(DTYPES)}, or auto for the fast one of this machine",
+        )
+    if compute not in (storage, torch.float32):
+        raise RequestError(
+            f"compute_dtype is {asked}, which does not hold the weights in {stored}",
+            hint=f"give dtype {asked} instead to round the weights, or leave compute_dtype to auto",
+        )
+    return Types(storage=storage, compute=compute)
+
+
+def compute_name(dtype: str, device: str) -> str:
+    """The name of the type in which weights stored in `dtype` are computed on that device, unless told otherwise."""
+    return str(hardware.compute_dtype(DTYPES[dtype], torch.device(device))).removeprefix("torch.")
 
 
 def choose_device(device: torch.device | str) -> torch.device:
@@ -103,7 +157,26 @@ def room_for(size: int, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def put(network: Network, name: str, weight: Weight) -> None:
+def packable(network: nn.Module) -> set[str]:
+    """Weights of a network or a tower that may lie packed in memory."""
+    names = set()
+    for name, module in network.named_modules():
+        if isinstance(module, Weighted):
+            names.add(f"{name}.weight")
+        elif isinstance(module, Experts):
+            names |= {f"{name}.gate_up_proj", f"{name}.down_proj"}
+    return names
+
+
+def hold(network: nn.Module, types: Types) -> None:
+    """Let all weights, which are of the stored type, lie as `types` has it."""
+    if types.storage != types.compute:
+        own = packable(network)
+        for name, weight in network.state_dict().items():
+            put(network, name, types.held(weight, matrix=name in own))
+
+
+def put(network: nn.Module, name: str, weight: Weight) -> None:
     """Let a weight, packed or not, take the place of the tensor of that name."""
     owner, _, leaf = name.rpartition(".")
     module = network.get_submodule(owner)

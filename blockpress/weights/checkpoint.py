@@ -42,13 +42,13 @@ class Checkpoint:
         self,
         *,
         dtype: torch.dtype | str | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
     ) -> Network:
         """The weights, as `load_network` reads them."""
-        if self.gguf is None:
-            return load_network(self.path, dtype=dtype, device=device, progress=progress)
-        return load_gguf_network(self.path, dtype=dtype, device=device, progress=progress)
+        read = load_network if self.gguf is None else load_gguf_network
+        return read(self.path, dtype=dtype, compute_dtype=compute_dtype, device=device, progress=progress)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:

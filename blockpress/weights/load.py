@@ -28,8 +28,17 @@ from blockpress.config.quantization import Quantization
 from blockpress.errors import ConfigError, UnexpectedWeights
 from blockpress.model import Network
 from blockpress.ops.linear import Weight
-from blockpress.ops.packed import PackedTensors
-from blockpress.weights.build import Progress, choose_device, choose_dtype, put, room_for, without_memory
+from blockpress.ops.packed import HalfFloats, PackedTensors
+from blockpress.weights.build import (
+    Progress,
+    Types,
+    choose_device,
+    choose_types,
+    packable,
+    put,
+    room_for,
+    without_memory,
+)
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory, read_object
 from blockpress.weights.formats import Field
 from blockpress.weights.keys import published_name
@@ -106,6 +115,7 @@ def load_network(
     path: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    compute_dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     config: ModelConfig | None = None,
     progress: Progress | None = None,
@@ -114,29 +124,31 @@ def load_network(
 
     Args:
         path: the checkpoint's directory.
-        dtype: of the activations and of the weights that are not packed: float32, bfloat16, float16 or their names;
-            None: what the config says.
+        dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: the config's.
+        compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
+            Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
+            used.
         device: where the weights go, each as soon as it is read.
         config: instead of what the directory's config.json says.
         progress: called with bytes on disk.
 
     Raises:
         MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile, CheckpointError: what the files are short of.
-        ConfigError: as `load_config`. RequestError: a dtype or device that there is not, or a device without room.
+        ConfigError: as `load_config`. RequestError: types or a device that there are not, or a device without room.
     """
     directory = checkpoint_directory(path)
     config = load_config(directory) if config is None else config
-    target, place = choose_dtype(dtype, config), choose_device(device)
+    place = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, place)
     network = without_memory(lambda: Network(config))
     targets = plan(network, catalogue(directory), _load_quantization(directory))
-    with room_for(sum(one.memory(target.itemsize) for one in targets), place):
-        _fill(network, targets, target, place, progress or (lambda done, total: None))
+    with room_for(sum(one.memory(types.storage.itemsize) for one in targets), place):
+        _fill(network, targets, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
-def _fill(
-    network: Network, targets: list[Target], dtype: torch.dtype, device: torch.device, progress: Progress
-) -> None:
+def _fill(network: Network, targets: list[Target], types: Types, device: torch.device, progress: Progress) -> None:
+    own = packable(network)
     fillings = [_Filling(target=t, left=sum(len(recipe.fields) for recipe in t.recipes.values())) for t in targets]
     jobs = [
         (filling, slot, part)
@@ -152,10 +164,10 @@ def _fill(
         with opened(file) as shard:
             for filling, slot, part in group:
                 # No name holds the tensor that was read, or two of them would be in memory when the next one is.
-                _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), dtype, device)
+                _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)
                 filling.left -= 1
                 if not filling.left:
-                    _finish(network, filling)
+                    _finish(network, filling, types, matrix=filling.target.ours in own)
                 done += part.stored.bytes
                 progress(done, total)
 
@@ -178,10 +190,10 @@ def _take(filling: _Filling, slot: Slot, part: Field, fresh: Tensor, dtype: torc
     filling.tensors[part.name][expert, half * rows : (half + 1) * rows].copy_(fresh)
 
 
-def _finish(network: Network, filling: _Filling) -> None:
+def _finish(network: Network, filling: _Filling, types: Types, *, matrix: bool) -> None:
     """Make the weight of what was read, and put it into the network or compare it with what is there."""
     build = filling.target.first.build
-    weight = filling.tensors["weight"] if build is None else build(**filling.tensors)
+    weight = types.held(filling.tensors["weight"], matrix=matrix) if build is None else build(**filling.tensors)
     filling.tensors = {}
     if filling.target.tie:
         _compare(network, filling.target, weight)
@@ -201,8 +213,8 @@ def _compare(network: Network, target: Target, weight: Weight) -> None:
 
 
 def _parts(weight: Weight) -> list[Tensor]:
-    if isinstance(weight, Tensor):
-        return [weight]
+    if isinstance(weight, Tensor | HalfFloats):
+        return [weight if isinstance(weight, Tensor) else weight.values]
     assert isinstance(weight, PackedTensors), "only what was read here is compared"
     # A comparison of bytes: 8-bit floats have none of their own.
     return [tensor.contiguous().view(torch.uint8) for tensor in weight.tensors().values()]

@@ -118,11 +118,19 @@ def shape_of(path: Path) -> ModelConfig:
     return ModelConfig.from_dict({key: value for key, value in data.items() if key != "quantization_config"})
 
 
-def needed(config: ModelConfig, tokens: int, *, dtype: str | None = None, files: Files | None = None) -> Need:
+def needed(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    files: Files | None = None,
+) -> Need:
     """What a model takes with `tokens` of context behind which it writes.
 
     Args:
         dtype: of the weights in memory; None: the config's.
+        compute_dtype: of context and working memory; None: `dtype`.
         files: of a checkpoint; packed weights then count as they lie on disk.
 
     >>> from blockpress.config import PRESETS
@@ -131,13 +139,14 @@ def needed(config: ModelConfig, tokens: int, *, dtype: str | None = None, files:
     [47.03, 0.42, 0.14, 0.13, 47.59]
     """
     dtype = config.dtype if dtype is None else dtype
+    compute = dtype if compute_dtype is None else compute_dtype
     packed = files is not None and bool(files.quantised)
     return Need(
         tokens=tokens,
         weights=files.text if files is not None and packed else plain_weights(config, dtype),
-        context=costs.paged_bytes(config, dtype, tokens),
-        canvas=costs.engine_peak(config, dtype, tokens, 1, config.canvas_length if config.has_canvas else 0),
-        reading=costs.engine_peak(config, dtype, tokens, 0, min(tokens, costs.CHUNK)) if tokens else 0,
+        context=costs.paged_bytes(config, compute, tokens),
+        canvas=costs.engine_peak(config, compute, tokens, 1, config.canvas_length if config.has_canvas else 0),
+        reading=costs.engine_peak(config, compute, tokens, 0, min(tokens, costs.CHUNK)) if tokens else 0,
     )
 
 

@@ -25,7 +25,7 @@ from blockpress.config import Family
 from blockpress.config.quantization import Quantization
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
 from blockpress.model import Network
-from blockpress.model.layers import Experts, Weighted
+from blockpress.weights.build import packable
 from blockpress.weights.formats import ASIDE, PARTS, Recipe, read_recipe
 from blockpress.weights.keys import is_derived, is_quantised, is_vision, our_name, published_name
 from blockpress.weights.shards import Stored
@@ -99,13 +99,13 @@ def plan(network: Network, tensors: Mapping[str, Stored], quantization: Quantiza
     """
     family = network.config.family
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    packable = _packable(network)
+    packed = packable(network)
     matrices, left = _collect(tensors, wanted, family, quantization)
     targets: dict[str, dict[str, Target]] = {name: {} for name in wanted}
     for place, parts in matrices.values():
         target, shape = _target(place, wanted[place.ours])
         target = targets[place.ours].setdefault(target.home, target)
-        how = quantization if place.ours in packable else None
+        how = quantization if place.ours in packed else None
         target.recipes[place.slot or (0, 0)] = read_recipe(place.base, parts, shape, how)
     for name, found in targets.items():
         twin = targets.get(name.replace("causal_scalar", "layer_scalar"))
@@ -181,17 +181,6 @@ def _target(place: _Place, shape: tuple[int, ...]) -> tuple[Target, tuple[int, .
     halves = 2 if place.ours.endswith("gate_up_proj") else 1
     home = place.base.rsplit(".", 2)[0]
     return Target(ours=place.ours, home=home, experts=experts, halves=halves), (rows // halves, columns)
-
-
-def _packable(network: Network) -> set[str]:
-    """Tensors of the network that may lie packed in memory."""
-    names = set()
-    for name, module in network.named_modules():
-        if isinstance(module, Weighted):
-            names.add(f"{name}.weight")
-        elif isinstance(module, Experts):
-            names |= {f"{name}.gate_up_proj", f"{name}.down_proj"}
-    return names
 
 
 def _refuse_missing(targets: Mapping[str, Mapping[str, Target]], family: Family) -> None:

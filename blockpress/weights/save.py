@@ -22,6 +22,7 @@ from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.errors import MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
+from blockpress.ops.packed import HalfFloats
 from blockpress.weights.build import choose_dtype
 from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
 from blockpress.weights.keys import is_vision, published_name
@@ -70,7 +71,7 @@ def save_checkpoint(
         directory: made if absent; an older checkpoint in it is replaced.
         kept_from: a checkpoint whose vision tensors and image processor are copied, byte for byte.
         kept: vision tensors by published name instead, written as they are.
-        dtype: that the weights are stored in; None: the network's own.
+        dtype: that the weights are stored in; None: that in which they lie in memory.
         run_dtype: that `config.json` names, in which the checkpoint is run; None: that in which it is stored.
         shard_bytes: most bytes of a shard's tensors; one tensor that is larger has a shard of its own.
 
@@ -80,7 +81,7 @@ def save_checkpoint(
         CheckpointError: `kept_from` or `directory` cannot be used.
     """
     _refuse_packed(network)
-    stored = choose_dtype(network.dtype if dtype is None else dtype, network.config)
+    stored = choose_dtype(network.storage_dtype if dtype is None else dtype, network.config)
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
     shards = in_shards(_own(network, stored) + _vision(network.config, kept_from, kept), shard_bytes)
     with staged(Path(directory)) as staging:
@@ -97,11 +98,12 @@ def save_checkpoint(
 
 def _refuse_packed(network: Network) -> None:
     for name, module in network.named_modules():
-        for leaf in packed_weights(module):
-            raise RequestError(
-                f"{name}.{leaf} of the network is packed, and no floats are left of it to be saved",
-                hint="copy the checkpoint that it was loaded from, or quantise a network of floats to another format",
-            )
+        for leaf, weight in packed_weights(module).items():
+            if not isinstance(weight, HalfFloats):
+                raise RequestError(
+                    f"{name}.{leaf} of the network is packed, and no floats are left of it to be saved",
+                    hint="copy the checkpoint that it was loaded from, or quantise a network of floats",
+                )
 
 
 def _own(network: Network, dtype: torch.dtype) -> list[_Piece]:

@@ -25,7 +25,7 @@ from blockpress.config import ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfig
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
-from blockpress.weights.build import choose_device, choose_dtype, room_for, without_memory
+from blockpress.weights.build import choose_device, choose_types, hold, room_for, without_memory
 from blockpress.weights.find import checkpoint_directory, read_object
 from blockpress.weights.keys import is_derived, is_vision
 from blockpress.weights.load import load_config
@@ -52,13 +52,14 @@ def load_vision(
     *,
     config: ModelConfig | None = None,
     dtype: torch.dtype | str | None = None,
+    compute_dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> VisionTower:
     """Read a checkpoint's vision tower, in eval mode and without gradients; the text weights are not touched.
 
     Args:
         path: the checkpoint's directory. config: instead of what its config.json says.
-        dtype, device: of the weights in memory, as in `load_network`; give those of the network that it is for.
+        dtype, compute_dtype, device: as in `load_network`; give those of the network that it is for.
 
     Raises:
         CheckpointError: the checkpoint has no tower. MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile:
@@ -72,7 +73,8 @@ def load_vision(
     # Before the directory: what has no tower may be a file.
     if config.vision is None:
         raise _without_tower(path)
-    target, to = choose_dtype(dtype, config), choose_device(device)
+    to = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, to)
     directory = checkpoint_directory(path)
     stored = {n: t for n, t in catalogue(directory).items() if is_vision(n) and not is_derived(n)}
     if not stored:
@@ -87,13 +89,14 @@ def load_vision(
     _check(stored, {ENCODER + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()})
     place = {}
     tensors = sorted(stored.values(), key=lambda tensor: tensor.file)
-    with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * target.itemsize, to):
+    with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * types.storage.itemsize, to):
         for file, group in groupby(tensors, key=lambda tensor: tensor.file):
             with opened(file) as shard:
                 for tensor in group:
-                    fresh = shard.get_tensor(tensor.name).to(device=to, dtype=target, copy=True)
+                    fresh = shard.get_tensor(tensor.name).to(device=to, dtype=types.storage, copy=True)
                     place[tensor.name.removeprefix(ENCODER)] = fresh
     tower.load_state_dict(place, assign=True)
+    hold(tower, types)
     return tower.eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from .conftest import Call
 
 TINY = ["bench", "--preset", "tiny", "--prompt-len", "8", "--max-tokens", "12", "--threads", "1"]
 FIELDS = {
-    "model", "random_weights", "dtype", "workload", "soft_embedding", "answered", "failed", "refused", "errors", "solved", "seconds", "requests_per_second",
+    "model", "random_weights", "dtype", "compute_dtype", "workload", "soft_embedding", "answered", "failed", "refused", "errors", "solved", "seconds", "requests_per_second",
     "forwards", "canvases", "steps", "tokens", "prefill_ms", "forward_ms", "steps_per_canvas", "tokens_per_forward",
     "tokens_per_second", "tokens_per_second_user", "first_canvas_ms", "weight_bytes", "peak_bytes", "page_bytes", "step_bytes",
     "byte_share", "arithmetic_share", "floor_share", "machine",
@@ -55,6 +55,17 @@ def test_adaptive_steps_token_by_token_and_verified(call: Call) -> None:
     assert token["tokens_per_forward"] == 1
     verified = told(call, "--mode", "verified", "--steps", 2)
     assert verified["steps"] >= 2 and verified["tokens"] == 12 and verified["answered"] == 1
+
+
+def test_storage_and_arithmetic(call: Call) -> None:
+    types = ["--dtype", "bfloat16", "--compute-dtype", "float32"]
+    said = told(call, "--steps", 2, *types)
+    assert (said["dtype"], said["compute_dtype"]) == ("bfloat16", "float32")
+    whole, narrow = (told(call, "--steps", 2, *more) for more in (types[2:], (*types[:3], "bfloat16")))
+    assert (whole["dtype"], narrow["compute_dtype"]) == ("float32", "bfloat16")
+    # Norms and scalars alone are widened.
+    assert narrow["weight_bytes"] < said["weight_bytes"] < 0.6 * whole["weight_bytes"]
+    assert "tiny in bfloat16, computed in float32, random weights" in call(*TINY, "--steps", 2, *types).out
 
 
 @pytest.mark.parametrize("online", [["--rate", "1000"], ["--concurrency", "2"]], ids=" ".join)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockpress.ops.packed import Codes, Float4, Nibbles
+from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles
 
-Layout = Codes | Nibbles | Float4
+Layout = Codes | Nibbles | Float4 | HalfFloats
 Make = Callable[[tuple[int, ...], int], Layout]
 E4M3 = torch.float8_e4m3fn
 
@@ -69,6 +69,10 @@ def mxfp4(shape: tuple[int, ...], seed: int) -> Float4:
     return Float4(packed=packed, scale=scales, kind="e8m0", group=32)
 
 
+def halves(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16) -> HalfFloats:
+    return HalfFloats(values=torch.randn(shape, generator=generator(seed)).to(dtype))
+
+
 LAYOUTS: dict[str, Make] = {
     "fp8": fp8,
     "fp8 groups": lambda shape, seed: fp8(shape, seed, group=24),
@@ -82,5 +86,7 @@ LAYOUTS: dict[str, Make] = {
     "nvfp4": nvfp4,
     "nvfp4 divided": lambda shape, seed: nvfp4(shape, seed, divides=True),
     "mxfp4": mxfp4,
+    "bfloat16": halves,
+    "float16": lambda shape, seed: halves(shape, seed, torch.float16),
 }
 """Makers by name; the columns of a shape are a multiple of 32."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.ops.linear import Packed
-from blockpress.ops.packed import Codes, Float4, Nibbles
+from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles
 from tests.ops.layouts import E4M3, LAYOUTS, Layout, fp8
 
 NAMES = st.sampled_from(sorted(LAYOUTS))
@@ -25,6 +25,8 @@ def defined(weight: Layout) -> Tensor:
 
 
 def value(weight: Layout, row: int, column: int) -> float:
+    if isinstance(weight, HalfFloats):
+        return float(weight.values[row, column])
     group = column // weight.group
     if isinstance(weight, Codes):
         code = weight.codes[row, column].view(torch.uint8).item()
@@ -56,6 +58,8 @@ def e2m1(code: int) -> float:
 
 
 def scale_type(weight: Layout) -> torch.dtype:
+    if isinstance(weight, HalfFloats):
+        return weight.values.dtype
     return torch.float32 if isinstance(weight, Float4) else weight.scale.dtype
 
 

@@ -201,7 +201,7 @@ def test_vision_tensors_are_never_left_over(copied: Copied) -> None:
 @pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16", torch.float16, "float16", torch.float32, None])
 def test_weights_come_in_the_type_asked_for(given: torch.dtype | str | None, single: Path) -> None:
     wanted = getattr(torch, given) if isinstance(given, str) else given or torch.float32
-    network = load_network(single, dtype=given)
+    network = load_network(single, dtype=given, compute_dtype=given)
     assert {tensor.dtype for tensor in network.state_dict().values()} == {wanted}
     whole = load_network(single).state_dict()
     assert same(dict(network.state_dict()), {name: tensor.to(wanted) for name, tensor in whole.items()})

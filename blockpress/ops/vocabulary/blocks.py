@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blockpress.costs import PRODUCTS
 from blockpress.ops.linear import Packed, linear, lookup, tiles
+from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
 from blockpress.ops.vocabulary.passes import Belief, Pass, Sparse
@@ -78,8 +79,9 @@ def combine_sparse(
     sparse: Sparse, weight: Float[Tensor, "vocab hidden"] | Packed, dtype: torch.dtype, *, native: bool = True
 ) -> Float[Tensor, "rows hidden"]:
     """The sum of the embedding rows of every sparse belief, each with its share; 0 for a row without one."""
-    if native and isinstance(weight, Tensor) and in_native.serves(weight):
-        return in_native.combine_sparse(sparse, weight).to(dtype)
+    floats = weight.values if isinstance(weight, HalfFloats) else weight
+    if native and isinstance(floats, Tensor) and in_native.serves(floats):
+        return in_native.combine_sparse(sparse, floats).to(dtype)
     rows, places = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
         as_tuple=True
     )

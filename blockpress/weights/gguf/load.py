@@ -31,11 +31,19 @@ from blockpress.errors import (
     UnexpectedWeights,
 )
 from blockpress.model import Network
-from blockpress.model.layers import Experts, Weighted
 from blockpress.ops.blocks import Blocks
 from blockpress.ops.linear import Weight
 from blockpress.text import Tokenizer
-from blockpress.weights.build import Progress, choose_device, choose_dtype, put, room_for, without_memory
+from blockpress.weights.build import (
+    Progress,
+    Types,
+    choose_device,
+    choose_types,
+    packable,
+    put,
+    room_for,
+    without_memory,
+)
 from blockpress.weights.gguf import metadata, vocabulary
 from blockpress.weights.gguf.header import Header, StoredBlocks, read_bytes, read_header
 from blockpress.weights.gguf.names import EMBEDDING, FREQUENCIES, HEAD, stored_halves, stored_names
@@ -129,29 +137,34 @@ def load_gguf_network(
     path: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    compute_dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Network:
     """Read a GGUF file into a network, in eval mode and without gradients; matrices stay packed.
 
     Args:
-        dtype: of activations and of what is not packed: float32, bfloat16, float16 or their names; None: float32 for
+        dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: float32 for
             a file of float32, else bfloat16.
+        compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
+            Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
+            used.
         device: where the weights go, each as soon as it is read.
         progress: called with bytes on disk.
 
     Raises:
         DamagedFile, CheckpointError, ConfigError: as `open_gguf`.
         MissingWeights, UnexpectedWeights, ShapeMismatch: tensors that do not fit the metadata.
-        RequestError: a dtype or a device that there is not, or a device without room.
+        RequestError: types or a device that there are not, or a device without room.
     """
     file = open_gguf(path)
-    target, place = choose_dtype(dtype, file.config), choose_device(device)
+    place = choose_device(device)
+    types = choose_types(dtype, compute_dtype, file.config, place)
     network = without_memory(lambda: Network(file.config))
     sources = _check(file, network)
-    size = sum(stored.memory(target.itemsize) for parts in sources.values() for stored in parts)
+    size = sum(stored.memory(types.storage.itemsize) for parts in sources.values() for stored in parts)
     with room_for(size, place):
-        _fill(file, network, sources, target, place, progress or (lambda done, total: None))
+        _fill(file, network, sources, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
@@ -181,18 +194,26 @@ def _check(file: Gguf, network: Network) -> Sources:
 
 
 def _fill(
-    file: Gguf, network: Network, sources: Sources, dtype: torch.dtype, device: torch.device, progress: Progress
+    file: Gguf, network: Network, sources: Sources, types: Types, device: torch.device, progress: Progress
 ) -> None:
+    own = packable(network)
     total, done = sum(stored.bytes for parts in sources.values() for stored in parts), 0
     progress(done, total)
     with _opened(file.header.file) as stream:
         for ours in sorted(sources, key=lambda name: sources[name][0].start):
-            packs = isinstance(network.get_submodule(ours.rpartition(".")[0]), Weighted | Experts)
             # No name holds the weight, or two of them would be in memory when the next one is read.
-            put(network, ours, file.weight(ours, stream, dtype, packs).to(device))
+            put(
+                network,
+                ours,
+                _held(file.weight(ours, stream, types.storage, ours in own), types, ours in own).to(device),
+            )
             done += sum(stored.bytes for stored in sources[ours])
             progress(done, total)
         _compare_head(file, stream)
+
+
+def _held(weight: Weight, types: Types, matrix: bool) -> Weight:
+    return types.held(weight, matrix=matrix) if isinstance(weight, Tensor) else weight
 
 
 def _compare_head(file: Gguf, stream: BinaryIO) -> None:
