@@ -43,6 +43,15 @@ def test_entropy(size: int, spread: float):
     )
 
 
+@pytest.mark.parametrize("gap", [6.0, 9.0, 12.0, 15.0, 18.0, 25.0])
+def test_many_small_probabilities_beside_a_large_one_all_count(gap: float):
+    scaled = torch.zeros(1, 2, 262_144)
+    scaled[..., 7] = gap
+    log_p = torch.log_softmax(scaled.double(), dim=-1)
+    wanted = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(vocabulary.entropy(scaled).double(), wanted, rtol=1e-6, atol=0)
+
+
 def test_entropy_at_both_ends():
     one_hot = torch.full((1, 1, 8), -math.inf)
     one_hot[..., 3] = 2.0

@@ -184,9 +184,7 @@ def test_a_small_entropy_is_exact(version: str) -> None:
         got = c.see(version, cap=None, temperature=torch.ones(1)).entropy.double()
         log_p = torch.log_softmax((c.hidden @ c.weight.T).double(), -1)
         want = -(log_p.exp() * log_p).sum(-1)
-        # The truth sums rounded log-probabilities, which know the likeliest token's to 6e-8 only.
-        slack = 1e-6 if version == "torch" else 1e-12
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=slack)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
 
 
 def test_low_temperatures_do_not_overflow(version: str) -> None:

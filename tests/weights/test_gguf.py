@@ -31,7 +31,7 @@ from blockpress.lm import LM
 from blockpress.model.layers import packed_weights
 from blockpress.weights import load_picture_settings, load_vision
 from blockpress.weights.gguf import find_gguf, header, load, load_gguf_network, open_gguf
-from tests.weights.files import figures
+from tests.weights.files import check_runs_as, figures
 from tests.weights.gguf_files import encode, narrow, refusal, weights_of, wide, write_gguf
 
 Change = Callable[[dict[str, Any]], Any]
@@ -70,8 +70,7 @@ def test_a_file_runs_as_its_values(kind: Type, config: ModelConfig, tmp_path: Pa
     ours, theirs = weights_of(network), truth.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    expected = figures(truth)
-    torch.testing.assert_close(figures(network), expected, rtol=0, atol=1e-6 * max(10, expected.abs().max().item()))
+    check_runs_as(network, truth)
     packed = kind not in (Type.F32, Type.F16, Type.BF16)
     assert bool(packed_weights(network.embed_tokens)) == packed
     assert set(packed_weights(network.layers[0].experts)) == ({"gate_up_proj", "down_proj"} if packed else set())
@@ -82,8 +81,7 @@ def test_other_types_are_unpacked_by_the_package(kind: Type, config: ModelConfig
     truth = write_gguf(tmp_path / "x.gguf", config, kind)
     network = load_gguf_network(tmp_path / "x.gguf", dtype="float32")
     assert all(torch.equal(value, truth.state_dict()[name]) for name, value in weights_of(network).items())
-    expected = figures(truth)
-    torch.testing.assert_close(figures(network), expected, rtol=0, atol=1e-6 * max(10, expected.abs().max().item()))
+    check_runs_as(network, truth)
 
 
 def test_without_the_package_its_extra_is_named(config: ModelConfig, tmp_path: Path) -> None:
@@ -114,8 +112,7 @@ def test_types_are_mixed_as_in_published_files(config: ModelConfig, tmp_path: Pa
 
     truth = write_gguf(tmp_path / "x.gguf", config, kind)
     network = load_gguf_network(tmp_path / "x.gguf", dtype="float32")
-    expected = figures(truth)
-    torch.testing.assert_close(figures(network), expected, rtol=0, atol=1e-6 * max(10, expected.abs().max().item()))
+    check_runs_as(network, truth)
     assert isinstance(network.layers[0].router.proj.weight, torch.nn.Parameter)
 
 

@@ -134,6 +134,8 @@ def draw(case: Case, device: torch.device) -> Given:
     hidden = torch.randn(n, width, device=device).to(case.dtype)
     weight = (torch.randn(vocab, width, device=device) * (case.spread / width**0.5)).to(case.dtype)
     if case.ties:
+        # Eighths: their products are exact, so equal rows tie, however a product's columns are grouped and summed.
+        hidden, weight = ((x * 8).round() / 8 for x in (hidden, weight))
         weight[1:] = weight[:-1][torch.arange(vocab - 1, device=device) // 150 * 150]
     temperature = torch.rand(n, device=device) * 0.4 + 0.4
     product = (hidden @ weight.T).float()

@@ -20,10 +20,16 @@ TILE = 4096
 def entropy(scaled: Logits) -> Entropy:
     """Shannon entropy of softmax(scaled) at every position, in nats.
 
-    A token of logit -inf has probability 0 and adds nothing.
+    A token of logit -inf has probability 0 and adds nothing. With x the logits less the largest, w = exp(x) and t the
+    sum of w without the largest one's 1, it is log(1 + t) - sum(w x) / (1 + t): neither term loses digits. float32
+    `log_softmax` drops small weights beside that 1, which costs up to 4e-3 nats over 262,144 tokens.
     """
-    log_p = torch.log_softmax(scaled, dim=-1)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    largest = scaled.max(-1, keepdim=True)
+    below = scaled - largest.values
+    weights = below.exp().scatter_(-1, largest.indices, 0.0)
+    others = weights.sum(-1)
+    moment = below.clamp_(min=torch.finfo(below.dtype).min).mul_(weights).sum(-1)
+    return others.log1p() - moment / (1 + others)
 
 
 def sample(scaled: Logits, uniform: Float64[Tensor, "batch canvas"]) -> Canvas:
