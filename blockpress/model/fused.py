@@ -103,7 +103,7 @@ class Fused:
         """The tensor behind a parameter, a buffer or a packed weight, which is looked at again later."""
         places = (module._parameters, module._buffers, module.__dict__)
         owner = next(each for each in places if each.get(name) is not None)
-        held = owner[name]
+        held: Any = owner[name]
         tensor = bridge.stored(held)
         self._seen.append((owner, name, held, tensor, 0 if tensor is None else tensor.data_ptr()))
         self.whole = self.whole and tensor is not None

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.ops import grouped, kernels
+from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu import experts as in_cpp
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import Packed, linear
 
@@ -78,6 +80,10 @@ def mix(
         if in_triton.suits(x, gate_up, down):
             return in_triton.mix(x, weights, chosen, gate_up, down)
     gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if bridge.supports(x):
+        stored, narrow = bridge.stored(gate_up), bridge.stored(down)
+        if stored is not None and narrow is not None and stored.is_contiguous() and narrow.is_contiguous():
+            return in_cpp.mix(x, weights, chosen, stored, narrow)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         if grouped.fits(x, gate_up, down):
             return grouped.tiled(x, weights, chosen, gate_up, down)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockpress.hardware import float32_way
+from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu import products as in_cpp
 
 TILE = 1 << 20
 """Most values that are unpacked at once on a CPU, 2 MiB in bfloat16: they stay in its caches, and the allocator keeps
@@ -75,6 +77,9 @@ Weight = Tensor | Packed
 
 def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type."""
+    plain = bridge.for_product(x, weight)
+    if plain is not None:
+        return in_cpp.linear(x, plain)
     if isinstance(weight, Tensor):
         return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
     parts = []
@@ -111,6 +116,9 @@ def combine(
     share: Float[Tensor, "*rows vocab"], weight: Float[Tensor, "vocab hidden"] | Packed
 ) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type: the rows of the weight, each taken with its share."""
+    plain = bridge.for_product(share, weight)
+    if plain is not None and plain.dtype != torch.float32:
+        return in_cpp.combine(share, plain)
     if isinstance(weight, Tensor):
         return share @ weight
     total = torch.zeros(*share.shape[:-1], weight.shape[-1], dtype=torch.float32, device=share.device)

@@ -57,6 +57,6 @@ def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Flo
             kept.append(mask)
             place.mask, place.mask_row = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0
     kv = spans[0].seen[0][0].shape[0] if spans else heads
-    where = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
-    bridge.call("attend", query.dtype, *where, listed, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
+    asked = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
+    bridge.call("attend", query.dtype, *asked, listed, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
     return out.transpose(0, 1)

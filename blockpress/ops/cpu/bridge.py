@@ -8,12 +8,16 @@ from __future__ import annotations
 import ctypes
 from ctypes import CDLL, c_int, c_int64, c_long, c_void_p
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from blockpress.hardware import isa
 from blockpress.ops import compiled
-from blockpress.ops.linear import Weight
+
+if TYPE_CHECKING:
+    from blockpress.ops.linear import Weight
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,9 +40,10 @@ class Matrix(ctypes.Structure):
 
 def stored(weight: Weight) -> Tensor | None:
     """The tensor that holds a weight's values as they are; None for codes, which have to be unpacked first."""
-    tensor = weight if isinstance(weight, Tensor) else getattr(weight, "values", None)
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype in KINDS
-    return tensor if plain and tensor.stride(-1) == 1 else None
+    tensor: Tensor | None = weight if isinstance(weight, Tensor) else getattr(weight, "values", None)
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return None
+    return tensor if tensor.dtype in KINDS and tensor.stride(-1) == 1 else None
 
 
 def matrix(tensor: Tensor) -> Matrix:
@@ -57,6 +62,16 @@ def supports(x: Tensor) -> bool:
     if x.dtype not in SUFFIXES or torch.compiler.is_compiling():
         return False
     return library() is not None and not (x.dtype == torch.bfloat16 and _has_tiles())
+
+
+def for_product(x: Tensor, weight: Weight) -> Tensor | None:
+    """The weight as it is stored, if its product with x is quicker in C++ than in torch; else None.
+
+    Torch is a little quicker where both are bfloat16 and the processor multiplies that type.
+    """
+    if not supports(x) or (x.dtype == torch.bfloat16 and isa() == "avx512_bf16"):
+        return None
+    return stored(weight)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:

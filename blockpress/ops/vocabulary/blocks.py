@@ -20,6 +20,8 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from blockpress.costs import PRODUCTS
+from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu import products as in_cpp
 from blockpress.ops.linear import Packed, linear, lookup, tiles
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
@@ -46,7 +48,10 @@ def products(
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         product = buffer[: rows.stop - start]
-        if isinstance(weight, Tensor):
+        plain = bridge.for_product(hidden, weight)
+        if plain is not None:
+            in_cpp.linear(hidden[rows], plain, out=product)
+        elif isinstance(weight, Tensor):
             torch.mm(hidden[rows], weight.t(), out=product)
         else:
             for first, tile in tiles(weight):
