@@ -42,7 +42,7 @@ class Pass:
     """What is read from a block; entropies and `total`, the log of the sum of exp(scaled), in nats.
 
     `belief` are probabilities rounded to the products' dtype, written over the products. With `sparse`, only the rows
-    of count -1 have them there.
+    of count -1 have them there; what the others hold then is no use. Without a belief the products are left alone.
     """
 
     argmax: Int[Tensor, " rows"]
