@@ -108,9 +108,9 @@ def _products() -> Iterator[Check]:
     """How fast this processor multiplies in each type, and which type bfloat16 weights are computed in."""
     import torch
 
-    from blockpress.hardware import compute_dtype, float32_way, rates
+    from blockpress.hardware import compute_dtype, float32_way, remeasure
 
-    found, way = rates(), float32_way()
+    found, way = remeasure(), float32_way()
     library = "oneDNN" if way == "onednn" else "MKL" if torch.backends.mkl.is_available() else "BLAS"
     parts = [f"float32 {found.of(way):.0f} GFLOP/s by {library}"]
     parts += [f"{name} {found.of(name):.0f}" for name in ("bfloat16", "float16", "int8") if found.of(name)]

@@ -13,7 +13,7 @@ Run it:  blockpress doctor
 from __future__ import annotations
 
 from blockpress.hardware.memory import free_memory, main_memory
-from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure, rates
+from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure, rates, remeasure
 from blockpress.hardware.system import Isa, Processor, isa, machine, processor
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "measure",
     "processor",
     "rates",
+    "remeasure",
 ]

@@ -56,24 +56,45 @@ class Rates:
 
 def rates() -> Rates:
     """The measured rates of this machine as this process uses it: from the cache, or measured now."""
+    return _kept(_key())
+
+
+def remeasure() -> Rates:
+    """The rates measured once more, and kept: the best of each figure, since a busy machine only ever shows less."""
+    old, new = rates(), measure()
+    best = Rates(
+        products={way: _best(old.products.get(way, {}), new.products.get(way, {})) for way in _WAYS},
+        reading=max(old.reading, new.reading),
+    )
+    _keep(_key(), best)
+    _kept.cache_clear()
+    return best
+
+
+def _best(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
+    return {shape: max(old.get(shape, 0.0), new.get(shape, 0.0)) for shape in {**old, **new}}
+
+
+def _key() -> str:
+    """Everything that changes the rates."""
     import torch
 
     known = {"name": processor().name, "flags": sorted(processor().flags), "isa": isa(), "format": _FORMAT}
     used = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return _kept(json.dumps(known | used | {name: os.environ.get(name) for name in (*_SWITCHES, "BLOCKPRESS_ISA")}))
+    return json.dumps(known | used | {name: os.environ.get(name) for name in (*_SWITCHES, "BLOCKPRESS_ISA")})
 
 
 @cache
 def _kept(key: str) -> Rates:
-    try:
-        file = cache_folder() / "hardware" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    except RuntimeError:  # nobody's home
-        return measure()
-    found = _read(file, key)
+    found = _read(key)
     if found is None:
         found = measure()
-        _write(file, {"key": key, **asdict(found)})
+        _keep(key, found)
     return found
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "hardware" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def cache_folder() -> Path:
@@ -82,25 +103,26 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "blockpress"
 
 
-def _read(file: Path, key: str) -> Rates | None:
+def _read(key: str) -> Rates | None:
     """Rates of that key; None where the file is not there, damaged, or another machine's."""
     try:
-        held: Any = json.loads(file.read_text(encoding="utf-8"))
+        held: Any = json.loads(_file(key).read_text(encoding="utf-8"))
         found = Rates(products=held["products"], reading=held["reading"])
         figures = [found.reading, *(rate for shapes in found.products.values() for rate in shapes.values())]
         good = held["key"] == key and all(isinstance(one, float) and 0 < one < math.inf for one in figures)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # RuntimeError: no home
         return None
     return found if good else None
 
 
-def _write(file: Path, held: Mapping[str, Any]) -> None:
-    """Whole or not at all; where nothing can be written, the next process measures again."""
-    with suppress(OSError):
+def _keep(key: str, found: Rates) -> None:
+    """Written whole or not at all; where nothing can be written, the next process measures again."""
+    with suppress(OSError, RuntimeError):
+        file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             fresh = Path(folder) / file.name
-            fresh.write_text(json.dumps(held, indent=1), encoding="utf-8")
+            fresh.write_text(json.dumps({"key": key, **asdict(found)}, indent=1), encoding="utf-8")
             os.replace(fresh, file)
 
 
