@@ -83,11 +83,9 @@ class Fused:
         to.up, to.down = self._matrix(layer.mlp.up_proj), self._matrix(layer.mlp.down_proj)
         to.hidden, to.inner, to.width, to.eps = to.down.rows, to.gate.rows, to.out.columns, layer.input_layernorm.eps
         if layer.sparse:
-            gate_up, down = self._tensor(layer.experts, "gate_up_proj"), self._tensor(layer.experts, "down_proj")
-            if gate_up is not None and down is not None:
-                dense = gate_up.is_contiguous() and down.is_contiguous()
-                self.whole = self.whole and dense
-                to.experts = stacked(gate_up, down) if dense else to.experts
+            stacks = stacked(self._held(layer.experts, "gate_up_proj"), self._held(layer.experts, "down_proj"))
+            self.whole = self.whole and stacks is not None
+            to.experts = to.experts if stacks is None else stacks
             to.router, to.top_k, to.root = self._matrix(layer.router.proj), layer.router.top_k, layer.router.root
             to.router_scale = self._pointer(layer.router, "scale")
             to.expert_scale = self._pointer(layer.router, "per_expert_scale")
@@ -99,25 +97,25 @@ class Fused:
             to.canvas_scalar = self._pointer(layer, "layer_scalar")
         return to
 
-    def _tensor(self, module: nn.Module, name: str = "weight") -> Tensor | None:
-        """The tensor behind a parameter, a buffer or a packed weight, which is looked at again later."""
+    def _held(self, module: nn.Module, name: str = "weight") -> Any:
+        """A parameter, a buffer or a packed weight, which is looked at again before every use."""
         places = (module._parameters, module._buffers, module.__dict__)
         owner = next(each for each in places if each.get(name) is not None)
-        held: Any = owner[name]
-        tensor = bridge.stored(held)
+        held = owner[name]
+        tensor = held if isinstance(held, Tensor) else None
         self._seen.append((owner, name, held, tensor, 0 if tensor is None else tensor.data_ptr()))
-        self.whole = self.whole and tensor is not None
-        return tensor
+        return held
 
     def _matrix(self, module: nn.Module) -> bridge.Matrix:
-        tensor = self._tensor(module)
-        return bridge.Matrix() if tensor is None else bridge.matrix(tensor)
+        made = bridge.matrix(self._held(module))
+        self.whole = self.whole and made is not None
+        return bridge.Matrix() if made is None else made
 
-    def _pointer(self, module: nn.Module, name: str = "weight") -> int | None:
+    def _pointer(self, module: nn.Module, name: str = "weight") -> int:
         """Of a vector, which is in the activations' type."""
-        tensor = self._tensor(module, name)
-        self.whole = self.whole and tensor is not None and tensor.dtype == self.dtype
-        return None if tensor is None else tensor.data_ptr()
+        tensor: Tensor = self._held(module, name)
+        self.whole = self.whole and tensor.dtype == self.dtype and tensor.device.type == "cpu"
+        return tensor.data_ptr()
 
 
 _LAYERS: WeakKeyDictionary[nn.Module, Fused] = WeakKeyDictionary()

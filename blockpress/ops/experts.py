@@ -80,10 +80,9 @@ def mix(
         if in_triton.suits(x, gate_up, down):
             return in_triton.mix(x, weights, chosen, gate_up, down)
     gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if bridge.supports(x):
-        stored, narrow = bridge.stored(gate_up), bridge.stored(down)
-        if stored is not None and narrow is not None and stored.is_contiguous() and narrow.is_contiguous():
-            return in_cpp.mix(x, weights, chosen, stored, narrow)
+    stacks = in_cpp.stacked(gate_up, down) if bridge.supports(x) else None
+    if stacks is not None:
+        return in_cpp.mix(x, weights, chosen, stacks)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         if grouped.fits(x, gate_up, down):
             return grouped.tiled(x, weights, chosen, gate_up, down)

@@ -77,9 +77,9 @@ Weight = Tensor | Packed
 
 def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type."""
-    plain = bridge.for_product(x, weight)
-    if plain is not None:
-        return in_cpp.linear(x, plain)
+    readable = bridge.for_product(x, weight)
+    if readable is not None:
+        return in_cpp.linear(x, readable)
     if isinstance(weight, Tensor):
         return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
     parts = []
@@ -116,9 +116,9 @@ def combine(
     share: Float[Tensor, "*rows vocab"], weight: Float[Tensor, "vocab hidden"] | Packed
 ) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type: the rows of the weight, each taken with its share."""
-    plain = bridge.for_product(share, weight)
-    if plain is not None and plain.dtype != torch.float32:
-        return in_cpp.combine(share, plain)
+    readable = bridge.for_product(share, weight)
+    if readable is not None and not isinstance(weight, Tensor):
+        return in_cpp.combine(share, readable)
     if isinstance(weight, Tensor):
         return share @ weight
     total = torch.zeros(*share.shape[:-1], weight.shape[-1], dtype=torch.float32, device=share.device)

@@ -200,7 +200,7 @@ class Float4(PackedTensors):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """All values: the two scales are joined in float32, and so is the product with the code."""
-        scale = _select(_bytes(self.kind, self.device), self.scale, torch.float32).view(self.scale.shape)
+        scale = _select(scale_table(self.kind, self.device), self.scale, torch.float32).view(self.scale.shape)
         if self.outer is not None:
             scale = scale / self.outer[..., None] if self.divides else scale * self.outer[..., None]
         if unpacking.fits(self.packed, self.group, dtype):
@@ -213,7 +213,7 @@ class Float4(PackedTensors):
         if dtype == torch.float16:
             return self.unpack(dtype), None
         if unpacking.fits(self.packed, self.group, dtype):
-            scales = _bytes(self.kind, self.device)
+            scales = scale_table(self.kind, self.device)
             matrix = unpacking.fours(self.packed, _values("e2m1"), self.group, scales, picks=self.scale)
         else:
             index = self.packed.unflatten(-1, (-1, self.group // 2)).int()
@@ -282,7 +282,7 @@ def _pairs(kind: Literal["int4", "e2m1"], dtype: torch.dtype, device: torch.devi
 
 
 @cache
-def _bytes(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"]:
+def scale_table(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"]:
     """Of every byte the scale that it stands for."""
     if kind == "e4m3":
         return _all_e4m3().to(device)
@@ -293,5 +293,5 @@ def _bytes(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"]:
 def _products(kind: ScaleKind, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Of every byte of scale and every byte of e2m1 codes the two products."""
     pairs = _two(torch.tensor(E2M1), torch.tensor(E2M1))
-    scales = _bytes(kind, torch.device("cpu"))
+    scales = scale_table(kind, torch.device("cpu"))
     return _entries((scales[:, None, None] * pairs).flatten(0, 1).to(dtype)).to(device)

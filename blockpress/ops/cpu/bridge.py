@@ -6,6 +6,7 @@ Invariant: a pointer is valid for as long as the tensor that it was taken from; 
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import CDLL, c_int, c_int64, c_long, c_void_p
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from blockpress.hardware import isa
 from blockpress.ops import compiled
+from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles, scale_table
 
 if TYPE_CHECKING:
     from blockpress.ops.linear import Weight
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_E4M3, _INT8, _NIBBLES, _E2M1 = 3, 4, 5, 6
 
 _ARGUMENTS: dict[str, list[type]] = {
     "linear": [c_void_p, c_long, c_long, c_void_p, c_void_p, c_long, c_int],
@@ -33,23 +36,65 @@ _ARGUMENTS: dict[str, list[type]] = {
 
 
 class Matrix(ctypes.Structure):
-    """A weight as it lies in memory; `native/gemm.h` declares the same."""
+    """A weight as it lies in memory; `native/weight.h` declares the same."""
 
-    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("rows", "columns", "step", "kind"))]
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("rows", "columns", "step", "kind")),
+        *((name, c_void_p) for name in ("scale", "zero", "outer", "table")),
+        *((name, c_int64) for name in ("group", "halves", "divides")),
+    ]
 
 
-def stored(weight: Weight) -> Tensor | None:
-    """The tensor that holds a weight's values as they are; None for codes, which have to be unpacked first."""
-    tensor: Tensor | None = weight if isinstance(weight, Tensor) else getattr(weight, "values", None)
-    if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+def matrix(weight: Weight) -> Matrix | None:
+    """[rows, columns], or leading axes flattened into rows; None for what C++ cannot read as it lies.
+
+    Those are GGUF's blocks, scales of float16, and tensors that are no plain ones of a CPU.
+    """
+    if isinstance(weight, Tensor):
+        return _floats(weight)
+    if isinstance(weight, HalfFloats):
+        return _floats(weight.values)
+    if not isinstance(weight, Codes | Nibbles | Float4):
         return None
-    return tensor if tensor.dtype in KINDS and tensor.stride(-1) == 1 else None
+    if not all(_plain(tensor) and tensor.is_contiguous() for tensor in weight.tensors().values()):
+        return None
+    made = _float4(weight) if isinstance(weight, Float4) else _scaled(weight)
+    if made is not None:
+        made.columns = made.step = weight.shape[-1]
+        made.rows, made.group = math.prod(weight.shape[:-1]), weight.group
+    return made
 
 
-def matrix(tensor: Tensor) -> Matrix:
-    """[rows, columns], or leading axes of a dense tensor flattened into its rows."""
+def _floats(tensor: Tensor) -> Matrix | None:
+    if not _plain(tensor) or tensor.dtype not in KINDS or tensor.stride(-1) != 1:
+        return None
+    if tensor.ndim != 2 and not tensor.is_contiguous():
+        return None
     flat = tensor if tensor.ndim == 2 else tensor.flatten(0, -2)
     return Matrix(flat.data_ptr(), flat.shape[0], flat.shape[1], flat.stride(0), KINDS[flat.dtype])
+
+
+def _scaled(weight: Codes | Nibbles) -> Matrix | None:
+    scale, codes = weight.scale, weight.codes if isinstance(weight, Codes) else weight.packed
+    if scale.dtype not in SUFFIXES:
+        return None
+    kind = _NIBBLES if isinstance(weight, Nibbles) else _INT8 if codes.dtype == torch.int8 else _E4M3
+    halves = 0 if scale.dtype == torch.float32 else 1 if scale.shape[-1] > 1 else 2
+    made = Matrix(data=codes.data_ptr(), kind=kind, scale=scale.data_ptr(), halves=halves)
+    made.zero = None if weight.zero is None else weight.zero.data_ptr()
+    return made
+
+
+def _float4(weight: Float4) -> Matrix:
+    made = Matrix(data=weight.packed.data_ptr(), kind=_E2M1, scale=weight.scale.data_ptr(), divides=weight.divides)
+    made.outer = None if weight.outer is None else weight.outer.data_ptr()
+    made.table = scale_table(weight.kind, weight.device).data_ptr()  # kept by its cache
+    return made
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def supports(x: Tensor) -> bool:
@@ -64,14 +109,16 @@ def supports(x: Tensor) -> bool:
     return library() is not None and not (x.dtype == torch.bfloat16 and _has_tiles())
 
 
-def for_product(x: Tensor, weight: Weight) -> Tensor | None:
-    """The weight as it is stored, if its product with x is quicker in C++ than in torch; else None.
+def for_product(x: Tensor, weight: Weight) -> Matrix | None:
+    """The weight as C++ reads it, if its product with x is quicker there than in torch; else None.
 
     Torch is a little quicker where both are bfloat16 and the processor multiplies that type.
     """
-    if not supports(x) or (x.dtype == torch.bfloat16 and isa() == "avx512_bf16"):
+    if not supports(x):
         return None
-    return stored(weight)
+    if x.dtype == torch.bfloat16 and isinstance(weight, Tensor) and isa() == "avx512_bf16":
+        return None
+    return matrix(weight)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_int64
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from blockpress.ops.cpu import bridge
+
+if TYPE_CHECKING:
+    from blockpress.ops.linear import Weight
 
 
 class Experts(ctypes.Structure):
@@ -21,23 +25,24 @@ class Experts(ctypes.Structure):
     _fields_ = [("gate_up", bridge.Matrix), ("down", bridge.Matrix), ("count", c_int64), ("size", c_int64)]
 
 
-def stacked(gate_up: Float[Tensor, "experts double hidden"], down: Float[Tensor, "experts hidden size"]) -> Experts:
-    """Dense stacks as C++ sees them."""
-    return Experts(bridge.matrix(gate_up), bridge.matrix(down), down.shape[0], down.shape[2])
+def stacked(gate_up: Weight, down: Weight) -> Experts | None:
+    """Stacks [experts, 2 * size, hidden] and [experts, hidden, size] for C++; None where it cannot read them."""
+    wide, narrow = bridge.matrix(gate_up), bridge.matrix(down)
+    if wide is None or narrow is None:
+        return None
+    return Experts(wide, narrow, down.shape[0], down.shape[2])
 
 
 def mix(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
-    gate_up: Float[Tensor, "experts double hidden"],
-    down: Float[Tensor, "experts hidden size"],
+    experts: Experts,
 ) -> Float[Tensor, "tokens hidden"]:
     """`experts.loop`, its sum rounded once."""
     (tokens, k), hidden = chosen.shape, x.shape[1]
     x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
     slots, out = x.new_empty(tokens * k, hidden), torch.empty_like(x)
-    experts = stacked(gate_up, down)
     pointers = (weights.data_ptr(), chosen.data_ptr(), slots.data_ptr(), out.data_ptr())
     bridge.call("mix", x.dtype, x.data_ptr(), tokens, hidden, k, byref(experts), *pointers)
     return out

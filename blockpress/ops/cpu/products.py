@@ -12,29 +12,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu.bridge import Matrix
 
 
 def linear(
-    x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"], out: Float[Tensor, "*rows out"] | None = None
+    x: Float[Tensor, "*rows in"], weight: Matrix, out: Float[Tensor, "*rows out"] | None = None
 ) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type, summed in float32; `out`: where to, of any stride from row to row."""
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    made = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
-    rows = made.view(-1, weight.shape[0]) if made.is_contiguous() else made
+    made = x.new_empty(*x.shape[:-1], weight.rows) if out is None else out
+    rows = made.view(-1, weight.rows) if made.is_contiguous() else made
     assert rows.ndim == 2 and rows.stride(1) == 1, "rows of one stride"
-    arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(bridge.matrix(weight)))
+    arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(weight))
     bridge.call("linear", x.dtype, *arguments, rows.data_ptr(), rows.stride(0))
     return made
 
 
-def combine(
-    share: Float[Tensor, "*rows vocab"], weight: Float[Tensor, "vocab hidden"]
-) -> Float[Tensor, "*rows hidden"]:
+def combine(share: Float[Tensor, "*rows vocab"], weight: Matrix) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type, summed in float32."""
     flat = share.reshape(-1, share.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    out = torch.zeros(len(flat), weight.shape[1])
-    arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(bridge.matrix(weight)))
+    out = torch.zeros(len(flat), weight.columns)
+    arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(weight))
     bridge.call("combine", share.dtype, *arguments, out.data_ptr())
-    return out.to(share.dtype).view(*share.shape[:-1], weight.shape[1])
+    return out.to(share.dtype).view(*share.shape[:-1], weight.columns)

@@ -174,7 +174,7 @@ void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, c
     }
   }
   std::stable_sort(all.begin(), all.end(), [](const Unit& a, const Unit& b) { return a.count > b.count; });
-  const bool pairs = HAS_PAIRS && sizeof(T) == 2 && experts.gate_up.kind == BFLOAT16 && experts.down.kind == BFLOAT16;
+  const bool pairs = HAS_PAIRS && sizeof(T) == 2 && pairable(experts.gate_up) && pairable(experts.down);
   parallel(static_cast<long>(all.size()), threads, [&](long i) {
     const Unit& unit = all[i];
     if (tokens <= FEW) return expert_few(x, hidden, k, experts, weights, slots.data(), unit, y);
@@ -235,7 +235,7 @@ struct Attention {
     for (long p = span.first; p < span.last; p++) {
       const Piece& piece = pieces[p];
       const Matrix key{static_cast<const T*>(piece.key) + head * piece.key_head, piece.count, dim, piece.key_row,
-                       kind_of<T>()};
+                       kind_of<T>(), nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
       multiply<false>(left, rows, dim, key, 0, piece.count, scores + at, step);
       at += piece.count;
     }
@@ -248,7 +248,7 @@ struct Attention {
       const Piece& piece = pieces[p];
       if (!piece.count) continue;
       const Matrix value{static_cast<const T*>(piece.value) + head * piece.value_head, piece.count, dim,
-                         piece.value_row, kind_of<T>()};
+                         piece.value_row, kind_of<T>(), nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
       for (long i = 0; i < rows; i += MR) {
         const float* lines[MR];
         const int some = static_cast<int>(std::min<long>(MR, rows - i));

@@ -4,8 +4,8 @@
 //     w [columns][depth]   --panels of NR columns--> right [depth][NR]            a panel at a time, KC deep, in float32
 //     left panel x right panel --MR x 2 vectors of sums--> a block of sums [rows][columns] --emit--> where they belong
 //
-// A weight lies in memory as it is stored: bfloat16 and float16 become float32 in the panel (a bfloat16 is shifted), which
-// is read again for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands are of that type,
+// A weight lies in memory as it is stored (weight.h): half floats and codes become float32 in the panel, which is read
+// again for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands are of that type,
 // panels hold pairs. With up to FEW rows no panel pays, and each sum is a dot product along the weight's row.
 //
 // Sums run over the depth in order, whatever the number of rows above FEW: rows do not change with their neighbours.
@@ -17,6 +17,7 @@
 
 #include "pool.h"
 #include "simd.h"
+#include "weight.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's are passed between inlined functions only
 
@@ -45,27 +46,8 @@ constexpr long FEW = 4;
 
 typedef float V __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-// A weight as it lies in memory: `rows` lines of `columns` values, `step` values from one line to the next.
-struct Matrix {
-  const void* data;
-  int64_t rows, columns, step, kind;
-
-  template <class T>
-  const T* at(long row, long column) const { return static_cast<const T*>(data) + row * step + column; }
-
-  Matrix from(long row, long count) const {
-    return {static_cast<const char*>(data) + row * step * (kind == FLOAT32 ? 4 : 2), count, columns, step, kind};
-  }
-
-  // Values of a line as float32: where they lie, or in the buffer.
-  const float* line(long row, long first, long count, float* buffer) const {
-    if (kind == FLOAT32) return at<float>(row, first);
-    kind == BFLOAT16 ? widen_all(at<bf16>(row, first), count, buffer) : widen_all(at<f16>(row, first), count, buffer);
-    return buffer;
-  }
-};
+// Whether a weight may be multiplied as pairs of bfloat16: one of that type, or codes, which are rounded to it.
+inline bool pairable(const Matrix& w) { return w.kind == BFLOAT16 || w.kind > FLOAT16; }
 
 template <class T>
 constexpr int64_t kind_of() { return sizeof(T) == 4 ? FLOAT32 : BFLOAT16; }
@@ -157,7 +139,7 @@ void panel(const float* const* from, int count, long depth, float* to) {
 
 // Memory of a thread, kept for its next task.
 struct Scratch {
-  std::vector<float> right, lines, sums, left, more, wide;
+  std::vector<float> right, lines, codes, sums, left, more, wide;
 
   static float* room(std::vector<float>& memory, long count) {
     if (static_cast<long>(memory.size()) < count) memory.resize(count);
@@ -203,7 +185,17 @@ template <bool PAIRS>
 void pack_right(const Matrix& w, long first, int count, long from, long depth, float* to) {
   const float* lines[NR];
   Scratch& own = scratch();
-  if (PAIRS && w.columns % 2 == 0) {
+  if (PAIRS && w.kind > FLOAT16) {  // codes, rounded to bfloat16 as `unpack` rounds them
+    float *buffer = Scratch::room(own.lines, NR * depth), *wide = Scratch::room(own.codes, 2 * depth);
+    for (int i = 0; i < count; i++) {
+      const long values = std::min<long>(2 * depth, w.columns - 2 * from);
+      w.line(first + i, 2 * from, values, wide);
+      bf16* to_pairs = reinterpret_cast<bf16*>(buffer + i * depth);
+      to_pairs[2 * depth - 1] = {};
+      each(values, [&](long k, long n) { put(to_pairs + k, get(wide + k, n), n); });
+      lines[i] = buffer + i * depth;
+    }
+  } else if (PAIRS && w.columns % 2 == 0) {
     for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(w.at<bf16>(first + i, 2 * from));
   } else if (PAIRS) {
     float* buffer = Scratch::room(own.lines, NR * depth);
@@ -240,13 +232,12 @@ struct Ahead {
   long lines, line_bytes, run, each, at = 0;
 
   Ahead(const Matrix& w, bool across, bool pairs, long first, long from, long deep, long calls) {
-    const long size = w.kind == FLOAT32 ? 4 : 2, whole = pairs ? 2 : 1;
-    line_bytes = w.step * size;
-    const long row = across ? from : first, column = across ? first : from * whole;
+    const long whole = pairs ? 2 : 1, row = across ? from : first, column = across ? first : from * whole;
     const long left = across ? deep : std::min<long>(NR, w.rows - first);
-    data = static_cast<const char*>(w.data) + row * line_bytes + column * size;
+    line_bytes = w.bytes(w.step);
+    data = static_cast<const char*>(w.data) + w.bytes(row * w.step + column);
     lines = across && first >= w.columns ? 0 : std::max(0L, left);
-    run = (across ? NR * size : deep * whole * size) / 64 + 1;
+    run = w.bytes(across ? NR : deep * whole) / 64 + 1;
     each = (lines * run + calls - 1) / calls;
   }
 
@@ -371,6 +362,7 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
 
 template <class T, class Row, class Emit>
 void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
+  if (!rows) return;
   if (rows <= FEW) {
     std::vector<float> memory(rows * depth);
     const float* x[FEW];
@@ -395,7 +387,7 @@ void products(const Row& row, long rows, long depth, const Side* sides, int coun
     return;
   }
   bool pairs = HAS_PAIRS && sizeof(T) == 2;
-  for (int s = 0; s < count; s++) pairs = pairs && sides[s].own.kind == BFLOAT16;
+  for (int s = 0; s < count; s++) pairs = pairs && pairable(sides[s].own);
   if constexpr (HAS_PAIRS && sizeof(T) == 2) {
     if (pairs) return products_as<T, true>(row, rows, depth, sides, count, threads, emit);
   }

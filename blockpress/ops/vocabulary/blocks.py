@@ -44,13 +44,12 @@ def products(
         return
     most = max(1, BUFFER // (vocab * hidden.element_size()))
     step = math.ceil(n / math.ceil(n / most))
-    buffer = _buffer(step, vocab, hidden)
+    buffer, readable = _buffer(step, vocab, hidden), bridge.for_product(hidden, weight)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         product = buffer[: rows.stop - start]
-        plain = bridge.for_product(hidden, weight)
-        if plain is not None:
-            in_cpp.linear(hidden[rows], plain, out=product)
+        if readable is not None:
+            in_cpp.linear(hidden[rows], readable, out=product)
         elif isinstance(weight, Tensor):
             torch.mm(hidden[rows], weight.t(), out=product)
         else:

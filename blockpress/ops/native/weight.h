@@ -1,0 +1,163 @@
+// A weight as it lies in memory, and any part of a line of it as float32.
+//
+//     floats      float32, bfloat16, float16
+//     bytes       e4m3 or int8          value = (code - zero) * scale
+//     nibbles     4-bit integers        value = (nibble - 8 - zero) * scale
+//     e2m1        4-bit floats          value = code * (scale of a byte * outer)
+//
+// Scales and zero points stand for `group` columns of a line, `outer` for a line. Mirrored by ops/cpu/bridge.py; the
+// layouts are those of ops/packed.py, and so is what is rounded: with scales of bfloat16 the value is, too, but not
+// where a line has one scale alone (`factors`).
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace {
+
+enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16, E4M3, INT8, NIBBLES, E2M1 };
+
+inline float from_e4m3(uint8_t code) {
+  uint32_t bits = (code & 0x7fu) << 20;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value = (code & 0x7f) == 0x7f ? NAN : value * 0x1p120f;
+  return code & 0x80 ? -value : value;
+}
+
+inline F widen_codes(const int8_t* p) {
+  B bytes;
+  std::memcpy(&bytes, p, W);
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  F x;
+  for (long i = 0; i < W; i++) x[i] = p[i];
+  return x;
+#endif
+}
+
+inline F widen_codes(const uint8_t* p) {  // e4m3
+#if defined(__AVX512F__)
+  U code = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  U code = (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  U code;
+  for (long i = 0; i < W; i++) code[i] = p[i];
+#endif
+  U size = code & 0x7fu;
+  F value = (F)(size << 20) * 0x1p120f;
+  U bits = (U)value | (code & 0x80u) << 24;
+  return (F)((size == 0x7fu) ? U{} + 0x7fc00000u : bits);
+}
+
+// W values of a table of 16 by half bytes, the low half of a byte first.
+inline F widen_nibbles(const uint8_t* p, const float* table) {
+#if defined(__AVX512F__)
+  __m512i all = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m512i words = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(words, all), shifts);
+  return (F)_mm512_permutexvar_ps(index, _mm512_loadu_ps(table));  // the low four bits alone choose
+#elif defined(__AVX2__)
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+#else
+  F x;
+  for (long i = 0; i < W; i += 2) x[i] = table[p[i / 2] & 15], x[i + 1] = table[p[i / 2] >> 4];
+  return x;
+#endif
+}
+
+constexpr float INTEGERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr float FLOATS_4[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+// `rows` lines of `columns` values, `step` values from one line to the next.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, step, kind;
+  const void* scale;    // [rows][columns / group], float32 or bfloat16; of E2M1 a byte each, which picks from `table`
+  const int8_t* zero;   // as scale, or null
+  const float* outer;   // [rows], or null
+  const float* table;   // [256]: the scale that each byte stands for
+  int64_t group, halves, divides;  // halves: scales are bfloat16, and at 1 so is the value; divides: by `outer`
+
+  template <class T>
+  const T* at(long row, long column) const { return static_cast<const T*>(data) + row * step + column; }
+
+  long groups() const { return group ? (columns + group - 1) / group : 0; }
+
+  // Bytes of so many values of a line.
+  long bytes(long values) const {
+    return kind == FLOAT32 ? values * 4 : kind <= FLOAT16 ? values * 2 : kind <= INT8 ? values : values / 2;
+  }
+
+  Matrix from(long row, long count) const {
+    Matrix part = *this;
+    part.data = static_cast<const char*>(data) + bytes(row * step);
+    part.rows = count;
+    const long moved = row * groups();
+    if (scale) part.scale = static_cast<const char*>(scale) + moved * (kind == E2M1 ? 1 : halves ? 2 : 4);
+    if (zero) part.zero = zero + moved;
+    if (outer) part.outer = outer + row;
+    return part;
+  }
+
+  // Values of a line as float32: where they lie, or in the buffer. `first` is even.
+  const float* line(long row, long first, long count, float* buffer) const {
+    if (kind == FLOAT32) return at<float>(row, first);
+    if (kind == BFLOAT16) widen_all(at<bf16>(row, first), count, buffer);
+    else if (kind == FLOAT16) widen_all(at<f16>(row, first), count, buffer);
+    else unpack(row, first, count, buffer);
+    return buffer;
+  }
+
+  // Runs of columns that share a scale.
+  void unpack(long row, long first, long count, float* buffer) const {
+    for (long at_column = first; at_column < first + count;) {
+      const long number = at_column / group;
+      const long stop = std::min(first + count, (number + 1) * group);
+      const long place = row * groups() + number;
+      run(row, at_column, stop - at_column, scale_at(row, place), zero ? zero[place] : 0.0f, buffer + at_column - first);
+      at_column = stop;
+    }
+  }
+
+  float scale_at(long row, long place) const {
+    if (kind != E2M1) return halves ? widen(static_cast<const bf16*>(scale)[place]) : static_cast<const float*>(scale)[place];
+    const float own = table[static_cast<const uint8_t*>(scale)[place]];
+    return !outer ? own : divides ? own / outer[row] : own * outer[row];
+  }
+
+  void run(long row, long first, long count, float factor, float shift, float* to) const {
+    auto finish = [&](F x) {
+      F value = (x - shift) * factor;
+      return halves == 1 ? kept(value, bf16{}) : value;
+    };
+    const uint8_t* bytes_of = static_cast<const uint8_t*>(data) + bytes(row * step + first);
+    const float* values = kind == E2M1 ? FLOATS_4 : INTEGERS;
+    long i = 0;
+    for (; i + W <= count; i += W)
+      store(to + i, finish(kind == E4M3   ? widen_codes(bytes_of + i)
+                           : kind == INT8 ? widen_codes(reinterpret_cast<const int8_t*>(bytes_of) + i)
+                                          : widen_nibbles(bytes_of + i / 2, values)));
+    for (; i < count; i++) {
+      const float x = kind == E4M3   ? from_e4m3(bytes_of[i])
+                      : kind == INT8 ? static_cast<float>(static_cast<int8_t>(bytes_of[i]))
+                                     : values[i % 2 ? bytes_of[i / 2] >> 4 : bytes_of[i / 2] & 15];
+      to[i] = finish(F{} + x)[0];
+    }
+  }
+};
+
+}  // namespace
