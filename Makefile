@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# 0: all tests in one process, so that what they report at the end is printed; 2 is faster on idle cores.
+# 0: all tests in one process, so that what they report at the end is printed; 2 is faster on idle cores. A file's tests
+# stay in one process, or every process would make what the file makes once.
 WORKERS ?= 0
 
 .PHONY: demo test check format readme clean format-check lint types contracts check-gpu bench-gpu
@@ -30,7 +31,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/blockpress sudoku --random 1 --givens 45 --seed $${SEED:-$$RANDOM}
 
 test: $(VENV)/.developing
-	@$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: format-check lint types contracts test
 

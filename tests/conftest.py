@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.model import Network
+from blockpress.text import Tokenizer
 
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
@@ -20,6 +21,8 @@ torch.set_num_threads(1)
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+GEMMA = Path(__file__).parents[1] / "../shared/data/gemma4-tokenizer"
 
 RandomNetwork = Callable[..., Network]
 
@@ -36,6 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that lives as long as the session, for checkpoints that several tests read."""
     return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Tokenizer:
+    """The published tokenizer, where it lies beside the checkout; seconds to read, so once for all."""
+    tokenizer = Tokenizer.find(GEMMA)
+    if tokenizer is None:
+        pytest.skip("the Gemma 4 tokenizer is not at ../shared/data/gemma4-tokenizer")
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from blockpress.errors import ConfigError, MediaError
 from blockpress.sight import Picture, Run, Video, chunks, expand, lay_out
 from blockpress.text import Tokenizer
 
-GEMMA = Path(__file__).parents[2] / "../shared/data/gemma4-tokenizer"
 CONFIG = PRESETS["diffusiongemma-26B-A4B"]()
 IMAGE, BEGIN, END = 258_880, 255_999, 258_882
 
@@ -50,14 +48,11 @@ def their_video(seconds: tuple[float, ...], soft: int) -> str:
     return Gemma4Processor.replace_video_token(PROCESSOR, inputs, 0).replace("<|video|>", "<|image|>")
 
 
-def test_the_ids_are_those_of_the_reference_s_text() -> None:
-    tokenizer = Tokenizer.find(GEMMA)
-    if tokenizer is None:
-        pytest.skip("the Gemma 4 tokenizer is not at ../shared/data/gemma4-tokenizer")
+def test_the_ids_are_those_of_the_reference_s_text(gemma: Tokenizer) -> None:
     written = "Compare \n\n<|image|>\n\n and <|image|><|image|>, then <|video|>: <|video|>"
     soft, films = [280, 7, 64], [film(0, 1.2, 59.9, 60.5), film(0.0)]
     text, pictures = lay_out(written, [picture(count) for count in soft], films)
-    prompt = expand(tokenizer.encode(text), [one.soft_tokens for one in pictures], CONFIG)
+    prompt = expand(gemma.encode(text), [one.soft_tokens for one in pictures], CONFIG)
     theirs = written
     for count in soft:
         theirs = theirs.replace("<|image|>", their_image(count).replace("<|image|>", "\0"), 1)
@@ -66,7 +61,7 @@ def test_the_ids_are_those_of_the_reference_s_text() -> None:
     theirs = theirs.replace("\0", "<|image|>")
     assert "00:59 <|image>" in theirs
     assert "01:00 <|image>" in theirs
-    assert prompt.ids == tokenizer.encode(theirs)
+    assert prompt.ids == gemma.encode(theirs)
     assert [run.length for run in prompt.runs] == [280, 7, 64, 3, 3, 3, 3, 3]
     _check_runs(prompt.ids, prompt.runs)
 

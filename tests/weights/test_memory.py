@@ -1,7 +1,7 @@
 """Peak memory: loading holds the weights and one tensor, saving the network and one shard.
 
 Every case runs in a process of its own, on the kernel's count of its resident pages (VmHWM), which mapped pages of a
-file are part of. A checkpoint of some 400 MB is made of a header and a hole: reading it fills pages all the same.
+file are part of. A checkpoint of some 200 MB is made of a header and a hole: reading it fills pages all the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ LARGE = replace(
     layers=TINY.layers * 3,
     dtype="bfloat16",
 )
-MEDIUM = replace(LARGE, vocab_size=16_384, num_experts=8, layers=LARGE.layers[:4])
+WHOLE = replace(LARGE, vocab_size=8192, num_experts=8, layers=LARGE.layers[:4])
+MEDIUM = replace(WHOLE, layers=LARGE.layers[:2])
 SMALL = replace(LARGE, vocab_size=4096, num_experts=8, layers=LARGE.layers[:2], dtype="float32")
 SHARD = 16 * MIB
 
@@ -111,7 +112,7 @@ def peaks(workspace: Path) -> Peaks:
     folder = workspace / "memory"
     folder.mkdir()
     hollow(folder / "first", TINY, 1)
-    cases = {"shards": (LARGE, 4), "cast": (MEDIUM, 1), "saved": (SMALL, 1)}
+    cases = {"shards": (WHOLE, 4), "cast": (MEDIUM, 1), "saved": (SMALL, 1)}
     sizes = {name: hollow(folder / name, config, shards) for name, (config, shards) in cases.items()}
     command = [sys.executable, "-c", MEASURE, str(folder), str(SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -123,9 +124,8 @@ def peaks(workspace: Path) -> Peaks:
 def test_loading_holds_the_weights_and_one_tensor(case: str, itemsize: int, peaks: Peaks) -> None:
     peak, sizes = peaks[case]
     weights, largest = sum(sizes.values()) * itemsize, max(sizes.values()) * itemsize
-    assert weights > 350 * MIB
     assert largest + SLACK < 0.4 * weights, "a second copy of the weights, or a mapped file, would not pass"
-    assert weights * 0.98 < peak, "the measure sees the weights"
+    assert weights * 0.95 < peak, "the measure sees the weights"
     assert peak < weights + largest + SLACK, f"{peak / MIB:.0f} MiB for weights of {weights / MIB:.0f}"
 
 

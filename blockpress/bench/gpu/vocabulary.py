@@ -84,7 +84,7 @@ def checks() -> list[Check]:
     for kind in ("direct", "sparse"):
         for dtype in (torch.float32, torch.bfloat16):
             for spread in (1.0, 12.0):
-                case = Case(rows=12, vocab=4500, signal=kind, dtype=dtype, spread=spread, denied=3)
+                case = Case(rows=6, vocab=4500, signal=kind, dtype=dtype, spread=spread, denied=3)
                 cases[f"{kind} {str(dtype)[6:]} spread={spread:.0f}"] = case
     found = [Check(name=name, limit=1, error=partial(_apart, case)) for name, case in cases.items()]
     found.append(Check(name="sure rows keep the digits of their entropy", limit=1e-4, error=_sure))

@@ -8,7 +8,7 @@ any test of values. Kernels are compiled for Hopper at the published model's siz
 
 Invariant: runs in a process without TRITON_INTERPRET.
 
-Run it:  python -m blockpress.ops.kernels.compile_check [PART OF A NAME]
+Run it:  python -m blockpress.ops.kernels.compile_check [PARTS OF NAMES]
 """
 
 from __future__ import annotations
@@ -168,12 +168,13 @@ def _constants(tile: Tile) -> dict[str, int]:
     return {"HIDDEN": HIDDEN, "SIZE": SIZE, "ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": tile.depth}
 
 
-def main(wanted: str = "") -> None:
+def main(*wanted: str) -> None:
+    """A line for every kernel whose name holds one of these parts; for all without any."""
     print(f"{'kernel':40} registers  spills   shared  programs  wgmma  mma.sync")
     from blockpress.ops.kernels import variants as others
 
     for variant in (*variants(), *others.variants()):
-        if wanted not in variant.name:
+        if wanted and not any(part in variant.name for part in wanted):
             continue
         got = compile_for(variant)
         figures = f"{got.registers:9} {got.spills:7} {got.shared:8} {got.programs:9} {got.wgmma:6} {got.mma_sync:9}"
@@ -181,4 +182,4 @@ def main(wanted: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:])

@@ -43,3 +43,20 @@ def checked(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> Cal
         return kept[part]
 
     return results
+
+
+COMPILED = (" 32 tokens", "attend sliding 256 rows", "attend full 256 rows")
+COMPILED += ("multiply 256 rows", "head choose", "belief pick")
+
+
+@pytest.fixture(scope="session")
+def compiled(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[str], list[str]]:
+    """`compiled("head choose")`: the lines of `compile_check` on these kernels; one process for all that is asked."""
+    done = interpreted("-m", "blockpress.ops.kernels.compile_check", *COMPILED, interpret=False)
+    assert done.returncode == 0, done.stderr
+
+    def lines(part: str) -> list[str]:
+        assert part in COMPILED
+        return [line for line in done.stdout.splitlines() if part in line]
+
+    return lines

@@ -35,12 +35,9 @@ def test_every_kind_meets_every_routing() -> None:
             assert any(check.name.startswith(f"{kind} {routing} ") for check in checks())
 
 
-def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(
-    interpreted: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    done = interpreted("-m", "blockpress.ops.kernels.compile_check", " 32 tokens", interpret=False)
-    found = [match for line in done.stdout.splitlines() if (match := REPORT.match(line))]
-    assert len(found) == 16, done.stderr
+def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(compiled: Callable[[str], list[str]]) -> None:
+    found = [match for line in compiled(" 32 tokens") if (match := REPORT.match(line))]
+    assert len(found) == 16
     for match in found:
         assert int(match["spills"]) == 0, match["name"]
         assert int(match["wgmma"]) > 0 and int(match["sync"]) == 0, match["name"]
