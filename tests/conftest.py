@@ -22,6 +22,9 @@ settings.register_profile("local", deadline=None, suppress_health_check=[HealthC
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# The same types on every machine: what is in bfloat16 is computed in it, unless a test says otherwise.
+os.environ.setdefault("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
+
 GEMMA = Path(__file__).parents[1] / "../shared/data/gemma4-tokenizer"
 
 RandomNetwork = Callable[..., Network]

@@ -185,7 +185,8 @@ def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     """The type in which products of weights that are stored as `storage` are fastest on `device`.
 
     On a processor float16 and bfloat16 stay what they are where their products are at least as fast as float32's, and
-    become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE overrides all that.
+    become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE takes the place of this
+    choice wherever that type holds what is stored.
 
     Raises:
         ConfigError: BLOCKPRESS_COMPUTE_DTYPE is no such type.
@@ -194,11 +195,13 @@ def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
 
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     asked = os.environ.get("BLOCKPRESS_COMPUTE_DTYPE") or "auto"
-    if asked in types:
-        return types[asked]
-    if asked != "auto":
+    if asked not in (*types, "auto"):
         raise ConfigError(f"BLOCKPRESS_COMPUTE_DTYPE is {asked!r}", hint=f"it may be auto, {', '.join(types)}")
-    if device.type != "cpu" or storage not in (torch.bfloat16, torch.float16):
+    if storage not in (torch.bfloat16, torch.float16) or types.get(asked) == storage:
+        return storage
+    if asked == "float32":
+        return torch.float32
+    if device.type != "cpu":
         return storage
     # Flags alone decide where the instructions are there and nothing keeps torch from using them.
     free = torch.backends.mkldnn.is_available() and not any(os.environ.get(name) for name in _SWITCHES)

@@ -14,7 +14,7 @@ Run it:  python -m pytest tests/ops/test_linear.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from blockpress.hardware import float32_way
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
+from blockpress.ops.packed import HalfFloats
 
 TILE = 1 << 20
-"""Most values that are unpacked at once on a CPU, 2 MiB in bfloat16: they stay in its caches, and the allocator keeps
-their memory (tiles four times as large take twice as long a value)."""
+"""Most values that are unpacked at once on a CPU, 2 MiB in bfloat16, and half as many in float32: they stay in its
+caches, and the allocator keeps their memory (tiles of 4 MiB take twice as long a value and more)."""
 
 GPU_TILE = 1 << 24
 """The same on other devices, where every launch costs time."""
@@ -82,12 +83,30 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
         return in_cpp.linear(x, readable)
     if isinstance(weight, Tensor):
         return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
-    parts = []
-    for _, tile in tiles(weight):
-        matrix, scale = tile.factors(x.dtype)
-        part = linear(x, matrix)
-        parts.append(part if scale is None else (part.float() * scale).to(x.dtype))
+    parts = [part for _, part in products(x, weight)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def products(x: Float[Tensor, "*rows in"], weight: Packed) -> Iterator[tuple[int, Float[Tensor, "*rows _some"]]]:
+    """`linear` a tile of the weight after another: the number of its first column, and the product."""
+    for start, (matrix, scale) in _unpacked(weight, x.dtype, lambda tile: tile.factors(x.dtype)):
+        part = linear(x, matrix)
+        yield start, part if scale is None else (part.float() * scale).to(x.dtype)
+
+
+def _unpacked(
+    weight: Packed, dtype: torch.dtype, read: Callable[[Packed], tuple[Tensor, Tensor | None]]
+) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
+    """Tiles as `read` reads them. Those of 16-bit floats lie in one buffer, each good until the next comes: the
+    pages of many, which the allocator may give back after each, would take longer than the values."""
+    room: Tensor | None = None
+    for start, tile in tiles(weight, dtype):
+        if not isinstance(tile, HalfFloats) or torch.is_grad_enabled():
+            yield start, read(tile)
+            continue
+        if room is None:
+            room = torch.empty(tile.shape, dtype=dtype, device=tile.device)
+        yield start, (room[: tile.shape[0]].copy_(tile.values), None)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -122,14 +141,19 @@ def combine(
     if isinstance(weight, Tensor):
         return share @ weight
     total = torch.zeros(*share.shape[:-1], weight.shape[-1], dtype=torch.float32, device=share.device)
-    for start, tile in tiles(weight):
-        total += share[..., start : start + tile.shape[0]] @ tile.unpack(share.dtype)
+    for start, (rows, _) in _unpacked(weight, share.dtype, lambda tile: (tile.unpack(share.dtype), None)):
+        total += share[..., start : start + len(rows)] @ rows
     return total.to(share.dtype)
 
 
-def tiles(weight: Packed) -> Iterator[tuple[int, Packed]]:
-    """A matrix in slices of rows, each with the number of its first row and at most a tile of values (or one row)."""
+def tiles(weight: Packed, dtype: torch.dtype) -> Iterator[tuple[int, Packed]]:
+    """A matrix in slices of rows, each with the number of its first row and at most a tile of values (or one row).
+
+    Args:
+        dtype: that they are to be unpacked into.
+    """
     rows, columns = weight.shape
-    step = max(1, (TILE if weight.device.type == "cpu" else GPU_TILE) // columns)
+    most = TILE * 2 // dtype.itemsize if weight.device.type == "cpu" else GPU_TILE
+    step = max(1, most // columns)
     for start in range(0, rows, step):
         yield start, weight[start : start + step]

@@ -1,9 +1,9 @@
 """Layouts of weights in fewer bits than their products are made in, and how each becomes floats.
 
-    HalfFloats   bfloat16 or float16                   value, and nothing beside it
-    Codes    e4m3 or int8, a byte a value              value = (code - zero) * scale
-    Nibbles  4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
-    Float4   e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
+    HalfFloats  bfloat16 or float16                       value = value
+    Codes       e4m3 or int8, a byte a value              value = (code - zero) * scale
+    Nibbles     4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
+    Float4      e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
 
 `scale` and `zero` stand for a run of `group` columns of a row (one run: the whole row), `outer` for a row. The first
 value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
@@ -12,7 +12,7 @@ value of a pair is the low half of its byte. All tensors may have a leading axis
 float32 and bfloat16 hold the sums of such products; float16 does not, so there the matrix holds the values.
 
 A byte, or two of them, selects its floats from a table: on a CPU that is several times as fast as shifts and casts, and
-4 bits into bfloat16 through C++ (unpacking.py) several times as fast again.
+4 bits and e4m3 into bfloat16 or float32 through C++ (unpacking.py) several times as fast again.
 
 Invariant: `unpack` rounds where compressed-tensors rounds when it decompresses: `Codes` and `Nibbles` in the scale's
 type, `Float4` in float32; a wider `dtype` gets the same values.
@@ -165,12 +165,13 @@ class Nibbles(ScaledCodes):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         if self.scale.dtype == torch.float16 or not unpacking.fits(self.packed, self.group, dtype):
             return super().unpack(dtype)
-        return unpacking.fours(self.packed, _values("int4"), self.group, self.scale, self.zero)
+        rounded = self.scale.dtype == torch.bfloat16
+        return unpacking.fours(self.packed, _values("int4"), self.group, dtype, self.scale, self.zero, rounded=rounded)
 
     def _shifted(self, dtype: torch.dtype) -> Tensor:
         if not unpacking.fits(self.packed, self.group, dtype):
             return super()._shifted(dtype)
-        return unpacking.fours(self.packed, _values("int4"), self.group, zero=self.zero)
+        return unpacking.fours(self.packed, _values("int4"), self.group, dtype, zero=self.zero)
 
     def codes_as(self, dtype: torch.dtype) -> Tensor:
         return _select(_pairs("int4", dtype, self.device), self.packed, dtype).view(self.shape)
@@ -204,7 +205,7 @@ class Float4(PackedTensors):
         if self.outer is not None:
             scale = scale / self.outer[..., None] if self.divides else scale * self.outer[..., None]
         if unpacking.fits(self.packed, self.group, dtype):
-            return unpacking.fours(self.packed, _values("e2m1"), self.group, scale)
+            return unpacking.fours(self.packed, _values("e2m1"), self.group, dtype, scale)
         values = _select(_pairs("e2m1", torch.float32, self.device), self.packed, torch.float32)
         return _scaled(values.view(self.shape), scale, self.group).to(dtype)
 
@@ -214,7 +215,7 @@ class Float4(PackedTensors):
             return self.unpack(dtype), None
         if unpacking.fits(self.packed, self.group, dtype):
             scales = scale_table(self.kind, self.device)
-            matrix = unpacking.fours(self.packed, _values("e2m1"), self.group, scales, picks=self.scale)
+            matrix = unpacking.fours(self.packed, _values("e2m1"), self.group, dtype, scales, picks=self.scale)
         else:
             index = self.packed.unflatten(-1, (-1, self.group // 2)).int()
             index.add_(self.scale.int().mul_(256).unsqueeze(-1))
@@ -236,7 +237,9 @@ def _spread(scale: Tensor, group: int, columns: int) -> Tensor:
 
 
 def _from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """e4m3 codes as floats; torch's own cast takes ten times as long on a CPU."""
+    """e4m3 codes as floats; torch's own cast takes ten times as long on a CPU, the table several times the C++."""
+    if unpacking.reads_e4m3(codes, dtype):
+        return unpacking.e4m3(codes, dtype)
     if codes.shape[-1] % 2 or codes.device.type != "cpu":
         return codes.to(dtype)
     index = codes.contiguous().view(torch.int16).int().bitwise_and_(0xFFFF)

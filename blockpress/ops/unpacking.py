@@ -1,51 +1,81 @@
-"""4-bit codes to bfloat16 in C++ (`native/unpack.cpp`), for the layouts of packed.py.
+"""4-bit codes and e4m3 to bfloat16 and float32 in C++ (`native/unpack.cpp`), for the layouts of packed.py.
 
 Invariant: what it gives is what the tables of packed.py give, to the last bit; where it does not fit, these are used.
-Run it:  python -m pytest tests/ops/test_packed.py
+Run it:  python -m pytest tests/ops/test_unpacking.py
 """
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_long, c_void_p
+from ctypes import CDLL, c_int, c_long, c_void_p
 from functools import cache
 
 import torch
-from jaxtyping import BFloat16, Float, Float32, Num, UInt8
+from jaxtyping import Float, Float32, Num, Shaped, UInt8
 from torch import Tensor
 
 from blockpress.ops import compiled
 
+KINDS = {torch.bfloat16: 0, torch.float32: 1}
+ROUNDED = 2
+"""The number of float32 that was rounded to bfloat16, as the C++ counts its results."""
+
 
 def fits(packed: UInt8[Tensor, "*lead rows bytes"], group: int, dtype: torch.dtype) -> bool:
-    """Whether `fours` may take it: on a CPU, into bfloat16, in groups of 16 columns or of whole 32."""
-    if packed.device.type != "cpu" or dtype != torch.bfloat16 or packed.shape[-1] % 16 or packed.numel() == 0:
+    """Whether `fours` may take it: on a CPU, into bfloat16 or float32, in groups of 16 columns or of whole 32."""
+    if packed.shape[-1] % 16 or (group != 16 and group % 32):
         return False
-    return (group == 16 or group % 32 == 0) and not torch.compiler.is_compiling() and _library() is not None
+    return _may(packed, dtype)
+
+
+def reads_e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> bool:
+    """Whether `e4m3` may take it: on a CPU, into bfloat16 or float32."""
+    return _may(codes, dtype)
+
+
+def _may(codes: Tensor, dtype: torch.dtype) -> bool:
+    if codes.device.type != "cpu" or dtype not in KINDS or codes.numel() == 0:
+        return False
+    return not torch.compiler.is_compiling() and _library() is not None
+
+
+def e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
+    """Codes of float8_e4m3fn, or their bytes, as floats: no value of theirs is rounded."""
+    library = _library()
+    assert library is not None, "reads_e4m3() comes first"
+    codes = codes.contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    library.e4m3(codes.data_ptr(), out.data_ptr(), codes.numel(), KINDS[dtype])
+    return out
 
 
 def fours(
     packed: UInt8[Tensor, "*lead rows bytes"],
     table: Float32[Tensor, 16],
     group: int,
+    dtype: torch.dtype,
     scale: Float[Tensor, "*lead rows groups"] | Float32[Tensor, 256] | None = None,
     zero: Num[Tensor, "*lead rows groups"] | None = None,
     picks: UInt8[Tensor, "*lead rows groups"] | None = None,
-) -> BFloat16[Tensor, "*lead rows columns"]:
+    rounded: bool = False,
+) -> Float[Tensor, "*lead rows columns"]:
     """(table[code] - zero) * scale of every half byte, the low one first, rounded once from float32.
 
     Args:
         group: columns that share a scale and a zero point.
+        dtype: bfloat16 or float32.
         picks: the scales by number; `scale` is then the table of all 256.
+        rounded: round to bfloat16, whatever `dtype` is.
     """
     library = _library()
     assert library is not None, "fits() comes first"
     packed = packed.contiguous()
     columns = 2 * packed.shape[-1]
-    out = torch.empty(*packed.shape[:-1], columns, dtype=torch.bfloat16)
+    out = torch.empty(*packed.shape[:-1], columns, dtype=dtype)
+    kind = ROUNDED if rounded and dtype == torch.float32 else KINDS[dtype]
     scale, zero = (None if x is None else x.float().contiguous() for x in (scale, zero))
     picks = None if picks is None else picks.contiguous()
     pointers = [None if x is None else x.data_ptr() for x in (packed, table, scale, picks, zero, out)]
-    library.unpack(*pointers, packed.numel() // packed.shape[-1], columns, group)
+    library.unpack(*pointers, packed.numel() // packed.shape[-1], columns, group, kind)
     return out
 
 
@@ -53,5 +83,6 @@ def fours(
 def _library() -> CDLL | None:
     library = compiled.library("unpack")
     if library is not None:
-        library.unpack.argtypes, library.unpack.restype = [c_void_p] * 6 + [c_long] * 3, None
+        library.unpack.argtypes, library.unpack.restype = [c_void_p] * 6 + [c_long] * 3 + [c_int], None
+        library.e4m3.argtypes, library.e4m3.restype = [c_void_p] * 2 + [c_long, c_int], None
     return library

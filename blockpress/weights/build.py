@@ -63,6 +63,10 @@ class Types:
     storage: torch.dtype
     compute: torch.dtype
 
+    def size(self, *, matrix: bool) -> int:
+        """Bytes of a value in memory."""
+        return (self.storage if matrix else self.compute).itemsize
+
     def held(self, weight: Tensor, *, matrix: bool) -> Weight:
         """A weight of the stored type as the network holds it: a matrix as it is, what is small in the wider type."""
         if self.storage == self.compute:
@@ -82,10 +86,10 @@ def choose_types(
         RequestError: no such types, or one to compute in that does not hold what is stored.
     """
     storage = choose_dtype(dtype, config)
-    fast = hardware.compute_dtype(storage, device)
     compute = DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if compute_dtype is None or compute_dtype == "auto":
-        compute = fast
+        fast = hardware.compute_dtype(storage, device)
+        compute = fast if fast == torch.float32 else storage
     stored, asked = (str(kind).removeprefix("torch.") for kind in (storage, compute))
     if compute is None or asked not in DTYPES:
         raise RequestError(

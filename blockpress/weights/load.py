@@ -142,7 +142,8 @@ def load_network(
     types = choose_types(dtype, compute_dtype, config, place)
     network = without_memory(lambda: Network(config))
     targets = plan(network, catalogue(directory), _load_quantization(directory))
-    with room_for(sum(one.memory(types.storage.itemsize) for one in targets), place):
+    own = packable(network)
+    with room_for(sum(one.memory(types.size(matrix=one.ours in own)) for one in targets), place):
         _fill(network, targets, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 

@@ -87,8 +87,10 @@ def test_experts(name: str) -> None:
 def test_tiles_cover_every_row_once() -> None:
     weight = LAYOUTS["nvfp4"]((10, 64), 0)
     with mock.patch.object(linear, "TILE", 200):
-        parts = list(linear.tiles(weight))
+        parts = list(linear.tiles(weight, torch.bfloat16))
+        wide = list(linear.tiles(weight, torch.float32))
     assert [(start, tile.shape[0]) for start, tile in parts] == [(0, 3), (3, 3), (6, 3), (9, 1)]
+    assert [start for start, _ in wide] == list(range(10)), "float32 takes twice the bytes"
     assert torch.equal(torch.cat([t.unpack(torch.float32) for _, t in parts]), weight.unpack(torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""4-bit weights through C++ against the tables of packed.py, to the last bit, and against the loop of experts."""
+"""4-bit weights and e4m3 through C++ against the tables of packed.py, to the last bit, and the loop of experts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.ops import compiled, experts, grouped, unpacking
-from blockpress.ops.packed import Float4, Nibbles
+from blockpress.ops.packed import E4M3, Float4, Nibbles
 
 from .layouts import LAYOUTS, Layout
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
+TYPES = [torch.bfloat16, torch.float32]
 FOURS = ["int4", "int4 asymmetric", "int4 groups", "nvfp4", "nvfp4 divided", "mxfp4"]
 
 
@@ -27,20 +28,28 @@ def tables() -> Iterator[None]:
         yield
 
 
-def readings(weight: Layout) -> list[Tensor]:
-    matrix, scale = (weight if len(weight.shape) == 2 else weight[0]).factors(torch.bfloat16)
-    return [weight.unpack(torch.bfloat16), matrix, *(() if scale is None else (scale,))]
+def readings(weight: Layout, dtype: torch.dtype) -> list[Tensor]:
+    matrix, scale = (weight if len(weight.shape) == 2 else weight[0]).factors(dtype)
+    return [weight.unpack(dtype), matrix, *(() if scale is None else (scale,))]
 
 
 def same_bits(weight: Layout) -> None:
-    with tables():
-        wanted = readings(weight)
-    with mock.patch.object(unpacking, "fours", wraps=unpacking.fours) as native:
-        got = readings(weight)
-    assert native.call_count == 2, "both readings went through C++"
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert torch.equal(ours[~ours.isnan()], theirs[~theirs.isnan()])
+    for dtype in TYPES:
+        with tables():
+            wanted = readings(weight, dtype)
+        with mock.patch.object(unpacking, "fours", wraps=unpacking.fours) as native:
+            got = readings(weight, dtype)
+        assert native.call_count == 2, "both readings went through C++"
+        for ours, theirs in zip(got, wanted, strict=True):
+            alike(ours, theirs)
+
+
+def alike(ours: Tensor, theirs: Tensor) -> None:
+    """The same bits, signs of zeros included; any NaN is as good as another."""
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    kind = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    assert torch.equal(ours.view(kind)[~ours.isnan()], theirs.view(kind)[~theirs.isnan()])
 
 
 @pytest.mark.parametrize("name", FOURS)
@@ -79,7 +88,39 @@ def test_what_is_left_to_the_tables() -> None:
     with mock.patch.object(unpacking, "fours", side_effect=AssertionError):
         narrow.unpack(torch.bfloat16)  # groups of 8
         halves.unpack(torch.bfloat16)  # rounded to float16 first
-        wide.unpack(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 70), seed=st.integers(0, 99))
+def test_e4m3_of_any_size(dtype: torch.dtype, rows: int, columns: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=draw).view(E4M3)
+    alike(unpacking.e4m3(codes, dtype), codes.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_e4m3_code_in_parts_and_threads(dtype: torch.dtype) -> None:
+    codes, threads = torch.arange(256, dtype=torch.uint8).repeat(3, 300).view(E4M3), torch.get_num_threads()
+    for part in (codes, codes[1], codes[:, 5:90], codes.t()):
+        alike(unpacking.e4m3(part, dtype), part.to(dtype))
+    torch.set_num_threads(2)
+    try:
+        alike(unpacking.e4m3(codes, dtype), codes.to(dtype))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8 groups"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_codes_go_through_c_and_are_those_of_the_tables(name: str, dtype: torch.dtype) -> None:
+    weight = LAYOUTS[name]((2, 9, 96), 3)
+    with tables():
+        wanted = readings(weight, dtype)
+    with mock.patch.object(unpacking, "e4m3", wraps=unpacking.e4m3) as native:
+        got = readings(weight, dtype)
+    assert native.called
+    for ours, theirs in zip(got, wanted, strict=True):
+        alike(ours, theirs)
 
 
 @pytest.mark.parametrize("name", FOURS)

@@ -176,18 +176,22 @@ def test_packed_weights_follow_the_network(tmp_path: Path) -> None:
 def test_narrow_types_run(name: str, dtype: str, tmp_path: Path) -> None:
     # Every token goes through all experts: rounding must not choose others.
     made = write(tmp_path, FORMS[name], config=replace(small_config(), top_k_experts=3))
-    network = load_network(made.folder, dtype=dtype)
+    network = load_network(made.folder, dtype=dtype, compute_dtype=dtype)
     assert network.dtype == getattr(torch, dtype)
     got, wanted = two_rows(network), two_rows(made.reference())
     assert (got - wanted).abs().max() < (0.2 if dtype == "bfloat16" else 0.05) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_room_asked_for_is_the_room_taken(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_the_room_asked_for_is_the_room_taken(
+    dtype: str, compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, asked = write(tmp_path, FORMS["fp8 channel"]), []
     monkeypatch.setattr(load, "room_for", lambda size, device: asked.append(size) or nullcontext())
-    network = load_network(made.folder, dtype=dtype)
-    floats = sum(tensor.nbytes for tensor in network.state_dict().values())
+    network = load_network(made.folder, dtype=dtype, compute_dtype=compute)
+    floats = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
     assert asked == [floats + sum(weight.nbytes for weight in all_packed(network).values())]
 
 

@@ -233,16 +233,19 @@ def test_a_device_without_room_is_said_with_the_size(
     assert "no room for the weights, which take 0.0 GiB" in found.message
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.BF16])
 def test_the_room_asked_for_is_the_room_taken(
-    dtype: str, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, compute: str, kind: Type, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    write_gguf(tmp_path / "x.gguf", small, Type.Q8_0)
+    write_gguf(tmp_path / "x.gguf", small, kind)
     monkeypatch.setattr(load, "room_for", lambda size, device: asked.append(size) or nullcontext())
-    network = load_gguf_network(tmp_path / "x.gguf", dtype=dtype)
+    network = load_gguf_network(tmp_path / "x.gguf", dtype=dtype, compute_dtype=compute)
     packed = sum(weight.nbytes for module in network.modules() for weight in packed_weights(module).values())
-    assert asked == [packed + sum(tensor.nbytes for tensor in network.state_dict().values())]
+    assert asked == [packed + sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])]
 
 
 def test_a_disk_that_fails_is_an_error_of_ours(

@@ -1,15 +1,13 @@
-// 4-bit weights become bfloat16: sixteen bytes are 32 values, and low and high halves lie side by side as one register.
+// Weights of 4 and 8 bits become bfloat16 or float32, a register of values at a time.
 //
-//     value = table[code] * scale         integers: table = -8 .. 7, less a zero point; floats: the sixteen e2m1 values
+//     unpack    value = table[code] * scale     integers: table = -8 .. 7, less a zero point; floats: the e2m1 values
+//     e4m3      value = code                    eight bits: sign, four of exponent with bias 7, three of fraction
 //
-// Called by ops/unpacking.py, which says what the arguments are. Threads: see rows.cpp.
+// A register holds W bytes of codes, so 2 W values of 4 bits: their low halves and their high ones, which are put side by
+// side when they are written. Called by ops/unpacking.py, which says what the arguments are. Threads: see rows.cpp.
 
 #include <cstdint>
 #include <cstring>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
@@ -20,17 +18,42 @@ __attribute__((weak)) int omp_get_max_threads();
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr long W = 16;
+#else
+constexpr long W = 8;
+#endif
 typedef float F __attribute__((vector_size(4 * W), aligned(4)));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t U __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t H __attribute__((vector_size(2 * W), aligned(2)));
 typedef uint8_t B __attribute__((vector_size(W), aligned(1)));
 
+enum Kind { BFLOAT16 = 0, FLOAT32 = 1, ROUNDED = 2 };  // the last: float32 that was rounded to bfloat16
+
+inline U widened(const uint8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const B*>(from), H), U);
+}
+
 inline U rounded(F x) {  // the bits of the nearest bfloat16, ties to even, in the low half; scales are finite
   U bits = (U)x;
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
+
+struct Table {  // sixteen floats; an index has four bits
+#ifdef __AVX512F__
+  F all;
+  explicit Table(const float* from) : all(*reinterpret_cast<const F*>(from)) {}
+  inline F operator[](U index) const { return __builtin_shuffle(all, (I)index); }
+#else
+  F low, high;
+  explicit Table(const float* from)
+      : low(*reinterpret_cast<const F*>(from)), high(*reinterpret_cast<const F*>(from + W)) {}
+  inline F operator[](U index) const {
+    return index > 7u ? __builtin_shuffle(high, (I)(index & 7u)) : __builtin_shuffle(low, (I)(index & 7u));
+  }
+#endif
+};
 
 struct Job {
   const uint8_t* packed;   // [rows][columns / 2]
@@ -38,28 +61,43 @@ struct Job {
   const float* scale;      // [rows][columns / group], or null for 1; where there are picks, the 256 scales to pick from
   const uint8_t* picks;    // [rows][columns / group], or null
   const float* shift;      // as scale: taken from the table's value first; or null for 0
-  uint16_t* out;           // [rows][columns]
+  void* out;               // [rows][columns], bfloat16 or float32
   long rows, columns, group;
+  int kind;
 };
 
-// A number for each of 16 bytes from column `at` on: of groups of 16 columns one for each eight bytes, else one for all.
+// A number for each of W bytes from column `at` on: of groups of 16 columns one for each eight bytes, else one for all.
 template <class Number>
 inline F spread(const Number& number, long at, long group) {
-  F first = F{} + number(at / group);
+  F first = number(at / group) - F{};  // not a sum, which would lose the sign of a zero
+#ifdef __AVX512F__
   if (group != 16) return first;
   constexpr I upper = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-  return upper ? F{} + number(at / group + 1) : first;
+  return upper ? number(at / group + 1) - F{} : first;
+#else
+  return first;
+#endif
 }
 
+inline void side_by_side(float* to, F low, F high) {
+#ifdef __AVX512F__
+  constexpr I first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#else
+  constexpr I first = {0, 8, 1, 9, 2, 10, 3, 11};
+#endif
+  *reinterpret_cast<F*>(to) = __builtin_shuffle(low, high, first);
+  *reinterpret_cast<F*>(to + W) = __builtin_shuffle(low, high, first + (int32_t)(W / 2));
+}
+
+template <int KIND>
 void part(const Job& job, long start, long stop) {
-  const F table = *reinterpret_cast<const F*>(job.table);
+  const Table table(job.table);
   const long groups = job.columns / job.group;
   for (long row = start; row < stop; row++) {
     const uint8_t* from = job.packed + row * (job.columns / 2);
-    uint16_t* to = job.out + row * job.columns;
-    for (long at = 0; at < job.columns; at += 32) {
-      U bytes = __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const B*>(from + at / 2), H), U);
-      F low = __builtin_shuffle(table, (I)(bytes & 15u)), high = __builtin_shuffle(table, (I)(bytes >> 4));
+    for (long at = 0; at < job.columns; at += 2 * W) {
+      U bytes = widened(from + at / 2);
+      F low = table[bytes & 15u], high = table[bytes >> 4];
       if (job.shift) {
         F zero = spread([&](long i) { return job.shift[row * groups + i]; }, at, job.group);
         low -= zero;
@@ -71,26 +109,94 @@ void part(const Job& job, long start, long stop) {
         low *= scale;
         high *= scale;
       }
-      *reinterpret_cast<U*>(to + at) = rounded(low) | rounded(high) << 16;
+      if (KIND == BFLOAT16) {
+        uint16_t* to = static_cast<uint16_t*>(job.out) + row * job.columns + at;
+        *reinterpret_cast<U*>(to) = rounded(low) | rounded(high) << 16;
+      } else {
+        if (KIND == ROUNDED) {
+          low = (F)(rounded(low) << 16);
+          high = (F)(rounded(high) << 16);
+        }
+        side_by_side(static_cast<float*>(job.out) + row * job.columns + at, low, high);
+      }
     }
   }
 }
 
+void some(const Job& job, long start, long stop) {
+  if (job.kind == BFLOAT16) part<BFLOAT16>(job, start, stop);
+  if (job.kind == FLOAT32) part<FLOAT32>(job, start, stop);
+  if (job.kind == ROUNDED) part<ROUNDED>(job, start, stop);
+}
+
+struct Codes {
+  const uint8_t* from;
+  void* out;
+  long count;
+  int kind;
+};
+
+inline U float_bits(U code) {  // of e4m3; a subnormal's fraction is counted in steps of 2^-9, so no float32 is subnormal
+  U size = code & 0x7fu;
+  U bits = size < 8u ? (U)(__builtin_convertvector((I)size, F) * 0x1p-9f) : (size << 20) + (120u << 23);
+  bits = size == 0x7fu ? U{} + 0x7fc00000u : bits;
+  return bits | (code & 0x80u) << 24;
+}
+
+template <int KIND>
+inline void write(void* out, long at, U bits) {
+  if (KIND == BFLOAT16)
+    *reinterpret_cast<H*>(static_cast<uint16_t*>(out) + at) = __builtin_convertvector(bits >> 16, H);
+  else
+    *reinterpret_cast<U*>(static_cast<float*>(out) + at) = bits;
+}
+
+template <int KIND>
+void part(const Codes& job, long start, long stop) {
+  long at = start;
+  for (; at + W <= stop; at += W) write<KIND>(job.out, at, float_bits(widened(job.from + at)));
+  if (at == stop) return;
+  uint8_t codes[W] = {};
+  float values[W];
+  memcpy(codes, job.from + at, stop - at);
+  write<KIND>(values, 0, float_bits(widened(codes)));
+  const long size = KIND == BFLOAT16 ? 2 : 4;
+  memcpy(static_cast<char*>(job.out) + at * size, values, (stop - at) * size);
+}
+
+void some(const Codes& job, long start, long stop) {
+  if (job.kind == BFLOAT16) part<BFLOAT16>(job, start, stop);
+  if (job.kind == FLOAT32) part<FLOAT32>(job, start, stop);
+}
+
+long pieces(const Job& job) { return job.rows; }
+long pieces(const Codes& job) { return job.count; }
+
+template <class Any>
 void run(void* data) {
-  const Job& job = *static_cast<Job*>(data);
-  long n = omp_get_num_threads(), i = omp_get_thread_num();
-  part(job, job.rows * i / n, job.rows * (i + 1) / n);
+  const Any& job = *static_cast<Any*>(data);
+  long n = omp_get_num_threads(), i = omp_get_thread_num(), all = pieces(job);
+  some(job, all * i / n, all * (i + 1) / n);
+}
+
+template <class Any>
+void share(Any& job, bool many) {
+  if (many && GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads)
+    GOMP_parallel(run<Any>, &job, 0, 0);
+  else
+    some(job, 0, pieces(job));
 }
 
 }  // namespace
 
-// group is 16, or a multiple of 32 that divides the columns.
+// group is 16, or a multiple of 32 that divides the columns; kind is one of Kind.
 extern "C" void unpack(const uint8_t* packed, const float* table, const float* scale, const uint8_t* picks,
-                       const float* shift, uint16_t* out, long rows, long columns, long group) {
-  Job job{packed, table, scale, picks, shift, out, rows, columns, group};
-  bool many = rows * columns >= 1 << 16 && rows > 1;
-  if (many && GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads)
-    GOMP_parallel(run, &job, 0, 0);
-  else
-    part(job, 0, rows);
+                       const float* shift, void* out, long rows, long columns, long group, int kind) {
+  Job job{packed, table, scale, picks, shift, out, rows, columns, group, kind};
+  share(job, rows * columns >= 1 << 16 && rows > 1);
+}
+
+extern "C" void e4m3(const uint8_t* from, void* out, long count, int kind) {
+  Codes job{from, out, count, kind};
+  share(job, count >= 1 << 16);
 }

@@ -20,9 +20,10 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from blockpress.costs import PRODUCTS
+from blockpress.ops import linear
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
-from blockpress.ops.linear import Packed, linear, lookup, tiles
+from blockpress.ops.linear import Packed, lookup
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
@@ -53,8 +54,8 @@ def products(
         elif isinstance(weight, Tensor):
             torch.mm(hidden[rows], weight.t(), out=product)
         else:
-            for first, tile in tiles(weight):
-                product[:, first : first + tile.shape[0]] = linear(hidden[rows], tile)
+            for first, part in linear.products(hidden[rows], weight):
+                product[:, first : first + part.shape[1]] = part
         yield rows, product
 
 

@@ -162,7 +162,8 @@ def load_gguf_network(
     types = choose_types(dtype, compute_dtype, file.config, place)
     network = without_memory(lambda: Network(file.config))
     sources = _check(file, network)
-    size = sum(stored.memory(types.storage.itemsize) for parts in sources.values() for stored in parts)
+    own = packable(network)
+    size = sum(s.memory(types.size(matrix=ours in own)) for ours, parts in sources.items() for s in parts)
     with room_for(size, place):
         _fill(file, network, sources, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
