@@ -245,10 +245,11 @@ def test_flags_decide_nothing_where_torch_is_held_back(monkeypatch: pytest.Monke
 
 def test_the_type_of_products_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx512_bf16")
-    for asked in ("float32", "bfloat16", "float16"):
+    for asked in ("float32", "bfloat16"):
         monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
         assert compute_dtype(torch.bfloat16, CPU) == getattr(torch, asked)
-    for asked in ("auto", ""):
+        assert compute_dtype(torch.float32, CPU) == torch.float32, "no other type holds it"
+    for asked in ("auto", "", "float16"):
         monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
         assert compute_dtype(torch.bfloat16, CPU) == torch.bfloat16
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "fp8")

@@ -185,8 +185,8 @@ def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     """The type in which products of weights that are stored as `storage` are fastest on `device`.
 
     On a processor float16 and bfloat16 stay what they are where their products are at least as fast as float32's, and
-    become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE takes the place of this
-    choice wherever that type holds what is stored.
+    become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE takes the place of
+    this choice wherever that type holds what is stored.
 
     Raises:
         ConfigError: BLOCKPRESS_COMPUTE_DTYPE is no such type.
