@@ -19,12 +19,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from blockpress.hardware import Isa, cache_folder, isa, processor
 
@@ -106,21 +102,3 @@ def _built_for(level: Isa, source: Path, found: str) -> Path:
 def _version(found: str) -> str:
     """What a compiler says it is."""
     return subprocess.run([found, "--version"], check=True, capture_output=True, text=True, timeout=SECONDS).stdout
-
-
-def share(rows: int, part: Callable[[int, int], None]) -> None:
-    """Run `part(start, stop)` over slices of `rows` on torch's number of threads: a ctypes call lets go of the GIL."""
-    threads = min(torch.get_num_threads(), rows)
-    if threads <= 1:
-        part(0, rows)
-        return
-    edges = [rows * i // threads for i in range(threads + 1)]
-    pending = [_threads(threads - 1).submit(part, *edges[i : i + 2]) for i in range(1, threads)]
-    part(edges[0], edges[1])
-    for one in pending:
-        one.result()
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="blockpress-native")

@@ -12,7 +12,7 @@ Run it:  python -m pytest tests/ops/test_experts.py
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_long, c_void_p
+from ctypes import CDLL, c_int, c_long, c_void_p
 from functools import cache
 
 import torch
@@ -64,7 +64,7 @@ def tiled(
     x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
     slots, out = x.new_empty(tokens * k, hidden), torch.empty_like(x)
     pointers = [tensor.data_ptr() for tensor in (x, gate_up, down, weights, chosen, slots, out)]
-    library.mix(*pointers, tokens, k, hidden, size, experts)
+    library.mix(*pointers, tokens, k, hidden, size, experts, torch.get_num_threads())
     return out
 
 
@@ -86,5 +86,5 @@ def _library() -> CDLL | None:
     library = compiled.library("experts")
     if library is None or not library.has_tiles():
         return None
-    library.mix.argtypes, library.mix.restype = [c_void_p] * 7 + [c_long] * 5, None
+    library.mix.argtypes, library.mix.restype = [c_void_p] * 7 + [c_long] * 5 + [c_int], None
     return library

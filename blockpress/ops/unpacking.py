@@ -44,7 +44,7 @@ def e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*a
     assert library is not None, "reads_e4m3() comes first"
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
-    library.e4m3(codes.data_ptr(), out.data_ptr(), codes.numel(), KINDS[dtype])
+    library.e4m3(codes.data_ptr(), out.data_ptr(), codes.numel(), KINDS[dtype], torch.get_num_threads())
     return out
 
 
@@ -75,7 +75,7 @@ def fours(
     scale, zero = (None if x is None else x.float().contiguous() for x in (scale, zero))
     picks = None if picks is None else picks.contiguous()
     pointers = [None if x is None else x.data_ptr() for x in (packed, table, scale, picks, zero, out)]
-    library.unpack(*pointers, packed.numel() // packed.shape[-1], columns, group, kind)
+    library.unpack(*pointers, packed.numel() // packed.shape[-1], columns, group, kind, torch.get_num_threads())
     return out
 
 
@@ -83,6 +83,6 @@ def fours(
 def _library() -> CDLL | None:
     library = compiled.library("unpack")
     if library is not None:
-        library.unpack.argtypes, library.unpack.restype = [c_void_p] * 6 + [c_long] * 3 + [c_int], None
-        library.e4m3.argtypes, library.e4m3.restype = [c_void_p] * 2 + [c_long, c_int], None
+        library.unpack.argtypes, library.unpack.restype = [c_void_p] * 6 + [c_long] * 3 + [c_int] * 2, None
+        library.e4m3.argtypes, library.e4m3.restype = [c_void_p] * 2 + [c_long, c_int, c_int], None
     return library

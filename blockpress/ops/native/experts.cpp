@@ -9,6 +9,7 @@
 // A unit of work is an expert with up to 128 of its tokens, so that its weights come from memory once. Rounded where the
 // plain version rounds (the sum over a token's experts: once). Called by ops/grouped.py.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -21,10 +22,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-extern "C" {
-__attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
-__attribute__((weak)) int omp_get_max_threads();
-}
+#include "pool.h"
 
 namespace {
 
@@ -238,7 +236,7 @@ extern "C" int has_tiles() {
 // hidden and size are multiples of 32; y has room for [tokens * k][hidden].
 extern "C" void mix(const uint16_t* x, const uint16_t* gate_up, const uint16_t* down, const float* weights,
                     const int64_t* chosen, uint16_t* y, uint16_t* out, long tokens, long k, long hidden, long size,
-                    long experts) {
+                    long experts, int threads) {
   std::vector<long> begin(experts + 1), slots(tokens * k);
   for (long s = 0; s < tokens * k; s++) begin[chosen[s] + 1]++;
   for (long e = 0; e < experts; e++) begin[e + 1] += begin[e];
@@ -249,9 +247,10 @@ extern "C" void mix(const uint16_t* x, const uint16_t* gate_up, const uint16_t* 
     for (long start = begin[e]; start < begin[e + 1]; start += UNIT)
       job.units.push_back({e, start, begin[e + 1] - start < UNIT ? begin[e + 1] - start : UNIT});
   Sum sum{y, out, tokens, k, hidden};
-  bool alone = !GOMP_parallel || !omp_get_max_threads || omp_get_max_threads() <= 1;
-  alone || job.units.size() == 1 ? work(&job) : GOMP_parallel(work, &job, 0, 0);
-  alone || tokens <= UNIT ? total(&sum) : GOMP_parallel(total, &sum, 0, 0);
+  // Each takes units until there are no more, so whoever comes late finds none.
+  const int useful = std::min(threads, static_cast<int>(job.units.size()));
+  parallel(useful, useful, [&](long) { work(&job); });
+  parallel(tokens <= UNIT ? 1 : threads, threads, [&](long) { total(&sum); });
 }
 
 #else

@@ -13,4 +13,14 @@ inline void parallel(long parts, int threads, const Part& part) {
       parts, threads, [](void* data, long i) { (*static_cast<const Part*>(data))(i); }, const_cast<Part*>(&part));
 }
 
+// part(start, stop) for slices of some rows: at most `most` of them, four a thread, so that one that is late is short.
+template <class Part>
+inline void share(long rows, long most, int threads, const Part& part) {
+  long slices = threads <= 1 ? 1 : 4L * threads;
+  slices = slices < most ? slices : most;
+  slices = slices < rows ? slices : rows;
+  if (slices <= 1) return part(0L, rows);
+  parallel(slices, threads, [&](long i) { part(rows * i / slices, rows * (i + 1) / slices); });
+}
+
 }  // namespace

@@ -10,27 +10,18 @@
 
 namespace {
 
-// part(start, stop) over slices of the rows; `values` of less than a grain are not worth a second thread.
-template <class Part>
-void share(long rows, long values, int threads, const Part& part) {
-  constexpr long grain = 1 << 14;
-  long most = values / grain, slices = threads <= 1 ? 1 : 4L * threads;
-  slices = slices < most ? slices : most;
-  slices = slices < rows ? slices : rows;
-  if (slices <= 1) return part(0L, rows);
-  parallel(slices, threads, [&](long i) { part(rows * i / slices, rows * (i + 1) / slices); });
-}
+constexpr long GRAIN = 1 << 14;  // values that are worth a slice of their own
 
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, long rows, long size, float eps, int threads) {
-  share(rows, rows * size, threads, [&](long start, long stop) {
+  share(rows, rows * size / GRAIN, threads, [&](long start, long stop) {
     for (long row = start; row < stop; row++) normalise(x + row * size, weight, out + row * size, size, eps);
   });
 }
 
 template <class T>
 void geglu(const T* gate, const T* up, T* out, long rows, long size, long gate_stride, long up_stride, int threads) {
-  share(rows, rows * size * 2, threads, [&](long start, long stop) {
+  share(rows, rows * size * 2 / GRAIN, threads, [&](long start, long stop) {
     for (long row = start; row < stop; row++) {
       const T *g = gate + row * gate_stride, *u = up + row * up_stride;
       T* to = out + row * size;
@@ -46,7 +37,7 @@ template <class T>
 void rotate(const T* x, const T* cosine, const T* sine, T* out, long batch, long heads, long length, long half,
             long sb, long sh, long sl, long cb, long cl, int threads) {
   long rows = batch * heads * length;
-  share(rows, rows * half * 2, threads, [&](long start, long stop) {
+  share(rows, rows * half * 2 / GRAIN, threads, [&](long start, long stop) {
     for (long row = start; row < stop; row++) {
       long place = row % length, head = row / length % heads, b = row / length / heads;
       long angle = b * cb + place * cl;
@@ -61,7 +52,7 @@ template <class T>
 void softmax(T* scores, const uint8_t* mask, long batch, long heads, long queries, long seen, long masks, long mb,
              long mq, int threads) {
   long rows = batch * heads * queries;
-  share(rows, rows * seen * 2, threads, [&](long start, long stop) {
+  share(rows, rows * seen * 2 / GRAIN, threads, [&](long start, long stop) {
     std::vector<float> wide(seen + W);
     for (long row = start; row < stop; row++)
       soften<T>(scores + row * seen, mask ? mask + row / queries / heads % masks * mb + row % queries * mq : nullptr,
@@ -73,7 +64,7 @@ void softmax(T* scores, const uint8_t* mask, long batch, long heads, long querie
 template <class T>
 void weigh(const T* y, const int64_t* places, const float* weights, T* out, long tokens, long k, long size,
            int threads) {
-  share(tokens, tokens * k * size, threads, [&](long start, long stop) {
+  share(tokens, tokens * k * size / GRAIN, threads, [&](long start, long stop) {
     for (long token = start; token < stop; token++)
       each(size, [&](long i, long count) {
         F total = {};

@@ -4,17 +4,12 @@
 //     e4m3      value = code                    eight bits: sign, four of exponent with bias 7, three of fraction
 //
 // A register holds W bytes of codes, so 2 W values of 4 bits: their low halves and their high ones, which are put side by
-// side when they are written. Called by ops/unpacking.py, which says what the arguments are. Threads: see rows.cpp.
+// side when they are written. Called by ops/unpacking.py, which says what the arguments are.
 
 #include <cstdint>
 #include <cstring>
 
-extern "C" {
-__attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
-__attribute__((weak)) int omp_get_thread_num();
-__attribute__((weak)) int omp_get_num_threads();
-__attribute__((weak)) int omp_get_max_threads();
-}
+#include "pool.h"
 
 namespace {
 
@@ -169,34 +164,19 @@ void some(const Codes& job, long start, long stop) {
   if (job.kind == FLOAT32) part<FLOAT32>(job, start, stop);
 }
 
-long pieces(const Job& job) { return job.rows; }
-long pieces(const Codes& job) { return job.count; }
-
-template <class Any>
-void run(void* data) {
-  const Any& job = *static_cast<Any*>(data);
-  long n = omp_get_num_threads(), i = omp_get_thread_num(), all = pieces(job);
-  some(job, all * i / n, all * (i + 1) / n);
-}
-
-template <class Any>
-void share(Any& job, bool many) {
-  if (many && GOMP_parallel && omp_get_thread_num && omp_get_num_threads && omp_get_max_threads)
-    GOMP_parallel(run<Any>, &job, 0, 0);
-  else
-    some(job, 0, pieces(job));
-}
+constexpr long GRAIN = 1 << 15;  // values that are worth a slice of their own
 
 }  // namespace
 
 // group is 16, or a multiple of 32 that divides the columns; kind is one of Kind.
 extern "C" void unpack(const uint8_t* packed, const float* table, const float* scale, const uint8_t* picks,
-                       const float* shift, void* out, long rows, long columns, long group, int kind) {
-  Job job{packed, table, scale, picks, shift, out, rows, columns, group, kind};
-  share(job, rows * columns >= 1 << 16 && rows > 1);
+                       const float* shift, void* out, long rows, long columns, long group, int kind,
+                       int threads) {
+  const Job job{packed, table, scale, picks, shift, out, rows, columns, group, kind};
+  share(rows, rows * columns / GRAIN, threads, [&](long start, long stop) { some(job, start, stop); });
 }
 
-extern "C" void e4m3(const uint8_t* from, void* out, long count, int kind) {
-  Codes job{from, out, count, kind};
-  share(job, count >= 1 << 16);
+extern "C" void e4m3(const uint8_t* from, void* out, long count, int kind, int threads) {
+  const Codes job{from, out, count, kind};
+  share(count, count / GRAIN, threads, [&](long start, long stop) { some(job, start, stop); });
 }

@@ -27,7 +27,11 @@
 #include <immintrin.h>
 #endif
 
+#include "pool.h"
+
 namespace {
+
+constexpr int64_t GRAIN = 1 << 15; // values that are worth a slice of their own
 
 #if defined(__AVX512F__) // values in a vector
 constexpr int WIDE = 16;
@@ -529,8 +533,7 @@ template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b
 } // namespace
 
 // Rows [start, stop) of a block; `narrow`: the products are bfloat16, else float32.
-extern "C" void see(const Block *block, int32_t narrow, int64_t start, int64_t stop) {
-    const Block &b = *block;
+static void see_rows(const Block &b, bool narrow, int64_t start, int64_t stop) {
     Room room;
     room.tiles.resize((b.vocab + b.tile - 1) / b.tile);
     room.weight.reset(new float[b.tile + WIDE]);
@@ -546,12 +549,19 @@ extern "C" void see(const Block *block, int32_t narrow, int64_t start, int64_t s
 }
 
 // The sums of embedding rows that sparse beliefs share out, [rows, hidden] in float32; 0 for a row of count -1.
+extern "C" void see(const Block *block, int32_t narrow, int64_t rows, int32_t threads) {
+    share(rows, rows * block->vocab / GRAIN, threads, [&](long start, long stop) { see_rows(*block, narrow, start, stop); });
+}
+
+// values: how many embeddings all rows take.
 extern "C" void combine(const Block *block, const void *weight, int32_t narrow, int64_t hidden, float *out,
-                        int64_t start, int64_t stop) {
-    for (int64_t r = start; r < stop; ++r) {
-        if (narrow)
-            add_rows((const uint16_t *)weight, hidden, *block, out, r);
-        else
-            add_rows((const float *)weight, hidden, *block, out, r);
-    }
+                        int64_t rows, int64_t values, int32_t threads) {
+    share(rows, values * hidden / GRAIN, threads, [&](long start, long stop) {
+        for (int64_t r = start; r < stop; ++r) {
+            if (narrow)
+                add_rows((const uint16_t *)weight, hidden, *block, out, r);
+            else
+                add_rows((const float *)weight, hidden, *block, out, r);
+        }
+    });
 }

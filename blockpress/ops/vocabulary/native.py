@@ -10,7 +10,6 @@ Run it:  python -m pytest tests/ops/test_vocabulary_see.py
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,9 +19,6 @@ from torch import Tensor
 from blockpress.ops import compiled
 from blockpress.ops.vocabulary.passes import MOST, Belief, Pass, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
-
-SMALL = 1 << 16
-"""Products that one thread reads sooner than others have begun."""
 
 FEW = 1 << 19
 """Products that are read sooner than tables of 65,536 values are made."""
@@ -95,7 +91,7 @@ def pass_over(
         belief=_BELIEFS[belief],
     )
     narrow = product.dtype == torch.bfloat16
-    _share(rows, rows * vocab, lambda start, stop: library.see(ctypes.byref(block), narrow, start, stop))
+    library.see(ctypes.byref(block), narrow, rows, torch.get_num_threads())
     return Pass(argmax, None if uniform is None else sample, entropy, total, product if belief else None, sparse)
 
 
@@ -113,10 +109,9 @@ def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Flo
     )
     narrow = weight.dtype == torch.bfloat16
 
-    def part(start: int, stop: int) -> None:
-        library.combine(ctypes.byref(block), weight.data_ptr(), narrow, hidden, out.data_ptr(), start, stop)
-
-    _share(rows, int(sparse.counts.clamp(min=0).sum()) * hidden, part)
+    values = int(sparse.counts.clamp(min=0).sum())
+    given = (weight.data_ptr(), narrow, hidden, out.data_ptr(), rows, values)
+    library.combine(ctypes.byref(block), *given, torch.get_num_threads())
     return out
 
 
@@ -137,20 +132,13 @@ def _tables(
     return torch.stack((logits, logits.exp(), logits.to(torch.bfloat16).float().exp()), dim=1), table
 
 
-def _share(rows: int, work: int, part: Callable[[int, int], None]) -> None:
-    if work < SMALL:
-        part(0, rows)
-    else:
-        compiled.share(rows, part)
-
-
 @cache
 def _library() -> ctypes.CDLL | None:
     library = compiled.library("vocabulary")
     if library is not None:
-        block, long = ctypes.POINTER(Block), ctypes.c_int64
-        library.see.argtypes = [block, ctypes.c_int32, long, long]
+        block, long, number = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_int32
+        library.see.argtypes = [block, number, long, number]
         library.see.restype = None
-        library.combine.argtypes = [block, ctypes.c_void_p, ctypes.c_int32, long, ctypes.c_void_p, long, long]
+        library.combine.argtypes = [block, ctypes.c_void_p, number, long, ctypes.c_void_p, long, long, number]
         library.combine.restype = None
     return library
