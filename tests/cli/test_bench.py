@@ -101,6 +101,14 @@ def test_taking_turns(call: Call, rival: str) -> None:
     assert said["ours_step_ms"]["min"] == pytest.approx(1000 * min(said["ours_seconds"]) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_rival_runs_in_the_type_that_is_asked_for(call: Call) -> None:
+    types = ["--dtype", "bfloat16", "--compute-dtype", "float32"]
+    for more, wanted in (([], "bfloat16"), (["--against-dtype", "float32"], "float32")):
+        said = told(call, "--steps", 1, "--rounds", 1, "--against", "transformers", *types, *more)
+        assert said["against"].endswith(f" in {wanted}") and said["compute_dtype"] == "float32"
+
+
 def test_without_transformers_it_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = call(*TINY, "--steps", 1, "--against", "transformers")
@@ -135,6 +143,16 @@ BAD = {
     "an unknown rival": ([*TINY, "--steps", "2", "--against", "vllm"], "--against is 'vllm'"),
     "a rival and adaptive steps": ([*TINY, "--against", "poem"], "both must run the same steps"),
     "a rival and requests": ([*TINY, "--steps", "2", "--against", "poem", "--requests", "3"], "--requests is given"),
+    "a type of nothing": ([*TINY, "--against-dtype", "float32"], "--against-dtype is given without --against"),
+    "a type of the poem": (
+        [*TINY, "--steps", "2", "--against", "poem", "--against-dtype", "float32"],
+        "the very same network",
+    ),
+    "a type that there is not": (
+        [*TINY, "--steps", "2", "--against", "transformers", "--against-dtype", "int3"],
+        "--against-dtype is 'int3'",
+    ),
+    "arithmetic that rounds weights": ([*TINY, "--compute-dtype", "bfloat16"], "does not hold the weights in float32"),
     "rounds of nothing": ([*TINY, "--rounds", "3"], "--rounds is given without --against"),
     "an unknown embedding": ([*TINY, "--soft-embedding", "soft"], "--soft-embedding is 'soft'"),
     "puzzles for a random model": ([*TINY[:3], "--prompts", "sudoku"], "--prompts is sudoku"),
