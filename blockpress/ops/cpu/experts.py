@@ -35,7 +35,8 @@ def mix(
 ) -> Float[Tensor, "tokens hidden"]:
     """`experts.loop`, its sum rounded once."""
     (tokens, k), hidden = chosen.shape, x.shape[1]
-    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
+    assert gate_up.shape == (len(down), 2 * down.shape[2], hidden) and down.shape[1] == hidden, "one size of all"
+    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.long().contiguous()
     slots, out = x.new_empty(tokens * k, hidden), torch.empty_like(x)
     experts = stacked(gate_up, down)
     pointers = (weights.data_ptr(), chosen.data_ptr(), slots.data_ptr(), out.data_ptr())

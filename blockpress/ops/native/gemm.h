@@ -371,6 +371,7 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
 
 template <class T, class Row, class Emit>
 void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
+  if (!rows) return;
   if (rows <= FEW) {
     std::vector<float> memory(rows * depth);
     const float* x[FEW];
