@@ -41,29 +41,42 @@ class Fused:
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         self.dtype, self.whole = dtype, True
-        self._seen: list[tuple[dict[str, Any], str, object, Tensor | None, int]] = []
-        self.before, self.after = self._before(layer), self._after(layer)
+        self._parts = [(each._modules, name, part) for each in layer.modules() for name, part in each.named_children()]
+        self._seen: list[tuple[dict[str, Any], str, object, Tensor | None, int, torch.dtype | None]] = []
+        # What a part of another kind does, an adapter say, is not known here.
+        if any(type(part).__module__ != type(layer).__module__ for *_, part in self._parts):
+            self.whole = False
+        else:
+            self.before, self.after = self._before(layer), self._after(layer)
 
     def current(self) -> bool:
-        """Whether every weight still is where it was."""
-        for owner, name, held, tensor, pointer in self._seen:
-            if owner.get(name) is not held or (tensor is not None and tensor.data_ptr() != pointer):
+        """Whether every part and every weight still is where it was."""
+        for modules, name, part in self._parts:
+            if modules.get(name) is not part:
+                return False
+        for owner, name, held, tensor, pointer, dtype in self._seen:
+            if owner.get(name) is not held:
+                return False
+            if tensor is not None and (tensor.data_ptr() != pointer or tensor.dtype is not dtype):
                 return False
         return True
 
     def __call__(self, x: Tensor, rotary: Rotary, attend: Attend, causal: Causal, skip: int) -> Tensor:
         """What `Layer.forward` gives."""
         batch, length, hidden = x.shape
-        flat = x.reshape(-1, hidden)
+        flat = x.reshape(-1, hidden).contiguous()
         cos, sin = (table.expand(batch, -1, -1, -1).reshape(-1, table.shape[-1]) for table in rotary)
+        cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
         query, key, value = (
             part.view(batch, -1, *part.shape[1:]).transpose(1, 2)
             for part in cpu.before(self.before, flat, cos, sin, skip)
         )
-        mixed = attend(query, key, value).transpose(1, 2).reshape(batch * (length - skip), -1)
+        mixed = attend(query, key, value).transpose(1, 2).reshape(batch * (length - skip), -1).contiguous()
         if not self.after.canvas_scalar:
             causal = True
-        out = cpu.after(self.after, flat[skip:], mixed, causal[skip:] if isinstance(causal, Tensor) else causal)
+        if isinstance(causal, Tensor):
+            causal = causal[skip:].repeat(batch)
+        out = cpu.after(self.after, flat[skip:], mixed, causal)
         return out.view(batch, length - skip, hidden)
 
     def _before(self, layer: Layer) -> Before:
@@ -103,7 +116,8 @@ class Fused:
         owner = next(each for each in places if each.get(name) is not None)
         held = owner[name]
         tensor = held if isinstance(held, Tensor) else None
-        self._seen.append((owner, name, held, tensor, 0 if tensor is None else tensor.data_ptr()))
+        where = (0, None) if tensor is None else (tensor.data_ptr(), tensor.dtype)
+        self._seen.append((owner, name, held, tensor, *where))
         return held
 
     def _matrix(self, module: nn.Module) -> bridge.Matrix:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.ops import attention, spans
+from blockpress.ops.cpu import bridge
 from blockpress.ops.spans import Piece, Span, look
 
 DIM = 16
@@ -44,10 +49,23 @@ def truth(query: Tensor, made: list[Span]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def check(made: list[Span], heads: int, dtype: torch.dtype = torch.float32) -> None:
+VERSIONS = ["C++", "torch"]
+
+
+@contextmanager
+def only(version: str) -> Iterator[None]:
+    """C++ where it can be had; or the groups of spans in torch."""
+    if version == "C++":
+        yield
+    else:
+        with mock.patch.object(spans, "_in_cpp", return_value=False):
+            yield
+
+
+def check(made: list[Span], heads: int, dtype: torch.dtype = torch.float32, version: str = "C++") -> None:
     draw = torch.Generator().manual_seed(len(made))
     query = torch.randn(heads, made[-1].stop, DIM, generator=draw).to(dtype)
-    with torch.inference_mode():
+    with torch.inference_mode(), only(version):
         got, wanted = look(query, made), truth(query, made)
     assert got.transpose(0, 1).is_contiguous(), "heads of a row lie side by side"
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
@@ -61,10 +79,11 @@ shapes = st.lists(
 )
 
 
-@given(shapes, st.sampled_from([(1, 1), (4, 2), (6, 1)]), st.integers(0, 99))
-def test_any_spans(shape: list[tuple[int, list[int], bool]], sizes: tuple[int, int], seed: int) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+@given(shape=shapes, sizes=st.sampled_from([(1, 1), (4, 2), (6, 1)]), seed=st.integers(0, 99))
+def test_any_spans(version: str, shape: list[tuple[int, list[int], bool]], sizes: tuple[int, int], seed: int) -> None:
     heads, kv = sizes
-    check(build(shape, kv, torch.float32, seed), heads)
+    check(build(shape, kv, torch.float32, seed), heads, version=version)
 
 
 CASES = {
@@ -76,30 +95,44 @@ CASES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("version", [*VERSIONS, "torch alone"])
 @pytest.mark.parametrize("case", CASES)
-def test_what_an_engine_asks(case: str, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native:
+def test_what_an_engine_asks(case: str, version: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if version == "torch alone":
         monkeypatch.setattr("blockpress.ops.rows._library", lambda: None)
-    check(build(CASES[case], 2, dtype, 1), 4, dtype)
+    check(build(CASES[case], 2, dtype, 1), 4, dtype, version)
+
+
+@pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
+def test_it_is_c_where_that_can_be_had() -> None:
+    made = build(CASES["mixed"], 2, torch.float32, 1)
+    query = torch.randn(4, made[-1].stop, DIM, generator=torch.Generator().manual_seed(0))
+    with mock.patch.object(spans, "_look") as in_torch:
+        with torch.inference_mode():
+            look(query, made)
+        assert not in_torch.called
+        look(query, made)
+        assert in_torch.called, "gradients are torch's"
 
 
 def test_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "SCORES", 4 * 3 * 130)
-    check(build([(40, [100, 30], True), (40, [90, 40], False), (1, [50], False)], 2, torch.float32, 5), 4)
+    made = build([(40, [100, 30], True), (40, [90, 40], False), (1, [50], False)], 2, torch.float32, 5)
+    check(made, 4, version="torch")
 
 
 def test_single_tokens_run_as_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *tensors: calls.append(tensors) or bmm(*tensors))
-    check(build(CASES["single tokens"], 2, torch.float32, 2), 4)
-    assert len(calls) <= 4, "scores and values, of at most two groups"
+    check(build(CASES["single tokens"], 2, torch.float32, 2), 4, version="torch")
+    assert 2 <= len(calls) <= 4, "scores and values, of at most two groups"
 
 
-def test_what_is_masked_or_fills_up_has_no_influence_at_all() -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_masked_or_fills_up_has_no_influence_at_all(version: str) -> None:
     made = build([(3, [8], True), (3, [20], False)], 2, torch.float32, 3)
     query = torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    with torch.inference_mode(), only(version):
         before = look(query, made)[:, :3].clone()
         made[0].mask[:, 5:], made[1].seen[0][1][:] = False, 1e6  # type: ignore[index]
         hidden = look(query, made)[:, :3].clone()

@@ -19,11 +19,13 @@ def linear(
     x: Float[Tensor, "*rows in"], weight: Matrix, out: Float[Tensor, "*rows out"] | None = None
 ) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type, summed in float32; `out`: where to, of any stride from row to row."""
+    assert x.shape[-1] == weight.columns, "C++ would read on beyond the rows"
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     made = x.new_empty(*x.shape[:-1], weight.rows) if out is None else out
     rows = made.view(-1, weight.rows) if made.is_contiguous() else made
-    assert rows.ndim == 2 and rows.stride(1) == 1, "rows of one stride"
+    assert rows.ndim == 2 and rows.stride(1) == 1 and rows.dtype == x.dtype, "rows of one stride"
+    assert rows.shape == (len(flat), weight.rows), "a row for each of x"
     arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(weight))
     bridge.call("linear", x.dtype, *arguments, rows.data_ptr(), rows.stride(0))
     return made
@@ -31,6 +33,7 @@ def linear(
 
 def combine(share: Float[Tensor, "*rows vocab"], weight: Matrix) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type, summed in float32."""
+    assert share.shape[-1] == weight.rows, "C++ would read on beyond the rows"
     flat = share.reshape(-1, share.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     out = torch.zeros(len(flat), weight.columns)

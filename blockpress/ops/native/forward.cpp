@@ -225,6 +225,7 @@ struct Attention {
     float* scores = Scratch::room(own.wide, rows * step + keys + 2 * W);
     float* buffer = scores + rows * step;
     float* sums = Scratch::room(own.sums, rows * width);
+    if (!keys) std::fill_n(sums, rows * width, 0.0f);  // as an empty sum is
     for (long i = 0; i < rows; i += MR) {
       const T* lines[MR];
       const int some = static_cast<int>(std::min<long>(MR, rows - i));

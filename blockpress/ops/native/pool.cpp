@@ -14,8 +14,8 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__linux__) || defined(__APPLE__)
 #include <pthread.h>
@@ -45,7 +45,7 @@ struct Pool {
   std::atomic<uint64_t> state{0};
   std::atomic<long> next{0};
   std::atomic<int> sleepers{0};
-  std::vector<std::thread> workers;
+  int workers = 0;
   long count = 0;
   std::atomic<uint64_t> most{0};  // workers that may take part
   void (*part)(void*, long) = nullptr;
@@ -87,9 +87,9 @@ struct Pool {
   }
 
   void run(long parts, int threads, void (*function)(void*, long), void* argument) {
-    while (static_cast<int>(workers.size()) < threads - 1) {
-      workers.emplace_back([this] { work(); });
-      workers.back().detach();
+    try {
+      for (; workers < threads - 1; workers++) std::thread([this] { work(); }).detach();
+    } catch (const std::system_error&) {  // the system allows no more: those that there are will do
     }
     part = function, data = argument, count = parts, most = threads - 1;
     next.store(0, std::memory_order_relaxed);

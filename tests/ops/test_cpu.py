@@ -1,0 +1,396 @@
+"""Products, experts and attention in C++ against float64 and the plain versions, of any size, type and layout.
+
+Limits follow from the arithmetic: a sum of n products in float32 is off by at most (n + 1) * 2^-24 of the sum
+of the products' sizes, and the result is rounded once to its type, in bfloat16 by at most 2^-8 of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockpress.hardware import isa
+from blockpress.ops import attention, experts
+from blockpress.ops import linear as plain_products
+from blockpress.ops.cpu import attention as in_cpp_attention
+from blockpress.ops.cpu import bridge, products
+from blockpress.ops.cpu import experts as in_cpp_experts
+from blockpress.ops.packed import HalfFloats
+from blockpress.ops.spans import Piece, Span
+
+pytestmark = pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
+TYPES = [torch.float32, torch.bfloat16]
+STORED = [torch.float32, torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, torch.float16]
+PAIRS = [(own, stored) for own in TYPES for stored in STORED]
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    return products.linear(x, bridge.matrix(weight), out=out)
+
+
+def combine(share: Tensor, weight: Tensor) -> Tensor:
+    return products.combine(share, bridge.matrix(weight))
+
+
+def mix(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return in_cpp_experts.mix(x, weights, chosen, in_cpp_experts.stacked(gate_up, down))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(got: Tensor, x: Tensor, columns: Tensor) -> None:
+    """got is x @ columns within the rounding of float32 sums and of the result."""
+    exact, sizes = x.double() @ columns.double(), x.double().abs() @ columns.double().abs()
+    limit = (x.shape[-1] + 1) * 2**-24 * sizes
+    if got.dtype == torch.bfloat16:
+        limit = limit + 2**-8 * (exact.abs() + limit)
+    assert got.dtype == x.dtype and got.shape == exact.shape
+    off = (got.double() - exact).abs() - limit
+    assert bool((off <= 1e-38).all()), f"{float(off.max()):.1e} over the limit"
+
+
+# ---- products
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@settings(max_examples=40)
+@given(rows=st.integers(1, 30), depth=st.integers(1, 90), columns=st.integers(1, 100), seed=st.integers(0, 99))
+def test_linear(own: torch.dtype, stored: torch.dtype, rows: int, depth: int, columns: int, seed: int) -> None:
+    x, weight = numbers(rows, depth, dtype=own, seed=seed), numbers(columns, depth, dtype=stored, seed=seed + 1)
+    check(linear(x, weight), x, weight.T)
+
+
+LARGE = {
+    "several depths of a panel": (7, 801, 70),
+    "odd pairs over several depths": (5, 785, 33),
+    "more rows than a task": (251, 33, 65),
+    "more rows than are packed at a time": (973, 5, 17),
+    "few rows, many columns": (3, 700, 129),
+}
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@pytest.mark.parametrize("case", LARGE)
+def test_linear_beyond_a_block(case: str, own: torch.dtype, stored: torch.dtype) -> None:
+    rows, depth, columns = LARGE[case]
+    x, weight = numbers(rows, depth, dtype=own), numbers(columns, depth, dtype=stored, seed=1)
+    check(linear(x, weight), x, weight.T)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 23])
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+def test_what_lies_in_larger_storage(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
+    """Rows of x, of the weight and of the result some way apart; nothing is written between them."""
+    x = numbers(rows, 53, dtype=own)[:, 3:40]
+    weight = numbers(45, 41, dtype=stored, seed=1)[:, 1:38]
+    whole = torch.full((rows, 60), 7.0, dtype=own)
+    got = linear(x, weight, out=whole[:, 5:50])
+    check(got, x, weight.T)
+    assert got.data_ptr() == whole[:, 5:].data_ptr()
+    assert bool((whole[:, :5] == 7).all()) and bool((whole[:, 50:] == 7).all())
+    turned = numbers(37, rows, dtype=own).T
+    check(linear(turned, weight), turned, weight.T)
+    repeated = numbers(1, 37, dtype=own).expand(rows, 37)
+    check(linear(repeated, weight), repeated, weight.T)
+    batch = numbers(2, rows, 37, dtype=own)
+    assert torch.equal(linear(batch, weight)[1], linear(batch.flatten(0, 1), weight)[rows:])
+
+
+@pytest.mark.parametrize("own", TYPES)
+def test_no_rows(own: torch.dtype) -> None:
+    """An expert's or a request's share of a batch may be empty."""
+    assert linear(numbers(0, 9, dtype=own), numbers(80, 9)).shape == (0, 80)
+    assert combine(numbers(0, 9, dtype=own), numbers(9, 80)).shape == (0, 80)
+    assert plain_products.linear(numbers(2, 0, 9, dtype=own), numbers(80, 9, dtype=own)).shape == (2, 0, 80)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises((AssertionError, TypeError)):
+        linear(numbers(2, 9), numbers(80, 10))
+    with pytest.raises((AssertionError, TypeError)):
+        combine(numbers(2, 9), numbers(80, 9))
+    with pytest.raises((AssertionError, TypeError)):
+        linear(numbers(2, 9), numbers(80, 9), out=numbers(2, 81)[:, :79])
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@settings(max_examples=25)
+@given(rows=st.integers(1, 30), vocab=st.integers(1, 90), hidden=st.integers(1, 100), seed=st.integers(0, 99))
+def test_combine(own: torch.dtype, stored: torch.dtype, rows: int, vocab: int, hidden: int, seed: int) -> None:
+    share, weight = numbers(rows, vocab, dtype=own, seed=seed), numbers(vocab, hidden, dtype=stored, seed=seed + 1)
+    check(combine(share, weight), share, weight)
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@pytest.mark.parametrize(("rows", "vocab", "hidden"), [(2, 4500, 33), (250, 40, 64), (13, 2048, 300)])
+def test_combine_beyond_a_block(rows: int, vocab: int, hidden: int, own: torch.dtype, stored: torch.dtype) -> None:
+    share = numbers(rows, vocab + 3, dtype=own)[:, 1 : 1 + vocab]
+    weight = numbers(vocab, hidden + 5, dtype=stored, seed=1)[:, 2 : 2 + hidden]
+    check(combine(share, weight), share, weight)
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    """All values of a type of 16 bits."""
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def same_values(got: Tensor, wanted: Tensor) -> None:
+    """To the bit, but for the sign of 0, which a sum that begins at 0 does not keep, and for which NaN."""
+    number = ~wanted.isnan()
+    assert torch.equal(got.isnan(), ~number)
+    assert torch.equal((got[number] + 0.0).view(torch.int32), (wanted[number] + 0.0).view(torch.int32))
+
+
+@pytest.mark.parametrize("stored", HALVES)
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_every_half_float_is_widened_to_the_bit(stored: torch.dtype, rows: int) -> None:
+    """As columns of one value (the scalar way), and as one line (a vector at a time, with a rest)."""
+    values, one = every(stored), torch.ones(rows, 1)
+    for got in (linear(one, values[:, None]), combine(one, values[None])):
+        for row in got:
+            same_values(row, values.float())
+    for some in (values[None, :-5], values[None, 1:-1]):
+        same_values(combine(one, some)[-1], some[0].float())
+
+
+@pytest.mark.parametrize("stored", HALVES)
+@pytest.mark.parametrize("rows", [2, 16])
+def test_every_half_float_along_the_depth(stored: torch.dtype, rows: int) -> None:
+    """A line of 16 or more values is widened as a vector; an identity picks the values out one by one."""
+    values = every(stored)
+    lines = values[values.isfinite()].unflatten(0, (-1, 16))
+    for first in range(0, 16, rows):
+        got = linear(torch.eye(16)[first : first + rows], lines)
+        wanted = lines.float().T[first : first + rows]
+        same_values(got.contiguous(), wanted.contiguous())
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_results_are_rounded_to_bfloat16_as_torch_rounds(rows: int) -> None:
+    """Halfway cases to even, overflow to infinity, NaN to NaN: 1 times float32 values all over the range."""
+    bits = torch.arange(-(1 << 31), 1 << 31, (1 << 17) - 1531, dtype=torch.int64)
+    halves = (torch.arange(1 << 16, dtype=torch.int64) << 16) + 0x8000 - (1 << 31)
+    values = torch.cat((bits, halves, halves - 1, halves + 1)).to(torch.int32).view(torch.float32)
+    values = values[(values.abs() > 1.2e-38) | (values == 0) | values.isnan()]  # the processor takes those for 0
+    got = linear(torch.ones(rows, 1, dtype=torch.bfloat16), values[:, None])
+    for row in got:
+        same_values(row.float(), values.bfloat16().float())
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@given(chosen=st.lists(st.integers(0, 39), min_size=5, max_size=30))
+@settings(max_examples=20)
+def test_neighbours_do_not_show(own: torch.dtype, stored: torch.dtype, chosen: list[int]) -> None:
+    x, weight, some = numbers(40, 403, dtype=own), numbers(70, 403, dtype=stored), torch.tensor(chosen)
+    assert torch.equal(linear(x[some], weight), linear(x, weight)[some])
+    share, weight = numbers(40, 203, dtype=own), numbers(203, 70, dtype=stored)
+    assert torch.equal(combine(share[some], weight), combine(share, weight)[some])
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@pytest.mark.parametrize("rows", [1, 4, 5, 60])
+def test_threads_do_not_show(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
+    x, weight = numbers(rows, 303, dtype=own), numbers(333, 303, dtype=stored)
+    alone, mean = linear(x, weight), combine(x, weight.T.contiguous())
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(linear(x, weight), alone)
+            assert torch.equal(combine(x, weight.T.contiguous()), mean)
+
+
+def test_which_products_come_here() -> None:
+    x, weight = numbers(6, 40), numbers(30, 40, dtype=torch.float16)
+    assert torch.equal(plain_products.linear(x, HalfFloats(values=weight)), linear(x, weight))
+    share = numbers(6, 30)
+    assert torch.equal(plain_products.combine(share, HalfFloats(values=weight)), combine(share, weight))
+    assert bridge.for_product(x.double(), weight) is None and bridge.for_product(x, numbers(4, 40).T) is None
+    both = bridge.for_product(x.bfloat16(), weight.bfloat16())
+    assert (both is None) == (isa() == "avx512_bf16" or not bridge.supports(x.bfloat16()))
+    with torch.inference_mode(False), torch.enable_grad():
+        assert bridge.for_product(numbers(6, 40), weight) is None, "gradients are torch's"
+
+
+# ---- experts
+
+Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def routed(tokens: int, count: int, k: int, hidden: int, size: int, stored: torch.dtype, seed: int = 0) -> Routed:
+    """The first experts are chosen far more often than the last, which nobody takes unless all are taken."""
+    scores = numbers(tokens, count, seed=seed) - torch.arange(count) * 0.5
+    weights, chosen = experts.route(scores, k, torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.5)
+    gate_up = (numbers(count, 2 * size, hidden, seed=seed + 1) * hidden**-0.5).to(stored)
+    down = (numbers(count, hidden, size, seed=seed + 2) * size**-0.5).to(stored)
+    return numbers(tokens, hidden, seed=seed + 3), weights, chosen, gate_up, down
+
+
+def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`experts.loop` in float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(chosen.shape[1])):
+        expert = chosen[token, slot]
+        gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+        y = down[expert].double() @ (F.gelu(gate, approximate="tanh") * up)
+        out[token] += weights[token, slot].double() * y
+    return out
+
+
+MIXTURES = {
+    "one token": (1, 5, 2, 33, 17),
+    "one choice": (9, 4, 1, 64, 32),
+    "few tokens": (4, 6, 3, 31, 70),
+    "more than few": (5, 6, 3, 31, 70),
+    "all experts": (7, 3, 3, 40, 9),
+    "many tokens of an expert": (250, 3, 2, 18, 66),
+    "deep": (13, 4, 2, 401, 21),
+    "deep down": (13, 4, 2, 21, 401),
+}
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+@pytest.mark.parametrize("case", MIXTURES)
+def test_experts(case: str, own: torch.dtype, stored: torch.dtype) -> None:
+    """No further from float64 than the loop is over weights in the activations' type (in float32: hardly)."""
+    x, weights, chosen, gate_up, down = routed(*MIXTURES[case], stored)
+    given = x.to(own), weights, chosen, gate_up, down
+    got, wanted = mix(*given), mixture(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridge, "supports", lambda x: False)
+        plain = experts.loop(*given[:3], gate_up.to(own), down.to(own))
+    assert got.dtype == own
+    off, allowed = (got - wanted).norm(), (plain - wanted).norm()
+    assert off <= (3.0 if own == torch.float32 else 1.05) * allowed + 1e-7 * wanted.norm()
+    close = {"rtol": 1e-5, "atol": 2e-6} if own == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(got.double(), wanted, **close)
+    if own == torch.float32 or bridge.supports(given[0]):
+        held = [HalfFloats(values=each) if each.dtype in HALVES else each for each in (gate_up, down)]
+        assert torch.equal(experts.mix(*given[:3], *held), got), "and it is the one that is taken"
+
+
+def test_some_experts_have_no_token() -> None:
+    given = routed(12, 6, 2, 32, 16, torch.float32)
+    counts = torch.bincount(given[2].flatten(), minlength=6)
+    assert counts.min() == 0 and counts.max() > 2 * counts.float().mean(), "the case is what it says"
+    given[3][counts == 0], given[4][counts == 0] = torch.nan, torch.nan
+    torch.testing.assert_close(mix(*given).double(), mixture(*given), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("own", TYPES)
+def test_no_tokens_for_the_experts(own: torch.dtype) -> None:
+    x, *others = routed(0, 4, 2, 32, 16, own)
+    assert mix(x.to(own), *others).shape == (0, 32)
+
+
+@pytest.mark.parametrize(("own", "stored"), PAIRS)
+def test_neighbours_and_threads_do_not_show_in_experts(own: torch.dtype, stored: torch.dtype) -> None:
+    x, weights, chosen, gate_up, down = routed(290, 5, 2, 35, 33, stored)
+    x = x.to(own)
+    whole = mix(x, weights, chosen, gate_up, down)
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(mix(x, weights, chosen, gate_up, down), whole)
+    for some in (torch.tensor([7, 3, 250, 9, 11]), torch.arange(100, 231)):
+        assert torch.equal(mix(x[some], weights[some], chosen[some], gate_up, down), whole[some])
+
+
+# ---- attention
+
+
+def piece(kv: int, keys: int, dim: int, dtype: torch.dtype, seed: int, turned: bool = False) -> Piece:
+    """Keys and values as a part of pages; `turned` ones are not dense along their features."""
+    both = numbers(2, kv, keys + 7, dim, dtype=dtype, seed=seed)[:, :, 3 : 3 + keys]
+    if turned:
+        both = both.transpose(2, 3).contiguous().transpose(2, 3)
+    return both[0], both[1]
+
+
+# queries, keys of the pieces, rows of the mask (0: none), heads, key heads, dim
+LOOKS = {
+    "one query": (1, [70], 0, 4, 2, 16),
+    "one query, one key": (1, [1], 0, 1, 1, 3),
+    "pieces": (9, [40, 3, 17], 0, 4, 4, 20),
+    "a row of mask for all": (9, [40, 20], 1, 4, 2, 16),
+    "a row of mask each": (30, [40, 20], 30, 6, 1, 24),
+    "empty pieces": (7, [0, 33, 0, 18, 0], 7, 4, 2, 16),
+    "long keys": (5, [1500, 37], 5, 4, 1, 40),
+    "large heads": (14, [50], 0, 2, 1, 300),
+    "many queries": (300, [20, 300], 300, 3, 3, 8),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", LOOKS)
+def test_attention(case: str, dtype: torch.dtype, turned: bool) -> None:
+    queries, pieces, masked, heads, kv, dim = LOOKS[case]
+    keys = sum(pieces)
+    mask = numbers(masked, keys, seed=5) > 0 if masked else None
+    seen = tuple(piece(kv, count, dim, dtype, place, turned) for place, count in enumerate(pieces))
+    before = Span(start=0, stop=2, seen=(piece(kv, 4, dim, dtype, 9),))
+    query = numbers(heads, 2 + queries, dim, dtype=dtype, seed=7) * 2 * dim**-0.5
+    if turned:
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    span = Span(start=2, stop=2 + queries, seen=seen, mask=mask)
+    spans = [span, before] if turned else [before, span]
+    got = in_cpp_attention.attend(query, spans)[:, 2:]
+    key, value = (torch.cat(part, dim=1)[None] for part in zip(*seen, strict=True))
+    visible = None if mask is None else mask.expand(queries, -1)[None]
+    wanted = attention.plain(query[None, :, 2:].double(), key.double(), value.double(), visible)[0]
+    plain = attention.plain(query[None, :, 2:], key, value, visible)[0]
+    off, allowed = (got - wanted).norm(), (plain - wanted).norm()
+    assert got.dtype == dtype
+    assert off <= (3.0 if dtype == torch.float32 else 1.1) * allowed + 1e-7 * wanted.norm()
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(in_cpp_attention.attend(query, spans)[:, 2:], got)
+
+
+def test_nothing_to_see_is_nothing() -> None:
+    span = Span(start=0, stop=5, seen=(piece(2, 0, 16, torch.float32, 0),))
+    in_cpp_attention.attend(numbers(4, 5, 16), [Span(start=0, stop=5, seen=(piece(2, 9, 16, torch.float32, 0),))])
+    assert not in_cpp_attention.attend(numbers(4, 5, 16), [span]).any(), "not what was there before"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_numbers_that_are_none_stay_with_their_query(dtype: torch.dtype) -> None:
+    query = numbers(4, 9, 16, dtype=dtype)
+    query[1, 4] = torch.nan
+    got = in_cpp_attention.attend(query, [Span(start=0, stop=9, seen=(piece(2, 40, 16, dtype, 0),))])
+    bad = torch.zeros(4, 9, dtype=torch.bool)
+    bad[1, 4] = True
+    assert torch.equal(got.isnan().all(-1), bad) and torch.equal(got.isnan().any(-1), bad)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_numbers_that_are_none_stay_in_their_row_and_column(rows: int, dtype: torch.dtype) -> None:
+    x, weight = numbers(rows, 30, dtype=dtype), numbers(40, 30, dtype=dtype)
+    x[0, 7], weight[21, 3] = torch.nan, torch.inf
+    got, wanted = linear(x, weight), x.double() @ weight.double().T
+    assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.isinf(), wanted.isinf())
