@@ -4,6 +4,7 @@
     vocabulary   argmax, sample, entropy and signal in one pass, beside whole float32 logits
     experts      all tokens' experts in grouped products, beside one expert after another
     spans        attention of many requests in one batch, beside each of them alone
+    layers       a layer in two calls of C++, beside its modules one by one
     engine       the fixed puzzle by the engine, beside the poem
 
 Invariant: a check compares numbers of this process; it never takes a path for granted because it is there.
@@ -50,6 +51,7 @@ def agreement(device: str) -> Iterator[Check]:
         yield _vocabulary(draw, device)
         yield from _experts(draw, device)
         yield _spans(draw, device)
+        yield from _layers(draw, device)
 
 
 def engine(lm: LM, puzzle: str) -> Check:
@@ -104,6 +106,7 @@ def _experts(draw: Generator, device: str) -> Iterator[Check]:
     import torch
 
     from blockpress.ops import experts, grouped
+    from blockpress.ops.cpu import bridge
 
     tokens, hidden, size, count = 48, 64, 32, 16
     given = torch.randn(tokens, hidden, generator=draw).to(device)
@@ -114,7 +117,8 @@ def _experts(draw: Generator, device: str) -> Iterator[Check]:
     for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
         x, gate_up, down = (tensor.to(dtype) for tensor in (given, whole, narrow))
         fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.mix, experts.loop))
-        path = "matrix tiles in C++" if grouped.fits(x, gate_up, down) else "grouped products"
+        in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
+        path = "C++" if in_cpp else "matrix tiles in C++" if grouped.fits(x, gate_up, down) else "grouped products"
         yield _told("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
 
 
@@ -134,6 +138,30 @@ def _spans(draw: Generator, device: str) -> Check:
         alone.append(attention.plain(part, key[None], value[None], None)[0])
         start += rows
     return _told("spans", f"{len(sizes)} requests in one batch", _gap(look(query, spans), torch.cat(alone, dim=1)))
+
+
+def _layers(draw: Generator, device: str) -> Iterator[Check]:
+    import torch
+
+    from blockpress.config import PRESETS
+    from blockpress.model import Network
+    from blockpress.model.fused import fused
+    from blockpress.model.layers import Layer
+
+    layer = Network(PRESETS["tiny"]()).eval().layers[0]
+    assert isinstance(layer, Layer)
+    for weight in layer.parameters():
+        weight.copy_(
+            torch.randn(weight.shape, generator=draw) * weight.shape[-1] ** -0.5 if weight.ndim > 1 else weight
+        )
+    for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
+        layer = layer.to(device, dtype)
+        x = torch.randn(1, 24, layer.input_layernorm.weight.numel(), generator=draw).to(device, dtype)
+        turns = torch.ones(1, 1, 24, layer.self_attn.dim, device=device, dtype=dtype)
+        given = (x, (turns, turns * 0), lambda query, key, value: query)
+        path = "two calls of C++" if fused(layer, x, 0) is not None else "module by module"
+        gap = _gap(layer(*given, causal=False), layer.by_modules(*given, causal=False))
+        yield _told("layers", f"{path}, {str(dtype)[6:]}", gap, limit=limit)
 
 
 def _gap(fast: Tensor, slow: Tensor) -> float:

@@ -227,6 +227,10 @@ class Layer(nn.Module):
         whole = fused(self, x, skip)
         if whole is not None:
             return whole(x, rotary, attend, causal, skip)
+        return self.by_modules(x, rotary, attend, causal=causal, skip=skip)
+
+    def by_modules(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
+        """The same, one operation after another: what `forward` does where there is no C++ for it."""
         mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
         h = x[:, skip:] + self.post_attention_layernorm(mixed)
         if not h.numel():

@@ -27,11 +27,14 @@ from blockpress.hardware import Isa, cache_folder, isa, processor
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 FLAGS += ("-pthread", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
-LEVELS: dict[Isa, tuple[str, ...]] = {
-    "amx": ("-march=sapphirerapids",),
-    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
-    "avx512": ("-march=x86-64-v4",),
-    "avx2": ("-march=x86-64-v3",),
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe", "-mpopcnt")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
+_PAIRS = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+LEVELS: dict[Isa, tuple[str, ...]] = {  # by instructions: g++ 10 does not know the names of the levels
+    "amx": (*_PAIRS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_bf16": _PAIRS,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
     "neon": ("-march=armv8-a",),
     "portable": (),
 }

@@ -100,13 +100,14 @@ def _plain(tensor: Tensor) -> bool:
 def supports(x: Tensor) -> bool:
     """Whether activations like x may go to the C++ here: on a CPU, float32 or bfloat16, no gradient.
 
-    Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast.
+    Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
+    so are all of its products where our build is for any processor of a kind ("portable").
     """
     if torch.is_grad_enabled() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
         return False
     if x.dtype not in SUFFIXES or torch.compiler.is_compiling():
         return False
-    return library() is not None and not (x.dtype == torch.bfloat16 and _has_tiles())
+    return _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
 
 
 def for_product(x: Tensor, weight: Weight) -> Matrix | None:
@@ -136,6 +137,11 @@ def library() -> CDLL | None:
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = types, None
     return library
+
+
+@cache
+def _worth() -> bool:
+    return library() is not None and isa() != "portable"
 
 
 @cache
