@@ -94,7 +94,8 @@ def log_probabilities(
     >>> [(said.token, round(said.logprob, 3), round(said.top[0][1], 3)) for said in one]
     [(2, -1.551, -0.551)]
     """
-    log_p = torch.log_softmax(logits, dim=-1)
+    # `log_softmax` in float32 is up to 1e-3 off where many small probabilities stand beside a large one.
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
     values, ids = log_p.topk(min(top, log_p.shape[-1]))
     tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
     found = []

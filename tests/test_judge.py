@@ -13,7 +13,7 @@ import torch
 from blockpress import judge as module
 from blockpress.autoregress import autoregress
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
-from blockpress.judge import judge, look, states_behind
+from blockpress.judge import judge, log_probabilities, look, states_behind
 from blockpress.model import Network
 from blockpress.reply import Committed, Done, Event, Reply, Row, TokenLogprob
 from blockpress.verify import start, verified
@@ -228,3 +228,12 @@ def test_a_stop_text_takes_them_back_with_the_tokens(network: Network, mode: str
     (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, turn=Stopping(begins, ends)), mode))
     assert (len(reply.tokens), reply.finish_reason) == (begins, "stop")
     check_equal(reply.logprobs, truth(network, PROMPTS[0], reply.tokens, 2))
+
+
+@pytest.mark.parametrize("gap", [0.0, 9.0, 15.0, 20.0])
+def test_log_probabilities_count_many_small_ones(gap: float) -> None:
+    logits = torch.zeros(1, 262_144)
+    logits[:, 7] = gap
+    [[told]] = log_probabilities(logits, [[7]], 1)
+    wanted = float(logits.double().log_softmax(-1)[0, 7])
+    assert abs(told.logprob - wanted) <= 2 * 2.0**-24 * 32, "two roundings of numbers below 32"

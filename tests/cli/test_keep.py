@@ -52,9 +52,9 @@ class TestPull:
         assert done.code == 0 and f"{NAME}: {len(model.files)} files fetched" in done.out and "\x1b" not in done.err
         listed = done.err.splitlines()
         assert len(listed) == len(model.files) and listed[-1].startswith("model.safetensors  ")
-        assert (
-            call("run", NAME, "1", "--seed", 3, "--json").out == call("run", untrained, "1", "--seed", 3, "--json").out
-        )
+        asked = ("1", "--seed", 3, "--steps", 3, "--max-tokens", 20, "--json")
+        said = call("run", NAME, *asked)
+        assert said.code == 0 and said.out == call("run", untrained, *asked).out
         assert "already there" in call("pull", NAME).out
         row = json.loads(call("ls", "--json").out)["models"][-1]
         assert row["name"] == NAME and row["revision"] == model.commit and row["refs"] == ["main"]

@@ -112,13 +112,13 @@ def plain(value: Any) -> Any:
 def test_token_by_token_is_the_librarys_answer(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
     for options, sampling in ((("--mode", "autoregressive", "--seed", 3), None), (WARM, HOT)):
-        reply = lm.generate(PROMPT, 30, 3, sampling, mode="autoregressive")
-        done = call("run", untrained, PROMPT, "--max-tokens", 30, *options)
+        reply = lm.generate(PROMPT, 12, 3, sampling, mode="autoregressive")
+        done = call("run", untrained, PROMPT, "--max-tokens", 12, *options)
         assert done.code == 0 and done.out.removesuffix("\n") == (reply.text or "").removesuffix("\n")
         assert ended(reply) in done.err
-        said = call("run", untrained, PROMPT, "--max-tokens", 30, "--json", *options).out
+        said = call("run", untrained, PROMPT, "--max-tokens", 12, "--json", *options).out
         assert json.loads(said) == plain(reply_to_dict(reply))
-    assert reply.tokens != lm.generate(PROMPT, 30, 3, mode="autoregressive").tokens
+    assert reply.tokens != lm.generate(PROMPT, 12, 3, mode="autoregressive").tokens
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])

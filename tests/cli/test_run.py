@@ -28,8 +28,8 @@ def test_text_goes_to_stdout_and_its_cost_to_stderr(call: Call) -> None:
 
 
 def test_json_is_the_reply(call: Call, untrained: Path) -> None:
-    reply = blockpress.load(untrained).generate(PROMPT, max_tokens=100, seed=4)
-    done = call("run", untrained, PROMPT, "--json", "--max-tokens", 100, "--seed", 4)
+    reply = blockpress.load(untrained).generate(PROMPT, max_tokens=30, seed=4)
+    done = call("run", untrained, PROMPT, "--json", "--max-tokens", 30, "--seed", 4)
     said = json.loads(done.out)
     assert not done.err and said["text"] == reply.text and said["tokens"] == reply.tokens
     assert said["finish_reason"] == reply.finish_reason and said["usage"] == vars(reply.usage)

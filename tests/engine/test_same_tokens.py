@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -13,7 +14,7 @@ from blockpress import sudoku
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.model import Network
-from blockpress.reply import Denoised, Done
+from blockpress.reply import Denoised, Done, Reply
 
 from ..conftest import make_random_network
 from .play import AnySampling, play, poem, prompts, reply, row
@@ -29,6 +30,23 @@ COUNTS = (1, 3, 8, 32)
 def network() -> Network:
     """Random, its signal damped: at full strength rounding grows three to four times a step."""
     return damped(CONFIG)
+
+
+Alone = Callable[..., Reply]
+
+
+@pytest.fixture(scope="module")
+def alone(network: Network) -> Alone:
+    """`alone(prompt, index, sampling, logprobs=None)`: the poem's answer, which knows of no options, once for all tests."""
+    kept: dict[tuple[object, ...], Reply] = {}
+
+    def answer(prompt: list[int], index: int, sampling: AnySampling, logprobs: int | None = None) -> Reply:
+        key = (tuple(prompt), index, sampling, logprobs)
+        if key not in kept:
+            kept[key] = poem(network, CONFIG, prompt, index, sampling, logprobs=logprobs)
+        return kept[key]
+
+    return answer
 
 
 def samplings(kind: str, count: int) -> list[AnySampling]:
@@ -57,14 +75,14 @@ OPTIONS = {
     [(kind, 8, options) for kind in ("diffusion", "autoregressive") for options in OPTIONS]
     + [("mixed", count, options) for count in COUNTS for options in ("roomy", "scarce")],
 )
-def test_engine_and_poem_agree(network: Network, kind: str, count: int, options: str):
+def test_engine_and_poem_agree(network: Network, alone: Alone, kind: str, count: int, options: str):
     """Requests of mixed lengths that arrive at different times; each is compared with its own run alone."""
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings(kind, count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
     told = play(Core(network, OPTIONS[options]), requests, arrivals=[2 * i % 7 for i in range(count)])
     for i, request in enumerate(requests):
-        got, wanted = reply(told[request]), poem(network, CONFIG, given[i], i, how[i])
+        got, wanted = reply(told[request]), alone(given[i], i, how[i])
         assert got == wanted, f"request {i} of {count}"
 
 
@@ -82,7 +100,7 @@ def test_a_family_without_canvases_is_answered_alike(options: str):
 
 @pytest.mark.parametrize("options", ["roomy", "scarce", "chunks of 7"])
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_what_the_causal_pass_says_is_the_same(network: Network, logprobs: int | None, options: str):
+def test_what_the_causal_pass_says_is_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
     """Verified decoding and log-probabilities, token by token too, beside requests that ask for neither."""
     how: list[AnySampling] = [SHORT.with_(checks=2), SHORT, WARM, Sampling(steps=3, checks=9), SHORT.with_(checks=1)]
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
@@ -90,7 +108,7 @@ def test_what_the_causal_pass_says_is_the_same(network: Network, logprobs: int |
     requests = [Request(row(CONFIG, i, p, how[i], logprobs=tell[i]), how[i]) for i, p in enumerate(given)]
     told = play(Core(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
     for i, request in enumerate(requests):
-        got, wanted = reply(told[request]), poem(network, CONFIG, given[i], i, how[i], logprobs=tell[i])
+        got, wanted = reply(told[request]), alone(given[i], i, how[i], logprobs=tell[i])
         assert (got.tokens, got.usage, got.finish_reason) == (wanted.tokens, wanted.usage, wanted.finish_reason)
         ours, theirs = ([(t.token, *(id for id, _ in t.top)) for t in r.logprobs or ()] for r in (got, wanted))
         assert ours == theirs
@@ -100,15 +118,16 @@ def test_what_the_causal_pass_says_is_the_same(network: Network, logprobs: int |
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network, count: int):
-    given = prompts(CONFIG, count, 40, seed=count)
+def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network, alone: Alone, count: int):
+    given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings("mixed", count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
     cancels = {i: 1 + 3 * i % 11 for i in range(0, count, 2)}
     core = Core(network, EngineOptions(memory=1 << 22, max_running=8))
     told = play(core, requests, cancels=cancels)
+    assert reply(told[requests[0]]).finish_reason == "cancelled"
     for i, request in enumerate(requests):
-        got, wanted = reply(told[request]), poem(network, CONFIG, given[i], i, how[i])
+        got, wanted = reply(told[request]), alone(given[i], i, how[i])
         if got.finish_reason == "cancelled":
             assert i in cancels
             assert got.tokens == wanted.tokens[: len(got.tokens)]
