@@ -56,6 +56,12 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+def usable() -> list[torch.dtype]:
+    """The types of activations that go to the C++: not bfloat16, where the processor has tiles for it."""
+    with torch.no_grad():
+        return [dtype for dtype in TYPES if bridge.supports(torch.zeros(1, dtype=dtype))]
+
+
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -86,6 +92,8 @@ def in_torch(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 
 
 def check(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0) -> None:
     """Fused, and the same: in float32 within float rounding, in bfloat16 no further from float32 than torch is."""
+    if x.dtype not in usable():
+        pytest.skip("torch is the faster one here")
     assert fusing.fused(layer, x, skip) is not None, "else both are one"
     got, plain = run(layer, x, causal, skip), in_torch(layer, x, causal, skip)
     exact = in_torch(copy.deepcopy(layer).float(), x.float(), causal, skip)

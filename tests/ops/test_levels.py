@@ -1,0 +1,56 @@
+"""What is in C++ at every ISA level that this processor has: the comparisons of test_cpu.py and test_fused.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockpress.hardware import isa, processor
+from blockpress.ops import compiled
+from blockpress.ops.cpu import bridge
+from tests.model import test_fused as layers
+from tests.ops import test_cpu as operations
+
+ROOT = Path(__file__).parents[2]
+LEVELS = [level for level in processor().levels if level != isa()]
+"""The one in use is what all other tests run on."""
+
+
+def compare(level: str) -> None:
+    """Run in a process of that level."""
+    library = bridge.library()
+    assert isa() == level and library is not None and f"forward-{level}-" in library._name
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for own, stored in operations.PAIRS:
+            for case in operations.LARGE:
+                operations.test_linear_beyond_a_block(case, own, stored)
+            operations.test_what_lies_in_larger_storage(own, stored, 5)
+            operations.test_combine_beyond_a_block(13, 2048, 300, own, stored)
+            operations.test_experts("more than few", own, stored)
+            operations.test_experts("few tokens", own, stored)
+        for stored, rows in product(operations.HALVES, (1, 5)):
+            operations.test_every_half_float_is_widened_to_the_bit(stored, rows)
+        for stored in operations.HALVES:
+            operations.test_every_half_float_along_the_depth(stored, 16)
+        operations.test_results_are_rounded_to_bfloat16_as_torch_rounds(5)
+        for case, dtype in product(operations.LOOKS, operations.TYPES):
+            operations.test_attention(case, dtype, False)
+    with torch.no_grad():
+        for name, dtype in product(layers.CONFIGS, layers.usable()):
+            layers.test_rows_that_leave_keys_and_values_alone(name, dtype, 6)
+
+
+@pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_same_at_every_level(level: str) -> None:
+    code = f"from tests.ops import test_levels\ntest_levels.compare({level!r})"
+    environment = os.environ | {"BLOCKPRESS_ISA": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
