@@ -277,39 +277,56 @@ inline float sum_of(V x) {
   return total;
 }
 
+inline V widev(const float* p) { return loadv(p); }
+#if defined(__AVX2__)  // here V is as wide as F
+inline V widev(const bf16* p) { return (V)load(p); }
+#else
+inline V widev(const bf16* p) {
+  float wide[VW];
+  for (int i = 0; i < VW; i++) wide[i] = widen(p[i]);
+  return loadv(wide);
+}
+#endif
+
 // Dot products of M rows with one line.
-template <int M>
-void dots(const float* const* x, const float* line, long depth, float* to, long step) {
+template <int M, class T>
+void dots(const float* const* x, const T* line, long depth, float* to, long step) {
   constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
   V sums[M][U] = {};
   long k = 0;
   for (; k + U * VW <= depth; k += U * VW)
     for (int u = 0; u < U; u++) {
-      V y = loadv(line + k + u * VW);
+      V y = widev(line + k + u * VW);
       for (int i = 0; i < M; i++) sums[i][u] += loadv(x[i] + k + u * VW) * y;
     }
   for (int i = 0; i < M; i++) {
     V all = sums[i][0];
     for (int u = 1; u < U; u++) all += sums[i][u];
     float total = sum_of(all);
-    for (long rest = k; rest < depth; rest++) total += x[i][rest] * line[rest];
+    for (long rest = k; rest < depth; rest++) total += x[i][rest] * widen(line[rest]);
     to[i * step] = total;
   }
 }
 
-// Sums of up to FEW rows of float32 with columns first .. first + count.
+template <class T>
+inline void dots_of(long rows, const float* const* x, const T* line, long depth, float* to, long step) {
+  switch (rows) {
+    case 1: return dots<1>(x, line, depth, to, step);
+    case 2: return dots<2>(x, line, depth, to, step);
+    case 3: return dots<3>(x, line, depth, to, step);
+    default: dots<4>(x, line, depth, to, step);
+  }
+}
+
+// Sums of 1 to FEW rows of float32 with columns first .. first + count.
 inline void few(const float* const* x, long rows, long depth, const Matrix& w, long first, long count, float* to,
                 long step) {
-  float* buffer = Scratch::room(scratch().wide, depth);
-  for (long j = 0; j < count; j++) {
-    const float* line = w.line(first + j, 0, depth, buffer);
-    switch (rows) {
-      case 1: dots<1>(x, line, depth, to + j, step); break;
-      case 2: dots<2>(x, line, depth, to + j, step); break;
-      case 3: dots<3>(x, line, depth, to + j, step); break;
-      default: dots<4>(x, line, depth, to + j, step);
-    }
+  if (w.kind == BFLOAT16) {
+    for (long j = 0; j < count; j++) dots_of(rows, x, w.at<bf16>(first + j, 0), depth, to + j, step);
+    return;
   }
+  float* buffer = Scratch::room(scratch().wide, depth);
+  for (long j = 0; j < count; j++) dots_of(rows, x, w.line(first + j, 0, depth, buffer), depth, to + j, step);
 }
 
 // One of the weights that the same rows are multiplied with; of `twin` the same columns are made beside its own.
