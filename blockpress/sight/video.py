@@ -70,10 +70,13 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
             numbers = sampled(total, rate, settings)
             file.seek(0)
             frames = tuple(cut(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
-        except (MediaError, MemoryError):
+        except MediaError:
             raise
-        # Of a damaged file FFmpeg's errors and PyAV's own have many types; whichever, it is the file's fault.
+        # Of a damaged file FFmpeg's errors and PyAV's own have many types; whichever, it is the file's fault: FFmpeg's
+        # lack of memory too, which is the room that a size in the file asks for.
         except Exception as error:
+            if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+                raise
             raise MediaError(f"the video cannot be read: {error}", hint="give a whole MP4, MOV, WebM or AVI") from error
     if len(frames) < len(numbers):
         raise MediaError(
