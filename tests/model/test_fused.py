@@ -139,6 +139,8 @@ def test_what_it_leaves_to_the_modules() -> None:
     assert run(layer, x, skip=2)[0].shape == (2, 4, 32)
     assert run(layer, x[:1], skip=6)[0].shape == (1, 0, 32)
     assert fusing.fused(layer, x.bfloat16(), 0) is None, "its vectors are float32"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fusing.fused(layer, x, 0) is None, "a product's type is autocast's to choose"
 
 
 def test_gradients_are_torchs() -> None:

@@ -98,14 +98,14 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def supports(x: Tensor) -> bool:
-    """Whether activations like x may go to the C++ here: on a CPU, float32 or bfloat16, no gradient.
+    """Whether activations like x may go to the C++ here: on a CPU, float32 or bfloat16, no gradient, no autocast.
 
     Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
     so are all of its products where our build is for any processor of a kind ("portable").
     """
     if torch.is_grad_enabled() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
         return False
-    if x.dtype not in SUFFIXES or torch.compiler.is_compiling():
+    if x.dtype not in SUFFIXES or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
 

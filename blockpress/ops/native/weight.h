@@ -118,45 +118,58 @@ struct Matrix {
     if (kind == FLOAT32) return at<float>(row, first);
     if (kind == BFLOAT16) widen_all(at<bf16>(row, first), count, buffer);
     else if (kind == FLOAT16) widen_all(at<f16>(row, first), count, buffer);
-    else unpack(row, first, count, buffer);
+    else if (kind == E4M3) unpack<E4M3>(row, first, count, buffer);
+    else if (kind == INT8) unpack<INT8>(row, first, count, buffer);
+    else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer);
+    else unpack<E2M1>(row, first, count, buffer);
     return buffer;
   }
 
-  // Runs of columns that share a scale.
+  template <int64_t KIND>
   void unpack(long row, long first, long count, float* buffer) const {
-    for (long at_column = first; at_column < first + count;) {
-      const long number = at_column / group;
-      const long stop = std::min(first + count, (number + 1) * group);
-      const long place = row * groups() + number;
-      run(row, at_column, stop - at_column, scale_at(row, place), zero ? zero[place] : 0.0f, buffer + at_column - first);
-      at_column = stop;
+    halves == 1 ? unpack_runs<KIND, true>(row, first, count, buffer) : unpack_runs<KIND, false>(row, first, count, buffer);
+  }
+
+  // Runs of columns that share a scale.
+  template <int64_t KIND, bool ROUNDED>
+  void unpack_runs(long row, long first, long count, float* to) const {
+    const uint8_t* codes = static_cast<const uint8_t*>(data) + bytes(row * step + first);
+    const long places = row * groups();
+    for (long column = first; column < first + count;) {
+      const long number = column / group, stop = std::min(first + count, (number + 1) * group), run = stop - column;
+      const float factor = scale_at<KIND>(row, places + number), shift = zero ? zero[places + number] : 0.0f;
+      long i = 0;
+      for (; i + W <= run; i += W) {
+        F value = (widened<KIND>(codes, i) - shift) * factor;
+        store(to + i, ROUNDED ? kept(value, bf16{}) : value);
+      }
+      for (; i < run; i++) {
+        F value = ((one<KIND>(codes, i) - F{}) - shift) * factor;
+        to[i] = (ROUNDED ? kept(value, bf16{}) : value)[0];
+      }
+      column = stop, to += run, codes += bytes(run);
     }
   }
 
+  template <int64_t KIND>
+  static F widened(const uint8_t* codes, long i) {
+    if (KIND == E4M3) return widen_codes(codes + i);
+    if (KIND == INT8) return widen_codes(reinterpret_cast<const int8_t*>(codes) + i);
+    return widen_nibbles(codes + i / 2, KIND == E2M1 ? FLOATS_4 : INTEGERS);
+  }
+
+  template <int64_t KIND>
+  static float one(const uint8_t* codes, long i) {
+    if (KIND == E4M3) return from_e4m3(codes[i]);
+    if (KIND == INT8) return static_cast<int8_t>(codes[i]);
+    return (KIND == E2M1 ? FLOATS_4 : INTEGERS)[i % 2 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+  }
+
+  template <int64_t KIND>
   float scale_at(long row, long place) const {
-    if (kind != E2M1) return halves ? widen(static_cast<const bf16*>(scale)[place]) : static_cast<const float*>(scale)[place];
+    if (KIND != E2M1) return halves ? widen(static_cast<const bf16*>(scale)[place]) : static_cast<const float*>(scale)[place];
     const float own = table[static_cast<const uint8_t*>(scale)[place]];
     return !outer ? own : divides ? own / outer[row] : own * outer[row];
-  }
-
-  void run(long row, long first, long count, float factor, float shift, float* to) const {
-    auto finish = [&](F x) {
-      F value = (x - shift) * factor;
-      return halves == 1 ? kept(value, bf16{}) : value;
-    };
-    const uint8_t* bytes_of = static_cast<const uint8_t*>(data) + bytes(row * step + first);
-    const float* values = kind == E2M1 ? FLOATS_4 : INTEGERS;
-    long i = 0;
-    for (; i + W <= count; i += W)
-      store(to + i, finish(kind == E4M3   ? widen_codes(bytes_of + i)
-                           : kind == INT8 ? widen_codes(reinterpret_cast<const int8_t*>(bytes_of) + i)
-                                          : widen_nibbles(bytes_of + i / 2, values)));
-    for (; i < count; i++) {
-      const float x = kind == E4M3   ? from_e4m3(bytes_of[i])
-                      : kind == INT8 ? static_cast<float>(static_cast<int8_t>(bytes_of[i]))
-                                     : values[i % 2 ? bytes_of[i / 2] >> 4 : bytes_of[i / 2] & 15];
-      to[i] = finish(F{} + x)[0];
-    }
   }
 };
 
