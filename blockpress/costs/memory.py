@@ -1,7 +1,7 @@
 """What a network costs, part by part, from its config alone: parameters, bytes of context, and bytes of working memory.
 
     weights    parameters x bytes; packed weights keep the bytes that they have on disk
-    context    keys and values of every layer for every token: today sliding layers keep them all, too
+    context    keys and values of every layer for every token; of a sliding layer the engine keeps what its window needs
     canvas     what one denoising step holds at its peak, beside weights and context: `canvas_peak`
     reading    what the causal pass over new tokens holds at its peak: `reading_peak`; the passes never run at once
 
@@ -90,21 +90,20 @@ def canvas_peak(config: ModelConfig, dtype: str, context: int, rows: int = 1) ->
     """Bytes that one denoising step allocates at its peak: over the vocabulary, or in a layer's attention.
 
     The first is that of `generate.plain_denoiser` and `ops/vocabulary/plain.py: entropy`: float32 logits, the same
-    divided by the temperature, and, of the latter, log-probabilities, probabilities, the clamped copy and their
-    product: 6 x 4 bytes for every position and token. The second grows with the context and overtakes it at
-    some 120,000 tokens.
+    divided by the temperature, and, of the latter, three copies at once: 5 x 4 bytes for every position and token. The
+    second grows with the context and overtakes it at some 100,000 tokens.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(canvas_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (0, 4096, 131072)]
-    [1.51, 1.51, 1.58]
+    [1.29, 1.29, 1.61]
     """
     canvas, window = config.canvas_length, config.sliding_window - 1
-    beside = _resident(config, dtype, rows * canvas)
-    vocabulary = 6 * 4 * rows * canvas * config.vocab_size
+    beside = _resident(config, dtype, rows * canvas, 9) + _kept(config, dtype, rows * canvas)
+    vocabulary = 5 * 4 * rows * canvas * config.vocab_size
     seen = {layer: (min(context, window) if layer.sliding else context) + canvas for layer in config.layers}
     looking = max(_looking(config, layer, dtype, rows, canvas, seen[layer]) for layer in seen)
-    return beside + max(vocabulary, looking, _mixing(config, dtype, rows * canvas))
+    return beside + max(vocabulary, looking)
 
 
 def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0, rows: int = 1) -> int:
@@ -117,12 +116,12 @@ def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0,
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(reading_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (256, 4096, 32768)]
-    [0.05, 0.86, 36.28]
+    [0.05, 1.17, 39.01]
     """
-    beside = _resident(config, dtype, rows * tokens)
+    beside = _resident(config, dtype, rows * tokens, 9) + _kept(config, dtype, rows * tokens)
     looking = max(_looking(config, layer, dtype, rows, tokens, context + tokens) for layer in set(config.layers))
     copies = rows * (context + tokens) * sum(context_bytes(config, dtype).values())
-    return max(beside + max(looking, _mixing(config, dtype, rows * tokens)), copies)
+    return max(beside + looking, copies)
 
 
 def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK) -> int:
@@ -144,25 +143,41 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally behind
     `context` of one request, all rows in one flat batch.
 
-    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`); without a compiler the passes over
-    it take some times as much again. In a layer, what `ops/spans.py` joins and scores for one group of spans.
+    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`); in a layer the rows' queries, keys
+    and values and what attention makes of them; and all the time what C++ keeps. Without a compiler torch takes some
+    times as much.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(engine_peak(published, "bfloat16", tokens, 1, 256) / 2**20) for tokens in (0, 4096, 131072)]
-    [144, 144, 1632]
+    [191, 191, 220]
     """
-    canvas, window, size = config.canvas_length, config.sliding_window - 1, DTYPE_BYTES[dtype]
-    rows = canvases * canvas + tokens
+    canvas, size = config.canvas_length, DTYPE_BYTES[dtype]
+    rows, keys = canvases * canvas + tokens, context + tokens + (canvas if canvases else 0)
     vocabulary = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
-    looking = 0
-    for layer in set(config.layers):
-        seen = min(context, window) if layer.sliding else context
-        if canvases:
-            looking = max(looking, _looking(config, layer, dtype, 1, canvas, seen + tokens + canvas))
-        if tokens:
-            looking = max(looking, _looking(config, layer, dtype, 1, tokens, seen + tokens))
-    return _resident(config, dtype, rows) + max(vocabulary, looking, _mixing(config, dtype, rows))
+    wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
+    kept = _kept(config, dtype, rows) + _scored(config, keys)
+    return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + kept
+
+
+def _kept(config: ModelConfig, dtype: str, rows: int) -> int:
+    """Bytes that `ops/native/forward.cpp` keeps for a layer of so many rows, on one thread.
+
+    Normed rows, states, and the outputs of the MLP and the experts; what is between the MLP's products; the experts'
+    outputs for every choice of a token; panels of up to 960 rows of the deepest product; and blocks of fixed sizes.
+    """
+    size, hidden = DTYPE_BYTES[dtype], config.hidden_size
+    chosen = config.top_k_experts if config.num_experts else 0
+    between = rows * (hidden * ((4 if chosen else 3) + chosen) + config.intermediate_size) * size
+    deepest = max(hidden, config.intermediate_size, *(config.num_heads * layer.head_dim for layer in config.layers))
+    unit = 4 * (132 * hidden + 252 * config.expert_size) if chosen else 0
+    return between + (min(rows, 960) + 12) * deepest * size + unit + (1 << 18)
+
+
+def _scored(config: ModelConfig, keys: int) -> int:
+    """Bytes of one task of attention in C++: scores and shares of a block of queries, in float32."""
+    queries = max(24, (1 << 16) // max(1, keys))
+    return 4 * keys * (2 * queries + 12)
 
 
 def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, queries: int, keys: int) -> int:
@@ -179,22 +194,9 @@ def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, que
     return scores + joined + own + 2 * rows * queries * keys
 
 
-def _mixing(config: ModelConfig, dtype: str, positions: int) -> int:
-    """Bytes of `ops/experts.py: every`, which models of few experts run: all of them wide, and a copy of `down`.
-
-    The other version, `loop`, holds one expert's tokens at a time, which never is the peak.
-    """
-    if config.num_experts > 2 * config.top_k_experts:
-        return 0
-    size = DTYPE_BYTES[dtype]
-    wide = positions * config.num_experts * config.expert_size
-    copy = config.num_experts * config.expert_size * config.hidden_size * size
-    return max(wide * (3 * size + 4), wide * 3 * size + copy)
-
-
-def _resident(config: ModelConfig, dtype: str, positions: int) -> int:
-    """Bytes of the activations that wait meanwhile: measured, six times the input of a layer."""
-    return 6 * positions * config.hidden_size * DTYPE_BYTES[dtype]
+def _resident(config: ModelConfig, dtype: str, positions: int, tensors: int) -> int:
+    """Bytes of the activations that wait meanwhile, in tensors as large as the input of a layer: measured."""
+    return tensors * positions * config.hidden_size * DTYPE_BYTES[dtype]
 
 
 def _attention(config: ModelConfig, layer: LayerConfig) -> int:

@@ -7,6 +7,7 @@ far more than 1e-4.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+def check_as_near(network: Network, theirs: DiffusionGemmaForBlockDiffusion) -> None:
+    """Our logits are theirs. In bfloat16, where rounding sends tokens to other experts, they are about as near to theirs in
+    float32 as their own; logits that have nothing to do with each other are 1.4 apart."""
+    if network.dtype == torch.float32:
+        assert distance(figures(network), their_figures(theirs)) < 1e-4
+        return
+    exact = their_figures(copy.deepcopy(theirs).float())
+    rounding = distance(their_figures(theirs), exact)
+    assert rounding < 0.4, "else it is no measure of anything"
+    assert distance(figures(network), exact) <= 3 * rounding
+
+
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_theirs_to_ours_and_back(config: ModelConfig, in_shards: bool, tmp_path: Path) -> None:
@@ -82,7 +95,7 @@ def test_theirs_to_ours_and_back(config: ModelConfig, in_shards: bool, tmp_path:
     network = load_network(tmp_path / "theirs")
     assert network.dtype == dtype
     assert network.config.layers == config.layers
-    assert distance(figures(network), their_figures(theirs)) < (1e-4 if dtype == torch.float32 else 0.1)
+    check_as_near(network, theirs)
 
     generation = load_generation(tmp_path / "theirs", network.config)
     save_checkpoint(
@@ -117,7 +130,7 @@ def test_ours_to_theirs_and_back(
     )
     theirs = read_theirs(tmp_path / "ours")
     assert theirs.dtype == network.dtype
-    assert distance(figures(network), their_figures(theirs)) < (1e-4 if config.dtype == "float32" else 0.1)
+    check_as_near(network, theirs)
 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=SHARD if in_shards else "5GB")
     assert same(tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours"))

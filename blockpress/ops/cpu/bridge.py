@@ -127,6 +127,19 @@ def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
     getattr(library(), f"{name}_{SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
 
 
+def held_bytes() -> int:
+    """Bytes that the C++ keeps from call to call, which torch's allocator knows nothing of."""
+    found = library()
+    return 0 if found is None else int(found.held_bytes())
+
+
+def give_back() -> None:
+    """Let go of what the calling thread keeps."""
+    found = library()
+    if found is not None:
+        found.give_back()
+
+
 @cache
 def library() -> CDLL | None:
     """The functions; None where they cannot be built."""
@@ -136,6 +149,7 @@ def library() -> CDLL | None:
             for suffix in SUFFIXES.values():
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = types, None
+        library.held_bytes.restype, library.give_back.restype = c_long, None
     return library
 
 

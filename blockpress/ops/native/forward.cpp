@@ -12,11 +12,10 @@
 
 namespace {
 
-// Memory of the calling thread that outlives the call: fresh pages would cost as much as the steps that fill them.
 template <class T>
 T* keep(int which, long count) {
-  static thread_local std::vector<float> memory[8];
-  return reinterpret_cast<T*>(Scratch::room(memory[which], (count * static_cast<long>(sizeof(T)) + 3) / 4));
+  const long size = static_cast<long>(sizeof(T));
+  return reinterpret_cast<T*>(Scratch::room(scratch().between[which], (count * size + 3) / 4));
 }
 enum { NORMED, STATES, FED, ACTIVE, ROUTED, SLOTS, SCORES_OF };
 
@@ -501,9 +500,14 @@ extern "C" {
   void after_##suffix(const After* layer, const T* x, const T* mixed, T* out, long rows, const uint8_t* causal,     \
                       int all, int threads) {                                                                       \
     after(*layer, x, mixed, out, rows, causal, all, threads);                                                       \
+    scratch().trim();                                                                                               \
   }
 
 DEFINE(float, float32)
 DEFINE(bf16, bfloat16)
+
+long held_bytes() { return Scratch::held(); }  // by all threads between two calls
+
+void give_back() { scratch().trim(0); }  // what the calling thread holds
 
 }  // extern "C"

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -137,14 +138,38 @@ void panel(const float* const* from, int count, long depth, float* to) {
     }
 }
 
-// Memory of a thread, kept for its next task.
+// Memory of a thread, kept for its next task: fresh pages would cost as much as the steps that fill them.
 struct Scratch {
+  static constexpr long LARGE = 8 << 20;  // values from which on nothing is kept
   std::vector<float> right, lines, codes, sums, left, more, wide;
+  std::vector<float> between[8];  // from step to step of one call: forward.cpp
+
+  static std::atomic<long>& held() {  // bytes, of all threads
+    static std::atomic<long> bytes{0};
+    return bytes;
+  }
 
   static float* room(std::vector<float>& memory, long count) {
-    if (static_cast<long>(memory.size()) < count) memory.resize(count);
+    if (static_cast<long>(memory.size()) < count) {
+      held() += 4 * (count - static_cast<long>(memory.size()));
+      memory = {};
+      memory.resize(count);
+    }
     return memory.data();
   }
+
+  // Give back what is larger than that.
+  void trim(long most = LARGE) {
+    auto one = [&](std::vector<float>& memory) {
+      if (static_cast<long>(memory.size()) <= most) return;
+      held() -= 4 * static_cast<long>(memory.size());
+      memory = {};
+    };
+    for (auto* memory : {&right, &lines, &codes, &sums, &left, &more, &wide}) one(*memory);
+    for (auto& memory : between) one(memory);
+  }
+
+  ~Scratch() { trim(0); }
 };
 
 inline Scratch& scratch() {
