@@ -136,7 +136,7 @@ def needed(
     >>> from blockpress.config import PRESETS
     >>> need = needed(PRESETS["diffusiongemma-26B-A4B"](), 4096)
     >>> [round(size / 2**30, 2) for size in (need.weights, need.context, need.canvas, need.reading, need.total)]
-    [47.03, 0.42, 0.14, 0.13, 47.59]
+    [47.03, 0.42, 0.19, 0.08, 47.64]
     """
     dtype = config.dtype if dtype is None else dtype
     compute = dtype if compute_dtype is None else compute_dtype

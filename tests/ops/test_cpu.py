@@ -240,12 +240,12 @@ def test_which_products_come_here() -> None:
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 def test_what_was_there_before_does_not_show(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
     """Memory is kept from call to call, with what stood in it: here nothing but NaN."""
-    bad = products.linear(torch.full((30, 257), torch.nan, dtype=own), torch.full((200, 257), torch.nan, dtype=stored))
+    bad = linear(torch.full((30, 257), torch.nan, dtype=own), torch.full((200, 257), torch.nan, dtype=stored))
     assert bool(bad.isnan().all())
     for depth in (1, 2, 31, 33, 63):
         x, weight = numbers(rows, depth, dtype=own), numbers(37, depth, dtype=stored, seed=1)
-        check(products.linear(x, weight), x, weight.T)
-        check(products.combine(x, weight.T.contiguous()), x, weight.T)
+        check(linear(x, weight), x, weight.T)
+        check(combine(x, weight.T.contiguous()), x, weight.T)
 
 
 # ---- experts

@@ -84,13 +84,13 @@ def test_callers_at_once_do_not_mix_their_parts() -> None:
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     xs = [torch.randn(rows, 90, generator=draw) for rows in (3, 20, 64, 130)]
     weight = torch.randn(300, 90, generator=draw)
-    wanted = [products.linear(x, weight) for x in xs]
+    wanted = [products.linear(x, bridge.matrix(weight)) for x in xs]
     torch.set_num_threads(2)
     try:
 
         def ask(n: int) -> bool:
             with torch.inference_mode():
-                return all(torch.equal(products.linear(xs[n], weight), wanted[n]) for _ in range(60))
+                return all(torch.equal(products.linear(xs[n], bridge.matrix(weight)), wanted[n]) for _ in range(60))
 
         with ThreadPoolExecutor(4) as several:
             assert all(several.map(ask, range(4)))
@@ -103,11 +103,11 @@ def test_many_short_jobs() -> None:
     library = compiled.library("pool")
     assert library is not None
     x, weight, threads = torch.randn(5, 16), torch.randn(256, 16), torch.get_num_threads()
-    alone = products.linear(x, weight)
+    alone = products.linear(x, bridge.matrix(weight))
     torch.set_num_threads(3)
     try:
         for n in range(2000):
-            assert torch.equal(products.linear(x, weight), alone), n
+            assert torch.equal(products.linear(x, bridge.matrix(weight)), alone), n
             if n % 500 == 0:
                 time.sleep(0.01)  # workers fall asleep
     finally:
