@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -138,32 +139,46 @@ void panel(const float* const* from, int count, long depth, float* to) {
     }
 }
 
+// Floats from the start of a cache line on: blocks that two threads write side by side share none.
+struct Floats {
+  float* data = nullptr;
+  long size = 0;
+  std::unique_ptr<char[]> memory;
+
+  void resize(long count) {
+    memory.reset();  // first, so that both are never there at once
+    memory.reset(count ? new char[count * 4 + 64] : nullptr);
+    auto start = reinterpret_cast<uintptr_t>(memory.get());
+    data = reinterpret_cast<float*>((start + 63) / 64 * 64);
+    size = count;
+  }
+};
+
 // Memory of a thread, kept for its next task: fresh pages would cost as much as the steps that fill them.
 struct Scratch {
   static constexpr long LARGE = 8 << 20;  // values from which on nothing is kept
-  std::vector<float> right, lines, codes, sums, left, more, wide;
-  std::vector<float> between[8];  // from step to step of one call: forward.cpp
+  Floats right, lines, codes, sums, left, more, wide;
+  Floats between[8];  // from step to step of one call: forward.cpp
 
   static std::atomic<long>& held() {  // bytes, of all threads
     static std::atomic<long> bytes{0};
     return bytes;
   }
 
-  static float* room(std::vector<float>& memory, long count) {
-    if (static_cast<long>(memory.size()) < count) {
-      held() += 4 * (count - static_cast<long>(memory.size()));
-      memory = {};
+  static float* room(Floats& memory, long count) {
+    if (memory.size < count) {
+      held() += 4 * (count - memory.size);
       memory.resize(count);
     }
-    return memory.data();
+    return memory.data;
   }
 
   // Give back what is larger than that.
   void trim(long most = LARGE) {
-    auto one = [&](std::vector<float>& memory) {
-      if (static_cast<long>(memory.size()) <= most) return;
-      held() -= 4 * static_cast<long>(memory.size());
-      memory = {};
+    auto one = [&](Floats& memory) {
+      if (memory.size <= most) return;
+      held() -= 4 * memory.size;
+      memory.resize(0);
     };
     for (auto* memory : {&right, &lines, &codes, &sums, &left, &more, &wide}) one(*memory);
     for (auto& memory : between) one(memory);

@@ -11,6 +11,7 @@
 #include "pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -34,9 +35,26 @@ inline void rest() {
 
 inline void give_up_turn() { std::this_thread::yield(); }
 
+// A worker that was woken beside its caller would wait for the processor that the caller keeps busy: it moves to another.
+#ifdef __linux__
+inline int where() { return sched_getcpu(); }
+
+void leave(int processor) {
+  cpu_set_t all, rest;
+  if (processor < 0 || sched_getcpu() != processor || sched_getaffinity(0, sizeof all, &all) || CPU_COUNT(&all) < 2) return;
+  rest = all;
+  CPU_CLR(processor, &rest);
+  if (!sched_setaffinity(0, sizeof rest, &rest)) sched_setaffinity(0, sizeof all, &all);
+}
+#else
+inline int where() { return -1; }
+inline void leave(int) {}
+#endif
+
 // state: number of the job << 16 | OPEN | workers inside
 constexpr uint64_t OPEN = 1 << 15, INSIDE = OPEN - 1, JOB = 1 << 16;
-constexpr int PAUSES = 2000, TURNS = 50;  // some 50 us, then about as long again for others
+constexpr int PAUSES = 1000;  // some 30 us
+constexpr auto AWAKE = std::chrono::microseconds(1000);  // what Python needs between two calls; to be woken takes 50 us
 
 struct Pool {
   std::atomic<bool> taken{false};
@@ -48,6 +66,7 @@ struct Pool {
   int workers = 0;
   long count = 0;
   std::atomic<uint64_t> most{0};  // workers that may take part
+  std::atomic<int> caller{-1};    // the processor that the caller began on
   void (*part)(void*, long) = nullptr;
   void* data = nullptr;
 
@@ -63,6 +82,7 @@ struct Pool {
         seen = now & ~(JOB - 1);
         continue;
       }
+      leave(caller.load(std::memory_order_relaxed));
       if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
       take();
       seen = now & ~(JOB - 1);
@@ -73,7 +93,8 @@ struct Pool {
   static bool offers(uint64_t state, uint64_t seen) { return (state & OPEN) && (state & ~(JOB - 1)) != seen; }
 
   uint64_t await(uint64_t seen) {
-    for (int i = 0; i < PAUSES + TURNS; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < PAUSES || i % 16 || std::chrono::steady_clock::now() - start < AWAKE; i++) {
       uint64_t now = state.load(std::memory_order_acquire);
       if (offers(now, seen)) return now;
       i < PAUSES ? rest() : give_up_turn();
@@ -93,6 +114,7 @@ struct Pool {
     }
     part = function, data = argument, count = parts, most = threads - 1;
     next.store(0, std::memory_order_relaxed);
+    caller.store(where(), std::memory_order_relaxed);
     state.store(((state.load() & ~(JOB - 1)) + JOB) | OPEN);
     if (sleepers.load()) {
       std::lock_guard<std::mutex> lock(asleep);
