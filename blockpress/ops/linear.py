@@ -136,7 +136,7 @@ def combine(
 ) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type: the rows of the weight, each taken with its share."""
     readable = bridge.for_product(share, weight)
-    if readable is not None and not isinstance(weight, Tensor):
+    if readable is not None:
         return in_cpp.combine(share, readable)
     if isinstance(weight, Tensor):
         return share @ weight

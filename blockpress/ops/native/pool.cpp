@@ -93,18 +93,22 @@ struct Pool {
   static bool offers(uint64_t state, uint64_t seen) { return (state & OPEN) && (state & ~(JOB - 1)) != seen; }
 
   uint64_t await(uint64_t seen) {
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < PAUSES || i % 16 || std::chrono::steady_clock::now() - start < AWAKE; i++) {
-      uint64_t now = state.load(std::memory_order_acquire);
-      if (offers(now, seen)) return now;
-      i < PAUSES ? rest() : give_up_turn();
+    for (;;) {
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < PAUSES || i % 16 || std::chrono::steady_clock::now() - start < AWAKE; i++) {
+        const uint64_t now = state.load(std::memory_order_acquire);
+        if (offers(now, seen)) return now;
+        i < PAUSES ? rest() : give_up_turn();
+      }
+      {
+        std::unique_lock<std::mutex> lock(asleep);
+        sleepers++;
+        const uint64_t last = state.load() & ~(JOB - 1);
+        wake.wait(lock, [&] { return (state.load() & ~(JOB - 1)) != last; });
+        sleepers--;
+      }
+      leave(caller.load(std::memory_order_relaxed));  // the job that woke it may be over, but another is near
     }
-    std::unique_lock<std::mutex> lock(asleep);
-    sleepers++;
-    uint64_t now = 0;
-    wake.wait(lock, [&] { return offers(now = state.load(), seen); });
-    sleepers--;
-    return now;
   }
 
   void run(long parts, int threads, void (*function)(void*, long), void* argument) {
