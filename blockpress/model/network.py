@@ -13,6 +13,7 @@ Source: reference model, `DiffusionGemmaEncoderTextModel`, `DiffusionGemmaDecode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float32, Int
@@ -22,7 +23,17 @@ from blockpress.config import LayerKind, ModelConfig
 from blockpress.config.vision import pictures_see_themselves
 from blockpress.errors import RequestError
 from blockpress.model.cache import Cache, KeyValue
-from blockpress.model.layers import Attend, Causal, Embedding, Layer, RMSNorm, SelfConditioning, Wanted, packed_weights
+from blockpress.model.layers import (
+    Attend,
+    Causal,
+    Embedding,
+    Layer,
+    RMSNorm,
+    Rotary,
+    SelfConditioning,
+    Wanted,
+    packed_weights,
+)
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.pictures import Images, place
 from blockpress.ops import attention
@@ -31,6 +42,12 @@ from blockpress.ops.linear import combine, linear
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
 from blockpress.shapes import Canvas, Heads, Hidden, KeyHeads, Logits, Mask, Positions, Signal, Tokens
+
+MOST_KEPT = 1 << 12
+"""Positions whose tables are kept for the next forward."""
+
+# Not in the network itself: what was made without gradients must not be copied or trained with.
+_TABLES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, Tensor, dict[LayerKind, Rotary]]] = WeakKeyDictionary()
 
 
 class Looking:
@@ -163,7 +180,7 @@ class Network(nn.Module):
         Returns:
             hidden states of the other rows, [batch, length - skip, hidden].
         """
-        rotary = {kind: rotary_tables(positions, self._frequencies(kind), x.dtype) for kind in self.windows()}
+        rotary = self._rotary(positions, x.dtype)
         last = len(self.config.layers) - 1
         for index, (layer, sizes) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             left_out = skip if index == last else 0
@@ -217,6 +234,20 @@ class Network(nn.Module):
         for layer in self.config.layers:
             windows[layer.kind] = self.config.sliding_window if layer.sliding else None
         return windows
+
+    def _rotary(self, positions: Positions, dtype: torch.dtype) -> dict[LayerKind, Rotary]:
+        """Cosines and sines for each kind of layer; those of the last forward where it had the same positions.
+
+        From step to step a canvas stays where it is, and on a CPU torch's cosine takes as long as an attention.
+        """
+        kept = positions.device.type == "cpu" and torch.is_inference_mode_enabled() and positions.numel() <= MOST_KEPT
+        last = _TABLES.get(self) if kept else None
+        if last is not None and last[0] == dtype and torch.equal(last[1], positions):
+            return last[2]
+        rotary = {kind: rotary_tables(positions, self._frequencies(kind), dtype) for kind in self.windows()}
+        if kept:
+            _TABLES[self] = (dtype, positions.clone(), rotary)
+        return rotary
 
     def _frequencies(self, kind: LayerKind) -> Float32[Tensor, " half"]:
         if (kind, self.device) not in self._turns:

@@ -253,3 +253,19 @@ def test_layers_of_one_kind_may_differ_in_their_key_value_heads(random_network):
     )
     cache = prefilled(network, tokens(9), tokens(3)).select(torch.tensor([1, 0, 1]))
     assert network.denoise(tokens(3, CANVAS), cache, None).isfinite().all()
+
+
+def test_tables_of_angles_are_kept_for_the_same_positions_alone(
+    random_network: RandomNetwork, tiny: ModelConfig
+) -> None:
+    network, dtype = random_network(tiny), torch.float32
+    here, there = torch.arange(5)[None], torch.arange(1, 6)[None]
+    with torch.inference_mode():
+        first = network._rotary(here, dtype)
+        assert network._rotary(here.clone(), dtype) is first
+        assert network._rotary(here, torch.bfloat16) is not first
+        other = network._rotary(there, dtype)
+        fresh = network._rotary(here, dtype)
+    for kind, tables in fresh.items():
+        assert all(map(torch.equal, tables, first[kind])) and not torch.equal(tables[0], other[kind][0])
+    assert not any(table.is_inference() for pair in network._rotary(here, dtype).values() for table in pair)
