@@ -128,7 +128,7 @@ def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
 
 
 def held_bytes() -> int:
-    """Bytes that the C++ keeps from call to call, which torch's allocator knows nothing of."""
+    """Bytes that the C++ keeps for the calling thread from call to call; torch's allocator knows nothing of them."""
     found = library()
     return 0 if found is None else int(found.held_bytes())
 

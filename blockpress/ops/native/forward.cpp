@@ -506,7 +506,7 @@ extern "C" {
 DEFINE(float, float32)
 DEFINE(bf16, bfloat16)
 
-long held_bytes() { return Scratch::held(); }  // by all threads between two calls
+long held_bytes() { return scratch().bytes(); }  // by the calling thread, between two calls
 
 void give_back() { scratch().trim(0); }  // what the calling thread holds
 

@@ -12,7 +12,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -160,31 +159,29 @@ struct Scratch {
   Floats right, lines, codes, sums, left, more, wide;
   Floats between[8];  // from step to step of one call: forward.cpp
 
-  static std::atomic<long>& held() {  // bytes, of all threads
-    static std::atomic<long> bytes{0};
-    return bytes;
+  static float* room(Floats& memory, long count) {
+    if (memory.size < count) memory.resize(count);
+    return memory.data;
   }
 
-  static float* room(Floats& memory, long count) {
-    if (memory.size < count) {
-      held() += 4 * (count - memory.size);
-      memory.resize(count);
-    }
-    return memory.data;
+  template <class Op>
+  void every(const Op& op) {
+    for (auto* memory : {&right, &lines, &codes, &sums, &left, &more, &wide}) op(*memory);
+    for (auto& memory : between) op(memory);
+  }
+
+  long bytes() {
+    long total = 0;
+    every([&](Floats& memory) { total += 4 * memory.size; });
+    return total;
   }
 
   // Give back what is larger than that.
   void trim(long most = LARGE) {
-    auto one = [&](Floats& memory) {
-      if (memory.size <= most) return;
-      held() -= 4 * memory.size;
-      memory.resize(0);
-    };
-    for (auto* memory : {&right, &lines, &codes, &sums, &left, &more, &wide}) one(*memory);
-    for (auto& memory : between) one(memory);
+    every([&](Floats& memory) {
+      if (memory.size > most) memory.resize(0);
+    });
   }
-
-  ~Scratch() { trim(0); }
 };
 
 inline Scratch& scratch() {
