@@ -9,7 +9,6 @@ Run it:  blockpress doctor
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -192,7 +191,9 @@ def _agrees(lm: LM) -> Check:
 
 
 def _parts() -> Iterator[Check]:
-    compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    from blockpress.ops.compiled import compiler as find_compiler
+
+    compiler = find_compiler()
     hint = "" if compiler else "install g++ to train faster (torch.compile)"
     yield Check("compiler", "ok" if compiler else "warn", compiler or "no C++ compiler", hint)
     for package, use in (("transformers", "the oracle of the tests"), ("triton", "kernels for GPUs")):
