@@ -34,7 +34,11 @@ NINE_LINES = re.compile(r"([0-9]{9}\n){8}[0-9]{9}")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch."""
+    """What became of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch.
+
+    entropy: how unsure the model was in its last step, the mean over the canvas, in nats a token. settled: it was sure
+    enough to stop by itself.
+    """
 
     puzzle: str
     text: str
@@ -42,6 +46,8 @@ class Answer:
     forwards: int
     tokens_per_forward: float
     seconds: float
+    entropy: float
+    settled: bool
 
     @property
     def grid(self) -> str | None:
@@ -64,13 +70,15 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """The result in words."""
+        """The result in words, and how sure the model itself is of it."""
         steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
+        sure = f"the model is {'sure' if self.settled else 'NOT sure'}: {self.entropy:.4f} nats a token"
         if self.solved:
-            return f"solved in {steps}"
+            return f"solved in {steps}; {sure}"
         if self.grid is None:
-            return f"NOT solved: {steps} left no grid of nine lines of nine digits"
-        return f"NOT solved: after {steps} {'a given was changed' if self.valid else 'the grid contradicts itself'}"
+            return f"NOT solved: {steps} left no grid of nine lines of nine digits; {sure}"
+        wrong = "a given was changed" if self.valid else "the grid contradicts itself"
+        return f"NOT solved: after {steps} {wrong}; {sure}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +86,8 @@ class Answer:
             "answer": self.text if self.grid is None else self.grid,
             "valid": self.valid,
             "solved": self.solved,
+            "settled": self.settled,
+            "entropy": round(self.entropy, 6),
             "steps": self.steps,
             "forwards": self.forwards,
             "seconds": round(self.seconds, 6),
@@ -177,13 +187,15 @@ def answer(
     watch: Callable[[Event], None] | None = None,
 ) -> list[Answer]:
     """Answer one batch of puzzles, one canvas each. `watch` sees the events; its time is not counted."""
-    from blockpress.reply import Done
+    from blockpress.reply import Denoised, Done
     from blockpress.sudoku import layout
 
-    begun, watched, replies = time.perf_counter(), 0.0, {}
+    begun, watched, replies, last = time.perf_counter(), 0.0, {}, {}
     prompts = [layout(grid) for grid in grids]
     for event in lm.stream(prompts, lm.config.canvas_length, noise_seed, sampling):
-        if isinstance(event, Done):
+        if isinstance(event, Denoised):
+            last[event.row] = event
+        elif isinstance(event, Done):
             replies[event.row] = event.reply
         if watch is not None:
             since = time.perf_counter()
@@ -198,6 +210,8 @@ def answer(
             forwards=replies[row].usage.forwards,
             tokens_per_forward=replies[row].usage.tokens_per_forward,
             seconds=seconds,
+            entropy=float(last[row].entropy.mean()),
+            settled=last[row].settled,
         )
         for row, grid in enumerate(grids)
     ]

@@ -26,6 +26,8 @@ from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError, TrainingError
 
 if TYPE_CHECKING:
+    import torch
+
     from blockpress.train import recipes
     from blockpress.train.trainer import Report, Trainer
 
@@ -49,6 +51,15 @@ Minutes = Annotated[float | None, typer.Option(metavar="M", help="Stop after thi
 Export = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Train nothing: write the saved state in --out as a checkpoint.")
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Begin with the weights of this model or checkpoint. Default: the recipe's."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="With --export: the last weights, where the run keeps their average.")]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="Of the products: bfloat16 (autocast) or float32. Default: what is faster here."),
+]
 List = Annotated[bool, typer.Option("--list", help="Name the recipes.")]
 
 
@@ -64,6 +75,9 @@ def train(
     report_every: Every = 20,
     minutes: Minutes = None,
     export: Export = None,
+    raw: Raw = False,
+    init: Init = None,
+    compute_dtype: ComputeDtype = None,
     device: options.Device = "cpu",
     list_recipes: List = False,
 ) -> None:
@@ -79,6 +93,7 @@ def train(
       blockpress train sudoku --minutes 30
       blockpress train sudoku --resume
       blockpress train sudoku --export ./my-model
+      blockpress train sudoku-on-policy --init ./my-model
     """
     if list_recipes:
         return _list()
@@ -87,7 +102,12 @@ def train(
     for option, value in (counts | {"--report-every": report_every}).items():
         options.positive(value, option)
     if export is not None:
-        options.refuse("--export", {"--resume": resume or None, "--steps": steps, "--minutes": minutes})
+        unused = {"--resume": resume or None, "--steps": steps, "--minutes": minutes, "--init": init}
+        options.refuse("--export", unused | {"--compute-dtype": compute_dtype})
+    elif raw:
+        raise RequestError("--raw is given without --export", hint="--raw says which weights --export writes")
+    if resume:
+        options.refuse("--resume", {"--init": init})
     folder = Path("runs") / chosen.name if out is None else out
     _check_state(folder, resume or export is not None)
     options.check_device(device)
@@ -95,8 +115,9 @@ def train(
     run = _Run(minutes)
     settings = {"device": device, "processes": processes or os.cpu_count() or 1, "steps": steps}
     if export is not None:
-        _export(_trainer(chosen, folder, settings), export)
+        _export(_trainer(chosen, folder, settings), export, raw)
         return
+    settings |= {"init": init, "dtype": _product_type(compute_dtype)}
     with _workers(workers):
         trainer = _trainer(chosen, folder, settings | {"compiled": _compiled(compile)})
         if resume:
@@ -199,9 +220,9 @@ class _Run:
             yield report
 
 
-def _export(trainer: Trainer, folder: Path) -> None:
+def _export(trainer: Trainer, folder: Path, raw: bool) -> None:
     trainer.resume()
-    trainer.export(folder)
+    trainer.export(folder, raw=raw)
     note(f"step {trainer.step}: checkpoint in {folder}")
 
 
@@ -228,6 +249,15 @@ def _set_threads(threads: int | None, workers: int) -> None:
 
     if threads is not None or workers > 1:
         torch.set_num_threads(threads or 1)
+
+
+def _product_type(name: str | None) -> torch.dtype | None:
+    import torch
+
+    types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in (None, "auto", *types):
+        raise RequestError(f"--compute-dtype is {name!r}", hint=f"training takes auto, {' or '.join(types)}")
+    return None if name is None else types.get(name)
 
 
 def _compiled(wanted: bool | None) -> bool:

@@ -240,7 +240,9 @@ class Network(nn.Module):
 
         From step to step a canvas stays where it is, and on a CPU torch's cosine takes as long as an attention.
         """
-        kept = positions.device.type == "cpu" and torch.is_inference_mode_enabled() and positions.numel() <= MOST_KEPT
+        traced = torch.compiler.is_compiling()  # a table that comes from elsewhere would break the graph
+        kept = not traced and positions.device.type == "cpu" and torch.is_inference_mode_enabled()
+        kept = kept and positions.numel() <= MOST_KEPT
         last = _TABLES.get(self) if kept else None
         if last is not None and last[0] == dtype and torch.equal(last[1], positions):
             return last[2]

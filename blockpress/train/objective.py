@@ -8,8 +8,9 @@
     L = CE(canvas, every position alike) + causal_weight * CE(next token, the whole row)
 
 A first denoising pass without gradient gives logits that condition the second with probability `self_conditioning`;
-the loss is on the second only. Gradients flow through the context's keys and values.
-Source: technical report, section 8; reference model, section 6.
+the loss is on the second only. Gradients flow through the context's keys and values. On-policy draws are no corruption
+of the answer but canvases that the sampler has come to, read under the signal that it carries (`rollouts.py`).
+Source: technical report, section 8; reference model, section 6. On-policy draws are this package's own.
 
 Invariant: a draw is a function of the generator handed in, so a step can be repeated from (seed, step).
 """
@@ -36,9 +37,13 @@ Denoise = Callable[[Tensor | slice, Tensor | None], Tensor]
 class Objective:
     """What is drawn for each row, and how the parts of the loss weigh.
 
-    draws: corrupted canvases for one causal pass over a row. time_range: bounds of t. self_conditioning: the share of
-    draws whose second pass is conditioned. causal_weight: weight of the next-token loss. stratified: spread t and the
-    conditioned draws evenly over the batch; each draw keeps its distribution, the step's loss varies less.
+    draws: canvases for one causal pass over a row. time_range: bounds of t. self_conditioning: the share of corrupted
+    draws whose second pass is conditioned. causal_weight: weight of the next-token loss; at 0 it is not computed, nor
+    any context that no canvas sees. stratified: spread t and the conditioned draws evenly over the batch; each draw
+    keeps its distribution, the step's loss varies less.
+    on_policy: how many of the draws are states of the sampler, the others are corrupted answers. ages: most steps of a
+    trajectory, then it begins anew. past: steps that it goes on for after it has settled. groups: of rows with
+    trajectories under way; training steps take them in turn.
     """
 
     draws: int = 1
@@ -46,6 +51,10 @@ class Objective:
     self_conditioning: float = 0.5
     causal_weight: float = 1.0
     stratified: bool = False
+    on_policy: int = 0
+    ages: int = 16
+    past: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.time_range
@@ -54,6 +63,10 @@ class Objective:
             (0 <= low < high <= 1, "time_range", "two numbers from 0 to 1, the lower first"),
             (0 <= self.self_conditioning <= 1, "self_conditioning", "a probability"),
             (self.causal_weight >= 0, "causal_weight", "0 or more"),
+            (0 <= self.on_policy <= self.draws, "on_policy", f"from 0 to draws, {self.draws}"),
+            (self.ages >= 1, "ages", "at least 1"),
+            (self.past >= 0, "past", "0 or more steps"),
+            (self.groups >= 1, "groups", "at least 1"),
         ):
             if not ok:
                 raise ConfigError(f"objective field {name} is {getattr(self, name)!r}", hint=f"{name} must be {need}")
@@ -70,24 +83,45 @@ class Rows:
     def lengths(self, canvas_length: int) -> Int[Tensor, " rows"]:
         return self.prompts + self.canvases * canvas_length
 
+    def part(self, chosen: Int[Tensor, " some"], longest: int) -> Rows:
+        """The rows with these numbers, their tokens up to the longest's."""
+        return Rows(self.tokens[chosen, :longest], self.prompts[chosen], self.canvases[chosen])
+
+
+@dataclass(frozen=True)
+class Visited:
+    """States of the sampler, some for each row, in row order: where the canvas starts in its row, its true tokens, what
+    it has become, and the signal that its last step left."""
+
+    starts: Int[Tensor, " visited"]
+    clean: Int[Tensor, "visited canvas"]
+    canvas: Int[Tensor, "visited canvas"]
+    signal: Float32[Tensor, "visited canvas hidden"]
+
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step drew: for every row `draws` canvases, in row order; `conditioned` indexes the conditioned ones."""
+    """What one step drew: for every row `draws` canvases, in row order; `conditioned` indexes the conditioned ones.
+
+    visited: indexes the on-policy ones; signal: theirs, one after another.
+    """
 
     starts: Int[Tensor, " drawn"]
     clean: Int[Tensor, "drawn canvas"]
     noisy: Int[Tensor, "drawn canvas"]
     conditioned: Int[Tensor, " chosen"]
+    visited: Int[Tensor, " visited"] | None = None
+    signal: Float32[Tensor, "visited canvas hidden"] | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The two parts, in nats a token, and how often the denoiser's argmax was right."""
+    """The two parts, in nats a token, how often the denoiser's argmax was right, and the logits of on-policy draws."""
 
     canvas: Float32[Tensor, ""]
     causal: Float32[Tensor, ""]
     accuracy: Float32[Tensor, ""]
+    logits: Float32[Tensor, "visited canvas vocab"] | None = None
 
 
 def build_row(prompt: list[int], answer: list[int], canvas_length: int, eos: int) -> tuple[list[int], int]:
@@ -100,32 +134,66 @@ def build_row(prompt: list[int], answer: list[int], canvas_length: int, eos: int
     return prompt + answer + [eos] * (canvases * canvas_length - len(answer)), canvases
 
 
-def draw(rows: Rows, canvas_length: int, vocab: int, objective: Objective, generator: torch.Generator) -> Draw:
-    """Choose canvases, times, corrupted tokens and the conditioned share of one step."""
-    device, count = rows.tokens.device, len(rows.tokens) * objective.draws
+def draw(
+    rows: Rows,
+    canvas_length: int,
+    vocab: int,
+    objective: Objective,
+    generator: torch.Generator,
+    visited: Visited | None = None,
+) -> Draw:
+    """Choose canvases, times, corrupted tokens and the conditioned share of one step; `visited` joins them.
+
+    Args:
+        visited: `objective.on_policy` states for every row.
+    """
+    each = objective.draws - objective.on_policy
+    device, count = rows.tokens.device, len(rows.tokens) * each
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    canvases = rows.canvases.repeat_interleave(objective.draws)
+    canvases = rows.canvases.repeat_interleave(each)
     chosen = (uniform(count) * canvases).long().clamp(max=canvases - 1)
-    starts = rows.prompts.repeat_interleave(objective.draws) + chosen * canvas_length
+    starts = rows.prompts.repeat_interleave(each) + chosen * canvas_length
     place = starts[:, None] + torch.arange(canvas_length, device=device)
-    clean = rows.tokens.repeat_interleave(objective.draws, 0).gather(1, place)
+    clean = rows.tokens.repeat_interleave(each, 0).gather(1, place)
     order = torch.randperm(count, generator=generator, device=device)
-    times = (order + uniform(1)) / count if objective.stratified else uniform(count)
+    times = (order + uniform(1)) / max(1, count) if objective.stratified else uniform(count)
     low, high = objective.time_range
     times = low + (high - low) * times
     noise = (uniform(count, canvas_length) * vocab).long().clamp(max=vocab - 1)
     noisy = torch.where(uniform(count, canvas_length) < times[:, None], noise, clean)
     coins = (
-        torch.randperm(count, generator=generator, device=device) / count if objective.stratified else uniform(count)
+        torch.randperm(count, generator=generator, device=device) / max(1, count)
+        if objective.stratified
+        else uniform(count)
     )
-    return Draw(starts, clean, noisy, (coins < objective.self_conditioning).nonzero().squeeze(1))
+    conditioned = (coins < objective.self_conditioning).nonzero().squeeze(1)
+    if visited is None:
+        return Draw(starts, clean, noisy, conditioned)
+    place = torch.arange(len(rows.tokens) * objective.draws, device=device).view(-1, objective.draws)
+
+    def join(drawn: Tensor, states: Tensor) -> Tensor:
+        """Row by row: what was drawn, then the states."""
+        parts = (x.reshape(len(rows.tokens), -1 if len(x) else 0, *x.shape[1:]) for x in (drawn, states))
+        return torch.cat(tuple(parts), 1).flatten(0, 1)
+
+    return Draw(
+        starts=join(starts, visited.starts),
+        clean=join(clean, visited.clean),
+        noisy=join(noisy, visited.canvas),
+        conditioned=place[:, :each].flatten()[conditioned],
+        visited=place[:, each:].flatten(),
+        signal=visited.signal,
+    )
 
 
 def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> Losses:
-    """Both parts of the loss for one step's draw; only tensors in, only tensors out."""
+    """Both parts of the loss for one step's draw; only tensors in, only tensors out.
+
+    Without a causal loss the rows' tokens may end where the last of the canvases starts.
+    """
     config = network.config
     own = rows.tokens.shape[1]
     positions = torch.arange(own, device=rows.tokens.device).expand(len(rows.tokens), own)
@@ -136,7 +204,7 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
     }
     looks = [Looking(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers]
     hidden = network.run(network.embed(rows.tokens), positions, looks, causal=True)
-    causal = next_token_loss(network, hidden, rows)
+    causal = next_token_loss(network, hidden, rows) if objective.causal_weight else hidden.new_zeros(()).float()
 
     contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in look.own) for look in looks]
     canvas = drawn.noisy.shape[1]
@@ -154,16 +222,20 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
         x = network.condition(drawn.noisy[rows], signal)
         return network.logits(network.run(x, places[rows], looks, causal=False))
 
-    signal = first_pass(network, denoise, drawn)
-    logits = denoise(slice(None), signal)
+    logits = denoise(slice(None), signals(network, denoise, drawn))
     canvas_loss = F.cross_entropy(logits.flatten(0, 1), drawn.clean.flatten())
-    return Losses(canvas_loss, causal, (logits.argmax(-1) == drawn.clean).float().mean())
+    right = (logits.argmax(-1) == drawn.clean).float().mean()
+    kept = None if drawn.visited is None else logits.detach()[drawn.visited]
+    return Losses(canvas_loss, causal, right, kept)
 
 
-def first_pass(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "drawn canvas hidden"]:
-    """The conditioning signal: a pass without gradient over the conditioned draws, exact zeros for the others."""
+def signals(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "drawn canvas hidden"]:
+    """What each draw is conditioned on: a pass without gradient over the conditioned ones, what the sampler's states
+    carry, exact zeros for the others."""
     hidden = network.config.hidden_size
     signal = torch.zeros(*drawn.noisy.shape, hidden, dtype=network.dtype, device=network.device)
+    if drawn.visited is not None and drawn.signal is not None:
+        signal = signal.index_copy(0, drawn.visited, drawn.signal.to(signal.dtype))
     if len(drawn.conditioned) == 0:
         return signal
     with torch.no_grad():

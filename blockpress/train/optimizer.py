@@ -1,7 +1,8 @@
 """Which rule moves which parameter, and how the learning rate runs.
 
 Matrices of the layers go to Muon (orthogonalised momentum), everything else (embedding, norms, stacked experts, the
-router) to AdamW; with `muon_rate=None` AdamW takes all. Both are torch's own.
+router) to torch's AdamW; with `muon_rate=None` AdamW takes all. Muon is our own: torch's computes in bfloat16 whatever
+the processor, one matrix after another (ADR 0005).
 
     rate    /---------\\           warm-up steps, a plateau, then a straight line down to `final`
            /           \\
@@ -9,10 +10,14 @@ router) to AdamW; with `muon_rate=None` AdamW takes all. Both are torch's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import swa_utils
 
 from blockpress.errors import ConfigError
 
@@ -21,8 +26,8 @@ from blockpress.errors import ConfigError
 class OptimizerConfig:
     """Rates are per step. `decay`: the share of the run, at its end, in which the rate falls to `final` times itself.
 
-    muon_rate: Muon's rate, scaled to AdamW's size of step ("match_rms_adamw"); None leaves all to AdamW.
-    clip: largest norm of the whole gradient.
+    muon_rate: Muon's rate, scaled to AdamW's size of step; None leaves all to AdamW. clip: largest norm of the whole
+    gradient. ema: how much of the weights' moving average stays at each step, None: no average is kept.
     """
 
     rate: float = 1e-3
@@ -33,6 +38,7 @@ class OptimizerConfig:
     decay: float = 1.0
     final: float = 0.0
     clip: float = 1.0
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         for ok, name, need in (
@@ -44,6 +50,7 @@ class OptimizerConfig:
             (0 <= self.decay <= 1, "decay", "a share of the run from 0 to 1"),
             (0 <= self.final <= 1, "final", "a share of the rate from 0 to 1"),
             (self.clip > 0, "clip", "above 0"),
+            (self.ema is None or 0 < self.ema < 1, "ema", "between 0 and 1, or None"),
         ):
             if not ok:
                 raise ConfigError(f"optimizer field {name} is {getattr(self, name)!r}", hint=f"{name} must be {need}")
@@ -60,8 +67,76 @@ class OptimizerConfig:
         return warm * (self.final + (1 - self.final) * left)
 
 
-def build_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers over all of the network's parameters; each group remembers its full rate as `base`."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is replaced by the nearest orthogonal one, roughly; its size is that of an AdamW step.
+
+    Matrices of one shape are orthogonalised together. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the
+    same in bfloat16. Source: Jordan, "Muon" (2024); Liu et al., arXiv 2502.16982, for the size of the step.
+
+    Args:
+        dtype: of the products of the orthogonalisation.
+    """
+
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every matrix that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in alike.items():
+                self._move(group, matrices, group["lr"] * 0.2 * max(shape) ** 0.5)
+        return loss
+
+    def _move(self, group: dict[str, Any], matrices: list[nn.Parameter], rate: float) -> None:
+        ahead = []
+        for matrix in matrices:
+            assert matrix.grad is not None
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+            ahead.append(matrix.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
+        for matrix, direction in zip(matrices, orthogonal(torch.stack(ahead).to(self.dtype)), strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction.to(matrix.dtype), alpha=rate)
+
+
+def orthogonal(x: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
+    """Matrices with the same singular vectors and singular values between about 0.7 and 1.2, by Newton and Schulz."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def build_optimizers(
+    network: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over all of the network's parameters; each group remembers its full rate as `base`.
+
+    Args:
+        dtype: in which Muon multiplies.
+    """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
@@ -72,12 +147,12 @@ def build_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.
     ]
     if config.muon_rate is not None:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=config.muon_rate,
                 momentum=config.betas[0],
                 weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                dtype=dtype,
             )
         )
     for optimizer in optimizers:
@@ -91,3 +166,8 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
+
+
+def build_average(network: nn.Module, decay: float) -> swa_utils.AveragedModel:
+    """The moving average of the network's weights, beginning with what they are; torch's own."""
+    return swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))

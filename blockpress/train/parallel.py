@@ -55,3 +55,13 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, part in zip(listed, flat.split([x.numel() for x in listed]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def merge(tensor: Tensor, own: Tensor) -> Tensor:
+    """`tensor` with each row as the process has it that holds it in its `own` (a mask; no row is of two processes)."""
+    if size() == 1:
+        return tensor
+    part = torch.where(own.view(-1, *(1,) * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
+    whole = part.to(torch.uint8) if tensor.dtype == torch.bool else part
+    dist.all_reduce(whole)
+    return whole.to(tensor.dtype)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from blockpress.config import GenerationConfig, ModelConfig, sudoku_nano
@@ -21,7 +22,8 @@ class Recipe:
     """One training run.
 
     rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one backward pass. steps: optimizer
-    steps. source: builds the data from (config, seed, worker processes, a directory to keep it in).
+    steps. source: builds the data from (config, seed, worker processes, a directory to keep it in). init: the model
+    whose weights are the first; None: fresh ones from the seed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Recipe:
     source: Callable[[ModelConfig, int, int, Path], Source]
     write_tokenizer: Callable[[Path], None]
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if self.rows % self.micro:
@@ -49,9 +52,11 @@ SUDOKU_SEED = 2026
 SUDOKU_GIVENS = Givens(first=(45, 60), last=(28, 42), over=0.2)
 
 
-def _sudoku_source(config: ModelConfig, seed: int, processes: int, keep: Path) -> Source:
-    solutions, orders = sudoku_pool(seed, SUDOKU_POOL, processes, keep / "sudoku-pool.npz")
-    return SudokuRows(config, solutions, orders, SUDOKU_GIVENS, seed)
+def _sudoku_source(
+    config: ModelConfig, seed: int, processes: int, keep: Path, givens: Givens = SUDOKU_GIVENS
+) -> Source:
+    solutions, orders = sudoku_pool(SUDOKU_SEED, SUDOKU_POOL, processes, keep / "sudoku-pool.npz")
+    return SudokuRows(config, solutions, orders, givens, seed)
 
 
 def _digits_tokenizer(directory: Path) -> None:
@@ -77,7 +82,22 @@ def sudoku() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"sudoku": sudoku}
+def sudoku_on_policy() -> Recipe:
+    """The second part of the training of `sudoku-nano`: on the states that the sampler visits, harder puzzles."""
+    return replace(
+        sudoku(),
+        name="sudoku-on-policy",
+        about="sudoku-nano once more, on what its own sampler visits",
+        init="sudoku-nano",
+        objective=Objective(draws=4, stratified=True, causal_weight=0.0, on_policy=3, ages=24, groups=16),
+        optimizer=OptimizerConfig(rate=1e-3, muon_rate=2.5e-3, warmup=50, decay=0.4, ema=0.995),
+        steps=5_000,
+        seed=SUDOKU_SEED + 1,
+        source=partial(_sudoku_source, givens=Givens(first=(26, 42), last=(26, 42), over=0.0)),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"sudoku": sudoku, "sudoku-on-policy": sudoku_on_policy}
 
 
 def recipe(name: str) -> Recipe:

@@ -1,7 +1,7 @@
 """The training loop: rows -> draw -> losses -> backward -> clip -> step, with reports and checkpoints.
 
-Invariant: a step is a function of (weights, optimizer state, seed, step). A run that was stopped and resumed goes on
-as if it had not been: nothing random lives outside (seed, step).
+Invariant: a step is a function of (weights, optimizer state, rollouts, seed, step). A run that was stopped and resumed
+goes on as if it had not been: nothing random lives outside (seed, step).
 Run it:  blockpress train sudoku --out runs/sudoku
 """
 
@@ -12,24 +12,28 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from blockpress.errors import TrainingError
-from blockpress.hardware import machine
+from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
 from blockpress.train.initialise import initialise
 from blockpress.train.objective import Draw, Losses, Rows, draw, losses
-from blockpress.train.optimizer import build_optimizers, set_rates
+from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import Recipe
-from blockpress.weights import minimal_vision, save_checkpoint
+from blockpress.train.rollouts import Rollouts
+from blockpress.weights import load_network, minimal_vision, resolve, save_checkpoint
 
 STATE = "trainer.pt"
+BUCKET = 64
+"""Rows of a micro-batch are padded to the next multiple of so many tokens: few lengths, so few graphs to compile."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,14 @@ class Report:
 
 
 class Trainer:
-    """A recipe under way: the network, its optimizers and the step it has reached."""
+    """A recipe under way: the network, its optimizers and the step it has reached.
+
+    Args:
+        out: the run's directory. compiled: compile the losses. processes: that prepare the data. steps: instead of the
+            recipe's.
+        init: a shipped name or a checkpoint's directory whose weights are the first; None: the recipe's, or fresh ones.
+        dtype: of the products under autocast, float32 for none; None: bfloat16 where this machine multiplies it fast.
+    """
 
     def __init__(
         self,
@@ -63,9 +74,13 @@ class Trainer:
         compiled: bool = False,
         processes: int = 1,
         steps: int | None = None,
+        init: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         parallel.join()
         self.recipe, self.out, self.device = recipe, out, device
+        self.dtype = dtype or compute_dtype(torch.bfloat16, torch.device(device))
+        self.init = init or recipe.init
         if recipe.rows // recipe.micro < parallel.size():
             raise TrainingError(
                 f"{parallel.size()} processes share {recipe.rows // recipe.micro} micro-batches a step",
@@ -77,9 +92,20 @@ class Trainer:
         self.segments = [{"from_step": 0} | self._settings()]
         vision, self._vision = minimal_vision(recipe.seed, recipe.config.hidden_size)
         self.network = Network(replace(recipe.config, vision=vision))
-        initialise(self.network, recipe.seed)
+        self.before: dict[str, Any] | None = None
+        if self.init is None:
+            initialise(self.network, recipe.seed)
+        else:
+            self._take(self.init)
         self.network.to(device)
-        self.optimizers = build_optimizers(self.network, recipe.optimizer)
+        self.optimizers = build_optimizers(self.network, recipe.optimizer, self.dtype)
+        decay, objective = recipe.optimizer.ema, recipe.objective
+        self.average = None if decay is None else build_average(self.network, decay)
+        self.rollouts = (
+            Rollouts(self.network, objective, recipe.generation.sampling, recipe.rows, recipe.seed)
+            if objective.on_policy
+            else None
+        )
         self.source = recipe.source(recipe.config, recipe.seed, processes, out)
         self._losses = torch.compile(self._plain_losses, dynamic=False) if compiled else self._plain_losses
 
@@ -125,19 +151,26 @@ class Trainer:
         factor = recipe.optimizer.factor(self.step, self.steps)
         set_rates(self.optimizers, factor)
         rows = self.source.rows(self.step, recipe.rows, self.step / self.steps)
+        if self.rollouts is not None:
+            rows = self.rollouts.rows(rows, self.step)
         generator = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
-        parts = recipe.rows // recipe.micro
-        sums = torch.zeros(4)
-        for part in range(parts):
-            # Every process draws all parts, so that a draw does not depend on who runs it.
-            some = slice(part * recipe.micro, (part + 1) * recipe.micro)
-            piece = Rows(rows.tokens[some], rows.prompts[some], rows.canvases[some])
-            drawn = draw(piece, recipe.config.canvas_length, recipe.config.vocab_size, objective, generator)
-            if part % parallel.size() != parallel.rank():
+        # Rows of about one length share a micro-batch. Every process draws all of them, so that a draw does not depend
+        # on who runs it.
+        parts = rows.lengths(recipe.config.canvas_length).argsort(stable=True).split(recipe.micro)
+        sums, own = torch.zeros(4), parts[parallel.rank() :: parallel.size()]
+        for number, part in enumerate(parts):
+            piece = self._piece(rows, part)
+            visited = None if self.rollouts is None else self.rollouts.visited(part)
+            drawn = draw(piece, recipe.config.canvas_length, recipe.config.vocab_size, objective, generator, visited)
+            if number % parallel.size() != parallel.rank():
                 continue
             loss = self._losses(*self._tensors(piece, drawn))
-            ((loss.canvas + objective.causal_weight * loss.causal) / parts).backward()
-            sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float().cpu() / parts
+            ((loss.canvas + objective.causal_weight * loss.causal) / len(parts)).backward()
+            sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float().cpu() / len(parts)
+            if self.rollouts is not None and loss.logits is not None:
+                self.rollouts.advance(self.network, part, loss.logits)
+        if self.rollouts is not None:
+            self.rollouts.share(torch.cat(own))
         parallel.sum_over_processes([sums, *(p.grad for p in self.network.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
         sums[3] = norm.float().cpu()
@@ -149,6 +182,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         self.step += 1
         return sums
 
@@ -160,23 +195,31 @@ class Trainer:
             "steps": self.steps,
             "seconds": self.seconds,
             "segments": self.segments,
+            "before": self.before,
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        if self.rollouts is not None:
+            state["rollouts"] = self.rollouts.state()
         fresh = self.out / (STATE + ".new")
         torch.save(state, fresh)
         fresh.replace(self.out / STATE)
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, *, raw: bool = False) -> None:
         """Write the network as a checkpoint in the published layout, with tokenizer and a minimal vision tower.
 
         Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` holds the run's facts.
+
+        Args:
+            raw: the weights of the last step, where the run keeps an average of them.
         """
         recipe = self.recipe
         directory.mkdir(parents=True, exist_ok=True)
         save_checkpoint(
             directory,
-            self.network,
+            self.network if self.average is None or raw else cast(Network, self.average.module),
             generation=recipe.generation,
             kept=self._vision,
             dtype=torch.bfloat16,
@@ -186,6 +229,7 @@ class Trainer:
         facts = {
             "recipe": recipe.name,
             "seed": recipe.seed,
+            "weights": "of the last step" if self.average is None or raw else "their moving average",
             "step": self.step,
             "steps": self.steps,
             "draws": self._draws(),
@@ -193,7 +237,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "hardware": machine(),
             "segments": self.segments,
-        }
+        } | ({} if self.before is None else {"before": self.before})
         (directory / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def resume(self) -> None:
@@ -214,12 +258,19 @@ class Trainer:
                     hint=f"resume it with that recipe, not {self.recipe.name!r}",
                 )
             self.step, self.seconds, self.segments = state["step"], state["seconds"], state["segments"]
+            self.init, self.before = self.segments[0].get("init"), state.get("before")
             self.network.load_state_dict(state["network"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 bases = [group["base"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(kept)
                 for group, base in zip(optimizer.param_groups, bases, strict=True):
                     group["base"] = base
+            if self.average is not None and "average" in state:
+                self.average.load_state_dict(state["average"])
+            elif self.average is not None:
+                self.average.module.load_state_dict(state["network"])
+            if self.rollouts is not None and "rollouts" in state:
+                self.rollouts.load(state["rollouts"])
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{path} cannot be resumed: {error}", hint="delete it and start afresh") from error
         self.steps = self.steps if self._steps_given else steps
@@ -231,7 +282,9 @@ class Trainer:
         """What a step depends on beside the data, in plain values: a run that was resumed under others says so."""
         recipe = self.recipe
         parts = {"objective": asdict(recipe.objective), "optimizer": asdict(recipe.optimizer)}
-        return {"steps": self.steps, "rows": recipe.rows, "processes": parallel.size()} | parts
+        begin = {} if self.init is None else {"init": self.init}
+        kind = str(self.dtype).removeprefix("torch.")
+        return begin | {"steps": self.steps, "rows": recipe.rows, "processes": parallel.size(), "dtype": kind} | parts
 
     def _draws(self) -> int:
         """Corrupted canvases so far, over all segments."""
@@ -241,13 +294,41 @@ class Trainer:
             for segment, end in zip(self.segments, ends, strict=True)
         )
 
+    def _take(self, init: str) -> None:
+        """Begin with the weights of a checkpoint.
+
+        Raises:
+            TrainingError: it is of another shape. CheckpointError and its kin: it cannot be read.
+        """
+        path = resolve(init)
+        weights = load_network(path, dtype=torch.float32).state_dict()
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"init is {init!r}, which is of another shape than recipe {self.recipe.name!r}: {error}",
+                hint="give a checkpoint of the recipe's own network, or leave it out",
+            ) from error
+        if (path / "training.json").is_file():
+            self.before = json.loads((path / "training.json").read_text())
+
     def _plain_losses(self, tokens: Tensor, prompts: Tensor, canvases: Tensor, *drawn: Tensor) -> Losses:
-        with torch.autocast(self.device, dtype=torch.bfloat16):
+        fast = self.dtype != torch.float32
+        with torch.autocast(self.device, dtype=self.dtype) if fast else nullcontext():
             return losses(self.network, Rows(tokens, prompts, canvases), Draw(*drawn), self.recipe.objective)
 
+    def _piece(self, rows: Rows, part: Tensor) -> Rows:
+        """Some rows, padded to about the longest."""
+        longest = int(rows.lengths(self.recipe.config.canvas_length)[part].max())
+        return rows.part(part, min(-(-longest // BUCKET) * BUCKET, rows.tokens.shape[1]))
+
     def _tensors(self, rows: Rows, drawn: Draw) -> list[Tensor]:
-        parts = (rows.tokens, rows.prompts, rows.canvases)
-        return [x.to(self.device) for x in (*parts, drawn.starts, drawn.clean, drawn.noisy, drawn.conditioned)]
+        tokens = rows.tokens
+        if not self.recipe.objective.causal_weight:  # then nobody looks at what no canvas sees
+            tokens = tokens[:, : int(drawn.starts.max())]
+        parts = [tokens, rows.prompts, rows.canvases, drawn.starts, drawn.clean, drawn.noisy, drawn.conditioned]
+        parts += [part for part in (drawn.visited, drawn.signal) if part is not None]
+        return [x.to(self.device) for x in parts]
 
     def _report(self, sums: Tensor, count: int, seconds: float) -> Report:
         canvas, causal, accuracy, norm = (sums / count).tolist()

@@ -25,12 +25,22 @@ ESCAPE = "\x1b"
 
 
 def answered(text: str, puzzle: str = PUZZLE) -> Answer:
-    return Answer(puzzle=puzzle, text=text, steps=3, forwards=3, tokens_per_forward=30.0, seconds=0.5)
+    return Answer(
+        puzzle=puzzle,
+        text=text,
+        steps=3,
+        forwards=3,
+        tokens_per_forward=30.0,
+        seconds=0.5,
+        entropy=0.00314,
+        settled=True,
+    )
 
 
 def test_a_solved_answer() -> None:
     done = answered(sudoku.layout(SOLUTION))
-    assert done.grid == SOLUTION and done.valid and done.solved and done.verdict == "solved in 3 steps"
+    assert done.grid == SOLUTION and done.valid and done.solved
+    assert done.verdict == "solved in 3 steps; the model is sure: 0.0031 nats a token"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,7 @@ def test_without_a_terminal_stdout_is_the_grid_alone(call: Call) -> None:
     done = call("sudoku", PUZZLE)
     assert done.code == 0 and re.fullmatch(r"([1-9]{9}\n){9}", done.out)
     assert done.out == sudoku.layout(SOLUTION) + "\n"
-    assert done.err == f"solved in {re.findall(r'[0-9]+', done.err)[0]} steps\n"
+    assert re.fullmatch(r"solved in [0-9]+ steps; the model is sure: 0\.00[0-4][0-9] nats a token\n", done.err)
 
 
 @pytest.mark.parametrize("form", [PUZZLE.replace("0", "."), sudoku.layout(PUZZLE), f" {PUZZLE}\n"])
@@ -96,7 +106,19 @@ def test_json_is_an_object_a_puzzle_and_a_summary(call: Call, untrained: Path) -
     assert done.code == 0 and not done.err and len(answers) == 3
     for place, answer in enumerate(answers):
         assert list(answer) == [
-            *("puzzle", "answer", "valid", "solved", "steps", "forwards", "seconds", "givens", "tokens_per_forward")
+            *(
+                "puzzle",
+                "answer",
+                "valid",
+                "solved",
+                "settled",
+                "entropy",
+                "steps",
+                "forwards",
+                "seconds",
+                "givens",
+                "tokens_per_forward",
+            )
         ]
         assert answer["puzzle"] == sudoku.generate(1 + place, 40).puzzle
         assert answer["steps"] == answer["forwards"] == 2 and not answer["solved"] and answer["seconds"] > 0

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,54 @@ def test_the_losses_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.M
     assert (_compiled(None), _compiled(True), _compiled(False)) == (False, True, False)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     assert _compiled(None)
+
+
+def test_a_run_begins_with_given_weights(call: Call, at: object, tmp_path: Path) -> None:
+    assert call("train", "counting", "--out", tmp_path / "a", "--no-compile", "--steps", 2).code == 0
+    begun = ("train", "counting", "--no-compile", "--init", tmp_path / "a" / "model", "--minutes", 1e-9)
+    assert call(*begun, "--out", tmp_path / "b").code == 0
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    facts = json.loads((tmp_path / "b" / "model" / "training.json").read_text())
+    assert facts["segments"][0]["init"] == str(tmp_path / "a" / "model")
+    assert facts["before"] == json.loads((tmp_path / "a" / "model" / "training.json").read_text())
+    resumed = call("train", "counting", "--no-compile", "--out", tmp_path / "b", "--resume", "--minutes", 1e-9)
+    assert resumed.code == 0 and json.loads((tmp_path / "b" / "model" / "training.json").read_text()) == facts
+    refused = call("train", "counting", "--out", tmp_path / "c", "--init", "sudoku-nano")
+    assert refused.code == 2 and "'sudoku-nano', which is of another shape than recipe 'counting'" in refused.err
+    assert refused.err.count("\n") < 4
+    refused = call("train", "counting", "--out", tmp_path / "c", "--init", "sudoku-mano")
+    assert refused.code == 2 and "sudoku-mano" in refused.err
+
+
+def test_both_the_average_and_the_last_weights_can_be_exported(
+    call: Call, at: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipes.RECIPES["counting"]()
+    averaged = replace(recipe, optimizer=replace(recipe.optimizer, ema=0.9))
+    monkeypatch.setitem(recipes.RECIPES, "counting", lambda: averaged)
+    assert call("train", "counting", "--out", tmp_path, "--no-compile").code == 0
+    for name, options in (("average", ()), ("raw", ("--raw",))):
+        assert call("train", "counting", "--out", tmp_path, "--export", tmp_path / name / "model", *options).code == 0
+    average, raw, written = (weights(tmp_path / name) for name in ("average", "raw", "."))
+    assert all(torch.equal(average[name], written[name]) for name in written)
+    assert not torch.equal(average["embed_tokens.weight"], raw["embed_tokens.weight"])
+    kept = torch.load(tmp_path / "trainer.pt", weights_only=True)["network"]["embed_tokens.weight"]
+    assert torch.equal(raw["embed_tokens.weight"], kept.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--raw",), "--raw is given without --export"),
+        (("--compute-dtype", "float16"), "--compute-dtype is 'float16'"),
+        (("--resume", "--init", "sudoku-nano"), "--init"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    call: Call, at: object, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    (tmp_path / "trainer.pt").touch()
+    out = tmp_path if "--resume" in options else tmp_path / "fresh"
+    done = call("train", "counting", "--out", out, *options)
+    assert done.code == 2 and told in done.err

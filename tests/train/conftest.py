@@ -33,33 +33,38 @@ class Copies:
         return Rows(torch.cat((bos, digits, digits, eos), dim=1), torch.full((count,), 5), torch.ones(count, dtype=int))
 
 
-@pytest.fixture(scope="session")
-def small() -> ModelConfig:
+def small_config() -> ModelConfig:
     """Both kinds of layer, a canvas (6) longer than the window (5), as many tokens as the digits tokenizer."""
     return replace(PRESETS["tiny"](), vocab_size=16, canvas_length=6, sliding_window=5, context_length=64)
 
 
+def make_copy_recipe(**changes: object) -> Recipe:
+    """Six steps of four rows, two at a time, by both optimizers."""
+    base = Recipe(
+        name="copy",
+        about="repeat the prompt",
+        config=small_config(),
+        objective=Objective(draws=2),
+        optimizer=OptimizerConfig(rate=3e-3, muon_rate=1e-2, warmup=2, decay=0.5),
+        rows=4,
+        micro=2,
+        steps=6,
+        seed=3,
+        source=lambda config, seed, processes, keep: Copies(config, seed),
+        write_tokenizer=lambda directory: write_digits_tokenizer(Path(directory)),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="session")
-def copy_recipe(small: ModelConfig) -> Callable[..., Recipe]:
-    """`copy_recipe(**changes)`: six steps of four rows, two at a time, by both optimizers."""
+def small() -> ModelConfig:
+    return small_config()
 
-    def build(**changes: object) -> Recipe:
-        base = Recipe(
-            name="copy",
-            about="repeat the prompt",
-            config=small,
-            objective=Objective(draws=2),
-            optimizer=OptimizerConfig(rate=3e-3, muon_rate=1e-2, warmup=2, decay=0.5),
-            rows=4,
-            micro=2,
-            steps=6,
-            seed=3,
-            source=lambda config, seed, processes, keep: Copies(config, seed),
-            write_tokenizer=lambda directory: write_digits_tokenizer(Path(directory)),
-        )
-        return replace(base, **changes)  # type: ignore[arg-type]
 
-    return build
+@pytest.fixture(scope="session")
+def copy_recipe() -> Callable[..., Recipe]:
+    """`copy_recipe(**changes)`."""
+    return make_copy_recipe
 
 
 @pytest.fixture

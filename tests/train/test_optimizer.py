@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from blockpress.config import ModelConfig
 from blockpress.errors import ConfigError
 from blockpress.model import Network
-from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates
+from blockpress.train.optimizer import Muon, OptimizerConfig, build_average, build_optimizers, orthogonal, set_rates
 
 
 @given(st.integers(1, 200), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
@@ -67,9 +69,55 @@ def test_rates_scale_the_full_ones(small: ModelConfig):
         ("decay", 1.5),
         ("final", -0.5),
         ("clip", 0.0),
+        ("ema", 0.0),
+        ("ema", 1.0),
     ],
 )
 def test_a_bad_optimizer_is_refused_by_name(field: str, value: object):
     with pytest.raises(ConfigError, match=field) as caught:
         OptimizerConfig(**{field: value})  # type: ignore[arg-type]
     assert repr(value) in caught.value.message
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 1000))
+def test_singular_vectors_stay_and_singular_values_come_near_one(rows: int, columns: int, seed: int):
+    x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    left, sizes, right = torch.linalg.svd(x, full_matrices=False)
+    got = left.mT @ orthogonal(x) @ right.mT
+    sizes = sizes / x.norm(dim=(1, 2))[:, None]
+    found = got.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(got, torch.diag_embed(found), atol=1e-6)
+    # Five steps bring up what is above a fiftieth of the whole; smaller ones stay small.
+    assert ((found > 0.6) & (found < 1.3))[sizes > 0.02].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_moves_as_torchs_does(dtype: torch.dtype):
+    """torch's computes in bfloat16, so it is no nearer to ours than bfloat16 goes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (16, 24), (16, 16), (24, 16)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    one = Muon(ours, lr=1e-2, momentum=0.9, weight_decay=0.1, dtype=dtype)
+    other = torch.optim.Muon(theirs, lr=1e-2, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, their in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            their.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    for mine, their, start in zip(ours, theirs, starts, strict=True):
+        moved = (their - start).norm()
+        assert (mine - their).norm() < 0.03 * moved
+    assert {name for state in one.state.values() for name in state} == {"momentum_buffer"}
+
+
+def test_the_average_follows_the_weights(small: ModelConfig):
+    network = Network(small)
+    average = build_average(network, 0.75)
+    with torch.no_grad():
+        network.norm.weight.fill_(4.0)
+        average.update_parameters(network)  # the first is taken whole
+        network.norm.weight.fill_(8.0)
+        average.update_parameters(network)
+    assert average.module.norm.weight.tolist() == pytest.approx([5.0] * small.hidden_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import blockpress
 from blockpress.errors import TrainingError
 from blockpress.train import trainer as trainer_module
-from blockpress.train.objective import Objective
+from blockpress.train.objective import Objective, Rows
 from blockpress.train.recipes import Recipe
 from blockpress.train.trainer import STATE, Trainer
 
@@ -216,3 +218,52 @@ def test_an_export_loads_and_answers(whole: Trainer, tmp_path: Path):
     facts = json.loads((tmp_path / "training.json").read_text())
     assert (facts["recipe"], facts["seed"], facts["step"], facts["draws"]) == ("copy", 3, 6, 48)
     assert facts["parameters"] == sum(p.numel() for p in whole.network.parameters())
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+import torch
+from tests.train.conftest import make_copy_recipe
+from blockpress.train.objective import Objective
+from blockpress.train.trainer import Trainer
+torch.set_num_threads(1)
+recipe = make_copy_recipe(objective=Objective(draws=2, on_policy=1), micro=4)
+for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
+    plain, traced = (Trainer(recipe, Path(sys.argv[1]), dtype=dtype) for _ in range(2))
+    traced._losses = torch.compile(traced._plain_losses, dynamic=False, backend="eager")
+    for _ in range(2):
+        one, other = plain.train_step(), traced.train_step()
+        assert torch.allclose(one, other, rtol=near), (dtype, one, other)
+    assert plain.segments[0]["dtype"] == str(dtype).removeprefix("torch.")
+"""
+
+
+def test_both_types_run_compiled_and_plain(tmp_path: Path):
+    """Traced as for the compiler, but run by torch: code of its own would take minutes to build. In a process without
+    the checks of shapes, which the compiler would trace as well."""
+    subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], check=True)
+
+
+def test_without_a_word_the_type_is_the_fast_one(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", name)
+        trainer = Trainer(copy_recipe(), tmp_path)
+        assert trainer.dtype == getattr(torch, name)
+        assert {group.dtype for group in trainer.optimizers[1:]} == {trainer.dtype}  # type: ignore[attr-defined]
+
+
+def test_rows_of_one_length_share_a_micro_batch_and_are_cut_to_it(copy_recipe: Recipes, tmp_path: Path):
+    short, long = 1, trainer_module.BUCKET // 6
+
+    class Mixed:
+        def rows(self, step: int, count: int, progress: float) -> Rows:
+            canvases = torch.tensor([long, short] * (count // 2))
+            return Rows(torch.full((count, 5 + 6 * long), 7), torch.full((count,), 5), canvases)
+
+    trainer = Trainer(copy_recipe(source=lambda *_: Mixed()), tmp_path)
+    seen = []
+    whole = trainer._losses
+    trainer._losses = lambda tokens, *rest: seen.append(tokens.shape) or whole(tokens, *rest)  # type: ignore[assignment]
+    trainer.train_step()
+    assert seen == [(2, trainer_module.BUCKET), (2, 5 + 6 * long)]

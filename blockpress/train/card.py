@@ -1,0 +1,181 @@
+"""What was measured of a sudoku model, and its model card: the history of its training, then tables.
+
+Run it:  python -m blockpress.train.measure sudoku-nano --count 1000 --write
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from blockpress.train.recipes import SUDOKU_GIVENS, SUDOKU_POOL, SUDOKU_SEED
+from blockpress.weights import load_config
+
+HELD_OUT_SEED = 0
+SURE = (0.005, 0.01, 0.02, 0.05)
+"""Between the classes in which calibration is counted, in nats a token; the first is the sampler's own bound."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one puzzle. settled: stopped before its limit of steps. entropy: the mean of its last step, in
+    nats a token; None where it was written token by token."""
+
+    solved: bool
+    steps: int
+    settled: bool
+    entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Some puzzles: the share solved exactly, its standard error, steps, how many settled on a wrong grid or were still
+    unsettled at the end, and seconds."""
+
+    mode: str
+    puzzles: int
+    solved: float
+    error: float
+    mean_steps: float
+    steps_solved: float
+    settled_wrong: float
+    unsettled: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """Of the answers whose last step had a mean entropy of at least `low` and below `high` (None: without limit), how
+    many are right."""
+
+    low: float
+    high: float | None
+    answers: int
+    right: int
+
+
+def score(mode: str, outcomes: Sequence[Outcome], seconds: float) -> Score:
+    """Summarise some outcomes."""
+    count = len(outcomes)
+    right = [outcome.steps for outcome in outcomes if outcome.solved]
+    share = len(right) / count
+    return Score(
+        mode=mode,
+        puzzles=count,
+        solved=share,
+        error=math.sqrt(share * (1 - share) / count),
+        mean_steps=sum(outcome.steps for outcome in outcomes) / count,
+        steps_solved=sum(right) / len(right) if right else 0.0,
+        settled_wrong=sum(outcome.settled and not outcome.solved for outcome in outcomes) / count,
+        unsettled=sum(not outcome.settled for outcome in outcomes) / count,
+        seconds=seconds,
+    )
+
+
+def calibration(outcomes: Sequence[Outcome]) -> list[Sureness]:
+    """The outcomes by the mean entropy of their last step."""
+    known = [(outcome.entropy, outcome.solved) for outcome in outcomes if outcome.entropy is not None]
+    classes = []
+    for low, high in zip((0.0, *SURE), (*SURE, None), strict=True):
+        own = [right for entropy, right in known if low <= entropy < (math.inf if high is None else high)]
+        classes.append(Sureness(low, high, len(own), sum(own)))
+    return classes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the card says: the table of decodings, the one by givens, and calibration under the most steps."""
+
+    scores: list[Score]
+    by_givens: list[Score]
+    calibration: list[Sureness]
+
+
+def table(scores: Sequence[Score], first: str = "decoding") -> str:
+    """The scores as a Markdown table."""
+    lines = [
+        f"| {first} | puzzles | solved | mean steps | steps where solved | settled wrong | unsettled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {s.mode} | {s.puzzles} | {100 * s.solved:.1f} % ± {100 * s.error:.1f} | {s.mean_steps:.2f}"
+        f" | {s.steps_solved:.2f} | {100 * s.settled_wrong:.1f} % | {100 * s.unsettled:.1f} % |"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+def sureness_table(classes: Sequence[Sureness]) -> str:
+    """Calibration as a Markdown table."""
+    lines = ["| mean entropy of the last step, nats a token | answers | right |", "|---|---|---|"]
+    for c in classes:
+        bounds = f"{c.low} and more" if c.high is None else f"{c.low} to {c.high}" if c.low else f"below {c.high}"
+        lines.append(f"| {bounds} | {c.answers} | {f'{100 * c.right / c.answers:.1f} %' if c.answers else ''} |")
+    return "\n".join(lines)
+
+
+def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) -> str:
+    """The model card: what it is, how it was trained (from `training.json` beside it), what was measured."""
+    config, count = load_config(path), measured.scores[0].puzzles
+    training = json.loads((path / "training.json").read_text())
+    last, first = SUDOKU_GIVENS.last, SUDOKU_GIVENS.first
+    parts = [
+        "# sudoku-nano",
+        f"""A DiffusionGemma of {training["parameters"]:,} parameters with all parts of the large one: sliding and
+        full layers, {config.num_experts} experts (top {config.top_k_experts}) beside a dense MLP,
+        self-conditioning. It fills one canvas of {config.canvas_length} tokens. The prompt is a puzzle, nine
+        lines of nine digits with 0 for blank and no line end after the last; the answer is the solved grid in
+        the same form.""",
+        f"""**Data.** Puzzles of the project's own generator (`blockpress.sudoku`): {SUDOKU_POOL:,} solved grids
+        under seed {SUDOKU_SEED}, each shown under a random symmetry of Sudoku, with {last[0]} to {last[1]}
+        givens ({first[0]} to {first[1]} in the beginning).""",
+        "**Training.** " + " ".join(history(training)),
+        """**Weights.** Stored in bfloat16, run in float32. The vision tower in the checkpoint is random and unused
+        (one layer, 8 features): the published layout has one. Licence: Apache-2.0.""",
+        "## Measured",
+        f"""{count:,} held-out puzzles with {givens[0]} to {givens[1]} givens and one solution each (generator seed
+        {HELD_OUT_SEED}; no grid, nor a symmetric image of one, is in the training pool), one canvas a puzzle,
+        first sample, seed 0, the sampler of `generation_config.json`; ± is one standard error. The temperature
+        schedule depends on the cap.""",
+        table(measured.scores),
+        *by_givens_and_sureness(measured),
+        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count} --write`, which
+        wrote this page.""",
+    ]
+    return "\n\n".join(part if part.startswith("|") else fill(" ".join(part.split()), 120) for part in parts) + "\n"
+
+
+def history(training: dict[str, Any]) -> list[str]:
+    """Sentences on how the weights came about, the earliest part of the training first."""
+    before = history(training["before"]) if "before" in training else []
+    changes = len(training["segments"]) - 1
+    resumed = f", resumed under other settings {changes} times" if changes else ""
+    weights = training.get("weights", "of the last step")
+    return [
+        *before,
+        f"""`blockpress train {training["recipe"]}`: {training["step"]:,} steps, {training["draws"]:,} canvases in all,
+        seed {training["seed"]}, {training["seconds"] / 3600:.2f} hours on {training["hardware"]}{resumed}
+        {"; the weights are " + weights if "average" in weights else ""}.""",
+        *(
+            []
+            if before or not changes
+            else ["A run of a recipe from the start gives like weights, but not these very ones."]
+        ),
+    ]
+
+
+def by_givens_and_sureness(measured: Measured) -> list[str]:
+    """The other two tables of the card, each with its sentence."""
+    parts = []
+    if measured.by_givens:
+        parts += [
+            "By the number of givens, other puzzles under the same seed:",
+            table(measured.by_givens, "puzzles with"),
+        ]
+    sentence = "How often an answer is right, by how sure the network was in the last of at most 48 steps:"
+    return [*parts, sentence, sureness_table(measured.calibration)]

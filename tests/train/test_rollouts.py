@@ -1,0 +1,255 @@
+"""On-policy states: what training visits is what the sampler visits, and a run that is resumed goes on to the bit."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident, denoise
+from blockpress.diffusion.denoise import Step
+from blockpress.errors import ConfigError
+from blockpress.generate import plain_denoiser
+from blockpress.model import Network
+from blockpress.train.objective import Draw, Objective, Rows, draw, losses
+from blockpress.train.recipes import Recipe
+from blockpress.train.rollouts import Rollouts
+from blockpress.train.trainer import Trainer
+
+# With these bounds the canvases of `network` settle after three steps to some dozen.
+EASY = Sampling(steps=12, t_max=0.8, t_min=0.4, entropy_bound=2.0, stability=1, confidence=0.5)
+SHAPES = [(4, 3), (7, 1), (3, 2)]
+ALL = torch.arange(len(SHAPES))
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def clean_rows(config: ModelConfig, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [prompt + canvases * config.canvas_length for prompt, canvases in SHAPES]
+    tokens = torch.randint(config.vocab_size, (len(SHAPES), max(lengths)), generator=generator)
+    prompts, canvases = (torch.tensor(column) for column in zip(*SHAPES, strict=True))
+    return Rows(tokens * (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]), prompts, canvases)
+
+
+@pytest.fixture(scope="module")
+def network(small: ModelConfig, random_network: Callable[..., Network]) -> Network:
+    found = random_network(small, seed=8)
+    with torch.no_grad():
+        found.embed_tokens.weight.mul_(3.0)  # a random network is not sure of anything else
+    return found
+
+
+class Watched:
+    """The slots of three rows over some steps under fixed weights: each trajectory's canvases, by its number."""
+
+    def __init__(self, network: Network, objective: Objective, steps: int) -> None:
+        self.rollouts = Rollouts(network, objective, EASY, len(SHAPES), seed=11)
+        self.canvases: dict[int, list[Tensor]] = defaultdict(list)
+        self.contexts: dict[int, tuple[list[int], int]] = {}
+        self.rows: list[Rows] = []
+        self.lasts: dict[int, int] = {}
+        config, generator = network.config, torch.Generator().manual_seed(0)
+        for step in range(steps):
+            rows = self.rollouts.rows(clean_rows(config, step), step)
+            self.rows.append(rows)
+            visited = self.rollouts.visited(ALL)
+            for slot, serial in enumerate(self.rollouts.serial[self.rollouts.slots(ALL)].tolist()):
+                self.canvases[serial].append(visited.canvas[slot])
+                start = int(visited.starts[slot])
+                self.contexts[serial] = (
+                    rows.tokens[slot // objective.on_policy, :start].tolist(),
+                    int(self.rollouts.chosen[self.rollouts.slots(ALL)][slot]),
+                )  # fmt: skip
+            drawn = draw(rows, config.canvas_length, config.vocab_size, objective, generator, visited)
+            found = losses(network, rows, drawn, objective)
+            assert found.logits is not None
+            self.rollouts.advance(network, ALL, found.logits)
+
+
+@torch.no_grad()
+def by_the_sampler(network: Network, context: list[int], canvas: int, seed: int) -> list[Step]:
+    _, cache = network.read(torch.tensor([context]), network.empty_cache(1))
+    draws = KeyedDraws([seed], [canvas], length=network.config.canvas_length, vocab=network.config.vocab_size)
+    schedule = Schedule(steps=EASY.steps, t_min=EASY.t_min, t_max=EASY.t_max)
+    accept, settle = EntropyBound(EASY.entropy_bound), StableAndConfident(EASY.stability, EASY.confidence)
+    return list(denoise(plain_denoiser(network, cache), draws, 1, schedule, accept, settle))
+
+
+@pytest.mark.parametrize(("past", "groups"), [(0, 1), (2, 1), (0, 3)])
+def test_a_slot_visits_what_the_sampler_visits(network: Network, past: int, groups: int):
+    objective = Objective(draws=3, on_policy=2, ages=8, past=past, groups=groups)
+    watched = Watched(network, objective, steps=30 if groups == 1 else 48)
+    settled = compared = 0
+    lengths = set()
+    for serial, canvases in watched.canvases.items():
+        context, canvas = watched.contexts[serial]
+        steps = by_the_sampler(network, context, canvas, watched.rollouts.seed_of(serial))
+        for mine, step in zip(canvases, steps, strict=False):
+            assert torch.equal(mine, step.canvas[0])
+            compared += 1
+        under_way = serial in watched.rollouts.serial.tolist()
+        assert under_way or len(canvases) <= 8
+        if len(steps) + past < len(canvases):
+            pytest.fail(f"trajectory {serial} went on for {len(canvases) - len(steps)} steps after it had settled")
+        settled += not under_way and len(canvases) == len(steps) + past and bool(steps[-1].settled)
+        lengths.add(len(canvases))
+    assert compared > 100
+    assert settled >= 3
+    assert len(lengths) > 3  # the first ones end at random ages
+
+
+def test_a_row_stays_until_each_of_its_slots_has_ended(network: Network):
+    objective = Objective(draws=2, on_policy=2, ages=5)
+    watched = Watched(network, objective, steps=20)
+    config = network.config
+    replaced = 0
+    for place in range(len(SHAPES)):
+        begun = 0
+        for step, rows in enumerate(watched.rows):
+            fresh = clean_rows(config, step)
+            length = int(fresh.lengths(config.canvas_length)[place])
+            if torch.equal(rows.tokens[place, :length], fresh.tokens[place, :length]):
+                replaced += step > 0
+                begun = step
+            held = clean_rows(config, begun)
+            assert torch.equal(rows.tokens[place, :length], held.tokens[place, :length])
+            assert int(rows.prompts[place]) == SHAPES[place][0]
+            assert step - begun < 2 * objective.ages  # the slower slot may begin while the faster is under way
+    assert replaced >= len(SHAPES) * 2
+
+
+@torch.no_grad()
+def test_a_state_is_read_under_the_signal_that_the_sampler_carries(network: Network):
+    objective = Objective(draws=3, on_policy=2, self_conditioning=0.5, stratified=True)
+    rollouts = Watched(network, objective, steps=4).rollouts
+    rows = rollouts.rows(clean_rows(network.config, 4), 4)
+    visited = rollouts.visited(ALL)
+    assert visited.signal.abs().sum() > 0
+    drawn = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    got = losses(network, rows, drawn, objective)
+    assert got.logits is not None
+    for slot, start in enumerate(visited.starts.tolist()):
+        _, cache = network.read(rows.tokens[slot // 2 : slot // 2 + 1, :start], network.empty_cache(1))
+        own = slice(slot, slot + 1)
+        want = network.logits(network.denoise(visited.canvas[own], cache, visited.signal[own]))
+        assert torch.allclose(got.logits[own], want, atol=1e-5)
+
+
+def test_states_stand_behind_the_corrupted_draws_of_their_row(network: Network):
+    objective = Objective(draws=3, on_policy=2, self_conditioning=1.0)
+    rollouts = Rollouts(network, objective, EASY, len(SHAPES), seed=5)
+    rows = rollouts.rows(clean_rows(network.config, 0), 0)
+    visited = rollouts.visited(ALL)
+    drawn = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    assert drawn.visited is not None
+    assert drawn.visited.tolist() == [1, 2, 4, 5, 7, 8]
+    assert drawn.conditioned.tolist() == [0, 3, 6]
+    for name, theirs in (("starts", visited.starts), ("clean", visited.clean), ("noisy", visited.canvas)):
+        assert torch.equal(getattr(drawn, name)[drawn.visited], theirs)
+    place = drawn.starts[:, None] + torch.arange(6)
+    assert torch.equal(rows.tokens.repeat_interleave(3, 0).gather(1, place), drawn.clean)
+
+
+@pytest.mark.parametrize("on_policy", [0, 2])
+def test_without_a_causal_loss_nothing_behind_the_canvases_is_read(network: Network, on_policy: int):
+    objective = Objective(draws=2, on_policy=on_policy, causal_weight=0.0)
+    rollouts = Rollouts(network, Objective(draws=2, on_policy=2), EASY, len(SHAPES), seed=5)
+    rows = rollouts.rows(clean_rows(network.config, 0), 0)
+    visited = rollouts.visited(ALL) if on_policy else None
+    drawn: Draw = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    whole = losses(network, rows, drawn, replace(objective, causal_weight=1.0))
+    part = losses(network, rows.part(ALL, int(drawn.starts.max())), drawn, objective)
+    assert part.causal == 0 < whole.causal
+    assert part.canvas.item() == pytest.approx(whole.canvas.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("on_policy", 3), ("on_policy", -1), ("ages", 0), ("past", -1), ("groups", 0)]
+)
+def test_a_bad_objective_is_refused_by_name(field: str, value: int):
+    with pytest.raises(ConfigError, match=f"{field} is {value}"):
+        Objective(draws=2, **{field: value})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------- in a run
+
+
+def on_policy(copy_recipe: Callable[..., Recipe], **changes: object) -> Recipe:
+    objective = Objective(draws=3, on_policy=2, ages=3, groups=2, causal_weight=0.0)
+    settings = {"objective": objective, "generation": GenerationConfig(sampling=EASY)} | changes
+    return copy_recipe(**settings)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_goes_on_to_the_bit(copy_recipe: Callable[..., Recipe], tmp_path: Path, stop: int):
+    whole = Trainer(on_policy(copy_recipe), tmp_path / "whole")
+    list(whole.run())
+    first = Trainer(on_policy(copy_recipe), tmp_path)
+    for _ in range(stop):
+        first.train_step()
+    first.save()
+    second = Trainer(on_policy(copy_recipe), tmp_path)
+    second.resume()
+    assert second.step == stop
+    list(second.run())
+    assert all(torch.equal(x, whole.network.state_dict()[name]) for name, x in second.network.state_dict().items())
+    assert whole.rollouts is not None and second.rollouts is not None
+    for name, value in whole.rollouts.state().items():
+        assert torch.equal(second.rollouts.state()[name], value), name
+    assert int(whole.rollouts.serial.max()) >= 8 * 3  # slots have begun anew
+    assert len(whole.rollouts.canvas) == 16
+
+
+def test_states_of_another_number_of_slots_are_refused(network: Network):
+    one, other = (Rollouts(network, Objective(draws=2, on_policy=2), EASY, rows, seed=1) for rows in (2, 3))
+    with pytest.raises(ValueError, match="prompts is \\[2\\], \\[3\\] is needed"):
+        other.load(one.state())
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+from tests.train.conftest import make_copy_recipe
+from tests.train.test_rollouts import on_policy
+from blockpress.train import parallel
+from blockpress.train.trainer import Trainer
+torch.set_num_threads(1)
+trainer = Trainer(on_policy(make_copy_recipe, micro=1), Path(sys.argv[1]), dtype=torch.float32)
+for _ in range(4): trainer.train_step()
+if parallel.rank() == 0: trainer.save()
+parallel.leave()
+"""
+
+
+def test_processes_share_the_slots(copy_recipe: Callable[..., Recipe], tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    both = [subprocess.Popen(command, env=settings | {"RANK": str(rank)}) for rank in range(2)]
+    alone = Trainer(on_policy(copy_recipe, micro=1), tmp_path / "alone", dtype=torch.float32)
+    for _ in range(4):
+        alone.train_step()
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    together = Trainer(on_policy(copy_recipe, micro=1), tmp_path, dtype=torch.float32)
+    together.resume()
+    assert together.step == 4
+    assert together.rollouts is not None and alone.rollouts is not None
+    for name, value in alone.rollouts.state().items():
+        near = torch.allclose(together.rollouts.state()[name].float(), value.float(), atol=1e-4)
+        assert near, name
+    for name, value in alone.network.state_dict().items():
+        assert torch.allclose(together.network.state_dict()[name], value, atol=1e-4), name
