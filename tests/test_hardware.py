@@ -253,8 +253,19 @@ def test_the_type_of_products_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
         assert compute_dtype(torch.bfloat16, CPU) == torch.bfloat16
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "fp8")
-    with pytest.raises(ConfigError, match=r"BLOCKPRESS_COMPUTE_DTYPE is 'fp8'.*auto, float32, bfloat16, float16"):
+    with pytest.raises(ConfigError, match=r"BLOCKPRESS_COMPUTE_DTYPE is 'fp8'.*auto, float32, bfloat16, float16, int8"):
         compute_dtype(torch.bfloat16, CPU)
+
+
+def test_integers_are_taken_where_they_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "avx2")
+    monkeypatch.setattr(speed, "rates", lambda: made(mkl=100.0, onednn=100.0, bfloat16=19.0, int8=400.0))
+    assert compute_dtype(torch.bfloat16, CPU) == torch.float32, "they round, so that speed is no reason"
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
+    for storage in (torch.float32, *HALVES):
+        assert compute_dtype(storage, CPU) == torch.int8
+    with pytest.raises(ConfigError, match=r"'int8', and the device is 'cuda'.*on processors: unset it"):
+        compute_dtype(torch.bfloat16, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("level", "way"), [("avx2", "onednn"), ("avx512_bf16", "onednn"), ("amx", "mkl"), ("neon", "mkl")])  # fmt: skip
@@ -329,5 +340,9 @@ def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.Mon
     assert (described["stored_in"], described["compute_dtype"]) == ("bfloat16", "float32")
     (line,) = [line for line in show.lines(described) if line.startswith("computed in")]
     assert "float32" in line and "bfloat16" in line
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
+    told = show.lines(show.describe(name))
+    assert any("int8: layers' products are made of integers" in line for line in told)
+    assert any(line.startswith("in bfloat16") and "weights 24.3 GiB, computed in int8" in line for line in told)
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
     assert not [line for line in show.lines(show.describe(name)) if line.startswith("computed in")]

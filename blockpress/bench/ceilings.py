@@ -25,6 +25,7 @@ from blockpress import costs
 from blockpress.bench.subject import weight_bytes
 from blockpress.hardware import free_memory, machine
 from blockpress.model import Network
+from blockpress.ops.integers import encode, rounded
 from blockpress.ops.linear import linear
 
 SECONDS = 0.25
@@ -35,6 +36,7 @@ OUTPUTS = 8192
 """Most columns of a product that is measured: those of a whole vocabulary would take seconds."""
 
 
+@torch.inference_mode()
 def measure_device(network: Network, *, seconds: float | None = None) -> costs.Device:
     """This machine as a `costs.Device`, for products and weights of that network's size.
 
@@ -42,7 +44,8 @@ def measure_device(network: Network, *, seconds: float | None = None) -> costs.D
         seconds: how long each kind of product, and the reading, is repeated; None: `SECONDS`.
     """
     seconds = SECONDS if seconds is None else seconds
-    names = {str(network.dtype).removeprefix("torch."): network.dtype, "float32": torch.float32}
+    kinds = (network.dtype, network.product_dtype, torch.float32)
+    names = {str(kind).removeprefix("torch."): kind for kind in kinds}
     rates = {name: max(_rates(network, dtype, seconds)) for name, dtype in names.items()}
     return costs.Device(
         name=machine(network.device),
@@ -82,11 +85,20 @@ def _rates(network: Network, dtype: torch.dtype, seconds: float) -> Iterator[flo
     }
     rows = max(config.canvas_length, 64)
     for wide in sorted(outputs - {0}):
-        x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
-        weight = torch.randn(wide, config.hidden_size, device=device).to(dtype)
-        for way in (F.linear, linear):
-            best = repeated(lambda way=way, x=x, w=weight: way(x, w), seconds / len(outputs), device)  # type: ignore[misc]
-            yield 2.0 * x.numel() * wide / best
+        x = torch.randn(rows, config.hidden_size, device=device)
+        weight = torch.randn(wide, config.hidden_size, device=device)
+        for way in _ways(x, weight, dtype):
+            yield 2.0 * x.numel() * wide / repeated(way, seconds / len(outputs), device)
+
+
+def _ways(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
+    """Torch's product in that type, and ours."""
+    if dtype == torch.int8:
+        (codes, _), held = encode(x), rounded(weight)
+        ours = lambda: linear(x, held)  # noqa: E731
+        return (ours, lambda: torch._int_mm(codes, held.codes.T)) if hasattr(torch, "_int_mm") else (ours,)
+    x, weight = x.to(dtype), weight.to(dtype)
+    return lambda: F.linear(x, weight), lambda: linear(x, weight)
 
 
 @torch.inference_mode()

@@ -51,7 +51,7 @@ class Subject:
     @property
     def types(self) -> dict[str, str]:
         """The names of the type of the weights and of that in which products are made."""
-        found = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
+        found = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.product_dtype}
         return {name: str(kind).removeprefix("torch.") for name, kind in found.items()}
 
     @property
@@ -167,17 +167,17 @@ def weight_bytes(network: Network) -> dict[str, int]:
 def widths(network: Network) -> costs.Widths:
     """How the weights of a network are stored, on average over each part."""
     stored, counted = weight_bytes(network), costs.parameters(network.config)
-    math = str(network.dtype).removeprefix("torch.")
+    math, products = (str(kind).removeprefix("torch.") for kind in (network.dtype, network.product_dtype))
     experts, embedding = counted.get("experts", 0), counted["embedding"]
     dense = sum(counted.values()) - experts - embedding
 
-    def width(part: str, count: int) -> costs.Width:
+    def width(part: str, count: int, math: str) -> costs.Width:
         return costs.Width(size=stored[part] / count if count else 0.0, math=math)
 
     return costs.Widths(
-        experts=width("experts", experts),
-        dense=width("dense", dense),
-        embedding=width("embedding", embedding),
+        experts=width("experts", experts, products),
+        dense=width("dense", dense, products),
+        embedding=width("embedding", embedding, math),
         rest=costs.Width(size=network.dtype.itemsize, math=math),
     )
 

@@ -32,7 +32,8 @@ ComputeDtype = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="Of the arithmetic: auto, float32, bfloat16 or float16. Default: auto, --dtype or what is faster here.",
+        help="Of the arithmetic: auto, float32, bfloat16, float16, or int8, which rounds what layers multiply. "
+        "Default: auto, --dtype or what is faster here.",
     ),
 ]
 Steps = Annotated[

@@ -5,6 +5,7 @@
     experts      all tokens' experts in grouped products, beside one expert after another
     spans        attention of many requests in one batch, beside each of them alone
     layers       a layer in two calls of C++, beside its modules one by one
+    integers     products of 8-bit integers in C++, beside torch's, and how much faster than float32's they are
     engine       the fixed puzzle by the engine, beside the poem
 
 Invariant: a check compares numbers of this process; it never takes a path for granted because it is there.
@@ -14,7 +15,8 @@ Run it:  blockpress doctor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from blockpress.cli.checks import DRIFT, Check
@@ -52,6 +54,8 @@ def agreement(device: str) -> Iterator[Check]:
         yield from _experts(draw, device)
         yield _spans(draw, device)
         yield from _layers(draw, device)
+        if device == "cpu":
+            yield _integers(draw)
 
 
 def engine(lm: LM, puzzle: str) -> Check:
@@ -162,6 +166,33 @@ def _layers(draw: Generator, device: str) -> Iterator[Check]:
         path = "two calls of C++" if fused(layer, x, 0) is not None else "module by module"
         gap = _gap(layer(*given, causal=False), layer.by_modules(*given, causal=False))
         yield _told("layers", f"{path}, {str(dtype)[6:]}", gap, limit=limit)
+
+
+def _integers(draw: Generator) -> Check:
+    import torch
+
+    from blockpress.ops import integers
+    from blockpress.ops.cpu import bridge
+    from blockpress.ops.linear import linear
+
+    x, weight = torch.randn(256, 512, generator=draw), torch.randn(512, 512, generator=draw)
+    held = integers.rounded(weight)
+    same = torch.equal(linear(x, held), integers.product(x, held))
+    path = "torch" if bridge.library() is None else "C++"
+    times = {kind: _fastest(lambda kind=kind: linear(x, kind)) for kind in (weight, held)}  # type: ignore[misc]
+    speed = f"{times[weight] / times[held]:.1f} times as fast as float32, for --compute-dtype int8"
+    detail = f"{path}: {'the same' if same else 'other'} bits as the plain one, {speed}"
+    return Check("integers", "ok" if same else "fail", detail, "" if same else _REPORT)
+
+
+def _fastest(action: Callable[[], object]) -> float:
+    """Seconds of the best of some runs."""
+    taken = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
 
 
 def _gap(fast: Tensor, slow: Tensor) -> float:

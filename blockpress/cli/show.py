@@ -124,8 +124,10 @@ def lines(described: dict[str, Any]) -> list[str]:
         rows += [("files", f"{files['count']} of {of}, {size(files['bytes'])}; tensors: {types}")]
         rows += [("tokenizer", "yes" if described["tokenizer"] else "none: the model takes token ids only")]
     if described["compute_dtype"] != described["stored_in"]:
-        slower = f"products in {described['stored_in']} are slower"
-        rows += [("computed in", f"{described['compute_dtype']} on this processor, where {slower}")]
+        computed, stored = described["compute_dtype"], described["stored_in"]
+        slower = f"{computed} on this processor, where products in {stored} are slower"
+        asked = "int8: layers' products are made of integers, as BLOCKPRESS_COMPUTE_DTYPE asks"
+        rows += [("computed in", asked if computed == "int8" else slower)]
     rows += _memory_rows(described["memory"])
     rows += [("sampling", _sampling(described["sampling"]))]
     rows += [("stop ids", ", ".join(map(str, described["stop_ids"])) or "none")]
@@ -215,7 +217,8 @@ def _memory(config: ModelConfig, context: int | None, files: Files | None) -> di
     for dtype in (config.dtype,) if files is not None and files.quantised else ("float32", "bfloat16"):
         compute = compute_name(dtype, "cpu")
         need = needed(config, tokens, dtype=dtype, compute_dtype=compute, files=files)
-        each = {_short(kind): count for kind, count in costs.context_bytes(config, compute).items()}
+        kept = costs.context_bytes(config, costs.activation_dtype(compute))
+        each = {_short(kind): count for kind, count in kept.items()}
         by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each, "compute_dtype": compute}
     return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
 

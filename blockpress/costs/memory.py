@@ -1,6 +1,6 @@
 """What a network costs, part by part, from its config alone: parameters, bytes of context, and bytes of working memory.
 
-    weights    parameters x bytes; packed weights keep the bytes that they have on disk
+    weights    parameters x bytes; packed weights keep their bytes on disk, unless products are of integers
     context    keys and values of every layer for every token; of a sliding layer the engine keeps what its window needs
     canvas     what one denoising step holds at its peak, beside weights and context: `canvas_peak`
     reading    what the causal pass over new tokens holds at its peak: `reading_peak`; the passes never run at once
@@ -55,6 +55,36 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "norms": ((7 if sparse else 4) * count + 1) * hidden,
     }
     return {part: number for part, number in parts.items() if number}
+
+
+def integer_weights(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the weights of a network whose layers' products are made of integers: int8 codes and a float32 scale for
+    each row of their matrices, embedding and router in `dtype`, and the rest in float32.
+
+    >>> from blockpress.config import PRESETS
+    >>> round(integer_weights(PRESETS["diffusiongemma-26B-A4B"](), "bfloat16") / 2**30, 2)
+    24.28
+    """
+    hidden, parts = config.hidden_size, parameters(config)
+    sparse = config.num_experts > 0
+    floats = config.vocab_size * hidden + len(config.layers) * hidden * config.num_experts * sparse
+    beside = parts["norms"] + hidden * config.has_canvas
+    beside += len(config.layers) * (hidden + config.num_experts) * sparse
+    beside += sum(2 * layer.head_dim for layer in config.layers)
+    codes = sum(parts.values()) - floats - beside
+    gated = 2 * config.intermediate_size + hidden
+    rows = gated * (len(config.layers) + config.has_canvas)
+    rows += len(config.layers) * config.num_experts * (2 * config.expert_size + hidden) * sparse
+    for layer in config.layers:
+        key = layer.kv_heads * layer.head_dim * (2 if config.has_value(layer) else 1)
+        rows += config.num_heads * layer.head_dim + key + hidden
+    # The two scalars of a layer are beside the parameters.
+    return codes + 4 * rows + floats * DTYPE_BYTES[dtype] + 4 * (beside + 2 * len(config.layers))
+
+
+def activation_dtype(compute: str) -> str:
+    """The type of activations and context: that which is computed in, or float32 where products are of integers."""
+    return "float32" if compute == "int8" else compute
 
 
 def expert_parameters(config: ModelConfig) -> int:

@@ -186,17 +186,24 @@ def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
 
     On a processor float16 and bfloat16 stay what they are where their products are at least as fast as float32's, and
     become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE takes the place of
-    this choice wherever that type holds what is stored.
+    this choice wherever that type holds what is stored; int8, which rounds, is taken only where it is asked for.
 
     Raises:
-        ConfigError: BLOCKPRESS_COMPUTE_DTYPE is no such type.
+        ConfigError: BLOCKPRESS_COMPUTE_DTYPE is no such type, or int8 and the device is no processor.
     """
     import torch
 
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
     asked = os.environ.get("BLOCKPRESS_COMPUTE_DTYPE") or "auto"
     if asked not in (*types, "auto"):
         raise ConfigError(f"BLOCKPRESS_COMPUTE_DTYPE is {asked!r}", hint=f"it may be auto, {', '.join(types)}")
+    if asked == "int8":
+        if device.type != "cpu":
+            raise ConfigError(
+                f"BLOCKPRESS_COMPUTE_DTYPE is 'int8', and the device is {str(device)!r}",
+                hint="products of integers are made on processors: unset it, or give the device 'cpu'",
+            )
+        return torch.int8
     if storage not in (torch.bfloat16, torch.float16) or types.get(asked) == storage:
         return storage
     if asked == "float32":

@@ -32,12 +32,14 @@ def load(
         dtype: of the weights in memory, a torch dtype or its name ("float32", "bfloat16"); None: what the checkpoint's
             config.json names. Where weights are packed it is the type of the others.
         compute_dtype: of activations and products: `dtype`, which rounds where the reference does, or "float32", for
-            which weights are widened a tile at a time where they are used; None or "auto": what is fast here.
+            which weights are widened a tile at a time where they are used; None or "auto": what is fast here. "int8":
+            on a processor the layers' products are made of integers, which rounds weights and activations (ADR 0022).
         device: where the network runs, such as "cpu" or "cuda".
 
     Raises:
         CheckpointError, ConfigError: what is wrong with the files, and what to do.
-        RequestError: a type or a device that there is not, or a compute_dtype that does not hold the weights.
+        RequestError: a type or a device that there is not, a compute_dtype that does not hold the weights, or int8
+            where integers are not multiplied.
     """
     if not isinstance(name, str | Path):
         raise RequestError(f"name is {name!r:.60}", hint="give a model's name, a checkpoint's directory or a GGUF file")

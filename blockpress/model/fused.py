@@ -48,6 +48,7 @@ class Fused:
             self.whole = False
         else:
             self.before, self.after = self._before(layer), self._after(layer)
+            self.whole = self.whole and self._alike()
 
     def current(self) -> bool:
         """Whether every part and every weight still is where it was."""
@@ -109,6 +110,17 @@ class Fused:
         if layer.has_canvas:
             to.canvas_scalar = self._pointer(layer, "layer_scalar")
         return to
+
+    def _alike(self) -> bool:
+        """Whether weights of the same rows are all multiplied as integers, or none is."""
+        before, after, integers = self.before, self.after, bridge.INT8_ROWS
+        value = before.value if before.value.data else before.key
+        groups = (
+            (before.query, before.key, value),
+            (after.gate, after.up),
+            (after.experts.gate_up, after.experts.down),
+        )
+        return all(len({weight.kind == integers for weight in group}) == 1 for group in groups)
 
     def _held(self, module: nn.Module, name: str = "weight") -> Any:
         """A parameter, a buffer or a packed weight, which is looked at again before every use."""

@@ -38,6 +38,7 @@ from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.pictures import Images, place
 from blockpress.ops import attention
 from blockpress.ops.attention import AttentionOp
+from blockpress.ops.integers import IntegerWeight
 from blockpress.ops.linear import combine, linear
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
@@ -81,8 +82,14 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype: of activations, products and the cache."""
+        """The compute dtype: of activations, products (but see `product_dtype`) and the cache."""
         return self.norm.weight.dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the products of layers are made of: `dtype`, or int8 where their matrices are integers."""
+        held = (weight for module in self.modules() for weight in packed_weights(module).values())
+        return torch.int8 if any(isinstance(weight, IntegerWeight) for weight in held) else self.dtype
 
     @property
     def storage_dtype(self) -> torch.dtype:

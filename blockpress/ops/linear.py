@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockpress.hardware import float32_way
+from blockpress.ops import integers
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
 from blockpress.ops.packed import HalfFloats
@@ -81,6 +82,8 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
     readable = bridge.for_product(x, weight)
     if readable is not None:
         return in_cpp.linear(x, readable)
+    if isinstance(weight, integers.IntegerWeight):
+        return integers.product(x, weight)
     if isinstance(weight, Tensor):
         return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
     parts = [part for _, part in products(x, weight)]

@@ -3,7 +3,8 @@
 Why: a network is built without memory (on torch's meta device) and gets its weights one by one, so that none is in
 memory twice. How one is read is for `load.py` (safetensors) and `gguf/load.py` to say.
 
-Weights have two types: that in which they lie in memory, and that in which products are made (`Types`).
+Weights have two types: that in which they lie in memory, and that in which products are made (`Types`); or the products
+of layers are made in integers, and their matrices lie in memory as those.
 
 Invariant: a type, a device or a lack of room that ends a load is the caller's `RequestError`; sizes that no network can
 have are a `ConfigError`; an error of our own passes as it is.
@@ -26,6 +27,7 @@ from blockpress.config import ModelConfig
 from blockpress.config.model import DTYPES as NAMES
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model.layers import Experts, Weighted, put_packed
+from blockpress.ops.integers import MOST_COLUMNS, rounded
 from blockpress.ops.linear import Weight
 from blockpress.ops.packed import HalfFloats
 
@@ -36,6 +38,9 @@ Progress = Callable[[int, int], None]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES}
 """The types a network runs in, by the names that `config.json` and callers use."""
+
+COMPUTE_DTYPES: dict[str, torch.dtype] = {**DTYPES, "int8": torch.int8}
+"""The types that products are made in, by name: int8 beside those."""
 
 
 def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
@@ -58,18 +63,27 @@ def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.
 @dataclass(frozen=True, kw_only=True)
 class Types:
     """The type that weights are stored in while they are in memory, and the one that is computed in: it, or a wider
-    one."""
+    one. `integers`: the layers' matrices are int8 codes in memory, and their products are made of those."""
 
     storage: torch.dtype
     compute: torch.dtype
+    integers: bool = False
 
-    def size(self, *, matrix: bool) -> int:
+    def size(self, *, matrix: bool, product: bool = False) -> int:
         """Bytes of a value in memory."""
+        if product and self.integers:
+            return 1
         return (self.storage if matrix else self.compute).itemsize
 
-    def held(self, weight: Tensor, *, matrix: bool) -> Weight:
-        """A weight of the stored type as the network holds it: a matrix as it is, what is small in the wider type."""
-        if self.storage == self.compute:
+    def held(self, weight: Weight, *, matrix: bool, product: bool = False) -> Weight:
+        """A weight of the stored type, or a packed one, as the network holds it.
+
+        A matrix as it is or, where it is a `product` and those are made in integers, rounded to them; what is small in
+        the wider type.
+        """
+        if product and self.integers:
+            return rounded(weight)
+        if not isinstance(weight, Tensor) or self.storage == self.compute:
             return weight
         return HalfFloats(values=weight) if matrix else weight.to(self.compute)
 
@@ -83,25 +97,47 @@ def choose_types(
     """The types that a caller asked for; None: the config's, and what is fast on that device (as "auto" is).
 
     Raises:
-        RequestError: no such types, or one to compute in that does not hold what is stored.
+        RequestError: no such types, one to compute in that does not hold what is stored, or integers where they are not
+            multiplied.
     """
     storage = choose_dtype(dtype, config)
-    compute = DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+    compute = COMPUTE_DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if compute_dtype is None or compute_dtype == "auto":
         fast = hardware.compute_dtype(storage, device)
-        compute = fast if fast == torch.float32 else storage
+        compute = fast if fast in (torch.float32, torch.int8) else storage
     stored, asked = (str(kind).removeprefix("torch.") for kind in (storage, compute))
-    if compute is None or asked not in DTYPES:
+    if compute is None or asked not in COMPUTE_DTYPES:
         raise RequestError(
             f"compute_dtype is {compute_dtype!r}",
-            hint=f"compute_dtype must be one of {', '.join(DTYPES)}, or auto for the fast one of this machine",
+            hint=f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, or auto for the fast one of this machine",
         )
+    if compute == torch.int8:
+        _check_integers(config, device)
+        return Types(storage=storage, compute=torch.float32, integers=True)
     if compute not in (storage, torch.float32):
         raise RequestError(
             f"compute_dtype is {asked}, which does not hold the weights in {stored}",
             hint=f"give dtype {asked} instead to round the weights, or leave compute_dtype to auto",
         )
     return Types(storage=storage, compute=compute)
+
+
+def _check_integers(config: ModelConfig, device: torch.device) -> None:
+    """Raises RequestError: products of integers are not made there, or their sums would leave 32 bits."""
+    if device.type != "cpu":
+        raise RequestError(
+            f"compute_dtype is int8, and device is {str(device)!r}",
+            hint="products of integers are made on processors: leave compute_dtype to auto, or give device 'cpu'",
+        )
+    widest = max(config.num_heads * layer.head_dim for layer in config.layers)
+    depths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    depths |= {"expert_size": config.expert_size if config.num_experts else 0, "num_heads * head_dim": widest}
+    for name, depth in depths.items():
+        if depth > MOST_COLUMNS:
+            raise RequestError(
+                f"compute_dtype is int8, and the model's {name} is {depth}",
+                hint=f"sums of more than {MOST_COLUMNS} products of integers leave 32 bits: give compute_dtype float32",
+            )
 
 
 def compute_name(dtype: str, device: str) -> str:
@@ -172,12 +208,19 @@ def packable(network: nn.Module) -> set[str]:
     return names
 
 
+def multiplied(network: nn.Module) -> set[str]:
+    """Those of them that are multiplied as integers where products are made of those: a layer's and self-conditioning's
+    matrices. The embedding, which is the head, and the router stay floats."""
+    apart = ("embed_tokens.weight", "router.proj.weight")
+    return {name for name in packable(network) if not name.endswith(apart)}
+
+
 def hold(network: nn.Module, types: Types) -> None:
     """Let all weights, which are of the stored type, lie as `types` has it."""
-    if types.storage != types.compute:
-        own = packable(network)
+    if types.storage != types.compute or types.integers:
+        own, products = packable(network), multiplied(network)
         for name, weight in network.state_dict().items():
-            put(network, name, types.held(weight, matrix=name in own))
+            put(network, name, types.held(weight, matrix=name in own, product=name in products))
 
 
 def put(network: nn.Module, name: str, weight: Weight) -> None:

@@ -34,6 +34,7 @@ from blockpress.weights.build import (
     Types,
     choose_device,
     choose_types,
+    multiplied,
     packable,
     put,
     room_for,
@@ -127,7 +128,7 @@ def load_network(
         dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: the config's.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
             Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
-            used.
+            used. int8: the products of layers are made of integers, all else is float32 (ADR 0022).
         device: where the weights go, each as soon as it is read.
         config: instead of what the directory's config.json says.
         progress: called with bytes on disk.
@@ -142,14 +143,15 @@ def load_network(
     types = choose_types(dtype, compute_dtype, config, place)
     network = without_memory(lambda: Network(config))
     targets = plan(network, catalogue(directory), _load_quantization(directory))
-    own = packable(network)
-    with room_for(sum(one.memory(types.size(matrix=one.ours in own)) for one in targets), place):
+    own, products = packable(network), multiplied(network)
+    sizes = (one.memory(types.size(matrix=one.ours in own, product=one.ours in products)) for one in targets)
+    with room_for(sum(sizes), place):
         _fill(network, targets, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
 def _fill(network: Network, targets: list[Target], types: Types, device: torch.device, progress: Progress) -> None:
-    own = packable(network)
+    own, products = packable(network), multiplied(network)
     fillings = [_Filling(target=t, left=sum(len(recipe.fields) for recipe in t.recipes.values())) for t in targets]
     jobs = [
         (filling, slot, part)
@@ -168,7 +170,8 @@ def _fill(network: Network, targets: list[Target], types: Types, device: torch.d
                 _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)
                 filling.left -= 1
                 if not filling.left:
-                    _finish(network, filling, types, matrix=filling.target.ours in own)
+                    ours = filling.target.ours
+                    _finish(network, filling, types, matrix=ours in own, product=ours in products)
                 done += part.stored.bytes
                 progress(done, total)
 
@@ -191,11 +194,12 @@ def _take(filling: _Filling, slot: Slot, part: Field, fresh: Tensor, dtype: torc
     filling.tensors[part.name][expert, half * rows : (half + 1) * rows].copy_(fresh)
 
 
-def _finish(network: Network, filling: _Filling, types: Types, *, matrix: bool) -> None:
+def _finish(network: Network, filling: _Filling, types: Types, *, matrix: bool, product: bool) -> None:
     """Make the weight of what was read, and put it into the network or compare it with what is there."""
     build = filling.target.first.build
-    weight = types.held(filling.tensors["weight"], matrix=matrix) if build is None else build(**filling.tensors)
+    read = filling.tensors["weight"] if build is None else build(**filling.tensors)
     filling.tensors = {}
+    weight = types.held(read, matrix=matrix, product=product)
     if filling.target.tie:
         _compare(network, filling.target, weight)
     else:

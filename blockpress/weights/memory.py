@@ -130,7 +130,8 @@ def needed(
 
     Args:
         dtype: of the weights in memory; None: the config's.
-        compute_dtype: of context and working memory; None: `dtype`.
+        compute_dtype: of context and working memory; None: `dtype`. int8: matrices of layers are codes in memory,
+            whatever they are stored in, and the rest is in float32.
         files: of a checkpoint; packed weights then count as they lie on disk.
 
     >>> from blockpress.config import PRESETS
@@ -139,11 +140,14 @@ def needed(
     [47.03, 0.42, 0.19, 0.08, 47.64]
     """
     dtype = config.dtype if dtype is None else dtype
-    compute = dtype if compute_dtype is None else compute_dtype
-    packed = files is not None and bool(files.quantised)
+    compute = costs.activation_dtype(dtype if compute_dtype is None else compute_dtype)
+    if compute_dtype == "int8":
+        weights = costs.integer_weights(config, dtype)
+    else:
+        weights = files.text if files is not None and files.quantised else plain_weights(config, dtype)
     return Need(
         tokens=tokens,
-        weights=files.text if files is not None and packed else plain_weights(config, dtype),
+        weights=weights,
         context=costs.paged_bytes(config, compute, tokens),
         canvas=costs.engine_peak(config, compute, tokens, 1, config.canvas_length if config.has_canvas else 0),
         reading=costs.engine_peak(config, compute, tokens, 0, min(tokens, costs.CHUNK)) if tokens else 0,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from blockpress.config import ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfig
-from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
+from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
 from blockpress.weights.build import choose_device, choose_types, hold, room_for, without_memory
 from blockpress.weights.find import checkpoint_directory, read_object
@@ -75,6 +76,11 @@ def load_vision(
         raise _without_tower(path)
     to = choose_device(device)
     types = choose_types(dtype, compute_dtype, config, to)
+    if types.integers and compute_dtype not in (None, "auto"):
+        raise RequestError(
+            "compute_dtype is int8, and the vision tower is computed in floats", hint="give compute_dtype float32"
+        )
+    types = replace(types, integers=False)
     directory = checkpoint_directory(path)
     stored = {n: t for n, t in catalogue(directory).items() if is_vision(n) and not is_derived(n)}
     if not stored:

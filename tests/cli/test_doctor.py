@@ -10,7 +10,7 @@ import torch
 from blockpress import sudoku
 from blockpress.cli import doctor, paths
 from blockpress.lm import LM, load
-from blockpress.ops import attention, compiled, experts, spans, vocabulary
+from blockpress.ops import attention, compiled, experts, integers, spans, vocabulary
 
 from .conftest import Call
 
@@ -65,16 +65,17 @@ def names(call: Call) -> dict[str, str]:
 
 def test_every_fast_path_is_compared(call: Call) -> None:
     found = names(call)
-    assert [found[name] for name in ("engine", "vocabulary", "experts", "spans")] == ["ok"] * 4
+    assert [found[name] for name in ("engine", "vocabulary", "experts", "spans", "integers")] == ["ok"] * 5
 
 
 def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    mix, look, see = experts.mix, spans.look, vocabulary.see
+    mix, look, see, product = experts.mix, spans.look, vocabulary.see, integers.product
+    monkeypatch.setattr(integers, "product", lambda x, weight: 1.001 * product(x, weight))
     monkeypatch.setattr(experts, "mix", lambda x, weights, *given: mix(x, 1.05 * weights, *given))
     monkeypatch.setattr(spans, "look", lambda query, given: look(1.05 * query, given))
     monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(1.05 * x, weight, **given))
     found = names(call)
-    assert [found[name] for name in ("vocabulary", "experts", "spans")] == ["fail"] * 3
+    assert [found[name] for name in ("vocabulary", "experts", "spans", "integers")] == ["fail"] * 4
 
 
 def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from blockpress.model.layers import Experts, Layer, Linear, Rotary, put_packed
 from blockpress.model.network import Looking
 from blockpress.ops import attention, blocks
 from blockpress.ops.cpu import bridge
+from blockpress.ops.integers import rounded
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import rotary_tables
 from tests.conftest import make_random_network
@@ -129,6 +130,45 @@ def test_rows_that_leave_keys_and_values_alone(name: str, dtype: torch.dtype, sk
     x = numbers(1, 14, layer.input_layernorm.weight.numel(), dtype=dtype)
     check(layer, x, skip=skip)
     check(layer, x, causal=torch.arange(14) % 3 == 0, skip=skip)
+
+
+def of_integers(layer: Layer) -> Layer:
+    """Its matrices as integers, the router's apart."""
+    for part in [*layer.modules()]:
+        if isinstance(part, Linear) and part is not getattr(getattr(layer, "router", None), "proj", None):
+            put_packed(part, "weight", rounded(part.weight))
+        elif isinstance(part, Experts):
+            put_packed(part, "gate_up_proj", rounded(part.gate_up_proj))
+            put_packed(part, "down_proj", rounded(part.down_proj))
+    return layer
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_layer_of_integers(name: str, length: int) -> None:
+    """Floats between the products differ in their last bits, which now and then makes another code: a step of 127."""
+    layer = of_integers(layer_of(name))
+    x = numbers(1, length, layer.input_layernorm.weight.numel())
+    if torch.float32 not in usable():
+        pytest.skip("torch is the faster one here")
+    assert fusing.fused(layer, x, 0) is not None, "else both are one"
+    for skip in (0, length // 2):
+        for own, other in zip(run(layer, x, skip=skip), in_torch(layer, x, skip=skip), strict=True):
+            assert float((own - other).norm() / other.norm()) < 5e-3
+            assert float((own - other).abs().median()) < 2e-6 * float(other.abs().max())
+    plain = run(layer_of(name), x)[0]
+    off = float((run(layer, x)[0] - plain).norm() / plain.norm())
+    assert 1e-4 < off < 0.3, "it is rounded, so that now and then a token goes to another expert"
+
+
+def test_integers_beside_floats_are_left_to_the_modules() -> None:
+    """What shares its rows is multiplied in one way, or each by itself."""
+    for name in ("q_proj", "o_proj"):
+        layer = of_integers(layer_of("canvas, own values"))
+        x, part = numbers(1, 9, 32), getattr(layer.self_attn, name)
+        put_packed(part, "weight", HalfFloats(values=part.weight.unpack(torch.bfloat16)))
+        assert (fusing.fused(layer, x, 0) is None) == (name == "q_proj")
+        torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=2e-2, atol=2e-2)
 
 
 def test_what_it_leaves_to_the_modules() -> None:

@@ -16,6 +16,7 @@ from blockpress.ops import compiled
 from blockpress.ops.cpu import bridge
 from tests.model import test_fused as layers
 from tests.ops import test_cpu as operations
+from tests.ops import test_integers as integers
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [level for level in processor().levels if level != isa()]
@@ -40,6 +41,15 @@ def compare(level: str) -> None:
         for stored in operations.HALVES:
             operations.test_every_half_float_along_the_depth(stored, 16)
         operations.test_results_are_rounded_to_bfloat16_as_torch_rounds(5)
+        for case in integers.LARGE:
+            integers.test_linear_beyond_a_block(case)
+        for rows in (4, 5):
+            integers.test_sums_are_those_of_numpys_int32(rows)
+            integers.test_what_lies_in_larger_storage(rows)
+            for signs in product((1, -1), (1, -1)):
+                integers.test_the_largest_codes_do_not_saturate(rows, signs)
+        integers.test_the_usual_error()
+        integers.test_experts(70)
         for case, dtype in product(operations.LOOKS, operations.TYPES):
             operations.test_attention(case, dtype, False)
     with torch.no_grad():

@@ -185,8 +185,9 @@ def test_types_that_are_chosen(
             "compute_dtype is float16, which does not hold the weights in bfloat16",
             "give dtype float16",
         ),
-        ("bfloat16", "int8", "compute_dtype is 'int8'", "float32, bfloat16, float16, or auto"),
-        ("bfloat16", torch.float64, "compute_dtype is torch.float64", "float32, bfloat16, float16, or auto"),
+        ("bfloat16", "int4", "compute_dtype is 'int4'", "float32, bfloat16, float16, int8, or auto"),
+        ("bfloat16", torch.float64, "compute_dtype is torch.float64", "float32, bfloat16, float16, int8, or auto"),
+        ("int8", None, "dtype is 'int8'", "float32, bfloat16, float16, or None"),
     ],
 )
 def test_types_that_are_refused(dtype: str, compute: str | torch.dtype, message: str, hint: str, single: Path) -> None:
@@ -204,8 +205,8 @@ def test_what_the_machine_computes_in(monkeypatch: pytest.MonkeyPatch, single: P
     monkeypatch.setenv(VARIABLE, "bfloat16")
     assert load_network(single, dtype="bfloat16").dtype == torch.bfloat16
     assert load_network(single, dtype="float32").dtype == torch.float32, "it cannot hold what is stored"
-    monkeypatch.setenv(VARIABLE, "int8")
-    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'int8'"):
+    monkeypatch.setenv(VARIABLE, "int4")
+    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'int4'"):
         load_network(single)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blockpress.hardware import isa
 from blockpress.ops import compiled
+from blockpress.ops.integers import IntegerWeight
 from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles, scale_table
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _E4M3, _INT8, _NIBBLES, _E2M1 = 3, 4, 5, 6
+INT8_ROWS = 7
 
 _ARGUMENTS: dict[str, list[type]] = {
     "linear": [c_void_p, c_long, c_long, c_void_p, c_void_p, c_long, c_int],
@@ -55,6 +57,8 @@ def matrix(weight: Weight) -> Matrix | None:
         return _floats(weight)
     if isinstance(weight, HalfFloats):
         return _floats(weight.values)
+    if isinstance(weight, IntegerWeight):
+        return _integers(weight)
     if not isinstance(weight, Codes | Nibbles | Float4):
         return None
     if not all(_plain(tensor) and tensor.is_contiguous() for tensor in weight.tensors().values()):
@@ -73,6 +77,16 @@ def _floats(tensor: Tensor) -> Matrix | None:
         return None
     flat = tensor if tensor.ndim == 2 else tensor.flatten(0, -2)
     return Matrix(flat.data_ptr(), flat.shape[0], flat.shape[1], flat.stride(0), KINDS[flat.dtype])
+
+
+def _integers(weight: IntegerWeight) -> Matrix | None:
+    codes, scale = weight.codes, weight.scale
+    if not (_plain(codes) and codes.is_contiguous() and _plain(scale) and scale.is_contiguous()):
+        return None
+    made = Matrix(data=codes.data_ptr(), kind=INT8_ROWS, scale=scale.data_ptr())
+    made.columns = made.step = made.group = weight.shape[-1]
+    made.rows = math.prod(weight.shape[:-1])
+    return made
 
 
 def _scaled(weight: Codes | Nibbles) -> Matrix | None:
@@ -103,18 +117,24 @@ def supports(x: Tensor) -> bool:
     Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
     so are all of its products where our build is for any processor of a kind ("portable").
     """
+    return _reads(x) and _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
+
+
+def _reads(x: Tensor) -> bool:
+    """Whether the C++ could take x, quicker or not."""
     if torch.is_grad_enabled() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
         return False
-    if x.dtype not in SUFFIXES or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    return _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
+    return x.dtype in SUFFIXES and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def for_product(x: Tensor, weight: Weight) -> Matrix | None:
     """The weight as C++ reads it, if its product with x is quicker there than in torch; else None.
 
-    Torch is a little quicker where both are bfloat16 and the processor multiplies that type.
+    Torch is a little quicker where both are bfloat16 and the processor multiplies that type. Products of integers are
+    quicker here at every level.
     """
+    if isinstance(weight, IntegerWeight):
+        return matrix(weight) if _reads(x) and library() is not None else None
     if not supports(x):
         return None
     if x.dtype == torch.bfloat16 and isinstance(weight, Tensor) and isa() == "avx512_bf16":

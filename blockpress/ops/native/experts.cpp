@@ -16,43 +16,19 @@
 #include <vector>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12's own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "pool.h"
+#include "simd.h"
 
 namespace {
 
 constexpr long BLOCK = 32;   // tokens of one product: two tiles
 constexpr long UNIT = 128;   // tokens of one unit
 
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-inline __m512 kept(__m512 x) { return widen(narrow(x)); }
-
-inline __m512 exponential(__m512 x) {  // for 0 <= x <= 80 (Cephes' polynomial)
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
-}
-
-inline __m512 gelu(__m512 x) {  // 0.5 x (1 + tanh u), as in rows.cpp
-  __m512 one = _mm512_set1_ps(1.0f);
-  __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-  __m512 u = _mm512_mul_ps(_mm512_set1_ps(0.7978845608028654f), _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x));
-  __m512 size = _mm512_min_ps(_mm512_abs_ps(u), _mm512_set1_ps(40.0f));
-  __m512 e = exponential(_mm512_add_ps(size, size));
-  __m512 t = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e)));
-  __m512 sign = _mm512_and_ps(u, _mm512_set1_ps(-0.0f));
-  return _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(0.5f), x), _mm512_add_ps(one, _mm512_or_ps(t, sign)));
+inline __m512i bits(F x) {  // of each value's bfloat16, in 32 bits
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 
 inline void transpose(__m512i r[16]) {  // 16 x 16 values of 32 bits
@@ -83,7 +59,7 @@ inline void transpose(__m512i r[16]) {  // 16 x 16 values of 32 bits
 
 // c[4][16][16]: rows of `a` and of `b` (16 each, `depth` apart) times one or two tiles of tokens of `right`.
 template <bool wide>
-void product(const uint16_t* a, const uint16_t* b, const uint32_t* right, long depth, float* c) {
+void product(const bf16* a, const bf16* b, const uint32_t* right, long depth, float* c) {
   const long step = depth * 2;
   _tile_zero(0);
   _tile_zero(1);
@@ -114,9 +90,9 @@ struct Unit {
 };
 
 struct Mix {
-  const uint16_t *x, *gate_up, *down;
+  const bf16 *x, *gate_up, *down;
   const float* weights;
-  uint16_t* y;  // [tokens * k][hidden], weighted
+  bf16* y;  // [tokens * k][hidden], weighted
   long k, hidden, size;
   const long* slots;  // token * k + place, sorted by expert
   std::vector<Unit> units;
@@ -141,12 +117,12 @@ void pack(const Mix& mix, const long* slots, long count, uint32_t* right) {
 // gelu(gate) * up of 16 rows and 16 tokens, as eight rows of pairs.
 void activate(const float* gate, const float* up, uint32_t* to) {
   for (long row = 0; row < 16; row += 2) {
-    __m256i h[2];
+    F h[2];
     for (long i = 0; i < 2; i++) {
-      __m512 g = kept(gelu(kept(_mm512_load_ps(gate + (row + i) * 16))));
-      h[i] = narrow(_mm512_mul_ps(g, kept(_mm512_load_ps(up + (row + i) * 16))));
+      F g = kept(gelu(kept(load(gate + (row + i) * 16), bf16{})), bf16{});
+      h[i] = g * kept(load(up + (row + i) * 16), bf16{});
     }
-    __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(h[0]), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h[1]), 16));
+    __m512i pair = _mm512_or_si512(bits(h[0]), _mm512_slli_epi32(bits(h[1]), 16));
     _mm512_store_si512(to + row / 2 * BLOCK, pair);
   }
 }
@@ -157,21 +133,20 @@ void deliver(const Mix& mix, const float* c, const long* slots, long count, long
   for (long i = 0; i < 16; i++) r[i] = _mm512_load_si512(c + i * 16);
   transpose(r);
   for (long t = 0; t < count; t++) {
-    __m512 value = _mm512_mul_ps(kept(_mm512_castsi512_ps(r[t])), _mm512_set1_ps(mix.weights[slots[t]]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(mix.y + slots[t] * mix.hidden + row), narrow(value));
+    put(mix.y + slots[t] * mix.hidden + row, kept((F)r[t], bf16{}) * mix.weights[slots[t]], W);
   }
 }
 
 void one(const Mix& mix, const Unit& unit, uint32_t* right, uint32_t* middle) {
   alignas(64) float c[1024];
   const long hidden = mix.hidden, size = mix.size, *slots = mix.slots + unit.start;
-  const uint16_t* gate_up = mix.gate_up + unit.expert * 2 * size * hidden;
-  const uint16_t* down = mix.down + unit.expert * hidden * size;
+  const bf16* gate_up = mix.gate_up + unit.expert * 2 * size * hidden;
+  const bf16* down = mix.down + unit.expert * hidden * size;
   for (long b = 0; b < unit.count; b += BLOCK) pack(mix, slots + b, unit.count - b, right + b / 2 * hidden);
   for (long row = 0; row < size; row += 16)
     for (long b = 0; b < unit.count; b += BLOCK) {
       bool wide = unit.count - b > 16;
-      const uint16_t* gate = gate_up + row * hidden;
+      const bf16* gate = gate_up + row * hidden;
       (wide ? product<true> : product<false>)(gate, gate + size * hidden, right + b / 2 * hidden, hidden, c);
       uint32_t* to = middle + b / 2 * size + row / 2 * BLOCK;
       activate(c, c + 256, to);
@@ -180,7 +155,7 @@ void one(const Mix& mix, const Unit& unit, uint32_t* right, uint32_t* middle) {
   for (long row = 0; row < hidden; row += 32)
     for (long b = 0; b < unit.count; b += BLOCK) {
       long count = unit.count - b < BLOCK ? unit.count - b : BLOCK;
-      const uint16_t* from = down + row * size;
+      const bf16* from = down + row * size;
       (count > 16 ? product<true> : product<false>)(from, from + 16 * size, middle + b / 2 * size, size, c);
       for (long i = 0; i < 2; i++) {
         deliver(mix, c + i * 256, slots + b, count < 16 ? count : 16, row + i * 16);
@@ -206,8 +181,8 @@ void work(void* data) {
 }
 
 struct Sum {
-  const uint16_t* y;
-  uint16_t* out;
+  const bf16* y;
+  bf16* out;
   long tokens, k, hidden;
   std::atomic<long> next{0};
 };
@@ -217,12 +192,9 @@ void total(void* data) {
   for (long start; (start = sum.next.fetch_add(UNIT)) < sum.tokens;)
     for (long token = start; token < start + UNIT && token < sum.tokens; token++)
       for (long h = 0; h < sum.hidden; h += 16) {
-        __m512 all = _mm512_setzero_ps();
-        for (long j = 0; j < sum.k; j++) {
-          auto* from = reinterpret_cast<const __m256i*>(sum.y + (token * sum.k + j) * sum.hidden + h);
-          all = _mm512_add_ps(all, widen(_mm256_loadu_si256(from)));
-        }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum.out + token * sum.hidden + h), narrow(all));
+        F all = {};
+        for (long j = 0; j < sum.k; j++) all += load(sum.y + (token * sum.k + j) * sum.hidden + h);
+        store(sum.out + token * sum.hidden + h, all);
       }
 }
 
@@ -234,8 +206,8 @@ extern "C" int has_tiles() {
 }
 
 // hidden and size are multiples of 32; y has room for [tokens * k][hidden].
-extern "C" void mix(const uint16_t* x, const uint16_t* gate_up, const uint16_t* down, const float* weights,
-                    const int64_t* chosen, uint16_t* y, uint16_t* out, long tokens, long k, long hidden, long size,
+extern "C" void mix(const bf16* x, const bf16* gate_up, const bf16* down, const float* weights,
+                    const int64_t* chosen, bf16* y, bf16* out, long tokens, long k, long hidden, long size,
                     long experts, int threads) {
   std::vector<long> begin(experts + 1), slots(tokens * k);
   for (long s = 0; s < tokens * k; s++) begin[chosen[s] + 1]++;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "int8.h"
 
 namespace {
 
@@ -155,6 +156,37 @@ void expert_few(const T* x, long hidden, long k, const Experts& experts, const f
   }
 }
 
+// The same of weights that are multiplied as codes: what is between the products is rounded to codes, too.
+template <class T>
+void expert_codes(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
+                  const Unit& unit, T* y) {
+  const long size = experts.size;
+  Scratch& own = scratch();
+  float* sums = Scratch::room(own.sums, MB * 2 * NB);
+  float* left = Scratch::room(own.more, CodeRows::size(unit.count, std::max(hidden, size)));
+  T* active = reinterpret_cast<T*>(Scratch::room(own.wide, UNIT * size));
+  slots += unit.start;
+  const Matrix gate = experts.gate_up.from(unit.expert * 2 * size, size);
+  const Matrix up = experts.gate_up.from(unit.expert * 2 * size + size, size);
+  const Matrix down = experts.down.from(unit.expert * hidden, hidden);
+  const auto given = CodeRows::of<T>([&](long i) { return x + slots[i] / k * hidden; }, unit.count, hidden, left);
+  for (long n = 0; n < size; n += NB) {
+    const long some = std::min(NB, size - n);
+    given.multiply(gate, n, some, sums, 2 * NB);
+    given.multiply(up, n, some, sums + NB, 2 * NB);
+    activate(sums, 2 * NB, unit.count, some, active + n, size);
+  }
+  const auto fed = CodeRows::of<T>([&](long i) { return active + i * size; }, unit.count, size, left);
+  for (long n = 0; n < hidden; n += NB) {
+    const long some = std::min(NB, hidden - n);
+    fed.multiply(down, n, some, sums, 2 * NB);
+    for (long i = 0; i < unit.count; i++)
+      each(some, [&](long j, long c) {
+        put(y + slots[i] * hidden + n + j, kept(get(sums + i * 2 * NB + j, c), T{}) * weights[slots[i]], c);
+      });
+  }
+}
+
 // Tokens sorted by expert, each expert over its own, and every token's sum in the order of its choices.
 template <class T>
 void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, const float* weights,
@@ -176,6 +208,7 @@ void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, c
   const bool pairs = HAS_PAIRS && sizeof(T) == 2 && pairable(experts.gate_up) && pairable(experts.down);
   parallel(static_cast<long>(all.size()), threads, [&](long i) {
     const Unit& unit = all[i];
+    if (experts.down.kind == INT8_ROWS) return expert_codes(x, hidden, k, experts, weights, slots.data(), unit, y);
     if (tokens <= FEW) return expert_few(x, hidden, k, experts, weights, slots.data(), unit, y);
     if constexpr (HAS_PAIRS && sizeof(T) == 2) {
       if (pairs) return expert_unit<T, true>(x, hidden, k, experts, weights, slots.data(), unit, y);

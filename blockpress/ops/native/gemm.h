@@ -414,9 +414,13 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
   }
 }
 
+template <class T, class Row, class Emit>  // in int8.h: of weights that are all multiplied as codes
+void code_products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit);
+
 template <class T, class Row, class Emit>
 void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
   if (!rows) return;
+  if (sides[0].own.kind == INT8_ROWS) return code_products<T>(row, rows, depth, sides, count, threads, emit);
   if (rows <= FEW) {
     std::vector<float> memory(rows * depth);
     const float* x[FEW];

@@ -27,8 +27,10 @@ struct f16 {
 
 #ifdef __AVX512F__
 constexpr long W = 16;
-#else
+#elif defined(__AVX__)
 constexpr long W = 8;  // wider vectors than the processor's are taken apart by the compiler, and badly where they are chosen between
+#else
+constexpr long W = 4;
 #endif
 typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -94,11 +96,11 @@ inline void widen_all(const T* from, long count, float* to) {
   for (; i < count; i++) to[i] = widen(from[i]);
 }
 
-inline U rounded(F x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
-  U bits = (U)x;
-  U up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (x != x) ? (U)(I{} + 0x7fc0) : up;
+inline U nearest(F number) {  // the bits of the bfloat16, ties to even; not of NaN
+  U bits = (U)number;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
+inline U rounded(F x) { return (x != x) ? (U)(I{} + 0x7fc0) : nearest(x); }  // NaN stays NaN
 
 inline void store(float* p, F x) { *reinterpret_cast<F*>(p) = x; }
 #ifdef __AVX512BF16__  // the same but for numbers below 1e-38, which become 0
@@ -152,30 +154,31 @@ inline float sum(F x) {
   return parts[0];
 }
 
-// e^x within 2 ulp for x <= 88; 0 below -87.3 (Cephes' polynomial).
-inline F exponential(F x) {
-  F tiny = F{} - 87.3f;
-  F y = (x < tiny) ? tiny : x;
-  F n = y * 1.44269504088896341f + 12582912.0f;  // rounds: the integer sits in the low bits
-  I power = (I)n << 23;
-  n = n - 12582912.0f;
-  F r = y - n * 0.693359375f + n * 2.12194440e-4f;
+// e^x to 1 ulp for -87.3 < x < 88, and 0 at LOWEST; nothing is lower (Cephes' expf): 2^n (1 + r + ...), |r| <= log(2) / 2.
+// The lowest bits of `t` are n + 127, the exponent of 2^n; at LOWEST they are 0, and so is what stands for 2^n.
+constexpr float LOWEST = -88.0f;
+
+inline F exponential_above(F x) {
+  const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to a whole number
+  F t = x * 1.44269504088896341f + magic, n = t - magic;
+  F r = x - n * 0.693359375f + n * 2.12194440e-4f;
   F p = F{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  F result = (F)((I)p + power);
-  return (x < tiny) ? F{} : result;
+  p = p * (r * r) + r + 1.0f;
+  return p * (F)((I)t << 23);
 }
+
+inline F exponential(F x) { return exponential_above((x < LOWEST) ? F{} + LOWEST : x); }  // NaN stays NaN
 
 inline F gelu(F x) {  // 0.5 x (1 + tanh u); near -1 the sum loses what torch's loses
   F u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   F size = (u < 0.0f) ? -u : u;
   F most = F{} + 40.0f;
-  F t = 1.0f - 2.0f / (1.0f + exponential(2.0f * ((size > most) ? most : size)));
+  F t = 1.0f - 2.0f / (1.0f + exponential_above(2.0f * ((size > most) ? most : size)));
   return 0.5f * x * (1.0f + ((u < 0.0f) ? -t : t));
 }
 

@@ -10,19 +10,9 @@
 #include <cstring>
 
 #include "pool.h"
+#include "simd.h"
 
 namespace {
-
-#ifdef __AVX512F__
-constexpr long W = 16;
-#else
-constexpr long W = 8;
-#endif
-typedef float F __attribute__((vector_size(4 * W), aligned(4)));
-typedef int32_t I __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint32_t U __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint16_t H __attribute__((vector_size(2 * W), aligned(2)));
-typedef uint8_t B __attribute__((vector_size(W), aligned(1)));
 
 enum Kind { BFLOAT16 = 0, FLOAT32 = 1, ROUNDED = 2 };  // the last: float32 that was rounded to bfloat16
 
@@ -30,22 +20,25 @@ inline U widened(const uint8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const B*>(from), H), U);
 }
 
-inline U rounded(F x) {  // the bits of the nearest bfloat16, ties to even, in the low half; scales are finite
-  U bits = (U)x;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
 struct Table {  // sixteen floats; an index has four bits
 #ifdef __AVX512F__
   F all;
   explicit Table(const float* from) : all(*reinterpret_cast<const F*>(from)) {}
   inline F operator[](U index) const { return __builtin_shuffle(all, (I)index); }
-#else
+#elif defined(__AVX__)
   F low, high;
   explicit Table(const float* from)
       : low(*reinterpret_cast<const F*>(from)), high(*reinterpret_cast<const F*>(from + W)) {}
   inline F operator[](U index) const {
     return index > 7u ? __builtin_shuffle(high, (I)(index & 7u)) : __builtin_shuffle(low, (I)(index & 7u));
+  }
+#else
+  const float* all;
+  explicit Table(const float* from) : all(from) {}
+  inline F operator[](U index) const {
+    F x;
+    for (long i = 0; i < W; i++) x[i] = all[index[i]];
+    return x;
   }
 #endif
 };
@@ -77,8 +70,10 @@ inline F spread(const Number& number, long at, long group) {
 inline void side_by_side(float* to, F low, F high) {
 #ifdef __AVX512F__
   constexpr I first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-#else
+#elif defined(__AVX__)
   constexpr I first = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+  constexpr I first = {0, 4, 1, 5};
 #endif
   *reinterpret_cast<F*>(to) = __builtin_shuffle(low, high, first);
   *reinterpret_cast<F*>(to + W) = __builtin_shuffle(low, high, first + (int32_t)(W / 2));
@@ -106,11 +101,11 @@ void part(const Job& job, long start, long stop) {
       }
       if (KIND == BFLOAT16) {
         uint16_t* to = static_cast<uint16_t*>(job.out) + row * job.columns + at;
-        *reinterpret_cast<U*>(to) = rounded(low) | rounded(high) << 16;
+        *reinterpret_cast<U*>(to) = nearest(low) | nearest(high) << 16;
       } else {
         if (KIND == ROUNDED) {
-          low = (F)(rounded(low) << 16);
-          high = (F)(rounded(high) << 16);
+          low = (F)(nearest(low) << 16);
+          high = (F)(nearest(high) << 16);
         }
         side_by_side(static_cast<float*>(job.out) + row * job.columns + at, low, high);
       }

@@ -23,91 +23,64 @@
 #include <limits>
 #include <memory>
 #include <vector>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 #include "pool.h"
+#include "simd.h"
 
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15; // values that are worth a slice of their own
 
-#if defined(__AVX512F__) // values in a vector
-constexpr int WIDE = 16;
-#elif defined(__AVX__)
-constexpr int WIDE = 8;
-#else
-constexpr int WIDE = 4;
-#endif
 #if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
 #define GATHERS // AMD's take longer than as many loads; g++ before 13 calls Zen 4 Zen 3
 #endif
 constexpr int64_t SPAN = 256; // values that are summed in float32 before a sum goes on in float64
-typedef float Floats __attribute__((vector_size(4 * WIDE)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDE)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr float LOWEST = -88.0f; // exp of it, and of what is lower, is taken for 0
 
-inline Floats all(float x) { return x - Floats{}; }
-inline Floats pick(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
+inline F all(float x) { return x - F{}; }
+inline F pick(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
 
 // Bit k: whether lane k of a comparison is true.
-inline uint32_t lanes(Ints mask) {
+inline uint32_t lanes(I mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX__)
     return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #else
-    typedef int64_t Longs __attribute__((vector_size(4 * WIDE)));
-    if (!(((Longs)mask)[0] | ((Longs)mask)[1])) return 0;
+    typedef int64_t Longs __attribute__((vector_size(4 * W)));
+    int64_t any = 0;
+    for (int k = 0; k < W / 2; ++k) any |= ((Longs)mask)[k];
+    if (!any) return 0;
     uint32_t bits = 0;
-    for (int k = 0; k < WIDE; ++k) bits |= (uint32_t)(mask[k] & 1) << k;
+    for (int k = 0; k < W; ++k) bits |= (uint32_t)(mask[k] & 1) << k;
     return bits;
 #endif
 }
 
-// exp(x) to 1 ulp for -87.3 < x < 88, 0 at LOWEST: 2^n (1 + r + ...), |r| <= log(2) / 2 (Cephes expf). The lowest bits
-// of `t` are n + 127, the exponent of 2^n; at LOWEST they are 0, and so is what stands for 2^n.
-inline Floats exponential(Floats x) {
-    const float magic = 12582912.0f + 127; // 1.5 * 2^23: adding it rounds to a whole number
-    Floats t = x * 1.44269504088896341f + magic, n = t - magic;
-    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (Floats)((Ints)t << 23);
-}
-
-inline Floats held(Floats d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
+inline F held(F d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
 
 // tanh to 2 ulp (Cephes tanhf); -inf of -inf: a denied token. Few logits are large enough for the second form.
-inline Floats tangent(Floats z) {
-    Floats size = (Floats)((Ints)z & 0x7fffffff);
-    Floats s = z * z, p = all(-5.70498872745e-3f);
+inline F tangent(F z) {
+    F size = (F)((I)z & 0x7fffffff);
+    F s = z * z, p = all(-5.70498872745e-3f);
     p = p * s + 2.06390887954e-2f;
     p = p * s - 5.37397155531e-2f;
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
-    Floats small = p * (s * z) + z;
-    Ints large = size >= 0.625f;
+    F small = p * (s * z) + z;
+    I large = size >= 0.625f;
     if (!lanes(large)) return small;
-    Floats enough = size < 9.2f ? size : all(9.2f); // where it is 1
-    Floats one = 1.0f - 2.0f / (exponential(enough + enough) + 1.0f);
-    one = (Floats)((Ints)one | ((Ints)z & (int32_t)0x80000000));
+    F enough = size < 9.2f ? size : all(9.2f); // where it is 1
+    F one = 1.0f - 2.0f / (exponential_above(enough + enough) + 1.0f);
+    one = (F)((I)one | ((I)z & (int32_t)0x80000000));
     return pick(large, pick(z < -FLT_MAX, z, one), small);
 }
 
 // x / by, rounded as a division is, x finite: from the reciprocal (Markstein), which takes a fused multiply-add.
-inline Floats quotient(Floats x, float by, float reciprocal) {
+inline F quotient(F x, float by, float reciprocal) {
 #if defined(__FMA__) || defined(__aarch64__)
-    Floats q = x * reciprocal;
-    Floats rest = x - q * by; // one rounding: contracted
+    F q = x * reciprocal;
+    F rest = x - q * by; // one rounding: contracted
     return q + rest * reciprocal;
 #else
     (void)reciprocal;
@@ -115,31 +88,23 @@ inline Floats quotient(Floats x, float by, float reciprocal) {
 #endif
 }
 
-inline Floats load(const float *from) {
-    Floats x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-inline Ints codes(const uint16_t *from) {
-    Halves h;
+inline I codes(const bf16 *from) {
+    H h;
     std::memcpy(&h, from, sizeof h);
 #if defined(__AVX512F__)
-    return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); // in one instruction, not four
+    return (I)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); // in one instruction, not four
 #elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepu16_epi32((__m128i)h);
+    return (I)_mm256_cvtepu16_epi32((__m128i)h);
 #else
-    return __builtin_convertvector(h, Ints);
+    return __builtin_convertvector(h, I);
 #endif
 }
 
-inline Floats load(const uint16_t *from) { return (Floats)(codes(from) << 16); }
-
 struct Sums { // in float64, of float32 vectors
-    typedef float Half __attribute__((vector_size(2 * WIDE)));
-    typedef double Doubles __attribute__((vector_size(4 * WIDE)));
+    typedef float Half __attribute__((vector_size(2 * W)));
+    typedef double Doubles __attribute__((vector_size(4 * W)));
     Doubles low = {}, high = {};
-    void operator+=(Floats x) {
+    void operator+=(F x) {
         Half parts[2];
         std::memcpy(parts, &x, sizeof x);
         low += __builtin_convertvector(parts[0], Doubles);
@@ -147,45 +112,16 @@ struct Sums { // in float64, of float32 vectors
     }
     double all() const {
         double sum = 0;
-        for (int k = 0; k < WIDE / 2; ++k) sum += low[k] + high[k];
+        for (int k = 0; k < W / 2; ++k) sum += low[k] + high[k];
         return sum;
     }
 };
 
-inline Ints nearest(Floats x) { // bfloat16, ties to even, in the high half
-    Ints bits = (Ints)x;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
-}
-
-inline Floats rounded(Floats x) { return pick(x < -FLT_MAX, x, (Floats)nearest(x)); }
-
-inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
-inline void store(uint16_t *to, Floats x) {
-    Halves h = __builtin_convertvector((nearest(x) >> 16) & 0xffff, Halves);
-    std::memcpy(to, &h, sizeof h);
-}
-
-// The first `count` of them.
-template <class T> inline void store(T *to, Floats x, int64_t count) {
-    if (count == WIDE) return store(to, x);
-    T values[WIDE];
-    store(values, x);
-    std::memcpy(to, values, count * sizeof(T));
-}
-
-inline float raw(float x) { return x; }
-inline float raw(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 inline float typed(float x, const float *) { return x; }
-inline uint16_t typed(float x, const uint16_t *) { // of a value that bfloat16 holds
+inline bf16 typed(float x, const bf16 *) { // of a value that bfloat16 holds
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)(bits >> 16);
+    return {(uint16_t)(bits >> 16)};
 }
 
 // Ways to read products: each gives scaled logits, how far they are `below` the maximum, and weights of both kinds.
@@ -199,106 +135,106 @@ template <bool CAPPED> struct Computed<float, CAPPED> {
     Computed(float cap, float temperature)
         : temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature),
           factor((float)((double)cap / temperature)) {}
-    Floats scaled(const float *from) const {
+    F scaled(const float *from) const {
         return CAPPED ? tangent(load(from) * by_cap) : quotient(load(from), temperature, by_temperature);
     }
     float found(const float *most) {
         top = scaled(most)[0];
         return CAPPED ? top * factor : top;
     }
-    Floats below(Floats s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a denied token
-    Floats weight(const float *, Floats d) const { return exponential(held(d)); }
-    Floats belief(const float *, Floats) const { return Floats{}; } // that of the weights
+    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a denied token
+    F weight(const float *, F d) const { return exponential_above(held(d)); }
+    F belief(const float *, F) const { return F{}; } // that of the weights
 };
 
-template <bool CAPPED> struct Computed<uint16_t, CAPPED> {
-    typedef uint16_t Type;
+template <bool CAPPED> struct Computed<bf16, CAPPED> {
+    typedef bf16 Type;
     float cap, temperature, by_cap, by_temperature, top = 0, about = 0;
     Computed(float cap, float temperature)
         : cap(cap), temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature) {}
-    Floats scaled(const uint16_t *from) const {
-        Floats x = load(from), s = x;
+    F scaled(const bf16 *from) const {
+        F x = load(from), s = x;
         if (CAPPED) s = tangent(quotient(s, cap, by_cap)) * cap;
         return x < -FLT_MAX ? all(-INF) : quotient(s, temperature, by_temperature);
     }
-    float found(const uint16_t *most) {
+    float found(const bf16 *most) {
         top = scaled(most)[0];
-        about = rounded(all(top))[0];
+        about = kept(all(top), bf16{})[0];
         return top;
     }
-    Floats below(Floats s) const { return s - top; }
-    Floats weight(const uint16_t *, Floats d) const { return exponential(held(d)); }
-    Floats belief(const uint16_t *, Floats s) const { return exponential(held(rounded(s) - about)); }
+    F below(F s) const { return s - top; }
+    F weight(const bf16 *, F d) const { return exponential_above(held(d)); }
+    F belief(const bf16 *, F s) const { return exponential_above(held(kept(s, bf16{}) - about)); }
 };
 
 struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 84
-    typedef uint16_t Type;
+    typedef bf16 Type;
     const float *logits, *weights, *beliefs;
     float top = 0;
     explicit Tabled(const float *tables) : logits(tables), weights(tables + 65536), beliefs(tables + 2 * 65536) {}
-    static Floats entries(const float *table, const uint16_t *from) {
+    static F entries(const float *table, const bf16 *from) {
 #ifdef GATHERS
         __mmask16 every = 0xffff;
         __asm__("" : "+Yk"(every)); // else the zeros are dropped, and each gather waits for the register's last use
-        return (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), every, (__m512i)codes(from), table, 4);
+        return (F)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), every, (__m512i)codes(from), table, 4);
 #else
-        constexpr int some = WIDE < 8 ? WIDE : 8; // of 16 at once g++ makes 16 insertions into a whole register
+        constexpr int some = W < 8 ? W : 8; // of 16 at once g++ makes 16 insertions into a whole register
         typedef float Part __attribute__((vector_size(4 * some)));
-        Part parts[WIDE / some];
-        for (int i = 0; i < WIDE; ++i) parts[i / some][i % some] = table[from[i]];
-        Floats x;
+        Part parts[W / some];
+        for (int i = 0; i < W; ++i) parts[i / some][i % some] = table[from[i].bits];
+        F x;
         std::memcpy(&x, parts, sizeof x);
         return x;
 #endif
     }
-    Floats scaled(const uint16_t *from) const { return entries(logits, from); }
-    float found(const uint16_t *most) { return top = logits[*most]; }
-    Floats below(Floats s) const { return s - top; }
-    Floats weight(const uint16_t *from, Floats) const { return entries(weights, from); }
-    Floats belief(const uint16_t *from, Floats) const { return entries(beliefs, from); }
+    F scaled(const bf16 *from) const { return entries(logits, from); }
+    float found(const bf16 *most) { return top = logits[most->bits]; }
+    F below(F s) const { return s - top; }
+    F weight(const bf16 *from, F) const { return entries(weights, from); }
+    F belief(const bf16 *from, F) const { return entries(beliefs, from); }
 };
 
 // The last values of a row, filled up with denied tokens.
 template <class T> struct Tail {
-    T values[WIDE];
+    T values[W];
     Tail(const T *from, int64_t count) {
         const uint32_t denied = sizeof(T) == 2 ? 0xff80u : 0xff800000u;
-        for (int i = 0; i < WIDE; ++i) std::memcpy(values + i, &denied, sizeof(T));
+        for (int i = 0; i < W; ++i) std::memcpy(values + i, &denied, sizeof(T));
         std::memcpy(values, from, count * sizeof(T));
     }
 };
 
-// `each(from, place, count)` for all of [from, to), WIDE at a time; the last have a count of less.
+// `each(from, place, count)` for all of [from, to), W at a time; the last have a count of less.
 template <class T, class Each>
 inline __attribute__((always_inline)) void walk(const T *row, int64_t from, int64_t to, Each each) {
     int64_t i = from;
-    for (; i + WIDE <= to; i += WIDE) each(row + i, i, WIDE);
+    for (; i + W <= to; i += W) each(row + i, i, W);
     if (i < to) each(Tail<T>(row + i, to - i).values, i, to - i);
 }
 
-// WIDE times the same product.
+// W times the same product.
 template <class T> struct Same {
-    T values[WIDE];
-    explicit Same(T value) { std::fill(values, values + WIDE, value); }
+    T values[W];
+    explicit Same(T value) { std::fill(values, values + W, value); }
 };
 
 // The largest product; NaN if there is any.
 template <class T> float largest(const T *row, int64_t vocab) {
     constexpr int ways = 4; // that do not wait for each other
-    Floats best[ways];
-    Ints odd[ways] = {};
+    F best[ways];
+    I odd[ways] = {};
     std::fill(best, best + ways, all(-INF));
-    auto look = [&](Floats x, int way) {
+    auto look = [&](F x, int way) {
         best[way] = x > best[way] ? x : best[way];
         odd[way] |= x != x;
     };
     int64_t i = 0;
-    for (; i + ways * WIDE <= vocab; i += ways * WIDE)
-        for (int way = 0; way < ways; ++way) look(load(row + i + way * WIDE), way);
+    for (; i + ways * W <= vocab; i += ways * W)
+        for (int way = 0; way < ways; ++way) look(load(row + i + way * W), way);
     walk(row, i, vocab, [&](const T *from, int64_t, int64_t) { look(load(from), 0); });
     float top = -INF;
     for (int way = 0; way < ways; ++way)
-        for (int k = 0; k < WIDE; ++k) {
+        for (int k = 0; k < W; ++k) {
             if (odd[way][k]) return NAN;
             top = std::max(top, best[way][k]);
         }
@@ -330,22 +266,22 @@ Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab,
         float *into = over ? weights : weights - first;
         Sums rests, moments, beliefs;
         for (int64_t start = first; start < end; start += SPAN) {
-            Floats rest = {}, moment = {}, belief = {};
+            F rest = {}, moment = {}, belief = {};
             auto each = [&](From from, int64_t place, int64_t count) __attribute__((always_inline)) {
-                const Floats s = read.scaled(from);
-                const Floats d = read.below(s);
-                Floats w = read.weight(from, d);
+                const F s = read.scaled(from);
+                const F d = read.below(s);
+                F w = read.weight(from, d);
                 if (BELIEF) {
-                    const Floats rough = read.belief(from, s);
+                    const F rough = read.belief(from, s);
                     belief += rough;
                     store(room.belief.get() + place, rough);
                 }
-                const Ints tie = d >= 0.0f;
-                store(into + place, w, count);
+                const I tie = d >= 0.0f;
+                put(into + place, w, count);
                 if (const uint32_t tied = lanes(tie)) {
                     if (!m.ties) m.argmax = place + __builtin_ctz(tied);
                     m.ties += __builtin_popcount(tied);
-                    w = (Floats)((Ints)w & ~tie);
+                    w = (F)((I)w & ~tie);
                 }
                 rest += w;
                 moment += w * held(d);
@@ -377,13 +313,13 @@ template <class Number> int64_t first_above(const Number *weights, int64_t count
 
 // The same, of a tile: in steps of many places first.
 inline int64_t first_above(const float *weights, int64_t count, double target) {
-    constexpr int64_t step = 8 * WIDE;
+    constexpr int64_t step = 8 * W;
     std::vector<double> sums;
     for (int64_t i = 0; i < count; i += step) {
         Sums sum;
         walk(weights, i, std::min(i + step, count), [&](const float *from, int64_t, int64_t some) {
-            const Floats w = load(from);
-            sum += some < WIDE ? (w > 0.0f ? w : Floats{}) : w; // what fills up a tail is -inf
+            const F w = load(from);
+            sum += some < W ? (w > 0.0f ? w : F{}) : w; // what fills up a tail is -inf
         });
         sums.push_back(sum.all());
     }
@@ -422,7 +358,7 @@ struct Share { // x -> x / total, in two factors: neither leaves the normal floa
 // `row` becomes `weights` shared out; they may lie in the same place.
 template <class T> void believe(const float *weights, T *row, int64_t vocab, Share share) {
     walk(weights, 0, vocab, [&](const float *from, int64_t place, int64_t count) __attribute__((always_inline)) {
-        store(row + place, share(load(from)), count);
+        put(row + place, share(load(from)), count);
     });
 }
 
@@ -449,21 +385,21 @@ int64_t gather(const float *weights, const T *, const Block &b, Share share, int
     for (double least = 1.0 / 4096;; least /= 16) {
         const float floor = (float)(least * share.total * (1 - 1e-6));
         int64_t count = 0;
-        double kept = 0;
-        for (int64_t start = 0; start < b.vocab; start += WIDE) {
+        double covered = 0;
+        for (int64_t start = 0; start < b.vocab; start += W) {
             const int64_t left = b.vocab - start;
-            const Floats w = left < WIDE ? load(Tail<float>(weights + start, left).values) : load(weights + start);
+            const F w = left < W ? load(Tail<float>(weights + start, left).values) : load(weights + start);
             for (uint32_t some = lanes(w >= floor); some; some &= some - 1) {
                 const int64_t i = start + __builtin_ctz(some);
                 const float p = share(weights[i]);
                 if (p < least) continue;
                 if (count == b.most) return -1;
                 ids[count] = i;
-                shares[count++] = sizeof(T) == 2 ? rounded(all(p))[0] : p;
-                kept += p;
+                shares[count++] = sizeof(T) == 2 ? kept(all(p), bf16{})[0] : p;
+                covered += p;
             }
         }
-        const double open = 1.0 - DROPPED - kept;
+        const double open = 1.0 - DROPPED - covered;
         if (open <= 0) return count;
         if (count + open / least > (double)b.most) return -1; // what is left is in tokens of less than `least`
     }
@@ -473,7 +409,7 @@ int64_t gather(const float *weights, const T *, const Block &b, Share share, int
 template <class T> void give_up(const Block &b, T *row, int64_t r, float most) {
     b.argmax[r] = 0;
     for (int64_t i = 0; i < b.vocab; ++i) {
-        const float x = raw(row[i]);
+        const float x = widen(row[i]);
         if (most != most ? x == x : x != most) continue;
         b.argmax[r] = i;
         break;
@@ -491,7 +427,7 @@ template <class Read> void see_row(Read read, const Block &b, int64_t r, Room &r
     const Same<T> same(typed(most, row));
     const float top = read.found(same.values);
     if (!std::isfinite(most) || !std::isfinite(top)) return give_up(b, row, r, most);
-    const double unit = read.weight(same.values, Floats{})[0];
+    const double unit = read.weight(same.values, F{})[0];
     constexpr bool narrow = sizeof(T) == 2;
     const bool over = b.belief && !narrow; // float32 weights take the products' place: they are the belief's
     float *weights = over ? (float *)row : room.weight.get();
@@ -526,7 +462,7 @@ template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b
     for (int64_t k = 0; k < b.counts[r]; ++k) {
         const T *row = weight + b.ids[r * b.most + k] * hidden;
         const float share = b.shares[r * b.most + k];
-        for (int64_t i = 0; i < hidden; ++i) sum[i] += share * raw(row[i]);
+        for (int64_t i = 0; i < hidden; ++i) sum[i] += share * widen(row[i]);
     }
 }
 
@@ -536,15 +472,15 @@ template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b
 static void see_rows(const Block &b, bool narrow, int64_t start, int64_t stop) {
     Room room;
     room.tiles.resize((b.vocab + b.tile - 1) / b.tile);
-    room.weight.reset(new float[b.tile + WIDE]);
-    if (narrow && b.belief) room.belief.reset(new float[b.vocab + WIDE]);
+    room.weight.reset(new float[b.tile + W]);
+    if (narrow && b.belief) room.belief.reset(new float[b.vocab + W]);
     for (int64_t r = start; r < stop; ++r) {
         if (!narrow)
             see_computed<float>(b, r, room);
         else if (b.tables)
             see_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, room);
         else
-            see_computed<uint16_t>(b, r, room);
+            see_computed<bf16>(b, r, room);
     }
 }
 
@@ -559,7 +495,7 @@ extern "C" void combine(const Block *block, const void *weight, int32_t narrow, 
     share(rows, values * hidden / GRAIN, threads, [&](long start, long stop) {
         for (int64_t r = start; r < stop; ++r) {
             if (narrow)
-                add_rows((const uint16_t *)weight, hidden, *block, out, r);
+                add_rows((const bf16 *)weight, hidden, *block, out, r);
             else
                 add_rows((const float *)weight, hidden, *block, out, r);
         }

@@ -4,6 +4,7 @@
 //     bytes       e4m3 or int8          value = (code - zero) * scale
 //     nibbles     4-bit integers        value = (nibble - 8 - zero) * scale
 //     e2m1        4-bit floats          value = code * (scale of a byte * outer)
+//     int8 rows   int8                  multiplied as they are (int8.h), under a float32 scale a line
 //
 // Scales and zero points stand for `group` columns of a line, `outer` for a line. Mirrored by ops/cpu/bridge.py; the
 // layouts are those of ops/packed.py, and so is what is rounded: with scales of bfloat16 the value is, too, but not
@@ -16,7 +17,7 @@
 
 namespace {
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16, E4M3, INT8, NIBBLES, E2M1 };
+enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16, E4M3, INT8, NIBBLES, E2M1, INT8_ROWS };
 
 inline float from_e4m3(uint8_t code) {
   uint32_t bits = (code & 0x7fu) << 20;
@@ -99,7 +100,8 @@ struct Matrix {
 
   // Bytes of so many values of a line.
   long bytes(long values) const {
-    return kind == FLOAT32 ? values * 4 : kind <= FLOAT16 ? values * 2 : kind <= INT8 ? values : values / 2;
+    if (kind == NIBBLES || kind == E2M1) return values / 2;
+    return kind == FLOAT32 ? values * 4 : kind <= FLOAT16 ? values * 2 : values;
   }
 
   Matrix from(long row, long count) const {
@@ -119,7 +121,7 @@ struct Matrix {
     if (kind == BFLOAT16) widen_all(at<bf16>(row, first), count, buffer);
     else if (kind == FLOAT16) widen_all(at<f16>(row, first), count, buffer);
     else if (kind == E4M3) unpack<E4M3>(row, first, count, buffer);
-    else if (kind == INT8) unpack<INT8>(row, first, count, buffer);
+    else if (kind == INT8 || kind == INT8_ROWS) unpack<INT8>(row, first, count, buffer);
     else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer);
     else unpack<E2M1>(row, first, count, buffer);
     return buffer;

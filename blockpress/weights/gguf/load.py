@@ -39,6 +39,7 @@ from blockpress.weights.build import (
     Types,
     choose_device,
     choose_types,
+    multiplied,
     packable,
     put,
     room_for,
@@ -148,7 +149,7 @@ def load_gguf_network(
             a file of float32, else bfloat16.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
             Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
-            used.
+            used. int8: the products of layers are made of integers, all else is float32 (ADR 0022).
         device: where the weights go, each as soon as it is read.
         progress: called with bytes on disk.
 
@@ -162,8 +163,9 @@ def load_gguf_network(
     types = choose_types(dtype, compute_dtype, file.config, place)
     network = without_memory(lambda: Network(file.config))
     sources = _check(file, network)
-    own = packable(network)
-    size = sum(s.memory(types.size(matrix=ours in own)) for ours, parts in sources.items() for s in parts)
+    own, products = packable(network), multiplied(network)
+    sizes = {ours: types.size(matrix=ours in own, product=ours in products) for ours in sources}
+    size = sum(s.memory(sizes[ours]) for ours, parts in sources.items() for s in parts)
     with room_for(size, place):
         _fill(file, network, sources, types, place, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
@@ -197,24 +199,20 @@ def _check(file: Gguf, network: Network) -> Sources:
 def _fill(
     file: Gguf, network: Network, sources: Sources, types: Types, device: torch.device, progress: Progress
 ) -> None:
-    own = packable(network)
+    own, products = packable(network), multiplied(network)
     total, done = sum(stored.bytes for parts in sources.values() for stored in parts), 0
     progress(done, total)
     with _opened(file.header.file) as stream:
         for ours in sorted(sources, key=lambda name: sources[name][0].start):
             # No name holds the weight, or two of them would be in memory when the next one is read.
-            put(
-                network,
-                ours,
-                _held(file.weight(ours, stream, types.storage, ours in own), types, ours in own).to(device),
+            weight = types.held(
+                file.weight(ours, stream, types.storage, ours in own), matrix=ours in own, product=ours in products
             )
+            put(network, ours, weight.to(device))
+            del weight
             done += sum(stored.bytes for stored in sources[ours])
             progress(done, total)
         _compare_head(file, stream)
-
-
-def _held(weight: Weight, types: Types, matrix: bool) -> Weight:
-    return types.held(weight, matrix=matrix) if isinstance(weight, Tensor) else weight
 
 
 def _compare_head(file: Gguf, stream: BinaryIO) -> None:
