@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from blockpress.errors import TrainingError
 from blockpress.text import Tokenizer
 from blockpress.train import recipes
 from blockpress.train.recipes import RECIPES, Recipe, recipe
+from blockpress.weights import load_config, resolve
 
 
 @pytest.mark.parametrize("name", ["sudoko", "", "Sudoku"])
@@ -31,6 +33,8 @@ def test_a_recipe_fits_together(name: str, tmp_path: Path):
     built.write_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert tokenizer.vocab_size <= built.config.vocab_size
+    if built.init is not None:
+        assert replace(load_config(resolve(built.init)), vision=None) == built.config
     assert (tokenizer.bos, tokenizer.eos) == (built.config.bos_id, built.config.eos_ids[0])
 
 
