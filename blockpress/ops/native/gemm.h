@@ -99,10 +99,11 @@ inline void tile_of(long rows, long depth, const float* left, const float* right
 }
 
 #ifdef __AVX2__
-// Eight values of 32 bits of eight lines, as eight columns.
-inline void transpose(const float* const* from, long at, float* to, long step) {
+// Eight values of 32 bits of `count` lines, 1 to 8 of them, as columns of R values: R lines, those that are not there 0.
+template <int R>
+inline void transpose(const float* const* from, int count, long at, float* to, long step) {
   __m256 r[8], t[8], s[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i] + at);
+  for (int i = 0; i < 8; i++) r[i] = i < R && i < count ? _mm256_loadu_ps(from[i] + at) : _mm256_setzero_ps();
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -112,30 +113,36 @@ inline void transpose(const float* const* from, long at, float* to, long step) {
       s[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
       s[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
     }
-  for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(to + i * step, _mm256_permute2f128_ps(s[i], s[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * step, _mm256_permute2f128_ps(s[i], s[i + 4], 0x31));
+  for (int i = 0; i < 8; i++) {
+    const __m256 column = _mm256_permute2f128_ps(s[i % 4], s[i % 4 + 4], i < 4 ? 0x20 : 0x31);
+    if (R == 8) _mm256_storeu_ps(to + i * step, column);
+    else _mm_storeu_ps(to + i * step, _mm256_castps256_ps128(column));
+    if (R == 6) _mm_storel_pi(reinterpret_cast<__m64*>(to + i * step + 4), _mm256_extractf128_ps(column, 1));
   }
 }
 #endif
 
+// Lines `first` to `first` + N of R side by side.
+template <int R, int N>
+inline void some_lines(const float* const* from, int first, int count, long depth, float* to) {
+  long k = 0;
+  count = std::max(0, std::min(N, count - first));
+#ifdef __AVX2__
+  for (; k + 8 <= depth; k += 8) transpose<N>(from + first, count, k, to + k * R + first, R);
+#endif
+  for (; k < depth; k++)
+    for (int i = 0; i < N; i++) {
+      if (i < count) std::memcpy(to + k * R + first + i, from[first + i] + k, 4);
+      else to[k * R + first + i] = 0;
+    }
+}
+
 // Lines side by side: to[k][R] of `count` lines, the others 0; values of 32 bits, pairs of bfloat16 too.
 template <int R>
 void panel(const float* const* from, int count, long depth, float* to) {
-  int i = 0;
-#ifdef __AVX2__
-  for (; i + 8 <= count && i + 8 <= R; i += 8) {
-    long k = 0;
-    for (; k + 8 <= depth; k += 8) transpose(from + i, k, to + k * R + i, R);
-    for (; k < depth; k++)
-      for (int j = 0; j < 8; j++) std::memcpy(to + k * R + i + j, from[i + j] + k, 4);
-  }
-#endif
-  for (; i < R; i++)
-    for (long k = 0; k < depth; k++) {
-      if (i < count) std::memcpy(to + k * R + i, from[i] + k, 4);
-      else to[k * R + i] = 0;
-    }
+  static_assert(R % 8 == 0 || R % 8 == 4 || R % 8 == 6);
+  for (int i = 0; i + 8 <= R; i += 8) some_lines<R, 8>(from, i, count, depth, to);
+  if constexpr (R % 8) some_lines<R, R % 8>(from, R / 8 * 8, count, depth, to);
 }
 
 // Floats from the start of a cache line on: blocks that two threads write side by side share none.
