@@ -122,6 +122,7 @@ def sureness_table(classes: Sequence[Sureness]) -> str:
 def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) -> str:
     """The model card: what it is, how it was trained (from `training.json` beside it), what was measured."""
     config, count = load_config(path), measured.scores[0].puzzles
+    more = f" --by-givens {measured.by_givens[0].puzzles}" if measured.by_givens else ""
     training = json.loads((path / "training.json").read_text())
     last, first = SUDOKU_GIVENS.last, SUDOKU_GIVENS.first
     parts = [
@@ -134,7 +135,7 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
         f"""**Data.** Puzzles of the project's own generator (`blockpress.sudoku`): {SUDOKU_POOL:,} solved grids
         under seed {SUDOKU_SEED}, each shown under a random symmetry of Sudoku, with {last[0]} to {last[1]}
         givens ({first[0]} to {first[1]} in the beginning).""",
-        "**Training.** " + " ".join(history(training)),
+        "**Training.** " + " ".join([*history(training), "`training.json` has the settings of every part."]),
         """**Weights.** Stored in bfloat16, run in float32. The vision tower in the checkpoint is random and unused
         (one layer, 8 features): the published layout has one. Licence: Apache-2.0.""",
         "## Measured",
@@ -144,8 +145,8 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
         schedule depends on the cap.""",
         table(measured.scores),
         *by_givens_and_sureness(measured),
-        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count} --write`, which
-        wrote this page.""",
+        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count}{more} --write`,
+        which wrote this page.""",
     ]
     return "\n\n".join(part if part.startswith("|") else fill(" ".join(part.split()), 120) for part in parts) + "\n"
 
@@ -154,19 +155,13 @@ def history(training: dict[str, Any]) -> list[str]:
     """Sentences on how the weights came about, the earliest part of the training first."""
     before = history(training["before"]) if "before" in training else []
     changes = len(training["segments"]) - 1
-    resumed = f", resumed under other settings {changes} times" if changes else ""
-    weights = training.get("weights", "of the last step")
-    return [
-        *before,
+    parts = [
         f"""`blockpress train {training["recipe"]}`: {training["step"]:,} steps, {training["draws"]:,} canvases in all,
-        seed {training["seed"]}, {training["seconds"] / 3600:.2f} hours on {training["hardware"]}{resumed}
-        {"; the weights are " + weights if "average" in weights else ""}.""",
-        *(
-            []
-            if before or not changes
-            else ["A run of a recipe from the start gives like weights, but not these very ones."]
-        ),
+        seed {training["seed"]}, {training["seconds"] / 3600:.2f} hours on {training["hardware"]}""",
+        *([f"resumed under other settings {changes} times"] if changes else []),
+        *(["the weights are their moving average"] if "average" in training.get("weights", "") else []),
     ]
+    return [*before, ", ".join(parts) + "."]
 
 
 def by_givens_and_sureness(measured: Measured) -> list[str]:
@@ -174,7 +169,7 @@ def by_givens_and_sureness(measured: Measured) -> list[str]:
     parts = []
     if measured.by_givens:
         parts += [
-            "By the number of givens, other puzzles under the same seed:",
+            "By the number of givens, on puzzles of the same seed:",
             table(measured.by_givens, "puzzles with"),
         ]
     sentence = "How often an answer is right, by how sure the network was in the last of at most 48 steps:"

@@ -89,9 +89,9 @@ def sudoku_on_policy() -> Recipe:
         name="sudoku-on-policy",
         about="sudoku-nano once more, on what its own sampler visits",
         init="sudoku-nano",
-        objective=Objective(draws=4, stratified=True, causal_weight=0.0, on_policy=3, ages=24, past=3, groups=32),
-        optimizer=OptimizerConfig(rate=5e-4, muon_rate=1.5e-3, warmup=20, decay=0.6, ema=0.99),
-        steps=1_800,
+        objective=Objective(draws=4, stratified=True, causal_weight=0.0, on_policy=3, groups=16),
+        optimizer=OptimizerConfig(rate=4e-4, muon_rate=1e-3, warmup=20, decay=0.8),
+        steps=400,
         seed=SUDOKU_SEED + 1,
         source=partial(_sudoku_source, givens=Givens(first=(26, 42), last=(26, 42), over=0.0)),
     )
