@@ -379,6 +379,49 @@ struct Side {
   const Matrix* twin = nullptr;
 };
 
+// pack(panel, lines, how many) for the panels of rows start .. start + here; row(i) is where row i of x begins.
+template <class T, class Row, class Pack>
+void row_panels(const Row& row, long start, long here, int threads, const Pack& pack) {
+  const long panels = (here + MR - 1) / MR;
+  parallel((panels + 7) / 8, threads, [&](long part) {
+    for (long p = part * 8; p < std::min(panels, part * 8 + 8); p++) {
+      const T* lines[MR];
+      const int some = static_cast<int>(std::min<long>(MR, here - p * MR));
+      for (int i = 0; i < some; i++) lines[i] = row(start + p * MR + i);
+      pack(p, lines, some);
+    }
+  });
+}
+
+// multiply(weight, first row, rows, first column, columns, to, step), then emit, for blocks of rows start .. start +
+// here with all columns of the sides: smaller ones where there would be too few for the threads. `used`: of those.
+template <class Multiply, class Emit>
+void blocks(const Side* sides, int count, long start, long here, int threads, int used, const Multiply& multiply,
+            const Emit& emit) {
+  struct Task {
+    int side;
+    long row, column;
+  };
+  std::vector<Task> tasks;
+  long block = NB;
+  for (;; block /= 2) {
+    tasks.clear();
+    for (long m = 0; m < here; m += MB)
+      for (int s = 0; s < count; s++)
+        for (long n = 0; n < sides[s].own.rows; n += block) tasks.push_back({s, m, n});
+    if (threads <= 1 || static_cast<long>(tasks.size()) >= 4 * threads || block <= NR) break;
+  }
+  parallel(static_cast<long>(tasks.size()), used, [&](long i) {
+    const Task& task = tasks[i];
+    const Side& side = sides[task.side];
+    const long m = std::min(MB, here - task.row), n = std::min(block, side.own.rows - task.column);
+    float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
+    multiply(side.own, task.row, m, task.column, n, sums, 2 * NB);
+    if (side.twin) multiply(*side.twin, task.row, m, task.column, n, sums + NB, 2 * NB);
+    emit(task.side, start + task.row, m, task.column, n, sums, 2 * NB);
+  });
+}
+
 // emit(side, first row, rows, first column, columns, sums, step) for blocks of x @ weight^T; a twin's sums stand NB
 // behind. row(i) is where row i of x begins.
 template <class T, bool PAIRS, class Row, class Emit>
@@ -386,38 +429,14 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
   const long all = units(depth, PAIRS);
   float* const left = Scratch::room(scratch().left, (std::min(rows, ROWS) + MR) * all);
   for (long start = 0; start < rows; start += ROWS) {
-    const long here = std::min(ROWS, rows - start), panels = (here + MR - 1) / MR;
-    parallel((panels + 7) / 8, threads, [&](long part) {
-      for (long p = part * 8; p < std::min(panels, part * 8 + 8); p++) {
-        const T* lines[MR];
-        const int some = static_cast<int>(std::min<long>(MR, here - p * MR));
-        for (int i = 0; i < some; i++) lines[i] = row(start + p * MR + i);
-        pack_left<T, PAIRS>(lines, some, depth, left + p * MR * all);
-      }
+    const long here = std::min(ROWS, rows - start);
+    row_panels<T>(row, start, here, threads, [&](long p, const T* const* lines, int some) {
+      pack_left<T, PAIRS>(lines, some, depth, left + p * MR * all);
     });
-    struct Task {
-      int side;
-      long row, column;
+    const auto by = [&](const Matrix& w, long first, long m, long column, long n, float* to, long step) {
+      multiply<PAIRS>(left + first * all, m, depth, w, column, n, to, step);
     };
-    std::vector<Task> tasks;
-    long block = NB;
-    for (;; block /= 2) {
-      tasks.clear();
-      for (long m = 0; m < here; m += MB)
-        for (int s = 0; s < count; s++)
-          for (long n = 0; n < sides[s].own.rows; n += block) tasks.push_back({s, m, n});
-      if (threads <= 1 || static_cast<long>(tasks.size()) >= 4 * threads || block <= NR) break;
-    }
-    parallel(static_cast<long>(tasks.size()), threads, [&](long i) {
-      const Task& task = tasks[i];
-      const Side& side = sides[task.side];
-      const long m = std::min(MB, here - task.row), n = std::min(block, side.own.rows - task.column);
-      float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
-      const float* own = left + task.row * all;
-      multiply<PAIRS>(own, m, depth, side.own, task.column, n, sums, 2 * NB);
-      if (side.twin) multiply<PAIRS>(own, m, depth, *side.twin, task.column, n, sums + NB, 2 * NB);
-      emit(task.side, start + task.row, m, task.column, n, sums, 2 * NB);
-    });
+    blocks(sides, count, start, here, threads, threads, by, emit);
   }
 }
 

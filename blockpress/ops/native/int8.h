@@ -309,38 +309,15 @@ void code_products(const Row& row, long rows, long depth, const Side* sides, int
     const long here = std::min(ROWS, rows - start), panels = (here + MR - 1) / MR;
     float* const scales = left + panels * MR * all;
     if (rows > FEW)
-      parallel((panels + 7) / 8, threads, [&](long part) {
-        for (long p = part * 8; p < std::min(panels, part * 8 + 8); p++) {
-          const T* lines[MR];
-          const int some = static_cast<int>(std::min<long>(MR, here - p * MR));
-          for (int i = 0; i < some; i++) lines[i] = row(start + p * MR + i);
-          pack_codes(lines, some, depth, left + p * MR * all, scales + p * MR);
-        }
+      row_panels<T>(row, start, here, threads, [&](long p, const T* const* lines, int some) {
+        pack_codes(lines, some, depth, left + p * MR * all, scales + p * MR);
       });
     const CodeRows few = rows > FEW ? CodeRows{} : CodeRows::of<T>(row, rows, depth, left);
-    struct Task {
-      int side;
-      long row, column;
+    const auto by = [&](const Matrix& w, long first, long m, long column, long n, float* to, long step) {
+      const CodeRows own = rows > FEW ? CodeRows{m, depth, left + first * all, scales + first, {}} : few;
+      own.multiply(w, column, n, to, step);
     };
-    std::vector<Task> tasks;
-    long block = NB;
-    for (;; block /= 2) {
-      tasks.clear();
-      for (long m = 0; m < here; m += MB)
-        for (int s = 0; s < count; s++)
-          for (long n = 0; n < sides[s].own.rows; n += block) tasks.push_back({s, m, n});
-      if (threads <= 1 || static_cast<long>(tasks.size()) >= 4 * threads || block <= NR) break;
-    }
-    parallel(static_cast<long>(tasks.size()), rows * depth * NB < 1 << 17 ? 1 : threads, [&](long i) {
-      const Task& task = tasks[i];
-      const Side& side = sides[task.side];
-      const long m = std::min(MB, here - task.row), n = std::min(block, side.own.rows - task.column);
-      float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
-      const CodeRows own = rows > FEW ? CodeRows{m, depth, left + task.row * all, scales + task.row, {}} : few;
-      own.multiply(side.own, task.column, n, sums, 2 * NB);
-      if (side.twin) own.multiply(*side.twin, task.column, n, sums + NB, 2 * NB);
-      emit(task.side, start + task.row, m, task.column, n, sums, 2 * NB);
-    });
+    blocks(sides, count, start, here, threads, rows * depth * NB < 1 << 17 ? 1 : threads, by, emit);
   }
 }
 
