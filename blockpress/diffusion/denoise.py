@@ -96,9 +96,7 @@ def denoise(
         if pins is not None:
             reading = pins(rows, reading)
         accepted = accept(reading.entropy)
-        changed = reading.argmax != previous
-        unchanged = torch.where(changed.any(-1), 0, unchanged + 1)
-        settled = settle(unchanged, reading.entropy)
+        changed, unchanged, settled = settle.after(reading.argmax, previous, unchanged, reading.entropy)
         yield Step(number, rows, canvas, reading.argmax, accepted, reading.entropy, changed, settled)
         if number == schedule.steps or bool(settled.all()):
             return

@@ -170,9 +170,8 @@ def finish(
     if begun.pins is not None:
         reading = begun.pins(torch.arange(count, device=at.device), reading)
     accepted = EntropyBound(canvases.bound[:, None])(reading.entropy)
-    changed = reading.argmax != begun.argmax
-    unchanged = (begun.unchanged + 1).masked_fill(changed.any(-1), 0)
-    settled = StableAndConfident(canvases.stability, canvases.confidence)(unchanged, reading.entropy)
+    settle = StableAndConfident(canvases.stability, canvases.confidence)
+    changed, unchanged, settled = settle.after(reading.argmax, begun.argmax, begun.unchanged, reading.entropy)
     flags = torch.stack((settled, settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
     told = torch.cat((flags.long(), reading.argmax), dim=1)
     slots.canvas.index_copy_(0, at, torch.where(accepted, reading.sample, begun.noise))
