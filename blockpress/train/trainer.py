@@ -80,6 +80,11 @@ class Trainer:
         parallel.join()
         self.recipe, self.out, self.device = recipe, out, device
         self.dtype = dtype or compute_dtype(torch.bfloat16, torch.device(device))
+        if self.dtype == torch.int8:
+            raise TrainingError(
+                "BLOCKPRESS_COMPUTE_DTYPE is 'int8', which has no gradients",
+                hint="unset it, or let --compute-dtype be bfloat16 or float32",
+            )
         self.init = init or recipe.init
         if recipe.rows // recipe.micro < parallel.size():
             raise TrainingError(
@@ -101,11 +106,8 @@ class Trainer:
         self.optimizers = build_optimizers(self.network, recipe.optimizer, self.dtype)
         decay, objective = recipe.optimizer.ema, recipe.objective
         self.average = None if decay is None else build_average(self.network, decay)
-        self.rollouts = (
-            Rollouts(self.network, objective, recipe.generation.sampling, recipe.rows, recipe.seed)
-            if objective.on_policy
-            else None
-        )
+        slots = (self.network, objective, recipe.generation.sampling, recipe.rows, recipe.seed)
+        self.rollouts = Rollouts(*slots) if objective.on_policy else None
         self.source = recipe.source(recipe.config, recipe.seed, processes, out)
         self._losses = torch.compile(self._plain_losses, dynamic=False) if compiled else self._plain_losses
 
@@ -301,7 +303,7 @@ class Trainer:
             TrainingError: it is of another shape. CheckpointError and its kin: it cannot be read.
         """
         path = resolve(init)
-        weights = load_network(path, dtype=torch.float32).state_dict()
+        weights = load_network(path, dtype=torch.float32, compute_dtype=torch.float32).state_dict()
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import blockpress
+from blockpress.config import PRESETS
 from blockpress.errors import TrainingError
 from blockpress.train import trainer as trainer_module
 from blockpress.train.objective import Objective, Rows
@@ -251,6 +252,18 @@ def test_without_a_word_the_type_is_the_fast_one(copy_recipe: Recipes, tmp_path:
         trainer = Trainer(copy_recipe(), tmp_path)
         assert trainer.dtype == getattr(torch, name)
         assert {group.dtype for group in trainer.optimizers[1:]} == {trainer.dtype}  # type: ignore[attr-defined]
+
+
+def test_integers_are_refused_by_name_and_hurt_no_run_that_asks_for_another_type(
+    copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
+    with pytest.raises(TrainingError, match="BLOCKPRESS_COMPUTE_DTYPE is 'int8'"):
+        Trainer(copy_recipe(), tmp_path)
+    recipe = copy_recipe(config=PRESETS["sudoku-nano"](), init="sudoku-nano")
+    begun = weights(Trainer(recipe, tmp_path, dtype=torch.float32))
+    monkeypatch.delenv("BLOCKPRESS_COMPUTE_DTYPE")
+    assert same(begun, weights(Trainer(recipe, tmp_path, dtype=torch.float32)))
 
 
 def test_rows_of_one_length_share_a_micro_batch_and_are_cut_to_it(copy_recipe: Recipes, tmp_path: Path):
