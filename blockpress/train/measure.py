@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,8 +53,14 @@ BY_GIVENS = ((24, 26), (27, 29), (30, 32), (33, 35), (36, 38), (39, 41), (42, 44
 
 def puzzles(count: int, givens: tuple[int, int], pool: Path, processes: int) -> list[sudoku.Puzzle]:
     """Held-out puzzles with one solution each, none of them a symmetric image of a grid in the training pool."""
+    return sudoku.held_out(HELD_OUT_SEED, count, givens, avoid=_trained_on(pool, processes))
+
+
+@cache
+def _trained_on(pool: Path, processes: int) -> set[int]:
+    """The fingerprints of the pool's grids, of which there are enough to take seconds."""
     solutions, _ = sudoku_pool(SUDOKU_SEED, SUDOKU_POOL, processes, pool)
-    return sudoku.held_out(HELD_OUT_SEED, count, givens, avoid=set(sudoku.fingerprints(solutions).tolist()))
+    return set(sudoku.fingerprints(solutions).tolist())
 
 
 def diffusion(
@@ -191,10 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write README.md and measured.json beside the model")
     options = parser.parse_args(arguments)
     try:
-        path, givens = resolve(options.model), tuple(options.givens)
-        chosen = puzzles(options.count, givens, options.pool, os.cpu_count() or 1)
-        more = {some: puzzles(options.by_givens, some, options.pool, 1) for some in BY_GIVENS if options.by_givens}
-        measured = measure(path, chosen, options.caps, options.batch, os.cpu_count() or 1, more)
+        path, givens, processes = resolve(options.model), tuple(options.givens), os.cpu_count() or 1
+        chosen = puzzles(options.count, givens, options.pool, processes)
+        classes = BY_GIVENS if options.by_givens else ()
+        more = {some: puzzles(options.by_givens, some, options.pool, processes) for some in classes}
+        measured = measure(path, chosen, options.caps, options.batch, processes, more)
     except BlockpressError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print("\n\n".join((table(measured.scores), *by_givens_and_sureness(measured))))
