@@ -23,6 +23,7 @@ from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import rotary_tables
 from tests.conftest import make_random_network
 from tests.ops import layouts
+from tests.ops.draws import numbers
 
 pytestmark = pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
 TYPES = [torch.float32, torch.bfloat16]
@@ -61,10 +62,6 @@ def usable() -> list[torch.dtype]:
     """The types of activations that go to the C++: not bfloat16, where the processor has tiles for it."""
     with torch.no_grad():
         return [dtype for dtype in TYPES if bridge.supports(torch.zeros(1, dtype=dtype))]
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def layer_of(name: str, seed: int = 3) -> Layer:

@@ -6,9 +6,6 @@ of the products' sizes, and the result is rounded once to its type, in bfloat16 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,8 +21,12 @@ from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.spans import Piece, Span
+from tests.ops.draws import numbers, threads
 
-pytestmark = pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("no_gradients"),
+]
 TYPES = [torch.float32, torch.bfloat16]
 STORED = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -42,26 +43,6 @@ def combine(share: Tensor, weight: Tensor) -> Tensor:
 
 def mix(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return in_cpp_experts.mix(x, weights, chosen, in_cpp_experts.stacked(gate_up, down))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def check(got: Tensor, x: Tensor, columns: Tensor) -> None:

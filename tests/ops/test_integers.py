@@ -7,9 +7,6 @@ weight's codes: x * (127 / largest) is rounded three times) and the three roundi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -24,28 +21,10 @@ from blockpress.ops.cpu import experts as in_cpp_experts
 from blockpress.ops.integers import IntegerWeight, encode, product, rounded
 from blockpress.ops.packed import Codes
 from tests.ops import layouts
+from tests.ops.draws import numbers, threads
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 needs_cpp = pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def codes(*shape: int, seed: int = 0) -> IntegerWeight:
