@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from blockpress import costs
@@ -48,13 +49,26 @@ def peak(action: Callable[[], object]) -> int:
     held = bridge.held_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = action()
+    own: dict[int, int] = {}  # torch keeps the addresses of earlier profiles, and then reports what they never took
     now = most = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+    for address, size in allocations(recorded):
+        now += size if size > 0 else -own.get(address, 0)
+        own[address] = max(size, 0)
+        most = max(most, now)
     del kept
     return most + bridge.held_bytes() - held
+
+
+def allocations(recorded: profile) -> list[tuple[int, int]]:
+    """Address and bytes of each block that was taken or (below zero) given back, in order."""
+    waiting = list(recorded.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    found = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda block: block[0])]
 
 
 def network_of(config: ModelConfig, dtype: str) -> Network:
