@@ -29,13 +29,12 @@ from blockpress.diffusion import (
     Denoiser,
     Draws,
     Edits,
-    EntropyBound,
     KeyedDraws,
     Pins,
     Reading,
     Schedule,
-    StableAndConfident,
     denoise,
+    step_rules,
 )
 from blockpress.model import Cache, Images, Network
 from blockpress.ops import vocabulary
@@ -86,8 +85,7 @@ def write(
 ) -> Generator[Event, None, bool]:
     """One canvas for every row, left in it as its draft. False: all was cancelled on the way, and told so."""
     length, device = network.config.canvas_length, network.device
-    schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
-    accept, settle = EntropyBound(sampling.entropy_bound), StableAndConfident(sampling.stability, sampling.confidence)
+    schedule, (accept, settle) = Schedule.of(sampling), step_rules(sampling)
     seeds, numbers = [row.seed for row in live], [row.number for row in live]
     draws = keyed(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
     edits = Edits.of([row.denied for row in live], length, device)

@@ -1,18 +1,17 @@
-"""Policies are values: hand the loop another rule for what to keep, and compare.
+"""Policies are values: hand over another rule for what to keep, and compare.
 
-The loop in `blockpress.diffusion` knows no model and no policy; here a fixed share of the canvas is accepted at every
-step in place of the entropy bound.
+A rule maps the entropy of every position to which of them keep their token. It travels in the sampling, so whatever
+answers honours it: `generate`, a chat, an engine that answers others at the same time. Here a fixed share of the canvas
+is accepted at every step in place of the entropy bound.
 Run it:  python examples/03_own_acceptance.py
 """
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 import blockpress
 from blockpress import sudoku
-from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident, denoise
-from blockpress.generate import plain_denoiser, read
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,15 @@ class SurestShare:
 
     share: float
 
-    def __call__(self, entropy: torch.Tensor) -> torch.Tensor:
+    def __call__(self, entropy: Tensor) -> Tensor:
         keep = max(1, round(self.share * entropy.shape[-1]))
         return entropy <= entropy.kthvalue(keep, dim=-1, keepdim=True).values
 
 
 lm = blockpress.load("sudoku-nano")
-puzzle = sudoku.generate(seed=5, givens=45)
-sampling, config = lm.generation.sampling, lm.config
-schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
-settle = StableAndConfident(sampling.stability, sampling.confidence)
-
-with torch.inference_mode():
-    cache = read(lm.network, [lm.encode(sudoku.layout(puzzle.puzzle))], lm.network.empty_cache(1))
-    for accept in (EntropyBound(sampling.entropy_bound), SurestShare(0.5), SurestShare(0.9)):
-        draws = KeyedDraws([0], [0], length=config.canvas_length, vocab=config.vocab_size)
-        *_, last = denoise(plain_denoiser(lm.network, cache), draws, 1, schedule, accept, settle)
-        right = lm.decode(last.argmax[0]) == sudoku.layout(puzzle.solution)
-        print(f"{accept}: {last.number} steps, {'solved' if right else 'not solved'}")
+puzzle = sudoku.generate(seed=5, givens=30)
+for accept in (None, SurestShare(0.5), SurestShare(0.9)):
+    sampling = lm.generation.sampling.with_(accept=accept)
+    reply = lm.generate(sudoku.layout(puzzle.puzzle), sampling=sampling)
+    right = reply.text == sudoku.layout(puzzle.solution)
+    print(f"{accept or 'the entropy bound'}: {reply.usage.steps} steps, {'solved' if right else 'not solved'}")

@@ -423,6 +423,7 @@ def test_the_full_layers_own_heads_count_only_where_keys_are_values():
         *[("checks", value) for value in (-1, 0.5, True, 64)],
         *[("confidence", value) for value in (-0.001, float("nan"), "x")],
         *[("stop", value) for value in ("", ("a", ""), (1,), None, 3, {"a"}, b"a")],
+        *[(rule, value) for rule in ("accept", "settle") for value in (0.1, "EntropyBound", True)],
     ],
 )
 def test_every_sampling_field_is_checked(field: str, value: Any):
@@ -438,6 +439,12 @@ def test_stop_may_be_one_text_or_many(stop: Any):
 def test_a_changed_copy_leaves_the_rest():
     assert Sampling(steps=5, stop="x").with_(t_max=0.9) == Sampling(steps=5, stop="x", t_max=0.9)
     refused(lambda: Sampling().with_(temperature=1.0), RequestError, "temperature")
+
+
+@pytest.mark.parametrize("rule", ["accept", "settle"])
+def test_a_rule_of_ones_own_is_not_left_out_of_the_file_in_silence(rule: str):
+    sampling = Sampling(**{rule: len})
+    refused(lambda: GenerationConfig(sampling=sampling).to_dict(), ConfigError, rule, "len")
 
 
 def test_boundary_values_are_allowed():

@@ -32,7 +32,7 @@ class Meter:
         self._stop_ids = stop_ids
         self._schedule: Schedule | None = None
         if isinstance(sampling, Sampling):
-            self._schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
+            self._schedule = Schedule.of(sampling)
         self._committed = 0
         self._left: float | None = None
 

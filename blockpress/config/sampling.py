@@ -9,7 +9,7 @@ Source: reference model, section 2; for tokens `GenerationConfig` of `transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,9 @@ class Sampling:
     left out. t_max, t_min: temperature at the first step and after the last. stability: steps in a row whose argmax
     must agree before a canvas settles. confidence: mean entropy (nats a token) below which it may settle. checks: how
     many times at most the causal pass checks a settled canvas and has what it disagrees with denoised again; 0: never.
-    stop: text that ends the answer and is not part of it.
+    stop: text that ends the answer and is not part of it. accept, settle: rules of your own (`diffusion.Accept` and
+    `diffusion.Settle`) in the place of the entropy bound, and of stability and confidence; their steps are not captured
+    on a GPU.
     """
 
     steps: int = 48
@@ -44,6 +46,8 @@ class Sampling:
     confidence: float = 0.005
     checks: int = 0
     stop: tuple[str, ...] = ()
+    accept: Callable[[Any], Any] | None = None
+    settle: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, what: str) -> None:
@@ -61,6 +65,8 @@ class Sampling:
         need(is_count(self.stability, 0), "stability", "a whole number of at least 0")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
         need(is_count(self.checks, 0) and self.checks <= MOST_CHECKS, "checks", f"from 0 to {MOST_CHECKS}")
+        need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
+        need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> Sampling:
@@ -202,6 +208,12 @@ class GenerationConfig:
         """The file's content, in the reference's field names."""
         out = dict(self.source) | {"eos_token_id": list(self.stop_ids)}
         s, t = self.sampling, self.autoregressive
+        for name in ("accept", "settle"):
+            if getattr(s, name) is not None:
+                raise ConfigError(
+                    f"sampling field {name} is {getattr(s, name)!r}, which generation_config.json cannot hold",
+                    hint=f"save it with {name}=None, and hand the rule in when you generate",
+                )
         if self.has_canvas:
             out |= {
                 "max_denoising_steps": s.steps,

@@ -1,15 +1,17 @@
 """The canvas: noise, schedule, acceptance, settling and the loop. It knows no model."""
 
-from blockpress.diffusion.accept import EntropyBound
+from blockpress.diffusion.accept import Accept, EntropyBound
 from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise
 from blockpress.diffusion.edits import Edits
 from blockpress.diffusion.noise import KeyedDraws
 from blockpress.diffusion.pins import Pins
 from blockpress.diffusion.reading import Reading
 from blockpress.diffusion.schedule import Schedule
-from blockpress.diffusion.settle import StableAndConfident
+from blockpress.diffusion.settle import Settle, StableAndConfident
+from blockpress.diffusion.update import Update, step_rules, update
 
 __all__ = [
+    "Accept",
     "Denoiser",
     "Draws",
     "Edits",
@@ -18,7 +20,11 @@ __all__ = [
     "Pins",
     "Reading",
     "Schedule",
+    "Settle",
     "StableAndConfident",
     "Step",
+    "Update",
     "denoise",
+    "step_rules",
+    "update",
 ]

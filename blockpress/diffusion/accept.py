@@ -11,12 +11,23 @@ as if they were independent. Source: Ben-Hamu et al., arXiv 2505.24857; referenc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from blockpress.shapes import Accepted, Entropy
+
+
+@runtime_checkable
+class Accept(Protocol):
+    """Which positions keep their sampled token, from the entropy of each in nats; the others become noise again.
+
+    A row's answer must not depend on the other rows: they come and go with other requests.
+    """
+
+    def __call__(self, entropy: Entropy, /) -> Accepted: ...
 
 
 @dataclass(frozen=True)

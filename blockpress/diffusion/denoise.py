@@ -2,9 +2,8 @@
 
     canvas = noise
     repeat   reading = denoiser(canvas, signal, temperature)      argmax, sample, entropy, next signal
-             accepted = accept(entropy)
-             settled = settle(unchanged, entropy)                 settled rows leave with their argmax
-             canvas = sample where accepted, fresh noise elsewhere
+             canvas, settled = update(reading, noise)             sample where accepted, fresh noise elsewhere
+                                                                  settled rows leave with their argmax
 
 Invariant: no model in here. A denoiser is a callable that gives a reading; the plain one computes it from full logits,
 faster ones never hold them. Rows do not touch: what a row becomes does not depend on the others.
@@ -21,12 +20,13 @@ import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from blockpress.diffusion.accept import EntropyBound
+from blockpress.diffusion.accept import Accept
 from blockpress.diffusion.edits import Edits
 from blockpress.diffusion.pins import Pins
 from blockpress.diffusion.reading import Reading
 from blockpress.diffusion.schedule import Schedule
-from blockpress.diffusion.settle import StableAndConfident
+from blockpress.diffusion.settle import Settle
+from blockpress.diffusion.update import update
 from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
 
 
@@ -74,8 +74,8 @@ def denoise(
     draws: Draws,
     batch: int,
     schedule: Schedule,
-    accept: EntropyBound,
-    settle: StableAndConfident,
+    accept: Accept,
+    settle: Settle,
     edits: Edits | None = None,
     pins: Pins | None = None,
 ) -> Iterator[Step]:
@@ -95,13 +95,13 @@ def denoise(
         reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, edits)
         if pins is not None:
             reading = pins(rows, reading)
-        accepted = accept(reading.entropy)
-        changed, unchanged, settled = settle.after(reading.argmax, previous, unchanged, reading.entropy)
-        yield Step(number, rows, canvas, reading.argmax, accepted, reading.entropy, changed, settled)
-        if number == schedule.steps or bool(settled.all()):
-            return
-        live = ~settled
-        rows, unchanged, previous, signal = rows[live], unchanged[live], reading.argmax[live], reading.signal[live]
-        canvas = torch.where(accepted[live], reading.sample[live], draws.noise(rows, number))
+        noise = draws.noise(rows, number)
         if pins is not None:
-            canvas = pins.hold(rows, canvas)
+            noise = pins.hold(rows, noise)
+        done = update(reading, noise, previous, unchanged, accept, settle)
+        yield Step(number, rows, canvas, reading.argmax, done.accepted, reading.entropy, done.changed, done.settled)
+        if number == schedule.steps or bool(done.settled.all()):
+            return
+        live = ~done.settled
+        rows, canvas, unchanged = rows[live], done.canvas[live], done.unchanged[live]
+        previous, signal = reading.argmax[live], reading.signal[live]

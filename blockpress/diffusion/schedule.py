@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from blockpress.config import Sampling
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -21,6 +23,10 @@ class Schedule:
     steps: int
     t_min: float
     t_max: float
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Schedule:
+        return cls(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
 
     def temperature(self, step: int) -> Float32[Tensor, ""]:
         """Of step 1 to `steps`; float32 and in the reference's order of operations, so that logits match to the bit.

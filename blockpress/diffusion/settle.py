@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from blockpress.shapes import Canvas, Entropy
+from blockpress.shapes import Entropy
+
+
+@runtime_checkable
+class Settle(Protocol):
+    """Which rows are finished. `unchanged`: for how many steps in a row each row's argmax has stayed the same.
+
+    A row's answer must not depend on the other rows.
+    """
+
+    def __call__(self, unchanged: Int[Tensor, " batch"], entropy: Entropy, /) -> Bool[Tensor, " batch"]: ...
 
 
 @dataclass(frozen=True)
@@ -27,12 +38,3 @@ class StableAndConfident:
             unchanged: for each row, how many steps in a row have left its argmax canvas as it was.
         """
         return (unchanged >= self.stability) & (entropy.mean(-1) < self.confidence)
-
-    def after(
-        self, argmax: Canvas, previous: Canvas, unchanged: Int[Tensor, " batch"], entropy: Entropy
-    ) -> tuple[Bool[Tensor, "batch canvas"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-        """What a step comes to: the positions whose argmax is not that of the step before (-1: of none), for how many
-        steps in a row none was, and which rows are finished."""
-        changed = argmax != previous
-        unchanged = (unchanged + 1).masked_fill(changed.any(-1), 0)
-        return changed, unchanged, self(unchanged, entropy)

@@ -92,7 +92,7 @@ class Runner:
         rules = self.slots.begin([part.request for part in batch.canvases])
         done: Finished | None = None
         heard = torch.empty(0, self.network.config.hidden_size)
-        if self.captured is not None and batch.canvases and not batch.read:
+        if self.captured is not None and batch.canvases and not (batch.read or rules.own):
             done = self.captured.step(batch.canvases, rules)
         if done is None and batch.rows:
             heard, done = self._forward(batch, rules)
@@ -128,7 +128,9 @@ class Runner:
         if canvases is None or begun is None:
             return heard, None
         states = hidden[batch.read - batch.skip :]
-        return heard, finish(network, self.slots, canvases, rules, begun, states, self.options.soft_embedding)
+        requests = [part.request for part in batch.canvases] if rules.own else ()
+        signal = self.options.soft_embedding
+        return heard, finish(network, self.slots, canvases, rules, begun, states, signal, requests)
 
     def _read(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
         """The input of the causal rows: embeddings, with pictures in their places; and parts with pictures."""

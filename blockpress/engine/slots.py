@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from blockpress.config import Sampling
 from blockpress.diffusion.pins import OPEN
 from blockpress.engine.request import Request
 from blockpress.engine.transfer import send
@@ -36,12 +37,13 @@ class Rules:
     """What the canvases of a forward ask for beyond the common: a forward without rules does not pay for them.
 
     begins: some canvas is at its first step. pinned: some place of some canvas is. denied: how many `ids` there are,
-    0 where no canvas denies any.
+    0 where no canvas denies any. own: some canvas brings a rule of its own for accepting or settling.
     """
 
     begins: bool = True
     pinned: bool = False
     denied: int = 0
+    own: bool = False
 
 
 class Slots:
@@ -81,6 +83,7 @@ class Slots:
             begins=bool(fresh),
             pinned=any(slot in self._pinned for slot in slots),
             denied=len(self.ids) if any(self._denials[slot] for slot in slots) else 0,
+            own=any(has_own_rules(request) for request in requests),
         )
 
     def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
@@ -115,6 +118,12 @@ class Slots:
         for token, places in self._denials[slot].items():
             mask[:, self._column[token]] = torch.tensor([place in places for place in range(self.length)])
         self.denied[slot] = send(mask, self._device)
+
+
+def has_own_rules(request: Request) -> bool:
+    """Whether a request accepts or settles by a rule of its own."""
+    sampling = request.sampling
+    return isinstance(sampling, Sampling) and not (sampling.accept is None and sampling.settle is None)
 
 
 def slot_of(request: Request) -> int:

@@ -13,6 +13,7 @@ Run it:  python -m pytest tests/engine/test_runner.py
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,22 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.diffusion import EntropyBound, KeyedDraws, Pins, Reading, Schedule, StableAndConfident
+from blockpress.diffusion import (
+    Accept,
+    EntropyBound,
+    KeyedDraws,
+    Pins,
+    Reading,
+    Schedule,
+    Settle,
+    StableAndConfident,
+    update,
+)
 from blockpress.diffusion.noise import LOW
+from blockpress.diffusion.update import check_answer
 from blockpress.engine.batch import Part
 from blockpress.engine.options import SoftEmbedding
+from blockpress.engine.request import Request
 from blockpress.engine.slots import Rules, Slots, slot_of
 from blockpress.model import Network
 from blockpress.ops import vocabulary
@@ -83,10 +96,9 @@ def entry(part: Part) -> list[int]:
     """A canvas's numbers, floats as the bits of their float64."""
     request, sampling, number = part.request, part.request.sampling, part.request.step + 1
     assert isinstance(sampling, Sampling), "only diffusion has canvases"
-    schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
     seed = request.row.seed
     whole = [slot_of(request), part.first, part.stop - part.start, seed & LOW, seed >> 32 & LOW, request.row.number]
-    real = (schedule.temperature(number).item(), sampling.entropy_bound, sampling.confidence)
+    real = (Schedule.of(sampling).temperature(number).item(), sampling.entropy_bound, sampling.confidence)
     return [*whole, number, number == sampling.steps, sampling.stability, *map(_bits, real)]
 
 
@@ -153,8 +165,12 @@ def finish(
     begun: Begun,
     hidden: Float[Tensor, "rows hidden"],
     signal: SoftEmbedding,
+    requests: Sequence[Request] = (),
 ) -> Finished:
-    """Read the canvases' final hidden states, and put what the next step begins with into their slots."""
+    """Read the canvases' final hidden states, and put what the next step begins with into their slots.
+
+    `requests` are those of the canvases; they may be left out where none has rules of its own.
+    """
     at, count, length = canvases.slot, len(canvases.slot), slots.length
     seen = vocabulary.see(
         hidden,
@@ -169,13 +185,44 @@ def finish(
     reading = Reading.of(seen, count)
     if begun.pins is not None:
         reading = begun.pins(torch.arange(count, device=at.device), reading)
-    accepted = EntropyBound(canvases.bound[:, None])(reading.entropy)
-    settle = StableAndConfident(canvases.stability, canvases.confidence)
-    changed, unchanged, settled = settle.after(reading.argmax, begun.argmax, begun.unchanged, reading.entropy)
-    flags = torch.stack((settled, settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
+    accept, settle = rules_of(canvases, requests)
+    done = update(reading, begun.noise, begun.argmax, begun.unchanged, accept, settle)
+    flags = torch.stack((done.settled, done.settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
     told = torch.cat((flags.long(), reading.argmax), dim=1)
-    slots.canvas.index_copy_(0, at, torch.where(accepted, reading.sample, begun.noise))
+    slots.canvas.index_copy_(0, at, done.canvas)
     slots.signal.index_copy_(0, at, reading.signal)
     slots.argmax.index_copy_(0, at, reading.argmax)
-    slots.unchanged.index_copy_(0, at, unchanged)
-    return Finished(argmax=reading.argmax, accepted=accepted, entropy=reading.entropy, changed=changed, told=told)
+    slots.unchanged.index_copy_(0, at, done.unchanged)
+    return Finished(
+        argmax=reading.argmax, accepted=done.accepted, entropy=reading.entropy, changed=done.changed, told=told
+    )
+
+
+def rules_of(canvases: Canvases, requests: Sequence[Request]) -> tuple[Accept, Settle]:
+    """When each canvas accepts and settles: by its numbers, or by the rule that its request brings along."""
+    accept: Accept = EntropyBound(canvases.bound[:, None])
+    settle: Settle = StableAndConfident(canvases.stability, canvases.confidence)
+    samplings = [request.sampling for request in requests]
+    accepts = [sampling.accept if isinstance(sampling, Sampling) else None for sampling in samplings]
+    settles = [sampling.settle if isinstance(sampling, Sampling) else None for sampling in samplings]
+    return (
+        OwnRules("accept", accept, accepts) if any(accepts) else accept,
+        OwnRules("settle", settle, settles) if any(settles) else settle,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRules:
+    """A rule for all canvases but those that have one of their own; canvases that share a rule are asked together."""
+
+    name: str
+    common: Callable[..., Tensor]
+    own: Sequence[Callable[..., Tensor] | None]
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        answer = self.common(*given)
+        for rule in {id(rule): rule for rule in self.own if rule is not None}.values():
+            rows = torch.tensor([row for row, own in enumerate(self.own) if own is rule], device=answer.device)
+            found = check_answer(self.name, rule(*(each[rows] for each in given)), answer[rows])
+            answer = answer.index_copy(0, rows, found)
+        return answer

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.config import Sampling
-from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident
+from blockpress.diffusion import KeyedDraws, Reading, Schedule, step_rules, update
 from blockpress.diffusion.noise import LOW
 from blockpress.model import Network
 from blockpress.ops import vocabulary
@@ -49,7 +49,7 @@ class Rollouts:
         self.each, self._rows, self._first = objective.on_policy, rows, 0
         held = rows * objective.groups
         count, device = held * self.each, network.device
-        schedule = Schedule(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
+        schedule, self._rules = Schedule.of(sampling), step_rules(sampling)
         self._temperatures = torch.stack([schedule.temperature(n) for n in range(1, sampling.steps + 1)]).to(device)
 
         def whole(*shape: int, fill: int = 0) -> Tensor:
@@ -110,19 +110,21 @@ class Rollouts:
         self, network: Network, rows: Int[Tensor, " rows"], logits: Float32[Tensor, "slots canvas vocab"]
     ) -> None:
         """One step of the sampler for the slots of some rows of the step, whose canvases gave these logits."""
-        slots, sampling = self.slots(rows), self.sampling
+        slots = self.slots(rows)
         number, everyone = self.number[slots], torch.arange(len(slots), device=slots.device)
         scaled = logits.float() / self._temperatures[number - 1][:, None, None]
         draws = self._draws(slots)
-        argmax, entropy = scaled.argmax(-1), vocabulary.entropy(scaled)
-        accepted = EntropyBound(sampling.entropy_bound)(entropy)
-        settle = StableAndConfident(sampling.stability, sampling.confidence)
-        _, unchanged, settled = settle.after(argmax, self.argmax[slots], self.unchanged[slots], entropy)
-        sample, noise = draws.sample(everyone, number, scaled), draws.noise(everyone, number)
-        self.canvas[slots] = torch.where(accepted, sample, noise)
-        self.signal[slots] = network.soft_embedding(scaled).float()
-        self.argmax[slots], self.unchanged[slots], self.number[slots] = argmax, unchanged, number + 1
-        past = self.past[slots] + (settled | (self.past[slots] > 0))
+        reading = Reading(
+            argmax=scaled.argmax(-1),
+            sample=draws.sample(everyone, number, scaled),
+            entropy=vocabulary.entropy(scaled),
+            signal=network.soft_embedding(scaled).float(),
+        )
+        noise = draws.noise(everyone, number)
+        done = update(reading, noise, self.argmax[slots], self.unchanged[slots], *self._rules)
+        self.canvas[slots], self.signal[slots] = done.canvas, reading.signal
+        self.argmax[slots], self.unchanged[slots], self.number[slots] = reading.argmax, done.unchanged, number + 1
+        past = self.past[slots] + (done.settled | (self.past[slots] > 0))
         over = (past > self.objective.past) | (number >= self.limit[slots])
         self.past[slots] = torch.where(over, OVER, past)
         self.ended[slots] |= over
