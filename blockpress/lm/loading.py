@@ -7,10 +7,12 @@ Run it:  python -c "import blockpress; print(blockpress.load('sudoku-nano').conf
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
+from blockpress.engine import EngineOptions
 from blockpress.errors import RequestError
 from blockpress.lm.model import LM
 from blockpress.weights import open_checkpoint
@@ -22,6 +24,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     compute_dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    memory: int | None = None,
+    max_running: int = 32,
 ) -> LM:
     """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, or the name of a
     model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision".
@@ -35,18 +39,23 @@ def load(
             which weights are widened a tile at a time where they are used; None or "auto": what is fast here. "int8":
             on a processor the layers' products are made of integers, which rounds weights and activations (ADR 0022).
         device: where the network runs, such as "cpu" or "cuda".
+        memory: bytes for the KV cache, which keeps what prompts begin with from call to call and gives up the oldest
+            first; None: half of what is free on the device when the first call comes.
+        max_running: most prompts that are answered at once; where there are more, the others wait their turn.
 
     Raises:
         CheckpointError, ConfigError: what is wrong with the files, and what to do.
         RequestError: a type or a device that there is not, a compute_dtype that does not hold the weights, or int8
-            where integers are not multiplied.
+            where integers are not multiplied; a limit of the engine that is none.
     """
     if not isinstance(name, str | Path):
         raise RequestError(f"name is {name!r:.60}", hint="give a model's name, a checkpoint's directory or a GGUF file")
+    options = EngineOptions(memory=memory, max_running=max_running, max_waiting=sys.maxsize)
     checkpoint = open_checkpoint(name)
     return LM(
         path=checkpoint.path,
         network=checkpoint.network(dtype=dtype, compute_dtype=compute_dtype, device=device),
         generation=checkpoint.generation,
         tokenizer=checkpoint.tokenizer(),
+        options=options,
     )

@@ -1,14 +1,16 @@
 """The object that `blockpress.load` gives: text in, text out, and the logits for whoever wants to look inside.
 
 Invariant: whatever comes in is checked here, by name, before the first forward; nothing that is accepted is ignored.
+An answer is a function of weights, prompt, seed and sampling, never of what the engine has kept of earlier calls.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 import torch
 from jaxtyping import Float32
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from blockpress.chat import Chat, Question, check_options
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.engine import Request
-from blockpress.errors import CheckpointError, RequestError
-from blockpress.lm.answer import Answer, answer
+from blockpress.engine import EngineOptions, Request
+from blockpress.errors import CheckpointError
+from blockpress.lm.answer import Answer, LastingEngine
 from blockpress.lm.arguments import (
     AnySampling,
     ChatOptions,
@@ -31,7 +33,8 @@ from blockpress.lm.arguments import (
     is_batch,
     is_whole,
 )
-from blockpress.lm.rows import check_ids, check_room, make_rows
+from blockpress.lm.logits import denoise_logits, next_token_logits
+from blockpress.lm.rows import check_ids, make_rows
 from blockpress.model import VisionTower
 from blockpress.reply import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
 from blockpress.text import StreamDecoder, Tokenizer
@@ -42,7 +45,15 @@ if TYPE_CHECKING:
 
 
 class LM:
-    """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside."""
+    """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside.
+
+    Calls share one engine, made for the first of them, which keeps what it has read: a conversation that goes on is
+    not read again. Several threads may ask at once. `close()`, or leaving `with load(...) as lm:`, frees its memory.
+
+    Args:
+        options: of that engine; the queue has no limit here unless they set one.
+        answer: what answers requests in place of that engine: `lm.answer.recite` does it slowly and plainly.
+    """
 
     def __init__(
         self,
@@ -51,15 +62,26 @@ class LM:
         network: Network,
         generation: GenerationConfig,
         tokenizer: Tokenizer | None,
-        answer: Answer = answer,
+        options: EngineOptions | None = None,
+        answer: Answer | None = None,
     ) -> None:
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
-        self.answer = answer
-        """What answers requests; `lm.answer.recite` does it slowly and plainly."""
+        self.engine = LastingEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
+        self.answer = self.engine.answer if answer is None else answer
 
     @property
     def config(self) -> ModelConfig:
         return self.network.config
+
+    def close(self) -> None:
+        """Give back what the engine holds; answers under way end with an `EngineError`, a later call begins anew."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt, with the ids that the model wants in front.
@@ -302,7 +324,6 @@ class LM:
         limits = {"max_tokens": max_tokens, "logprobs": logprobs}
         return make_rows(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)
 
-    @torch.inference_mode()
     def denoise_logits(
         self,
         prompt_ids: Sequence[int] | Tensor,
@@ -314,32 +335,11 @@ class LM:
         Args:
             previous_logits: the last step's temperature-scaled logits, for self-conditioning; None: the first step.
         """
-        canvas = check_ids(self.config, canvas_ids, "canvas_ids")
-        prompt = check_ids(self.config, prompt_ids, "prompt_ids")
-        shape = (len(canvas), self.config.vocab_size)
-        if previous_logits is not None and not isinstance(previous_logits, Tensor):
-            raise RequestError(f"previous_logits is {previous_logits!r:.60}", hint="give a tensor, or None")
-        if previous_logits is not None and tuple(previous_logits.shape) != shape:
-            raise RequestError(
-                f"previous_logits has the shape {tuple(previous_logits.shape)}",
-                hint=f"it must be {shape}: [canvas, vocabulary]",
-            )
-        check_room(self.config, len(prompt), len(canvas))
-        device = self.network.device
-        _, cache = self.network.read(torch.tensor([prompt], device=device), self.network.empty_cache(1))
-        signal = (
-            None if previous_logits is None else self.network.soft_embedding(previous_logits[None].float().to(device))
-        )
-        hidden = self.network.denoise(torch.tensor([canvas], device=device), cache, signal)
-        return self.network.logits(hidden)[0]
+        return denoise_logits(self.network, prompt_ids, canvas_ids, previous_logits)
 
-    @torch.inference_mode()
     def next_token_logits(self, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
         """The causal pass as a language model: for every token, softcapped float32 logits of the one behind it."""
-        tokens = check_ids(self.config, ids, "ids")
-        check_room(self.config, len(tokens), 0)
-        hidden, _ = self.network.read(torch.tensor([tokens], device=self.network.device), self.network.empty_cache(1))
-        return self.network.logits(hidden)[0]
+        return next_token_logits(self.network, ids)
 
     def _needs_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

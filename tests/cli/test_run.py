@@ -77,6 +77,8 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "confidence": 0.1,
         "checks": 2,
         "stop": ("7", "88"),
+        "accept": None,  # rules are Python values, no flags
+        "settle": None,
     }
 
 

@@ -1,0 +1,53 @@
+"""The logits of both passes, for whoever wants to look inside a model: `LM.denoise_logits` and `LM.next_token_logits`.
+
+Invariant: they are those of the reference loop, computed over the whole vocabulary; no engine takes part.
+Run it:  python -m pytest tests/test_lm.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from blockpress.errors import RequestError
+from blockpress.lm.rows import check_ids, check_room
+from blockpress.model import Network
+
+
+@torch.inference_mode()
+def denoise_logits(
+    network: Network,
+    prompt_ids: Sequence[int] | Tensor,
+    canvas_ids: Sequence[int] | Tensor,
+    previous_logits: Float32[Tensor, "canvas vocab"] | None,
+) -> Float32[Tensor, "canvas vocab"]:
+    """What one denoising step makes of a canvas after a prompt: softcapped float32 logits."""
+    config = network.config
+    canvas = check_ids(config, canvas_ids, "canvas_ids")
+    prompt = check_ids(config, prompt_ids, "prompt_ids")
+    shape = (len(canvas), config.vocab_size)
+    if previous_logits is not None and not isinstance(previous_logits, Tensor):
+        raise RequestError(f"previous_logits is {previous_logits!r:.60}", hint="give a tensor, or None")
+    if previous_logits is not None and tuple(previous_logits.shape) != shape:
+        raise RequestError(
+            f"previous_logits has the shape {tuple(previous_logits.shape)}",
+            hint=f"it must be {shape}: [canvas, vocabulary]",
+        )
+    check_room(config, len(prompt), len(canvas))
+    device = network.device
+    _, cache = network.read(torch.tensor([prompt], device=device), network.empty_cache(1))
+    signal = None if previous_logits is None else network.soft_embedding(previous_logits[None].float().to(device))
+    hidden = network.denoise(torch.tensor([canvas], device=device), cache, signal)
+    return network.logits(hidden)[0]
+
+
+@torch.inference_mode()
+def next_token_logits(network: Network, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
+    """Softcapped float32 logits of the token after each token, from the causal pass."""
+    tokens = check_ids(network.config, ids, "ids")
+    check_room(network.config, len(tokens), 0)
+    hidden, _ = network.read(torch.tensor([tokens], device=network.device), network.empty_cache(1))
+    return network.logits(hidden)[0]
