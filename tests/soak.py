@@ -30,10 +30,11 @@ import blockpress
 from blockpress import sudoku
 from blockpress.config import AutoregressiveSampling
 from blockpress.engine import Core, Engine, EngineOptions
+from blockpress.engine.core import StepRecord
 from blockpress.errors import Overloaded, RequestError
 from blockpress.lm import LM
 from blockpress.model import Network
-from blockpress.reply import Denoised, Done, Event, Failed
+from blockpress.reply import Denoised, Done, Failed
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt is empty"),
@@ -60,7 +61,7 @@ class Timed(Core):
         super().__init__(network, options)
         self.seconds: list[float] = []
 
-    def step(self) -> list[tuple[Request, Event]]:
+    def step(self) -> StepRecord:
         begun = time.perf_counter()
         told = super().step()
         self.seconds.append(time.perf_counter() - begun)
@@ -161,7 +162,7 @@ def soak(lm: LM, count: int, users: int, options: EngineOptions, seed: int = 0) 
     core.scheduler.check()
     held = {kind: pages.held for kind, pages in core.scheduler.stats.pages.items()}
     assert not any(held.values()), f"pages are still held: {held}"
-    assert core.scheduler.running == core.scheduler.waiting == 0 and not core._last
+    assert core.scheduler.running == core.scheduler.waiting == 0 and not core.remembered
     assert sum(log.ends.values()) == count, f"{count - sum(log.ends.values())} requests have no end"
     return log
 

@@ -13,7 +13,7 @@ Run it:  python -m pytest tests/bench/test_drive.py
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Stepper(Protocol):
 
     def submit(self, request: Request) -> None: ...
 
-    def step(self) -> list[tuple[Request, Event]]: ...
+    def step(self) -> Sequence[tuple[Request, Event]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,6 @@ class EngineStepper:
         options = own if prefill is None else replace(own, chunk=prefill, prefill_tokens=prefill)
         self.core = Core(network, options)
         self.rows, self.prefill = Rows(), False
-        self._run, self._works = self.core.runner.run, list[Work]()
-        self.core.runner.run = self._seen  # type: ignore[method-assign]
 
     @property
     def busy(self) -> bool:
@@ -52,25 +50,21 @@ class EngineStepper:
     def submit(self, request: Request) -> None:
         self.core.submit(request)
 
-    def step(self) -> list[tuple[Request, Event]]:
-        self.rows, self.prefill = Rows(), False
-        return self.core.step()
-
-    def _seen(self, works: Sequence[Work]) -> Any:
-        self.rows = rows_of(works)
-        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in works)
-        return self._run(works)
+    def step(self) -> Sequence[tuple[Request, Event]]:
+        done = self.core.step()
+        self.rows = rows_of(done.works)
+        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in done.works)
+        return done.events
 
 
 def rows_of(works: Sequence[Work]) -> Rows:
     """What the engine plans, as the floors count it: a token that is heard goes to the head, others do not."""
     canvases, reads, heard = [], [], []
     for work in works:
-        asked = min(work.request.hears, work.stop - work.start) if work.stop == len(work.request.context) else 0
-        if work.stop - asked > work.start:
-            reads.append((work.start, work.stop - asked - work.start))
-        if asked:
-            heard.append((work.stop - asked, asked))
+        if work.stop - work.heard > work.start:
+            reads.append((work.start, work.stop - work.heard - work.start))
+        if work.heard:
+            heard.append((work.stop - work.heard, work.heard))
         if work.canvas:
             canvases.append(work.stop)
     return Rows(canvases=tuple(canvases), reads=tuple(reads), heard=tuple(heard))
@@ -103,7 +97,7 @@ class PoemStepper:
             raise RequestError("the poem is under way", hint="give all requests at once: --batch, not --rate")
         self._asked.append(request)
 
-    def step(self) -> list[tuple[Request, Event]]:
+    def step(self) -> Sequence[tuple[Request, Event]]:
         """One step of every canvas, or one token of every request."""
         sampling, rows = self._asked[0].sampling, [request.row for request in self._asked]
         live = [request for request in self._asked if request.row.finish_reason is None]

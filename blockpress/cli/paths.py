@@ -76,7 +76,7 @@ def engine(lm: LM, puzzle: str) -> Check:
     core, fast = Core(lm.network, EngineOptions(max_running=1)), []
     core.submit(Request(row=row(), sampling=sampling))
     while core.busy:
-        fast += [event.reply for _, event in core.step() if isinstance(event, Done)]
+        fast += [event.reply for _, event in core.step().events if isinstance(event, Done)]
     same = bool(fast) and fast[0].tokens == slow.tokens and fast[0].usage == slow.usage
     detail = f"{'the same' if same else 'other'} tokens as the poem, {slow.usage.steps} steps"
     # Elsewhere than in float32 on a CPU the order of a sum may decide between two tokens.

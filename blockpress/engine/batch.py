@@ -68,9 +68,8 @@ class Batch:
         """
         sizes: list[tuple[str, Request, int, int]] = []
         for work in works:
-            heard = min(work.request.hears, work.stop - work.start) if work.stop == len(work.request.context) else 0
-            sizes.append(("silent", work.request, work.start, work.stop - heard))
-            sizes.append(("heard", work.request, work.stop - heard, work.stop))
+            sizes.append(("silent", work.request, work.start, work.stop - work.heard))
+            sizes.append(("heard", work.request, work.stop - work.heard, work.stop))
             if work.canvas:
                 sizes.append(("canvases", work.request, work.stop, work.stop + canvas))
         parts: dict[str, list[Part]] = {"silent": [], "heard": [], "canvases": []}

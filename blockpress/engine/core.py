@@ -2,7 +2,8 @@
 
     step:   plan     who takes part, with which tokens          scheduler, without tensors
             run      one forward                                runner
-            take     what came of it: events, commits, ends     here
+            advance  what came of it, for each way to decode    modes
+            book     pages, contexts, ends                      here and in the scheduler
 
 Synchronous, single-threaded and deterministic; `engine.py` puts it on a thread of its own.
 
@@ -14,15 +15,13 @@ Run it:  python -m pytest tests/engine/test_same_tokens.py
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blockpress.autoregress import choose, counted
-from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.engine.modes import Progress, kind_of, strategies
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.pages import page_length, plan_pages
 from blockpress.engine.request import Picture, Request
@@ -31,10 +30,8 @@ from blockpress.engine.scheduler import Scheduler, SchedulerStats, Work
 from blockpress.engine.store import Store
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.hardware import free_memory
-from blockpress.judge import judge
 from blockpress.model import Network
 from blockpress.reply import Event, Failed
-from blockpress.verify import conclude, is_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,15 @@ class Stats:
     eager: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one `step` did. works: the parts of its forward, in order of arrival; none where nothing ran. events: what
+    each request is told, in the same order."""
+
+    works: Sequence[Work]
+    events: Sequence[tuple[Request, Event]]
+
+
 class Core:
     """Answers many requests at once over one network."""
 
@@ -69,8 +75,7 @@ class Core:
         self.runner = Runner(network, options, self.store)
         self._cancelled: list[Request] = []
         self._ran = self._failures = 0
-        self._last: dict[Request, Tensor] = {}
-        """The hidden state of the last context token of each request that asks for it, [1, hidden]."""
+        self._strategies = strategies(network)
 
     def submit(self, request: Request) -> None:
         """Take a request into the queue.
@@ -107,27 +112,58 @@ class Core:
         """Whether there is something left to do."""
         return bool(self._cancelled or self.scheduler.running or self.scheduler.waiting)
 
-    def step(self) -> list[tuple[Request, Event]]:
-        """One forward, and what came of it, in the order of the requests."""
+    @property
+    def remembered(self) -> int:
+        """Of how many requests something is kept for their next forward, beside pages and slots: of none once idle."""
+        return sum(strategy.remembered for strategy in self._strategies.values())
+
+    def step(self) -> StepRecord:
+        """One forward, and what came of it."""
         cancelled, self._cancelled = self._cancelled, []
         events = [(request, event) for request in cancelled for event in self._cancel(request)]
         works = self.scheduler.plan()
         self._ran += bool(works)
         with self.runner.placed():
-            return events + self._answered(works)
+            events += self._answered(works)
+        return StepRecord(works=works, events=events)
 
+    @torch.inference_mode()
     def _answered(self, works: Sequence[Work]) -> list[tuple[Request, Event]]:
-        events: list[tuple[Request, Event]] = []
         outcomes = self._run(works)
-        tokens = self._choose([one for one in outcomes if isinstance(one, Outcome)])
+        found: dict[Request, Progress | Exception] = {}
+        for kind, strategy in self._strategies.items():
+            own = [one for one in outcomes if isinstance(one, Outcome) and kind_of(one.work.request) == kind]
+            sound = [one for one in own if one.sound]
+            made = strategy.advance(sound)
+            found |= {one.work.request: progress for one, progress in zip(sound, made, strict=True)}
+            found |= {one.work.request: _no_number() for one in own if not one.sound}
+        events: list[tuple[Request, Event]] = []
         for outcome in outcomes:
-            request = outcome.work.request if isinstance(outcome, Outcome) else outcome[0].request
-            try:
-                told = self._take(outcome, tokens)
-            except Exception as error:  # of any kind: a turn's, a judge's; the other requests have no part in it
-                told = self._fail(request, error)
+            if isinstance(outcome, Outcome):
+                request, told = outcome.work.request, self._book(outcome, found[outcome.work.request])
+            else:
+                request, told = outcome[0].request, self._fail(outcome[0].request, outcome[1])
             events += [(request, event) for event in told]
         return events
+
+    def _book(self, outcome: Outcome, progress: Progress | Exception) -> Sequence[Event]:
+        """What a request's part of a forward makes of its pages and its context, or its end."""
+        request, work = outcome.work.request, outcome.work
+        if isinstance(progress, Exception):
+            return self._fail(request, progress)
+        if outcome.denoised is not None:
+            request.step = outcome.denoised.step
+        if progress.verified is None:
+            self.scheduler.done(work)
+        else:
+            self.scheduler.verified(work, progress.verified)
+        if progress.then is not None:
+            if request.row.finish_reason is None:
+                self.scheduler.commit(request, progress.then, draft=progress.draft)
+            else:
+                self.scheduler.end(request)
+                self._forget(request)
+        return progress.events
 
     def _run(self, works: Sequence[Work]) -> Sequence[Outcome | tuple[Work, Exception]]:
         """The forward; where it fails, request by request, so that the one at fault is found."""
@@ -150,118 +186,14 @@ class Core:
         if request.state == "ended":
             return []
         self.scheduler.cancel(request)
-        self._last.pop(request, None)
+        self._forget(request)
         try:
             return [*request.row.cancel()]
         except Exception as error:
             return self._fail(request, error)
 
-    @torch.inference_mode()
-    def _choose(self, outcomes: Sequence[Outcome]) -> dict[Request, int | Exception]:
-        """The next token of every autoregressive request whose whole context has been read."""
-        alike: dict[AutoregressiveSampling, list[Request]] = {}
-        for outcome in outcomes:
-            request = outcome.work.request
-            if request.asked or not outcome.sound:
-                continue
-            if outcome.hidden is not None:
-                self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
-            if isinstance(request.sampling, AutoregressiveSampling) and outcome.work.stop == len(request.context):
-                alike.setdefault(request.sampling, []).append(request)
-        tokens: dict[Request, int | Exception] = {}
-        for sampling, requests in alike.items():
-            tokens |= self._chosen(requests, sampling)
-        return tokens
-
-    def _chosen(self, requests: Sequence[Request], sampling: AutoregressiveSampling) -> dict[Request, int | Exception]:
-        """A token each; where that fails, request by request, so that the one at fault is found."""
-        try:
-            last = torch.stack([self._last[request] for request in requests])
-            chosen = choose(self.network, [request.row for request in requests], last, sampling)
-            return dict(zip(requests, chosen, strict=True))
-        except Exception as error:
-            failed = error.with_traceback(None)
-        if len(requests) == 1:
-            return {requests[0]: failed}
-        return {one: found for request in requests for one, found in self._chosen([request], sampling).items()}
-
-    def _take(
-        self, outcome: Outcome | tuple[Work, Exception], tokens: Mapping[Request, int | Exception]
-    ) -> list[Event]:
-        """Book a request's part of a forward, and tell what it adds to its answer."""
-        if isinstance(outcome, tuple):
-            return self._fail(outcome[0].request, outcome[1])
-        request = outcome.work.request
-        if not outcome.sound:
-            return self._fail(request, _no_number())
-        if request.asked and outcome.work.stop == len(request.context):
-            return self._conclude(request, outcome)
-        self.scheduler.done(outcome.work)
-        request.forwards += outcome.work.start < outcome.work.stop == len(request.context)
-        token = tokens.get(request)
-        if token is not None:
-            return self._fail(request, token) if isinstance(token, Exception) else self._take_token(request, token)
-        if outcome.denoised is None:
-            return []
-        request.step = outcome.denoised.step
-        request.row.draft(outcome.canvas or [], request.step)
-        events: list[Event] = [outcome.denoised]
-        if outcome.canvas is None:
-            return events
-        if is_asked(request.row, _checks(request)):
-            self._ask(request, request.row.proposal)
-            return events
-        return [*events, *request.row.commit(), *self._go_on(request)]
-
-    @torch.inference_mode()
-    def _take_token(self, request: Request, token: int) -> list[Event]:
-        """A token was chosen; where log-probabilities are told, a turn's own tokens behind it are read first."""
-        row = request.row
-        row.draft([token], 0)
-        proposal = row.proposal if row.logprobs is not None else []
-        if len(proposal) > 1:
-            self._ask(request, proposal[:-1])
-            return []
-        [judged] = judge(self.network, self._last[request][None], [row], [proposal])
-        said = [*counted(row.commit(judged.said), Counter({row.index: request.forwards}))]
-        return [*said, *self._go_on(request)]
-
-    def _ask(self, request: Request, tokens: list[int]) -> None:
-        """The next forward reads tokens that may yet be taken back."""
-        self.scheduler.commit(request, tokens)
-        request.asked = len(tokens)
-
-    @torch.inference_mode()
-    def _conclude(self, request: Request, outcome: Outcome) -> list[Event]:
-        """The causal pass has read a proposal: what it says of it decides what of it is context now."""
-        row, work, base = request.row, outcome.work, len(request.context) - request.asked
-        assert outcome.hidden is not None
-        states = torch.cat((self._last[request], outcome.hidden))[None]
-        [judged] = judge(self.network, states, [row], [row.proposal])
-        if request.speaks == "autoregressive":
-            request.forwards += 1
-            events = [*counted(row.commit(judged.said), Counter({row.index: request.forwards}))]
-            kept = 0
-        else:
-            events = [*conclude(row, judged, _checks(request))]
-            kept = row.kept
-        self._last[request] = states[0, kept : kept + 1].clone()
-        del request.context[base + kept :]
-        request.asked = 0
-        self.scheduler.done(Work(request, work.start, base + kept, canvas=False))
-        return [*events, *self._go_on(request)]
-
-    def _go_on(self, request: Request) -> tuple[()]:
-        """What the row committed is read next, and a canvas begun; or the request has ended. Tells nothing."""
-        if request.row.finish_reason is None:
-            self.scheduler.commit(request, request.row.fresh)
-        else:
-            self._forget(request)
-        return ()
-
     def _forget(self, request: Request) -> None:
-        self.scheduler.end(request)
-        self._last.pop(request, None)
+        self._strategies[kind_of(request)].forget(request)
 
     def _fail(self, request: Request, error: Exception) -> list[Event]:
         """End one request with an error of its own; what it has in pages is not trusted."""
@@ -275,10 +207,6 @@ class Core:
                 hint="ask again; if that does not help, restart the engine",
             )
         return [Failed(request.row.index, error)]
-
-
-def _checks(request: Request) -> int:
-    return request.sampling.checks if isinstance(request.sampling, Sampling) else 0
 
 
 def _free(device: torch.device) -> int:

@@ -119,7 +119,7 @@ class Engine:
         """The worker: take what came in, run one forward, tell; until the engine is closed."""
         try:
             while self._take_in():
-                for request, event in self.core.step():
+                for request, event in self.core.step().events:
                     self._tell(request, event)
         except Exception as error:
             broken = EngineError(f"the engine broke: {_said(error)}", hint="make a new one, and report this line")

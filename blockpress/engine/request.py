@@ -54,15 +54,13 @@ class Request:
         self.slot: int | None = None
         """The place of its canvas in the runner, 0 to max_running - 1; kept while it is paused."""
         self.step = 0
-        """Denoising steps done on the canvas under way, counted by who runs them; 0: not begun."""
+        """Denoising steps done on the canvas under way; 0: not begun."""
         self.tables: dict[LayerKind, list[int]] = {}
         """Page ids of each kind of layer: entry i holds positions i*P to i*P + P - 1; DROPPED where let go."""
         self.digests: list[bytes] = []
         """What the whole pages of the context hold; computed once, as far as it was needed."""
         self.asked = 0
         """How many of the context's last tokens, those from `fresh` on, are a proposal that is yet to be judged."""
-        self.forwards = 0
-        """How many forwards have read its context to the end, counted by who runs them; a prompt in chunks is one."""
         self.state: State = "new"
         self.number = -1
         """Its turn: requests are numbered as they are submitted."""

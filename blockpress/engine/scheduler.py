@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from blockpress.config import LayerKind, ModelConfig
@@ -33,16 +33,18 @@ from blockpress.sight.placeholders import Run, part_end
 @dataclass(frozen=True)
 class Work:
     """One request's part of a forward: its context tokens [start, stop) are read causally, perhaps none; where `canvas`
-    is set, a denoising step runs behind them.
+    is set, a denoising step runs after them. `heard`: of how many of these tokens, the last ones, the hidden states
+    are wanted.
 
-    Its tables have pages for all tokens before `stop` that are seen. An autoregressive request wants the hidden state
-    of token stop - 1 where stop == len(context); start == stop only where it chooses that token once more.
+    Its tables have pages for all tokens before `stop` that are seen. start == stop only where a canvas is denoised, or
+    an autoregressive request chooses its next token once more.
     """
 
     request: Request
     start: int
     stop: int
     canvas: bool
+    heard: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +172,26 @@ class Scheduler:
             assert work.start == work.request.read, "another work of this request came in between"
             self._tables.wrote(work.request, work.stop)
 
-    def commit(self, request: Request, tokens: list[int]) -> None:
-        """What was written joins the context and is read by the next plan; without tokens it is begun again."""
+    def verified(self, work: Work, kept: int) -> None:
+        """The forward has read a draft, of which the first `kept` tokens stand; the others leave the context."""
+        request = work.request
+        if request.state != "running":
+            return
+        base = len(request.context) - request.asked
+        del request.context[base + kept :]
+        request.asked = 0
+        self.done(replace(work, stop=base + kept, canvas=False))
+
+    def commit(self, request: Request, tokens: list[int], draft: bool = False) -> None:
+        """What was written joins the context and is read by the next plan; without tokens it is begun again.
+
+        Args:
+            draft: the tokens may yet be taken back, by `verified`.
+        """
         assert request.state == "running" and not request.unread, "what it was written behind has not been read"
         request.fresh = len(request.context)
         request.context += tokens
+        request.asked = len(tokens) if draft else 0
         request.step = 0
         capacity = self._tables.capacity(request)
         assert capacity is None or len(request.context) <= capacity, "the row wrote more than its room"
@@ -230,7 +247,8 @@ class Scheduler:
                 return None, 0  # a picture that is read as a whole, in a forward of which no other prompt has taken any
             left = max(0, left - (stop - read))
         canvas = stop == end and request.speaks == "diffusion" and not request.asked
-        return Work(request, read, stop, canvas), left
+        heard = min(request.hears, stop - read) if stop == end else 0
+        return Work(request, read, stop, canvas, heard), left
 
     def _find_pages(self, request: Request, stop: int) -> bool:
         """Pages for its tokens up to `stop`; where they run out the youngest pause. False: it was the youngest."""

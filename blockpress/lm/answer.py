@@ -103,7 +103,7 @@ class SharedCore:
             self._inboxes.pop(gone, None)
         for request in cancelled:
             core.cancel(request)
-        for request, event in core.step():
+        for request, event in core.step().events:
             ended = isinstance(event, Done | Failed)
             inbox = self._inboxes.pop(request, None) if ended else self._inboxes.get(request)
             if inbox is not None:

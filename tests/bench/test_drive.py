@@ -122,7 +122,7 @@ class Slow:
         self.seen = max(self.seen, self.held)
         self.inner.submit(request)
 
-    def step(self) -> list[tuple[Request, Event]]:
+    def step(self) -> Sequence[tuple[Request, Event]]:
         events = self.inner.step()
         self.held -= sum(type(event).__name__ == "Done" for _, event in events)
         self.rows, self.prefill = self.inner.rows, self.inner.prefill

@@ -91,8 +91,7 @@ class Paper:
         tokens = [STOP if chance.random() < ending / count else chance.choice([5, 6]) for _ in range(count)]
         request.row.draft(tokens, request.step)
         if request.hears and request.speaks == "diffusion":
-            self.scheduler.commit(request, request.row.proposal)
-            request.asked = len(request.row.proposal)
+            self.scheduler.commit(request, request.row.proposal, draft=True)
             return
         self.commit(request)
 
@@ -109,9 +108,9 @@ class Paper:
             row.correct([*row.drafted[:agreed], 7, *row.drafted[agreed + 1 :]])
         events = [] if again else list(row.commit())
         assert again or events
-        del request.context[base + row.kept :]
-        request.asked, self.heard[request] = 0, base + row.kept
-        self.scheduler.done(replace(work, stop=base + row.kept))
+        self.scheduler.verified(work, row.kept)
+        self.heard[request] = base + row.kept
+        assert len(request.context) == base + row.kept and not request.asked
         self.go_on(request)
 
     def commit(self, request: Request) -> None:
@@ -140,8 +139,9 @@ class Paper:
                 seen = self.contents.get((kind, table[at // PAGE], at % PAGE))
                 assert seen == told[at], f"{kind} page {table[at // PAGE]} holds something else at token {at}"
         if work.request.hears and work.stop == len(work.request.context):
-            heard = min(work.request.hears, work.stop - work.start)
-            assert heard == work.request.hears or self.heard.get(work.request) == work.stop, "a token was not heard"
+            assert work.heard == min(work.request.hears, work.stop - work.start)
+            whole = work.heard == work.request.hears
+            assert whole or self.heard.get(work.request) == work.stop, "a token was not heard"
             self.heard[work.request] = work.stop
 
     def check_shares(self, works: Sequence[Work]) -> None:

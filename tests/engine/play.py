@@ -74,7 +74,7 @@ def play(
         for i, moment in (cancels or {}).items():
             if moment == number:
                 core.cancel(requests[i])
-        for request, event in core.step():
+        for request, event in core.step().events:
             told[request].append(event)
         core.scheduler.check()
         number += 1

@@ -27,7 +27,8 @@ def made(shares: list[tuple[int, bool, int, int, int]]) -> list[Work]:
             request.asked = min(asked, stop - start)
         canvas = stop == length and diffusion and not request.asked
         if canvas or stop > start or (stop == length and not diffusion):  # the last: its token is chosen once more
-            found.append(Work(request, start, stop, canvas))
+            heard = min(request.hears, stop - start) if stop == length else 0
+            found.append(Work(request, start, stop, canvas, heard))
     return found
 
 

@@ -47,7 +47,7 @@ def test_what_is_told_of_a_step_stays_as_it_was_told(network: Network):
         core.submit(request)
     kept = []
     while core.busy:
-        steps = [event for _, event in core.step() if isinstance(event, Denoised)]
+        steps = [event for _, event in core.step().events if isinstance(event, Denoised)]
         kept += [(event, copy.deepcopy(event)) for event in steps]
     for event, then in kept:
         for name in ("argmax", "accepted", "entropy", "changed"):

@@ -99,7 +99,7 @@ def test_a_full_queue_refuses_by_name(network: Network):
     core.submit(requests[3])
     done = []
     while core.busy:
-        done += [one for one, event in core.step() if isinstance(event, Done)]
+        done += [one for one, event in core.step().events if isinstance(event, Done)]
     assert done == [requests[0], requests[1], requests[3]]
 
 

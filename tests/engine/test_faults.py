@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
-from blockpress.engine import Core, Engine, EngineOptions, Request
+from blockpress.engine import Core, Engine, EngineOptions, Request, modes
 from blockpress.engine import core as cores
 from blockpress.engine.scheduler import Work
 from blockpress.errors import BlockpressError, EngineError
@@ -58,7 +58,7 @@ def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnyS
     assert isinstance(last, Failed) and "a turn at fault" in last.error.message
     for i in (0, 2):
         assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
-    assert core.stats.failures == 1 and not core._last
+    assert core.stats.failures == 1 and not core.remembered
 
 
 def test_a_cancellation_that_fails_is_an_end_too(network: Network):
@@ -70,14 +70,14 @@ def test_a_cancellation_that_fails_is_an_end_too(network: Network):
 
 
 def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, monkeypatch: pytest.MonkeyPatch):
-    sampling, choose = AutoregressiveSampling(), cores.choose
+    sampling, choose = AutoregressiveSampling(), modes.choose
 
     def failing(network: Network, rows: Sequence[Any], *rest: Any) -> list[int]:
         if any(one.index == 1 for one in rows):
             raise ValueError("no token for this one")
         return choose(network, rows, *rest)
 
-    monkeypatch.setattr(cores, "choose", failing)
+    monkeypatch.setattr(modes, "choose", failing)
     requests = [request(i, sampling) for i in range(3)]
     told = play(Core(network, ROOM), requests)
     assert isinstance(told[requests[1]][-1], Failed)

@@ -60,7 +60,7 @@ def test_a_number_that_is_none_hurts_its_own_request_alone(network: Network, wha
     for number in range(10_000):
         if number == 2:
             spoil(core, requests[1], what)
-        for request, event in core.step():
+        for request, event in core.step().events:
             told[request].append(event)
         if not core.busy:
             break
@@ -76,7 +76,7 @@ def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(n
         core.submit(request)
     told: dict[Request, list[Any]] = {request: [] for request in requests}
     while core.busy:
-        for request, event in core.step():
+        for request, event in core.step().events:
             told[request].append(event)
         if requests[1].read == len(given[1]):
             spoil(core, requests[1], "pages")
