@@ -22,6 +22,7 @@ from blockpress.diffusion import KeyedDraws
 from blockpress.generate import generate
 from blockpress.model import Cache, Network
 from blockpress.reply import Committed, Denoised, Done, Event, Row
+from blockpress.reply.row import FinishedCanvas
 from blockpress.verify import verdict, verified
 
 from .conftest import make_random_network
@@ -342,3 +343,15 @@ def test_cancelled_between_steps_whatever_the_round(
     usage = done.reply.usage
     assert (usage.steps, usage.forwards) == (count, count + ran["read"] - 1)
     assert len(done.reply.logprobs or []) == len(done.reply.tokens) == CANVAS * usage.canvases
+
+
+def test_no_two_beginnings_of_a_row_draw_the_same():
+    """The key of a canvas's draws, over many canvases and as many beginnings as checks can make."""
+    numbers = set()
+    for canvas in (0, 1, 7, 1023):
+        row = Row(0, [1], 0, stop_ids=(), canvas_length=4, room=10**7)
+        row.canvases += [FinishedCanvas([2], 1)] * canvas
+        for _ in range(1100):
+            numbers.add(row.number)
+            row.again({})
+    assert len(numbers) == 4 * 1100 and max(numbers) < 1 << 32

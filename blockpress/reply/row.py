@@ -107,10 +107,13 @@ class Row:
     def number(self) -> int:
         """What keys the draws of the canvas under way: no two canvases of a row share it, written again or not.
 
-        bits 24 to 31   how often this canvas was begun again, because it was empty or because of a check
-        bits 0 to 23    the number of the canvas
+        bits 24 to 31   how often this canvas was begun again, because it was empty or because of a check, modulo 256
+        bits 20 to 23   the same, divided by 256: a check settles a token at least, so a canvas is not begun more often
+        bits 0 to 19    the number of the canvas
         """
-        return len(self.canvases) + (self._begun << 24)
+        again, low = divmod(self._begun, 256)
+        assert again < 16 and len(self.canvases) < 1 << 20, "two canvases of a row would draw the same"
+        return len(self.canvases) + (low << 24) + (again << 20)
 
     def limit(self, room: int) -> None:
         """The context holds at most `room` more tokens; before the first canvas."""
