@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
-from blockpress.weights.find import CONFIG, read_object
+from blockpress.weights.files import CONFIG, INDEX, SINGLE, read_object
 from blockpress.weights.kind import Kind, kind_of
-from blockpress.weights.shards import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo

@@ -24,7 +24,7 @@ from torch import Tensor
 from blockpress.config import Family
 from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
 from blockpress.quant import ErrorSum, Format, WeightError, quantization_config
-from blockpress.weights.find import CONFIG, checkpoint_directory, read_object
+from blockpress.weights.files import CONFIG, checkpoint_directory, read_object
 from blockpress.weights.gguf.find import SUFFIX
 from blockpress.weights.keys import is_quantised, our_name, published_name
 from blockpress.weights.kind import kind_of

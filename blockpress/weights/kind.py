@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockpress.weights.find import CONFIG, read_object
+from blockpress.weights.files import BESIDE, CONFIG, read_object
 from blockpress.weights.gguf.header import read_header
-from blockpress.weights.load import BESIDE
 from blockpress.weights.shards import opened
 
 FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")

@@ -40,14 +40,11 @@ from blockpress.weights.build import (
     room_for,
     without_memory,
 )
-from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory, read_object
+from blockpress.weights.files import BESIDE, CONFIG, GENERATION, checkpoint_directory, read_object
 from blockpress.weights.formats import Field
 from blockpress.weights.keys import published_name
 from blockpress.weights.plan import Slot, Target, plan
 from blockpress.weights.shards import catalogue, opened
-
-BESIDE = "hf_quant_config.json"
-"""Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
 
 
 @dataclass(kw_only=True)

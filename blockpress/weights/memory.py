@@ -19,7 +19,7 @@ from pathlib import Path
 
 from blockpress import costs
 from blockpress.config import FAMILIES, ModelConfig
-from blockpress.weights.find import CONFIG, read_object
+from blockpress.weights.files import CONFIG, read_object
 from blockpress.weights.gguf.header import read_header
 from blockpress.weights.gguf.names import EMBEDDING, HEAD
 from blockpress.weights.keys import is_derived, is_quantised, is_vision, our_name, published_name

@@ -24,7 +24,7 @@ from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.packed import HalfFloats
 from blockpress.weights.build import choose_dtype
-from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
+from blockpress.weights.files import CONFIG, GENERATION, checkpoint_directory
 from blockpress.weights.keys import is_vision, published_name
 from blockpress.weights.shards import Stored, catalogue, opened
 from blockpress.weights.staging import SHARD_BYTES, in_shards, staged, write_index, write_json

@@ -23,10 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockpress.errors import CheckpointError, DamagedFile, MissingWeights
-from blockpress.weights.find import read_object
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from blockpress.weights.files import INDEX, SINGLE, read_object
 
 FLOATS: dict[str, torch.dtype] = {
     "F64": torch.float64,

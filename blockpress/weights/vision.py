@@ -27,7 +27,7 @@ from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfi
 from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
 from blockpress.weights.build import choose_device, choose_types, hold, room_for, without_memory
-from blockpress.weights.find import checkpoint_directory, read_object
+from blockpress.weights.files import checkpoint_directory, read_object
 from blockpress.weights.keys import is_derived, is_vision
 from blockpress.weights.load import load_config
 from blockpress.weights.shards import FLOATS, Stored, catalogue, opened
