@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 import torch
 from jaxtyping import Float32
@@ -32,17 +32,15 @@ from blockpress.lm.arguments import (
     is_whole,
 )
 from blockpress.lm.rows import check_ids, check_room, make_rows
-from blockpress.model import VisionTower
+from blockpress.model import Network, VisionTower
 from blockpress.reply import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
 from blockpress.text import StreamDecoder, Tokenizer
-from blockpress.weights import load_vision
-
-if TYPE_CHECKING:
-    from blockpress.model import Network
+from blockpress.weights import Checkpoint, load_vision
 
 
 class LM:
-    """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside."""
+    """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside; `checkpoint` is
+    what lies at `path`, where it is open already."""
 
     def __init__(
         self,
@@ -52,7 +50,9 @@ class LM:
         generation: GenerationConfig,
         tokenizer: Tokenizer | None,
         answer: Answer = answer,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self._checkpoint = Checkpoint(path=path) if checkpoint is None else checkpoint
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
         self.answer = answer
         """What answers requests; `lm.answer.recite` does it slowly and plainly."""
@@ -273,7 +273,7 @@ class LM:
     @cached_property
     def _tower(self) -> VisionTower:
         types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
-        return load_vision(self.path, config=self.config, device=self.network.device, **types)
+        return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
     def _show(self, rows: list[Row], asked: Sequence[Question]) -> None:
