@@ -83,13 +83,13 @@ def quantize(
       blockpress quantize ./diffusiongemma ./smaller --format fp8 --prompts questions.txt
     """
     from blockpress.quant import format_named
-    from blockpress.weights import Checkpoint, resolve
+    from blockpress.weights import Checkpoint, find_checkpoint
     from blockpress.weights.convert import add_to_report, convert_checkpoint
 
     given = {"--prompts": prompts, "--samples": samples, "--seed": seed, "--device": device}
     _check_given(report, given)
     samples, seed, device = SAMPLES if samples is None else samples, seed or 0, device or "cpu"
-    chosen, original = format_named(form, group), Checkpoint(path=resolve(model))
+    chosen, original = format_named(form, group), find_checkpoint(model)
     lines = None if prompts is None else _lines(prompts, original)
     if report:
         options.check_device(device)

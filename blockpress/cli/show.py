@@ -66,12 +66,12 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
         RequestError: a context that the model has not.
     """
     from blockpress.config import PRESETS, GenerationConfig
-    from blockpress.weights import Checkpoint, resolve
+    from blockpress.weights import Checkpoint, find_checkpoint
     from blockpress.weights.memory import survey
 
     options.positive(context, "--context")
     try:
-        found: Checkpoint | None = Checkpoint(path=resolve(model))
+        found: Checkpoint | None = find_checkpoint(model)
     except ModelNotFound as error:
         if model not in PRESETS:
             presets = ", ".join(sorted(PRESETS))

@@ -9,7 +9,7 @@ Run it:  python -m pytest tests/weights
 from __future__ import annotations
 
 from blockpress.weights.build import Progress
-from blockpress.weights.checkpoint import Checkpoint, load_config, load_generation, open_checkpoint
+from blockpress.weights.checkpoint import Checkpoint, find_checkpoint, load_config, load_generation, open_checkpoint
 from blockpress.weights.find import resolve, shipped
 from blockpress.weights.load import load_network
 from blockpress.weights.save import save_checkpoint
@@ -18,6 +18,7 @@ from blockpress.weights.vision import load_picture_settings, load_vision, minima
 __all__ = [
     "Checkpoint",
     "Progress",
+    "find_checkpoint",
     "load_config",
     "load_generation",
     "load_network",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -27,7 +27,7 @@ from blockpress.config.quantization import Quantization
 from blockpress.errors import ConfigError
 from blockpress.text import Tokenizer
 from blockpress.weights.files import BESIDE, CONFIG, GENERATION, checkpoint_directory, expanded, read_object
-from blockpress.weights.find import resolve
+from blockpress.weights.find import find_model
 from blockpress.weights.gguf import Gguf, understand
 from blockpress.weights.gguf.find import SUFFIX
 from blockpress.weights.gguf.header import Header, read_header
@@ -38,9 +38,13 @@ from blockpress.weights.shards import Stored, catalogue
 @final
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What lies at `path`, a directory or a GGUF file. Making one reads nothing: see `open_checkpoint`, `opened_at`."""
+    """What lies at `path`, a directory or a GGUF file. Making one reads nothing: see `open_checkpoint`, `opened_at`.
+
+    `index` is what its index holds, where who found it has read that.
+    """
 
     path: Path
+    index: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def directory(self) -> Path:
@@ -115,7 +119,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
         """Every tensor of a directory's safetensors files, from the index and the headers. Errors as `catalogue`."""
-        return catalogue(self.directory)
+        return catalogue(self.directory, self.index)
 
     @cached_property
     def kind(self) -> Kind:
@@ -156,7 +160,13 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         ModelNotFound, CheckpointError: nothing there, or files that cannot be used.
         ConfigError: a config that this package does not run, or weights packed in a way that it does not read.
     """
-    return Checkpoint(path=resolve(name)).checked()
+    return find_checkpoint(name).checked()
+
+
+def find_checkpoint(name: str | Path) -> Checkpoint:
+    """The same before any of it is checked. Raises ModelNotFound, CheckpointError: nothing there, or not the whole."""
+    found = find_model(name)
+    return Checkpoint(path=found.path, index=found.index)
 
 
 def opened_at(place: str | Path | Checkpoint) -> Checkpoint:

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from blockpress.errors import ModelNotFound
-from blockpress.weights.cached import HubName, locate
+from blockpress.weights.cached import HubName, Located, locate
 from blockpress.weights.files import CONFIG, checkpoint_directory, expanded
 from blockpress.weights.gguf.find import find_gguf
 
@@ -27,13 +27,15 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(name: str | Path) -> Path:
+    """The checkpoint's directory, or the GGUF file, that goes by that name. Errors as `find_model`."""
+    return find_model(name).path
+
+
+def find_model(name: str | Path) -> Located:
     """What goes by that name on this machine; nothing is fetched.
 
     In this order: a checkpoint's directory, a GGUF file, a shipped model, and a model in the cache of huggingface_hub,
     as `owner/name`, `owner/name@revision` or `owner/name/FILE.gguf`.
-
-    Returns:
-        the checkpoint's directory, or the GGUF file.
 
     Raises:
         CheckpointError: a file of another kind, a directory without config.json, or a download that is not complete.
@@ -41,13 +43,13 @@ def resolve(name: str | Path) -> Path:
     """
     path = expanded(name)
     if os.path.isfile(path / CONFIG) or (path.suffix == ".gguf" and os.path.isfile(path)):
-        return path
+        return Located(path=path)
     models = shipped()
     if str(name) in models:
-        return models[str(name)]
+        return Located(path=models[str(name)])
     # isdir and isfile, unlike Path's methods, answer False for a name that no file can have.
     if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
-        return find_gguf(path) or checkpoint_directory(path)
+        return Located(path=find_gguf(path) or checkpoint_directory(path))
     on_hub = HubName.parse(str(name))
     found = None if on_hub is None else locate(on_hub)
     if found is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,27 @@ def test_quantize_with_its_report(seeing: Path, call: Call, reads: Reads, tmp_pa
     assert headers(reads(seeing), seeing) == {3}
     said_once(reads(out), out)
     assert headers(reads(out), out) == {2}
+
+
+@pytest.mark.parametrize("command", ["load", "run", "show"])
+def test_a_model_of_the_hub(
+    command: str, in_shards: Path, call: Call, reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a download is whole is seen from its index, which is then handed on."""
+    snapshot = tmp_path / "models--me--some-model" / "snapshots" / ("a" * 40)
+    shutil.copytree(in_shards, snapshot)
+    (tmp_path / "models--me--some-model" / "refs").mkdir()
+    (tmp_path / "models--me--some-model" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    before = reads(snapshot)
+    if command == "load":
+        blockpress.load("me/some-model")
+    else:
+        done = call(command, "me/some-model", *(("Hi", "--max-tokens", 2) if command == "run" else ()))
+        assert done.code == 0, done.err
+    found = reads(snapshot)
+    found.subtract(before)
+    said_once(found, snapshot, tokenizer=command != "show")
 
 
 @pytest.mark.parametrize("command", ["load", "run", "chat", "show"])
