@@ -110,7 +110,7 @@ def open_in_mode(
     if check is not None:
         check(found)
     sampling = _sampling(found.generation, check_mode(mode, found.config), changes)
-    return load(found.path, dtype=dtype, compute_dtype=compute_dtype, device=device), sampling
+    return load(found, dtype=dtype, compute_dtype=compute_dtype, device=device), sampling
 
 
 def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:

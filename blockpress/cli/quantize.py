@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from blockpress.fidelity import Recording
     from blockpress.lm import LM
     from blockpress.sudoku import Puzzle
+    from blockpress.weights import Checkpoint
     from blockpress.weights.convert import Converted
 
 RANDOM_LENGTH = 32
@@ -82,21 +83,21 @@ def quantize(
       blockpress quantize ./diffusiongemma ./smaller --format fp8 --prompts questions.txt
     """
     from blockpress.quant import format_named
-    from blockpress.weights import resolve
+    from blockpress.weights import Checkpoint, find_checkpoint
     from blockpress.weights.convert import add_to_report, convert_checkpoint
 
     given = {"--prompts": prompts, "--samples": samples, "--seed": seed, "--device": device}
     _check_given(report, given)
     samples, seed, device = SAMPLES if samples is None else samples, seed or 0, device or "cpu"
-    chosen, path = format_named(form, group), resolve(model)
-    lines = None if prompts is None else _lines(prompts, path)
+    chosen, original = format_named(form, group), find_checkpoint(model)
+    lines = None if prompts is None else _lines(prompts, original)
     if report:
         options.check_device(device)
     with bar(f"writing {model} in {form}") as progress:
-        done = convert_checkpoint(path, out, chosen, keep=keep or (), experts_only=experts_only, progress=progress)
+        done = convert_checkpoint(original, out, chosen, keep=keep or (), experts_only=experts_only, progress=progress)
     if not json:
         print("\n".join(_table(model, out, done)))
-    fidelity = _measure(path, out, lines, samples, seed, device) if report else None
+    fidelity = _measure(original, Checkpoint(path=out), lines, samples, seed, device) if report else None
     if fidelity is not None:
         add_to_report(out, "report", fidelity)
     if json:
@@ -115,19 +116,19 @@ def _check_given(report: bool, given: dict[str, Any]) -> None:
 
 
 def _measure(
-    path: Path, out: Path, lines: list[str] | None, samples: int, seed: int, device: str
+    original: Checkpoint, smaller: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> dict[str, Any] | None:
     """Run the original, then the smaller model, on the same prompts; None where they have no canvas, or no room."""
     from blockpress.fidelity import compare
 
-    reason = _no_canvas(path) or _too_large((path, out), device)
+    reason = _no_canvas(original) or _too_large((original, smaller), device)
     if reason is not None:
         note(f"blockpress: no report: {reason}")
         return None
     recordings, solved, puzzles = [], [], None
-    for name, folder in (("original", path), ("smaller model", out)):
+    for name, checkpoint in (("original", original), ("smaller model", smaller)):
         with waiting(f"running the {name}"):
-            recording, puzzles, count = _run(folder, lines, samples, seed, device)
+            recording, puzzles, count = _run(checkpoint, lines, samples, seed, device)
         recordings.append(recording)
         solved.append(count)
     kind = "given" if lines else "puzzles" if puzzles else "random token ids"
@@ -136,13 +137,13 @@ def _measure(
 
 
 def _run(
-    folder: Path, lines: list[str] | None, samples: int, seed: int, device: str
+    checkpoint: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> tuple[Recording, list[Puzzle] | None, int]:
     """Load a model, run it, and forget it: both are never in memory at once."""
     from blockpress.fidelity import record
     from blockpress.lm import load
 
-    lm = load(folder, device=device)
+    lm = load(checkpoint, device=device)
     puzzles = _puzzles(lm, samples, seed) if lines is None else None
     recording = record(lm, _ids(lm, lines, puzzles, samples, seed), seed)
     if puzzles is None:
@@ -183,37 +184,36 @@ def _puzzles(lm: LM, samples: int, seed: int) -> list[Puzzle] | None:
     return sudoku.held_out(seed, samples, GIVENS) if fits else None
 
 
-def _no_canvas(path: Path) -> str | None:
+def _no_canvas(checkpoint: Checkpoint) -> str | None:
     """Why a model is not compared; None where it is."""
-    from blockpress.weights import open_checkpoint
-
-    config = open_checkpoint(path).config
+    config = checkpoint.checked().config
     return None if config.has_canvas else f"only models with a canvas are compared, and {config.family} has none"
 
 
-def _too_large(folders: Sequence[Path], device: str) -> str | None:
+def _too_large(checkpoints: Sequence[Checkpoint], device: str) -> str | None:
     from blockpress.hardware import free_memory
     from blockpress.weights.build import compute_name
-    from blockpress.weights.memory import needed, shape_of, survey
+    from blockpress.weights.memory import needed, survey
 
     free = free_memory().get("cuda:0" if device == "cuda" else device)
-    for folder in folders:
-        config = shape_of(folder)
+    for checkpoint in checkpoints:
+        config = checkpoint.config
         compute = compute_name(config.dtype, device)
-        need = needed(config, config.canvas_length, compute_dtype=compute, files=survey(folder)).total
+        need = needed(config, config.canvas_length, compute_dtype=compute, files=survey(checkpoint)).total
         if free is not None and need > free:
-            return f"{folder} takes {size(need)} of memory, and {size(free)} are free on {device}"
+            return f"{checkpoint.path} takes {size(need)} of memory, and {size(free)} are free on {device}"
     return None
 
 
-def _lines(file: Path, model: Path) -> list[str]:
+def _lines(file: Path, model: Checkpoint) -> list[str]:
     """The prompts of a file. Raises RequestError: there are none, or the model is not compared or takes no text."""
     reason = _no_canvas(model)
     if reason is not None:
         raise RequestError(f"--prompts is given, and {reason}", hint="leave out --prompts")
-    if model.is_dir() and not (model / "tokenizer.json").is_file():
+    if not model.is_gguf and not model.has_tokenizer:
         raise RequestError(
-            f"--prompts is given, and {model} has no tokenizer.json", hint="leave it out: random token ids are taken"
+            f"--prompts is given, and {model.path} has no tokenizer.json",
+            hint="leave it out: random token ids are taken",
         )
     try:
         found = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

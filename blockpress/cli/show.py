@@ -9,7 +9,6 @@ Run it:  blockpress show sudoku-nano
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,44 +66,33 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
         RequestError: a context that the model has not.
     """
     from blockpress.config import PRESETS, GenerationConfig
-    from blockpress.weights import load_generation, resolve
-    from blockpress.weights.gguf import open_gguf
-    from blockpress.weights.kind import kind_of
-    from blockpress.weights.memory import shape_of, survey
+    from blockpress.weights import Checkpoint, find_checkpoint
+    from blockpress.weights.memory import survey
 
     options.positive(context, "--context")
     try:
-        path: Path | None = resolve(model)
+        found: Checkpoint | None = find_checkpoint(model)
     except ModelNotFound as error:
         if model not in PRESETS:
             presets = ", ".join(sorted(PRESETS))
             raise ModelNotFound(error.message, hint=f"{error.hint}; presets: {presets}") from error
-        path = None
-    tokenizer: bool | None = None
-    if path is None:
-        config, generation = PRESETS[model](), GenerationConfig()
-    elif path.is_file():
-        gguf = open_gguf(path)
-        config, generation = gguf.config, gguf.generation
-        tokenizer = "tokenizer.ggml.tokens" in gguf.header.metadata
-    else:
-        config = shape_of(path)
-        generation = load_generation(path, config)
-        tokenizer = (path / "tokenizer.json").is_file()
-    kind, files = (None, None) if path is None else (kind_of(path), survey(path))
+        found = None
+    config = PRESETS[model]() if found is None else found.config
+    generation = GenerationConfig(stop_ids=config.eos_ids) if found is None else found.generation
+    kind, files = (None, None) if found is None else (found.kind, survey(found))
     return {
         "model": model,
-        "path": None if path is None else str(path),
+        "path": None if found is None else str(found.path),
         "format": None if kind is None else kind.format,
         "packed_by": None if kind is None else kind.method,
-        "tokenizer": tokenizer,
+        "tokenizer": None if found is None else found.has_tokenizer,
         **_network(config, 0 if files is None else files.vision_parameters),
         "files": None if files is None else asdict(files),
         "stored_in": config.dtype,
         "compute_dtype": _compute_dtype(config.dtype),
         "memory": _memory(config, context, files),
         "sampling": vars(generation.sampling if config.has_canvas else generation.autoregressive),
-        "stop_ids": list(generation.stop_ids if path is not None else config.eos_ids),
+        "stop_ids": list(generation.stop_ids),
     }
 
 

@@ -15,11 +15,11 @@ import torch
 from blockpress.engine import EngineOptions
 from blockpress.errors import RequestError
 from blockpress.lm.model import LM
-from blockpress.weights import open_checkpoint
+from blockpress.weights import Checkpoint, load_network, open_checkpoint
 
 
 def load(
-    name: str | Path,
+    name: str | Path | Checkpoint,
     *,
     dtype: str | torch.dtype | None = None,
     compute_dtype: str | torch.dtype | None = None,
@@ -28,7 +28,8 @@ def load(
     max_running: int = 32,
 ) -> LM:
     """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, or the name of a
-    model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision".
+    model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision"; or a checkpoint
+    that is open already (`weights.open_checkpoint`).
 
     Weights in fewer bits stay packed in memory. Nothing is fetched.
 
@@ -48,14 +49,16 @@ def load(
         RequestError: a type or a device that there is not, a compute_dtype that does not hold the weights, or int8
             where integers are not multiplied; a limit of the engine that is none.
     """
-    if not isinstance(name, str | Path):
+    if not isinstance(name, str | Path | Checkpoint):
         raise RequestError(f"name is {name!r:.60}", hint="give a model's name, a checkpoint's directory or a GGUF file")
     options = EngineOptions(memory=memory, max_running=max_running, max_waiting=sys.maxsize)
-    checkpoint = open_checkpoint(name)
+    checkpoint = name.checked() if isinstance(name, Checkpoint) else open_checkpoint(name)
     return LM(
         path=checkpoint.path,
-        network=checkpoint.network(dtype=dtype, compute_dtype=compute_dtype, device=device),
+        network=load_network(checkpoint, dtype=dtype, compute_dtype=compute_dtype, device=device),
         generation=checkpoint.generation,
         tokenizer=checkpoint.tokenizer(),
         options=options,
+        # For the tower, of which a GGUF file has none; its header holds the whole vocabulary, and may go.
+        checkpoint=checkpoint if checkpoint.gguf is None else None,
     )

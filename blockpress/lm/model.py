@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
+from typing import Any, Self, Unpack, cast, overload
 
 import torch
 from jaxtyping import Float32
@@ -35,13 +35,10 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.logits import denoise_logits, next_token_logits
 from blockpress.lm.rows import check_ids, make_rows
-from blockpress.model import VisionTower
+from blockpress.model import Network, VisionTower
 from blockpress.reply import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
 from blockpress.text import StreamDecoder, Tokenizer
-from blockpress.weights import load_vision
-
-if TYPE_CHECKING:
-    from blockpress.model import Network
+from blockpress.weights import Checkpoint, load_vision
 
 
 class LM:
@@ -51,6 +48,7 @@ class LM:
     not read again. Several threads may ask at once. `close()`, or leaving `with load(...) as lm:`, frees its memory.
 
     Args:
+        checkpoint: what lies at `path`, where it is open already.
         options: of that engine; the queue has no limit here unless they set one.
         answer: what answers requests in place of that engine: `lm.answer.recite` does it slowly and plainly.
     """
@@ -64,7 +62,9 @@ class LM:
         tokenizer: Tokenizer | None,
         options: EngineOptions | None = None,
         answer: Answer | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self._checkpoint = Checkpoint(path=path) if checkpoint is None else checkpoint
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
         self.engine = LastingEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
         self.answer = self.engine.answer if answer is None else answer
@@ -295,7 +295,7 @@ class LM:
     @cached_property
     def _tower(self) -> VisionTower:
         types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
-        return load_vision(self.path, config=self.config, device=self.network.device, **types)
+        return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
     def _show(self, rows: list[Row], asked: Sequence[Question]) -> None:

@@ -43,7 +43,7 @@ from blockpress.train.card import (
 from blockpress.train.data import sudoku_pool
 from blockpress.train.initialise import initialise
 from blockpress.train.recipes import SUDOKU_POOL, SUDOKU_SEED, recipe
-from blockpress.weights import load_config, load_generation, load_network, resolve
+from blockpress.weights import load_network, open_checkpoint, resolve
 
 CAPS = (1, 2, 4, 8, 12, 16, 48)
 
@@ -165,14 +165,14 @@ def measure(
 def measure_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) -> tuple[Score, list[Outcome]]:
     """One row of a table, and what it is made of."""
     torch.set_num_threads(1)
-    config = load_config(path)
-    network, tokenizer = load_network(path), Tokenizer.from_directory(path)
-    sampling, begun = load_generation(path, config).sampling, time.perf_counter()
+    checkpoint = open_checkpoint(path)
+    network, tokenizer = load_network(checkpoint), Tokenizer.from_directory(path)
+    sampling, begun = checkpoint.generation.sampling, time.perf_counter()
     mode = f"diffusion, at most {sampling.steps} steps"
     if job is None:
         mode, outcomes = "autoregressive, greedy", autoregressive(network, tokenizer, chosen, batch)
     elif job == UNTRAINED:
-        mode, network = "untrained network, " + mode, Network(config)
+        mode, network = "untrained network, " + mode, Network(checkpoint.config)
         initialise(network, recipe("sudoku").seed)
         outcomes = diffusion(network.eval(), tokenizer, chosen, sampling, batch)
     elif isinstance(job, int):

@@ -9,15 +9,16 @@ Run it:  python -m pytest tests/weights
 from __future__ import annotations
 
 from blockpress.weights.build import Progress
-from blockpress.weights.checkpoint import Checkpoint, open_checkpoint
+from blockpress.weights.checkpoint import Checkpoint, find_checkpoint, load_config, load_generation, open_checkpoint
 from blockpress.weights.find import resolve, shipped
-from blockpress.weights.load import load_config, load_generation, load_network
+from blockpress.weights.load import load_network
 from blockpress.weights.save import save_checkpoint
 from blockpress.weights.vision import load_picture_settings, load_vision, minimal_vision, vision_tensors
 
 __all__ = [
     "Checkpoint",
     "Progress",
+    "find_checkpoint",
     "load_config",
     "load_generation",
     "load_network",

@@ -16,15 +16,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
-from blockpress.weights.find import CONFIG, read_object
+from blockpress.weights.files import CONFIG, INDEX, SINGLE, read_object
 from blockpress.weights.kind import Kind, kind_of
-from blockpress.weights.shards import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
@@ -79,6 +78,14 @@ class Kept:
     missing: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A checkpoint's directory or GGUF file; and its index, where it was read to know that all shards are there."""
+
+    path: Path
+    index: Mapping[str, Any] | None = None
+
+
 def cache_directory() -> Path:
     """Where huggingface_hub keeps its files: HF_HUB_CACHE, or HF_HOME/hub."""
     from huggingface_hub import constants
@@ -91,7 +98,7 @@ def home_of(repo: str) -> Path:
     return cache_directory() / f"models--{repo.replace('/', '--')}"
 
 
-def locate(name: HubName) -> Path | None:
+def locate(name: HubName) -> Located | None:
     """The snapshot of that name, or its GGUF file; None where the cache holds nothing of that repository.
 
     Raises:
@@ -107,19 +114,21 @@ def locate(name: HubName) -> Path | None:
         return None
     snapshot = home / "snapshots" / commit
     if name.file is not None:
-        return _gguf_named(name, snapshot)
-    reason = missing(snapshot)
+        return Located(path=_gguf_named(name, snapshot))
+    is_sharded = (snapshot / CONFIG).is_file() and not (snapshot / SINGLE).is_file() and (snapshot / INDEX).is_file()
+    index = read_object(snapshot / INDEX) if is_sharded else None
+    reason = missing(snapshot, index)
     if reason is not None:
         raise CheckpointError(
             f"the download of {name.repo} is not complete: {reason}", hint=f"run `{_pull(name)}` again: it goes on"
         )
     ggufs = _ggufs(snapshot)
     if (snapshot / CONFIG).is_file() and not (ggufs and not _has_weights(snapshot)):
-        return snapshot
+        return Located(path=snapshot, index=index)
     if len(ggufs) > 1:
         names = ", ".join(f"{name.repo}/{file.relative_to(snapshot).as_posix()}" for file in ggufs)
         raise CheckpointError(f"the cache holds {len(ggufs)} GGUF files of {name.repo}", hint=f"give one of {names}")
-    return ggufs[0]
+    return Located(path=ggufs[0])
 
 
 def commit_of(repo: str, revision: str) -> str | None:
@@ -137,10 +146,11 @@ def commit_of(repo: str, revision: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def missing(snapshot: Path) -> str | None:
+def missing(snapshot: Path, index: Mapping[str, Any] | None = None) -> str | None:
     """What a snapshot lacks to be a model that loads, in words; None where it is whole.
 
-    The index of a sharded checkpoint says which files belong to it; a GGUF file is whole by itself.
+    The index of a sharded checkpoint says which files belong to it; a GGUF file is whole by itself. `index` is what the
+    index holds, if it was read.
     """
     if _ggufs(snapshot) and not (snapshot / INDEX).is_file():
         return None
@@ -150,7 +160,7 @@ def missing(snapshot: Path) -> str | None:
         return None
     if not (snapshot / INDEX).is_file():
         return "there are no weights"
-    shards = read_object(snapshot / INDEX).get("weight_map")
+    shards = (read_object(snapshot / INDEX) if index is None else index).get("weight_map")
     names = sorted({str(file) for file in shards.values()}) if isinstance(shards, dict) else []
     lost = [name for name in names if not (snapshot / name).is_file()]
     if not lost:

@@ -24,13 +24,11 @@ from torch import Tensor
 from blockpress.config import Family
 from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
 from blockpress.quant import ErrorSum, Format, WeightError, quantization_config
-from blockpress.weights.find import CONFIG, checkpoint_directory, read_object
-from blockpress.weights.gguf.find import SUFFIX
+from blockpress.weights.checkpoint import Checkpoint, load_config, opened_at
+from blockpress.weights.files import CONFIG, read_object
 from blockpress.weights.keys import is_quantised, our_name, published_name
-from blockpress.weights.kind import kind_of
-from blockpress.weights.load import load_config
 from blockpress.weights.outline import Entry, Module, Outline, outline
-from blockpress.weights.shards import FLOATS, Stored, catalogue
+from blockpress.weights.shards import FLOATS, Stored
 from blockpress.weights.staging import REPORT, SHARD_BYTES, check_room, staged, write_json
 from blockpress.weights.stream import StreamReader, StreamWriter, streamed
 
@@ -76,7 +74,7 @@ class Converted:
 
 
 def convert_checkpoint(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     target: str | Path,
     form: Format,
     *,
@@ -85,7 +83,7 @@ def convert_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
-    """Write the checkpoint in `source` to `target` with its linear layers in fewer bits.
+    """Write the checkpoint in `source`, which may be open, to `target` with its linear layers in fewer bits.
 
     `target` gets the weights, config.json with a `quantization_config`, the files that go with the model (tokenizer,
     template, processor, generation config), and `quantization.json`, the report.
@@ -101,16 +99,14 @@ def convert_checkpoint(
             whatever else is wrong with the files.
         ConfigError: as `load_config`.
     """
-    directory = _plain_source(source)
-    if Path(target).resolve() == directory.resolve():
+    checkpoint = _plain_source(opened_at(source))
+    if Path(target).resolve() == checkpoint.directory.resolve():
         raise RequestError(f"the target {str(target)!r} is the checkpoint itself", hint="give another directory")
-    config = read_object(directory / CONFIG)
-    family = load_config(directory).family
-    stored = _single_names(catalogue(directory), family)
+    stored = _single_names(checkpoint.tensors, load_config(checkpoint).family)
     plan = outline({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
     if not any(entry.smaller for entry in plan.entries):
         raise RequestError(
-            f"nothing of {str(source)!r} would become smaller in {form.name}",
+            f"nothing of {str(checkpoint.path)!r} would become smaller in {form.name}",
             hint="; ".join(plan.notes[:2]) or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
         )
     run = _Conversion(plan, stored, progress or (lambda done, total: None))
@@ -118,10 +114,11 @@ def convert_checkpoint(
         check_room(staging, sum(slot.bytes for slot in plan.slots()))
         with streamed(staging, plan.slots(), shard_bytes) as writer:
             run.convert(writer)
-        _copy_beside(directory, staging)
+        _copy_beside(checkpoint.directory, staging)
         result = run.result()
         write_json(staging / REPORT, result.to_dict())
-        write_json(staging / CONFIG, config | {"quantization_config": quantization_config(form, plan.ignore)})
+        packed = {"quantization_config": quantization_config(form, plan.ignore)}
+        write_json(staging / CONFIG, {**checkpoint.document, **packed})
     return result
 
 
@@ -244,15 +241,14 @@ def _of(entry: Entry, expert: int) -> Sequence[Module]:
     return entry.modules[expert * each : (expert + 1) * each]
 
 
-def _plain_source(source: str | Path) -> Path:
-    """The checkpoint's directory. Raises CheckpointError: it is none, or quantised already."""
-    if Path(source).suffix == SUFFIX and Path(source).is_file():
-        raise _quantised(f"{str(source)!r} is a GGUF file, and only safetensors are made smaller")
-    directory = checkpoint_directory(source)
-    kind = kind_of(directory)
+def _plain_source(source: Checkpoint) -> Checkpoint:
+    """The same. Raises CheckpointError: it is no directory of files, or quantised already."""
+    if source.is_gguf:
+        raise _quantised(f"{str(source.path)!r} is a GGUF file, and only safetensors are made smaller")
+    kind = source.kind
     if kind.method is not None:
-        raise _quantised(f"{str(directory)!r} is quantised already, to {kind.format} by {kind.method!r}")
-    return directory
+        raise _quantised(f"{str(source.directory)!r} is quantised already, to {kind.format} by {kind.method!r}")
+    return source
 
 
 def _quantised(what: str) -> CheckpointError:

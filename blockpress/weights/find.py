@@ -1,4 +1,4 @@
-"""From what people type to a checkpoint's directory or GGUF file, and the JSON files in it.
+"""From what people type to a checkpoint's directory or GGUF file.
 
 Invariant: what comes back is a directory with a `config.json`, or a file that ends in `.gguf`; a name never leads
 outside the shipped models and the cache of huggingface_hub, and finding it never opens a connection.
@@ -8,16 +8,14 @@ Run it:  python -c "from blockpress.weights import shipped; print(shipped())"
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
-
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
+from blockpress.errors import ModelNotFound
+from blockpress.weights.cached import HubName, Located, locate
+from blockpress.weights.files import CONFIG, checkpoint_directory, expanded
+from blockpress.weights.gguf.find import find_gguf
 
 
 def shipped() -> dict[str, Path]:
@@ -29,30 +27,29 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(name: str | Path) -> Path:
+    """The checkpoint's directory, or the GGUF file, that goes by that name. Errors as `find_model`."""
+    return find_model(name).path
+
+
+def find_model(name: str | Path) -> Located:
     """What goes by that name on this machine; nothing is fetched.
 
     In this order: a checkpoint's directory, a GGUF file, a shipped model, and a model in the cache of huggingface_hub,
     as `owner/name`, `owner/name@revision` or `owner/name/FILE.gguf`.
 
-    Returns:
-        the checkpoint's directory, or the GGUF file.
-
     Raises:
         CheckpointError: a file of another kind, a directory without config.json, or a download that is not complete.
         ModelNotFound: nothing goes by that name; the hint says how to fetch it.
     """
-    from blockpress.weights.cached import HubName, locate
-    from blockpress.weights.gguf.find import find_gguf
-
-    path = _expanded(name)
+    path = expanded(name)
     if os.path.isfile(path / CONFIG) or (path.suffix == ".gguf" and os.path.isfile(path)):
-        return path
+        return Located(path=path)
     models = shipped()
     if str(name) in models:
-        return models[str(name)]
+        return Located(path=models[str(name)])
     # isdir and isfile, unlike Path's methods, answer False for a name that no file can have.
     if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
-        return find_gguf(path) or checkpoint_directory(path)
+        return Located(path=find_gguf(path) or checkpoint_directory(path))
     on_hub = HubName.parse(str(name))
     found = None if on_hub is None else locate(on_hub)
     if found is not None:
@@ -65,50 +62,3 @@ def resolve(name: str | Path) -> Path:
         revision = "" if on_hub.revision == "main" else f" --revision {on_hub.revision}"
         hint = f"download it by `blockpress pull {on_hub.repo}{revision}{file}`; shipped models: {known}"
     raise ModelNotFound(f"there is no model or directory {str(name)!r}", hint=hint)
-
-
-def checkpoint_directory(path: str | Path) -> Path:
-    """`path` as it is, where it is a directory with a config.json.
-
-    Raises:
-        ModelNotFound: there is nothing at that path.
-        CheckpointError: it is a file, or a directory without config.json.
-    """
-    directory = _expanded(path)
-    if os.path.isfile(directory):
-        raise CheckpointError(
-            f"{str(path)!r} is a file, not a checkpoint", hint=f"give the directory that holds {CONFIG} and the weights"
-        )
-    if not os.path.isdir(directory):
-        raise ModelNotFound(f"there is no directory {str(path)!r}", hint="check the path, or download the checkpoint")
-    if not os.path.isfile(directory / CONFIG):
-        raise CheckpointError(
-            f"{str(path)!r} is no checkpoint: there is no {CONFIG} in it",
-            hint=f"give the directory that holds {CONFIG} and the weights; was the download or the save cut short?",
-        )
-    return directory
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        DamagedFile: it is not UTF-8, not JSON, or no object.
-        CheckpointError: it cannot be read at all.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(file)!r} cannot be read: {error.strerror}", hint="check the file's rights"
-        ) from error
-    # RecursionError: brackets without end, which no checkpoint has.
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{str(file)!r} is not JSON: {error}", hint="fetch the file again") from error
-    if not isinstance(value, dict):
-        raise DamagedFile(f"{str(file)!r} holds {type(value).__name__}, not an object", hint="fetch the file again")
-    return value
-
-
-def _expanded(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))

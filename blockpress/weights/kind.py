@@ -14,14 +14,13 @@ Source: `compressed_tensors` 0.20 `QuantizationConfig`, ModelOpt's `hf_quant_con
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockpress.weights.find import CONFIG, read_object
-from blockpress.weights.gguf.header import read_header
-from blockpress.weights.load import BESIDE
+from blockpress.weights.files import BESIDE, CONFIG, read_object
+from blockpress.weights.gguf.header import Header, read_header
 from blockpress.weights.shards import opened
 
 FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")
@@ -56,21 +55,55 @@ class Kind:
 
 
 def kind_of(path: Path) -> Kind:
-    """The kind of a checkpoint's directory or of a GGUF file.
+    """The kind of a checkpoint's directory or of a GGUF file that nobody has opened.
 
     Raises:
         DamagedFile: config.json is not JSON, or the file is no GGUF. CheckpointError: it cannot be read.
     """
     if path.is_file():
-        return _gguf_kind(path)
-    data = read_object(path / CONFIG)
-    family = str(data.get("model_type"))
-    if _quantised(data) is None and (path / BESIDE).is_file():
-        data["quantization_config"] = read_object(path / BESIDE)
-    quantised = _quantised(data)
+        return gguf_kind(read_header(path))
+    beside = path / BESIDE
+    return config_kind(
+        read_object(path / CONFIG), lambda: read_object(beside) if beside.is_file() else None, lambda: _stored(path)
+    )
+
+
+def config_kind(
+    config: Mapping[str, Any], beside: Callable[[], Mapping[str, Any] | None], stored: Callable[[], str | None]
+) -> Kind:
+    """The kind of a directory by its config.json.
+
+    Args:
+        beside: gives what ModelOpt wrote beside it, asked where config.json does not say that weights are packed.
+        stored: gives the type of most tensors, as `main_type` names it, asked where nothing says so.
+    """
+    family, quantised = str(config.get("model_type")), _quantised(config)
+    if quantised is None and (said := beside()) is not None:
+        config = {**config, "quantization_config": said}
+        quantised = _quantised(config)
     if quantised is not None:
-        return Kind(family=family, format=format_name(data), method=_method(quantised))
-    return Kind(family=family, format=_stored(path) or format_name(data))
+        return Kind(family=family, format=format_name(config), method=_method(quantised))
+    return Kind(family=family, format=stored() or format_name(config))
+
+
+def gguf_kind(header: Header) -> Kind:
+    """The kind of a GGUF file by its header."""
+    metadata = header.metadata
+    number = metadata.get("general.file_type")
+    known = _GGUF_TYPES.get(number) if isinstance(number, int) else None
+    name = known or ("unnamed mix" if number is None else f"type {number!s:.40}")
+    return Kind(family=str(metadata.get("general.architecture")), format=name, method="gguf")
+
+
+def main_type(codes: Iterable[str]) -> str | None:
+    """The type of most tensors, of types by safetensors' codes; None without one.
+
+    >>> main_type(["F32", "BF16", "BF16"]), main_type(["F8_E4M3"]), main_type([])
+    ('bf16', 'f8_e4m3', None)
+    """
+    most = Counter(codes).most_common(1)
+    name = most[0][0] if most else ""
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(name, name.lower()) or None
 
 
 def format_name(config: Mapping[str, Any]) -> str:
@@ -106,9 +139,7 @@ def _stored(directory: Path) -> str | None:
     if file is None:
         return None
     with opened(file) as shard:
-        types = Counter(shard.get_slice(name).get_dtype() for name in shard.offset_keys())
-    name = types.most_common(1)[0][0] if types else ""
-    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(name, name.lower()) or None
+        return main_type(shard.get_slice(name).get_dtype() for name in shard.offset_keys())
 
 
 def _group_name(group: Any) -> str:
@@ -139,11 +170,3 @@ def _method(quantised: Mapping[str, Any]) -> str:
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else {}
-
-
-def _gguf_kind(file: Path) -> Kind:
-    metadata = read_header(file).metadata
-    number = metadata.get("general.file_type")
-    known = _GGUF_TYPES.get(number) if isinstance(number, int) else None
-    name = known or ("unnamed mix" if number is None else f"type {number!s:.40}")
-    return Kind(family=str(metadata.get("general.architecture")), format=name, method="gguf")

@@ -14,18 +14,15 @@ Run it:  python -c "from blockpress.weights import load_network; print(load_netw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blockpress.config import GenerationConfig, ModelConfig
-from blockpress.config.quantization import Quantization
-from blockpress.errors import ConfigError, UnexpectedWeights
+from blockpress.config import ModelConfig
+from blockpress.errors import UnexpectedWeights
 from blockpress.model import Network
 from blockpress.ops.linear import Weight
 from blockpress.ops.packed import HalfFloats, PackedTensors
@@ -40,14 +37,12 @@ from blockpress.weights.build import (
     room_for,
     without_memory,
 )
-from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory, read_object
+from blockpress.weights.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.weights.formats import Field
+from blockpress.weights.gguf import load_gguf_network
 from blockpress.weights.keys import published_name
 from blockpress.weights.plan import Slot, Target, plan
-from blockpress.weights.shards import catalogue, opened
-
-BESIDE = "hf_quant_config.json"
-"""Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
+from blockpress.weights.shards import opened
 
 
 @dataclass(kw_only=True)
@@ -59,61 +54,8 @@ class _Filling:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """Read a checkpoint's `config.json`.
-
-    Raises:
-        ModelNotFound, CheckpointError: no checkpoint there.
-        DamagedFile: the file is not JSON.
-        ConfigError: it is not a config that this package runs, or weights are packed in a way that it does not read.
-    """
-    directory = checkpoint_directory(path)
-    data = read_object(directory / CONFIG)
-    with _understood(directory / CONFIG):
-        config = ModelConfig.from_dict(data)
-    _load_quantization(directory)
-    return config
-
-
-def load_generation(path: str | Path, config: ModelConfig) -> GenerationConfig:
-    """Read a checkpoint's `generation_config.json`; without one, the defaults and `config`'s stop ids.
-
-    Raises:
-        ModelNotFound, CheckpointError, DamagedFile: as `load_config`. ConfigError: a value that cannot be meant.
-    """
-    file = checkpoint_directory(path) / GENERATION
-    data = read_object(file) if file.is_file() else {}
-    with _understood(file):
-        return GenerationConfig.from_dict(data, config)
-
-
-def _load_quantization(directory: Path) -> Quantization | None:
-    """How the weights are packed, by config.json or by the file that ModelOpt writes beside it; None: they are not."""
-    file = directory / CONFIG
-    data = read_object(file)
-    text = data.get("text_config")
-    said = data.get("quantization_config")
-    said = text.get("quantization_config") if said is None and isinstance(text, dict) else said
-    if said is None and (directory / BESIDE).is_file():
-        file = directory / BESIDE
-        said = read_object(file)
-    if said is None:
-        return None
-    with _understood(file):
-        return Quantization.from_dict(said)
-
-
-@contextmanager
-def _understood(file: Path) -> Iterator[None]:
-    """A value of a type that nobody foresaw is the file's fault all the same."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{str(file)!r} is not understood: {error}", hint="fetch the file again") from error
-
-
 def load_network(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     dtype: torch.dtype | str | None = None,
     compute_dtype: torch.dtype | str | None = None,
@@ -124,25 +66,28 @@ def load_network(
     """Read a checkpoint's weights into a network, in eval mode and without gradients. Packed weights stay packed.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory or GGUF file, or the checkpoint, if it is open.
         dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: the config's.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
             Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
             used. int8: the products of layers are made of integers, all else is float32 (ADR 0022).
         device: where the weights go, each as soon as it is read.
-        config: instead of what the directory's config.json says.
+        config: instead of what the checkpoint says.
         progress: called with bytes on disk.
 
     Raises:
         MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile, CheckpointError: what the files are short of.
         ConfigError: as `load_config`. RequestError: types or a device that there are not, or a device without room.
     """
-    directory = checkpoint_directory(path)
-    config = load_config(directory) if config is None else config
+    checkpoint = opened_at(path)
+    if checkpoint.gguf is not None:
+        file = checkpoint.gguf if config is None else replace(checkpoint.gguf, config=config)
+        return load_gguf_network(file, dtype=dtype, compute_dtype=compute_dtype, device=device, progress=progress)
+    config = load_config(checkpoint) if config is None else config
     place = choose_device(device)
     types = choose_types(dtype, compute_dtype, config, place)
     network = without_memory(lambda: Network(config))
-    targets = plan(network, catalogue(directory), _load_quantization(directory))
+    targets = plan(network, checkpoint.tensors, checkpoint.quantization)
     own, products = packable(network), multiplied(network)
     sizes = (one.memory(types.size(matrix=one.ours in own, product=one.ours in products)) for one in targets)
     with room_for(sum(sizes), place):

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from blockpress import costs
 from blockpress.config import FAMILIES, ModelConfig
-from blockpress.weights.find import CONFIG, read_object
-from blockpress.weights.gguf.header import read_header
+from blockpress.weights.checkpoint import Checkpoint, opened_at
+from blockpress.weights.gguf.header import Header
 from blockpress.weights.gguf.names import EMBEDDING, HEAD
 from blockpress.weights.keys import is_derived, is_quantised, is_vision, our_name, published_name
-from blockpress.weights.shards import FLOATS, Stored, catalogue
+from blockpress.weights.shards import FLOATS, Stored
 
 _PARTS = (
     ("experts", r"\.experts\.|_exps\b"), ("router", r"\.router\.|ffn_gate_inp"),
@@ -66,15 +66,16 @@ class Need:
         return self.weights + self.context + max(self.canvas, self.reading)
 
 
-def survey(path: Path) -> Files:
-    """The files of a checkpoint's directory, or a GGUF file, from their headers.
+def survey(path: str | Path | Checkpoint) -> Files:
+    """The files of a checkpoint's directory, or a GGUF file, from their headers; or of a checkpoint that is open.
 
     Raises:
         MissingWeights, DamagedFile, CheckpointError: a file that is missing, cut short or unreadable.
     """
-    if path.is_file():
-        return _survey_gguf(path)
-    tensors = catalogue(path)
+    checkpoint = opened_at(path)
+    if checkpoint.header is not None:
+        return _survey_gguf(checkpoint.header)
+    tensors = checkpoint.tensors
     files = {tensor.file for tensor in tensors.values()}
     vision = [tensor for name, tensor in tensors.items() if is_vision(name)]
     text = {name: t for name, t in tensors.items() if not is_vision(name) and not is_derived(name)}
@@ -91,31 +92,18 @@ def survey(path: Path) -> Files:
     )
 
 
-def _survey_gguf(file: Path) -> Files:
-    tensors = read_header(file).tensors
+def _survey_gguf(header: Header) -> Files:
+    tensors = header.tensors
     once = {name: tensor for name, tensor in tensors.items() if name != HEAD or EMBEDDING not in tensors}
     return Files(
         count=1,
-        bytes=file.stat().st_size,
+        bytes=header.file.stat().st_size,
         text=sum(tensor.bytes for tensor in once.values()),
         vision=0,
         vision_parameters=0,
         dtypes=dict(Counter(tensor.kind.name for tensor in tensors.values())),
         quantised=tuple(sorted({_part(name) for name, t in once.items() if t.kind.layout is not None})),
     )
-
-
-def shape_of(path: Path) -> ModelConfig:
-    """The config of a checkpoint's directory, whatever its weights are packed in.
-
-    Raises:
-        DamagedFile: config.json is not JSON. ConfigError: another family, or what the stack does not compute.
-    """
-    data = read_object(path / CONFIG)
-    text = data.get("text_config")
-    if isinstance(text, dict):
-        data["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-    return ModelConfig.from_dict({key: value for key, value in data.items() if key != "quantization_config"})
 
 
 def needed(

@@ -24,9 +24,10 @@ from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.packed import HalfFloats
 from blockpress.weights.build import choose_dtype
-from blockpress.weights.find import CONFIG, GENERATION, checkpoint_directory
+from blockpress.weights.checkpoint import Checkpoint, opened_at
+from blockpress.weights.files import CONFIG, GENERATION
 from blockpress.weights.keys import is_vision, published_name
-from blockpress.weights.shards import Stored, catalogue, opened
+from blockpress.weights.shards import Stored, opened
 from blockpress.weights.staging import SHARD_BYTES, in_shards, staged, write_index, write_json
 from blockpress.weights.vision import vision_tensors
 
@@ -56,7 +57,7 @@ def save_checkpoint(
     *,
     generation: GenerationConfig,
     tokenizer: Savable | None = None,
-    kept_from: str | Path | None = None,
+    kept_from: str | Path | Checkpoint | None = None,
     kept: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | str | None = None,
     run_dtype: torch.dtype | str | None = None,
@@ -83,12 +84,13 @@ def save_checkpoint(
     _refuse_packed(network)
     stored = choose_dtype(network.storage_dtype if dtype is None else dtype, network.config)
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
-    shards = in_shards(_own(network, stored) + _vision(network.config, kept_from, kept), shard_bytes)
+    source = None if kept_from is None else opened_at(kept_from)
+    shards = in_shards(_own(network, stored) + _vision(network.config, source, kept), shard_bytes)
     with staged(Path(directory)) as staging:
         _write_weights(staging, shards)
         if tokenizer is not None:
             tokenizer.save(staging)
-        _copy_processors(staging, kept_from)
+        _copy_processors(staging, source)
         write_json(staging / GENERATION, generation.to_dict())
         write_json(staging / CONFIG, _config(network.config, run))
         for file in staging.glob("*.safetensors"):
@@ -123,7 +125,7 @@ def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=tensor.ndim < 2).contiguous()
 
 
-def _vision(config: ModelConfig, kept_from: str | Path | None, kept: Mapping[str, Tensor] | None) -> list[_Piece]:
+def _vision(config: ModelConfig, kept_from: Checkpoint | None, kept: Mapping[str, Tensor] | None) -> list[_Piece]:
     """The vision tensors to be written, or none for a config without a tower."""
     if kept_from is not None and kept is not None:
         raise RequestError("kept_from and kept are both given", hint="vision tensors come from one of the two")
@@ -133,10 +135,9 @@ def _vision(config: ModelConfig, kept_from: str | Path | None, kept: Mapping[str
             hint="give kept_from=DIRECTORY that the network was loaded from, or kept=TENSORS",
         )
     if kept_from is not None:
-        stored = catalogue(checkpoint_directory(kept_from))
         pieces = [
             _Piece(name=name, bytes=tensor.bytes, make=partial(_read, tensor))
-            for name, tensor in stored.items()
+            for name, tensor in kept_from.tensors.items()
             if is_vision(name)
         ]
     else:
@@ -192,10 +193,10 @@ def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return out | {"text_config": text | ({"dtype": name} if "dtype" in text else {})}
 
 
-def _copy_processors(folder: Path, kept_from: str | Path | None) -> None:
+def _copy_processors(folder: Path, kept_from: Checkpoint | None) -> None:
     if kept_from is None:
         return
     for name in _PROCESSORS:
-        file = checkpoint_directory(kept_from) / name
+        file = kept_from.directory / name
         if file.is_file():
             shutil.copyfile(file, folder / name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockpress.errors import CheckpointError, DamagedFile, MissingWeights
-from blockpress.weights.find import read_object
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from blockpress.weights.files import INDEX, SINGLE, read_object
 
 FLOATS: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,11 +50,14 @@ class Stored:
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def catalogue(directory: Path) -> dict[str, Stored]:
+def catalogue(directory: Path, index: Mapping[str, Any] | None = None) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its published name, in the order of the files; only headers are read.
 
     `model.safetensors` counts where it is there, else the shards of `model.safetensors.index.json`, as in
     `transformers`.
+
+    Args:
+        index: what model.safetensors.index.json holds, if it was read.
 
     Raises:
         MissingWeights: no weights, a shard that is not there, or a tensor that the index puts where it is not.
@@ -67,7 +67,7 @@ def catalogue(directory: Path) -> dict[str, Stored]:
     if (directory / SINGLE).is_file():
         files = [SINGLE]
     elif (directory / INDEX).is_file():
-        places = _read_index(directory / INDEX)
+        places = _places(directory / INDEX, read_object(directory / INDEX) if index is None else index)
         files = sorted(set(places.values()))
     else:
         raise MissingWeights(
@@ -120,9 +120,9 @@ def _headers(file: Path) -> list[Stored]:
         return [Stored(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
 
 
-def _read_index(file: Path) -> dict[str, str]:
+def _places(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """The index's map from a tensor's name to its shard's, which lies beside the index and nowhere else."""
-    places = read_object(file).get("weight_map")
+    places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise DamagedFile(f"{str(file)!r} has no weight_map", hint="fetch the file again")
     for tensor, shard in places.items():

@@ -26,9 +26,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from safetensors import SafetensorError
 
 from blockpress.errors import CheckpointError, RequestError
-from blockpress.weights.find import CONFIG
-from blockpress.weights.load import BESIDE
-from blockpress.weights.shards import INDEX, SINGLE
+from blockpress.weights.files import BESIDE, CONFIG, INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of a shard's tensors, where nobody says otherwise."""

@@ -30,7 +30,7 @@ from blockpress.model import Network
 from blockpress.quant import Format, Fp8, quantization_config
 from blockpress.quant.layout import quantiles
 from blockpress.weights.convert import BESIDE
-from blockpress.weights.find import CONFIG, GENERATION
+from blockpress.weights.files import CONFIG, GENERATION
 from blockpress.weights.keys import published_name
 from blockpress.weights.outline import Entry, Outline, outline
 from blockpress.weights.staging import SHARD_BYTES, check_room, staged, write_json

@@ -27,10 +27,10 @@ from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfi
 from blockpress.errors import CheckpointError, MissingWeights, RequestError, ShapeMismatch, UnexpectedWeights
 from blockpress.model.vision import VisionTower
 from blockpress.weights.build import choose_device, choose_types, hold, room_for, without_memory
-from blockpress.weights.find import checkpoint_directory, read_object
+from blockpress.weights.checkpoint import Checkpoint, load_config, opened_at
+from blockpress.weights.files import checkpoint_directory, read_object
 from blockpress.weights.keys import is_derived, is_vision
-from blockpress.weights.load import load_config
-from blockpress.weights.shards import FLOATS, Stored, catalogue, opened
+from blockpress.weights.shards import FLOATS, Stored, opened
 
 ENCODER = "model.encoder."
 TOWER = ENCODER + "vision_tower."
@@ -49,7 +49,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_vision(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     config: ModelConfig | None = None,
     dtype: torch.dtype | str | None = None,
@@ -59,21 +59,22 @@ def load_vision(
     """Read a checkpoint's vision tower, in eval mode and without gradients; the text weights are not touched.
 
     Args:
-        path: the checkpoint's directory. config: instead of what its config.json says.
+        path: the checkpoint's directory, or the checkpoint, if it is open. config: instead of what it says.
         dtype, compute_dtype, device: as in `load_network`; give those of the network that it is for.
 
     Raises:
         CheckpointError: the checkpoint has no tower. MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile:
             what the files are short of. ConfigError: `vision_config` is not understood. RequestError: dtype or device.
     """
-    config = load_config(path) if config is None else config
+    checkpoint = opened_at(path)
+    config = load_config(checkpoint) if config is None else config
     if not config.has_canvas:
         raise CheckpointError(
             f"vision is not read in the family {config.family}", hint="leave images out, or use DiffusionGemma"
         )
-    # Before the directory: what has no tower may be a file.
+    # Before the tensors: what has no tower may be a file.
     if config.vision is None:
-        raise _without_tower(path)
+        raise _without_tower(checkpoint.path)
     to = choose_device(device)
     types = choose_types(dtype, compute_dtype, config, to)
     if types.integers and compute_dtype not in (None, "auto"):
@@ -81,10 +82,9 @@ def load_vision(
             "compute_dtype is int8, and the vision tower is computed in floats", hint="give compute_dtype float32"
         )
     types = replace(types, integers=False)
-    directory = checkpoint_directory(path)
-    stored = {n: t for n, t in catalogue(directory).items() if is_vision(n) and not is_derived(n)}
+    stored = {n: t for n, t in checkpoint.tensors.items() if is_vision(n) and not is_derived(n)}
     if not stored:
-        raise _without_tower(path)
+        raise _without_tower(checkpoint.path)
     sizes = VisionConfig.from_dict(config.vision)
     # A layer has tensors: a number that lies must not be counted up to.
     if sizes.num_layers > len(stored):

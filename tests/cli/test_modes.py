@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import av
 import numpy as np
 import pytest
-import tokenizers
 from PIL import Image
 
 import blockpress
@@ -25,10 +23,9 @@ from blockpress.cli.talk import Stream
 from blockpress.cli.told import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, Sampling
 from blockpress.reply import Called, Committed, Done, Reply, Text, Thought, Usage
-from blockpress.text import ChatTemplate, Tokenizer, ToolCall
+from blockpress.text import ToolCall
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.weights import save_checkpoint
-from blockpress.weights import vision as weights_vision
 
 from .. import speech
 from .conftest import Call, Screen
@@ -46,35 +43,6 @@ def causal(workspace: Path, random_network: Callable[..., Any]) -> Path:
     generation = GenerationConfig.from_dict({"do_sample": True, "temperature": 0.8, "top_k": 4}, config)
     save_checkpoint(path, random_network(config, seed=1), generation=generation)
     write_digits_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def seeing(workspace: Path, random_network: Callable[..., Any]) -> Path:
-    """A checkpoint that chats and sees, with random weights, whose answers end early."""
-    path, tiny = workspace / "cli-seeing", PRESETS["tiny"]()
-    backend, names = speech.backend(), ["<|image>", "<image|>", "<|video|>"]
-    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
-    ids = {name: backend.token_to_id(name) for name in ("<|image|>", *names)}
-    with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
-        tower, tensors = weights_vision.minimal_vision(0, tiny.hidden_size)
-    config = replace(
-        tiny,
-        vocab_size=backend.get_vocab_size(),
-        canvas_length=8,
-        image_id=ids["<|image|>"],
-        vision=tower,
-        context_length=2048,
-        source={
-            "boi_token_id": ids["<|image>"],
-            "eoi_token_id": ids["<image|>"],
-            "text_config": {"use_bidirectional_attention": "vision"},
-        },
-    )
-    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = Tokenizer(backend, config=special, chat_template=ChatTemplate.own().source)
-    generation = GenerationConfig(sampling=Sampling(steps=3), stop_ids=(1, *range(40, 60)))
-    save_checkpoint(path, random_network(config, seed=5), generation=generation, tokenizer=tokenizer, kept=tensors)
     return path
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Type
 
 import blockpress
 from blockpress.config import ModelConfig
-from blockpress.errors import BlockpressError, CheckpointError, ModelNotFound
+from blockpress.errors import BlockpressError, CheckpointError, DamagedFile, MissingWeights, ModelNotFound
 from blockpress.model.layers import packed_weights
-from blockpress.weights import open_checkpoint
+from blockpress.weights import Checkpoint, load_network, open_checkpoint
 
+from .conftest import Copied
+from .files import figures
 from .gguf_files import wide, write_gguf
 
 
@@ -36,6 +40,44 @@ def test_a_directory_is_a_model() -> None:
     assert checkpoint.gguf is None
     assert checkpoint.config == blockpress.load("sudoku-nano").config
     assert checkpoint.tokenizer() is not None
+
+
+def test_what_was_opened_is_loaded_without_its_name(single: Path, tiny: ModelConfig, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", wide(tiny), Type.Q8_0)
+    for place in (single, tmp_path / "x.gguf"):
+        opened = open_checkpoint(place)
+        assert opened.tokenizer() is opened.tokenizer()
+        assert bool(opened.tokenizer()) == opened.has_tokenizer
+        one, other, third = blockpress.load(opened).network, blockpress.load(place).network, load_network(place)
+        assert one.config == other.config == third.config == opened.config
+        assert torch.equal(figures(one), figures(other)) and torch.equal(figures(one), figures(third))
+    longer = replace(opened.config, context_length=512)
+    assert load_network(opened, config=longer).config is longer
+
+
+def test_opening_reads_nothing_that_is_not_asked_for(copied: Copied, single: Path) -> None:
+    """What is damaged is said by who needs it: a config, while the weights are gone, and the other way round."""
+    folder = copied()
+    (folder / "model.safetensors").unlink()
+    opened = open_checkpoint(folder)
+    assert opened.config == open_checkpoint(single).config
+    with pytest.raises(MissingWeights, match="there are no weights"):
+        blockpress.load(opened)
+    (folder / "config.json").unlink()
+    assert opened.config.vocab_size == 64, "it is what it was when it was opened"
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        Checkpoint(path=folder).checked()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_file_is_named_each_time(name: str, copied: Copied) -> None:
+    folder = copied()
+    (folder / name).write_text("{")
+    opened = Checkpoint(path=folder)
+    for _ in range(2):
+        with pytest.raises(DamagedFile, match=name) as caught:
+            blockpress.load(opened)
+        assert "fetch the file again" in caught.value.hint
 
 
 def test_what_is_neither_is_said(tmp_path: Path) -> None:

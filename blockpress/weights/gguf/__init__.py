@@ -8,6 +8,6 @@ Run it:  python -m pytest tests/weights -k gguf
 from __future__ import annotations
 
 from blockpress.weights.gguf.find import find_gguf
-from blockpress.weights.gguf.load import Gguf, load_gguf_network, open_gguf
+from blockpress.weights.gguf.load import Gguf, load_gguf_network, open_gguf, understand
 
-__all__ = ["Gguf", "find_gguf", "load_gguf_network", "open_gguf"]
+__all__ = ["Gguf", "find_gguf", "load_gguf_network", "open_gguf", "understand"]

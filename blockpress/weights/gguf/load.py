@@ -116,13 +116,22 @@ def open_gguf(path: str | Path) -> Gguf:
         DamagedFile, CheckpointError: no GGUF file, cut short, of types that nothing unpacks, or not readable.
         ConfigError: another architecture, or a configuration that cannot be meant.
     """
-    header = read_header(Path(path))
+    return understand(read_header(Path(path)))
+
+
+def understand(header: Header) -> Gguf:
+    """What follows from a header that has been read.
+
+    Raises:
+        CheckpointError: one part of a model. ConfigError: as `open_gguf`.
+    """
+    file = header.file
     try:
         metadata.check_architecture(header)
         parts = header.metadata.get("split.count", 1)
         if parts != 1:
             raise CheckpointError(
-                f"{str(path)!r} is one of {parts} parts of a model",
+                f"{str(file)!r} is one of {parts} parts of a model",
                 hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf",
             )
         config = metadata.read_config(header, _frequencies(header))
@@ -130,12 +139,12 @@ def open_gguf(path: str | Path) -> Gguf:
     # A value of a type that nobody foresaw is the file's fault all the same.
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"the metadata of {str(path)!r} is not understood: {error}", hint="fetch or convert the file again"
+            f"the metadata of {str(file)!r} is not understood: {error}", hint="fetch or convert the file again"
         ) from error
 
 
 def load_gguf_network(
-    path: str | Path,
+    path: str | Path | Gguf,
     *,
     dtype: torch.dtype | str | None = None,
     compute_dtype: torch.dtype | str | None = None,
@@ -145,6 +154,7 @@ def load_gguf_network(
     """Read a GGUF file into a network, in eval mode and without gradients; matrices stay packed.
 
     Args:
+        path: the file, or what `open_gguf` gave.
         dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: float32 for
             a file of float32, else bfloat16.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
@@ -158,7 +168,7 @@ def load_gguf_network(
         MissingWeights, UnexpectedWeights, ShapeMismatch: tensors that do not fit the metadata.
         RequestError: types or a device that there are not, or a device without room.
     """
-    file = open_gguf(path)
+    file = path if isinstance(path, Gguf) else open_gguf(path)
     place = choose_device(device)
     types = choose_types(dtype, compute_dtype, file.config, place)
     network = without_memory(lambda: Network(file.config))
