@@ -203,8 +203,4 @@ def _save(subject: Subject, folder: Path) -> None:
         save_checkpoint(folder, network, generation=generation, kept_from=subject.lm.path)
         return
     vision, tensors = minimal_vision(0, config.hidden_size)
-    try:
-        network.config = replace(config, vision=vision)
-        save_checkpoint(folder, network, generation=generation, kept=tensors)
-    finally:
-        network.config = config
+    save_checkpoint(folder, network, generation=generation, kept=tensors, config=replace(config, vision=vision))

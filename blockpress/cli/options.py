@@ -92,12 +92,14 @@ def open_in_mode(
     dtype: str | None = None,
     compute_dtype: str | None = None,
     device: str = "cpu",
+    max_running: int = 32,
 ) -> tuple[LM, Sampling | AutoregressiveSampling]:
     """The model of that name, and its own sampling in the mode (None: its own) with the `changes` that are not None.
 
     Args:
         changes: fields of either sampling; one that the mode's own has not is refused by the name of its option.
         check: what else the caller wants to know of the model before its weights are read; it raises.
+        max_running: most prompts that will be answered at once, as memory is set aside for them.
 
     Raises:
         BlockpressError: the model, its files, the mode, a sampling field, the types or the device.
@@ -110,7 +112,8 @@ def open_in_mode(
     if check is not None:
         check(found)
     sampling = _sampling(found.generation, check_mode(mode, found.config), changes)
-    return load(found, dtype=dtype, compute_dtype=compute_dtype, device=device), sampling
+    lm = load(found, dtype=dtype, compute_dtype=compute_dtype, device=device, max_running=max_running)
+    return lm, sampling
 
 
 def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:

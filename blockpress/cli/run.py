@@ -199,7 +199,7 @@ def _open(
     with waiting(f"loading {model}"):
         from blockpress.cli.talk import Asking
 
-        lm, sampling = options.open_in_mode(model, mode, changes, check=check, **how)
+        lm, sampling = options.open_in_mode(model, mode, changes, check=check, max_running=1, **how)
     budget, thinking = chat["--thinking-budget"], chat["--thinking"]
     return Asking(
         lm=lm,

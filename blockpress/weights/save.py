@@ -62,6 +62,7 @@ def save_checkpoint(
     dtype: torch.dtype | str | None = None,
     run_dtype: torch.dtype | str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    config: ModelConfig | None = None,
 ) -> None:
     """Write `network` as a checkpoint: safetensors, config.json, generation_config.json and the tokenizer's files.
 
@@ -75,6 +76,7 @@ def save_checkpoint(
         dtype: that the weights are stored in; None: that in which they lie in memory.
         run_dtype: that `config.json` names, in which the checkpoint is run; None: that in which it is stored.
         shard_bytes: most bytes of a shard's tensors; one tensor that is larger has a shard of its own.
+        config: that is written, such as the network's with a vision tower; None: the network's own.
 
     Raises:
         RequestError: an argument that cannot be meant, or packed weights in the network.
@@ -85,14 +87,15 @@ def save_checkpoint(
     stored = choose_dtype(network.storage_dtype if dtype is None else dtype, network.config)
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
     source = None if kept_from is None else opened_at(kept_from)
-    shards = in_shards(_own(network, stored) + _vision(network.config, source, kept), shard_bytes)
+    config = network.config if config is None else config
+    shards = in_shards(_own(network, stored) + _vision(config, source, kept), shard_bytes)
     with staged(Path(directory)) as staging:
         _write_weights(staging, shards)
         if tokenizer is not None:
             tokenizer.save(staging)
         _copy_processors(staging, source)
         write_json(staging / GENERATION, generation.to_dict())
-        write_json(staging / CONFIG, _config(network.config, run))
+        write_json(staging / CONFIG, _config(config, run))
         for file in staging.glob("*.safetensors"):
             # The library lets nobody else read what it writes.
             shutil.copymode(staging / CONFIG, file)

@@ -263,8 +263,9 @@ def test_vision_tensors_need_a_config_that_names_their_tower(blind: Network, sin
     for source in ({"kept": KEPT}, {"kept_from": single}):
         with pytest.raises(UnexpectedWeights, match="16 vision tensors"):
             save_checkpoint(tmp_path, blind, generation=GENERATION, **source)
-    blind.config = replace(blind.config, vision=VISION)
-    save_checkpoint(tmp_path, blind, generation=GENERATION, kept_from=single)
+    seeing = replace(blind.config, vision=VISION)
+    save_checkpoint(tmp_path, blind, generation=GENERATION, kept_from=single, config=seeing)
+    assert load_config(tmp_path).vision == seeing.vision and blind.config.vision is None
 
 
 def test_a_text_only_copy_stays_one(network: Network, copied: Copied, tmp_path: Path) -> None:
