@@ -24,13 +24,12 @@ STRIDED = ["query", "key", "value", "key_pages", "value_pages"]
 
 def variants() -> Iterator[Variant]:
     """Every kernel, in bfloat16."""
-    width = head.shape(ROWS, torch.bfloat16)
     for rows in (ROWS, 32):
         width = head.shape(rows, torch.bfloat16)
         for name, flags in {
-            "exact": {"COARSE": True, "SHIFTED": False, "DENIED": False},
-            "exact, denied": {"COARSE": True, "SHIFTED": False, "DENIED": True},
-            "direct": {"COARSE": False, "SHIFTED": True, "DENIED": False},
+            "exact": {"COARSE": True, "DENIED": False},
+            "exact, denied": {"COARSE": True, "DENIED": True},
+            "no signal": {"COARSE": False, "DENIED": False},
         }.items():
             constants = {"CAPPED": True, "EVEN": True, "TILE": head.TILE, **flags}
             yield _variant(f"head multiply {rows} rows {name}", head.multiply, constants, width)
@@ -41,7 +40,7 @@ def variants() -> Iterator[Variant]:
         yield _variant(
             f"belief multiply {rows} rows", belief.multiply, {"EVEN": True}, belief.shape(rows, torch.bfloat16)
         )
-    yield _variant("belief gather", belief.gather, {"SHIFTED": True, "COLUMNS": belief.COLUMNS}, {})
+    yield _variant("belief gather", belief.gather, {"COLUMNS": belief.COLUMNS}, {})
     picked = {"GROUP": belief.GROUP, "KEPT": belief.KEPT}
     yield _variant("belief pick", belief.pick, {**tile, **picked}, {"num_warps": 8})
     yield _variant("belief weigh", belief.weigh, {"KEPT": belief.KEPT, "COLUMNS": belief.COLUMNS, "AT_ONCE": 16}, {})
