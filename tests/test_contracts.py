@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import blockpress
@@ -59,6 +61,13 @@ def test_functions_are_short() -> None:
     # A kernel is one program: its state is in registers, and a call that hands it on would hide that.
     most = {name: MOST_KERNEL_LINES if ".ops.kernels." in name else MOST_FUNCTION_LINES for name in lines}
     assert {function: count for function, count in lines.items() if count > most[function]} == {}
+
+
+def test_no_operation_imports_itself_by_way_of_others() -> None:
+    """Imports for types and those inside of functions count too."""
+    graph = grimp.build_graph("blockpress", cache_dir=None)
+    operations = graph.find_descendants("blockpress.ops")
+    TopologicalSorter({each: graph.find_modules_directly_imported_by(each) for each in operations}).prepare()
 
 
 def test_no_room_is_a_drawer() -> None:

@@ -27,8 +27,8 @@ from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.config.quantization import Quantization
 from blockpress.errors import ConfigError, UnexpectedWeights
 from blockpress.model import Network
-from blockpress.ops.linear import Weight
 from blockpress.ops.packed import HalfFloats, PackedTensors
+from blockpress.ops.weight import Weight
 from blockpress.weights.build import (
     Progress,
     Types,

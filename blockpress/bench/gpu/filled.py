@@ -20,7 +20,7 @@ from blockpress.config import ModelConfig
 from blockpress.costs import WIDTHS, Width, Widths
 from blockpress.model import Network
 from blockpress.model.layers import put_packed
-from blockpress.ops.linear import Packed
+from blockpress.ops.weight import Packed
 
 EXPERTS = {"bf16": "bfloat16", "fp8": "e4m3", "int4": "int4 g32", "nvfp4": "nvfp4"}
 """Of each width what `routed.weight` calls its experts."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,10 +21,7 @@ from torch import Tensor
 from blockpress.bench.gpu.check import Check, distance
 from blockpress.bench.gpu.report import Report
 from blockpress.bench.gpu.timing import DEVICE, captured
-from blockpress.ops.vocabulary import Seen
-
-if TYPE_CHECKING:
-    from blockpress.ops.kernels.vocabulary import SignalKind
+from blockpress.ops.vocabulary import Seen, SignalKind
 
 MARGIN, NEAR = 1e-6, 1e-5
 """How near to an edge, as a share of the row's mass, a sample may fall to either side; and a maximum to its second."""
@@ -43,7 +39,7 @@ class Case:
     denied: int = 0
     ties: bool = False
     dtype: torch.dtype = torch.float32
-    signal: SignalKind | None = "exact"
+    signal: SignalKind = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +86,7 @@ def checks() -> list[Check]:
     found.append(Check(name="a broken row stays alone", limit=0, error=_broken))
     found.append(Check(name="rows in blocks", limit=0, error=_in_blocks))
     for kind in ("exact", "sparse"):
-        case = replace(PUBLISHED, signal=kind)  # type: ignore[arg-type]
+        case = replace(PUBLISHED, signal=kind)
         found.append(Check(name=f"published {kind}", limit=1, error=partial(_apart, case), large=True))
     return found
 

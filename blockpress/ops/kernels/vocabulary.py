@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
@@ -29,13 +28,10 @@ from torch import Tensor
 
 from blockpress.ops.kernels import belief, head
 from blockpress.ops.kernels.jit import cdiv, power
-from blockpress.ops.vocabulary import Seen
+from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
 
 BLOCK = 1 << 29
 """Most bytes of the product: 1,024 rows of 262,144 tokens in bfloat16."""
-
-SignalKind = Literal["exact", "sparse"]
-Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "rows ids"]]
 
 
 def see(
@@ -46,7 +42,7 @@ def see(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"],
     denied: Denied | None = None,
-    signal: SignalKind | None = "exact",
+    signal: SignalKind = "exact",
     scale: Tensor,
 ) -> Seen:
     """Read the vocabulary at every row.
@@ -116,7 +112,7 @@ def _read(
     temperature: Tensor,
     rows: slice,
     denied: TileDenied | None,
-    signal: SignalKind | None,
+    signal: SignalKind,
 ) -> _Read:
     """The product and its records."""
     n, (vocab, width) = len(hidden), weight.shape

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from blockpress.ops.linear import Packed
 from blockpress.ops.vocabulary.blocks import pass_over, products
 from blockpress.ops.vocabulary.passes import scaled_logits
+from blockpress.ops.weight import Packed
 
 
 @dataclass(frozen=True)
