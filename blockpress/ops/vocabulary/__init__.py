@@ -3,7 +3,7 @@
     plain.py     entropy and sample from float32 logits: the truth
     types.py     what a step asks and is told
     step.py      see: argmax, sample, entropy and signal from hidden states
-    causal.py    judge: log-probabilities of given tokens, from hidden states
+    causal.py    judge: greedy tokens and log-probabilities, from hidden states
     blocks.py    the products of the head a block of rows at a time, and who reads them:
     passes.py    the pass over a block in torch
     native.py    the same in C++ (`ops/native/vocabulary.cpp`)
