@@ -75,10 +75,13 @@ def test_no_room_is_a_drawer() -> None:
     assert [module_name(path) for path in SOURCES if drawers & set(module_name(path).split("."))] == []
 
 
-def test_one_room_asks_what_the_processor_is() -> None:
-    asking = re.compile(r"cpuinfo|get_cpu_capability|platform\.processor")
+def test_one_room_asks_what_processor_memory_and_cards_there_are() -> None:
+    asking = re.compile(
+        r"cpuinfo|get_cpu_capability|platform\.processor|cpu_count|"
+        r"proc/|sysconf|getrusage|mem_get_info|get_device_(name|properties|capability)"
+    )
     found = {module_name(path) for path in SOURCES if asking.search(path.read_text(encoding="utf-8"))}
-    assert found == {"blockpress.hardware.system"}
+    assert found == {f"blockpress.hardware.{name}" for name in ("memory", "process", "system")}
 
 
 def test_the_door_is_sorted_and_opens() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from blockpress.autoregress import autoregress
 from blockpress.config import Sampling
 from blockpress.errors import BlockpressError
 from blockpress.generate import generate
-from blockpress.hardware import machine
+from blockpress.hardware import machine, processor
 from blockpress.model import Network
 from blockpress.reply import Denoised, Done, Reply, Row
 from blockpress.text import Tokenizer
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write README.md and measured.json beside the model")
     options = parser.parse_args(arguments)
     try:
-        path, givens, processes = resolve(options.model), tuple(options.givens), os.cpu_count() or 1
+        path, givens, processes = resolve(options.model), tuple(options.givens), processor().cores
         chosen = puzzles(options.count, givens, options.pool, processes)
         classes = BY_GIVENS if options.by_givens else ()
         more = {some: puzzles(options.by_givens, some, options.pool, processes) for some in classes}

@@ -20,12 +20,12 @@ Run it:  TRITON_INTERPRET=1 python -m pytest tests/ops/kernels/test_vocabulary.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
+from blockpress.hardware import multiprocessors
 from blockpress.ops.kernels import belief, head
 from blockpress.ops.kernels.jit import cdiv, power
 from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
@@ -269,7 +269,6 @@ def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
     _dense_rows(read, weight, scale, signal, order, crowded.sum(dtype=torch.int32)[None])
 
 
-@cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; where there is none, few, so that sums in several stretches are tested."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return multiprocessors(device) if device.type == "cuda" else 3
