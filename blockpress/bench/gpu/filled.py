@@ -34,13 +34,13 @@ def widths(name: str) -> Widths:
     return WIDTHS["bf16" if name == "bf16" else "w4a16"]
 
 
-def filled(config: ModelConfig, form: str, device: torch.device, seed: int = 0) -> Network:
+def filled(config: ModelConfig, form: str, device: torch.device) -> Network:
     """A bfloat16 network whose experts are stored in that form."""
     with torch.device("meta"):
         network = Network(config)
     for number, (name, old) in enumerate([*network.named_parameters(), *network.named_buffers()]):
         path, _, leaf = name.rpartition(".")
-        _put(network.get_submodule(path), leaf, _drawn(name, old, form, device, seed + number))
+        _put(network.get_submodule(path), leaf, _drawn(name, old, form, device, number))
     return network.eval()
 
 
