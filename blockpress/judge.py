@@ -7,7 +7,7 @@
 Log-probabilities are the model's own: at temperature 1, whatever a row is denied. What it would have written is the
 best of what the row is not denied, as token by token.
 
-Invariant: memory does not grow with tokens times vocabulary: the logits of `BLOCK` places exist at a time.
+Invariant: memory does not grow with tokens times vocabulary: `ops/vocabulary` holds a block of products at a time.
 Run it:  python -m pytest tests/test_judge.py
 """
 
@@ -17,16 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from blockpress.diffusion import Edits
 from blockpress.generate import pad
 from blockpress.model import Cache, Network
+from blockpress.ops import vocabulary
 from blockpress.reply import Row, TokenLogprob
-from blockpress.shapes import Logits
 
-BLOCK = 32
 Last = Float[Tensor, "rows 1 hidden"]
 """The hidden state of the last token of each row's context."""
 States = Float[Tensor, "rows states hidden"]
@@ -67,58 +66,32 @@ def judge(network: Network, states: States, rows: Sequence[Row], asked: Sequence
     """What the causal pass says of one list of tokens a row, given the states that speak of them (`look`)."""
     if not any(asked):
         return [Judged([], [], []) for _ in asked]
-    tokens = [token for own in asked for token in own]
-    flat = torch.cat([states[row, : len(own)] for row, own in enumerate(asked)])
-    denied = _denied(rows, asked, network.device)
+    config, tokens = network.config, [token for own in asked for token in own]
     tops = [row.logprobs for row in rows if row.logprobs is not None]
-    expected: list[int] = []
-    said: list[TokenLogprob] = []
-    instead: list[TokenLogprob] = []
-    for start in range(0, len(tokens), BLOCK):
-        part = slice(start, start + BLOCK)
-        logits = network.logits(flat[part, None])
-        best = _best(logits, None if denied is None else Edits(denied.ids, denied.denied[part]))
-        expected += best
-        if tops:
-            both = log_probabilities(logits[:, 0], [tokens[part], best], max(tops))
-            said, instead = said + both[0], instead + both[1]
+    found = vocabulary.judge(
+        torch.cat([states[row, : len(own)] for row, own in enumerate(asked)]),
+        network.embed_tokens.weight,
+        cap=config.softcap,
+        tokens=torch.tensor(tokens, device=network.device),
+        top=min(max(tops), config.vocab_size) if tops else None,
+        wide=config.has_canvas,
+        denied=_denied(rows, asked, network.device),
+    )
+    expected, said, instead = found.greedy.tolist(), [], []
+    if found.logprobs is not None:
+        pairs = zip(found.logprobs.top_ids.tolist(), found.logprobs.top.tolist(), strict=True)
+        best = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+        said = list(map(TokenLogprob, tokens, found.logprobs.own.tolist(), best))
+        instead = list(map(TokenLogprob, expected, found.logprobs.greedy.tolist(), best))
     return _a_row_each(rows, asked, Judged(expected, said, instead))
 
 
-def log_probabilities(
-    logits: Float32[Tensor, "places vocab"], tokens: Sequence[Sequence[int]], top: int
-) -> list[list[TokenLogprob]]:
-    """For each of some lists with one token a place, their log-probabilities, with the `top` likeliest of each place.
-
-    >>> one, = log_probabilities(torch.tensor([[0.0, 1.0, 0.0]]), [[2]], 1)
-    >>> [(said.token, round(said.logprob, 3), round(said.top[0][1], 3)) for said in one]
-    [(2, -1.551, -0.551)]
-    """
-    # `log_softmax` in float32 is up to 1e-3 off where many small probabilities stand beside a large one.
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    values, ids = log_p.topk(min(top, log_p.shape[-1]))
-    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-    found = []
-    for chosen in tokens:
-        own = log_p.gather(-1, torch.tensor(chosen, device=log_p.device)[:, None])[:, 0].tolist()
-        found.append([TokenLogprob(*each) for each in zip(chosen, own, tops, strict=True)])
-    return found
-
-
-def _denied(rows: Sequence[Row], asked: Sequence[list[int]], device: torch.device) -> Edits | None:
+def _denied(rows: Sequence[Row], asked: Sequence[list[int]], device: torch.device) -> vocabulary.Denied | None:
     """The rows' denied ids for the tokens that are asked about, every one a row of its own."""
     edits = Edits.of([row.denied for row in rows], max(map(len, asked)), device)
     if edits is None:
         return None
-    flat = torch.cat([edits.denied[row, : len(own)] for row, own in enumerate(asked)])
-    return Edits(edits.ids, flat[:, None])
-
-
-def _best(logits: Logits, edits: Edits | None) -> list[int]:
-    if edits is not None:
-        every: Int[Tensor, " places"] = torch.arange(len(logits), device=logits.device)
-        logits = edits(every, logits)
-    return logits[:, 0].argmax(-1).tolist()
+    return edits.ids, torch.cat([edits.denied[row, : len(own)] for row, own in enumerate(asked)])
 
 
 def _a_row_each(rows: Sequence[Row], asked: Sequence[list[int]], every: Judged) -> list[Judged]:

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import blockpress
@@ -61,15 +63,25 @@ def test_functions_are_short() -> None:
     assert {function: count for function, count in lines.items() if count > most[function]} == {}
 
 
+def test_no_operation_imports_itself_by_way_of_others() -> None:
+    """Imports for types and those inside of functions count too."""
+    graph = grimp.build_graph("blockpress", cache_dir=None)
+    operations = graph.find_descendants("blockpress.ops")
+    TopologicalSorter({each: graph.find_modules_directly_imported_by(each) for each in operations}).prepare()
+
+
 def test_no_room_is_a_drawer() -> None:
     drawers = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
     assert [module_name(path) for path in SOURCES if drawers & set(module_name(path).split("."))] == []
 
 
-def test_one_room_asks_what_the_processor_is() -> None:
-    asking = re.compile(r"cpuinfo|get_cpu_capability|platform\.processor")
+def test_one_room_asks_what_processor_memory_and_cards_there_are() -> None:
+    asking = re.compile(
+        r"cpuinfo|get_cpu_capability|platform\.processor|cpu_count|"
+        r"proc/|sysconf|getrusage|mem_get_info|get_device_(name|properties|capability)"
+    )
     found = {module_name(path) for path in SOURCES if asking.search(path.read_text(encoding="utf-8"))}
-    assert found == {"blockpress.hardware.system"}
+    assert found == {f"blockpress.hardware.{name}" for name in ("memory", "process", "system")}
 
 
 def test_the_door_is_sorted_and_opens() -> None:

@@ -346,3 +346,31 @@ def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.Mon
     assert any(line.startswith("in bfloat16") and "weights 24.3 GiB, computed in int8" in line for line in told)
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
     assert not [line for line in show.lines(show.describe(name)) if line.startswith("computed in")]
+
+
+def test_cards_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {0: ("H200", 90 * GIB, 139 * GIB), 1: ("L4", 5 * GIB, 22 * GIB)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(known))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: known[index][0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: known[index][1:])
+    assert [(card.device, card.name) for card in hardware.cards()] == [("cuda:0", "H200"), ("cuda:1", "L4")]
+    free = hardware.free_memory()
+    assert (free.pop("cpu") > 0) and free == {"cuda:0": 90 * GIB, "cuda:1": 5 * GIB}
+    assert [told.detail for told in doctor._cuda()] == [
+        "cuda:0 is H200, 90.0 GiB of 139.0 GiB free",
+        "cuda:1 is L4, 5.0 GiB of 22.0 GiB free",
+    ]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [told.detail for told in doctor._cuda()] == ["no GPU: everything runs on the processor"]
+
+
+def test_what_a_process_takes_is_its_own_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = tmp_path / "proc" / "self" / "status"
+    account.parent.mkdir(parents=True)
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    account.write_text("Name:\tpython\nVmHWM:\t  9000 kB\nVmRSS:\t  4000 kB\n")
+    peak = hardware.Peak(CPU)
+    assert hardware.taken(CPU) == 4000 * 1024
+    assert (account.parent / "clear_refs").read_text() == "5" and peak.value() == 5000 * 1024
+    account.unlink()
+    assert hardware.taken(CPU) > 16 << 20, "elsewhere than on Linux: the peak since the process began"

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from blockpress import judge as module
 from blockpress.autoregress import autoregress
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
-from blockpress.judge import judge, log_probabilities, look, states_behind
+from blockpress.judge import judge, look, states_behind
 from blockpress.model import Network
+from blockpress.ops import vocabulary
+from blockpress.ops.vocabulary import blocks
 from blockpress.reply import Committed, Done, Event, Reply, Row, TokenLogprob
 from blockpress.verify import start, verified
 
@@ -83,7 +84,7 @@ def check_equal(ours: Sequence[TokenLogprob] | None, theirs: Sequence[TokenLogpr
 def test_a_ragged_batch_is_judged_as_each_row_whole(
     network: Network, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BUFFER", block * VOCAB * 4)
     made = rows(PROMPTS)
     for row, top in zip(made, [2, None, 0, 5], strict=True):
         row.logprobs = top
@@ -231,9 +232,12 @@ def test_a_stop_text_takes_them_back_with_the_tokens(network: Network, mode: str
 
 
 @pytest.mark.parametrize("gap", [0.0, 9.0, 15.0, 20.0])
-def test_log_probabilities_count_many_small_ones(gap: float) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_log_probabilities_count_many_small_ones(gap: float, native: bool) -> None:
     logits = torch.zeros(1, 262_144)
     logits[:, 7] = gap
-    [[told]] = log_probabilities(logits, [[7]], 1)
+    one = torch.ones(1, 1)
+    told = vocabulary.judge(one, logits.T, cap=None, tokens=torch.tensor([7]), top=1, wide=True, native=native).logprobs
+    assert told is not None
     wanted = float(logits.double().log_softmax(-1)[0, 7])
-    assert abs(told.logprob - wanted) <= 2 * 2.0**-24 * 32, "two roundings of numbers below 32"
+    assert abs(float(told.own) - wanted) <= 2 * 2.0**-24 * 32, "two roundings of numbers below 32"

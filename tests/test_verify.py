@@ -214,6 +214,7 @@ class Agreeing(Network):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
+            self.embed_tokens.weight.copy_(torch.eye(VOCAB, CONFIG.hidden_size))  # a hidden state is its logits
 
     def read(self, tokens: Tensor, cache: Cache, counts: Any = None, images: None = None) -> tuple[Tensor, Cache]:
         self.reads.append(tokens.tolist())
@@ -224,9 +225,6 @@ class Agreeing(Network):
         begin = int(cache.lengths[0]) - 1
         own = torch.tensor([(self.answer + [0] * 99)[begin : begin + CANVAS]])
         return F.one_hot(own, CONFIG.hidden_size).to(self.dtype) * 100
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden[..., :VOCAB].float()
 
 
 def test_a_check_that_agrees_is_the_commit() -> None:

@@ -19,11 +19,11 @@ from typing import Protocol
 
 import torch
 
-from blockpress.bench.memory import Peak
 from blockpress.bench.workload import Workload, arrivals
 from blockpress.costs import Rows
 from blockpress.engine import Request
 from blockpress.errors import BlockpressError, RequestError
+from blockpress.hardware import Peak
 from blockpress.reply import Committed, Done, Event, Failed, Reply
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from blockpress import costs
 from blockpress.bench.ceilings import better, measure_device
 from blockpress.bench.drive import drive
-from blockpress.bench.memory import taken
 from blockpress.bench.report import Report, report
 from blockpress.bench.steppers import EngineStepper
 from blockpress.bench.subject import Subject
 from blockpress.bench.workload import Workload, requests
 from blockpress.engine.options import SoftEmbedding
+from blockpress.hardware import taken
 
 
 def measure(

@@ -83,7 +83,6 @@ def roofline_curves(
     users: Sequence[int] = USERS,
     steps: float = STEPS,
     context: int = CONTEXT,
-    touched: float | None = None,
 ) -> tuple[Curve, Curve]:
     """Both modes at the floor."""
     diffusion, token = (
@@ -92,9 +91,7 @@ def roofline_curves(
             points=tuple(
                 (
                     count,
-                    costs.throughput(
-                        config, widths, device, count, mode=mode, context=context, steps=steps, touched=touched
-                    ),
+                    costs.throughput(config, widths, device, count, mode=mode, context=context, steps=steps),
                 )
                 for count in users
             ),

@@ -28,7 +28,7 @@ from blockpress.errors import ConfigError, ModelNotFound
 from blockpress.lm import LM, load
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
-from blockpress.ops.linear import Packed
+from blockpress.ops.weight import Packed
 from blockpress.weights.build import choose_device, choose_types, hold, without_memory
 
 

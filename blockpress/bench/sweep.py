@@ -34,7 +34,6 @@ def measured(
     *,
     users: Sequence[int] = USERS,
     steps: float = STEPS,
-    seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Panel:
     """The panel of this machine.
@@ -51,7 +50,7 @@ def measured(
     for mode in ("diffusion", "autoregressive"):
         points = []
         for count in users:
-            speed = _point(subject, mode, count, steps, seed)
+            speed = _point(subject, mode, count, steps)
             points.append((count, speed))
             if progress is not None:
                 progress(f"{mode}, {count} users: {speed:.1f} tokens/s")
@@ -62,9 +61,7 @@ def measured(
     return Panel(title=f"{device.name}, measured", note=note, curves=tuple(curves))
 
 
-def _point(
-    subject: Subject, mode: Literal["diffusion", "autoregressive"], users: int, steps: float, seed: int
-) -> float:
+def _point(subject: Subject, mode: Literal["diffusion", "autoregressive"], users: int, steps: float) -> float:
     """Tokens a second of so many users together."""
     length = subject.config.canvas_length
     diffusion = mode == "diffusion"
@@ -74,7 +71,6 @@ def _point(
         prompt_len=length,
         max_tokens=length if diffusion else MEASURED,
         steps=max(2, min(MEASURED, int(steps))) if diffusion else None,
-        seed=seed,
     )
     stepper = EngineStepper(subject.network, running=users, prefill=users * length)
     run = drive(stepper, work, requests(subject, work), subject.network.device).whole()

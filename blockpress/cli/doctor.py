@@ -123,14 +123,13 @@ def _products() -> Iterator[Check]:
 
 
 def _cuda() -> Iterator[Check]:
-    import torch
+    from blockpress.hardware import cards
 
-    if not torch.cuda.is_available():
+    found = cards()
+    if not found:
         yield Check("cuda", "ok", "no GPU: everything runs on the processor")
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        detail = f"cuda:{index} is {torch.cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} free"
-        yield Check("cuda", "ok", detail)
+    for card in found:
+        yield Check("cuda", "ok", f"{card.device} is {card.name}, {_gib(card.free)} of {_gib(card.total)} free")
 
 
 def _memory() -> Iterator[Check]:

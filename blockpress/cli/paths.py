@@ -130,7 +130,8 @@ def _spans(draw: Generator, device: str) -> Check:
     import torch
 
     from blockpress.ops import attention
-    from blockpress.ops.spans import Span, look
+    from blockpress.ops.attention import Span
+    from blockpress.ops.spans import look
 
     heads, dim, sizes = 4, 16, ((12, 30), (1, 7), (12, 41), (1, 19))
     query = torch.randn(heads, sum(rows for rows, _ in sizes), dim, generator=draw).to(device)

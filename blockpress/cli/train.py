@@ -24,6 +24,7 @@ import typer
 from blockpress.cli import options
 from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError, TrainingError
+from blockpress.hardware import processor
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def train(
     options.check_device(device)
     _set_threads(threads, workers)
     run = _Run(minutes)
-    settings = {"device": device, "processes": processes or os.cpu_count() or 1, "steps": steps}
+    settings = {"device": device, "processes": processes or processor().cores, "steps": steps}
     if export is not None:
         _export(_trainer(chosen, folder, settings), export, raw)
         return

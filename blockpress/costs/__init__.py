@@ -32,14 +32,12 @@ from blockpress.costs.memory import (
     PRODUCTS,
     activation_dtype,
     active_parameters,
-    canvas_peak,
     context_bytes,
     engine_peak,
     expert_parameters,
     integer_weights,
     paged_bytes,
     parameters,
-    reading_peak,
 )
 
 __all__ = [
@@ -58,7 +56,6 @@ __all__ = [
     "active_parameters",
     "arithmetic_seconds",
     "byte_seconds",
-    "canvas_peak",
     "context_bytes",
     "distinct",
     "engine_peak",
@@ -68,6 +65,5 @@ __all__ = [
     "integer_weights",
     "paged_bytes",
     "parameters",
-    "reading_peak",
     "throughput",
 ]

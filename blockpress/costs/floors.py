@@ -194,7 +194,6 @@ def throughput(
     mode: Literal["diffusion", "autoregressive"],
     context: int = 2048,
     steps: float = 12.0,
-    touched: float | None = None,
 ) -> float:
     """Tokens a second of all users together at the floor, each behind `context` tokens.
 
@@ -211,11 +210,11 @@ def throughput(
     """
     if mode == "autoregressive":
         rows = Rows(heard=((context, 1),) * users)
-        return users / floor_seconds(forward(config, widths, rows, touched=touched), device)
+        return users / floor_seconds(forward(config, widths, rows), device)
     length = config.canvas_length
     alone = Rows(canvases=(context,) * users)
     first = Rows(canvases=(context,) * users, reads=((max(0, context - length), length),) * users)
-    each, begin = (floor_seconds(forward(config, widths, rows, touched=touched), device) for rows in (alone, first))
+    each, begin = (floor_seconds(forward(config, widths, rows), device) for rows in (alone, first))
     return users * length / (begin + (steps - 1) * each)
 
 

@@ -2,8 +2,7 @@
 
     weights    parameters x bytes; packed weights keep their bytes on disk, unless products are of integers
     context    keys and values of every layer for every token; of a sliding layer the engine keeps what its window needs
-    canvas     what one denoising step holds at its peak, beside weights and context: `canvas_peak`
-    reading    what the causal pass over new tokens holds at its peak: `reading_peak`; the passes never run at once
+    forward    what one forward of the engine holds at its peak, beside weights and context: `engine_peak`
 
 Why: whether a model fits is asked before its weights are there. No torch here.
 
@@ -25,6 +24,9 @@ PLAIN_PAGE = 256
 
 PRODUCTS = 1 << 27
 """Bytes of products with the vocabulary that are in memory at a time."""
+
+TABLES = 6 * 4 * (1 << 16)
+"""Bytes of the tables of all bfloat16 while they are made, for one temperature; few products are read without them."""
 
 SLIDING: LayerKind = "sliding_attention"
 
@@ -116,44 +118,6 @@ def context_bytes(config: ModelConfig, dtype: str) -> dict[LayerKind, int]:
     return total
 
 
-def canvas_peak(config: ModelConfig, dtype: str, context: int, rows: int = 1) -> int:
-    """Bytes that one denoising step allocates at its peak: over the vocabulary, or in a layer's attention.
-
-    The first is that of `generate.plain_denoiser` and `ops/vocabulary/plain.py: entropy`: float32 logits, the same
-    divided by the temperature, and, of the latter, three copies at once: 5 x 4 bytes for every position and token. The
-    second grows with the context and overtakes it at some 100,000 tokens.
-
-    >>> from blockpress.config import PRESETS
-    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
-    >>> [round(canvas_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (0, 4096, 131072)]
-    [1.29, 1.29, 1.61]
-    """
-    canvas, window = config.canvas_length, config.sliding_window - 1
-    beside = _resident(config, dtype, rows * canvas, 9) + _kept(config, dtype, rows * canvas)
-    vocabulary = 5 * 4 * rows * canvas * config.vocab_size
-    seen = {layer: (min(context, window) if layer.sliding else context) + canvas for layer in config.layers}
-    looking = max(_looking(config, layer, dtype, rows, canvas, seen[layer]) for layer in seen)
-    return beside + max(vocabulary, looking)
-
-
-def reading_peak(config: ModelConfig, dtype: str, tokens: int, context: int = 0, rows: int = 1) -> int:
-    """Bytes that the causal pass over `tokens` new ones behind `context` allocates at its peak, all at once as it is.
-
-    That is a layer's attention, quadratic in the tokens, while the new keys and values wait; or the moment at which
-    the cache is written anew (`model/cache.py: append`), when old and new ones are in memory twice. What stays, the
-    context itself, is not counted.
-
-    >>> from blockpress.config import PRESETS
-    >>> published = PRESETS["diffusiongemma-26B-A4B"]()
-    >>> [round(reading_peak(published, "bfloat16", tokens) / 2**30, 2) for tokens in (256, 4096, 32768)]
-    [0.05, 1.17, 39.01]
-    """
-    beside = _resident(config, dtype, rows * tokens, 9) + _kept(config, dtype, rows * tokens)
-    looking = max(_looking(config, layer, dtype, rows, tokens, context + tokens) for layer in set(config.layers))
-    copies = rows * (context + tokens) * sum(context_bytes(config, dtype).values())
-    return max(beside + looking, copies)
-
-
 def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK) -> int:
     """Bytes of the pages that the engine keeps for one request of so many tokens: whole pages, of sliding layers no
     more than the window and a chunk of a prompt reach over.
@@ -173,20 +137,22 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally behind
     `context` of one request, all rows in one flat batch.
 
-    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`); in a layer the rows' queries, keys
-    and values and what attention makes of them; and all the time what C++ keeps. Without a compiler torch takes some
-    times as much.
+    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`), and in bfloat16 the tables that a
+    cap is looked up in (`ops/vocabulary/native.py`); in a layer the rows' queries, keys and values and what attention
+    makes of them; and all the time what C++ keeps. Without a compiler torch takes some times as much.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> [round(engine_peak(published, "bfloat16", tokens, 1, 256) / 2**20) for tokens in (0, 4096, 131072)]
-    [191, 191, 220]
+    [192, 192, 220]
     """
     canvas, size = config.canvas_length, DTYPE_BYTES[dtype]
     rows, keys = canvases * canvas + tokens, context + tokens + (canvas if canvases else 0)
-    vocabulary = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
+    products = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
+    tables = TABLES if dtype == "bfloat16" and config.softcap is not None and products >= TABLES else 0
+    vocabulary = products + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
-    kept = _kept(config, dtype, rows) + _scored(config, keys)
+    kept = _kept(config, dtype, rows) + _task(config, keys)
     return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + kept
 
 
@@ -200,28 +166,15 @@ def _kept(config: ModelConfig, dtype: str, rows: int) -> int:
     chosen = config.top_k_experts if config.num_experts else 0
     between = rows * (hidden * ((4 if chosen else 3) + chosen) + config.intermediate_size) * size
     deepest = max(hidden, config.intermediate_size, *(config.num_heads * layer.head_dim for layer in config.layers))
-    unit = 4 * (132 * hidden + 252 * config.expert_size) if chosen else 0
-    return between + (min(rows, 960) + 12) * deepest * size + unit + (1 << 18)
+    return between + (min(rows, 960) + 12) * deepest * size + (1 << 18)
 
 
-def _scored(config: ModelConfig, keys: int) -> int:
-    """Bytes of one task of attention in C++: scores and shares of a block of queries, in float32."""
+def _task(config: ModelConfig, keys: int) -> int:
+    """Bytes of one task in C++, in float32: of attention the scores and shares of a block of queries, or of an expert
+    its tokens and what is between its products; one takes the memory of the other."""
     queries = max(24, (1 << 16) // max(1, keys))
-    return 4 * keys * (2 * queries + 12)
-
-
-def _looking(config: ModelConfig, layer: LayerConfig, dtype: str, rows: int, queries: int, keys: int) -> int:
-    """Bytes of `ops/attention.py: grouped` at its softmax, which is done in the memory of the scores.
-
-    Scores in the weights' type, the mask twice, keys and values joined with the context's, the rows' own queries, keys
-    and values, and the queries once more as rows of one product. Where there is no compiler, torch's softmax takes 8
-    bytes more for every score, in float32 4.
-    """
-    size, heads = DTYPE_BYTES[dtype], config.num_heads
-    scores = rows * heads * queries * keys * size
-    joined = 2 * rows * layer.kv_heads * keys * layer.head_dim * size
-    own = rows * queries * layer.head_dim * (2 * heads + 2 * layer.kv_heads) * size
-    return scores + joined + own + 2 * rows * queries * keys
+    expert = 132 * config.hidden_size + 252 * config.expert_size if config.num_experts else 0
+    return 4 * max(keys * (2 * queries + 12), expert)
 
 
 def _resident(config: ModelConfig, dtype: str, positions: int, tensors: int) -> int:

@@ -25,7 +25,8 @@ from blockpress.engine.transfer import send
 from blockpress.model.layers import Attend
 from blockpress.model.masks import causal_mask
 from blockpress.ops import kernels
-from blockpress.ops.spans import Span, look
+from blockpress.ops.attention import Span
+from blockpress.ops.spans import look
 from blockpress.shapes import Heads, KeyHeads
 
 Windows = Mapping[LayerKind, int | None]

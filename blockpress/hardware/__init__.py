@@ -2,10 +2,11 @@
 
     system.py    the processor and its cards: name, cores, flags, and the ISA level that our C++ is built for
     memory.py    free memory, the limits of containers counted
+    process.py   the memory that this process takes, and its peak
     speed.py     how fast products are in each type, and from that the type to compute in
 
-Invariant: only this room asks what the processor is, so that builds, choices and reports agree about it. torch is
-imported inside functions: `blockpress --help` has none.
+Invariant: only this room asks what processor, memory and cards there are, so that builds, choices and reports agree
+about them. torch is imported inside functions: `blockpress --help` has none.
 
 Run it:  blockpress doctor
 """
@@ -13,14 +14,18 @@ Run it:  blockpress doctor
 from __future__ import annotations
 
 from blockpress.hardware.memory import free_memory, main_memory
+from blockpress.hardware.process import Peak, taken
 from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure, rates, remeasure
-from blockpress.hardware.system import Isa, Processor, isa, machine, processor
+from blockpress.hardware.system import Card, Isa, Processor, cards, isa, machine, multiprocessors, processor
 
 __all__ = [
+    "Card",
     "Isa",
+    "Peak",
     "Processor",
     "Rates",
     "cache_folder",
+    "cards",
     "compute_dtype",
     "float32_way",
     "free_memory",
@@ -28,7 +33,9 @@ __all__ = [
     "machine",
     "main_memory",
     "measure",
+    "multiprocessors",
     "processor",
     "rates",
     "remeasure",
+    "taken",
 ]

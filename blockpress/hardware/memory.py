@@ -11,17 +11,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockpress.hardware.system import read_text
+from blockpress.hardware.system import cards, read_text
 
 
 def free_memory() -> dict[str, int]:
     """Bytes that are free now, by device: "cpu", and "cuda:N" of each GPU."""
-    import torch
-
-    free = {"cpu": main_memory()[0]}
-    for index in range(torch.cuda.device_count()):
-        free[f"cuda:{index}"] = torch.cuda.mem_get_info(index)[0]
-    return free
+    return {"cpu": main_memory()[0], **{card.device: card.free for card in cards()}}
 
 
 def main_memory() -> tuple[int, int]:

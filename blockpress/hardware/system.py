@@ -115,6 +115,35 @@ def isa() -> Isa:
     return asked
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU that torch can use; bytes of its memory."""
+
+    device: str
+    name: str
+    free: int
+    total: int
+
+
+def cards() -> list[Card]:
+    """The GPUs of this machine, as they are now, in the order of their numbers."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Card(device=f"cuda:{index}", name=torch.cuda.get_device_name(index), free=free, total=total))
+    return found
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def machine(device: torch.device | None = None) -> str:
     """In words: the processor, its cores and the first card; of a device: that alone, with the threads that it uses."""
     import torch

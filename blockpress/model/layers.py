@@ -25,10 +25,11 @@ from blockpress.config import LayerConfig, ModelConfig
 from blockpress.model.fused import fused
 from blockpress.ops import experts
 from blockpress.ops.geglu import geglu
-from blockpress.ops.linear import Packed, Weight, linear, lookup
+from blockpress.ops.linear import linear, lookup
 from blockpress.ops.norm import rms_norm
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import rotate
+from blockpress.ops.weight import Packed, Weight
 from blockpress.shapes import Heads, Hidden, KeyHeads
 
 Rotary = tuple[Tensor, Tensor]

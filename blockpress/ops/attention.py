@@ -3,11 +3,14 @@
 `plain` is the truth: explicit products and a float32 softmax. `grouped` is the same for a forward without gradients:
 the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
 scaled_dot_product_attention, slower than either on a CPU (backward three to four times at short lengths).
+
+A `Span` is what attention over a flat batch takes in place of a mask for all: `spans.py` in torch, `cpu/attention.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +21,33 @@ from blockpress.ops import rows
 from blockpress.shapes import Heads, KeyHeads, Mask
 
 AttentionOp = Callable[[Heads, KeyHeads, KeyHeads, Mask | None], Heads]
+
+Piece = tuple[Float[Tensor, "kv_heads _keys dim"], Float[Tensor, "kv_heads _keys dim"]]
+"""Keys and values, of any strides."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Span:
+    """Rows start to stop of a flat batch, and what they see.
+
+    Args:
+        start, stop: the queries' rows.
+        seen: keys and values in pieces, in the order of the mask's columns: context, then (of a canvas) its own.
+        mask: True where a query may look, over all pieces together; None lets every query see every key.
+    """
+
+    start: int
+    stop: int
+    seen: tuple[Piece, ...]
+    mask: Bool[Tensor, "#queries seen"] | None = None
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        return sum(key.shape[1] for key, _ in self.seen)
 
 
 def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:

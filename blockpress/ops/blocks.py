@@ -48,7 +48,7 @@ class Layout:
 
 @final
 class Blocks:
-    """A packed weight (`ops.linear.Packed`): `data` is uint8 [..., blocks of a row * bytes of a block]."""
+    """A packed weight (`ops.weight.Packed`): `data` is uint8 [..., blocks of a row * bytes of a block]."""
 
     def __init__(self, data: UInt8[Tensor, "*rows bytes"], layout: Layout) -> None:
         assert data.shape[-1] % layout.bytes == 0, "a row is a whole number of blocks"

@@ -18,7 +18,8 @@ from blockpress.ops import grouped, kernels
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import experts as in_cpp
 from blockpress.ops.geglu import geglu
-from blockpress.ops.linear import Packed, linear
+from blockpress.ops.linear import linear
+from blockpress.ops.weight import Packed
 
 MANY = 1024
 """Tokens from which on the arithmetic that `every` spends in vain costs more than sorting them, on a CPU."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from blockpress.ops import compiled, rows
 from blockpress.ops.geglu import geglu
-from blockpress.ops.linear import Packed, Weight, linear
+from blockpress.ops.linear import linear
+from blockpress.ops.weight import Packed, Weight
 
 
 def ordered(

@@ -20,16 +20,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from blockpress.ops.packed import Codes, PackedTensors
-
-if TYPE_CHECKING:
-    from blockpress.ops.linear import Packed
+from blockpress.ops.weight import Packed
 
 MOST_COLUMNS = (1 << 31) // (127 * 128)
 """132,104: the sum of so many products of codes of at most 127 and 128 is a 32-bit integer."""
@@ -44,7 +42,7 @@ SMALLEST = 2.0**-100
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerWeight(PackedTensors):
-    """A packed weight (`ops.linear.Packed`) whose products are made of integers: value = code * scale of its row."""
+    """A packed weight (`ops.weight.Packed`) whose products are made of integers: value = code * scale of its row."""
 
     codes: Int8[Tensor, "*lead rows columns"]
     scale: Float32[Tensor, "*lead rows"]

@@ -1,10 +1,7 @@
 """Products with a weight matrix, whether it lies in memory as floats or packed into fewer bits.
 
-A packed weight is unpacked in tiles of rows, where it is used, and the tile is dropped: memory stays that of the packed
-bytes and one tile. Every layout offers two readings of the same values:
-
-    unpack(dtype)     the values, rounded as the layout's specification rounds them: the truth that tests compare
-    factors(dtype)    (matrix, scale), row r is matrix[r] * scale[r], unrounded: cheap where a row has one scale
+A packed weight (`ops/weight.py`) is unpacked in tiles of rows, where it is used, and the tile is dropped: memory stays
+that of the packed bytes and one tile.
 
 Invariant: `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats; so does `linear`,
 but that it rounds after the sum what `unpack` rounds before (code times scale), where a row has one scale.
@@ -15,7 +12,6 @@ Run it:  python -m pytest tests/ops/test_linear.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -27,6 +23,7 @@ from blockpress.ops import integers
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
 from blockpress.ops.packed import HalfFloats
+from blockpress.ops.weight import Packed
 
 TILE = 1 << 20
 """Most values that are unpacked at once on a CPU, 2 MiB in bfloat16, and half as many in float32: they stay in its
@@ -34,47 +31,6 @@ caches, and the allocator keeps their memory (tiles of 4 MiB take twice as long 
 
 GPU_TILE = 1 << 24
 """The same on other devices, where every launch costs time."""
-
-
-@runtime_checkable
-class Packed(Protocol):
-    """A weight in fewer bits: [out, in], or [experts, out, in].
-
-    Every tensor of it has the leading axes of the shape, so that one index selects from all of them alike.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the unpacked weight."""
-        ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in memory, scales included."""
-        ...
-
-    def __getitem__(self, index: int | slice | Tensor) -> Packed:
-        """An expert, a slice of rows or a list of rows (repeats allowed) of the leading axis; views where that goes."""
-        ...
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values as floats of `dtype`, each rounded as the specification of the layout has it."""
-        ...
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """Of a matrix [rows, in]: the values, or values that a scale for each row has still to multiply.
-
-        Codes are large numbers: in float16, whose range sums of their products leave, it is always the values.
-        """
-        ...
-
-    def to(self, device: torch.device) -> Packed: ...
-
-
-Weight = Tensor | Packed
 
 
 def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:

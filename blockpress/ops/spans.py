@@ -14,7 +14,6 @@ Run it:  python -m pytest tests/ops/test_spans.py
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -22,38 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from blockpress.ops import attention
+from blockpress.ops.attention import Span
 from blockpress.ops.cpu import attention as in_cpp
 from blockpress.ops.cpu import bridge
 
-Piece = tuple[Float[Tensor, "kv_heads _keys dim"], Float[Tensor, "kv_heads _keys dim"]]
-"""Keys and values, of any strides."""
-
 SCORES = 1 << 23
 """Most scores that are held at once: 16 MiB in bfloat16."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Span:
-    """Rows start to stop of a flat batch, and what they see.
-
-    Args:
-        start, stop: the queries' rows.
-        seen: keys and values in pieces, in the order of the mask's columns: context, then (of a canvas) its own.
-        mask: True where a query may look, over all pieces together; None lets every query see every key.
-    """
-
-    start: int
-    stop: int
-    seen: tuple[Piece, ...]
-    mask: Bool[Tensor, "#queries seen"] | None = None
-
-    @property
-    def queries(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def keys(self) -> int:
-        return sum(key.shape[1] for key, _ in self.seen)
 
 
 def look(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float[Tensor, "heads rows dim"]:

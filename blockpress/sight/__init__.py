@@ -9,7 +9,7 @@ Run it:  python -m pytest tests/sight
 """
 
 from blockpress.sight.images import Picture, open_image, prepare
-from blockpress.sight.placeholders import Prompt, Run, chunks, expand, lay_out
+from blockpress.sight.placeholders import Prompt, Run, expand, lay_out
 from blockpress.sight.sources import Source, from_data_url
 from blockpress.sight.video import Video, prepare_videos, read_video
 
@@ -19,7 +19,6 @@ __all__ = [
     "Run",
     "Source",
     "Video",
-    "chunks",
     "expand",
     "from_data_url",
     "lay_out",

@@ -103,30 +103,15 @@ def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) 
     return Prompt(longer, runs)
 
 
-def chunks(length: int, size: int, runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """Where a prompt may be cut for a prefill in parts: (start, stop) of each, at most `size` tokens long.
-
-    No part ends inside a run, whose tokens see each other in both directions; a run longer than `size` is one part.
-
-    >>> chunks(10, 4, [Run(3, 3)])
-    [(0, 3), (3, 7), (7, 10)]
-    >>> chunks(9, 2, [Run(1, 6)])
-    [(0, 1), (1, 7), (7, 9)]
-    """
-    if size < 1:
-        raise MediaError(f"size is {size!r}", hint="a part of a prefill must have at least one token")
-    parts = []
-    start = 0
-    while start < length:
-        stop = part_end(start, min(start + size, length), runs)
-        parts.append((start, stop))
-        start = stop
-    return parts
-
-
 def part_end(start: int, stop: int, runs: Sequence[Run]) -> int:
-    """Where a part from `start` on ends that was to end at `stop`: before a run that would be cut, or, where the part
-    begins with that run, behind it."""
+    """Where a part of a prefill from `start` on ends that was to end at `stop`: never inside a run, whose tokens see
+    each other in both directions.
+
+    >>> part_end(0, 4, [Run(3, 3)]), part_end(3, 7, [Run(3, 3)])  # before the run that would be cut
+    (3, 7)
+    >>> part_end(1, 3, [Run(1, 6)])  # a part that begins with the run holds all of it
+    7
+    """
     split = next((run for run in runs if run.start < stop < run.stop), None)
     if split is None:
         return stop

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from blockpress.autoregress import autoregress
 from blockpress.config import Sampling
 from blockpress.errors import BlockpressError
 from blockpress.generate import generate
-from blockpress.hardware import machine
+from blockpress.hardware import machine, processor
 from blockpress.model import Network
 from blockpress.reply import Denoised, Done, Reply, Row
 from blockpress.text import Tokenizer
@@ -64,24 +63,13 @@ def _trained_on(pool: Path, processes: int) -> set[int]:
 
 
 def diffusion(
-    network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], sampling: Sampling, batch: int, seed: int = 0
+    network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], sampling: Sampling, batch: int
 ) -> list[Outcome]:
     """One canvas a puzzle, first sample; every puzzle has the same seed."""
-    config = network.config
     outcomes: list[Outcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
-        rows = [
-            Row(
-                index,
-                tokenizer.encode(sudoku.layout(puzzle.puzzle)),
-                seed,
-                stop_ids=config.eos_ids,
-                canvas_length=config.canvas_length,
-                room=config.canvas_length,
-            )
-            for index, puzzle in enumerate(some)
-        ]
+        rows = _rows(network, tokenizer, some, network.config.canvas_length)
         last: dict[int, Denoised] = {}
         replies: dict[int, Reply] = {}
         for event in generate(network, rows, sampling):
@@ -103,22 +91,11 @@ def diffusion(
 
 def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], batch: int) -> list[Outcome]:
     """The same weights, token by token, greedily."""
-    config = network.config
     outcomes: list[Outcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
-        rows = [
-            Row(
-                index,
-                tokenizer.encode(sudoku.layout(puzzle.puzzle)),
-                0,
-                stop_ids=config.eos_ids,
-                canvas_length=1,
-                room=config.canvas_length,
-            )
-            for index, puzzle in enumerate(some)
-        ]
-        replies = {e.row: e.reply for e in autoregress(network, rows) if isinstance(e, Done)}
+        events = autoregress(network, _rows(network, tokenizer, some, canvas_length=1))
+        replies = {event.row: event.reply for event in events if isinstance(event, Done)}
         outcomes += [
             Outcome(
                 solved=tokenizer.decode(replies[index].tokens) == sudoku.layout(puzzle.solution),
@@ -128,6 +105,15 @@ def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.P
             for index, puzzle in enumerate(some)
         ]
     return outcomes
+
+
+def _rows(network: Network, tokenizer: Tokenizer, some: list[sudoku.Puzzle], canvas_length: int) -> list[Row]:
+    """The puzzles as prompts, each with room for one answer."""
+    prompts, config = [tokenizer.encode(sudoku.layout(each.puzzle)) for each in some], network.config
+    return [
+        Row(index, prompt, 0, stop_ids=config.eos_ids, canvas_length=canvas_length, room=config.canvas_length)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 UNTRAINED = -1
@@ -198,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write README.md and measured.json beside the model")
     options = parser.parse_args(arguments)
     try:
-        path, givens, processes = resolve(options.model), tuple(options.givens), os.cpu_count() or 1
+        path, givens, processes = resolve(options.model), tuple(options.givens), processor().cores
         chosen = puzzles(options.count, givens, options.pool, processes)
         classes = BY_GIVENS if options.by_givens else ()
         more = {some: puzzles(options.by_givens, some, options.pool, processes) for some in classes}

@@ -124,16 +124,6 @@ class Losses:
     logits: Float32[Tensor, "visited canvas vocab"] | None = None
 
 
-def build_row(prompt: list[int], answer: list[int], canvas_length: int, eos: int) -> tuple[list[int], int]:
-    """A clean row and its number of canvases: the answer is cut into canvases, the last filled with eos.
-
-    >>> build_row([7], [5, 6, 5, 6, 5], 4, 1)
-    ([7, 5, 6, 5, 6, 5, 1, 1, 1], 2)
-    """
-    canvases = max(1, -(-len(answer) // canvas_length))
-    return prompt + answer + [eos] * (canvases * canvas_length - len(answer)), canvases
-
-
 def draw(
     rows: Rows,
     canvas_length: int,

@@ -28,8 +28,8 @@ from blockpress.config.model import DTYPES as NAMES
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model.layers import Experts, Weighted, put_packed
 from blockpress.ops.integers import MOST_COLUMNS, rounded
-from blockpress.ops.linear import Weight
 from blockpress.ops.packed import HalfFloats
+from blockpress.ops.weight import Weight
 
 Made = TypeVar("Made", bound=nn.Module)
 

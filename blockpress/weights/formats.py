@@ -29,8 +29,8 @@ from torch import Tensor
 
 from blockpress.config.quantization import Quantization, Scheme
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import Codes, Float4, Nibbles
+from blockpress.ops.weight import Packed
 from blockpress.weights import scales
 from blockpress.weights.shards import FLOATS, Stored
 

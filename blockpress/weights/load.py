@@ -24,8 +24,8 @@ from torch import Tensor
 from blockpress.config import ModelConfig
 from blockpress.errors import UnexpectedWeights
 from blockpress.model import Network
-from blockpress.ops.linear import Weight
 from blockpress.ops.packed import HalfFloats, PackedTensors
+from blockpress.ops.weight import Weight
 from blockpress.weights.build import (
     Progress,
     Types,

@@ -12,7 +12,6 @@ import torch
 from blockpress import costs
 from blockpress.bench.drive import Run, Stepper, drive
 from blockpress.bench.measure import measure
-from blockpress.bench.memory import Peak
 from blockpress.bench.report import report
 from blockpress.bench.steppers import EngineStepper, PoemStepper
 from blockpress.bench.subject import Subject, randomised, shape_named, weight_bytes, widths
@@ -21,6 +20,7 @@ from blockpress.engine import Request
 from blockpress.engine.runner import Runner
 from blockpress.engine.scheduler import Work
 from blockpress.errors import BlockpressError, Overloaded, RequestError
+from blockpress.hardware import Peak
 from blockpress.reply import Event
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blockpress.ops import blocks, linear
 from blockpress.ops.blocks import LAYOUTS, Blocks
+from blockpress.ops.weight import Packed
 
 NAMES = sorted(LAYOUTS)
 
@@ -74,7 +75,7 @@ def test_an_index_selects_what_it_selects_of_the_values(name: str) -> None:
     weight = sane(name, 4, 6)
     values = weight.unpack(torch.float32)
     rows = torch.tensor([3, 0, 3])
-    assert isinstance(weight, linear.Packed)
+    assert isinstance(weight, Packed)
     assert (weight.shape, weight.nbytes) == (tuple(values.shape), 4 * 6 * 2 * LAYOUTS[name].bytes)
     for index in (2, slice(1, 3), rows):
         assert torch.equal(weight[index].unpack(torch.float32), values[index])

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from blockpress.hardware import isa
 from blockpress.ops import attention, experts, grouped
 from blockpress.ops import linear as plain_products
+from blockpress.ops.attention import Piece, Span
 from blockpress.ops.cpu import attention as in_cpp_attention
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
 from blockpress.ops.packed import HalfFloats
-from blockpress.ops.spans import Piece, Span
 from tests.ops.draws import numbers, threads
 
 pytestmark = [

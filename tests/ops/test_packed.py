@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles
+from blockpress.ops.weight import Packed
 from tests.ops.layouts import E4M3, LAYOUTS, Layout, fp8
 
 NAMES = st.sampled_from(sorted(LAYOUTS))

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.ops import attention, spans
+from blockpress.ops.attention import Piece, Span
 from blockpress.ops.cpu import bridge
-from blockpress.ops.spans import Piece, Span, look
+from blockpress.ops.spans import look
 
 DIM = 16
 

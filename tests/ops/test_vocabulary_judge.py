@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,11 +47,12 @@ def test_it_gives_the_log_softmax_of_full_logits(
     got = vocabulary.judge(hidden, weight, cap=cap, tokens=tokens, top=top, wide=wide, native=version != "torch")
     full = logits(hidden, weight, cap, wide)
     want = full.double().log_softmax(-1)
-    torch.testing.assert_close(got.logprob.double(), want.gather(-1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(full.gather(-1, got.argmax[:, None])[:, 0], full.amax(-1))
-    torch.testing.assert_close(got.top_logprobs.double(), want.topk(top, dim=-1).values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.top_logprobs.double(), want.gather(-1, got.top_ids), rtol=1e-5, atol=1e-5)
-    assert all(len(set(ids)) == top for ids in got.top_ids.tolist())
+    assert got.logprobs is not None
+    torch.testing.assert_close(got.logprobs.own.double(), want.gather(-1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(full.gather(-1, got.greedy[:, None])[:, 0], full.amax(-1))
+    torch.testing.assert_close(got.logprobs.top.double(), want.topk(top, dim=-1).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.logprobs.top.double(), want.gather(-1, got.logprobs.top_ids), rtol=1e-5, atol=1e-5)
+    assert all(len(set(ids)) == top for ids in got.logprobs.top_ids.tolist())
 
 
 def test_equal_tokens_come_in_their_order(version: str) -> None:
@@ -57,7 +61,8 @@ def test_equal_tokens_come_in_their_order(version: str) -> None:
     got = vocabulary.judge(
         hidden, weight, cap=30.0, tokens=torch.tensor([1]), top=2, wide=True, native=version != "torch"
     )
-    assert got.argmax.tolist() == [1] and got.top_ids.tolist() == [[1, 4]]
+    assert got.logprobs is not None
+    assert got.greedy.tolist() == [1] and got.logprobs.top_ids.tolist() == [[1, 4]]
 
 
 def test_nothing_to_judge(version: str) -> None:
@@ -65,4 +70,56 @@ def test_nothing_to_judge(version: str) -> None:
     got = vocabulary.judge(
         torch.empty(0, 4), torch.ones(6, 4), cap=None, tokens=none, top=3, wide=True, native=version != "torch"
     )
-    assert got.logprob.shape == got.argmax.shape == (0,) and got.top_ids.shape == got.top_logprobs.shape == (0, 3)
+    told = got.logprobs
+    assert told is not None and told.own.shape == told.greedy.shape == got.greedy.shape == (0,)
+    assert told.top_ids.shape == told.top.shape == (0, 3)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_denied_is_not_greedy_and_keeps_its_probability(
+    version: str, dtype: torch.dtype, top: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(5)
+    hidden = (torch.randn(9, HIDDEN, generator=draw) * 6).to(dtype)
+    weight = (torch.randn(700, HIDDEN, generator=draw) * HIDDEN**-0.5).to(dtype)
+    monkeypatch.setattr(blocks, "BUFFER", 4 * 700 * 4)  # several blocks
+    given = {"cap": 30.0, "tokens": torch.zeros(9, dtype=torch.long), "wide": True, "native": version != "torch"}
+    free = vocabulary.judge(hidden, weight, top=2, **given)
+    ids = free.greedy.unique()
+    where = (ids == free.greedy[:, None]) & (torch.arange(9) % 2 == 0)[:, None]
+    got = vocabulary.judge(hidden, weight, top=top, denied=(ids, where), **given)
+    full = logits(hidden, weight, 30.0, True)
+    full[:, ids] = full[:, ids].masked_fill(where, float("-inf"))
+    assert torch.equal(got.greedy, full.argmax(-1))
+    assert torch.equal(got.greedy == free.greedy, torch.arange(9) % 2 == 1)
+    if got.logprobs is None:
+        assert top is None
+        return
+    assert free.logprobs is not None and torch.equal(got.logprobs.own, free.logprobs.own)
+    assert torch.equal(got.logprobs.top_ids, free.logprobs.top_ids) and torch.equal(got.logprobs.top, free.logprobs.top)
+    want = logits(hidden, weight, 30.0, True).double().log_softmax(-1).gather(-1, got.greedy[:, None])[:, 0]
+    torch.testing.assert_close(got.logprobs.greedy.double(), want, rtol=1e-5, atol=1e-5)
+
+
+MEMORY = """
+import resource, sys, torch
+from blockpress.ops import vocabulary
+from blockpress.ops.vocabulary import blocks
+torch.set_num_threads(1)
+rows, native, blocks.BUFFER = int(sys.argv[1]), sys.argv[2] == "native", 1 << 24
+vocabulary.judge(
+    torch.zeros(rows, 8), torch.zeros(262_144, 8), cap=30.0, tokens=torch.zeros(rows, dtype=torch.long), top=5, wide=True,
+    denied=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
+)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["native", "torch"])
+def test_memory_does_not_grow_with_the_tokens(kind: str) -> None:
+    def most(rows: int) -> int:
+        command = [sys.executable, "-c", MEMORY, str(rows), kind]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert most(256) - most(32) < 60  # MiB; the products of 224 rows are 224

@@ -27,8 +27,9 @@ from blockpress.config.vision import MINIMAL_TOWER as SMALLEST
 from blockpress.config.vision import PictureSettings, VisionConfig
 from blockpress.model import Network, pictures
 from blockpress.model.vision import VisionTower
-from blockpress.sight import Prompt, chunks, expand, prepare
+from blockpress.sight import Prompt, expand, prepare
 from blockpress.sight.images import fitted_size
+from blockpress.sight.placeholders import part_end
 
 from .checkpoints import TINY
 from .conftest import Report
@@ -154,11 +155,13 @@ def _read(network: Network, chosen: list[Row], images: list[dict[int, Tensor]]) 
 
 def _read_in_parts(network: Network, chosen: list[Row], images: list[dict[int, Tensor]], size: int) -> Any:
     (row,), (own,) = chosen, images
-    cache, hidden = network.empty_cache(1), []
-    for start, stop in chunks(len(row.prompt.ids), size, row.prompt.runs):
+    cache, hidden, start, length = network.empty_cache(1), [], 0, len(row.prompt.ids)
+    while start < length:
+        stop = part_end(start, min(start + size, length), row.prompt.runs)
         inside = {at - start: seen for at, seen in own.items() if start <= at < stop}
         seen, cache = network.read(torch.tensor(row.prompt.ids[start:stop])[None], cache, None, [inside])
         hidden.append(seen)
+        start = stop
     return torch.cat(hidden, dim=1), cache
 
 

@@ -14,7 +14,8 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.errors import ConfigError, MediaError
-from blockpress.sight import Picture, Run, Video, chunks, expand, lay_out
+from blockpress.sight import Picture, Run, Video, expand, lay_out
+from blockpress.sight.placeholders import part_end
 from blockpress.text import Tokenizer
 
 CONFIG = PRESETS["diffusiongemma-26B-A4B"]()
@@ -96,15 +97,16 @@ def test_no_part_ends_inside_a_run(length: int, size: int, data: st.DataObject) 
     while at < length:
         runs.append(Run(at, data.draw(st.integers(1, min(15, length - at)))))
         at = runs[-1].stop + data.draw(st.integers(1, 9))
-    parts = chunks(length, size, runs)
-    assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])][: len(parts)]
-    assert (parts[-1][1] if parts else 0) == length
-    for start, stop in parts:
+    start = 0
+    while start < length:
+        stop = part_end(start, min(start + size, length), runs)
+        assert start < stop <= length
         assert not any(run.start < cut < run.stop for run in runs for cut in (start, stop))
         assert stop - start <= size or any((start, stop) == (run.start, run.stop) for run in runs)
         # As long as can be: one token more would be too long or end inside a run.
         longer = min(start + size, length)
         assert stop >= longer or any(run.start < longer < run.stop for run in runs)
+        start = stop
 
 
 def test_the_numbers_must_agree() -> None:
@@ -120,8 +122,6 @@ def test_the_numbers_must_agree() -> None:
         expand([IMAGE, IMAGE], [3], CONFIG)
     with pytest.raises(MediaError, match="there are 0 images for 1 place"):
         expand([5, IMAGE], [], CONFIG)
-    with pytest.raises(MediaError, match="size is 0"):
-        chunks(3, 0, [])
 
 
 def test_a_model_without_the_tokens_reads_text_only() -> None:

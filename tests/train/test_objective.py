@@ -21,7 +21,7 @@ from blockpress.errors import ConfigError
 from blockpress.model import Network
 from blockpress.train import objective
 from blockpress.train.initialise import initialise
-from blockpress.train.objective import Draw, Objective, Rows, build_row, draw, losses
+from blockpress.train.objective import Draw, Objective, Rows, draw, losses
 from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates
 
 EOS = 1
@@ -308,18 +308,9 @@ def test_a_draw_is_a_function_of_its_generator():
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-@given(st.lists(st.integers(5, 9), max_size=5), st.lists(st.integers(5, 9), max_size=20), st.integers(1, 7))
-def test_a_row_is_cut_into_whole_canvases_filled_with_eos(prompt: list[int], answer: list[int], length: int):
-    row, canvases = build_row(prompt, answer, length, EOS)
-    assert canvases == max(1, math.ceil(len(answer) / length))
-    assert row[: len(prompt) + len(answer)] == prompt + answer
-    assert row[len(prompt) + len(answer) :] == [EOS] * (canvases * length - len(answer))
-
-
 @torch.no_grad()
 def test_the_fill_is_trained_by_both_parts(network: Network):
-    row, canvases = build_row([7, 8, 9], [5, 6], 6, EOS)
-    rows = Rows(torch.tensor([row]), torch.tensor([3]), torch.tensor([canvases]))
+    rows = Rows(torch.tensor([[7, 8, 9, 5, 6, EOS, EOS, EOS, EOS]]), torch.tensor([3]), torch.tensor([1]))
     drawn = controlled(rows, network.config, [0], [])
     assert drawn.clean[0].tolist() == [5, 6, EOS, EOS, EOS, EOS]
     logits = F.log_softmax(network.logits(network.denoise(drawn.noisy, prefix(network, rows, 3), None)), -1)

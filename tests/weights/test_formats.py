@@ -15,8 +15,8 @@ from blockpress.config import GenerationConfig
 from blockpress.errors import CheckpointError, RequestError
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import Codes, Float4, Nibbles
+from blockpress.ops.weight import Packed
 from blockpress.weights import load, load_network, save_checkpoint
 from tests.weights.files import bits, change_json, change_tensors, check_runs_as, figures, refusal, same, tensors_of
 from tests.weights.quantised import FORMS, Written, small_config, write

@@ -16,8 +16,8 @@ from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import Codes, HalfFloats
+from blockpress.ops.weight import Packed
 from blockpress.sudoku import layout
 from blockpress.weights import load_network, load_vision, minimal_vision, save_checkpoint
 from blockpress.weights.build import DTYPES, choose_types, packable

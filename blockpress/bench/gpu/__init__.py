@@ -2,7 +2,7 @@
 
     check.py      right: every kernel against its plain version, on fresh random inputs
     report.py     a figure, its floor and its share of it: a line of JSON as soon as it is known, a table at the end
-    timing.py     events, warmups, medians and minima, caches kept cold
+    timing.py     events, warmups, medians and minima
     ceilings.py   what this device reaches: a copy, products of the model's shapes
     experts.py, vocabulary.py, attention.py      one kernel after another
     steps.py      the whole network, random weights, batch by batch

@@ -23,8 +23,8 @@ from blockpress.bench.gpu.routed import BYTES, KINDS, PUBLISHED, ROUTINGS, Shape
 from blockpress.bench.gpu.timing import captured, layer_floor_ms
 from blockpress.ops import experts as plain
 from blockpress.ops.geglu import geglu
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import E4M3, Codes
+from blockpress.ops.weight import Packed
 
 LAYERS = 30
 SMALL = Shape(experts=6, hidden=128, size=64, top_k=2)

@@ -20,7 +20,7 @@ from blockpress.config import ModelConfig
 from blockpress.costs import WIDTHS, Width, Widths
 from blockpress.model import Network
 from blockpress.model.layers import put_packed
-from blockpress.ops.linear import Packed
+from blockpress.ops.weight import Packed
 
 EXPERTS = {"bf16": "bfloat16", "fp8": "e4m3", "int4": "int4 g32", "nvfp4": "nvfp4"}
 """Of each width what `routed.weight` calls its experts."""
@@ -34,13 +34,13 @@ def widths(name: str) -> Widths:
     return WIDTHS["bf16" if name == "bf16" else "w4a16"]
 
 
-def filled(config: ModelConfig, form: str, device: torch.device, seed: int = 0) -> Network:
+def filled(config: ModelConfig, form: str, device: torch.device) -> Network:
     """A bfloat16 network whose experts are stored in that form."""
     with torch.device("meta"):
         network = Network(config)
     for number, (name, old) in enumerate([*network.named_parameters(), *network.named_buffers()]):
         path, _, leaf = name.rpartition(".")
-        _put(network.get_submodule(path), leaf, _drawn(name, old, form, device, seed + number))
+        _put(network.get_submodule(path), leaf, _drawn(name, old, form, device, number))
     return network.eval()
 
 

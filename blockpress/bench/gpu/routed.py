@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import E4M3, Codes, Float4, Nibbles
+from blockpress.ops.weight import Packed
 
 KINDS = ("bfloat16", "e4m3", "int4 row", "int4 g32", "int4 g64", "nvfp4", "mxfp4")
 ROUTINGS = ("uniform", "skewed", "one")

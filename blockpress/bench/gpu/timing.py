@@ -18,9 +18,6 @@ from blockpress.costs import DEVICES, expert_parameters
 DEVICE = DEVICES["h200"]
 """Whose limits the floors are counted with."""
 
-FLUSH = 1 << 28
-"""Bytes that are written between two runs where caches must be cold: several times the largest cache."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -30,15 +27,12 @@ class Timing:
     least: float
 
 
-def timed(work: Callable[[], object], *, warmups: int = 3, repeats: int = 20, cold: bool = False) -> Timing:
-    """Time single runs. cold: a large buffer is written before each, so that nothing of it is in a cache."""
+def timed(work: Callable[[], object], *, warmups: int = 3, repeats: int = 20) -> Timing:
+    """Time single runs."""
     for _ in range(warmups):
         work()
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda") if cold else None
     pairs = []
     for _ in range(repeats):
-        if flush is not None:
-            flush.fill_(1)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()

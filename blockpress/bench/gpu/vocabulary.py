@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,10 +21,7 @@ from torch import Tensor
 from blockpress.bench.gpu.check import Check, distance
 from blockpress.bench.gpu.report import Report
 from blockpress.bench.gpu.timing import DEVICE, captured
-from blockpress.ops.vocabulary import Seen
-
-if TYPE_CHECKING:
-    from blockpress.ops.kernels.vocabulary import SignalKind
+from blockpress.ops.vocabulary import Seen, SignalKind
 
 MARGIN, NEAR = 1e-6, 1e-5
 """How near to an edge, as a share of the row's mass, a sample may fall to either side; and a maximum to its second."""
@@ -43,7 +39,7 @@ class Case:
     denied: int = 0
     ties: bool = False
     dtype: torch.dtype = torch.float32
-    signal: SignalKind | None = "exact"
+    signal: SignalKind = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +77,16 @@ def checks() -> list[Check]:
         "bfloat16 no cap": replace(bf16, cap=None),
         "no signal": replace(bf16, signal=None),
     }
-    for kind in ("direct", "sparse"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for spread in (1.0, 12.0):
-                case = Case(rows=6, vocab=4500, signal=kind, dtype=dtype, spread=spread, denied=3)
-                cases[f"{kind} {str(dtype)[6:]} spread={spread:.0f}"] = case
+    for dtype in (torch.float32, torch.bfloat16):
+        for spread in (1.0, 12.0):
+            case = Case(rows=6, vocab=4500, signal="sparse", dtype=dtype, spread=spread, denied=3)
+            cases[f"sparse {str(dtype)[6:]} spread={spread:.0f}"] = case
     found = [Check(name=name, limit=1, error=partial(_apart, case)) for name, case in cases.items()]
     found.append(Check(name="sure rows keep the digits of their entropy", limit=1e-4, error=_sure))
     found.append(Check(name="a broken row stays alone", limit=0, error=_broken))
     found.append(Check(name="rows in blocks", limit=0, error=_in_blocks))
-    for kind in ("exact", "direct", "sparse"):
-        case = replace(PUBLISHED, signal=kind)  # type: ignore[arg-type]
+    for kind in ("exact", "sparse"):
+        case = replace(PUBLISHED, signal=kind)
         found.append(Check(name=f"published {kind}", limit=1, error=partial(_apart, case), large=True))
     return found
 
@@ -100,8 +95,8 @@ def _apart(case: Case, device: torch.device) -> float:
     """How much of what is allowed the worst of tokens, entropies and signal takes; a wrong token is twice too much.
 
     An entropy may be 2e-5 nat off. The signal is compared with the truth as the reference rounds it, where it is
-    "exact", and else with the unrounded one: "direct" differs from that by a rounding of each share, "sparse" also by
-    the mass that it drops. Rows that "sparse" does not cover are as the reference rounds them.
+    "exact"; "sparse" differs from the unrounded one by a rounding of each share and by the mass that it drops, but for
+    rows that it does not cover, which are as the reference rounds them.
     """
     given = draw(case, device)
     seen = _see(case, given)
@@ -112,7 +107,7 @@ def _apart(case: Case, device: torch.device) -> float:
     if case.signal is None:
         return float(worst.max())
     wide = case.dtype == torch.float32
-    limit = {"exact": 2e-5 if wide else 1e-3, "direct": 2e-5 if wide else 8e-3, "sparse": 2.0**-8 if wide else 8e-3}
+    limit = {"exact": 2e-5 if wide else 1e-3, "sparse": 2.0**-8 if wide else 8e-3}
     assert seen.signal is not None
     belief = torch.softmax(given.scaled.to(case.dtype), -1, dtype=torch.float32).to(case.dtype)
     rounded = ((belief @ given.weight) * given.scale).float()
@@ -120,7 +115,7 @@ def _apart(case: Case, device: torch.device) -> float:
     if case.signal == "sparse":
         off = [(seen.signal.float() - one).norm(dim=-1, keepdim=True) for one in (rounded, wanted)]
         wanted = torch.where(off[0] < off[1], rounded, wanted)
-    elif case.signal == "exact":
+    else:
         wanted = rounded
     apart = torch.tensor(distance(seen.signal, wanted) / limit[case.signal])
     return float(torch.cat((worst, apart[None])).max())  # a NaN is the largest
@@ -247,7 +242,7 @@ def _in_blocks(device: torch.device) -> float:
 def bench(report: Report) -> None:
     """Every kind of signal at 256 to 8,192 rows, of flat rows and of sure ones; then the products alone."""
     for rows in (256, 512, 1024, 4096):
-        for kind in (None, "exact", "direct", "sparse"):
+        for kind in (None, "exact", "sparse"):
             case = replace(PUBLISHED, rows=rows, signal=kind)
             _measure(report, f"{kind or 'no signal'} rows={rows}", case)
     for spread in (0.0, 20.0):

@@ -8,15 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
+from blockpress.ops.attention import Span
 from blockpress.ops.cpu import bridge
-
-if TYPE_CHECKING:
-    from blockpress.ops.spans import Span
 
 
 class _Piece(ctypes.Structure):

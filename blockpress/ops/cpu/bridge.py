@@ -9,7 +9,6 @@ import ctypes
 import math
 from ctypes import CDLL, c_int, c_int64, c_long, c_void_p
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from blockpress.hardware import isa
 from blockpress.ops import compiled
 from blockpress.ops.integers import IntegerWeight
 from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles, scale_table
-
-if TYPE_CHECKING:
-    from blockpress.ops.linear import Weight
+from blockpress.ops.weight import Weight
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_int64
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from blockpress.ops.cpu import bridge
-
-if TYPE_CHECKING:
-    from blockpress.ops.linear import Weight
+from blockpress.ops.weight import Weight
 
 
 class Experts(ctypes.Structure):

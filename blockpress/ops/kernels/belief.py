@@ -2,7 +2,6 @@
 
     exact     spread: product --> probabilities, rounded as the reference rounds them, in the same memory
               multiply over stretches of the vocabulary --> float32 parts --> gather: their sum, rounded, times scale
-    direct    the head stored e^(x - shift); multiply and gather as above, divided by the sum at the very end
     sparse    pick: tokens of probability above LEAST, at most KEPT a row, nearest to all of its mass
               weigh: their embedding rows, weighted; a row that they do not cover goes the exact way
 
@@ -22,7 +21,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from blockpress.ops.kernels.head import scaled_logits, shift
+from blockpress.ops.kernels.head import scaled_logits
 from blockpress.ops.kernels.jit import cdiv, kernel, power
 
 LEAST = 2.0**-17
@@ -135,15 +134,10 @@ def gather(
     signal,
     order,
     amount,
-    highest,
-    mass,
-    temperature,
     scale,
     n,
     width,
     stretches,
-    cap,
-    SHIFTED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The sum of the parts of a listed row, rounded, times the scale of the embedding, rounded again."""
@@ -155,9 +149,6 @@ def gather(
     total = tl.zeros((COLUMNS,), tl.float32)
     for stretch in range(stretches):
         total += tl.load(parts + (stretch * n + slot).to(tl.int64) * width + column, mask=column < width, other=0.0)
-    if SHIFTED:
-        up = shift(cap, tl.load(temperature + row)) - tl.load(highest + row)
-        total = total * tl.exp(up) / tl.load(mass + row)
     kind = signal.dtype.element_ty
     rounded = total.to(kind).to(tl.float32) * tl.load(scale).to(tl.float32)
     tl.store(signal + row.to(tl.int64) * width + column, rounded.to(kind), mask=column < width)

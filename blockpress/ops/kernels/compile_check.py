@@ -17,33 +17,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from blockpress.ops.kernels import four_bits, products, routing
-from blockpress.ops.kernels.experts import Tile, choose_tiles
+from blockpress.ops.kernels.variants import Variant, variants
 
 TARGET = GPUTarget("cuda", 90, 32)
-HIDDEN, SIZE, EXPERTS, TOP = 2816, 704, 128, 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One kernel with its types and its constants; `aligned` names the pointers and numbers that 16 divides."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any] = field(default_factory=dict)
-    warps: int = 4
-    stages: int = 4
-    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,81 +82,10 @@ def _assemble(text: str) -> str:
     return done.stdout + done.stderr
 
 
-def variants() -> Iterator[Variant]:
-    """Every kernel of the experts, with the tiles that `experts.choose_tiles` gives."""
-    yield Variant(
-        name="choose", kernel=routing.choose_kernel,
-        types={"scores": "*bf16", "expert_scale": "*bf16", "weights": "*fp32", "chosen": "*i32", "tokens": "i32"},
-        constants={"EXPERTS": EXPERTS, "TOP": TOP, "WIDTH": EXPERTS, "PLACES": TOP, "ROWS": 4},
-    )  # fmt: skip
-    yield Variant(
-        name="arrange", kernel=routing.arrange_kernel,
-        types={"chosen": "*i32", "order": "*i32", "work": "*i32", "count": "i32", "tiles": "i32"},
-        constants={"WIDTH": EXPERTS, "TILE": 32, "BLOCK": 1024},
-    )  # fmt: skip
-    for kind in ("bfloat16", "e4m3"):
-        for tokens in (16, 256, 512, 4096):
-            tiles = choose_tiles(kind, tokens * TOP, EXPERTS)
-            for descriptor in (False, True):
-                yield _gate_up(kind, tiles.gate_up, descriptor)
-                yield _down(kind, tiles.down, descriptor, tiles.gate_up.rows)
-    for kind, group in (("int4", 32), ("int4", 64), ("nvfp4", 16), ("mxfp4", 32)):
-        for tokens in (16, 256, 512):
-            tiles = choose_tiles(kind, tokens * TOP, EXPERTS)
-            yield from _four_bits(kind, group, tiles.gate_up, tiles.down)
-
-
-def _gate_up(kind: str, tile: Tile, descriptor: bool) -> Variant:
-    code = "bf16" if kind == "bfloat16" else "fp8e4nv"
-    types = {"x": f"*{code}", "x_scale": "*fp32", "order": "*i32", "work": "*i32", "weight": f"*{code}"}
-    types |= {"weight_scale": "*bf16", "hidden": f"*{code}", "hidden_scale": "*fp32"}
-    constants = _constants(tile) | {"TOP": TOP, "FP8": kind == "e4m3", "DESCRIPTOR": descriptor, "EVEN": True}
-    return _described("gate_up", kind, products.gate_up_kernel, types, constants, tile, code)
-
-
-def _down(kind: str, tile: Tile, descriptor: bool, group: int) -> Variant:
-    code = "bf16" if kind == "bfloat16" else "fp8e4nv"
-    types = {"hidden": f"*{code}", "hidden_scale": "*fp32", "order": "*i32", "work": "*i32", "share": "*fp32"}
-    types |= {"weight": f"*{code}", "weight_scale": "*bf16", "out": "*bf16"}
-    constants = _constants(tile) | {"GROUP": group, "FP8": kind == "e4m3", "DESCRIPTOR": descriptor, "EVEN": True}
-    return _described("down", kind, products.down_kernel, types, constants, tile, code)
-
-
-def _described(
-    name: str, kind: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: Tile, code: str
-) -> Variant:
-    how = "pointer"
-    if constants["DESCRIPTOR"]:
-        how, types = "descriptor", types | {"weight": f"tensordesc<{code}[{tile.rows},{tile.depth}]>"}
-    label = f"{name} {kind} {tile.tokens} tokens {how}"
-    return Variant(name=label, kernel=kernel, types=types, constants=constants, warps=tile.warps, stages=tile.stages)
-
-
-def _four_bits(kind: str, group: int, gate_up: Tile, down: Tile) -> Iterator[Variant]:
-    scale, outer = ("*bf16", 0) if kind == "int4" else ("*u8", int(kind == "nvfp4"))
-    types = {"x": "*bf16", "hidden": "*bf16", "order": "*i32", "work": "*i32", "share": "*fp32", "out": "*bf16"}
-    types |= {"weight": "*i32", "scale": scale, "outer": "*fp32"}
-    common = {"KIND": kind, "GROUP": group, "OUTER": outer, "EVEN": True}
-    for name, kernel, tile, more in (
-        ("gate_up", four_bits.gate_up_kernel, gate_up, {"TOP": TOP}),
-        ("down", four_bits.down_kernel, down, {}),
-    ):
-        yield Variant(
-            name=f"{name} {kind} g{group} {tile.tokens} tokens", kernel=kernel, types=types,
-            constants=common | _constants(tile) | more, warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-
-
-def _constants(tile: Tile) -> dict[str, int]:
-    return {"HIDDEN": HIDDEN, "SIZE": SIZE, "ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": tile.depth}
-
-
 def main(*wanted: str) -> None:
     """A line for every kernel whose name holds one of these parts; for all without any."""
     print(f"{'kernel':40} registers  spills   shared  programs  wgmma  mma.sync")
-    from blockpress.ops.kernels import variants as others
-
-    for variant in (*variants(), *others.variants()):
+    for variant in variants():
         if wanted and not any(part in variant.name for part in wanted):
             continue
         got = compile_for(variant)

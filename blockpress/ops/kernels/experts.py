@@ -26,8 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from blockpress.ops.kernels import four_bits, products
 from blockpress.ops.kernels.jit import cdiv, power
 from blockpress.ops.kernels.routing import Arrangement, arrange
-from blockpress.ops.linear import Packed
 from blockpress.ops.packed import E4M3, Codes, Float4, Nibbles
+from blockpress.ops.weight import Packed
 
 FP8_GROUP = 64
 """Features of `hidden` that share a scale in fp8: those of one program."""

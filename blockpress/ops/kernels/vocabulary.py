@@ -7,8 +7,6 @@ Why: of 256 rows and 262,144 tokens the reference writes and reads 256 bytes a l
 more for the exact signal (in bfloat16). It is what `ops.vocabulary.see` is on a CPU.
 
     signal "exact"    rounded where the reference rounds: logits, then probabilities, to the weight's type
-           "direct"   e^(x - shift) is rounded instead, and divided by its sum at the end: one pass less, as near to the
-                      unrounded truth, 4 bytes a logit; only for a capped head (`check_bounded`)
            "sparse"   tokens of some probability alone; what is left out is below 2^-9 of a row's mass, and not shared
                       out among the rest; rows that are not so sure are exact
 
@@ -22,44 +20,18 @@ Run it:  TRITON_INTERPRET=1 python -m pytest tests/ops/kernels/test_vocabulary.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
-from blockpress.errors import ConfigError
+from blockpress.hardware import multiprocessors
 from blockpress.ops.kernels import belief, head
 from blockpress.ops.kernels.jit import cdiv, power
-from blockpress.ops.vocabulary import Seen
+from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
 
 BLOCK = 1 << 29
 """Most bytes of the product: 1,024 rows of 262,144 tokens in bfloat16."""
-
-HIGHEST = 110.0
-"""The largest |logit| that "direct" takes. Up to 77 no token of any row is lost in float32; at this, all of a row whose
-largest logit lies below -44 would be, and its signal would be 0 or NaN. No trained head does that."""
-
-SignalKind = Literal["exact", "direct", "sparse"]
-
-
-Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "rows ids"]]
-
-
-def check_bounded(cap: float | None, coldest: float) -> None:
-    """Whether "direct" may be used down to the temperature `coldest`; asked once, when options are made.
-
-    Raises:
-        ConfigError: there is no cap, or cap / coldest is above HIGHEST.
-    """
-    if cap is None:
-        raise ConfigError("the direct signal needs a softcap, and this model has none", hint="take the exact signal")
-    if not cap / coldest <= HIGHEST:
-        raise ConfigError(
-            f"t_min {coldest:g} makes logits of up to {cap / coldest:.0f}, above {HIGHEST:.0f}",
-            hint=f"take the exact signal, or a t_min of at least {cap / HIGHEST:.2f}",
-        )
 
 
 def see(
@@ -70,7 +42,7 @@ def see(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"],
     denied: Denied | None = None,
-    signal: SignalKind | None = "exact",
+    signal: SignalKind = "exact",
     scale: Tensor,
 ) -> Seen:
     """Read the vocabulary at every row.
@@ -79,8 +51,6 @@ def see(
         cap: of the softcap, None without one. temperature: what the capped logits are divided by.
         uniform: in [0, 1), one a row: where in the cumulative distribution the sample lies.
         scale: what the embedding is multiplied by, a scalar of the weight's type.
-
-    "direct" takes logits that `check_bounded` let pass.
     """
     assert hidden.dtype == weight.dtype and hidden.is_contiguous() and weight.is_contiguous()
     n, vocab = hidden.shape[0], weight.shape[0]
@@ -117,7 +87,6 @@ class _Read:
     """What the head left of a block of rows; `head.py` says what the records are."""
 
     product: Float[Tensor, "rows vocab"]
-    shifted: Float[Tensor, "rows vocab"] | None
     peak: Float32[Tensor, "rows tiles"]
     best: Int[Tensor, "rows tiles"]
     rest: Float32[Tensor, "rows tiles"]
@@ -143,7 +112,7 @@ def _read(
     temperature: Tensor,
     rows: slice,
     denied: TileDenied | None,
-    signal: SignalKind | None,
+    signal: SignalKind,
 ) -> _Read:
     """The product and its records."""
     n, (vocab, width) = len(hidden), weight.shape
@@ -153,7 +122,6 @@ def _read(
     product = weight.new_empty(n, vocab)
     read = _Read(
         product=product,
-        shifted=torch.empty_like(product) if signal == "direct" else None,
         peak=records[0],
         best=weight.new_empty(n, tiles, dtype=torch.int32),
         rest=records[1],
@@ -164,7 +132,7 @@ def _read(
         rough=sums[2],
         temperature=temperature.contiguous(),
         cap=cap,
-        rounded=signal in ("exact", "sparse"),
+        rounded=signal is not None,
     )
     ids, edges, no = (
         (None, None, None) if denied is None else (*denied[:2], denied[2][rows].contiguous().view(torch.int8))
@@ -174,7 +142,6 @@ def _read(
         hidden,
         weight,
         product,
-        read.shifted,
         read.peak,
         read.best,
         read.rest,
@@ -190,7 +157,6 @@ def _read(
         0 if ids is None else len(ids),
         DENIED=ids is not None,
         COARSE=read.rounded,
-        SHIFTED=read.shifted is not None,
         EVEN=width % shape["INNER"] == 0,
         TILE=head.TILE,
         **read.capped,
@@ -237,42 +203,34 @@ def _dense(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
 def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, order: Tensor, amount: Tensor) -> None:
     """The signal of the first `amount` rows of `order` from all tokens."""
     n, (vocab, width) = len(signal), weight.shape
-    share = read.shifted
-    if share is None:
-        belief.spread[(n, cdiv(vocab, belief.SPAN))](
-            read.product,
-            order,
-            amount,
-            read.highest,
-            read.rough,
-            read.temperature,
-            vocab,
-            **read.capped,
-            SPAN=belief.SPAN,
-        )
-        share = read.product
+    belief.spread[(n, cdiv(vocab, belief.SPAN))](
+        read.product,
+        order,
+        amount,
+        read.highest,
+        read.rough,
+        read.temperature,
+        vocab,
+        **read.capped,
+        SPAN=belief.SPAN,
+    )
     shape = belief.shape(n, weight.dtype)
     blocks, columns = cdiv(n, shape["ROWS"]), cdiv(width, shape["COLUMNS"])
     stretches = belief.stretches(blocks * columns, _processors(weight.device))
     parts = weight.new_empty(stretches, n, width, dtype=torch.float32)
     even = vocab % shape["INNER"] == 0
     belief.multiply[(blocks, columns, stretches)](
-        share, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
+        read.product, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
     )
     belief.gather[(n, cdiv(width, belief.COLUMNS))](
         parts,
         signal,
         order,
         amount,
-        read.highest,
-        read.mass,
-        read.temperature,
         scale,
         n,
         width,
         stretches,
-        cap=read.cap or 1.0,
-        SHIFTED=read.shifted is not None,
         COLUMNS=belief.COLUMNS,
     )
 
@@ -311,7 +269,6 @@ def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
     _dense_rows(read, weight, scale, signal, order, crowded.sum(dtype=torch.int32)[None])
 
 
-@cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; where there is none, few, so that sums in several stretches are tested."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return multiprocessors(device) if device.type == "cuda" else 3

@@ -1,8 +1,9 @@
 """What a step needs from the logits over the vocabulary, without ever holding them as float32.
 
     plain.py     entropy and sample from float32 logits: the truth
+    types.py     what a step asks and is told
     step.py      see: argmax, sample, entropy and signal from hidden states
-    causal.py    judge: log-probabilities of given tokens, from hidden states
+    causal.py    judge: greedy tokens and log-probabilities, from hidden states
     blocks.py    the products of the head a block of rows at a time, and who reads them:
     passes.py    the pass over a block in torch
     native.py    the same in C++ (`ops/native/vocabulary.cpp`)
@@ -13,6 +14,7 @@ Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary
 
 from blockpress.ops.vocabulary.causal import Judged, judge
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
-from blockpress.ops.vocabulary.step import Seen, SignalKind, see
+from blockpress.ops.vocabulary.step import see
+from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
 
-__all__ = ["TILE", "Judged", "Seen", "SignalKind", "entropy", "judge", "sample", "see"]
+__all__ = ["TILE", "Denied", "Judged", "Seen", "SignalKind", "entropy", "judge", "sample", "see"]

@@ -23,11 +23,12 @@ from blockpress.costs import PRODUCTS
 from blockpress.ops import linear
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
-from blockpress.ops.linear import Packed, lookup
+from blockpress.ops.linear import lookup
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
 from blockpress.ops.vocabulary.passes import Belief, Pass, Sparse
+from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
 """Most bytes of products at a time: 256 rows of 262,144 bfloat16."""

@@ -1,4 +1,7 @@
-"""Log-probabilities of tokens from the hidden states of a causal pass.
+"""What the causal pass says of tokens, from its hidden states: how likely each is, and what it would have written.
+
+    products of a block --capped, all of them--> log of the sum of exp --> log-probabilities of tokens and of the best
+                        --denied ones out-->     greedy
 
 Invariant: what `judge` gives for a row is log_softmax of `Network.logits` in float32; only a block of products exists
 at a time.
@@ -13,19 +16,28 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from blockpress.ops.linear import Packed
 from blockpress.ops.vocabulary.blocks import pass_over, products
 from blockpress.ops.vocabulary.passes import scaled_logits
+from blockpress.ops.vocabulary.types import Denied
+from blockpress.ops.weight import Packed
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of n positions the log-probabilities of their own tokens, of the greedy ones, and of the `top` likeliest."""
+
+    own: Float32[Tensor, " n"]
+    greedy: Float32[Tensor, " n"]
+    top_ids: Int[Tensor, "n top"]
+    top: Float32[Tensor, "n top"]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Of n positions: the log-probability of each one's token, its likeliest token, and the `top` likeliest ones."""
+    """Of n positions the likeliest token that is not denied, and the log-probabilities where they were wanted."""
 
-    logprob: Float32[Tensor, " n"]
-    argmax: Int[Tensor, " n"]
-    top_ids: Int[Tensor, "n top"]
-    top_logprobs: Float32[Tensor, "n top"]
+    greedy: Int[Tensor, " n"]
+    logprobs: Logprobs | None
 
 
 @torch.no_grad()
@@ -35,32 +47,45 @@ def judge(
     *,
     cap: float | None,
     tokens: Int[Tensor, " n"],
-    top: int = 0,
+    top: int | None,
     wide: bool,
+    denied: Denied | None = None,
     native: bool = True,
 ) -> Judged:
-    """log p(token) at temperature 1 for one token a position, n >= 0, and the `top` best alternatives, best first.
+    """The greedy token of n >= 0 positions, and log p at temperature 1 of it, of one token more and of the best.
 
     Args:
         hidden: after the final norm; row i is the state that predicts tokens[i].
         cap: the softcap of the logits; None: none.
+        top: how many alternatives are told, best first; None: no log-probabilities at all, which costs less.
         wide: whether the cap is computed in float32 (DiffusionGemma) or in the weight's dtype (Gemma 4).
+        denied: ids, and for each position which of them is not its greedy token. Log-probabilities know none of it.
         native: whether the version in C++ may be used where there is one.
     """
     n = len(hidden)
-    logprob, argmax = hidden.new_empty(n, dtype=torch.float32), tokens.new_empty(n)
-    top_ids, top_logprobs = tokens.new_empty(n, top), hidden.new_empty(n, top, dtype=torch.float32)
+    greedy = tokens.new_empty(n)
+    logprobs = None
+    if top is not None:
+        own, best = hidden.new_empty(2, n, dtype=torch.float32)
+        logprobs = Logprobs(own, best, tokens.new_empty(n, top), hidden.new_empty(n, top, dtype=torch.float32))
     for rows, product in products(hidden, weight):
         if cap is not None and not wide:
             product.div_(cap).tanh_().mul_(cap)
-        late, one = cap if wide else None, torch.ones(len(product), device=hidden.device)
-        seen = pass_over(product, late, one, native=native)
-        total = seen.total[:, None]
-        best, ids = _best(product, top)
-        argmax[rows], top_ids[rows] = seen.argmax, ids
-        top_logprobs[rows] = scaled_logits(best, late, one) - total
-        logprob[rows] = (scaled_logits(product.gather(-1, tokens[rows, None]), late, one) - total)[:, 0]
-    return Judged(logprob, argmax, top_ids, top_logprobs)
+        late = cap if wide else None
+        if logprobs is not None:
+            one = torch.ones(len(product), device=hidden.device)
+            total = pass_over(product, late, one, native=native).total[:, None]
+            values, logprobs.top_ids[rows] = _best(product, logprobs.top_ids.shape[1])
+            logprobs.top[rows] = scaled_logits(values, late, one) - total
+            logprobs.own[rows] = (scaled_logits(product.gather(-1, tokens[rows, None]), late, one) - total)[:, 0]
+        if denied is not None:
+            ids, where = denied
+            product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
+        largest = product.max(-1, keepdim=True)
+        greedy[rows] = largest.indices[:, 0]
+        if logprobs is not None:
+            logprobs.greedy[rows] = (scaled_logits(largest.values, late, one) - total)[:, 0]
+    return Judged(greedy, logprobs)
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:

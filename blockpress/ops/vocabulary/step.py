@@ -10,30 +10,16 @@ Run it:  python -m pytest tests/ops/test_vocabulary_see.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from blockpress.ops import kernels
-from blockpress.ops.linear import Packed, combine
+from blockpress.ops.linear import combine
 from blockpress.ops.vocabulary.blocks import combine_sparse, pass_over, products
 from blockpress.ops.vocabulary.passes import Belief, Pass
-
-SignalKind = Literal["exact", "sparse"] | None
-Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a step makes of n positions; `signal` is in the hidden states' dtype, None where it was not wanted."""
-
-    argmax: Int[Tensor, " n"]
-    sample: Int[Tensor, " n"]
-    entropy: Float32[Tensor, " n"]
-    signal: Float[Tensor, "n hidden"] | None
+from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
+from blockpress.ops.weight import Packed
 
 
 @torch.no_grad()

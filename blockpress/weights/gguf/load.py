@@ -32,7 +32,7 @@ from blockpress.errors import (
 )
 from blockpress.model import Network
 from blockpress.ops.blocks import Blocks
-from blockpress.ops.linear import Weight
+from blockpress.ops.weight import Weight
 from blockpress.text import Tokenizer
 from blockpress.weights.build import (
     Progress,

@@ -53,19 +53,3 @@ _see(case, draw(case, torch.device("cpu")))
     done = interpreted("-c", code)
     dense, rows = (int(word) for word in done.stdout.split())
     assert 0 < dense < rows, done.stderr
-
-
-def test_the_direct_signal_is_refused_where_float32_does_not_hold_it(interpreted: Run) -> None:
-    code = """
-from blockpress.errors import ConfigError
-from blockpress.ops.kernels.vocabulary import check_bounded
-check_bounded(30.0, 0.4)
-for cap, coldest in ((30.0, 0.2), (None, 1.0), (30.0, float("nan"))):
-    try:
-        check_bounded(cap, coldest)
-    except ConfigError as error:
-        print(error)
-"""
-    lines = interpreted("-c", code).stdout.splitlines()
-    assert len(lines) == 3
-    assert "t_min 0.2" in lines[0] and "150" in lines[0] and "0.27" in lines[0] and "softcap" in lines[1]

@@ -4,21 +4,25 @@ On Linux the kernel keeps the peak of a process and lets it be reset; where that
 at after every forward, which misses what comes and goes within one.
 
 Invariant: never below 0, and the weights that were loaded before are not counted.
-Run it:  python -m pytest tests/bench/test_drive.py
+Run it:  python -m pytest tests/test_hardware.py tests/bench/test_drive.py
 """
 
 from __future__ import annotations
 
+import platform
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from blockpress.hardware import system
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+if TYPE_CHECKING:
+    import torch
 
 
 def taken(device: torch.device) -> int:
     """Bytes that the process, or torch on a GPU, has in memory now."""
+    import torch
+
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
@@ -29,6 +33,8 @@ class Peak:
     """
 
     def __init__(self, device: torch.device, before: int | None = None) -> None:
+        import torch
+
         self._device = device
         self._kernel = device.type == "cpu" and _reset()
         if device.type == "cuda":
@@ -46,6 +52,8 @@ class Peak:
         return max(0, self._most - self._before)
 
     def _now(self, field: str) -> int:
+        import torch
+
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _status(field)
@@ -53,7 +61,7 @@ class Peak:
 
 def _reset() -> bool:
     try:
-        _RESET.write_text("5", encoding="ascii")
+        (system.ROOT / "proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return False
     return True
@@ -61,9 +69,11 @@ def _reset() -> bool:
 
 def _status(field: str) -> int:
     """Bytes of a field of the process's own account; elsewhere than on Linux the peak since the process began."""
-    if _STATUS.is_file():
-        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), flags=re.MULTILINE)
+    account = system.read_text("proc/self/status")
+    if account:
+        found = re.search(rf"^{field}:\s+(\d+) kB", account, flags=re.MULTILINE)
         return int(found[1]) * 1024 if found else 0
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else most * 1024  # macOS counts bytes, others KiB

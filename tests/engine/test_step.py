@@ -1,0 +1,87 @@
+"""What a step of the engine reads from the vocabulary, in tiles and blocks, with either soft embedding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockpress.config import Sampling
+from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine.batch import Part
+from blockpress.engine.options import SoftEmbedding
+from blockpress.engine.slots import Rules, Slots
+from blockpress.engine.step import Canvases, begin, entry, finish
+from blockpress.model import Network
+from blockpress.ops.vocabulary import TILE, blocks
+from blockpress.reply import Reply
+
+from .play import play, poem, prompts, reply, row
+from .special import CONFIG, damped
+
+SEVERAL_TILES = replace(CONFIG, vocab_size=TILE + 37)
+LOOSE = [Sampling(steps=3 + i, confidence=0.0, entropy_bound=2.0) for i in range(4)]
+"""Canvases end at different steps."""
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """Some of its rows are sure of their token, and some are not."""
+    made = damped(SEVERAL_TILES)
+    made.embed_tokens.weight.mul_(4)
+    return made
+
+
+def answers(network: Network, soft_embedding: SoftEmbedding) -> tuple[list[list[int]], list[Reply]]:
+    given = prompts(SEVERAL_TILES, 4, 20, seed=5)
+    core = Core(network, EngineOptions(memory=1 << 23, soft_embedding=soft_embedding))
+    requests = [Request(row(SEVERAL_TILES, i, prompt, LOOSE[i]), LOOSE[i]) for i, prompt in enumerate(given)]
+    told = play(core, requests, arrivals=[0, 0, 1, 3])
+    return given, [reply(told[request]) for request in requests]
+
+
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_tiles_and_blocks_of_the_vocabulary_do_not_show(
+    network: Network, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of so many rows, which are no whole canvases."""
+    monkeypatch.setattr(blocks, "BUFFER", rows * SEVERAL_TILES.vocab_size * 4)
+    given, found = answers(network, "exact")
+    assert found == [poem(network, SEVERAL_TILES, prompt, i, LOOSE[i]) for i, prompt in enumerate(given)]
+    assert len({token for answer in found for token in answer.tokens}) > 5
+    assert any(token >= TILE for answer in found for token in answer.tokens)
+
+
+def test_a_sparse_soft_embedding_answers_too(network: Network) -> None:
+    """Other tokens may come of it, but whole answers."""
+    _, found = answers(network, "sparse")
+    assert {answer.finish_reason for answer in found} <= {"stop", "length"} and all(answer.tokens for answer in found)
+
+
+@torch.inference_mode()
+def stepped(network: Network, soft_embedding: SoftEmbedding, hidden: Tensor) -> tuple[Any, Tensor]:
+    """The first step of one request's canvas whose final hidden states are these, and its next signal."""
+    slots, request = Slots(network, 1), Request(row(SEVERAL_TILES, 0, [5, 6], LOOSE[0]), LOOSE[0])
+    request.slot = 0
+    part = Part(request=request, first=0, start=0, stop=SEVERAL_TILES.canvas_length, canvas=True)
+    canvases = Canvases.of(torch.tensor([entry(part)]))
+    finished = finish(
+        network, slots, canvases, Rules(), begin(network, slots, canvases, Rules()), hidden, soft_embedding
+    )
+    return finished, slots.signal[0]
+
+
+def test_a_sparse_soft_embedding_is_near_the_exact_one_and_changes_nothing_else(network: Network) -> None:
+    """It leaves out at most 2^-9 of the probability."""
+    sizes = torch.linspace(0.1, 4, SEVERAL_TILES.canvas_length)[:, None]
+    hidden = torch.randn(SEVERAL_TILES.canvas_length, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    (exact, wanted), (sparse, got) = (stepped(network, kind, hidden * sizes) for kind in ("exact", "sparse"))
+    assert torch.equal(exact.told, sparse.told) and torch.equal(exact.accepted, sparse.accepted)
+    assert torch.equal(exact.entropy, sparse.entropy)
+    longest = float(network.embed_tokens.weight.norm(dim=-1).max() * network.embed_scale())
+    apart = (got - wanted).norm(dim=-1)
+    assert bool((apart <= 2.0**-9 * longest + 1e-5).all())
+    assert bool((apart > 1e-5).any()), "rows that are sure leave something out"
