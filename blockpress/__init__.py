@@ -14,10 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockpress.chat import BrokenCall, ToolCall
     from blockpress.config import ModelConfig, Sampling
-    from blockpress.errors import BlockpressError
-    from blockpress.lm import LM, load
-    from blockpress.reply import (
+    from blockpress.decoding import (
         Broken,
         Called,
         Committed,
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
         TokenLogprob,
         Usage,
     )
-    from blockpress.text import BrokenCall, ToolCall
+    from blockpress.errors import BlockpressError
+    from blockpress.lm import LM, load
 
 # Torch's OpenMP reads this once, when torch is imported. After each operation its threads would spin for a while, on
 # the cores that the pool in ops/native/pool.cpp works on: steps took 1.2 times as long.
@@ -40,22 +40,22 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockpressError": "errors",
-    "Broken": "reply",
-    "BrokenCall": "text",
-    "Called": "reply",
-    "Committed": "reply",
-    "Denoised": "reply",
-    "Done": "reply",
-    "Event": "reply",
+    "Broken": "decoding",
+    "BrokenCall": "chat",
+    "Called": "decoding",
+    "Committed": "decoding",
+    "Denoised": "decoding",
+    "Done": "decoding",
+    "Event": "decoding",
     "LM": "lm",
     "ModelConfig": "config",
-    "Reply": "reply",
+    "Reply": "decoding",
     "Sampling": "config",
-    "Text": "reply",
-    "Thought": "reply",
-    "TokenLogprob": "reply",
-    "ToolCall": "text",
-    "Usage": "reply",
+    "Text": "decoding",
+    "Thought": "decoding",
+    "TokenLogprob": "decoding",
+    "ToolCall": "chat",
+    "Usage": "decoding",
     "load": "lm",
 }
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from blockpress.config import Sampling, tiny
-from blockpress.generate import generate
+from blockpress.decoding import Done, Row
+from blockpress.decoding.generate import generate
 from blockpress.model import Network
-from blockpress.reply import Done, Row
 from blockpress.train.initialise import initialise
 from blockpress.train.objective import Objective, Rows, draw, losses
 from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates

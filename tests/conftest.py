@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.model import Network
 from blockpress.text import Tokenizer
+from blockpress.text.builder import write_digits_tokenizer
 
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
@@ -51,6 +52,14 @@ def gemma() -> Tokenizer:
     if tokenizer is None:
         pytest.skip("the Gemma 4 tokenizer is not at ../shared/data/gemma4-tokenizer")
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Our own small tokenizer."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits_tokenizer(folder)
+    return Tokenizer.from_directory(folder)
 
 
 @pytest.fixture(scope="session")

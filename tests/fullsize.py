@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from blockpress.config import Sampling
+from blockpress.decoding import Denoised
 from blockpress.engine import Core, EngineOptions
 from blockpress.lm import load
-from blockpress.reply import Denoised
-from blockpress.weights.memory import needed, survey
+from blockpress.plan.memory import needed, survey
 
 
 def peak() -> int:

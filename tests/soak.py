@@ -29,12 +29,12 @@ import torch
 import blockpress
 from blockpress import sudoku
 from blockpress.config import AutoregressiveSampling
+from blockpress.decoding import Denoised, Done, Failed
 from blockpress.engine import Core, Engine, EngineOptions
 from blockpress.engine.core import StepRecord
 from blockpress.errors import Overloaded, RequestError
 from blockpress.lm import LM
 from blockpress.model import Network
-from blockpress.reply import Denoised, Done, Failed
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt is empty"),

@@ -13,13 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from blockpress import costs
 from blockpress.config import PRESETS, LayerConfig, ModelConfig, Sampling
+from blockpress.decoding import Row
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.hardware import isa
 from blockpress.model import Network
 from blockpress.ops import compiled
 from blockpress.ops.cpu import bridge
 from blockpress.ops.vocabulary import blocks
-from blockpress.reply import Row
 
 WITHIN = 0.05
 pytestmark = pytest.mark.skipif(compiled.library("rows") is None, reason="no C++ compiler: torch's softmax takes more")

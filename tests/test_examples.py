@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from blockpress.checkpoints import save_checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
-from blockpress.weights import save_checkpoint
 from tests import speech
 
 ROOT = Path(__file__).parents[1]

@@ -29,11 +29,11 @@ from blockpress.bench.drive import drive
 from blockpress.bench.steppers import EngineStepper, PoemStepper
 from blockpress.bench.subject import Subject
 from blockpress.bench.workload import Workload, requests, sampling_of
+from blockpress.checkpoints import minimal_vision, save_checkpoint
+from blockpress.checkpoints.build import DTYPES
 from blockpress.config import GenerationConfig, Sampling
 from blockpress.engine.options import SoftEmbedding
 from blockpress.errors import RequestError
-from blockpress.weights import minimal_vision, save_checkpoint
-from blockpress.weights.build import DTYPES
 
 RIVALS = ("transformers", "poem")
 

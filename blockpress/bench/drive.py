@@ -21,10 +21,10 @@ import torch
 
 from blockpress.bench.workload import Workload, arrivals
 from blockpress.costs import Rows
+from blockpress.decoding import Committed, Done, Event, Failed, Reply
 from blockpress.engine import Request
 from blockpress.errors import BlockpressError, RequestError
 from blockpress.hardware import Peak
-from blockpress.reply import Committed, Done, Event, Failed, Reply
 
 
 class Stepper(Protocol):

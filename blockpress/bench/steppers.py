@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from blockpress.autoregress import autoregress
 from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
 from blockpress.costs import Rows, context_bytes
+from blockpress.decoding import Committed, Denoised, Done, Event
+from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.generate import generate
 from blockpress.engine import EngineOptions, Request
 from blockpress.engine.core import Core
 from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.scheduler import Work
 from blockpress.errors import RequestError
-from blockpress.generate import generate
 from blockpress.model import Network
-from blockpress.reply import Committed, Denoised, Done, Event
 
 
 class EngineStepper:

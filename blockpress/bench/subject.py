@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from blockpress import costs
+from blockpress.checkpoints.build import choose_device, choose_types, hold, without_memory
 from blockpress.config import PRESETS, LayerConfig, ModelConfig
 from blockpress.errors import ConfigError, ModelNotFound
 from blockpress.lm import LM, load
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.weight import Packed
-from blockpress.weights.build import choose_device, choose_types, hold, without_memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,9 +23,9 @@ from blockpress import sudoku
 from blockpress.bench.subject import Subject
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.config.sampling import CHECKS
+from blockpress.decoding import Row
 from blockpress.engine import Request
 from blockpress.errors import RequestError
-from blockpress.reply import Row
 
 Mode = Literal["diffusion", "autoregressive", "verified"]
 MODES: tuple[Mode, ...] = ("diffusion", "autoregressive", "verified")

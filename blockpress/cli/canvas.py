@@ -21,8 +21,8 @@ from blockpress import sudoku
 from blockpress.cli.grid import COMPACT, SIDE, WIDE, State, answer_cells, draw_grid, final_states, puzzle_cells
 from blockpress.cli.meter import Meter
 from blockpress.cli.terminal import without_controls
-from blockpress.reply import Denoised, Done, Event
-from blockpress.reply import Text as FinalText
+from blockpress.decoding import Denoised, Done, Event
+from blockpress.decoding import Text as FinalText
 
 if TYPE_CHECKING:
     from blockpress.config import Sampling

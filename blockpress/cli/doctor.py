@@ -142,8 +142,8 @@ def _memory() -> Iterator[Check]:
 
 
 def _models(device: str) -> Iterator[Check]:
+    from blockpress.checkpoints import shipped
     from blockpress.lm import load
-    from blockpress.weights import shipped
 
     small = None
     for name in shipped():

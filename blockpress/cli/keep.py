@@ -24,9 +24,9 @@ from blockpress.cli.units import ago, size
 from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
 
 if TYPE_CHECKING:
-    from blockpress.weights.cached import HubName
-    from blockpress.weights.choose import RemoteFile
-    from blockpress.weights.hub import Plan
+    from blockpress.checkpoints.hub.cache import HubName
+    from blockpress.checkpoints.hub.download import Plan
+    from blockpress.checkpoints.hub.selection import RemoteFile
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model on the hub, as owner/name.")]
 Patterns = list[str]
@@ -58,7 +58,7 @@ def pull(
       blockpress pull google/diffusiongemma-26B-A4B-it
       blockpress pull someone/diffusiongemma-GGUF --file diffusiongemma-Q4_K_M.gguf
     """
-    from blockpress.weights import hub
+    from blockpress.checkpoints.hub import download as hub
 
     wanted = _named(name, revision)
     if file is not None and wanted.file is not None:
@@ -90,9 +90,9 @@ def ls(json: options.Json = False) -> None:
       blockpress ls
       blockpress ls --json
     """
-    from blockpress.weights import shipped
-    from blockpress.weights.cached import cache_directory, kept
-    from blockpress.weights.kind import kind_of
+    from blockpress.checkpoints import shipped
+    from blockpress.checkpoints.hub.cache import cache_directory, kept
+    from blockpress.checkpoints.identify import kind_of
 
     rows: list[dict[str, Any]] = []
     for name, path in shipped().items():
@@ -127,7 +127,7 @@ def rm(
       blockpress rm google/diffusiongemma-26B-A4B-it
       blockpress rm google/diffusiongemma-26B-A4B-it --revision 3f1a2b4 --yes
     """
-    from blockpress.weights import cached
+    from blockpress.checkpoints.hub import cache as cached
 
     _refuse_elsewhere(name)
     wanted = _named(name, revision)
@@ -154,7 +154,7 @@ def rm(
 
 def _named(name: str, revision: str | None) -> HubName:
     """Raises RequestError: no name on the hub, or two revisions."""
-    from blockpress.weights.cached import HubName
+    from blockpress.checkpoints.hub.cache import HubName
 
     if revision is not None and "@" in name:
         raise RequestError(f"--revision is given with {name!r}", hint="leave out --revision or what follows the @")
@@ -174,7 +174,7 @@ def _already_there(name: str, wanted: HubName, file: str | None) -> Path:
     Raises:
         HubError: it lacks something.
     """
-    from blockpress.weights import resolve
+    from blockpress.checkpoints import resolve
 
     revision = "" if wanted.revision == "main" else f"@{wanted.revision}"
     try:
@@ -198,7 +198,7 @@ def _warn_of_memory(plan: Plan) -> None:
 
 
 def _say_pulled(name: str, path: Path, files: int, count: int, json: bool) -> None:
-    from blockpress.weights.cached import missing
+    from blockpress.checkpoints.hub.cache import missing
 
     lacks = None if path.is_file() else missing(path)
     if json:
@@ -258,7 +258,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _refuse_elsewhere(name: str) -> None:
     """Raises RequestError: a shipped model, or a path."""
-    from blockpress.weights import shipped
+    from blockpress.checkpoints import shipped
 
     if name in shipped():
         raise RequestError(f"{name} comes with blockpress", hint="rm removes models of the hub's cache only")

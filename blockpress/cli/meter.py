@@ -12,8 +12,8 @@ import time
 from collections.abc import Collection
 
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Committed, Denoised, Done, Event
 from blockpress.diffusion import Schedule
-from blockpress.reply import Committed, Denoised, Done, Event
 
 BARS = "▁▂▃▄▅▆▇█"
 

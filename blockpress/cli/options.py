@@ -15,9 +15,9 @@ from blockpress.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from blockpress.checkpoints import Checkpoint
     from blockpress.config import AutoregressiveSampling, GenerationConfig, Sampling
     from blockpress.lm import LM
-    from blockpress.weights import Checkpoint
 
 SHIPPED = "sudoku-nano"
 
@@ -104,9 +104,9 @@ def open_in_mode(
     Raises:
         BlockpressError: the model, its files, the mode, a sampling field, the types or the device.
     """
+    from blockpress.checkpoints import open_checkpoint
     from blockpress.lm import load
     from blockpress.lm.arguments import check_mode
-    from blockpress.weights import open_checkpoint
 
     found = open_checkpoint(name)
     if check is not None:

@@ -61,10 +61,10 @@ def agreement(device: str) -> Iterator[Check]:
 def engine(lm: LM, puzzle: str) -> Check:
     """The engine's answer to a puzzle, beside the poem's: the same tokens."""
     from blockpress import sudoku
+    from blockpress.decoding import Done, Row
+    from blockpress.decoding.generate import generate
     from blockpress.engine import EngineOptions, Request
     from blockpress.engine.core import Core
-    from blockpress.generate import generate
-    from blockpress.reply import Done, Row
 
     prompt, sampling, config = lm.encode(sudoku.layout(puzzle)), lm.generation.sampling, lm.config
 

@@ -22,11 +22,11 @@ from blockpress.cli.units import size
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
-    from blockpress.fidelity import Recording
+    from blockpress.checkpoints import Checkpoint
+    from blockpress.evals.divergence import Recording
     from blockpress.lm import LM
+    from blockpress.quantize.convert import Converted
     from blockpress.sudoku import Puzzle
-    from blockpress.weights import Checkpoint
-    from blockpress.weights.convert import Converted
 
 RANDOM_LENGTH = 32
 GIVENS = (30, 40)
@@ -82,9 +82,9 @@ def quantize(
       blockpress quantize ./diffusiongemma ./smaller --format nvfp4 --experts-only
       blockpress quantize ./diffusiongemma ./smaller --format fp8 --prompts questions.txt
     """
-    from blockpress.quant import format_named
-    from blockpress.weights import Checkpoint, find_checkpoint
-    from blockpress.weights.convert import add_to_report, convert_checkpoint
+    from blockpress.checkpoints import Checkpoint, find_checkpoint
+    from blockpress.quantize.convert import add_to_report, convert_checkpoint
+    from blockpress.quantize.encoders import format_named
 
     given = {"--prompts": prompts, "--samples": samples, "--seed": seed, "--device": device}
     _check_given(report, given)
@@ -119,7 +119,7 @@ def _measure(
     original: Checkpoint, smaller: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> dict[str, Any] | None:
     """Run the original, then the smaller model, on the same prompts; None where they have no canvas, or no room."""
-    from blockpress.fidelity import compare
+    from blockpress.evals.divergence import compare
 
     reason = _no_canvas(original) or _too_large((original, smaller), device)
     if reason is not None:
@@ -140,7 +140,7 @@ def _run(
     checkpoint: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> tuple[Recording, list[Puzzle] | None, int]:
     """Load a model, run it, and forget it: both are never in memory at once."""
-    from blockpress.fidelity import record
+    from blockpress.evals.divergence import record
     from blockpress.lm import load
 
     lm = load(checkpoint, device=device)
@@ -191,9 +191,9 @@ def _no_canvas(checkpoint: Checkpoint) -> str | None:
 
 
 def _too_large(checkpoints: Sequence[Checkpoint], device: str) -> str | None:
+    from blockpress.checkpoints.build import compute_name
     from blockpress.hardware import free_memory
-    from blockpress.weights.build import compute_name
-    from blockpress.weights.memory import needed, survey
+    from blockpress.plan.memory import needed, survey
 
     free = free_memory().get("cuda:0" if device == "cuda" else device)
     for checkpoint in checkpoints:

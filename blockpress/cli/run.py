@@ -20,9 +20,9 @@ from blockpress.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from blockpress.checkpoints import Checkpoint
     from blockpress.cli.talk import Asking
-    from blockpress.reply import Event, Reply
-    from blockpress.weights import Checkpoint
+    from blockpress.decoding import Event, Reply
 
 Model = Annotated[
     str,
@@ -273,7 +273,7 @@ def _show(asking: Asking, events: Iterable[Event], fast: bool) -> Iterator[Event
     from blockpress.cli.talk import ChatView
     from blockpress.cli.told import ended
     from blockpress.config import Sampling
-    from blockpress.reply import Done
+    from blockpress.decoding import Done
 
     assert isinstance(asking.sampling, Sampling)
     view = ChatView(asking.lm, asking.sampling)
@@ -289,7 +289,7 @@ def _print(asking: Asking, events: Iterable[Event]) -> Iterator[Event]:
     from blockpress.cli.meter import Meter
     from blockpress.cli.talk import Stream
     from blockpress.cli.told import ended
-    from blockpress.reply import Done
+    from blockpress.decoding import Done
 
     lm, stream = asking.lm, Stream()
     meter = Meter(asking.sampling, lm.generation.stop_ids, lm.config.canvas_length)
@@ -304,7 +304,7 @@ def _print(asking: Asking, events: Iterable[Event]) -> Iterator[Event]:
 
 def _last(events: Iterable[Event]) -> Reply:
     """The reply at the end of the events."""
-    from blockpress.reply import Done
+    from blockpress.decoding import Done
 
     (reply,) = [event.reply for event in events if isinstance(event, Done)]
     return reply

@@ -1,7 +1,7 @@
 """`blockpress show`: what a model is made of, the format of its weights, what it takes, and how it is sampled.
 
 Invariant: no weights are read. Parameters come from the config, sizes on disk from the headers of the files, memory
-from `weights/memory.py`.
+from `plan/memory.py`.
 
 Run it:  blockpress show sudoku-nano
 """
@@ -20,7 +20,7 @@ from blockpress.errors import ModelNotFound, RequestError
 
 if TYPE_CHECKING:
     from blockpress.config import ModelConfig
-    from blockpress.weights.memory import Files
+    from blockpress.plan.memory import Files
 
 CONTEXT = 4096
 
@@ -65,9 +65,9 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
         CheckpointError, ConfigError: no such model, or files that cannot be read.
         RequestError: a context that the model has not.
     """
+    from blockpress.checkpoints import Checkpoint, find_checkpoint
     from blockpress.config import PRESETS, GenerationConfig
-    from blockpress.weights import Checkpoint, find_checkpoint
-    from blockpress.weights.memory import survey
+    from blockpress.plan.memory import survey
 
     options.positive(context, "--context")
     try:
@@ -193,9 +193,9 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
 def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
     """Bytes of each part by the type of the weights; packed weights have one. Context and working memory count in the
     type that the processor computes in."""
+    from blockpress.checkpoints.build import compute_name
     from blockpress.hardware import free_memory
-    from blockpress.weights.build import compute_name
-    from blockpress.weights.memory import needed
+    from blockpress.plan.memory import needed
 
     most = config.context_length
     if context is not None and context > most:

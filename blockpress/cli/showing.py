@@ -16,7 +16,7 @@ from blockpress.cli.options import refuse
 from blockpress.errors import MediaError, RequestError
 
 if TYPE_CHECKING:
-    from blockpress.weights import Checkpoint
+    from blockpress.checkpoints import Checkpoint
 
 
 def parts(images: Sequence[str], videos: Sequence[str], soft_tokens: int | None) -> tuple[dict[str, Any], ...]:
@@ -54,7 +54,7 @@ def check_model(found: Checkpoint, chat: Mapping[str, Any], shown: Mapping[str, 
 
 def _image(path: str) -> Any:
     """The image itself, so that a damaged file is known here, and read once in a conversation."""
-    from blockpress.sight import open_image
+    from blockpress.multimodal import open_image
 
     try:
         return open_image(_file(path, "--image"))

@@ -24,8 +24,8 @@ from blockpress.cli.terminal import console, is_terminal, note, waiting
 if TYPE_CHECKING:
     from blockpress.cli.puzzles import Puzzles
     from blockpress.config import Sampling
+    from blockpress.decoding import Event
     from blockpress.lm import LM
-    from blockpress.reply import Event
 
 BATCH = 32
 SHOWN = 9  # puzzles whose canvases are shown one after another; more of them would keep a person waiting
@@ -187,7 +187,7 @@ def answer(
     watch: Callable[[Event], None] | None = None,
 ) -> list[Answer]:
     """Answer one batch of puzzles, one canvas each. `watch` sees the events; its time is not counted."""
-    from blockpress.reply import Denoised, Done
+    from blockpress.decoding import Denoised, Done
     from blockpress.sudoku import layout
 
     begun, watched, replies, last = time.perf_counter(), 0.0, {}, {}

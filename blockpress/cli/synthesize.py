@@ -45,8 +45,8 @@ def synthesize(
       blockpress synthesize diffusiongemma-26B-A4B ./random --format nvfp4
       blockpress synthesize diffusiongemma-26B-A4B ./random --format fp8 --layers 6
     """
-    from blockpress.quant import FORMATS, format_named
-    from blockpress.weights.synthesize import synthesize as write
+    from blockpress.quantize.encoders import FORMATS, format_named
+    from blockpress.quantize.synthetic import synthesize as write
 
     if form != PLAIN and form not in FORMATS:
         raise RequestError(f"--format is {form!r}", hint=f"--format takes {', '.join((PLAIN, *FORMATS))}")

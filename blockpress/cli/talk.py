@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from blockpress.chat.tool_calls import write_call
 from blockpress.cli.canvas import TextView
 from blockpress.cli.terminal import is_terminal, note, without_controls
 from blockpress.config import Sampling
-from blockpress.reply import Broken, Called, Done, Event, Thought
-from blockpress.reply import Text as FinalText
-from blockpress.text.calls import write_call
+from blockpress.decoding import Broken, Called, Done, Event, Thought
+from blockpress.decoding import Text as FinalText
 
 if TYPE_CHECKING:
     from blockpress.config import AutoregressiveSampling

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from blockpress.decoding import Event, Reply, TokenLogprob
     from blockpress.lm import LM
-    from blockpress.reply import Event, Reply, TokenLogprob
 
 
 def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
 
 def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
     """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
-    from blockpress.reply import Broken, Called, Committed, Denoised, Done, Failed, Thought
+    from blockpress.decoding import Broken, Called, Committed, Denoised, Done, Failed, Thought
 
     if isinstance(event, Denoised):
         return {

@@ -10,7 +10,7 @@ cache stay in the network's type, which is closer to the model before it was qua
 Invariant: a method, a format or an argument that would change what the stored bytes mean, and that is not read here, is
 refused by name.
 
-Run it:  python -m pytest tests/weights/test_formats.py
+Run it:  python -m pytest tests/checkpoints/test_packed.py
 Source: `compressed_tensors` 0.20, `QuantizationConfig`; NVIDIA ModelOpt's exported `hf_quant_config.json`.
 """
 

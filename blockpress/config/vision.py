@@ -6,7 +6,7 @@ and the budget of soft tokens), and the token ids of config.json.
 Invariant: a value that exists is valid, and a key of a file that would change the maths in a way that we do not know
 is refused by name. No torch here.
 
-Run it:  python -m pytest tests/sight/test_settings.py
+Run it:  python -m pytest tests/multimodal/test_settings.py
 Source: `Gemma4VisionConfig`, `Gemma4ImageProcessorPil`, `Gemma4VideoProcessor`, `DiffusionGemmaConfig`.
 """
 

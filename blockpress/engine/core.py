@@ -5,7 +5,7 @@
             advance  what came of it, for each way to decode    modes
             book     pages, contexts, ends                      here and in the scheduler
 
-Synchronous, single-threaded and deterministic; `engine.py` puts it on a thread of its own.
+Synchronous, single-threaded and deterministic; `threaded.py` puts it on a thread of its own.
 
 Invariant: a request's events are a function of (weights, prompt, seed, sampling), never of what runs beside it; an
 error in one request is an event of that request, and every other one goes on.
@@ -21,17 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockpress.decoding import Event, Failed
+from blockpress.engine.kv_cache import Store
 from blockpress.engine.modes import Progress, kind_of, strategies
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.pages import page_length, plan_pages
 from blockpress.engine.request import Picture, Request
 from blockpress.engine.runner import Outcome, Runner
 from blockpress.engine.scheduler import Scheduler, SchedulerStats, Work
-from blockpress.engine.store import Store
+from blockpress.engine.sizing import page_length, plan_pages
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.hardware import free_memory
 from blockpress.model import Network
-from blockpress.reply import Event, Failed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from blockpress.autoregress import choose, counted
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Event
+from blockpress.decoding.autoregressive import choose, counted
+from blockpress.decoding.scoring import judge
+from blockpress.decoding.verified import conclude, is_asked
 from blockpress.engine.request import Request
 from blockpress.engine.runner import Outcome
-from blockpress.judge import judge
 from blockpress.model import Network
-from blockpress.reply import Event
-from blockpress.verify import conclude, is_asked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What an engine may use: how many requests, how much memory, how large a forward.
 
 Invariant: options that exist are valid; none of them changes a token of an answer, but for `soft_embedding="sparse"`.
-Run it:  python -m pytest tests/engine/test_pages.py
+Run it:  python -m pytest tests/engine/test_sizing.py
 """
 
 from __future__ import annotations

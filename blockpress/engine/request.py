@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, final
 from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
 
 if TYPE_CHECKING:  # a row knows torch, and this room plans without it
-    from blockpress.reply import Row
+    from blockpress.decoding import Row
 
 Mode = Literal["diffusion", "autoregressive"]
 State = Literal["new", "waiting", "running", "paused", "ended"]

@@ -3,7 +3,7 @@
     works --batch--> rows --embed, begin--> stack over pages --finish--> canvases of the next forward, what was done
 
 Each request has a slot, in which its canvas waits between two forwards. Every request is at a step of its own. On a
-GPU a forward of canvases alone is a captured graph (`captured.py`).
+GPU a forward of canvases alone is a captured graph (`cuda_graphs.py`).
 
 Before the rows run all inputs are sent; behind them the processor waits for the device once, for the flags of every
 canvas, its argmax, and whether what was heard is sound. What else waits: pictures in a prompt, choosing a token
@@ -23,19 +23,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockpress.decoding import Denoised
+from blockpress.engine.attention import kernels_for, looks
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.captured import Captured, obstacle
-from blockpress.engine.looks import kernels_for, looks
+from blockpress.engine.canvas_state import Rules, Slots
+from blockpress.engine.cuda_graphs import Captured, obstacle
+from blockpress.engine.denoising import Begun, Canvases, Finished, begin, entry, finish
+from blockpress.engine.kv_cache import Store
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.engine.scheduler import Work
-from blockpress.engine.slots import Rules, Slots
-from blockpress.engine.step import Begun, Canvases, Finished, begin, entry, finish
-from blockpress.engine.store import Store
 from blockpress.engine.transfer import fetch, send
 from blockpress.model import Network
 from blockpress.model.pictures import place
-from blockpress.reply import Denoised
 from blockpress.shapes import Hidden
 
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from blockpress.config import LayerKind, ModelConfig
+from blockpress.engine.block_tables import Tables
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
-from blockpress.engine.tables import Tables
 from blockpress.errors import Overloaded, RequestError
-from blockpress.sight.placeholders import Run, part_end
+from blockpress.multimodal.placeholders import Run, part_end
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
 from blockpress.config.sampling import CHECKS
+from blockpress.decoding import Cancel
 from blockpress.errors import RequestError
-from blockpress.reply import Cancel
 
 Prompt = str | Sequence[int] | Tensor
 Conversation = Sequence[Mapping[str, Any]]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from blockpress.checkpoints import Checkpoint, load_network, open_checkpoint
 from blockpress.engine import EngineOptions
 from blockpress.errors import RequestError
 from blockpress.lm.model import LM
-from blockpress.weights import Checkpoint, load_network, open_checkpoint
 
 
 def load(

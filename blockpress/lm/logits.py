@@ -1,7 +1,7 @@
 """The logits of both passes, for whoever wants to look inside a model: `LM.denoise_logits` and `LM.next_token_logits`.
 
 Invariant: they are those of the reference loop, computed over the whole vocabulary; no engine takes part.
-Run it:  python -m pytest tests/test_lm.py
+Run it:  python -m pytest tests/lm/test_model.py
 """
 
 from __future__ import annotations

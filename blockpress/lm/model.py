@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.chat import Chat, Question, check_options
+from blockpress.chat.conversation import Chat, Question, check_options
+from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.decoding import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
 from blockpress.engine import EngineOptions, Request
 from blockpress.errors import CheckpointError
-from blockpress.lm.answer import Answer, LastingEngine
 from blockpress.lm.arguments import (
     AnySampling,
     ChatOptions,
@@ -33,12 +34,11 @@ from blockpress.lm.arguments import (
     is_batch,
     is_whole,
 )
+from blockpress.lm.execute import Answer, LastingEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
 from blockpress.lm.rows import check_ids, make_rows
 from blockpress.model import Network, VisionTower
-from blockpress.reply import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
 from blockpress.text import StreamDecoder, Tokenizer
-from blockpress.weights import Checkpoint, load_vision
 
 
 class LM:
@@ -290,7 +290,8 @@ class LM:
 
     @cached_property
     def _chat(self) -> Chat:
-        return Chat.of(self.tokenizer, self.path, self.config)
+        settings = partial(load_picture_settings, self.path, self.config)
+        return Chat.of(self.tokenizer, self.path, self.config, settings)
 
     @cached_property
     def _tower(self) -> VisionTower:

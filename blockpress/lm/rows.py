@@ -11,9 +11,9 @@ from typing import cast
 from torch import Tensor
 
 from blockpress.config import ModelConfig
+from blockpress.decoding import Row, Turn
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_whole
-from blockpress.reply import Row, Turn
 
 
 def make_rows(

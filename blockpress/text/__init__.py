@@ -1,34 +1,14 @@
-"""What people type and read: tokenizer, chat template, prompt, stream decoder, and what a model's turn says.
+"""Token ids to text and back: the tokenizer, and the decoder that gives text as soon as it will not change any more.
 
-Why: the model knows numbers, people know text; everything between the two is in this room, and no tensor is.
+Why: the model knows numbers, people know text. What is said in a conversation is the matter of `chat`.
 
 Invariant: no import of torch or transformers.
-
-Run: python -m pytest tests/text
+Run it:  python -m pytest tests/text
 """
 
 from __future__ import annotations
 
-from .calls import BrokenCall, ToolCall
-from .messages import Media
-from .prompt import ChatPrompt, encode_chat
-from .stream import StreamDecoder
-from .template import ChatTemplate
-from .tokenizer import Tokenizer
-from .turns import Controls, Piece, Said, Section, TurnParser
+from blockpress.text.stream import StreamDecoder
+from blockpress.text.tokenizer import Tokenizer
 
-__all__ = [
-    "BrokenCall",
-    "ChatPrompt",
-    "ChatTemplate",
-    "Controls",
-    "Media",
-    "Piece",
-    "Said",
-    "Section",
-    "StreamDecoder",
-    "Tokenizer",
-    "ToolCall",
-    "TurnParser",
-    "encode_chat",
-]
+__all__ = ["StreamDecoder", "Tokenizer"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from ..errors import RequestError
+from blockpress.errors import RequestError
 
 __all__ = ["StopFinder"]
 

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import final
 
-from ..errors import RequestError
-from .pieces import Unit, speller_for
-from .stops import StopFinder
-from .tokenizer import Tokenizer
+from blockpress.errors import RequestError
+from blockpress.text.pieces import Unit, speller_for
+from blockpress.text.stops import StopFinder
+from blockpress.text.tokenizer import Tokenizer
 
 __all__ = ["StreamDecoder"]
 

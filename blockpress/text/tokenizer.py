@@ -19,8 +19,8 @@ from typing import Any, final
 
 import tokenizers
 
-from ..errors import CheckpointError, DamagedFile, ModelNotFound, TextError
-from .pieces import is_lossless, piece_for_display
+from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound, TextError
+from blockpress.text.pieces import is_lossless, piece_for_display
 
 __all__ = ["Tokenizer"]
 

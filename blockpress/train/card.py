@@ -1,6 +1,6 @@
 """What was measured of a sudoku model, and its model card: the history of its training, then tables.
 
-Run it:  python -m blockpress.train.measure sudoku-nano --count 1000 --write
+Run it:  python -m blockpress.evals.sudoku sudoku-nano --count 1000 --write
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from blockpress.checkpoints import load_config
 from blockpress.train.recipes import SUDOKU_GIVENS, SUDOKU_POOL, SUDOKU_SEED
-from blockpress.weights import load_config
 
 HELD_OUT_SEED = 0
 SURE = (0.005, 0.01, 0.02, 0.05)
@@ -145,7 +145,7 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
         schedule depends on the cap.""",
         table(measured.scores),
         *by_givens_and_sureness(measured),
-        f"""Measured on {machine} by `python -m blockpress.train.measure sudoku-nano --count {count}{more} --write`,
+        f"""Measured on {machine} by `python -m blockpress.evals.sudoku sudoku-nano --count {count}{more} --write`,
         which wrote this page.""",
     ]
     return "\n\n".join(part if part.startswith("|") else fill(" ".join(part.split()), 120) for part in parts) + "\n"

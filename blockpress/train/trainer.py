@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from blockpress.checkpoints import load_network, minimal_vision, resolve, save_checkpoint
 from blockpress.errors import TrainingError
 from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
@@ -29,7 +30,6 @@ from blockpress.train.objective import Draw, Losses, Rows, draw, losses
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import Recipe
 from blockpress.train.rollouts import Rollouts
-from blockpress.weights import load_network, minimal_vision, resolve, save_checkpoint
 
 STATE = "trainer.pt"
 BUCKET = 64

@@ -16,12 +16,12 @@ from blockpress.bench.report import report
 from blockpress.bench.steppers import EngineStepper, PoemStepper
 from blockpress.bench.subject import Subject, randomised, shape_named, weight_bytes, widths
 from blockpress.bench.workload import Workload, arrivals, requests
+from blockpress.decoding import Event
 from blockpress.engine import Request
 from blockpress.engine.runner import Runner
 from blockpress.engine.scheduler import Work
 from blockpress.errors import BlockpressError, Overloaded, RequestError
 from blockpress.hardware import Peak
-from blockpress.reply import Event
 
 CPU = torch.device("cpu")
 MACHINE = costs.Device(name="a machine", bandwidth=1e9, rates={"float32": 1e9}, memory=1 << 30)
@@ -195,7 +195,8 @@ def test_the_peak_is_that_of_the_process() -> None:
     peak = Peak(CPU)
     with mmap.mmap(-1, size) as pages:  # fresh from the kernel: an allocator may hand out what earlier tests touched
         pages.write(bytes([1]) * size)
-    assert size <= peak.value() <= 4 * size
+    # The kernel counts resident pages in batches: a few may be missing.
+    assert size - (1 << 20) <= peak.value() <= 4 * size
 
 
 def test_measure_warms_up_runs_and_reports(tiny_subject: Subject) -> None:

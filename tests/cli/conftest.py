@@ -13,12 +13,13 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 
+from blockpress.chat import ChatTemplate
+from blockpress.checkpoints import save_checkpoint
+from blockpress.checkpoints.safetensors import vision as weights_vision
 from blockpress.cli.main import main
 from blockpress.config import PRESETS, GenerationConfig, Sampling
-from blockpress.text import ChatTemplate, Tokenizer
+from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
-from blockpress.weights import save_checkpoint
-from blockpress.weights import vision as weights_vision
 
 from .. import speech
 

@@ -15,8 +15,8 @@ from blockpress.cli.grid import Cell, State, answer_cells, draw_grid, final_stat
 from blockpress.cli.meter import Meter
 from blockpress.cli.terminal import without_controls
 from blockpress.config import Sampling
-from blockpress.reply import Committed, Denoised, Done, Reply, Usage
-from blockpress.reply import Text as FinalText
+from blockpress.decoding import Committed, Denoised, Done, Reply, Usage
+from blockpress.decoding import Text as FinalText
 
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from blockpress.checkpoints import resolve
+from blockpress.checkpoints.hub import cache as cached
 from blockpress.cli.units import size
 from blockpress.config import ModelConfig
-from blockpress.weights import cached, resolve
-from tests.weights.gguf_files import wide, write_gguf
-from tests.weights.hub_server import Hub, Repository, in_its_place
+from tests.builders.gguf_files import wide, write_gguf
+from tests.builders.hub_server import Hub, Repository, in_its_place
 
 from .conftest import Call, Screen
 

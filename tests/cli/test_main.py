@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from blockpress import __version__
+from blockpress.checkpoints import resolve
 from blockpress.cli import main as cli
 from blockpress.cli import show
 from blockpress.errors import BlockpressError
-from blockpress.weights import resolve
 
 from .conftest import Call
 

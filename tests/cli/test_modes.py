@@ -17,15 +17,15 @@ from PIL import Image
 
 import blockpress
 from blockpress import LM, sudoku
+from blockpress.chat import ToolCall
+from blockpress.checkpoints import save_checkpoint
 from blockpress.cli.doctor import PUZZLE
 from blockpress.cli.meter import Meter
 from blockpress.cli.talk import Stream
 from blockpress.cli.told import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, Sampling
-from blockpress.reply import Called, Committed, Done, Reply, Text, Thought, Usage
-from blockpress.text import ToolCall
+from blockpress.decoding import Called, Committed, Done, Reply, Text, Thought, Usage
 from blockpress.text.builder import write_digits_tokenizer
-from blockpress.weights import save_checkpoint
 
 from .. import speech
 from .conftest import Call, Screen
@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_before_the_weights(call: Call, untrained: Pat
         (causal, ("--mode", "verified"), "has no canvas"),
         (causal, ("--checks", 1), "leave out --checks: there is no canvas"),
         (untrained, ("--mode", "verified", "--checks", 0), "--checks is 0 in the mode verified"),
-        (untrained, ("--checks", 64), "checks is 64"),
+        (untrained, ("--checks", -1), "checks is -1"),
         (untrained, ("--logprobs", 1), "add --json or --events"),
         (untrained, (*token, "--temperature", -1), "temperature is -1"),
         (untrained, (*token, "--temperature", 1, "--top-k", -2), "top_k is -2"),

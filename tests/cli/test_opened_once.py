@@ -21,13 +21,14 @@ import pytest
 from PIL import Image
 
 import blockpress
+from blockpress.checkpoints import index as shards
+from blockpress.checkpoints import load_network, save_checkpoint
 from blockpress.config import ModelConfig
-from blockpress.quant import format_named
+from blockpress.quantize.convert import convert_checkpoint
+from blockpress.quantize.encoders import format_named
 from blockpress.text import Tokenizer
-from blockpress.weights import load_network, save_checkpoint, shards
-from blockpress.weights.convert import convert_checkpoint
+from tests.builders.gguf_files import narrow, write_gguf
 
-from ..weights.gguf_files import narrow, write_gguf
 from .conftest import Call
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from blockpress.checkpoints import resolve, save_checkpoint
 from blockpress.config import PRESETS, GenerationConfig
-from blockpress.weights import resolve, save_checkpoint
-from blockpress.weights.convert import REPORT
+from blockpress.quantize.convert import REPORT
 from tests.conftest import make_random_network
 
 from .conftest import Call

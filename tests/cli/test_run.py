@@ -11,7 +11,7 @@ import blockpress
 from blockpress import sudoku
 from blockpress.cli.doctor import PUZZLE
 from blockpress.cli.told import event_to_dict
-from blockpress.reply import Done
+from blockpress.decoding import Done
 
 from .conftest import Call, Screen
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 import blockpress
+from blockpress.chat import BrokenCall, ToolCall
+from blockpress.checkpoints import save_checkpoint
 from blockpress.cli.talk import Aside, ChatView
 from blockpress.cli.told import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, GenerationConfig, Sampling
-from blockpress.reply import Broken, Called, Done, Reply, Text, Thought, Usage
-from blockpress.text import BrokenCall, ToolCall
-from blockpress.weights import save_checkpoint
+from blockpress.decoding import Broken, Called, Done, Reply, Text, Thought, Usage
 
 from ..speech import TOKENIZER, VOCABULARY
 from .conftest import Call, Screen

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpress.config import PRESETS
+from blockpress.decoding.generate import plain_denoiser, read
 from blockpress.diffusion import Edits, KeyedDraws, Pins, Reading
-from blockpress.generate import plain_denoiser, read
 
 from ..conftest import make_random_network
 from .test_denoise import LENGTH, POLICY, VOCAB, Policy, Script, pinned_signal, plain, run

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from blockpress.config import PRESETS, AutoregressiveSampling, LayerKind, ModelConfig, Sampling
+from blockpress.decoding import Row
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.pages import DROPPED
 from blockpress.engine.request import Picture, Request
 from blockpress.engine.scheduler import Scheduler, Work
-from blockpress.reply import Row
+from blockpress.engine.sizing import DROPPED
 
 PAGE, WINDOW, CONTEXT, STOP = 4, 6, 60, 1
 KINDS: dict[str, tuple[LayerKind, ...]] = {

@@ -9,13 +9,13 @@ import jaxtyping
 import pytest
 import torch
 
-from blockpress.autoregress import autoregress
 from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
+from blockpress.decoding import Done, Event, Failed, Reply, Row
+from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.generate import generate
+from blockpress.decoding.verified import verified
 from blockpress.engine import Core, Request
-from blockpress.generate import generate
 from blockpress.model import Network
-from blockpress.reply import Done, Event, Failed, Reply, Row
-from blockpress.verify import verified
 
 AnySampling = Sampling | AutoregressiveSampling
 

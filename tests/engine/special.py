@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from blockpress.config import PRESETS, LayerConfig, ModelConfig, Sampling
+from blockpress.decoding import Done, Reply, Row
+from blockpress.decoding.generate import generate
+from blockpress.decoding.output import PlainTurn
 from blockpress.engine import Core, EngineOptions, Request
-from blockpress.engine.captured import Captured, Recorded, Work
-from blockpress.engine.looks import PagedAttention
-from blockpress.generate import generate
+from blockpress.engine.attention import PagedAttention
+from blockpress.engine.cuda_graphs import Captured, Recorded, Work
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops.attention import plain
-from blockpress.reply import Done, Reply, Row
-from blockpress.reply.turn import PlainTurn
 
 from ..conftest import make_random_network
 from .play import row

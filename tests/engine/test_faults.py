@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
+from blockpress.decoding import Done, Event, Failed
+from blockpress.decoding.output import PlainTurn
 from blockpress.engine import Core, Engine, EngineOptions, Request, modes
 from blockpress.engine import core as cores
 from blockpress.engine.scheduler import Work
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.model import Network
-from blockpress.reply import Done, Event, Failed
-from blockpress.reply.turn import PlainTurn
 
 from .play import AnySampling, play, poem, reply, row
 from .special import damped

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
+from blockpress.decoding import Denoised, Failed
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.model import Network
-from blockpress.reply import Denoised, Failed
 
 from .play import AnySampling, play, poem, prompts, reply, row
 from .special import CONFIG as CAPTURED

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 import blockpress
 from blockpress import sudoku
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Failed
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.captured import Captured
-from blockpress.engine.slots import LEAST_IDS, Rules, Slots
-from blockpress.engine.step import FIELDS, Canvases, begin, entry, finish, idle
+from blockpress.engine.canvas_state import LEAST_IDS, Rules, Slots
+from blockpress.engine.cuda_graphs import Captured
+from blockpress.engine.denoising import FIELDS, Canvases, begin, entry, finish, idle
 from blockpress.model import Network
-from blockpress.reply import Failed
 
 from .play import play, poem, prompts, reply, row
 from .special import CONFIG, DENIED, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison

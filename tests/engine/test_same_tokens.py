@@ -12,9 +12,9 @@ import torch
 import blockpress
 from blockpress import sudoku
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
+from blockpress.decoding import Denoised, Done, Reply
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.model import Network
-from blockpress.reply import Denoised, Done, Reply
 
 from ..conftest import make_random_network
 from .play import AnySampling, play, poem, prompts, reply, row
@@ -149,7 +149,7 @@ def test_the_shipped_model_solves_alike():
 
 def test_events_are_those_of_the_poem(network: Network):
     """Step by step: canvas, argmax, accepted, entropies; and one `Done` at the end."""
-    from blockpress.generate import generate
+    from blockpress.decoding.generate import generate
 
     [prompt] = prompts(CONFIG, 1, 30, seed=1)
     request = Request(row(CONFIG, 0, prompt, SHORT), SHORT)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from blockpress.config import Sampling
+from blockpress.decoding import Reply
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.engine.batch import Part
+from blockpress.engine.canvas_state import Rules, Slots
+from blockpress.engine.denoising import Canvases, begin, entry, finish
 from blockpress.engine.options import SoftEmbedding
-from blockpress.engine.slots import Rules, Slots
-from blockpress.engine.step import Canvases, begin, entry, finish
 from blockpress.model import Network
 from blockpress.ops.vocabulary import TILE, blocks
-from blockpress.reply import Reply
 
 from .play import play, poem, prompts, reply, row
 from .special import CONFIG, damped

@@ -24,9 +24,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from blockpress.config import Sampling
-from blockpress.generate import generate
+from blockpress.decoding import Denoised, Done, Reply, Row
+from blockpress.decoding.generate import generate
 from blockpress.model import Network
-from blockpress.reply import Denoised, Done, Reply, Row
 
 NEAR, FORGIVEN = 1e-5, 100_000
 PAD = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from blockpress.weights.build import Types, hold
+from blockpress.checkpoints.build import Types, hold
 
 from .checkpoints import CASES, OPS, compared
 from .conftest import Report

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from blockpress.autoregress import choose
+from blockpress.checkpoints import load_config, load_generation, load_network
 from blockpress.config import AutoregressiveSampling, GenerationConfig
+from blockpress.decoding import Row
+from blockpress.decoding.autoregressive import choose
 from blockpress.errors import ConfigError, RequestError
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
-from blockpress.reply import Row
-from blockpress.weights import load_config, load_generation, load_network
 
 from .siblings import CASES, TINY, checkpoint, prompts
 

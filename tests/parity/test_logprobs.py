@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from blockpress.autoregress import autoregress
+from blockpress.checkpoints import load_network
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Done, Reply, Row
+from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.verified import verified
 from blockpress.model import Network
-from blockpress.reply import Done, Reply, Row
-from blockpress.verify import verified
-from blockpress.weights import load_network
 
 from .checkpoints import TINY
 from .oracle import _head, build, network_like

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import Gemma4Config, Gemma4TextConfig
 
 from blockpress import costs
-from blockpress.autoregress import autoregress
+from blockpress.checkpoints import load_config, load_network
+from blockpress.checkpoints.names import our_name, published_name
 from blockpress.config import LayerConfig, ModelConfig
+from blockpress.decoding import Done, Row
+from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.generate import pad
 from blockpress.errors import ConfigError, RequestError
-from blockpress.generate import pad
 from blockpress.model import Network
-from blockpress.reply import Done, Row
-from blockpress.weights import load_config, load_network
-from blockpress.weights.keys import our_name, published_name
 
 from .conftest import Report
 from .oracle import distance

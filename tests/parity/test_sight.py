@@ -27,9 +27,9 @@ from blockpress.config.vision import MINIMAL_TOWER as SMALLEST
 from blockpress.config.vision import PictureSettings, VisionConfig
 from blockpress.model import Network, pictures
 from blockpress.model.vision import VisionTower
-from blockpress.sight import Prompt, expand, prepare
-from blockpress.sight.images import fitted_size
-from blockpress.sight.placeholders import part_end
+from blockpress.multimodal import Prompt, expand, prepare
+from blockpress.multimodal.images import fitted_size
+from blockpress.multimodal.placeholders import part_end
 
 from .checkpoints import TINY
 from .conftest import Report

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from blockpress.checkpoints import load_config, resolve
 from blockpress.config import PRESETS, Sampling
 from blockpress.errors import TrainingError
 from blockpress.text import Tokenizer
 from blockpress.train import recipes
 from blockpress.train.recipes import RECIPES, Recipe, recipe
-from blockpress.weights import load_config, resolve
 
 
 @pytest.mark.parametrize("name", ["sudoko", "", "Sudoku"])

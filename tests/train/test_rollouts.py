@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.decoding.generate import plain_denoiser
 from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident, denoise
 from blockpress.diffusion.denoise import Step
 from blockpress.errors import ConfigError
-from blockpress.generate import plain_denoiser
 from blockpress.model import Network
 from blockpress.train.objective import Draw, Objective, Rows, draw, losses
 from blockpress.train.recipes import Recipe

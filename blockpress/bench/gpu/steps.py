@@ -80,8 +80,8 @@ def _measure_engine(report: Report, network: Network, form: str, batch: int) -> 
 def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, str | None]:
     """Milliseconds of forwards that hold `batch` canvases and nothing else; and why none was captured, if so."""
     from blockpress.config import Sampling
+    from blockpress.decoding import Row
     from blockpress.engine import Core, EngineOptions, Request
-    from blockpress.reply import Row
 
     config, how = network.config, Sampling(steps=STEPS, confidence=0.0)
     room = batch * (context + 3 * config.canvas_length) * sum(context_bytes(config, str(network.dtype)[6:]).values())

@@ -7,8 +7,6 @@
     vocabulary.py    what `ops.vocabulary.see` is here; head.py the logits and their statistics, belief.py the signal
     attention.py     spans of a flat batch over pages
     jit.py           how a kernel is declared; interpreter.py    how it runs where there is no GPU
-    variants.py      what compile_check compiles
-    compile_check.py registers, spills, shared memory and matrix instructions of every kernel, without a GPU
 
 Invariant: importing this package imports no Triton, and nothing outside it needs Triton.
 

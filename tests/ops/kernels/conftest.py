@@ -52,7 +52,7 @@ COMPILED += ("multiply 256 rows", "head choose", "belief pick")
 @pytest.fixture(scope="session")
 def compiled(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[str], list[str]]:
     """`compiled("head choose")`: the lines of `compile_check` on these kernels; one process for all that is asked."""
-    done = interpreted("-m", "blockpress.ops.kernels.compile_check", *COMPILED, interpret=False)
+    done = interpreted("-m", "blockpress.bench.gpu.compile_check", *COMPILED, interpret=False)
     assert done.returncode == 0, done.stderr
 
     def lines(part: str) -> list[str]:

@@ -1,0 +1,38 @@
+"""A conversation as the model reads it, and the model's turn as people read it.
+
+    messages --template, prompt--> ids and pictures       messages, template, prompt
+    ids --parser--> text, thoughts, tool calls            parser, tool_calls
+    both together, and what a turn decides                conversation, turn
+
+Invariant: no import of torch or transformers; what is wrong with a conversation is named before anything is computed.
+Run it:  python -m pytest tests/chat
+"""
+
+from __future__ import annotations
+
+from blockpress.chat.conversation import Chat, Question, check_options
+from blockpress.chat.messages import Media
+from blockpress.chat.parser import Controls, Piece, Said, Section, TurnParser
+from blockpress.chat.prompt import ChatPrompt, encode_chat
+from blockpress.chat.template import ChatTemplate
+from blockpress.chat.tool_calls import BrokenCall, ToolCall
+from blockpress.chat.turn import RETRIES, ChatTurn
+
+__all__ = [
+    "RETRIES",
+    "BrokenCall",
+    "Chat",
+    "ChatPrompt",
+    "ChatTemplate",
+    "ChatTurn",
+    "Controls",
+    "Media",
+    "Piece",
+    "Question",
+    "Said",
+    "Section",
+    "ToolCall",
+    "TurnParser",
+    "check_options",
+    "encode_chat",
+]

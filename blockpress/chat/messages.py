@@ -1,0 +1,269 @@
+"""Messages and tools as people and programs send them, checked, and in the one form that chat templates read.
+
+    given     {"role": "model", "content": [{"type": "text", "text": "4"}], "tool_calls": [{... "arguments": "{}"}]}
+    checked   {"role": "assistant", "content": [...], "tool_calls": [{... "arguments": {}}]}
+
+Why: a template is a program that fails in its own words, or writes something else than was meant, when a field is not
+as it expects. So every field is checked here first, by name.
+
+Invariant: what comes out is plain JSON in OpenAI's chat shape, every field of it was given, and every field that was
+given is in it or was refused. Sources of images and videos are taken out, in their order, and left as marks.
+
+Run: python -m pytest tests/chat/test_messages.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from blockpress.chat.tool_calls import MAX_DEPTH
+from blockpress.errors import RequestError
+
+__all__ = ["Media", "check_messages", "check_tools"]
+
+ROLES = ("system", "developer", "user", "assistant", "model", "tool")
+_THOUGHTS = ("thinking", "reasoning", "reasoning_content")
+_FIELDS = {
+    "assistant": {"role", "content", "tool_calls", *_THOUGHTS},
+    "tool": {"role", "content", "tool_call_id", "name"},
+}
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+
+
+@final
+@dataclass(frozen=True)
+class Media:
+    """An image or a video of a message: its source as it was given, and the name of the field that it stands in."""
+
+    kind: Literal["image", "video"]
+    source: Any
+    field: str
+
+
+def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Media]]:
+    """The messages as templates read them, and what they show, in the order of the text.
+
+    Roles: system, developer, user, assistant (or model), tool. Content: text, or a list of parts: {"type": "text",
+    "text": ...}, {"type": "image", "image": ...}, {"type": "image_url", "image_url": {"url": ...}}, {"type": "video",
+    "video": ...}; images and videos in a user's message only. An assistant's `tool_calls` have OpenAI's shape, their
+    arguments an object or its JSON text; its thought goes by `thinking`, `reasoning` or `reasoning_content`. A tool's
+    message names the call that it answers by `tool_call_id` or the tool by `name`.
+
+    RequestError names the first field that is wrong, as in messages[2].content[0].type.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise _wrong("messages", messages, 'a list of messages such as {"role": "user", "content": "Hello"}')
+    checked: list[dict[str, Any]] = []
+    media: list[Media] = []
+    for number, message in enumerate(messages):
+        checked.append(_message(message, f"messages[{number}]", checked, media))
+    return checked, media
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools in OpenAI's shape, each {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    None or an empty list: no tools, None. RequestError names the first field that is wrong.
+    """
+    if tools is None:
+        return None
+    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
+        raise _wrong("tools", tools, "a list of tools")
+    checked = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+    names = [tool["function"]["name"] for tool in checked]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise _wrong(f"tools[{number}].function.name", name, "a name that no other tool has")
+    return checked or None
+
+
+def _message(message: Any, at: str, before: list[dict[str, Any]], media: list[Media]) -> dict[str, Any]:
+    _object(message, at)
+    role = message.get("role")
+    if role not in ROLES:
+        raise _wrong(f"{at}.role", role, f"one of {', '.join(ROLES)}")
+    role = "assistant" if role == "model" else role
+    _only(message, at, _FIELDS.get(role, {"role", "content"}))
+    if role == "assistant":
+        return _assistant(message, at)
+    if role == "tool":
+        return _response(message, at, before)
+    return {
+        "role": role,
+        "content": _content(message.get("content"), f"{at}.content", media if role == "user" else None),
+    }
+
+
+def _assistant(message: Mapping[str, Any], at: str) -> dict[str, Any]:
+    checked: dict[str, Any] = {"role": "assistant"}
+    calls, content = message.get("tool_calls"), message.get("content")
+    if calls is not None and (isinstance(calls, str | bytes | Mapping) or not isinstance(calls, Sequence)):
+        raise _wrong(f"{at}.tool_calls", calls, "a list of calls")
+    thoughts = [(name, message[name]) for name in _THOUGHTS if message.get(name) is not None]
+    for name, thought in thoughts:
+        if not isinstance(thought, str) or thought != thoughts[0][1]:
+            raise _wrong(f"{at}.{name}", thought, "the thought's text, the same under every name that it is given")
+    if content is None and not calls and not thoughts:
+        raise _wrong(f"{at}.content", content, "text, since the message has no tool_calls")
+    checked["content"] = "" if content is None else _content(content, f"{at}.content", None)
+    if thoughts:
+        # Templates differ in the name that they read.
+        checked |= dict.fromkeys(("reasoning", "reasoning_content"), thoughts[0][1])
+    if calls:
+        checked["tool_calls"] = [_call(call, f"{at}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    return checked
+
+
+def _call(call: Any, at: str) -> dict[str, Any]:
+    _object(call, at)
+    _only(call, at, {"id", "type", "function", "index"})
+    if call.get("type", "function") != "function":
+        raise _wrong(f"{at}.type", call["type"], "'function'")
+    _object(call.get("function"), f"{at}.function")
+    _only(call["function"], f"{at}.function", {"name", "arguments"})
+    name, arguments = call["function"].get("name"), call["function"].get("arguments", {})
+    _check_name(name, f"{at}.function.name")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise _wrong(f"{at}.function.arguments", arguments, "a JSON object, or its text") from None
+    if not isinstance(arguments, Mapping):
+        raise _wrong(f"{at}.function.arguments", arguments, "a JSON object, or its text")
+    checked: dict[str, Any] = {"type": "function"}
+    if call.get("id") is not None:
+        if not isinstance(call["id"], str):
+            raise _wrong(f"{at}.id", call["id"], "text")
+        checked["id"] = call["id"]
+    checked["function"] = {"name": name, "arguments": _json(arguments, f"{at}.function.arguments")}
+    return checked
+
+
+def _response(message: Mapping[str, Any], at: str, before: list[dict[str, Any]]) -> dict[str, Any]:
+    caller = next((old for old in reversed(before) if old["role"] != "tool"), None)
+    calls = (caller or {}).get("tool_calls")
+    if not calls:
+        raise _wrong(f"{at}.role", "tool", "of a message behind an assistant's message with tool_calls")
+    wanted, name = message.get("tool_call_id"), message.get("name")
+    if wanted is not None:
+        named = next((call["function"]["name"] for call in calls if call.get("id") == wanted), None)
+        if named is None:
+            raise _wrong(f"{at}.tool_call_id", wanted, f"the id of a call: {[call.get('id') for call in calls]}")
+        if name is not None and name != named:
+            raise _wrong(f"{at}.name", name, f"{named!r}, the tool of call {wanted!r}, or left out")
+        name = named
+    if name not in [call["function"]["name"] for call in calls]:
+        raise _wrong(f"{at}.name", name, f"a tool that was called: {[call['function']['name'] for call in calls]}")
+    content = message.get("content")
+    # A result may also be an object, which templates write with its own keys.
+    result = (
+        _json(content, f"{at}.content") if isinstance(content, Mapping) else _content(content, f"{at}.content", None)
+    )
+    checked = {"role": "tool", "name": name, "content": result}
+    return checked | ({} if wanted is None else {"tool_call_id": wanted})
+
+
+def _content(content: Any, at: str, media: list[Media] | None) -> str | list[dict[str, Any]]:
+    """Text, or parts; `media` takes what they show, None where nothing may be shown."""
+    if isinstance(content, str):
+        return str(content)
+    if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence) or not content:
+        raise _wrong(at, content, "text, or a list of parts")
+    return [_part(part, f"{at}[{number}]", media) for number, part in enumerate(content)]
+
+
+def _part(part: Any, at: str, media: list[Media] | None) -> dict[str, Any]:
+    _object(part, at)
+    kind = part.get("type")
+    if kind == "text":
+        _only(part, at, {"type", "text"})
+        if not isinstance(part.get("text"), str):
+            raise _wrong(f"{at}.text", part.get("text"), "text")
+        return {"type": "text", "text": str(part["text"])}
+    if not isinstance(kind, str) or kind not in _MEDIA:
+        raise _wrong(f"{at}.type", kind, f"one of text, {', '.join(_MEDIA)}")
+    if media is None:
+        raise _wrong(f"{at}.type", kind, "'text': only a user's message shows something")
+    _only(part, at, {"type", kind})
+    source = part.get(kind)
+    if kind.endswith("_url"):
+        if isinstance(source, Mapping):
+            _only(source, f"{at}.{kind}", {"url"})
+            source = source.get("url")
+        if not isinstance(source, str) or not source:
+            raise _wrong(f"{at}.{kind}", part.get(kind), 'an address, as {"url": "..."}')
+    if source is None:
+        raise _wrong(f"{at}.{kind}", source, f"the {_MEDIA[kind]}")
+    media.append(Media(_MEDIA[kind], source, at))  # type: ignore[arg-type]
+    return {"type": _MEDIA[kind]}
+
+
+def _tool(tool: Any, at: str) -> dict[str, Any]:
+    _object(tool, at)
+    _only(tool, at, {"type", "function"})
+    if tool.get("type") != "function":
+        raise _wrong(f"{at}.type", tool.get("type"), "'function'")
+    function, at = tool.get("function"), f"{at}.function"
+    _object(function, at)
+    # `strict` promises that arguments fit the schema, which nothing here can keep.
+    _only(
+        function, at, {"name", "description", "parameters"} | ({"strict"} if function.get("strict") is False else set())
+    )
+    _check_name(function.get("name"), f"{at}.name")
+    description, parameters = function.get("description"), function.get("parameters")
+    if description is not None and not isinstance(description, str):
+        raise _wrong(f"{at}.description", description, "text")
+    checked: dict[str, Any] = {"name": function["name"], "description": description or ""}
+    if parameters is not None:
+        _object(parameters, f"{at}.parameters")
+        if parameters.get("type", "object") != "object":
+            raise _wrong(f"{at}.parameters.type", parameters["type"], "'object'")
+        checked["parameters"] = {"type": "object", **_json(parameters, f"{at}.parameters")}
+    return {"type": "function", "function": checked}
+
+
+def _json(value: Any, at: str, depth: int = 1) -> Any:
+    """`value` rebuilt of plain JSON types."""
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, Mapping | list | tuple) and depth > MAX_DEPTH:
+        raise RequestError(f"{at:.60} is nested deeper than {MAX_DEPTH}", hint="use fewer objects inside each other")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise _wrong(f"{at} key", key, "text")
+        return {str(key): _json(entry, f"{at}.{key}", depth + 1) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(entry, f"{at}[{number}]", depth + 1) for number, entry in enumerate(value)]
+    raise _wrong(at, value, "a JSON value")
+
+
+def _check_name(name: Any, at: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _wrong(at, name, "1 to 128 letters, digits, or any of _ . -")
+
+
+def _object(value: Any, at: str) -> None:
+    if not isinstance(value, Mapping):
+        raise _wrong(at, value, "an object")
+
+
+def _only(value: Mapping[str, Any], at: str, known: set[str]) -> None:
+    for name in value:
+        if name not in known and value[name] is not None:
+            raise RequestError(
+                f"{at}.{name} is {value[name]!r:.60}, and nothing reads it here",
+                hint=f"leave it out; the fields are {', '.join(sorted(known))}",
+            )
+
+
+def _wrong(field: str, value: Any, what: str) -> RequestError:
+    return RequestError(f"{field} is {value!r:.60}", hint=f"it must be {what}")

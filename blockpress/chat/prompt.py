@@ -1,0 +1,123 @@
+"""Messages to the token ids of a prompt, by the checkpoint's template, and nobody's text becomes a control token.
+
+    given      {"role": "user", "content": "Type <turn|> to end"}
+    marked     Type <#turn|> to end              # is a sign that nobody wrote
+    rendered   <|turn>user\\nType <#turn|> to end<turn|>\\n
+    encoded    [<|turn>, user, \\n, Type, <]  [turn, |, >, to, end, <turn|>, \\n]
+
+Why: a template gives one text, and in it the `<turn|>` that a user typed looks like the one that ends the turn. So
+every control token that is written out in a message is cut in two before the template sees it, and encoded in two.
+
+Invariant: the control tokens of the ids are those that the template wrote. Messages that hold none written out are
+encoded as one text, just as the checkpoint's own processor would.
+
+Run: python -m pytest tests/chat/test_prompt.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from blockpress.chat.messages import Media, check_messages, check_tools
+from blockpress.chat.template import ChatTemplate
+from blockpress.errors import RequestError, TextError
+from blockpress.text.tokenizer import Tokenizer
+
+__all__ = ["ChatPrompt", "encode_chat"]
+
+PLACES = ("<|image|>", "<|video|>")
+"""What templates write where an image or a video is shown."""
+
+# Code points that Unicode will never give to a sign.
+_MARKS = [*map(chr, range(0xFDD0, 0xFDF0)), *(chr(plane << 16 | 0xFFFF) for plane in range(1, 17))]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """Token ids, and the images and videos in the order of their placeholders."""
+
+    ids: list[int]
+    media: tuple[Media, ...]
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Any,
+    *,
+    tools: Any = None,
+    thinking: bool = False,
+    lay_out: Callable[[str, tuple[Media, ...]], str] | None = None,
+) -> ChatPrompt:
+    """The prompt of a conversation, ending where the model is to write.
+
+    `lay_out`, called where there are images or videos, writes their places anew into the rendered text, in which none
+    was typed by anybody.
+
+    RequestError names a field of `messages` or `tools`; TextError tells what the template refuses, or that it
+    leaves out an image.
+    """
+    checked, media = check_messages(messages)
+    declared = check_tools(tools)
+    breaks = _Breaks(tokenizer, [checked, declared], places=PLACES if media else ())
+    text = template.render(breaks.apply(checked), tools=breaks.apply(declared), enable_thinking=thinking)
+    # Frames of a video are images: it needs no token of its own, and not every vocabulary has one.
+    sees = tokenizer.backend.token_to_id(PLACES[0]) is not None
+    for kind, mark in zip(("image", "video"), PLACES, strict=True):
+        shown = [one for one in media if one.kind == kind]
+        places = text.count(mark) if sees else 0
+        if shown and places != len(shown):
+            raise TextError(
+                f"{shown[0].field} is one of {len(shown)} {kind}s; the prompt has a place for {places}",
+                hint=f"leave {kind}s out, or use a model whose chat template takes them",
+            )
+    if lay_out is not None and media:
+        text = lay_out(text, tuple(media))
+    ids = [number for part in text.split(breaks.mark) for number in tokenizer.encode(part, add_special=False)]
+    return ChatPrompt(ids=ids, media=tuple(media))
+
+
+@final
+class _Breaks:
+    """Puts `mark`, a sign that occurs nowhere in `values`, into what their texts write out: controls, and `places`.
+
+    A text that ends in the beginning of a control token gets one behind it, since the next text may hold the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, values: Any, places: Sequence[str]) -> None:
+        special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_ids)
+        controls = sorted({*places, *(text for text in special if text is not None and len(text) > 1)})
+        begun = {text[:length] for text in controls for length in range(1, len(text))}
+        # An empty match in front of each: tokens may overlap, and each is cut behind its first sign.
+        whole = "|".join(map(re.escape, controls))
+        part = "|".join(map(re.escape, sorted(begun)))
+        self._found = re.compile(f"(?=(?:{whole}))(.)|(?=(?:{part})\\Z)(.)", re.DOTALL) if controls else None
+        used = {sign for text in _texts(values) for sign in text}
+        self.mark = next((mark for mark in _MARKS if mark not in used), "")
+        if not self.mark:
+            raise RequestError(
+                f"messages hold all of {len(_MARKS)} code points that stand for no sign", hint="leave one of them out"
+            )
+
+    def apply(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value if self._found is None else self._found.sub(lambda found: found[0] + self.mark, value)
+        if isinstance(value, Mapping):
+            return {self.apply(key): self.apply(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self.apply(entry) for entry in value]
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from _texts(entry)

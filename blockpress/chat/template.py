@@ -1,0 +1,256 @@
+"""Messages to the text that the model was trained on, by the Jinja template that its checkpoint ships.
+
+Why: every checkpoint has its own words for turns, tools and thoughts, and ships them as a template. A template is a
+program from somebody else, so it runs in a sandbox.
+
+Invariant: a template gets plain data and gives text or a TextError; it never reaches Python's objects, files or the
+caller's messages. Bounded are the output (16 Mi characters), the results of `*`, `+` and `**`, and `range` (100,000
+numbers a call, 1,000,000 a rendering). Not bounded is the time that a hostile template can waste in other ways: use
+templates of checkpoints that you trust with your time.
+
+Run: python -m pytest tests/chat/test_template.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from typing import Any, final
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+from blockpress.errors import TextError
+from blockpress.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate"]
+
+MAX_OUTPUT = 16 * 2**20
+"""Characters that a rendering may have."""
+
+_MAX_RANGE_TOTAL = 1_000_000
+_MAX_BITS = 65_536
+
+
+@final
+class ChatTemplate:
+    """A compiled chat template, rendered as `transformers` does: same filters, functions, blocks and blanks."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`special_tokens`: what the template may name, such as `bos_token`. `clock`: what `strftime_now` reads.
+
+        TextError with line and message if the source is not valid Jinja.
+        """
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        environment = _environment(clock)
+        self._reserved = frozenset(environment.globals)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TextError(
+                f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
+                hint="correct the template",
+            ) from error
+        # Constants are computed while compiling, and can fail in any way.
+        except Exception as error:
+            raise _failure(error) from error
+
+    @classmethod
+    def own(cls, **names: Any) -> ChatTemplate:
+        """The template of our own models, in Gemma's control tokens; `names` as the constructor's."""
+        return cls((files(__package__) / "template.jinja").read_text(encoding="utf-8"), **names)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The template of the tokenizer's checkpoint with its special tokens, or None. Errors as the constructor."""
+        if tokenizer.chat_template is None:
+            return None
+        return cls(tokenizer.chat_template, special_tokens=tokenizer.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        bos_token: str | None = None,
+        **extra: Any,
+    ) -> str:
+        """The prompt's text for these messages.
+
+        `bos_token` replaces the tokenizer's own; it is empty text if neither has one. `extra` are further names for the
+        template, such as `enable_thinking=True`. Values that are not JSON (images, arrays) reach the template as a mark
+        like `<Image>`.
+
+        TextError with the template's own message if it refuses the messages, fails, writes too much or leaves its
+        sandbox.
+        """
+        taken = sorted(self._reserved & extra.keys())
+        if taken:
+            raise TextError(f"{taken[0]!r} is a function of chat templates", hint="pass the value under another name")
+        names = {"documents": None, "bos_token": "", **self._special_tokens, **extra}
+        names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        if bos_token is not None:
+            names["bos_token"] = bos_token
+        try:
+            return self._write({name: _plain(value) for name, value in names.items()})
+        except TextError:
+            raise
+        # The template is a program: whatever it raises is its failure, not ours.
+        except Exception as error:
+            raise _failure(error) from error
+
+    def _write(self, names: dict[str, Any]) -> str:
+        size = 0
+        parts: list[str] = []
+        for part in self._template.generate(**names, range=_rationed_range()):
+            size += len(part)
+            if size > MAX_OUTPUT:
+                raise TextError(
+                    f"the chat template wrote more than {MAX_OUTPUT} characters",
+                    hint="shorten the messages or correct the template",
+                )
+            parts.append(part)
+        return "".join(parts)
+
+
+class _Refusal(jinja2.TemplateError):
+    """The template called `raise_exception`."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` to `{% endgeneration %}` marks what the model writes, for training; here it passes through."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses results that grow beyond any prompt, and refuses at once what the plain sandbox turns into empty text."""
+
+    # Naming an operator here also keeps Jinja from computing it on constants while it compiles.
+    intercepted_binops = frozenset({"*", "+", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*" and _size(left) * _size(right) > MAX_OUTPUT and (_is_sized(left) or _is_sized(right)):
+            raise SecurityError(f"a repetition of more than {MAX_OUTPUT} parts")
+        if operator == "+" and _is_sized(left) and _is_sized(right) and len(left) + len(right) > MAX_OUTPUT:
+            raise SecurityError(f"a text or list of more than {MAX_OUTPUT} parts")
+        if operator == "**" and isinstance(left, int) and _size(right) * left.bit_length() > _MAX_BITS:
+            raise SecurityError(f"a number of more than {_MAX_BITS} bits")
+        return super().call_binop(context, operator, left, right)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe.")
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's `namespace` without underscore names, which would replace the object's own machinery."""
+
+    def __init__(*args: Any, **names: Any) -> None:
+        for name in dict(*args[1:], **names):
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(*args, **names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace takes no name that begins with an underscore, such as {name!r}")
+
+
+def _environment(clock: Callable[[], datetime]) -> _Sandbox:
+    def raise_exception(message: object) -> None:
+        raise _Refusal(str(message))
+
+    def strftime_now(form: str) -> str:
+        return clock().strftime(form)
+
+    # Jinja's own filter escapes for HTML, and prompts are not HTML.
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    # Filler text at random is no part of a prompt, and any amount of it can be asked for.
+    del environment.globals["lipsum"]
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": _Namespace}
+    return environment
+
+
+def _rationed_range() -> Callable[..., range]:
+    left = _MAX_RANGE_TOTAL
+
+    def rationed(*args: int) -> range:
+        nonlocal left
+        numbers = safe_range(*args)
+        left -= len(numbers)
+        if left < 0:
+            raise SecurityError(f"ranges of more than {_MAX_RANGE_TOTAL} numbers in one rendering")
+        return numbers
+
+    return rationed
+
+
+def _is_sized(value: Any) -> bool:
+    return isinstance(value, str | bytes | list | tuple)
+
+
+def _size(value: Any) -> int:
+    return len(value) if _is_sized(value) else value if isinstance(value, int) else 0
+
+
+def _plain(value: Any) -> Any:
+    """`value` rebuilt from plain JSON types: methods of richer objects are out of the sandbox's knowledge."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            # A subclass may bring its own __str__ or __int__, so the base type reads it.
+            return value if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(entry) for entry in value]
+    return f"<{type(value).__name__}>"
+
+
+def _failure(error: Exception) -> TextError:
+    if isinstance(error, _Refusal):
+        return TextError(f"the chat template refuses these messages: {error}", hint="change the messages as it says")
+    if isinstance(error, SecurityError):
+        return TextError(f"the chat template does what its sandbox forbids: {error}", hint="use another template")
+    name = type(error).__name__
+    return TextError(
+        f"the chat template failed with {name}: {error}",
+        hint="check the messages' fields against the template, or correct it",
+    )

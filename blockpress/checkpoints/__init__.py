@@ -1,0 +1,33 @@
+"""Files on disk: a checkpoint's directory becomes a network, and a network a checkpoint that `transformers` loads too.
+
+Invariant: nothing is read half and nothing is written half. A tensor that is missing, left over, of another shape or
+in a file cut short is an error that names it, before the first weight is read; a save takes its place only when whole.
+
+Run it:  python -m pytest tests/checkpoints
+"""
+
+from __future__ import annotations
+
+from blockpress.checkpoints.build import Progress
+from blockpress.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_config, load_generation, open_checkpoint
+from blockpress.checkpoints.locate import resolve, shipped
+from blockpress.checkpoints.safetensors.load import load_network
+from blockpress.checkpoints.safetensors.save import save_checkpoint
+from blockpress.checkpoints.safetensors.vision import load_picture_settings, load_vision, minimal_vision, vision_tensors
+
+__all__ = [
+    "Checkpoint",
+    "Progress",
+    "find_checkpoint",
+    "load_config",
+    "load_generation",
+    "load_network",
+    "load_picture_settings",
+    "load_vision",
+    "minimal_vision",
+    "open_checkpoint",
+    "resolve",
+    "save_checkpoint",
+    "shipped",
+    "vision_tensors",
+]

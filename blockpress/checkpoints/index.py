@@ -1,0 +1,136 @@
+"""The safetensors files of a checkpoint: which tensor lies where, and one tensor at a time out of them.
+
+Files are read with pread, not mapped into memory: mapped pages stay resident until the file is closed, which would
+hold a whole shard beside the weights, and a mapped file that somebody cuts short kills the process.
+
+Invariant: the catalogue holds every tensor of every shard exactly once, and opens no file outside the directory.
+
+Run it:  python -m pytest tests/checkpoints/test_index.py
+Source: https://huggingface.co/docs/safetensors (the header; every byte of data belongs to one tensor).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from blockpress.checkpoints.files import INDEX, SINGLE, read_object
+from blockpress.errors import CheckpointError, DamagedFile, MissingWeights
+
+FLOATS: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The types a weight may be stored in, by the format's own codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor on disk; `dtype` is the format's code, such as BF16."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk: a code has its bits in its name, but for BOOL."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def catalogue(directory: Path, index: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+    """Every tensor of the checkpoint by its published name, in the order of the files; only headers are read.
+
+    `model.safetensors` counts where it is there, else the shards of `model.safetensors.index.json`, as in
+    `transformers`.
+
+    Args:
+        index: what model.safetensors.index.json holds, if it was read.
+
+    Raises:
+        MissingWeights: no weights, a shard that is not there, or a tensor that the index puts where it is not.
+        DamagedFile: a file cut short or unreadable, or a tensor that two shards hold.
+    """
+    places: dict[str, str] = {}
+    if (directory / SINGLE).is_file():
+        files = [SINGLE]
+    elif (directory / INDEX).is_file():
+        places = _places(directory / INDEX, read_object(directory / INDEX) if index is None else index)
+        files = sorted(set(places.values()))
+    else:
+        raise MissingWeights(
+            f"there are no weights in {str(directory)!r}: neither {SINGLE} nor {INDEX}",
+            hint="fetch the checkpoint again; blockpress reads safetensors only",
+        )
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        if not (directory / name).is_file():
+            raise MissingWeights(
+                f"the shard {name} is not in {str(directory)!r}", hint=f"{INDEX} names it: fetch the file"
+            )
+        for tensor in _headers(directory / name):
+            if tensor.name in tensors:
+                raise DamagedFile(
+                    f"the tensor {tensor.name} is in both {tensors[tensor.name].file.name} and {name}",
+                    hint="the shards come from different saves: fetch or save the checkpoint again",
+                )
+            tensors[tensor.name] = tensor
+    for tensor_name, file in places.items():
+        if tensor_name not in tensors or tensors[tensor_name].file.name != file:
+            raise MissingWeights(
+                f"{INDEX} puts the tensor {tensor_name} into {file}, which does not hold it",
+                hint="index and shards come from different saves: fetch or save the checkpoint again",
+            )
+    return tensors
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """An open safetensors file; `get_tensor(name)` gives a tensor that owns its memory.
+
+    Raises:
+        DamagedFile: the file is cut short or no safetensors file. CheckpointError: it cannot be read at all.
+    """
+    try:
+        with safe_open(file, framework="pt", backend="pread") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise DamagedFile(
+            f"{str(file)!r} is damaged or cut short: {error}", hint="fetch the file again and compare its size"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint="check the file and its rights") from error
+
+
+def _headers(file: Path) -> list[Stored]:
+    with opened(file) as shard:
+        slices = ((name, shard.get_slice(name)) for name in shard.offset_keys())
+        return [Stored(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
+
+
+def _places(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The index's map from a tensor's name to its shard's, which lies beside the index and nowhere else."""
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise DamagedFile(f"{str(file)!r} has no weight_map", hint="fetch the file again")
+    for tensor, shard in places.items():
+        # Both separators on every system: a checkpoint is read wherever it is copied to.
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
+        if not plain:
+            raise DamagedFile(
+                f"{str(file)!r} puts the tensor {tensor} into {shard!r}",
+                hint="a shard must be a .safetensors file in the checkpoint's own directory",
+            )
+    return places

@@ -1,0 +1,108 @@
+"""How an answer's tokens are read: as one text, or by somebody who knows more about them.
+
+Invariant: a turn belongs to one row and is told each of its returned tokens once, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Protocol, final, runtime_checkable
+
+from blockpress.chat import Piece, Said
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Text of a growing list of tokens; `text.StreamDecoder` is one."""
+
+    @property
+    def stopped(self) -> str | None: ...
+
+    @property
+    def tokens_used(self) -> int: ...
+
+    def feed(self, ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@runtime_checkable
+class Turn(Protocol):
+    """What is special about an answer: how its tokens are read, and where it goes another way than the model would.
+
+    `PlainTurn` reads them as one text; `chat.ChatTurn` knows thoughts and tool calls.
+    """
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop text that ended the answer."""
+        ...
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the tokens become text at all."""
+        ...
+
+    @property
+    def tokens_used(self) -> int:
+        """How many of the taken tokens the answer needs; fewer than all behind a stop text."""
+        ...
+
+    @property
+    def denied(self) -> Mapping[int, Container[int]]:
+        """Ids that the next canvas must not hold, and at which places."""
+        ...
+
+    @property
+    def counts(self) -> tuple[int, bool]:
+        """Tokens inside thoughts so far, and whether one was closed by its budget."""
+        ...
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """The tokens of a canvas that count. Where they are not all, the answer goes on behind them, with a canvas."""
+        ...
+
+    def begins_again(self, tokens: list[int]) -> bool:
+        """Whether a canvas that ended the answer, with these tokens, is to be written once more."""
+        ...
+
+    def take(self, tokens: list[int]) -> list[Piece]:
+        """Tokens that are returned; what they say that is newly certain."""
+        ...
+
+    def finish(self) -> list[Piece]:
+        """No more tokens come; the rest of what they say."""
+        ...
+
+
+@final
+class PlainTurn:
+    """An answer that is one text, or, without a decoder, tokens alone."""
+
+    def __init__(self, decoder: Decoder | None) -> None:
+        self._decoder = decoder
+        self.has_text = decoder is not None
+        self.denied: Mapping[int, Container[int]] = {}
+        self.counts = (0, False)
+
+    @property
+    def stopped(self) -> str | None:
+        return None if self._decoder is None else self._decoder.stopped
+
+    @property
+    def tokens_used(self) -> int:
+        return 0 if self._decoder is None else self._decoder.tokens_used
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    def begins_again(self, tokens: list[int]) -> bool:
+        return False
+
+    def take(self, tokens: list[int]) -> list[Piece]:
+        text = "" if self._decoder is None else self._decoder.feed(tokens)
+        return [Said("answer", text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        text = "" if self._decoder is None else self._decoder.finish()
+        return [Said("answer", text)] if text else []

@@ -1,0 +1,177 @@
+"""The core on a thread of its own, for callers who wait: in an event loop (`stream`) or in a thread (`events`).
+
+    caller --submit, cancel--> inbox --> | worker: between two forwards the inbox is emptied | --events--> caller
+
+Invariant: the core is touched by the worker alone; whatever happens to it, every request that was taken is told how it
+ended: by `Done`, by `Failed`, or by an error that is raised where its events are awaited.
+Run it:  python -m pytest tests/engine/test_threaded.py tests/engine/test_faults.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import cast
+
+from blockpress.decoding import Done, Event, Failed
+from blockpress.engine.core import Core
+from blockpress.engine.request import Request
+from blockpress.errors import BlockpressError, EngineError
+
+Deliver = Callable[[Event | BlockpressError], None]
+"""Takes a request's events, from the worker's thread; an error is the last thing that it is given."""
+
+
+class Engine:
+    """Answers requests as they come. A context manager: leaving it ends what is under way."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self._inbox: deque[tuple[Request, Deliver | None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._broken: BlockpressError | None = None
+        self._told: dict[Request, Deliver] = {}
+        self._worker = threading.Thread(target=self._work, name="blockpress-engine", daemon=True)
+        self._worker.start()
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        """A request's events, as they come. Leaving the loop early cancels the request.
+
+        Raises:
+            Overloaded: the queue is full. RequestError: a request that could never be answered. EngineError: closed.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BlockpressError]()
+
+        def deliver(event: Event | BlockpressError) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the caller's loop is gone, and nobody waits any more
+                self.cancel(request)
+
+        self.submit(request, deliver)
+        try:
+            while True:
+                event = _raised(await events.get())
+                yield event
+                if isinstance(event, Done | Failed):
+                    return
+        finally:
+            self.cancel(request)
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """The same for a caller who blocks: the request is submitted at once, its events are waited for one by one."""
+        events = SimpleQueue[Event | BlockpressError]()
+        self.submit(request, events.put)
+
+        def wait() -> Iterator[Event | None]:
+            try:
+                yield None
+                while True:
+                    event = _raised(events.get())
+                    yield event
+                    if isinstance(event, Done | Failed):
+                        return
+            finally:
+                self.cancel(request)
+
+        waiting = wait()
+        next(waiting)  # begun, so that it cancels even where no event is ever asked for
+        return cast("Iterator[Event]", waiting)
+
+    def submit(self, request: Request, deliver: Deliver) -> None:
+        """Hand a request in from any thread; what becomes of it is delivered, a refusal too."""
+        with self._changed:
+            if self._broken is not None:
+                raise self._broken
+            if self._closing:
+                raise EngineError("the engine is closed", hint="make a new one")
+            self._inbox.append((request, deliver))
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """End a request between two forwards, from any thread; one that has ended is left as it is."""
+        with self._changed:
+            self._inbox.append((request, None))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Cancel what is under way, and wait until it has ended."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        """The worker: take what came in, run one forward, tell; until the engine is closed."""
+        try:
+            while self._take_in():
+                for request, event in self.core.step().events:
+                    self._tell(request, event)
+        except Exception as error:
+            broken = EngineError(f"the engine broke: {_said(error)}", hint="make a new one, and report this line")
+            with self._changed:
+                self._broken = broken
+                self._inbox.extend(self._told.items())
+                waiting = {request: deliver for request, deliver in self._inbox if deliver is not None}
+            for request, deliver in waiting.items():
+                self._deliver(request, deliver, broken)
+
+    def _take_in(self) -> bool:
+        """Empty the inbox, waiting where there is nothing to do; False once closed and done."""
+        with self._changed:
+            while not (self._inbox or self._closing or self.core.busy):
+                self._changed.wait()
+            posted, closing = list(self._inbox), self._closing
+            self._inbox.clear()
+        for request, deliver in posted:
+            if deliver is None:
+                self.core.cancel(request)
+                continue
+            try:
+                self.core.submit(request)
+                self._told[request] = deliver
+            except BlockpressError as error:
+                self._deliver(request, deliver, error)
+            except Exception as error:  # one request's, and no reason to give up those behind it
+                refused = EngineError(f"a request was not taken: {_said(error)}", hint="submit each request once")
+                self._deliver(request, deliver, refused)
+        if closing:
+            for request in self._told:
+                self.core.cancel(request)
+        return self.core.busy or not closing
+
+    def _tell(self, request: Request, event: Event) -> None:
+        ended = isinstance(event, Done | Failed)
+        deliver = self._told.pop(request) if ended else self._told[request]
+        self._deliver(request, deliver, event)
+
+    def _deliver(self, request: Request, deliver: Deliver, event: Event | BlockpressError) -> None:
+        """Tell a caller; one who cannot be told is left, and the others are told all the same."""
+        try:
+            deliver(event)
+        except Exception:
+            self.cancel(request)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _raised(event: Event | BlockpressError) -> Event:
+    if isinstance(event, BlockpressError):
+        raise event
+    return event

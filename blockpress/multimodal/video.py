@@ -1,0 +1,150 @@
+"""A video becomes frames: one a second, each a picture of its own with a small budget.
+
+Decoding is PyAV's, which is an extra: `pip install 'blockpress[video]'`. No other module imports it.
+
+Invariant: frames are those that the reference takes for the same rate: of `total` frames `count`, numbered
+`i * total // count`, at `number / frame rate` seconds. A video is counted before its first frame is decoded, and only
+the frames that are taken are kept.
+
+Run it:  python -m pytest tests/multimodal/test_video.py
+Source: `Gemma4VideoProcessor`, `default_sample_indices_fn`, `read_video_pyav` of `transformers` 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from blockpress.config.vision import PictureSettings
+from blockpress.errors import MediaError
+from blockpress.multimodal.images import Picture, checked_budget, checked_pixels, cut
+from blockpress.multimodal.sources import Source, opened
+
+LONGEST = 60
+"""Seconds of the longest video; one of 60.9 seconds still passes."""
+
+_FASTEST = 240
+# Playlists and scripts name other files and addresses, which FFmpeg would fetch: containers only.
+_CONTAINERS = "mov,matroska,webm,avi,ogg,mpegts,mpeg"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Video:
+    """The frames that are shown to the model, and the second at which each stands."""
+
+    frames: tuple[Picture, ...]
+    seconds: tuple[float, ...]
+
+
+def prepare_videos(
+    videos: Sequence[Source], settings: PictureSettings, max_soft_tokens: int | None = None
+) -> list[Video]:
+    """Each video as the tower reads it; `max_soft_tokens` is the budget of a frame. Errors as `read_video`."""
+    budget = checked_budget(settings.video_soft_tokens if max_soft_tokens is None else max_soft_tokens)
+    read = []
+    for number, video in enumerate(videos, 1):
+        try:
+            read.append(read_video(video, settings, budget))
+        except MediaError as error:
+            raise MediaError(f"video {number} of {len(videos)}: {error.message}", hint=error.hint) from error
+    return read
+
+
+def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) -> Video:
+    """The frames of a video, by the settings' rate.
+
+    Args:
+        source: a path, the file's bytes or a data: URL.
+
+    Raises:
+        MediaError: PyAV is not installed; nothing there, no video, a damaged one, none with frames, or one that is
+            longer than `LONGEST` seconds.
+    """
+    av = _pyav()
+    with opened(source, "video") as file:
+        try:
+            total, rate = _measure(av, file)
+            numbers = sampled(total, rate, settings)
+            file.seek(0)
+            frames = tuple(cut(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
+        except MediaError:
+            raise
+        # Of a damaged file FFmpeg's errors and PyAV's own have many types; whichever, it is the file's fault: FFmpeg's
+        # lack of memory too, which is the room that a size in the file asks for.
+        except Exception as error:
+            if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+                raise
+            raise MediaError(f"the video cannot be read: {error}", hint="give a whole MP4, MOV, WebM or AVI") from error
+    if len(frames) < len(numbers):
+        raise MediaError(
+            f"the video is cut short: frame {numbers[len(frames)]} of {total} is not there", hint="give the whole file"
+        )
+    return Video(frames=frames, seconds=tuple(number / rate for number in numbers))
+
+
+def sampled(total: int, rate: float, settings: PictureSettings) -> list[int]:
+    """Numbers of the frames that are taken of `total`, which are shown at `rate` a second.
+
+    >>> sampled(75, 25.0, PictureSettings(patch_size=16, pooling=3))
+    [0, 25, 50]
+    """
+    if settings.video_frames is not None:
+        count = min(settings.video_frames, total)
+    else:
+        count = min(max(1, int(total / rate * settings.frames_per_second)), total)
+    return [index * total // count for index in range(count)]
+
+
+def _measure(av: Any, file: BinaryIO) -> tuple[int, float]:
+    """Number of frames and frames a second, from the packets alone."""
+    with _container(av, file) as container:
+        if not container.streams.video:
+            raise MediaError("the file has no video in it", hint="give a video; is the file whole?")
+        stream = container.streams.video[0]
+        checked_pixels(stream.codec_context.width, stream.codec_context.height)
+        total, end = 0, 0
+        for packet in container.demux(stream):
+            total += packet.size > 0
+            end = max(end, (packet.pts or 0) + (packet.duration or 0))
+            if total > (LONGEST + 1) * _FASTEST:
+                raise _too_long(f"more than {total - 1:,} frames")
+        rate = float(stream.average_rate or 0)
+        promised = (stream.start_time or 0) + (stream.duration or 0)
+        if float((promised - end) * stream.time_base) > 1:
+            raise MediaError("the video is cut short: its last seconds are not there", hint="give the whole file")
+    if total == 0 or rate <= 0:
+        raise MediaError("the video is empty: it has no frames", hint="give a video with at least one frame")
+    if total / rate >= LONGEST + 1:
+        raise _too_long(f"{total / rate:.1f} seconds")
+    return total, rate
+
+
+def _pick(av: Any, file: BinaryIO, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    wanted = set(numbers)
+    with _container(av, file) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                checked_pixels(frame.width, frame.height)
+                # Phones store every video lying on its side, with the angle to turn it by.
+                yield frame.to_image().convert("RGB").rotate(frame.rotation, expand=True)
+            if number >= numbers[-1]:
+                return
+
+
+def _container(av: Any, file: BinaryIO) -> Any:
+    return av.open(file, options={"format_whitelist": _CONTAINERS})
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError("reading videos needs PyAV", hint="pip install 'blockpress[video]'") from error
+    return av
+
+
+def _too_long(how: str) -> MediaError:
+    return MediaError(f"the video is too long: {how}", hint=f"cut it to at most {LONGEST} seconds")

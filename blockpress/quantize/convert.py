@@ -1,0 +1,289 @@
+"""A checkpoint becomes a smaller one: tensor by tensor, expert by expert, whatever its size.
+
+    headers -> outline -> slots of the new files -> for each stored tensor: read a piece, encode it, write it
+
+Invariant: memory holds one matrix (of an expert, or of a dense layer) and what it becomes, never more; the new
+checkpoint takes its place only when it is whole, and an older one in that place is as it was until then.
+
+Run it:  blockpress quantize sudoku-nano ./smaller --format int4
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockpress.checkpoints.atomic import REPORT, SHARD_BYTES, check_room, staged, write_json
+from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
+from blockpress.checkpoints.files import CONFIG, read_object
+from blockpress.checkpoints.index import FLOATS, Stored
+from blockpress.checkpoints.names import is_quantised, our_name, published_name
+from blockpress.checkpoints.safetensors.stream import StreamReader, StreamWriter, streamed
+from blockpress.config import Family
+from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
+from blockpress.quantize.encoders import ErrorSum, Format, WeightError, quantization_config
+from blockpress.quantize.recipe import Entry, Module, Outline, outline
+
+BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "LICENSE",
+)  # fmt: skip
+"""Files that a smaller checkpoint takes over as they are; a model card is not: its figures are the original's."""
+
+# Values that are read at once of a tensor that is copied.
+_COPIED = 1 << 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorError:
+    """What became of one stored tensor: its name, its kind (attention, experts ...) and its error."""
+
+    name: str
+    kind: str
+    error: WeightError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A finished conversion. Sizes in bytes of tensors, without the files' headers."""
+
+    format: str
+    bytes_before: int
+    bytes_after: int
+    tensors: tuple[TensorError, ...]
+    kinds: Mapping[str, WeightError]
+    ignore: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def worst(self, count: int = 10) -> list[TensorError]:
+        """The tensors of the largest relative error, the worst first."""
+        return sorted(self.tensors, key=lambda tensor: -tensor.error.relative)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON knows it, every tensor listed."""
+        return asdict(self)
+
+
+def convert_checkpoint(
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    form: Format,
+    *,
+    keep: Sequence[str] = (),
+    experts_only: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Converted:
+    """Write the checkpoint in `source`, which may be open, to `target` with its linear layers in fewer bits.
+
+    `target` gets the weights, config.json with a `quantization_config`, the files that go with the model (tokenizer,
+    template, processor, generation config), and `quantization.json`, the report.
+
+    Args:
+        keep: patterns of names of linear layers that stay as they are, such as `*.self_attn.*`.
+        experts_only: make the experts smaller and nothing else.
+        progress: called with (bytes read, bytes to read).
+
+    Raises:
+        RequestError: `target` is `source`, or nothing would become smaller.
+        CheckpointError: a checkpoint that is quantised already, values that are not finite, a disk without room, and
+            whatever else is wrong with the files.
+        ConfigError: as `load_config`.
+    """
+    checkpoint = _plain_source(opened_at(source))
+    if Path(target).resolve() == checkpoint.directory.resolve():
+        raise RequestError(f"the target {str(target)!r} is the checkpoint itself", hint="give another directory")
+    stored = _single_names(checkpoint.tensors, load_config(checkpoint).family)
+    plan = outline({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
+    if not any(entry.smaller for entry in plan.entries):
+        raise RequestError(
+            f"nothing of {str(checkpoint.path)!r} would become smaller in {form.name}",
+            hint="; ".join(plan.notes[:2]) or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
+        )
+    run = _Conversion(plan, stored, progress or (lambda done, total: None))
+    with staged(Path(target), replaces=BESIDE) as staging:
+        check_room(staging, sum(slot.bytes for slot in plan.slots()))
+        with streamed(staging, plan.slots(), shard_bytes) as writer:
+            run.convert(writer)
+        _copy_beside(checkpoint.directory, staging)
+        result = run.result()
+        write_json(staging / REPORT, result.to_dict())
+        packed = {"quantization_config": quantization_config(form, plan.ignore)}
+        write_json(staging / CONFIG, {**checkpoint.document, **packed})
+    return result
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    for name in BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+class _Conversion:
+    """Goes through the stored tensors in the order of their files."""
+
+    def __init__(self, plan: Outline, stored: Mapping[str, Stored], progress: Callable[[int, int], None]) -> None:
+        self.plan, self.stored, self.progress = plan, stored, progress
+        self.tensors: list[TensorError] = []
+        self.kinds: dict[str, ErrorSum] = {}
+        self.peaks: dict[str, float] = {}
+        self.done, self.total = 0, sum(tensor.bytes for tensor in stored.values())
+
+    def convert(self, writer: StreamWriter) -> None:
+        self.progress(0, self.total)
+        with ExitStack() as files:
+            # A file each stays open: a layer's tensors, and those under one outer scale, may lie in several.
+            names = {tensor.file for tensor in self.stored.values()}
+            self.shards = {file: files.enter_context(StreamReader(file)) for file in names}
+            for entry in self.plan.entries:
+                if entry.smaller:
+                    self._encode(entry, writer)
+                else:
+                    self._copy(entry, writer)
+
+    def result(self) -> Converted:
+        return Converted(
+            format=self.plan.form.name,
+            bytes_before=self.total,
+            bytes_after=sum(slot.bytes for slot in self.plan.slots()),
+            tensors=tuple(self.tensors),
+            kinds={kind: errors.result() for kind, errors in self.kinds.items()},
+            ignore=self.plan.ignore,
+            notes=self.plan.notes,
+        )
+
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.shards[self.stored[name].file].read(name, start, stop)
+
+    def _encode(self, entry: Entry, writer: StreamWriter) -> None:
+        errors = ErrorSum()
+        for matrix, modules, peak in self._matrices(entry):
+            for module in modules:
+                weight = matrix[module.start : module.start + module.rows]
+                encoded = self.plan.form.encode(weight, peak)
+                for part, tensor in encoded.tensors.items():
+                    writer.write(f"{module.name}.{part}", tensor)
+                errors.add(weight, encoded.values)
+            self._advance(matrix)
+        self.tensors.append(TensorError(name=entry.name, kind=entry.kind, error=errors.result()))
+        self.kinds.setdefault(entry.kind, ErrorSum()).join(errors)
+
+    def _matrices(self, entry: Entry) -> Iterator[tuple[Tensor, Sequence[Module], float]]:
+        """Matrices of a tensor, one in memory at a time, with their modules and the peak of what shares their scale."""
+        if len(entry.shape) == 2:
+            peak = max(self._peak(name) for name in self.plan.peers(entry))
+            yield self._read(entry.name), entry.modules, peak
+            return
+        for expert in range(entry.shape[0]):
+            matrix = self._read(entry.name, expert, expert + 1)[0]
+            yield matrix, _of(entry, expert), peak_of(matrix, f"{entry.name}[{expert}]")
+
+    def _peak(self, name: str) -> float:
+        if name not in self.peaks:
+            self.peaks[name] = peak_of(self._read(name), name)
+        return self.peaks[name]
+
+    def _copy(self, entry: Entry, writer: StreamWriter) -> None:
+        if len(entry.shape) == 3 and entry.modules:
+            for expert in range(entry.shape[0]):
+                matrix = self._read(entry.name, expert, expert + 1)[0]
+                for module in _of(entry, expert):
+                    writer.write(module.name + ".weight", matrix[module.start : module.start + module.rows])
+                self._advance(matrix)
+        elif not entry.shape:
+            scalar = self._read(entry.name)
+            writer.write(entry.name, scalar)
+            self._advance(scalar)
+        else:
+            step = max(1, _COPIED // math.prod(entry.shape[1:]))
+            for start in range(0, entry.shape[0], step):
+                piece = self._read(entry.name, start, start + step)
+                writer.write(entry.name, piece)
+                self._advance(piece)
+
+    def _advance(self, piece: Tensor) -> None:
+        self.done += piece.nbytes
+        self.progress(self.done, self.total)
+
+
+def peak_of(weight: Tensor, name: str) -> float:
+    """The largest magnitude.
+
+    Raises:
+        CheckpointError: a value that is not finite.
+    """
+    peak = float(weight.abs().amax()) if weight.numel() else 0.0
+    if not math.isfinite(peak):
+        raise CheckpointError(
+            f"the tensor {name} holds values that are not finite", hint="no format has a code for them: save it again"
+        )
+    return peak
+
+
+def add_to_report(folder: str | Path, key: str, value: Mapping[str, Any]) -> None:
+    """Put what was measured on a finished checkpoint beside the errors of its weights."""
+    file = Path(folder) / REPORT
+    write_json(file, read_object(file) | {key: value})
+
+
+def _of(entry: Entry, expert: int) -> Sequence[Module]:
+    """The modules of one expert: they lie in order, as many for each."""
+    each = len(entry.modules) // entry.shape[0]
+    return entry.modules[expert * each : (expert + 1) * each]
+
+
+def _plain_source(source: Checkpoint) -> Checkpoint:
+    """The same. Raises CheckpointError: it is no directory of files, or quantised already."""
+    if source.is_gguf:
+        raise _quantised(f"{str(source.path)!r} is a GGUF file, and only safetensors are made smaller")
+    kind = source.kind
+    if kind.method is not None:
+        raise _quantised(f"{str(source.directory)!r} is quantised already, to {kind.format} by {kind.method!r}")
+    return source
+
+
+def _quantised(what: str) -> CheckpointError:
+    return CheckpointError(what, hint="quantise the original checkpoint, in bfloat16 or float32")
+
+
+def _single_names(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The catalogue without ties: a second name of a weight that is made smaller would say what it was before.
+
+    Raises:
+        CheckpointError: a weight that is no plain float, so quantised already.
+        UnexpectedWeights: a tie that differs from what it is tied to. DamagedFile: a tensor without values.
+    """
+    for name, tensor in stored.items():
+        if is_quantised(name) or tensor.dtype not in FLOATS:
+            raise _quantised(f"the tensor {name} is stored as {tensor.dtype}")
+        if not all(tensor.shape):
+            raise DamagedFile(f"the tensor {name} has the shape {list(tensor.shape)}", hint="fetch the file again")
+    own = {name: our_name(name, family) for name in stored}
+    first = {ours: stored[name] for name, ours in own.items() if ours and published_name(ours, family) == name}
+    ties = {name: first[ours] for name, ours in own.items() if ours in first and first[ours].name != name}
+    for name, tied in ties.items():
+        if not _same(stored[name], tied):
+            raise UnexpectedWeights(
+                f"the tensor {name} differs from {tied.name}, to which it is tied",
+                hint="the model has one stack and one embedding: a checkpoint that unties them cannot be run",
+            )
+    return {name: tensor for name, tensor in stored.items() if name not in ties}
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    if one.shape != other.shape:
+        return False
+    with StreamReader(one.file) as here, StreamReader(other.file) as there:
+        starts = range(0, one.shape[0] if one.shape else 1, 64)
+        return all(
+            torch.equal(here.read(one.name, row, row + 64), there.read(other.name, row, row + 64)) for row in starts
+        )

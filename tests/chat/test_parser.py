@@ -1,0 +1,166 @@
+"""The parser of a model's turn: thoughts, text and calls from ids, however the ids were cut up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from blockpress.chat import BrokenCall, ChatTemplate, Controls, Piece, Said, ToolCall, TurnParser, encode_chat
+from blockpress.chat.tool_calls import write_call
+from blockpress.text import Tokenizer
+
+from .test_tool_calls import arguments
+
+
+def answer(text: str) -> Said:
+    return Said("answer", text)
+
+
+def thought(text: str) -> Said:
+    return Said("thought", text)
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one."""
+    whole: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Said) and whole and isinstance(whole[-1], Said) and whole[-1].kind == piece.kind:
+            whole[-1] = Said(piece.kind, whole[-1].text + piece.text)
+        else:
+            whole.append(piece)
+    return whole
+
+
+def parse(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int] = (), **options: Any) -> list[Piece]:
+    parser = TurnParser(tokenizer, Controls.of(tokenizer), **options)
+    edges = [0, *sorted(cuts), len(ids)]
+    said = [piece for begin, end in pairwise(edges) for piece in parser.feed(ids[begin:end])]
+    return joined([*said, *parser.finish()])
+
+
+LS = ToolCall(name="ls", arguments={})
+TURNS: list[tuple[str, list[Piece]]] = [
+    ("Hello.<turn|>", [answer("Hello.")]),
+    ("<turn|>", []),
+    ("<|channel>thought\nI add.\n<channel|>4<turn|>", [thought("I add."), answer("4")]),
+    ("<|channel>thought\n<channel|>4<turn|>", [answer("4")]),
+    ("<|channel><channel|>4", [answer("4")]),
+    ("<|channel>thought<channel|>4", [answer("4")]),
+    ("<|channel>thought\n  a \n b  \n<channel|>\n4\n", [thought("a \n b"), answer("\n4\n")]),
+    ("<|channel>plan\na<channel|>b", [thought("plan\na"), answer("b")]),
+    ("<|channel>thought\nnever closed<turn|>", [thought("never closed")]),
+    (
+        "<|channel>thought\na<channel|>b<|channel>thought\nc<channel|>d",
+        [thought("a"), answer("b"), thought("\n\nc"), answer("d")],
+    ),
+    ("a<channel|>b", [answer("ab")]),
+    ("<|tool_call>call:ls{}<tool_call|><|tool_response>", [LS]),
+    ("Look:<|tool_call>call:ls{}<tool_call|><|tool_call>call:ls{}<tool_call|>", [answer("Look:"), LS, LS]),
+    ('<|tool_call>call:say{a:<|"|>"{<|"|>}<tool_call|>', [ToolCall(name="say", arguments={"a": '"{'})]),
+    ("<|channel>thought\na<|tool_call>call:ls{}<tool_call|>b", [thought("a"), LS, answer("b")]),
+    ('<|tool_call>call:say{a:<|"|>x<turn|>', [BrokenCall(raw='call:say{a:<|"|>x', fault="the call is not closed")]),
+    (
+        "<|tool_call>call:ls{<|tool_call>call:ls{}<tool_call|>",
+        [BrokenCall(raw="call:ls{", fault="the call is not closed"), LS],
+    ),
+    ("<|tool_call>ls()<tool_call|>ok", [BrokenCall(raw="ls()", fault="it does not begin with 'call:'"), answer("ok")]),
+    ("<|tool_call>", [BrokenCall(raw="", fault="the call is not closed")]),
+]
+
+
+@pytest.mark.parametrize(("text", "wanted"), TURNS, ids=[text for text, _ in TURNS])
+def test_a_turn_is_read(gemma: Tokenizer, text: str, wanted: list[Piece]):
+    ids = gemma.encode(text, add_special=False)
+    assert parse(gemma, ids) == wanted
+    assert parse(gemma, ids, range(1, len(ids))) == wanted
+
+
+def test_a_thought_that_the_prompt_opened(gemma: Tokenizer):
+    ids = gemma.encode("so\n<channel|>4", add_special=False)
+    assert parse(gemma, ids, section="thought") == [thought("so"), answer("4")]
+
+
+CONTROLS = ["<|channel>", "thought\n", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<turn|>", "call:f{", "}"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([*CONTROLS, " word", "\n", "é", "🙂", "a:1,", "12"]), max_size=14), st.data())
+def test_any_cut_gives_the_same_pieces(gemma: Tokenizer, parts: list[str], data: st.DataObject):
+    ids = [token for part in parts for token in gemma.encode(part, add_special=False)]
+    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=6))
+    stop = data.draw(st.sampled_from([(), ("word",), ("d 1", "\n")]))
+    assert parse(gemma, ids, cuts, stop=stop) == parse(gemma, ids, stop=stop)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([*CONTROLS, " word", "é", "🙂"]), max_size=14))
+def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
+    said = "".join(
+        piece.text if isinstance(piece, Said) else piece.raw if isinstance(piece, BrokenCall) else "call:" + piece.name
+        for piece in parse(gemma, [token for part in parts for token in gemma.encode(part, add_special=False)])
+    )
+    for sign in ("word", "é", "🙂"):
+        # A call that could be read holds none of these, and what could not be read holds all of its text.
+        assert said.count(sign) == sum(part.count(sign) for part in parts)
+
+
+def test_in_a_call_only_its_end_means_anything():
+    controls = Controls(thought=1, thought_end=2, call=3, call_end=4)
+    walk = [controls.section_after(ids) for ids in ([1], [1, 2], [1, 3], [3, 1], [3, 2], [3, 1, 4], [3, 3, 4, 1])]
+    assert walk == ["thought", "answer", "call", "call", "call", "answer", "thought"]
+    assert controls.section_after([2], "thought") == controls.section_after([2]) == "answer"
+    assert Controls().section_after(range(9), "thought") == "thought"
+
+
+@settings(max_examples=60)
+@given(arguments)
+def test_a_call_in_a_prompt_is_read_back(gemma: Tokenizer, given: dict[str, Any]):
+    """From an assistant's message through the template and the tokenizer to ids, and back."""
+    # This vocabulary writes a space as U+2581, so it cannot tell that sign from a space.
+    assume("\u2581" not in json.dumps(given, ensure_ascii=False))
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "f", "arguments": given}}]},
+    ]
+    ids = encode_chat(gemma, ChatTemplate.own(), messages).ids
+    begin, end = ids.index(48) - 2, ids.index(49) + 1
+    assert gemma.decode(ids[begin:]).startswith("Look.")
+    assert parse(gemma, ids[begin:end]) == [answer("Look."), ToolCall(name="f", arguments=given)]
+
+
+@given(arguments)
+def test_the_template_writes_calls_as_the_writer_does(given: dict[str, Any]):
+    call = {"type": "function", "function": {"name": "f", "arguments": given}}
+    text = ChatTemplate.own().render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert f"<|tool_call>{write_call('f', given)}<tool_call|>" in text
+
+
+def test_a_stop_text_ends_the_answer_alone(gemma: Tokenizer):
+    ids = gemma.encode("<|channel>thought\nEND it<channel|>go on.\nEND not this", add_special=False)
+    parser = TurnParser(gemma, Controls.of(gemma), stop=["END"])
+    assert joined([*parser.feed(ids), *parser.finish()]) == [thought("END it"), answer("go on.\n")]
+    assert parser.stopped == "END"
+    assert gemma.decode(ids[: parser.tokens_used]) == "thought\nEND itgo on.\n"
+    parser = TurnParser(gemma, Controls.of(gemma), stop=["END"])
+    assert parser.feed(gemma.encode("<|channel>thought\na<channel|>END", add_special=False)) == [thought("a")]
+    assert parser.tokens_used == 5 and parser.feed(ids) == [] == parser.finish()
+
+
+def test_a_stop_text_is_not_found_across_a_thought(gemma: Tokenizer):
+    ids = gemma.encode("E<|channel>thought\nx<channel|>ND", add_special=False)
+    assert parse(gemma, ids, stop=["END"]) == [answer("E"), thought("x"), answer("ND")]
+
+
+def test_without_control_tokens_all_is_text(digits: Tokenizer):
+    assert Controls.of(digits) == Controls()
+    assert parse(digits, digits.encode("12\n3")) == [answer("12\n3")]
+
+
+def test_the_controls_of_gemma(gemma: Tokenizer):
+    assert Controls.of(gemma) == Controls(thought=100, thought_end=101, call=48, call_end=49, quote=52, stops=(106, 50))

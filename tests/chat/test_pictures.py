@@ -1,0 +1,246 @@
+"""Chats that show pictures and videos, from files of pixels to the answer, on a tiny network with a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import av
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+import blockpress
+from blockpress import LM, Done
+from blockpress.chat import ChatTemplate
+from blockpress.checkpoints import load_picture_settings, load_vision, save_checkpoint
+from blockpress.checkpoints.safetensors import vision as weights_vision
+from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.decoding import Row
+from blockpress.decoding.generate import generate
+from blockpress.errors import BlockpressError, MediaError, RequestError
+from blockpress.model import Network
+from blockpress.multimodal import expand, lay_out, prepare
+from blockpress.text import Tokenizer
+from tests import speech
+
+PICTURE_TOKENS = ["<|image>", "<image|>", "<|video|>"]
+TEMPLATE = ChatTemplate.own().source
+SHORT = Sampling(steps=4)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory, tiny: ModelConfig, random_network: Any) -> LM:
+    """A model that was saved and loaded: its tower has 48 positions, so that a video's frames fit it too."""
+    folder = tmp_path_factory.mktemp("seeing")
+    backend = speech.backend()
+    backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS])
+    ids = {name: backend.token_to_id(name) for name in ("<|image|>", *PICTURE_TOKENS)}
+    with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
+        tower, tensors = weights_vision.minimal_vision(0, tiny.hidden_size)
+    config = replace(
+        tiny,
+        vocab_size=backend.get_vocab_size(),
+        image_id=ids["<|image|>"],
+        vision=tower,
+        context_length=2048,
+        source={
+            "boi_token_id": ids["<|image>"],
+            "eoi_token_id": ids["<image|>"],
+            "text_config": {"use_bidirectional_attention": "vision"},
+        },
+    )
+    tokenizer = Tokenizer(backend, config={"bos_token": "<bos>", "eos_token": "<eos>"}, chat_template=TEMPLATE)
+    network: Network = random_network(config, seed=5)
+    save_checkpoint(folder, network, generation=GenerationConfig(), tokenizer=tokenizer, kept=tensors)
+    return blockpress.load(folder)
+
+
+def image(seed: int, size: tuple[int, int] = (60, 60)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def showing(*parts: Any) -> list[dict[str, Any]]:
+    """A user's message: texts as they are, images, and parts that are given whole."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    content = [p if isinstance(p, dict) else {"type": "image", "image": p} for p in content]
+    return [{"role": "user", "content": content}]
+
+
+def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
+    one, two = image(1), image(2, (60, 70))
+    settings = load_picture_settings(lm.path, lm.config)
+    pictures = prepare([one, two], settings)
+    text, shown = lay_out("<bos><|turn>user\nSee <|image|> and <|image|>!<turn|>\n<|turn>model\n", pictures)
+    assert shown == pictures
+    assert lm.tokenizer is not None
+    # The template of ours begins the answer with an empty thought.
+    ids = lm.tokenizer.encode(text + "<|channel>thought\n<channel|>", add_special=False)
+    prompt = expand(ids, [p.soft_tokens for p in pictures], lm.config)
+    row = Row(0, prompt.ids, 3, stop_ids=(1,), canvas_length=12, room=12)
+    features = load_vision(lm.path, config=lm.config)(pictures)
+    row.images = {run.start: f for run, f in zip(prompt.runs, features, strict=True)}
+    (wanted,) = [event.reply for event in generate(lm.network, [row], SHORT) if isinstance(event, Done)]
+
+    reply = lm.chat(showing("See ", one, " and ", two, "!"), seed=3, sampling=SHORT, max_tokens=12, retry_empty=False)
+    assert reply.usage.prompt_tokens == len(prompt.ids)
+    assert reply.tokens == wanted.tokens[: len(reply.tokens)]
+    assert reply.tokens
+
+
+def test_what_is_shown_matters_and_a_batch_changes_nothing(lm: LM):
+    asked = [showing("See ", image(1)), showing("No picture."), showing("See ", image(9)), showing(image(4), image(5))]
+    options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False}
+    alone = [lm.chat(question, seed=7, **options) for question in asked]
+    assert [reply.tokens for reply in lm.chat(asked, seed=7, **options)] == [reply.tokens for reply in alone]
+    assert alone[0].tokens != alone[2].tokens
+    first, again = lm.chat(asked[0], seed=[7, 8], **options)
+    assert first.tokens == alone[0].tokens != again.tokens
+
+
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
+    """Turns of the model and a tool's answer in between, and the first picture once more at the end."""
+    one, two = image(1), image(2, (60, 70))
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": {"at": "<|image|>"}}}
+    talk = [
+        *showing("First ", one),
+        said("assistant", "I see <|image|> noise."),
+        *showing(two, " and?"),
+        said("assistant", "", tool_calls=[call]),
+        said("tool", "<|image|>", tool_call_id="a"),
+        said("assistant", "Noise."),
+        *showing("Again ", one),
+    ]
+    question = lm._chat.question(talk)
+    settings = load_picture_settings(lm.path, lm.config)
+    wanted = prepare([one, two, one], settings)
+    assert [p.patches.tolist() for p in question.pictures] == [p.patches.tolist() for p in wanted]
+    assert [run.length for run in question.runs] == [p.soft_tokens for p in wanted]
+    assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.runs)
+    assert sum(run.length for run in question.runs) == question.ids.count(lm.config.image_id or -1)
+    # The same features at both places of the same picture, and another answer where the last one differs.
+    (request,) = lm.chat_requests(talk)
+    first, second, third = (request.row.images[run.start] for run in question.runs)
+    assert torch.equal(first, third) and first.shape != second.shape
+    options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
+    assert lm.chat(talk, **options).tokens != lm.chat([*talk[:-1], *showing("Again ", image(3))], **options).tokens
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_rows_with_and_without_pictures_in_every_order(lm: LM, mode: Any):
+    asked = [showing("No picture."), showing(image(4), "and", image(5)), showing("None."), showing("See ", image(1))]
+    options: dict[str, Any] = {"mode": mode, "max_tokens": 10}
+    # Random weights let rounding grow tenfold in a few steps, so there are few.
+    options |= {"sampling": SHORT} if mode == "diffusion" else {}
+    alone = [lm.chat(question, seed=7, **options).tokens for question in asked]
+    assert [reply.tokens for reply in lm.chat(asked, seed=7, **options)] == alone
+    assert [reply.tokens for reply in lm.chat(asked[::-1], seed=7, **options)] == alone[::-1]
+
+
+def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
+    """A frame is an image, so none is needed; and a typed `<|video|>` beside a picture is text."""
+    backend = speech.backend()
+    backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS[:2]])
+    tokenizer = Tokenizer(backend, chat_template=TEMPLATE)
+    other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
+    assert backend.token_to_id("<|video|>") is None
+    video = {"type": "video", "video": str(film)}
+    assert [run.length for run in other._chat.question(showing(video, "?")).runs] == [
+        run.length for run in lm._chat.question(showing(video, "?")).runs
+    ]
+    question = other._chat.question(showing("I typed <|video|> and <|image|>: ", image(1)))
+    assert len(question.runs) == 1
+    assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
+
+
+def test_token_by_token_sees_the_same(lm: LM):
+    question = lm._chat.question(showing("See ", image(1)))
+    with torch.inference_mode():
+        features = lm._tower(question.pictures)
+        images = [{run.start: f for run, f in zip(question.runs, features, strict=True)}]
+        hidden, _ = lm.network.read(torch.tensor([question.ids]), lm.network.empty_cache(1), images=images)
+        wanted = int(lm.network.logits(hidden[:, -1:]).argmax())
+    reply = lm.chat(showing("See ", image(1)), mode="autoregressive", max_tokens=1, retry_empty=False)
+    assert reply.tokens == [wanted]
+    assert (reply.usage.forwards, reply.usage.canvases) == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seconds of noise."""
+    file = tmp_path_factory.mktemp("film") / "noise.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        for frame in _frames(12):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file
+
+
+def _frames(count: int) -> Iterator[av.VideoFrame]:
+    for number in range(count):
+        yield av.VideoFrame.from_image(image(number, (64, 64)))
+
+
+def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
+    message = [{"role": "user", "content": [{"type": "video", "video": str(film)}, {"type": "text", "text": "What?"}]}]
+    question = lm._chat.question(message)
+    assert len(question.pictures) == len(question.runs) == 3
+    assert lm.tokenizer is not None
+    text = lm.tokenizer.decode([i for i in question.ids if i != lm.config.image_id], skip_special=False)
+    assert "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>What?" in text
+    assert lm.chat(message, sampling=SHORT, max_tokens=3).usage.prompt_tokens == len(question.ids)
+
+
+def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
+    def tokens(count: int | None) -> int:
+        return len(lm._chat.question(showing(image(1)), soft_tokens=count).ids)
+
+    assert tokens(70) < tokens(None)
+    with pytest.raises(BlockpressError, match="71"):
+        tokens(71)
+
+
+def test_a_placeholder_that_somebody_typed_is_text(lm: LM):
+    question = lm._chat.question(showing("I typed <|image|> and show ", image(1)))
+    assert len(question.pictures) == len(question.runs) == 1
+    assert lm._chat.question([{"role": "user", "content": "<|image|>"}]).pictures == []
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [(b"no image", MediaError), ("/nowhere.png", BlockpressError), ("data:image/png;base64,AAAA", MediaError)],
+)
+def test_a_bad_picture_is_named_by_its_field(lm: LM, source: Any, kind: type[BlockpressError]):
+    with pytest.raises(kind) as caught:
+        lm.chat(showing("Look: ", image(1), {"type": "image", "image": source}))
+    assert caught.value.message.startswith("messages[0].content[2]")
+
+
+def test_of_several_chats_the_bad_one_is_named(lm: LM):
+    with pytest.raises(MediaError, match=r"^conversation 1: messages\[0\].content\[0\]"):
+        lm.chat([showing(image(1)), showing(b"")])
+
+
+def test_a_model_that_sees_nothing_says_so():
+    lm = blockpress.load("sudoku-nano")
+    assert lm.tokenizer is not None
+    lm.tokenizer.chat_template = TEMPLATE
+    blind = LM(
+        path=lm.path,
+        network=Network(replace(lm.config, vision=None)),
+        generation=lm.generation,
+        tokenizer=speech.TOKENIZER,
+    )
+    with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] is of type 'image'"):
+        blind.chat(showing(image(1)))

@@ -1,0 +1,90 @@
+"""One door to a checkpoint, whatever its form: a directory, a GGUF file, a directory that holds one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+import blockpress
+from blockpress.checkpoints import Checkpoint, load_network, open_checkpoint
+from blockpress.config import ModelConfig
+from blockpress.errors import BlockpressError, CheckpointError, DamagedFile, MissingWeights, ModelNotFound
+from blockpress.model.layers import packed_weights
+from tests.builders.checkpoints import Copied
+from tests.builders.files import figures
+from tests.builders.gguf_files import wide, write_gguf
+
+
+def test_a_gguf_file_is_a_model(tiny: ModelConfig, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    write_gguf(file, wide(tiny), Type.Q8_0, keys={"diffusion.eb_max_steps": 6})
+    lm = blockpress.load(file)
+    assert lm.path == file
+    assert (lm.config, lm.generation.sampling.steps) == (open_checkpoint(file).config, 6)
+    assert any(packed_weights(module) for module in lm.network.modules())
+    replies = [lm.generate("abc ab<turn|>", max_tokens=20, seed=5)]
+    # The directory that holds it alone goes by its name, too.
+    replies.append(blockpress.load(tmp_path).generate("abc ab<turn|>", max_tokens=20, seed=5))
+    assert replies[0] == replies[1] and 0 < len(replies[0].tokens) <= 20
+    with pytest.raises(BlockpressError):
+        lm.chat([{"role": "user", "content": [{"type": "image", "image": b""}]}])
+
+
+def test_a_directory_is_a_model() -> None:
+    checkpoint = open_checkpoint("sudoku-nano")
+    assert checkpoint.gguf is None
+    assert checkpoint.config == blockpress.load("sudoku-nano").config
+    assert checkpoint.tokenizer() is not None
+
+
+def test_what_was_opened_is_loaded_without_its_name(single: Path, tiny: ModelConfig, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", wide(tiny), Type.Q8_0)
+    for place in (single, tmp_path / "x.gguf"):
+        opened = open_checkpoint(place)
+        assert opened.tokenizer() is opened.tokenizer()
+        assert bool(opened.tokenizer()) == opened.has_tokenizer
+        one, other, third = blockpress.load(opened).network, blockpress.load(place).network, load_network(place)
+        assert one.config == other.config == third.config == opened.config
+        assert torch.equal(figures(one), figures(other)) and torch.equal(figures(one), figures(third))
+    longer = replace(opened.config, context_length=512)
+    assert load_network(opened, config=longer).config is longer
+
+
+def test_opening_reads_nothing_that_is_not_asked_for(copied: Copied, single: Path) -> None:
+    """What is damaged is said by who needs it: a config, while the weights are gone, and the other way round."""
+    folder = copied()
+    (folder / "model.safetensors").unlink()
+    opened = open_checkpoint(folder)
+    assert opened.config == open_checkpoint(single).config
+    with pytest.raises(MissingWeights, match="there are no weights"):
+        blockpress.load(opened)
+    (folder / "config.json").unlink()
+    assert opened.config.vocab_size == 64, "it is what it was when it was opened"
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        Checkpoint(path=folder).checked()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_file_is_named_each_time(name: str, copied: Copied) -> None:
+    folder = copied()
+    (folder / name).write_text("{")
+    opened = Checkpoint(path=folder)
+    for _ in range(2):
+        with pytest.raises(DamagedFile, match=name) as caught:
+            blockpress.load(opened)
+        assert "fetch the file again" in caught.value.hint
+
+
+def test_what_is_neither_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="nothing-like-it"):
+        open_checkpoint("nothing-like-it")
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"a\.gguf"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(CheckpointError, match="2 GGUF files"):
+        open_checkpoint(tmp_path)

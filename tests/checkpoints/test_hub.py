@@ -1,0 +1,419 @@
+"""A whole pull from a hub on this machine, and everything that a real hub, a network or a disk does to one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+
+from blockpress import load
+from blockpress.checkpoints import load_network, resolve
+from blockpress.checkpoints.hub import cache as cached
+from blockpress.checkpoints.hub.cache import HubName
+from blockpress.checkpoints.hub.download import check_room, fetch, plan
+from blockpress.checkpoints.hub.selection import RemoteFile, choose
+from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
+from tests.builders.files import figures
+from tests.builders.hub_server import Hub, Repository, git_name, in_its_place
+
+NAME = HubName(repo="me/some-model")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with in_its_place(monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture
+def model(hub: Hub, sharded: Path) -> Repository:
+    """A real checkpoint in shards, among what repositories hold besides."""
+    files = {file.name: file.read_bytes() for file in sharded.iterdir()}
+    files |= {"README.md": b"# A model", "pytorch_model.bin": b"pickle" * 99, "onnx/model.onnx": b"o" * 99}
+    files |= {
+        "original/consolidated.safetensors": b"twice",
+        "training.pt": b"p",
+        "chat_template.jinja": b"{{ messages }}",
+    }
+    hub.repositories[NAME.repo] = Repository(files)
+    return hub.repositories[NAME.repo]
+
+
+def pull(name: HubName = NAME, **arguments: object) -> Path:
+    return fetch(plan(name, **arguments))  # type: ignore[arg-type]
+
+
+def refused(name: HubName = NAME, **arguments: object) -> HubError:
+    with pytest.raises(HubError) as caught:
+        pull(name, **arguments)
+    assert caught.value.hint and "\n" not in str(caught.value)
+    return caught.value
+
+
+def shard_of(model: Repository) -> str:
+    """The largest shard, which is fetched last."""
+    return max(
+        (path for path in model.files if path.startswith("model-")), key=lambda path: (len(model.files[path]), path)
+    )
+
+
+def blobs() -> dict[str, Path]:
+    return {file.name: file for file in (cached.home_of(NAME.repo) / "blobs").iterdir()}
+
+
+class TestWhole:
+    def test_what_was_pulled_loads_by_its_name(self, model: Repository, sharded: Path) -> None:
+        path = pull()
+        assert resolve(NAME.repo) == resolve(f"{NAME.repo}@main") == resolve(f"{NAME.repo}@{model.commit[:8]}") == path
+        assert torch.equal(figures(load_network(resolve(NAME.repo))), figures(load_network(sharded)))
+        assert load(NAME.repo).path == path
+
+    def test_only_what_a_model_needs_is_fetched(self, hub: Hub, model: Repository) -> None:
+        path = pull()
+        there = {file.name for file in path.rglob("*")}
+        assert there == {name for name in model.files if "/" not in name and not name.endswith((".bin", ".pt", ".md"))}
+        assert not any(request.path.endswith((".bin", ".pt", ".onnx")) for request in hub.requests)
+
+    def test_other_tools_find_it_in_the_same_cache(self, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = pull()
+        assert try_to_load_from_cache(NAME.repo, "config.json") == str(path / "config.json")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert snapshot_download(NAME.repo, local_files_only=True) == str(path)
+
+    def test_what_other_tools_fetched_is_not_fetched_again(self, hub: Hub, model: Repository) -> None:
+        path = snapshot_download(
+            NAME.repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"]
+        )
+        hub.requests.clear()
+        assert plan(NAME).left == () and str(pull()) == path
+        assert all(request.path.startswith("/api/") for request in hub.requests)
+
+    def test_a_second_pull_asks_one_question(self, hub: Hub, model: Repository) -> None:
+        pull()
+        hub.requests.clear()
+        pull()
+        assert [request.path for request in hub.requests] == [f"/api/models/{NAME.repo}/revision/main"]
+
+    def test_a_new_commit_takes_the_name_when_it_is_whole(self, hub: Hub, model: Repository) -> None:
+        old = pull()
+        model.files |= {"config.json": model.files["config.json"] + b"\n", "new.json": b"{}"}
+        new = plan(NAME)
+        assert new.path != old
+        hub.cut["new.json"] = [0] * 20
+        with pytest.raises(HubError):
+            fetch(new)
+        assert resolve(NAME.repo) == old, "until then the old one stands"
+        hub.cut.clear()
+        hub.requests.clear()
+        fetch(new)
+        assert resolve(NAME.repo) == new.path and resolve(f"{NAME.repo}@{old.name}") == old
+        assert {request.path.rpartition("/")[2] for request in hub.requests if request.method == "GET"} == {
+            "new.json",
+            "config.json",
+        }
+
+    def test_some_files_of_a_new_commit_do_not_take_the_name_of_a_whole_model(self, model: Repository) -> None:
+        old = pull()
+        model.files["config.json"] += b"\n"
+        part = pull(include=["*.json"])
+        assert part != old and (part / "config.json").is_file() and resolve(NAME.repo) == old
+        assert pull() == resolve(NAME.repo) == part
+
+    def test_a_name_that_was_cut_while_it_was_written_stands_for_nothing(self, model: Repository) -> None:
+        path = pull()
+        (cached.home_of(NAME.repo) / "refs" / "main").write_text("")
+        assert cached.commit_of(NAME.repo, "main") is None
+        with pytest.raises(ModelNotFound) as caught:
+            resolve(NAME.repo)
+        assert path.name[:12] in caught.value.hint and pull() == path == resolve(NAME.repo)
+
+    def test_a_revision_goes_by_its_own_name(self, model: Repository) -> None:
+        path = pull(HubName(repo=NAME.repo, revision="v1"))
+        assert resolve(f"{NAME.repo}@v1") == path
+        with pytest.raises(ModelNotFound, match="revision 'main'") as caught:
+            resolve(NAME.repo)
+        assert path.name[:12] in caught.value.hint
+
+    def test_a_token_goes_to_the_hub_and_nowhere_else(
+        self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from blockpress.checkpoints.hub.download import _headers
+
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        pull()
+        assert {r.authorization for r in hub.requests if "agent" not in r.path} == {"Bearer hf_secret"}
+        assert "authorization" in _headers(f"{hub.url}/a/b")
+        assert "authorization" not in _headers("https://cdn.example/blob") | _headers(f"{hub.url}.example/x")
+
+
+class TestCut:
+    @pytest.mark.parametrize("resets", [False, True], ids=["ended early", "reset"])
+    def test_a_broken_line_is_continued_where_it_broke(self, hub: Hub, model: Repository, resets: bool) -> None:
+        shard, hub.resets = shard_of(model), resets
+        hub.cut[shard] = [10_500, 4_200]
+        path = pull()
+        ranges = [request.range for request in hub.of(shard)]
+        if resets:  # what the reset overtook is lost
+            assert len(ranges) == 3 and ranges[0] is None
+        else:
+            assert ranges == [None, "bytes=10000-", "bytes=14000-"], "in thousands, as they are written"
+        assert (path / shard).read_bytes() == model.files[shard]
+
+    def test_a_stopped_pull_is_continued_by_the_next(self, hub: Hub, model: Repository) -> None:
+        shard = shard_of(model)
+
+        def stop(file: RemoteFile, done: int) -> None:
+            if file.path == shard and done >= 7_000:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fetch(plan(NAME), stop)
+        (partial,) = (file for name, file in blobs().items() if name.endswith(".incomplete"))
+        half = partial.stat().st_size
+        assert 6_000 <= half < len(model.files[shard])
+        again = plan(NAME)
+        assert [file.path for file in again.left] == [shard]
+        assert again.bytes_left == len(model.files[shard]) - half
+        hub.requests.clear()
+        path = fetch(again)
+        assert [request.range for request in hub.of(shard)] == [f"bytes={half}-"]
+        assert (path / shard).read_bytes() == model.files[shard]
+        assert not any(name.endswith(".incomplete") for name in blobs())
+
+    def test_a_line_that_never_holds_is_given_up(self, hub: Hub, model: Repository) -> None:
+        hub.cut[shard_of(model)] = [0] * 20
+        error = refused()
+        assert shard_of(model) in error.message and "pulling again" in error.hint
+        assert 2 <= len(hub.of(shard_of(model))) <= 7
+
+    def test_a_partial_snapshot_says_pull_again(self, hub: Hub, model: Repository) -> None:
+        hub.cut[shard_of(model)] = [0] * 20
+        refused()
+        for name in (NAME.repo, f"{NAME.repo}@{model.commit}"):
+            with pytest.raises(CheckpointError, match=r"not complete: 1 of \d+ shards are missing") as caught:
+                resolve(name)
+            assert f"blockpress pull {NAME.repo}" in caught.value.hint
+        (entry,) = cached.kept()
+        assert entry.missing is not None and "1 of" in entry.missing
+
+    def test_progress_ends_at_every_files_size(self, model: Repository) -> None:
+        seen: dict[str, list[int]] = {}
+        fetch(plan(NAME), lambda file, done: seen.setdefault(file.path, []).append(done))
+        assert {path: steps[-1] for path, steps in seen.items()} == {path: len(model.files[path]) for path in seen}
+        assert all(steps == sorted(steps) for steps in seen.values())
+        assert len(seen[shard_of(model)]) > 5
+
+
+class TestDamaged:
+    @pytest.mark.parametrize("what", ["shard", "config.json"])
+    def test_a_wrong_checksum_is_refused_and_removed(
+        self, hub: Hub, model: Repository, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damaged = shard_of(model) if what == "shard" else what
+        true = model.files[damaged]
+        etag, listed = model.etag(damaged), model.siblings()
+        monkeypatch.setattr(model, "siblings", lambda: listed)
+        monkeypatch.setattr(model, "etag", lambda path: etag if path == damaged else Repository.etag(model, path))
+        commit = model.commit
+        monkeypatch.setattr(Repository, "commit", property(lambda self: commit))
+        model.files[damaged] = bytes([true[0] ^ 1]) + true[1:]
+        error = refused()
+        assert damaged in error.message and etag[:12] in error.message
+        assert etag not in blobs() and not any(name.endswith(".incomplete") for name in blobs())
+        with pytest.raises(CheckpointError):
+            resolve(NAME.repo)
+        model.files[damaged] = true
+        assert (pull() / damaged).read_bytes() == true
+
+    def test_damage_on_the_librarys_own_way_is_found_too(
+        self, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The faster protocol brings the file itself; what it brings is checked all the same."""
+        from blockpress.checkpoints.hub import download as ours
+
+        shard = shard_of(model)
+        model.claims[shard] = "ab" * 32
+        monkeypatch.setattr(ours, "_has_xet", lambda: True)
+        real = __import__("huggingface_hub").get_hf_file_metadata
+
+        def with_xet(*args: object, **kwargs: object) -> SimpleNamespace:
+            found = real(*args, **kwargs)
+            return SimpleNamespace(etag=found.etag, location=found.location, size=found.size, xet_file_data=object())
+
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", with_xet)
+        assert shard in refused().message
+        assert "ab" * 32 not in blobs() and not (plan(NAME).path / shard).exists()
+
+    def test_a_file_of_another_size_is_fetched_anew(self, model: Repository) -> None:
+        path = pull()
+        blob = (path / "config.json").resolve()
+        blob.write_bytes(b"{")
+        assert (pull() / "config.json").read_bytes() == model.files["config.json"]
+
+    def test_leftovers_longer_than_the_file_are_dropped(self, model: Repository) -> None:
+        shard = shard_of(model)
+        left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(shard)}.incomplete"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"x" * (len(model.files[shard]) + 1))
+        assert (pull() / shard).read_bytes() == model.files[shard]
+
+    def test_leftovers_of_other_content_are_found_out_and_the_next_pull_is_whole(self, model: Repository) -> None:
+        shard = shard_of(model)
+        left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(shard)}.incomplete"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"x" * 100)
+        assert shard in refused().message
+        assert (pull() / shard).read_bytes() == model.files[shard]
+
+
+class TestRefused:
+    CASES = {  # noqa: RUF012
+        (401, "GatedRepo"): ("is gated", "hf auth login"),
+        (403, "GatedRepo"): ("is gated", "accept its licence at"),
+        (404, "RepoNotFound"): ("there is no repository me/some-model", "hf auth login"),
+        (401, ""): ("401", "hf auth login"),
+        (403, ""): ("refuses me/some-model with 403", "token"),
+        (404, "RevisionNotFound"): ("no revision 'main'", "branches"),
+        (429, ""): ("answered 429", "wait"),
+        (503, ""): ("answered 503", "wait"),
+        (418, ""): ("answered 418", "HF_ENDPOINT"),
+    }
+
+    @pytest.mark.parametrize(("answer", "said"), CASES.items(), ids=[f"{status} {code}" for status, code in CASES])
+    def test_the_hubs_refusals_say_what_to_do(
+        self, hub: Hub, model: Repository, answer: tuple[int, str], said: tuple[str, str]
+    ) -> None:
+        model.refuse = answer
+        error = refused()
+        assert said[0] in error.message and said[1] in error.hint
+        assert len(hub.of("/revision/main")) == 1, "asked once"
+
+    def test_who_is_logged_in_is_told_to_accept_the_licence_only(self, model: Repository) -> None:
+        model.refuse = (403, "GatedRepo")
+        assert "log in" not in refused().hint
+
+    def test_no_network_is_said_at_once(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        tries = []
+
+        class Counted(socket.socket):
+            def connect(self, address: object) -> None:
+                tries.append(address)
+                super().connect(address)  # type: ignore[arg-type]
+
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(socket, "socket", Counted)
+        monkeypatch.setattr(
+            "huggingface_hub.file_download.time.sleep", lambda seconds: pytest.fail("it waits and retries")
+        )
+        error = refused()
+        assert "cannot be reached" in error.message and "network" in error.hint
+        mine = [address for address in tries if "agent" not in str(address)]
+        assert 1 <= len(mine) <= 2, "one question, and at most one of the library's own"
+
+    def test_offline_means_offline(self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "HF_HUB_OFFLINE" in refused().message and hub.requests == []
+
+    def test_a_full_disk_is_known_before(self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        needed = plan(NAME)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed.bytes_left + (64 << 20) - 1))
+        with pytest.raises(HubError, match="GB of disk") as caught:
+            check_room(needed)
+        assert "blockpress rm" in caught.value.hint
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed.bytes_left + (64 << 20)))
+        check_room(needed)
+
+    def test_a_disk_that_fills_up_is_said(self, model: Repository) -> None:
+        def full(file: RemoteFile, done: int) -> None:
+            if done:
+                raise OSError(28, os.strerror(28))
+
+        with pytest.raises(HubError, match="the disk is full"):
+            fetch(plan(NAME), full)
+
+
+def remote(*paths: str) -> list[RemoteFile]:
+    return [
+        RemoteFile(path=path, size=number + 1, git_name=git_name(path.encode())) for number, path in enumerate(paths)
+    ]
+
+
+def chosen(*paths: str, **arguments: object) -> set[str]:
+    return {file.path for file in choose("me/x", remote(*paths), **arguments)}  # type: ignore[arg-type]
+
+
+class TestChoice:
+    def test_weights_come_once(self) -> None:
+        assert chosen("model.safetensors", "model-00001-of-00001.safetensors", "consolidated.safetensors") == {
+            "model.safetensors"
+        }
+        assert chosen("model-00001-of-00001.safetensors", "consolidated.safetensors") == {
+            "model-00001-of-00001.safetensors"
+        }
+        assert chosen("model.safetensors", "some-Q4_K_M.gguf", "config.json") == {"model.safetensors", "config.json"}
+
+    def test_one_gguf_file_needs_no_choice(self) -> None:
+        assert chosen("some-Q8_0.gguf", "mmproj-F16.gguf", "README.md") == {"some-Q8_0.gguf"}
+
+    def test_several_are_listed_with_their_sizes(self) -> None:
+        files = [
+            RemoteFile(path=f"some-{mix}.gguf", size=size)
+            for mix, size in (("Q4_K_M", 16_800_000_000), ("Q8_0", 27_000_000_000))
+        ]
+        with pytest.raises(HubError, match="2 GGUF files") as caught:
+            choose("me/x", files)
+        assert "some-Q4_K_M.gguf (16.8 GB)" in caught.value.hint and "--file" in caught.value.hint
+        assert [file.path for file in choose("me/x", files, file="some-Q8_0.gguf")] == ["some-Q8_0.gguf"]
+
+    @pytest.mark.parametrize("file", ["other.gguf", "config.json", "big-00001-of-00002.gguf"])
+    def test_a_file_that_cannot_be_meant_is_refused(self, file: str) -> None:
+        with pytest.raises(RequestError, match="--file"):
+            chosen("a.gguf", "b.gguf", "config.json", "big-00001-of-00002.gguf", file=file)
+
+    def test_include_and_exclude(self) -> None:
+        files = ("model.safetensors", "config.json", "README.md", "onnx/m.onnx", "extra/a.json")
+        assert chosen(*files, include=["*.json"]) == {"config.json", "extra/a.json"}
+        assert chosen(*files, include=["extra/", "README.md"]) == {"extra/a.json", "README.md"}
+        assert chosen(*files, exclude=["*.safetensors"]) == {"config.json"}
+        assert chosen(*files, include=["*"]) == set(files) - {"onnx/m.onnx"}, "a pickle or a copy is never taken"
+        with pytest.raises(HubError, match=r"--include \*\.txt leaves no file"):
+            chosen(*files, include=["*.txt"])
+        with pytest.raises(RequestError, match="--include is given with --file"):
+            chosen("a.gguf", include=["*"], file="a.gguf")
+
+    def test_a_repository_without_our_weights_is_refused(self) -> None:
+        with pytest.raises(HubError, match="no weights") as caught:
+            chosen("pytorch_model.bin", "config.json")
+        assert "pytorch_model.bin" in caught.value.hint
+
+    def test_no_file_leads_outside(self) -> None:
+        with pytest.raises(HubError, match="outside"):
+            chosen("model.safetensors", "../../config.json", include=["*"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a", "a/b/c", "a//b", "../a", "a/..", "a/b@", "a/b@../x", "a/b/../c.gguf", "-a/b", "a--b/c", "a/b c", "",
+        "a/" + "b" * 95, "a/b@" + "c" * 300, "a/b/" + "c" * 300 + ".gguf", "a/\u0663",
+    ],
+)  # fmt: skip
+def test_what_is_no_name_on_the_hub(text: str) -> None:
+    assert HubName.parse(text) is None
+
+
+def test_resolving_never_connects(hub: Hub) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        resolve("me/some-model@v1")
+    assert "blockpress pull me/some-model --revision v1" in caught.value.hint
+    assert hub.requests == []

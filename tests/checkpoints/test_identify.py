@@ -1,0 +1,29 @@
+"""What a checkpoint says it is, wherever it says so, and whatever stands there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockpress.checkpoints.identify import kind_of
+from blockpress.config import ModelConfig
+from tests.builders.gguf_files import narrow, write_gguf
+
+
+def test_a_file_beside_the_config_says_that_weights_are_packed(copied: Callable[..., Path]) -> None:
+    folder = copied()
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    kind = kind_of(folder)
+    assert (kind.format, kind.method) == ("nvfp4", "modelopt")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(7, "Q8_0"), (999, "type 999"), ([1, 2], "type [1 2]"), ("x" * 99, "type " + "x" * 40)]
+)
+def test_a_gguf_file_of_any_number_is_described(number: object, name: str, tiny: ModelConfig, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", narrow(tiny), keys={"general.file_type": number})
+    assert kind_of(tmp_path / "a.gguf").format == name

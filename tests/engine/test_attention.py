@@ -1,0 +1,121 @@
+"""Looking through kernels is looking through pages: with attention in torch here, with the real kernels interpreted.
+
+The interpreter needs a process of its own: `python -c "from tests.engine.test_attention import interpreted; interpreted()"`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Denoised
+from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine.attention import KernelLook, PagedAttention, kernels_for, looks
+from blockpress.engine.kv_cache import Store
+from blockpress.ops import vocabulary
+
+from .play import AnySampling, play, prompts, reply, row
+from .special import CONFIG, SHORT, InTorch, damped, on_paper, poison, special
+
+row_of = partial(row, CONFIG)
+OPTIONS = EngineOptions(memory=1 << 23, chunk=9)
+
+
+def requests(max_tokens: int, steps: int = 4) -> list[Request]:
+    """Canvases, checks and single tokens, so that forwards hold every kind of part."""
+    how: list[AnySampling] = [
+        SHORT.with_(steps=steps),
+        AutoregressiveSampling(),
+        SHORT.with_(steps=steps, checks=1),
+        SHORT.with_(steps=steps - 1),
+    ]
+    given = prompts(CONFIG, len(how), 30, seed=2, shared=14)
+    changes = {"max_tokens": max_tokens}
+    rows = [
+        (special if isinstance(one, Sampling) else row_of)(i, given[i], one, **changes) for i, one in enumerate(how)
+    ]  # type: ignore[operator]
+    return [Request(*pair) for pair in zip(rows, how, strict=True)]
+
+
+def compare(attention: PagedAttention, see: Callable[..., vocabulary.Seen] | None = None, **given: int) -> None:
+    """A core that looks through `attention`, reads through `see`, and replays, beside one that looks through pages."""
+    network = damped()
+    cores = [poison(Core(network, OPTIONS)), poison(on_paper(network, OPTIONS, attention))]
+    seen = []
+    for core in cores:
+        with pytest.MonkeyPatch.context() as patch:
+            if see is not None and core is cores[1]:
+                patch.setattr(vocabulary, "see", see)
+            told = play(core, asked := requests(**given), arrivals=[0, 1, 1, 3])
+        steps = [event for one in asked for event in told[one] if isinstance(event, Denoised)]
+        seen.append(([reply(told[one]) for one in asked], torch.stack([step.entropy for step in steps])))
+    (answers, entropy), (others, other) = seen
+    assert answers == others
+    torch.testing.assert_close(entropy, other, rtol=1e-3, atol=1e-4)
+
+
+def interpreted() -> None:
+    """What the test below runs with TRITON_INTERPRET=1."""
+    from blockpress.ops.kernels import attention
+    from blockpress.ops.kernels import vocabulary as kernel
+
+    read = []
+
+    def see(*given: Any, **more: Any) -> vocabulary.Seen:
+        read.append(more["denied"])
+        return kernel.see(*given, **more)
+
+    compare(attention, see, max_tokens=13, steps=2)
+    assert len(read) > 4 and any(denied is not None for denied in read)
+    print("alike")
+
+
+def test_spans_are_seen_as_pages_are() -> None:
+    compare(InTorch(), max_tokens=29)
+
+
+def test_the_kernels_see_what_pages_hold() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "from tests.engine.test_attention import interpreted; interpreted()"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "alike\n", done.stderr
+
+
+def test_kernels_are_for_gpus_alone() -> None:
+    """And for heads that they can read: of powers of two, from 16 on."""
+    store = Core(damped(), OPTIONS).store
+    assert store.dims == {16, 32} and kernels_for(store) is None
+    pytest.importorskip("triton")
+    for dims, found in (({256, 512}, True), ({8, 16}, False), ({96}, False)):
+        assert (kernels_for(Mock(spec=Store, device=torch.device("cuda"), dims=dims)) is not None) == found
+
+
+def test_pictures_are_looked_at_through_pages() -> None:
+    """The tokens of a picture see each other in both directions, which is no span of the kernels."""
+    core = on_paper(damped(), OPTIONS)
+    [request] = requests(14)[:1]
+    request.row.images = {2: torch.zeros(5, CONFIG.hidden_size)}
+    kinds = []
+
+    def listening(*given: object) -> object:
+        found = looks(*given)  # type: ignore[arg-type]
+        kinds.append({type(look) for look in found})
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blockpress.engine.runner.looks", listening)
+        play(core, [request])
+    assert KernelLook not in kinds[0]
+    assert {KernelLook} in kinds
