@@ -7,7 +7,6 @@
     tables              a request's pages: taken, let go, shared                          no tensors
     scheduler           which tokens and canvases the next forward runs                   no tensors
     store, slots        keys and values of all pages; canvases between two forwards
-    transfer            numbers to the device without waiting, answers back with one wait
     batch, looks        the rows of a forward, and what they look at: pages, in torch or through kernels
     step, captured      a denoising step as tensors alone; the same as a CUDA graph
     runner              one forward

@@ -21,11 +21,11 @@ from torch import Tensor
 from blockpress.config import LayerKind
 from blockpress.engine.batch import Batch, Part
 from blockpress.engine.store import Store
-from blockpress.engine.transfer import send
 from blockpress.model.layers import Attend
 from blockpress.model.masks import causal_mask
 from blockpress.ops import kernels
 from blockpress.ops.spans import Span, look
+from blockpress.ops.transfer import send
 from blockpress.shapes import Heads, KeyHeads
 
 Windows = Mapping[LayerKind, int | None]
@@ -183,5 +183,5 @@ def _mask(
     if part.canvas or own == 1:
         return None
     width = part.first - oldest(part.first, window)
-    lengths = torch.tensor([width], device=device)
+    lengths = torch.full((1,), width, device=device)
     return causal_mask(lengths, width, own, window, None if runs is None else runs[None])[0]

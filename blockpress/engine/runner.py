@@ -32,9 +32,9 @@ from blockpress.engine.scheduler import Work
 from blockpress.engine.slots import Rules, Slots
 from blockpress.engine.step import Begun, Canvases, Finished, begin, entry, finish
 from blockpress.engine.store import Store
-from blockpress.engine.transfer import fetch, send
 from blockpress.model import Network
 from blockpress.model.pictures import place
+from blockpress.ops.transfer import fetch, send
 from blockpress.reply import Denoised
 from blockpress.shapes import Hidden
 
