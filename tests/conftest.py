@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,8 @@ from blockpress.config import PRESETS, ModelConfig
 from blockpress.model import Network
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
+
+from .standin import Card, standin
 
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
@@ -71,6 +74,14 @@ def tiny() -> ModelConfig:
 def random_network() -> RandomNetwork:
     """`random_network(config, seed=0)`: a float32 network on the CPU, its activations near 1 through all layers."""
     return make_random_network
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """A stand-in for a GPU, without shape checks: each of them would be calls of torch, too."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with standin() as there:
+        yield there
 
 
 def make_random_network(config: ModelConfig, seed: int = 0) -> Network:

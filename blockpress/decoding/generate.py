@@ -39,6 +39,7 @@ from blockpress.diffusion import (
 )
 from blockpress.model import Cache, Images, Network
 from blockpress.ops import vocabulary
+from blockpress.ops.transfer import send
 from blockpress.shapes import Canvas, Signal
 
 
@@ -155,8 +156,7 @@ def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
 
 def pad(network: Network, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "batch length"], Int[Tensor, " batch"]]:
     """Lists of tokens as one right-padded tensor, and how many of each row are real."""
-    counts = torch.tensor([len(row) for row in tokens], device=network.device)
-    padded = torch.zeros(len(tokens), int(counts.max()), dtype=torch.long, device=network.device)
-    for place, row in enumerate(tokens):
-        padded[place, : len(row)] = torch.tensor(row, device=network.device)
-    return padded, counts
+    counts = [len(row) for row in tokens]
+    longest = max(counts)
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], dtype=torch.long)
+    return send(padded, network.device), send(torch.tensor(counts), network.device)

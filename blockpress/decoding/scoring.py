@@ -25,6 +25,7 @@ from blockpress.decoding.generate import pad
 from blockpress.diffusion import Edits
 from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
+from blockpress.ops.transfer import fetch, send
 
 Last = Float[Tensor, "rows 1 hidden"]
 """The hidden state of the last token of each row's context."""
@@ -72,17 +73,23 @@ def judge(network: Network, states: States, rows: Sequence[Row], asked: Sequence
         torch.cat([states[row, : len(own)] for row, own in enumerate(asked)]),
         network.embed_tokens.weight,
         cap=config.softcap,
-        tokens=torch.tensor(tokens, device=network.device),
+        tokens=send(torch.tensor(tokens), network.device),
         top=min(max(tops), config.vocab_size) if tops else None,
         wide=config.has_canvas,
         denied=_denied(rows, asked, network.device),
     )
-    expected, said, instead = found.greedy.tolist(), [], []
+    columns = [found.greedy[:, None]]
     if found.logprobs is not None:
-        pairs = zip(found.logprobs.top_ids.tolist(), found.logprobs.top.tolist(), strict=True)
-        best = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
-        said = list(map(TokenLogprob, tokens, found.logprobs.own.tolist(), best))
-        instead = list(map(TokenLogprob, expected, found.logprobs.greedy.tolist(), best))
+        told = found.logprobs
+        columns += [told.own[:, None], told.greedy[:, None], told.top_ids, told.top]
+    table = fetch(torch.cat([column.double() for column in columns], dim=1)).tolist()  # waited for once; ids are exact
+    expected, said, instead = [int(line[0]) for line in table], [], []
+    for token, (greedy, *line) in zip(tokens, table if tops else [], strict=bool(tops)):
+        own, best, *top = line
+        ids, values = map(int, top[: len(top) // 2]), top[len(top) // 2 :]
+        pairs = tuple(zip(ids, values, strict=True))
+        said.append(TokenLogprob(token, own, pairs))
+        instead.append(TokenLogprob(int(greedy), best, pairs))
     return _a_row_each(rows, asked, Judged(expected, said, instead))
 
 

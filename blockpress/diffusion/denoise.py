@@ -100,8 +100,10 @@ def denoise(
             noise = pins.hold(rows, noise)
         done = update(reading, noise, previous, unchanged, accept, settle)
         yield Step(number, rows, canvas, reading.argmax, done.accepted, reading.entropy, done.changed, done.settled)
-        if number == schedule.steps or bool(done.settled.all()):
+        if number == schedule.steps:
             return
-        live = ~done.settled
+        live = (~done.settled).nonzero()[:, 0]
+        if not len(live):
+            return
         rows, canvas, unchanged = rows[live], done.canvas[live], done.unchanged[live]
         previous, signal = reading.argmax[live], reading.signal[live]

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from blockpress.ops.transfer import send
 from blockpress.shapes import Logits
 
 
@@ -40,7 +41,7 @@ class Edits:
         if not ids:
             return None
         places = [[[place in row.get(token, ()) for token in ids] for place in range(length)] for row in denied]
-        return cls(torch.tensor(ids, device=device), torch.tensor(places, device=device))
+        return cls(send(torch.tensor(ids), device), send(torch.tensor(places), device))
 
     def __call__(self, rows: Int[Tensor, " rows"], logits: Logits) -> Logits:
         """The logits of some rows of the batch, -inf where an id is denied.

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from blockpress.diffusion.reading import Reading
+from blockpress.ops.transfer import send
 from blockpress.shapes import Canvas, Signal
 
 OPEN = -1
@@ -56,7 +57,7 @@ class Pins:
         """
         if not any(pinned):
             return None
-        tokens = torch.tensor([[row.get(place, OPEN) for place in range(length)] for row in pinned], device=device)
+        tokens = send(torch.tensor([[row.get(place, OPEN) for place in range(length)] for row in pinned]), device)
         return cls(tokens, embed(tokens.clamp(min=0)))
 
     def hold(self, rows: Int[Tensor, " rows"], canvas: Canvas) -> Canvas:

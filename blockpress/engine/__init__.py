@@ -7,7 +7,6 @@
     block_tables              a request's pages: taken, let go, shared                          no tensors
     scheduler                 which tokens and canvases the next forward runs                   no tensors
     kv_cache, canvas_state    keys and values of all pages; canvases between two forwards
-    transfer                  numbers to the device without waiting, answers back with one wait
     batch, attention          the rows of a forward, and what they look at: pages, in torch or through kernels
     denoising, cuda_graphs    a denoising step as tensors alone; the same as a CUDA graph
     runner, modes             one forward; how each way to decode goes on after it

@@ -21,12 +21,12 @@ from torch import Tensor
 from blockpress.config import LayerKind
 from blockpress.engine.batch import Batch, Part
 from blockpress.engine.kv_cache import Store
-from blockpress.engine.transfer import send
 from blockpress.model.layers import Attend
 from blockpress.model.masks import causal_mask
 from blockpress.ops import kernels
 from blockpress.ops.attention import Span
 from blockpress.ops.spans import look
+from blockpress.ops.transfer import send
 from blockpress.shapes import Heads, KeyHeads
 
 Windows = Mapping[LayerKind, int | None]
@@ -184,5 +184,5 @@ def _mask(
     if part.canvas or own == 1:
         return None
     width = part.first - oldest(part.first, window)
-    lengths = torch.tensor([width], device=device)
+    lengths = torch.full((1,), width, device=device)
     return causal_mask(lengths, width, own, window, None if runs is None else runs[None])[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blockpress.engine.request import Request
 from blockpress.engine.scheduler import Work
-from blockpress.engine.transfer import send
+from blockpress.ops.transfer import send
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,8 +26,8 @@ from torch import Tensor
 from blockpress.config import Sampling
 from blockpress.diffusion.pins import OPEN
 from blockpress.engine.request import Request
-from blockpress.engine.transfer import send
 from blockpress.model import Network
+from blockpress.ops.transfer import send
 
 LEAST_IDS = 8
 

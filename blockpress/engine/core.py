@@ -1,7 +1,7 @@
 """The engine's heart: requests go in, and each `step` is one forward for all of them.
 
     step:   plan     who takes part, with which tokens          scheduler, without tensors
-            run      one forward                                runner
+            run      one forward, waited for once               runner
             advance  what came of it, for each way to decode    modes
             book     pages, contexts, ends                      here and in the scheduler
 
@@ -15,7 +15,7 @@ Run it:  python -m pytest tests/engine/test_same_tokens.py
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from blockpress.engine.kv_cache import Store
 from blockpress.engine.modes import Progress, kind_of, strategies
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Picture, Request
-from blockpress.engine.runner import Outcome, Runner
+from blockpress.engine.runner import Asked, Outcome, Runner
 from blockpress.engine.scheduler import Scheduler, SchedulerStats, Work
 from blockpress.engine.sizing import page_length, plan_pages
 from blockpress.errors import BlockpressError, EngineError
@@ -72,7 +72,7 @@ class Core:
         counts = plan_pages(config, dtype, options, memory)
         self.scheduler = Scheduler(config, options, counts)
         self.store = Store(config, counts, page_length(config), network.dtype, network.device)
-        self.runner = Runner(network, options, self.store)
+        self.runner = Runner(network, options, self.store, self._ask)
         self._cancelled: list[Request] = []
         self._ran = self._failures = 0
         self._strategies = strategies(network)
@@ -145,6 +145,13 @@ class Core:
                 request, told = outcome[0].request, self._fail(outcome[0].request, outcome[1])
             events += [(request, event) for event in told]
         return events
+
+    def _ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+        """What the strategies ask of the states that a forward has heard, before anybody waits for it."""
+        asked: dict[Request, Tensor | Exception] = {}
+        for kind, strategy in self._strategies.items():
+            asked |= strategy.ask([work for work in works if kind_of(work.request) == kind], heard)
+        return asked
 
     def _book(self, outcome: Outcome, progress: Progress | Exception) -> Sequence[Event]:
         """What a request's part of a forward makes of its pages and its context, or its end."""

@@ -40,6 +40,7 @@ from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops import vocabulary
+from blockpress.ops.transfer import send
 
 Numbers = Int64[Tensor, "canvases fields"]
 Flat = Float[Tensor, "1 rows hidden"]
@@ -222,7 +223,7 @@ class OwnRules:
     def __call__(self, *given: Tensor) -> Tensor:
         answer = self.common(*given)
         for rule in {id(rule): rule for rule in self.own if rule is not None}.values():
-            rows = torch.tensor([row for row, own in enumerate(self.own) if own is rule], device=answer.device)
+            rows = send(torch.tensor([row for row, own in enumerate(self.own) if own is rule]), answer.device)
             found = check_answer(self.name, rule(*(each[rows] for each in given)), answer[rows])
             answer = answer.index_copy(0, rows, found)
         return answer

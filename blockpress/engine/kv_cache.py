@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from blockpress.config import LayerKind, ModelConfig
+from blockpress.ops.transfer import send
 
 Pair = tuple[Float[Tensor, "_kv_heads _seen _dim"], Float[Tensor, "_kv_heads _seen _dim"]]
 
@@ -80,7 +81,7 @@ class Store:
         return key[:, begin : begin + stop - start], value[:, begin : begin + stop - start]
 
     def _gathered(self, layer: int, ids: Sequence[int], start: int, stop: int) -> Pair:
-        chosen = torch.tensor(ids, device=self._layers[layer][0].device)
+        chosen = send(torch.tensor(ids), self.device)
 
         def one(whole: Tensor) -> Tensor:
             return whole.unflatten(1, (-1, self.page)).index_select(1, chosen).flatten(1, 2)[:, start:stop]

@@ -15,21 +15,26 @@ Run it:  python -m pytest tests/engine/test_same_tokens.py tests/engine/test_fau
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blockpress.config import AutoregressiveSampling, Sampling
-from blockpress.decoding import Event
+from blockpress.decoding import Event, Row
 from blockpress.decoding.autoregressive import choose, counted
-from blockpress.decoding.scoring import judge
+from blockpress.decoding.scoring import Judged, judge
 from blockpress.decoding.verified import conclude, is_asked
 from blockpress.engine.request import Request
-from blockpress.engine.runner import Outcome
+from blockpress.engine.runner import Asked, Outcome
+from blockpress.engine.scheduler import Work
 from blockpress.model import Network
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,13 @@ class Progress:
 @runtime_checkable
 class Strategy(Protocol):
     """One way to decode, for all requests that go this way."""
+
+    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+        """What each request wants of the states that its part of a forward has heard; nothing here waits for them.
+
+        A forward may be run again: so may this.
+        """
+        ...
 
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
         """What became of each request; an exception is that request's alone."""
@@ -87,6 +99,9 @@ class Diffusion:
 
     remembered = 0
 
+    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+        return {}
+
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
         return each(outcomes, self._one)
 
@@ -114,16 +129,21 @@ class Verified:
     def remembered(self) -> int:
         return len(self._last)
 
+    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+        return {}
+
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        return each(outcomes, self._one)
+        return judge_drafts(self._network, outcomes, each(outcomes, self._draft), self._conclude)
 
     def forget(self, request: Request) -> None:
         self._last.pop(request, None)
 
-    def _one(self, outcome: Outcome) -> Progress:
+    def _draft(self, outcome: Outcome) -> Draft | Progress:
+        """The draft that the forward has read, to be judged, or how a request goes on that has none."""
         request, row = outcome.work.request, outcome.work.request.row
-        if reads_draft(outcome):
-            return self._verify(outcome)
+        if reads_draft(outcome.work):
+            assert outcome.hidden is not None
+            return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)))
         if outcome.hidden is not None:
             self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
         told = drafted(outcome)
@@ -133,14 +153,11 @@ class Verified:
             return Progress(events=told, then=row.proposal, draft=True)
         return Progress(events=[*told, *row.commit()], then=row.fresh)
 
-    def _verify(self, outcome: Outcome) -> Progress:
+    def _conclude(self, outcome: Outcome, draft: Draft, judged: Judged) -> Progress:
         """The causal pass has read the draft: what it says of it decides what of it is context now."""
-        request, row = outcome.work.request, outcome.work.request.row
-        assert outcome.hidden is not None
-        states = torch.cat((self._last[request], outcome.hidden))[None]
-        [judged] = judge(self._network, states, [row], [row.proposal])
+        request, row = outcome.work.request, draft.row
         events = [*conclude(row, judged, checks_of(request))]
-        self._last[request] = states[0, row.kept : row.kept + 1].clone()
+        self._last[request] = draft.states[row.kept : row.kept + 1].clone()
         return Progress(events=events, verified=row.kept, then=row.fresh)
 
 
@@ -162,61 +179,62 @@ class Autoregressive:
     def remembered(self) -> int:
         return len(self._last.keys() | self._forwards.keys())
 
+    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+        """The next token of those whose context has been read."""
+        ready = [work.request for work in works if is_read(work) and not reads_draft(work)]
+        for request in ready:
+            if request in heard:
+                self._last[request] = heard[request][-1:].clone()
+        alike: dict[AutoregressiveSampling, list[Request]] = {}
+        for request in ready:
+            assert isinstance(request.sampling, AutoregressiveSampling)
+            alike.setdefault(request.sampling, []).append(request)
+        tokens: dict[Request, Tensor | Exception] = {}
+        for sampling, some in alike.items():
+            tokens |= self._chosen(some, sampling)
+        return tokens
+
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        ready = [outcome for outcome in outcomes if not reads_draft(outcome) and is_read(outcome)]
-        for outcome in ready:
-            work = outcome.work
-            self._forwards[work.request] += work.start < work.stop
-            if outcome.hidden is not None:
-                self._last[work.request] = outcome.hidden[-1:].clone()
-        tokens = self._choose([outcome.work.request for outcome in ready])
-        return each(outcomes, lambda outcome: self._one(outcome, tokens))
+        return judge_drafts(self._network, outcomes, each(outcomes, self._draft), self._commit)
 
     def forget(self, request: Request) -> None:
         self._last.pop(request, None)
         self._forwards.pop(request, None)
 
-    def _one(self, outcome: Outcome, tokens: Mapping[Request, int | Exception]) -> Progress:
-        request, row = outcome.work.request, outcome.work.request.row
-        if reads_draft(outcome):
-            assert outcome.hidden is not None
-            self._forwards[request] += 1
-            return self._commit(request, torch.cat((self._last[request], outcome.hidden)), verified=0)
-        token = tokens.get(request)
-        if token is None:
+    def _draft(self, outcome: Outcome) -> Draft | Progress:
+        """What is to be committed, or how a request goes on that commits nothing yet."""
+        work, row = outcome.work, outcome.work.request.row
+        if not is_read(work):
             return Progress()
-        if isinstance(token, Exception):
-            raise token
-        row.draft([token], 0)
+        states = self._last[work.request]
+        if reads_draft(work):
+            assert outcome.hidden is not None
+            self._forwards[work.request] += 1
+            return Draft(row, row.proposal, torch.cat((states, outcome.hidden)))
+        self._forwards[work.request] += work.start < work.stop
+        if isinstance(outcome.answer, Exception):
+            raise outcome.answer
+        assert outcome.answer is not None, "a token was asked for"
+        row.draft(outcome.answer, 0)
         proposal = row.proposal if row.logprobs is not None else []
         if len(proposal) > 1:
             return Progress(then=proposal[:-1], draft=True)
-        return self._commit(request, self._last[request])
+        return Draft(row, proposal, states)
 
-    def _commit(self, request: Request, states: Tensor, verified: int | None = None) -> Progress:
-        """The chosen token joins the answer; `states` are what its log-probabilities are told from."""
-        row = request.row
-        [judged] = judge(self._network, states[None], [row], [row.proposal if row.logprobs is not None else []])
-        forwards = Counter({row.index: self._forwards[request]})
+    def _commit(self, outcome: Outcome, draft: Draft, judged: Judged) -> Progress:
+        """The chosen token joins the answer."""
+        row, verified = draft.row, 0 if reads_draft(outcome.work) else None
+        forwards = Counter({row.index: self._forwards[outcome.work.request]})
         return Progress(events=[*counted(row.commit(judged.said), forwards)], verified=verified, then=row.fresh)
 
-    def _choose(self, requests: Sequence[Request]) -> dict[Request, int | Exception]:
-        """The next token of each, drawn together where they are drawn alike."""
-        alike: dict[AutoregressiveSampling, list[Request]] = {}
-        for request in requests:
-            assert isinstance(request.sampling, AutoregressiveSampling)
-            alike.setdefault(request.sampling, []).append(request)
-        tokens: dict[Request, int | Exception] = {}
-        for sampling, some in alike.items():
-            tokens |= self._chosen(some, sampling)
-        return tokens
-
-    def _chosen(self, requests: Sequence[Request], sampling: AutoregressiveSampling) -> dict[Request, int | Exception]:
-        """A token each; where that fails, request by request, so that the one at fault is found."""
+    def _chosen(
+        self, requests: Sequence[Request], sampling: AutoregressiveSampling
+    ) -> dict[Request, Tensor | Exception]:
+        """A token each, drawn together; where that fails, request by request, so that the one at fault is found."""
         try:
             last = torch.stack([self._last[request] for request in requests])
             chosen = choose(self._network, [request.row for request in requests], last, sampling)
-            return dict(zip(requests, chosen, strict=True))
+            return dict(zip(requests, chosen.split(1), strict=True))
         except Exception as error:
             failed = error.with_traceback(None)
         if len(requests) == 1:
@@ -224,12 +242,59 @@ class Autoregressive:
         return {one: found for request in requests for one, found in self._chosen([request], sampling).items()}
 
 
-def each(outcomes: Sequence[Outcome], one: Callable[[Outcome], Progress]) -> list[Progress | Exception]:
-    """`one` of every outcome; what it raises, a turn's fault or a verification's, is that request's alone."""
-    found: list[Progress | Exception] = []
-    for outcome in outcomes:
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """Tokens that a row is about to commit, and the states that speak of them: [tokens, hidden] or one more."""
+
+    row: Row
+    tokens: list[int]
+    states: Tensor
+
+
+def judge_drafts(
+    network: Network,
+    outcomes: Sequence[Outcome],
+    found: Sequence[Draft | Progress | Exception],
+    end: Callable[[Outcome, Draft, Judged], Progress],
+) -> list[Progress | Exception]:
+    """Let the causal pass judge all drafts at once, and `end` each; what is no draft stays as it is."""
+    drafts = [draft for draft in found if isinstance(draft, Draft)]
+    judged = dict(zip(drafts, _judged(network, drafts), strict=True))
+
+    def one(pair: tuple[Outcome, Draft | Progress | Exception]) -> Progress:
+        outcome, draft = pair
+        if isinstance(draft, Progress):
+            return draft
+        if isinstance(draft, Exception):
+            raise draft
+        said = judged[draft]
+        if isinstance(said, Exception):
+            raise said
+        return end(outcome, draft, said)
+
+    return each(zip(outcomes, found, strict=True), one)
+
+
+def _judged(network: Network, drafts: Sequence[Draft]) -> list[Judged | Exception]:
+    """What the causal pass says of each; where that fails, draft by draft, so that the one at fault is found."""
+    if not any(draft.tokens for draft in drafts):
+        return [Judged([], [], []) for _ in drafts]
+    try:
+        states = pad_sequence([draft.states for draft in drafts], batch_first=True)
+        return [*judge(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])]
+    except Exception as error:
+        failed = error.with_traceback(None)
+    if len(drafts) == 1:
+        return [failed]
+    return [said for draft in drafts for said in _judged(network, [draft])]
+
+
+def each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Exception]:
+    """`one` of every request's; what it raises, a turn's fault or a verification's, is that request's alone."""
+    found: list[Made | Exception] = []
+    for own in given:
         try:
-            found.append(one(outcome))
+            found.append(one(own))
         except Exception as error:
             found.append(error)
     return found
@@ -243,14 +308,14 @@ def drafted(outcome: Outcome) -> list[Event]:
     return [outcome.denoised]
 
 
-def is_read(outcome: Outcome) -> bool:
-    """Whether the forward has read the request's context to its end."""
-    return outcome.work.stop == len(outcome.work.request.context)
+def is_read(work: Work) -> bool:
+    """Whether the forward reads the request's context to its end."""
+    return work.stop == len(work.request.context)
 
 
-def reads_draft(outcome: Outcome) -> bool:
-    """Whether the forward has read tokens that may yet be taken back."""
-    return outcome.work.request.asked > 0 and is_read(outcome)
+def reads_draft(work: Work) -> bool:
+    """Whether the forward reads tokens that may yet be taken back."""
+    return work.request.asked > 0 and is_read(work)
 
 
 def checks_of(request: Request) -> int:

@@ -5,9 +5,10 @@
 Each request has a slot, in which its canvas waits between two forwards. Every request is at a step of its own. On a
 GPU a forward of canvases alone is a captured graph (`cuda_graphs.py`).
 
-Before the rows run all inputs are sent; behind them the processor waits for the device once, for the flags of every
-canvas, its argmax, and whether what was heard is sound. What else waits: pictures in a prompt, choosing a token
-(`autoregress.choose`), judging a proposal (`judge.judge`).
+Before the rows run all inputs are sent; after them the processor waits for the device once, for the flags of every
+canvas, its argmax, whether what was heard is sound, and what was asked of it (the next token of an autoregressive
+request). A forward of a prompt alone is not waited for. What else waits: judging a proposal (`judge.judge`); without
+Triton experts that are not run all at once (`ops/grouped.py`) and the sparse signal (`ops/vocabulary/`).
 
 Invariant: a forward that failed can be run again, request by request: pages hold what a second run of the same works
 would write again, and where canvases have moved on, `stepped` says that they must not be run again.
@@ -16,7 +17,7 @@ Run it:  python -m pytest tests/engine/test_runner.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -33,9 +34,9 @@ from blockpress.engine.kv_cache import Store
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.engine.scheduler import Work
-from blockpress.engine.transfer import fetch, send
 from blockpress.model import Network
 from blockpress.model.pictures import place
+from blockpress.ops.transfer import fetch, send
 from blockpress.shapes import Hidden
 
 
@@ -44,14 +45,23 @@ class Outcome:
     """What a forward did for one request.
 
     denoised: the step, where there was one. canvas: its argmax, where the step was its last. hidden: the final hidden
-    states of the tokens that were heard. sound: False where a number was none (NaN).
+    states of the tokens that were heard. answer: what was asked of them, or why it could not be told. sound: False
+    where a number was none (NaN): then the answer means nothing.
     """
 
     work: Work
     denoised: Denoised | None = None
     canvas: list[int] | None = None
     hidden: Tensor | None = None
+    answer: list[int] | Exception | None = None
     sound: bool = True
+
+
+Asked = Mapping[Request, Tensor | Exception]
+"""Whole numbers on the device for some requests, in one dimension; an exception is that request's alone."""
+
+Ask = Callable[[Sequence[Work], Mapping[Request, Tensor]], Asked]
+"""Asks something of the hidden states that each request's part of a forward has heard, and waits for nothing."""
 
 
 class Runner:
@@ -61,8 +71,8 @@ class Runner:
     canvases had moved on to their next step already.
     """
 
-    def __init__(self, network: Network, options: EngineOptions, store: Store) -> None:
-        self.network, self.options, self.store = network, options, store
+    def __init__(self, network: Network, options: EngineOptions, store: Store, ask: Ask) -> None:
+        self.network, self.options, self.store, self.ask = network, options, store, ask
         self.slots = Slots(network, options.max_running)
         self.attention = kernels_for(store)
         self.stepped = False
@@ -97,16 +107,26 @@ class Runner:
         if done is None and batch.rows:
             heard, done = self._forward(batch, rules)
         self.stepped = done is not None
-        sound, told = self._told(heard, done)
+        own = {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard}
+        hidden = {request: heard[rows] for request, rows in own.items()}
+        asked = self.ask(works, hidden)
+        sound, told, answers = self._told(heard, done, asked)
         steps = {} if done is None else self._steps(batch, done, told)
-        hidden = {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard}
         outcomes = []
         for work in works:
-            denoised, canvas, whole = steps.get(work.request, (None, None, True))
-            own, states = hidden.get(work.request), None
-            if own is not None:
-                states, whole = heard[own], whole and bool(sound[own].all())
-            outcomes.append(Outcome(work=work, denoised=denoised, canvas=canvas, hidden=states, sound=whole))
+            request = work.request
+            denoised, canvas, whole = steps.get(request, (None, None, True))
+            whole = whole and (request not in own or bool(sound[own[request]].all()))
+            outcomes.append(
+                Outcome(
+                    work=work,
+                    denoised=denoised,
+                    canvas=canvas,
+                    hidden=hidden.get(request),
+                    answer=answers.get(request),
+                    sound=whole,
+                )
+            )
         self.stepped = False
         return outcomes
 
@@ -147,15 +167,26 @@ class Runner:
                     runs[part] = marks[0]
         return x, runs
 
-    def _told(self, heard: Tensor, done: Finished | None) -> tuple[Tensor, Tensor]:
-        """Whether the states heard are sound, row by row, and what the step tells: in one go, here it is waited."""
-        sound = heard.isfinite().all(-1)
-        if done is None:
-            return (fetch(sound) if len(sound) else sound), torch.empty(0)
-        if not len(sound):
-            return sound, fetch(done.told)
-        words = fetch(torch.cat((sound.long(), done.told.flatten())))
-        return words[: len(sound)] != 0, words[len(sound) :].view(done.told.shape)
+    def _told(
+        self, heard: Tensor, done: Finished | None, asked: Asked
+    ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
+        """Whether the states heard are sound, row by row, what the step tells, and what was asked of the states.
+
+        All of it comes in one go: here it is waited, unless there is nothing.
+        """
+        queued = {request: numbers for request, numbers in asked.items() if isinstance(numbers, Tensor)}
+        parts = [heard.isfinite().all(-1).long(), *queued.values()]
+        parts += [] if done is None else [done.told.flatten()]
+        parts = [part for part in parts if len(part)]
+        words = fetch(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
+        sizes = [len(heard), *map(len, queued.values())]
+        sound, *found = words[: sum(sizes)].split(sizes)
+        answers: dict[Request, list[int] | Exception] = {
+            request: failed for request, failed in asked.items() if isinstance(failed, Exception)
+        }
+        answers |= {request: numbers.tolist() for request, numbers in zip(queued, found, strict=True)}
+        told = words[sum(sizes) :]
+        return sound != 0, told if done is None else told.view(done.told.shape), answers
 
     def _steps(
         self, batch: Batch, done: Finished, told: Tensor

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.chat.conversation import Chat, Question, check_options
+from blockpress.chat import Chat, Question, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding import Cancel, Done, Event, PlainTurn, Reply, Row, Turn

@@ -10,6 +10,7 @@ step, which is only ever given a cache to read, cannot change it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -29,20 +30,27 @@ class Cache:
     def width(self) -> int:
         return self.layers[0][0].shape[2]
 
+    @cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest row; on a GPU the first who asks waits for it."""
+        return int(self.lengths.min())
+
     def append(self, fresh: list[KeyValue], counts: Int[Tensor, " batch"]) -> Cache:
         """The cache with `counts[b]` of row b's fresh keys and values put behind its own."""
-        lengths = self.lengths + counts
-        width = int(lengths.max())
+        places = torch.stack((self.lengths, counts), dim=1).tolist()
         layers = []
         for (old_key, old_value), (key, value) in zip(self.layers, fresh, strict=True):
-            layers.append((self._join(old_key, key, counts, width), self._join(old_value, value, counts, width)))
-        return Cache(tuple(layers), lengths)
+            layers.append((self._join(old_key, key, places), self._join(old_value, value, places)))
+        return Cache(tuple(layers), self.lengths + counts)
 
-    def _join(self, old: Tensor, new: Tensor, counts: Tensor, width: int) -> Tensor:
+    @staticmethod
+    def _join(old: Tensor, new: Tensor, places: list[list[int]]) -> Tensor:
+        """`places`: of each row, how many tokens it has, and how many come to them."""
+        width = max(start + count for start, count in places)
         joined = old.new_zeros(old.shape[0], old.shape[1], width, old.shape[3])
         kept = min(width, old.shape[2])
         joined[:, :, :kept] = old[:, :, :kept]
-        for row, (start, count) in enumerate(zip(self.lengths.tolist(), counts.tolist(), strict=True)):
+        for row, (start, count) in enumerate(places):
             joined[row, :, start : start + count] = new[row, :, :count]
         return joined
 
@@ -63,7 +71,7 @@ class Cache:
         On a sliding layer keys that lie outside the window of every row are left out.
         """
         key, value = self.layers[layer]
-        start = 0 if window is None else max(0, int(self.lengths.min()) - (window - 1))
+        start = 0 if window is None else max(0, self.shortest - (window - 1))
         return (key[:, :, start:], value[:, :, start:]), start
 
     @classmethod

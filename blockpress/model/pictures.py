@@ -36,14 +36,15 @@ def place(x: Hidden, counts: Int[Tensor, " batch"], images: Images) -> tuple[Hid
     x = x.clone()
     runs = torch.full(x.shape[:2], -1, dtype=torch.long, device=x.device)
     for row, (pictures, count) in enumerate(zip(images, counts.tolist(), strict=True)):
+        free = 0
         for number, (start, features) in enumerate(sorted(pictures.items())):
             stop = start + len(features)
-            fits = features.ndim == 2 and features.shape[1] == x.shape[2] and 0 <= start < stop <= count
-            if not fits or bool((runs[row, start:stop] >= 0).any()):
+            fits = features.ndim == 2 and features.shape[1] == x.shape[2]
+            if not fits or not free <= start < stop <= count:
                 raise MediaError(
                     f"the features {list(features.shape)} at token {start} of row {row} do not fit there",
                     hint=f"give [soft tokens, {x.shape[2]}] that end by token {count} and before the next picture",
                 )
             x[row, start:stop] = features.to(x)
-            runs[row, start:stop] = number
+            runs[row, start:stop], free = number, stop
     return x, runs

@@ -36,8 +36,9 @@ def ordered(
     tokens, k = chosen.shape
     if not tokens:
         return torch.empty_like(x)
-    order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=down.shape[0]).tolist()
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.new_zeros(down.shape[0]).scatter_add_(0, flat, torch.ones_like(flat)).tolist()
     parts = []
     for expert, own in enumerate(x.index_select(0, order // k).split(counts)):
         if len(own):

@@ -24,6 +24,7 @@ from blockpress.ops import attention
 from blockpress.ops.attention import Span
 from blockpress.ops.cpu import attention as in_cpp
 from blockpress.ops.cpu import bridge
+from blockpress.ops.transfer import send
 
 SCORES = 1 << 23
 """Most scores that are held at once: 16 MiB in bfloat16."""
@@ -125,7 +126,7 @@ def _masks(group: list[Span], most: int) -> Bool[Tensor, "spans queries most"] |
     if all(span.mask is None for span in group):
         if all(span.keys == most for span in group):
             return None
-        keys = torch.tensor([span.keys for span in group], device=device)
+        keys = send(torch.tensor([span.keys for span in group]), device)
         return (torch.arange(most, device=device) < keys[:, None])[:, None]
     masks = torch.zeros(len(group), group[0].queries, most, dtype=torch.bool, device=device)
     for mask, span in zip(masks, group, strict=True):

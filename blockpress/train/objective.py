@@ -135,30 +135,30 @@ def draw(
     """Choose canvases, times, corrupted tokens and the conditioned share of one step; `visited` joins them.
 
     Args:
+        generator: of any device: what it draws goes to the rows'.
         visited: `objective.on_policy` states for every row.
     """
     each = objective.draws - objective.on_policy
     device, count = rows.tokens.device, len(rows.tokens) * each
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=device)
+        return torch.rand(*shape, generator=generator, device=generator.device).to(device)
+
+    def shuffled() -> Tensor:
+        return torch.randperm(count, generator=generator, device=generator.device).to(device)
 
     canvases = rows.canvases.repeat_interleave(each)
     chosen = (uniform(count) * canvases).long().clamp(max=canvases - 1)
     starts = rows.prompts.repeat_interleave(each) + chosen * canvas_length
     place = starts[:, None] + torch.arange(canvas_length, device=device)
     clean = rows.tokens.repeat_interleave(each, 0).gather(1, place)
-    order = torch.randperm(count, generator=generator, device=device)
+    order = shuffled()
     times = (order + uniform(1)) / max(1, count) if objective.stratified else uniform(count)
     low, high = objective.time_range
     times = low + (high - low) * times
     noise = (uniform(count, canvas_length) * vocab).long().clamp(max=vocab - 1)
     noisy = torch.where(uniform(count, canvas_length) < times[:, None], noise, clean)
-    coins = (
-        torch.randperm(count, generator=generator, device=device) / max(1, count)
-        if objective.stratified
-        else uniform(count)
-    )
+    coins = shuffled() / max(1, count) if objective.stratified else uniform(count)
     conditioned = (coins < objective.self_conditioning).nonzero().squeeze(1)
     if visited is None:
         return Draw(starts, clean, noisy, conditioned)

@@ -159,7 +159,7 @@ class Trainer:
         # Rows of about one length share a micro-batch. Every process draws all of them, so that a draw does not depend
         # on who runs it.
         parts = rows.lengths(recipe.config.canvas_length).argsort(stable=True).split(recipe.micro)
-        sums, own = torch.zeros(4), parts[parallel.rank() :: parallel.size()]
+        sums, own = torch.zeros(4, device=self.device), parts[parallel.rank() :: parallel.size()]
         for number, part in enumerate(parts):
             piece = self._piece(rows, part)
             visited = None if self.rollouts is None else self.rollouts.visited(part)
@@ -168,14 +168,15 @@ class Trainer:
                 continue
             loss = self._losses(*self._tensors(piece, drawn))
             ((loss.canvas + objective.causal_weight * loss.causal) / len(parts)).backward()
-            sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float().cpu() / len(parts)
+            sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float() / len(parts)
             if self.rollouts is not None and loss.logits is not None:
                 self.rollouts.advance(self.network, part, loss.logits)
         if self.rollouts is not None:
             self.rollouts.share(torch.cat(own))
         parallel.sum_over_processes([sums, *(p.grad for p in self.network.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
-        sums[3] = norm.float().cpu()
+        sums[3] = norm.float()
+        sums = sums.cpu()  # here alone the processor waits: a step is queued as a whole
         if not math.isfinite(float(sums.sum())):
             raise TrainingError(
                 f"step {self.step}: loss or gradient is not finite ({sums.tolist()})",

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.chat import BrokenCall, ToolCall
-from blockpress.chat.conversation import RETRIES
+from blockpress.chat import RETRIES, BrokenCall, ToolCall
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Broken, Called, Committed, Denoised, Done, Event, Reply, Row, Text, Thought
 from blockpress.decoding.generate import generate
@@ -27,8 +26,7 @@ from blockpress.lm import LM
 from blockpress.lm.execute import recite
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
-
-from ..speech import TOKENIZER, VOCABULARY, backend, ids
+from tests.speech import TOKENIZER, VOCABULARY, backend, ids
 
 VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)

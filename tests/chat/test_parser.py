@@ -11,7 +11,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blockpress.chat import BrokenCall, ChatTemplate, Controls, Piece, Said, ToolCall, TurnParser, encode_chat
+from blockpress.chat import (
+    BrokenCall,
+    ChatTemplate,
+    Controls,
+    Piece,
+    Said,
+    ToolCall,
+    TurnParser,
+    encode_chat,
+)
 from blockpress.chat.tool_calls import write_call
 from blockpress.text import Tokenizer
 

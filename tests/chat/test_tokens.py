@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.chat import ToolCall
-from blockpress.chat.conversation import RETRIES
+from blockpress.chat import RETRIES, ToolCall
 from blockpress.config import AutoregressiveSampling, GenerationConfig
 from blockpress.decoding import Committed, Denoised, Event, Reply
 from blockpress.lm import LM
 from blockpress.lm.execute import recite
 from blockpress.model import Cache
+from tests.speech import TOKENIZER, ids
 
-from ..speech import TOKENIZER, ids
 from .test_conversation import (
     EOS,
     HI,

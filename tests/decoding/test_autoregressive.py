@@ -20,8 +20,7 @@ from blockpress.decoding.autoregressive import GREEDY, autoregress
 from blockpress.model import Network
 from blockpress.text import StreamDecoder, Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
-
-from ..conftest import make_random_network
+from tests.conftest import make_random_network
 
 VOCAB = 16
 DIFFUSION = replace(PRESETS["tiny"](), vocab_size=VOCAB, sliding_window=4, image_id=None)

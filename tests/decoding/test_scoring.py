@@ -18,8 +18,8 @@ from blockpress.decoding.verified import start, verified
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import blocks
+from tests.conftest import make_random_network
 
-from ..conftest import make_random_network
 from .test_autoregressive import Told
 
 VOCAB, CANVAS = 16, 6

@@ -24,8 +24,8 @@ from blockpress.decoding.sequence import FinishedCanvas
 from blockpress.decoding.verified import verdict, verified
 from blockpress.diffusion import KeyedDraws
 from blockpress.model import Cache, Network
+from tests.conftest import make_random_network
 
-from ..conftest import make_random_network
 from .test_autoregressive import Told
 from .test_scoring import CANVAS, CONFIG, LOOSE, PROMPTS, VOCAB, replies
 

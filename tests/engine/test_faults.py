@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Done, Event, Failed
@@ -72,7 +73,7 @@ def test_a_cancellation_that_fails_is_an_end_too(network: Network):
 def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, monkeypatch: pytest.MonkeyPatch):
     sampling, choose = AutoregressiveSampling(), modes.choose
 
-    def failing(network: Network, rows: Sequence[Any], *rest: Any) -> list[int]:
+    def failing(network: Network, rows: Sequence[Any], *rest: Any) -> Tensor:
         if any(one.index == 1 for one in rows):
             raise ValueError("no token for this one")
         return choose(network, rows, *rest)

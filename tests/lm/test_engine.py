@@ -23,8 +23,7 @@ from blockpress.engine.core import Stats
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
 from blockpress.lm.execute import SharedCore, recite
-
-from ..engine.special import damped
+from tests.engine.special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SAMPLING = Sampling(steps=4, confidence=0.0)

@@ -78,7 +78,7 @@ def test_draws_follow_the_reference_distribution(
     expected = out.scores[0][0].softmax(-1)
     hidden, _ = network.read(torch.tensor([prompt]), network.empty_cache(1))
     rows = [Row(i, prompt, i, stop_ids=(), canvas_length=1, room=9) for i in range(count)]
-    drawn = choose(network, rows, hidden[:, -1:].expand(count, 1, -1), sampling)
+    drawn = choose(network, rows, hidden[:, -1:].expand(count, 1, -1), sampling).tolist()
     if sampling.temperature == 0:
         assert set(drawn) == {int(expected.argmax())}
         return

@@ -3,7 +3,7 @@
     send     pinned copy, queued on the device's stream; the processor goes on at once
     fetch    queued copy into pinned memory, an event, and the wait for it: where a step waits for the device
 
-A plain `.to(device)` or `.tolist()` would wait for all that is queued, each time.
+A plain `.to(device)`, `torch.tensor(..., device=...)` or `.tolist()` would wait for all that is queued, each time.
 
 Invariant: what was sent may be used at once by whatever is queued on the same stream after it.
 Run it:  python -m pytest tests/engine/test_runner.py
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the processor on the device."""
+    device = torch.device(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

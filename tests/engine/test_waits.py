@@ -1,0 +1,268 @@
+"""The engine on a stand-in for a GPU: the tokens of the processor to the last bit, and how often a forward is waited for.
+
+Figures are (waits, staged copies) of one forward; the line that caused one stands in the failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockpress.checkpoints import load_network
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.decoding import Event, Failed, Reply
+from blockpress.decoding.scoring import judge
+from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine.modes import reads_draft
+from blockpress.engine.scheduler import Work
+from blockpress.model import Network
+from blockpress.quantize.encoders import FORMATS
+from blockpress.quantize.synthetic import synthesize
+
+from ..conftest import make_random_network
+from ..standin import Card, Tally, plain_torch
+from .play import AnySampling, play, prompts, reply, row
+from .special import CONFIG, SHORT, damped, special
+
+GREEDY = AutoregressiveSampling()
+WARM = AutoregressiveSampling(temperature=1.2, top_k=20, top_p=0.9)
+ROOMY = EngineOptions(memory=1 << 23)
+SCARCE = EngineOptions(memory=1 << 17, max_running=6, chunk=16)
+MIXED: list[AnySampling] = [SHORT, WARM, SHORT.with_(steps=3, checks=2), GREEDY, WARM.with_(temperature=0.7), SHORT]
+
+
+def there(network: Network, card: Card) -> Network:
+    """The network on the card, with what it makes once: the tables of angles, and those of codes."""
+    network = network.to("cuda")
+    requests = [Request(row(network.config, 0, [5, 6, 7], how, room=60), how) for how in ways(network)]
+    play(Core(network, ROOMY), requests)
+    card.take()
+    return network
+
+
+def ways(network: Network) -> list[AnySampling]:
+    return [GREEDY, Sampling(steps=1)] if network.config.has_canvas else [GREEDY]
+
+
+def watched(card: Card, core: Core) -> list[tuple[Sequence[Work], list[bool], Tally]]:
+    """What every forward of a core comes to: its parts, which of them read drafts, and its tally."""
+    found, step, plan = [], core.step, core.scheduler.plan
+    drafts: list[bool] = []
+
+    def planned() -> Sequence[Work]:
+        works = plan()
+        drafts[:] = [reads_draft(work) for work in works]
+        return works
+
+    def stepped() -> Any:
+        card.take()
+        record = step()
+        found.append((record.works, [*drafts], card.take()))
+        return record
+
+    core.scheduler.plan, core.step = planned, stepped  # type: ignore[method-assign]
+    return found
+
+
+def asked(how: Sequence[AnySampling], logprobs: int | None = None, longest: int = 30, **changes: Any) -> list[Request]:
+    """Random prompts; those of canvases deny and pin."""
+    given, changes = prompts(CONFIG, len(how), longest, seed=7, shared=14), {"max_tokens": 20, **changes}
+    rows = [
+        special(i, given[i], one, logprobs=logprobs, **changes)
+        if isinstance(one, Sampling)
+        else row(CONFIG, i, given[i], one, logprobs=logprobs, **changes)
+        for i, one in enumerate(how)
+    ]
+    return [Request(*pair) for pair in zip(rows, how, strict=True)]
+
+
+CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, int]]] = {
+    "diffusion": ([SHORT] * 3, None, ROOMY, {}),
+    "rules of their own": ([SHORT, SHORT.with_(accept=lambda entropy: entropy < 0.5)] * 2, None, ROOMY, {}),
+    "greedy": ([GREEDY] * 3, None, ROOMY, {}),
+    "sampled": ([WARM] * 4, None, ROOMY, {}),
+    "mixed": (MIXED, None, ROOMY, {}),
+    "chunks": (MIXED, None, replace(ROOMY, chunk=7, prefill_tokens=20), {}),
+    "paused": (MIXED, None, SCARCE, {}),
+    "cancelled": (MIXED, None, ROOMY, {0: 2, 1: 3, 4: 1}),
+    "verified": ([SHORT.with_(checks=2)] * 3, None, ROOMY, {}),
+    "log-probabilities": (MIXED, 2, ROOMY, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, card: Card):
+    """Whatever it holds; but that judging drafts, and log-probabilities, wait for their pass over the vocabulary."""
+    how, logprobs, options, cancels = CASES[case]
+    arrivals = [2 * i % 7 for i in range(len(how))]
+    changes: dict[str, Any] = (
+        {"max_tokens": 50, "stop_ids": ()} if case == "paused" else {}
+    )  # so long that pages run out
+    with plain_torch():
+        requests = asked(how, logprobs, **changes)
+        wanted = [reply(told) for told in play(Core(damped(), options), requests, arrivals, cancels).values()]
+    core = Core(there(damped(), card), options)
+    found, requests = watched(card, core), asked(how, logprobs, **changes)
+    told = play(core, requests, arrivals, cancels)
+    assert [reply(told[request]) for request in requests] == wanted
+    assert len(found) > 5 and (core.scheduler.stats.pauses > 0) == (case == "paused")
+    for works, drafts, tally in found:
+        judged = any(drafts) or (logprobs is not None and any(work.heard for work in works))
+        silent = not any(work.canvas or work.heard for work in works)
+        if not judged:
+            assert tally.figures == (0 if silent else 1, 0), (works, tally)
+        elif logprobs is None:
+            assert tally.figures == (2, 0), (works, tally)
+
+
+def test_a_prompt_alone_is_not_waited_for(card: Card):
+    """Chunks whose keys and values alone are wanted: nothing comes back."""
+    core = Core(there(damped(), card), replace(ROOMY, chunk=16, reuse_prefixes=False))
+    found, prompt = watched(card, core), [5, 6, 7] * 20
+    for how in (GREEDY, SHORT):
+        play(core, [Request(row(CONFIG, 0, prompt, how), how)])
+        figures = [tally.figures for *_, tally in found]
+        silent = [works[0].heard == 0 and not works[0].canvas for works, *_ in found]
+        assert silent[:2] == [True, True] and not silent[-1]
+        assert figures == [(0, 0) if quiet else (1, 0) for quiet in silent]
+        found.clear()
+
+
+@pytest.mark.parametrize("how", [WARM, SHORT, SHORT.with_(checks=1)])
+def test_what_is_judged_is_waited_for_as_one(how: AnySampling, card: Card):
+    """Log-probabilities of two requests cost the waits and copies of one: they are read as one block of places."""
+    network = there(damped(), card)
+    states, one = torch.zeros(1, 2, CONFIG.hidden_size, device="cuda"), row(CONFIG, 0, [5], GREEDY, logprobs=2)
+    card.take()
+    judge(network, states, [one], [[5]])
+    own = card.take()
+    for count in (1, 2):
+        core = Core(network, ROOMY)
+        found = watched(card, core)
+        play(core, asked([how] * count, logprobs=2, stop_ids=()))
+        judging = [tally for works, drafts, tally in found if any(drafts) or isinstance(how, AutoregressiveSampling)]
+        assert judging
+        for tally in judging:
+            assert tally.figures == (1 + own.waits.total(), own.staged.total()), tally
+
+
+def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
+    features = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
+    prompt = prompts(CONFIG, 1, 1, seed=2)[0] * 50
+
+    def answer(core: Core) -> Reply:
+        one = row(CONFIG, 0, prompt, SHORT)
+        one.images = {at: features.to(core.network.device) for at in (7, 30)}
+        request = Request(one, SHORT)
+        return reply(play(core, [request])[request])
+
+    with plain_torch():
+        wanted = answer(Core(damped(), ROOMY))
+    core = Core(there(damped(), card), ROOMY)
+    found = watched(card, core)
+    assert answer(core) == wanted
+    assert {tally.figures for *_, tally in found} == {(1, 0)}
+
+
+def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
+    config = replace(CONFIG, family="gemma4", canvas_length=1)
+
+    def answers(core: Core) -> list[Reply]:
+        given = prompts(config, 3, 30, seed=3)
+        requests = [
+            Request(row(config, i, p, how), how)
+            for i, (p, how) in enumerate(zip(given, (WARM, GREEDY, WARM), strict=True))
+        ]
+        told = play(core, requests)
+        return [reply(told[request]) for request in requests]
+
+    def network() -> Network:
+        return make_random_network(config, seed=2).requires_grad_(False)
+
+    with plain_torch():
+        wanted = answers(Core(network(), ROOMY))
+    core = Core(there(network(), card), ROOMY)
+    found = watched(card, core)
+    assert answers(core) == wanted
+    assert {tally.figures for *_, tally in found} == {(1, 0)}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Card):
+    """Read onto the card. Without Triton the experts are run one by one: a wait a layer says who has how many tokens."""
+    synthesize("tiny", tmp_path / form, FORMATS[form]())
+
+    def answers(core: Core) -> list[Reply]:
+        config = core.network.config
+        given = prompts(config, 3, 20, seed=3)
+        requests = [Request(row(config, i, p, SHORT, room=40), SHORT) for i, p in enumerate(given)]
+        told = play(core, requests)
+        return [reply(told[request]) for request in requests]
+
+    with plain_torch():
+        wanted = answers(Core(load_network(tmp_path / form, dtype="float32", compute_dtype="float32"), ROOMY))
+    network = load_network(tmp_path / form, dtype="float32", compute_dtype="float32", device="cuda")
+    core = Core(there(network, card), ROOMY)
+    found = watched(card, core)
+    assert answers(core) == wanted
+    assert {tally.figures for *_, tally in found} == {(1 + len(network.layers), 0)}
+
+
+def test_a_token_that_is_no_number_or_cannot_be_chosen_is_one_requests_matter_there(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+):
+    """One request's keys are NaN, another's turn cannot say what it denies: the third is answered, in as many waits."""
+    network = there(damped(), card)
+    for how in (GREEDY, WARM):
+        wanted = lone(network, how)
+        core, requests = Core(network, ROOMY), asked([how] * 3)
+        found = watched(card, core)
+        monkeypatch.setattr(type(requests[1].row), "denied", property(denied_by({requests[1].row})))
+        told = play_spoilt(core, requests, spoilt=requests[0])
+        monkeypatch.undo()
+        failed = [told[request][-1] for request in requests[:2]]
+        assert all(isinstance(event, Failed) for event in failed)
+        assert "NaN" in failed[0].error.message and "cannot be told" in failed[1].error.message  # type: ignore[union-attr]
+        assert reply(told[requests[2]]) == wanted
+        assert {tally.figures for *_, tally in found} == {(1, 0)}
+
+
+def denied_by(broken: set[Any]) -> Callable[[Any], Mapping[int, Any]]:
+    def denied(one: Any) -> Mapping[int, Any]:
+        if one in broken:
+            raise ValueError("what is denied cannot be told")
+        return {}
+
+    return denied
+
+
+def lone(network: Network, how: AnySampling) -> Reply:
+    request = asked([how] * 3)[2]
+    return reply(play(Core(network, ROOMY), [request])[request])
+
+
+def play_spoilt(core: Core, requests: Sequence[Request], spoilt: Request) -> dict[Request, list[Event]]:
+    """Play, and put NaN into the pages of one request once its prompt has been read."""
+    told: dict[Request, list[Event]] = {request: [] for request in requests}
+    for request in requests:
+        core.submit(request)
+    while core.busy:
+        for request, event in core.step().events:
+            told[request].append(event)
+        if spoilt.read == len(spoilt.row.prompt):
+            spoil(core, spoilt)
+    return told
+
+
+def spoil(core: Core, request: Request) -> None:
+    for layer, kind in enumerate(core.store.kinds):
+        part: Tensor
+        for part in core.store.pages(layer):
+            for page in request.tables[kind]:
+                part[:, page] = torch.nan
