@@ -1,10 +1,10 @@
-"""The parts of README.md that are made, not written: help texts, and the names in the file tree.
+"""The parts of README.md and of the pages under docs/ that are made, not written: help texts, and the names in the tree.
 
     <!-- help:blockpress sudoku -->     a fenced block: what `blockpress sudoku --help` prints at 100 columns
     <!-- tree -->                       a fenced block: one line for every file and room of blockpress/, name first
     <!-- end -->                        closes either
 
-Invariant: `render` of a README that is up to date is that README. The words behind a name in the tree are the
+Invariant: `render` of a page that is up to date is that page. The words after a name in the tree are the
 author's; a room without words, or words without a room, is a fault that only the author can mend.
 
 Run it:  make readme
@@ -16,10 +16,13 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+HISTORY = ("log.md",)  # what was true on its day stays as it was written
+CURRENT = [README, ROOT / "CONTRIBUTING.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in HISTORY)]
 COLUMNS = 100
 HELP = re.compile(
     r"(?P<open><!-- help:(?P<command>blockpress[^>]*?) -->\n)(?P<body>.*?)(?P<close><!-- end -->)", re.DOTALL
@@ -28,6 +31,7 @@ TREE = re.compile(r"<!-- tree -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 ENTRY = re.compile(r"^ {2,}(?P<name>[\w.]+/?) +\S")
 
 
+@cache
 def run_command(*arguments: str) -> str:
     """What a `blockpress` command prints, the same on every terminal."""
     plain = {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
@@ -45,7 +49,7 @@ def run_command(*arguments: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with its help texts as the commands print them today."""
+    """A page with its help texts as the commands print them today."""
 
     def fresh(match: re.Match[str]) -> str:
         _, *arguments = match["command"].split()
@@ -54,11 +58,17 @@ def render(text: str) -> str:
     return HELP.sub(fresh, text)
 
 
+def command_names() -> set[str]:
+    """The commands that `blockpress --help` lists."""
+    _, _, listed = run_command("--help").partition("Commands:\n")
+    return set(re.findall(r"^  ([a-z-]+) {2,}", listed.partition("\n\n")[0], re.MULTILINE))
+
+
 def tree_in(text: str) -> list[str]:
-    """The names in the README's file tree, in its order."""
+    """The names in a page's file tree, in its order; none where it has no tree."""
     found = TREE.search(text)
-    assert found, "README.md has no file tree between <!-- tree --> and <!-- end -->"
-    return [entry["name"] for line in found["body"].splitlines() if (entry := ENTRY.match(line))]
+    lines = found["body"].splitlines() if found else []
+    return [entry["name"] for line in lines if (entry := ENTRY.match(line))]
 
 
 def tree_on_disk() -> list[str]:
@@ -68,4 +78,8 @@ def tree_on_disk() -> list[str]:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in CURRENT:
+        old = page.read_text(encoding="utf-8")
+        if (new := render(old)) != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)} has new help texts")

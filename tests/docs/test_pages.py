@@ -11,11 +11,13 @@ import pytest
 import blockpress
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "blockpress").rglob("*.md")])
+SOURCES = [*(ROOT / "blockpress").rglob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
 LINK = re.compile(r"\]\((?P<link>[^)\s]+)(?: \"[^\"]*\")?\)|(?:src|href)=\"(?P<html>[^\"]+)\"")
 OUTSIDE = re.compile(r"^[a-z][a-z0-9+.-]*:")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+NAMED_PAGE = re.compile(r"(?<![\w/])docs/[\w./-]+\.md")  # in a docstring; not in the address of another project
 NAMED_PATH = re.compile(r"`((?:blockpress|tests|docs|examples)/[\w./-]*)`")
 
 
@@ -47,6 +49,12 @@ def test_links_resolve(page: Path) -> None:
 def test_named_paths_exist(page: Path) -> None:
     missing = [path for path in NAMED_PATH.findall(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    named = {page for source in SOURCES for page in NAMED_PAGE.findall(source.read_text(encoding="utf-8"))}
+    assert "docs/adr/0014-verified-decoding.md" in named
+    assert [page for page in named if not (ROOT / page).exists()] == []
 
 
 def test_versions_agree() -> None:
