@@ -25,7 +25,7 @@ from blockpress.errors import TrainingError
 from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
-from blockpress.train.initialise import initialise
+from blockpress.train.initialise import initialise, sharpened
 from blockpress.train.objective import Draw, Losses, Rows, draw, losses
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import Recipe
@@ -214,15 +214,14 @@ class Trainer:
         """Write the network as a checkpoint in the published layout, with tokenizer and a minimal vision tower.
 
         Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` holds the run's facts.
-
-        Args:
-            raw: the weights of the last step, where the run keeps an average of them.
+        `raw`: the weights of the last step, where the run keeps an average of them.
         """
         recipe = self.recipe
         directory.mkdir(parents=True, exist_ok=True)
+        network = self.network if self.average is None or raw else cast(Network, self.average.module)
         save_checkpoint(
             directory,
-            self.network if self.average is None or raw else cast(Network, self.average.module),
+            sharpened(network, recipe.sharpen),
             generation=recipe.generation,
             kept=self._vision,
             dtype=torch.bfloat16,
@@ -233,6 +232,7 @@ class Trainer:
             "recipe": recipe.name,
             "seed": recipe.seed,
             "weights": "of the last step" if self.average is None or raw else "their moving average",
+            "sharpen": recipe.sharpen,
             "step": self.step,
             "steps": self.steps,
             "draws": self._draws(),
