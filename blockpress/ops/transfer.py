@@ -27,7 +27,8 @@ def fetch(tensor: Tensor) -> Tensor:
         return tensor.cpu()
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     there.copy_(tensor, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
+    with torch.cuda.device(tensor.device):  # whose stream the copy is in, whichever GPU is the current one
+        done = torch.cuda.Event()
+        done.record()
     done.synchronize()
     return there

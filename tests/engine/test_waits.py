@@ -17,7 +17,6 @@ from torch import Tensor
 from blockpress.checkpoints import load_network
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Event, Failed, Reply
-from blockpress.decoding.scoring import judge
 from blockpress.engine import Core, EngineOptions, Request
 from blockpress.engine.modes import reads_draft
 from blockpress.engine.scheduler import Work
@@ -98,7 +97,8 @@ CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, i
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, card: Card):
-    """Whatever it holds; but that judging drafts, and log-probabilities, wait for their pass over the vocabulary."""
+    """Whatever it holds; once more where canvases that were read are judged, and once more for the log-probabilities of
+    tokens, however many requests there are."""
     how, logprobs, options, cancels = CASES[case]
     arrivals = [2 * i % 7 for i in range(len(how))]
     changes: dict[str, Any] = (
@@ -109,16 +109,15 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
         wanted = [reply(told) for told in play(Core(damped(), options), requests, arrivals, cancels).values()]
     core = Core(there(damped(), card), options)
     found, requests = watched(card, core), asked(how, logprobs, **changes)
-    told = play(core, requests, arrivals, cancels)
-    assert [reply(told[request]) for request in requests] == wanted
+    answers = play(core, requests, arrivals, cancels)
+    assert [reply(answers[request]) for request in requests] == wanted
     assert len(found) > 5 and (core.scheduler.stats.pauses > 0) == (case == "paused")
     for works, drafts, tally in found:
-        judged = any(drafts) or (logprobs is not None and any(work.heard for work in works))
-        silent = not any(work.canvas or work.heard for work in works)
-        if not judged:
-            assert tally.figures == (0 if silent else 1, 0), (works, tally)
-        elif logprobs is None:
-            assert tally.figures == (2, 0), (works, tally)
+        tokens = [isinstance(work.request.sampling, AutoregressiveSampling) for work in works]
+        checked = any(draft and not token for draft, token in zip(drafts, tokens, strict=True))
+        told = any(token and work.heard for work, token in zip(works, tokens, strict=True)) and logprobs is not None
+        seen = any(work.canvas or work.heard for work in works)
+        assert tally.figures == (seen + checked + told, 0), (works, tally)
 
 
 def test_a_prompt_alone_is_not_waited_for(card: Card):
@@ -132,24 +131,6 @@ def test_a_prompt_alone_is_not_waited_for(card: Card):
         assert silent[:2] == [True, True] and not silent[-1]
         assert figures == [(0, 0) if quiet else (1, 0) for quiet in silent]
         found.clear()
-
-
-@pytest.mark.parametrize("how", [WARM, SHORT, SHORT.with_(checks=1)])
-def test_what_is_judged_is_waited_for_as_one(how: AnySampling, card: Card):
-    """Log-probabilities of two requests cost the waits and copies of one: they are read as one block of places."""
-    network = there(damped(), card)
-    states, one = torch.zeros(1, 2, CONFIG.hidden_size, device="cuda"), row(CONFIG, 0, [5], GREEDY, logprobs=2)
-    card.take()
-    judge(network, states, [one], [[5]])
-    own = card.take()
-    for count in (1, 2):
-        core = Core(network, ROOMY)
-        found = watched(card, core)
-        play(core, asked([how] * count, logprobs=2, stop_ids=()))
-        judging = [tally for works, drafts, tally in found if any(drafts) or isinstance(how, AutoregressiveSampling)]
-        assert judging
-        for tally in judging:
-            assert tally.figures == (1 + own.waits.total(), own.staged.total()), tally
 
 
 def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
