@@ -1,8 +1,6 @@
-"""The weights that a run begins with, and what becomes of them where they are written."""
+"""Fresh weights from a seed."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 
@@ -18,17 +16,3 @@ def initialise(network: Network, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
             else:
                 parameter.fill_(1.0)
-
-
-def sharpened(network: Network, factor: float) -> Network:
-    """A network whose logits, before their cap, are `factor` times as large: the final norm is scaled.
-
-    Training follows trajectories into states that are open, and cross-entropy leaves the network as unsure as it should
-    be there; the sampler stops at a fixed entropy. The factor says how much of that caution is worth its steps.
-    """
-    if factor == 1:
-        return network
-    network = copy.deepcopy(network)
-    with torch.no_grad():
-        network.norm.weight.mul_(factor)
-    return network

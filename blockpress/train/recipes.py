@@ -23,8 +23,7 @@ class Recipe:
 
     rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one backward pass. steps: optimizer
     steps. source: builds the data from (config, seed, worker processes, a directory to keep it in). init: the model
-    whose weights are the first; None: fresh ones from the seed. sharpen: by what the final norm is multiplied where the
-    weights are written, so that logits are: above 1 the model is surer of everything, and settles in fewer steps.
+    whose weights are the first; None: fresh ones from the seed.
     """
 
     name: str
@@ -40,11 +39,8 @@ class Recipe:
     write_tokenizer: Callable[[Path], None]
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     init: str | None = None
-    sharpen: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.sharpen > 0:
-            raise TrainingError(f"recipe field sharpen is {self.sharpen}", hint="sharpen must be above 0")
         if self.rows % self.micro:
             raise TrainingError(
                 f"recipe field micro is {self.micro}", hint=f"micro must divide the rows of a step ({self.rows})"
@@ -96,13 +92,30 @@ def sudoku_on_policy() -> Recipe:
         objective=Objective(draws=4, stratified=True, causal_weight=0.0, on_policy=4, ages=48, past=3, groups=16),
         optimizer=OptimizerConfig(rate=3e-4, muon_rate=8e-4, warmup=30, decay=0.8),
         steps=3600,
-        sharpen=1.5,
         seed=SUDOKU_SEED + 1,
         source=partial(_sudoku_source, givens=Givens(first=(26, 42), last=(26, 42), over=0.0)),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"sudoku": sudoku, "sudoku-on-policy": sudoku_on_policy}
+def sudoku_on_policy_finish() -> Recipe:
+    """The last part: trajectories go on after they have settled, so that the network is surer where it is right."""
+    long = sudoku_on_policy()
+    return replace(
+        long,
+        name="sudoku-on-policy-finish",
+        about="the end of sudoku-on-policy: fewer steps until a canvas settles",
+        objective=replace(long.objective, ages=32, past=8),
+        optimizer=OptimizerConfig(rate=2e-4, muon_rate=5e-4, warmup=5, decay=1.0),
+        steps=450,
+        seed=SUDOKU_SEED + 2,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "sudoku": sudoku,
+    "sudoku-on-policy": sudoku_on_policy,
+    "sudoku-on-policy-finish": sudoku_on_policy_finish,
+}
 
 
 def recipe(name: str) -> Recipe:

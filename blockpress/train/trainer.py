@@ -25,7 +25,7 @@ from blockpress.errors import TrainingError
 from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
-from blockpress.train.initialise import initialise, sharpened
+from blockpress.train.initialise import initialise
 from blockpress.train.objective import Draw, Losses, Rows, draw, losses
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import Recipe
@@ -218,10 +218,9 @@ class Trainer:
         """
         recipe = self.recipe
         directory.mkdir(parents=True, exist_ok=True)
-        network = self.network if self.average is None or raw else cast(Network, self.average.module)
         save_checkpoint(
             directory,
-            sharpened(network, recipe.sharpen),
+            self.network if self.average is None or raw else cast(Network, self.average.module),
             generation=recipe.generation,
             kept=self._vision,
             dtype=torch.bfloat16,
@@ -232,7 +231,6 @@ class Trainer:
             "recipe": recipe.name,
             "seed": recipe.seed,
             "weights": "of the last step" if self.average is None or raw else "their moving average",
-            "sharpen": recipe.sharpen,
             "step": self.step,
             "steps": self.steps,
             "draws": self._draws(),

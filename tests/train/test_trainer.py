@@ -221,24 +221,6 @@ def test_an_export_loads_and_answers(whole: Trainer, tmp_path: Path):
     assert facts["parameters"] == sum(p.numel() for p in whole.network.parameters())
 
 
-def test_a_sharpened_export_is_surer_and_nothing_else(copy_recipe: Recipes, tmp_path: Path):
-    """Logits before their cap are twice as large; the run's own network is as it was."""
-    trainer = Trainer(copy_recipe(steps=1, sharpen=2.0), tmp_path / "run")
-    before = weights(trainer)
-    trainer.export(tmp_path / "sharp")
-    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
-    sharp, cap = blockpress.load(tmp_path / "sharp"), trainer.recipe.config.softcap
-    plain = Trainer(copy_recipe(steps=1), tmp_path / "plain")
-    plain.export(tmp_path / "as it is")
-    own = blockpress.load(tmp_path / "as it is")
-    assert cap is not None
-    twice = torch.tanh(2 * torch.atanh(own.next_token_logits([3, 4, 5]) / cap)) * cap
-    torch.testing.assert_close(sharp.next_token_logits([3, 4, 5]), twice, rtol=1e-4, atol=1e-4)
-    assert json.loads((tmp_path / "sharp" / "training.json").read_text())["sharpen"] == 2.0
-    with pytest.raises(TrainingError, match="sharpen is 0"):
-        copy_recipe(sharpen=0)
-
-
 COMPILED = """
 import sys
 from pathlib import Path
