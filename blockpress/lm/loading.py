@@ -29,7 +29,7 @@ def load(
 ) -> LM:
     """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, or the name of a
     model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision"; or a checkpoint
-    that is open already (`weights.open_checkpoint`).
+    that is open already (`checkpoints.open_checkpoint`).
 
     Weights in fewer bits stay packed in memory. Nothing is fetched.
 

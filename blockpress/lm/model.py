@@ -216,7 +216,7 @@ class LM:
         """Answer a conversation, or a list of them in one batch, in the form of the checkpoint's chat template.
 
         Args:
-            messages: in OpenAI's shape (`text.messages.check_messages` has the fields); `Reply.message` gives an answer
+            messages: in OpenAI's shape (`chat.messages.check_messages` has the fields); `Reply.message` gives an answer
                 back as one.
             seed: as `generate` takes it.
             options: `cancel`, as `generate` takes it, and those of `chat_requests`, where each is described.
