@@ -10,23 +10,24 @@ This is the narrow door; names are imported when they are first used, so that `i
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockpress.chat import BrokenCall, ToolCall
+    from blockpress.chat import MalformedToolCall, ToolCall
     from blockpress.config import ModelConfig, Sampling
     from blockpress.decoding import (
-        Broken,
-        Called,
         Committed,
         Denoised,
         Done,
         Event,
+        MalformedToolCallEvent,
+        ReasoningDelta,
         Reply,
         Text,
-        Thought,
         TokenLogprob,
+        ToolCallEvent,
         Usage,
     )
     from blockpress.errors import BlockpressError
@@ -40,9 +41,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockpressError": "errors",
-    "Broken": "decoding",
-    "BrokenCall": "chat",
-    "Called": "decoding",
+    "MalformedToolCallEvent": "decoding",
+    "MalformedToolCall": "chat",
+    "ToolCallEvent": "decoding",
     "Committed": "decoding",
     "Denoised": "decoding",
     "Done": "decoding",
@@ -52,7 +53,7 @@ _HOMES = {
     "Reply": "decoding",
     "Sampling": "config",
     "Text": "decoding",
-    "Thought": "decoding",
+    "ReasoningDelta": "decoding",
     "TokenLogprob": "decoding",
     "ToolCall": "chat",
     "Usage": "decoding",
@@ -62,27 +63,39 @@ _HOMES = {
 __all__ = [
     "LM",
     "BlockpressError",
-    "Broken",
-    "BrokenCall",
-    "Called",
     "Committed",
     "Denoised",
     "Done",
     "Event",
+    "MalformedToolCall",
+    "MalformedToolCallEvent",
     "ModelConfig",
+    "ReasoningDelta",
     "Reply",
     "Sampling",
     "Text",
-    "Thought",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallEvent",
     "Usage",
     "__version__",
     "load",
 ]
 
 
+_RENAMED = {
+    "Broken": "MalformedToolCallEvent",
+    "BrokenCall": "MalformedToolCall",
+    "Called": "ToolCallEvent",
+    "Thought": "ReasoningDelta",
+}
+"""Names of version 0.1 that go with version 0.3."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"blockpress.{name} is now blockpress.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"module 'blockpress' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"blockpress.{_HOMES[name]}"), name)

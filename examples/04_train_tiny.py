@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from blockpress.config import Sampling, tiny
-from blockpress.decoding import Done, Row
+from blockpress.decoding import Done, SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.model import Network
 from blockpress.train.initialise import initialise
@@ -42,6 +42,6 @@ for step in range(STEPS):
         print(f"step {step + 1}: canvas {loss.canvas:.3f} nats a token, causal {loss.causal:.3f}")
 
 prompt = batch(1)[0, :LENGTH].tolist()
-row = Row(0, prompt, seed=0, stop_ids=(1,), canvas_length=LENGTH, room=LENGTH)
+row = SequenceState(0, prompt, seed=0, stop_ids=(1,), canvas_length=LENGTH, room=LENGTH)
 done = [event for event in generate(network.eval(), [row], Sampling()) if isinstance(event, Done)]
 print(f"prompt {prompt}, answer {done[0].reply.tokens} in {done[0].reply.usage.steps} steps")

@@ -8,13 +8,13 @@ import asyncio
 
 import blockpress
 from blockpress import sudoku
-from blockpress.engine import Core, Engine, EngineOptions
+from blockpress.engine import EngineCore, EngineOptions, ThreadedEngine
 
 lm = blockpress.load("sudoku-nano")
 puzzles = [sudoku.generate(seed=seed, givens=45) for seed in range(8)]
 
 
-async def ask(engine: Engine, number: int) -> None:
+async def ask(engine: ThreadedEngine, number: int) -> None:
     [request] = lm.requests(sudoku.layout(puzzles[number].puzzle), seed=number)
     async for event in engine.stream(request):
         match event:
@@ -27,7 +27,7 @@ async def ask(engine: Engine, number: int) -> None:
 
 
 async def main() -> None:
-    with Engine(Core(lm.network, EngineOptions(max_running=4))) as engine:
+    with ThreadedEngine(EngineCore(lm.network, EngineOptions(max_running=4))) as engine:
         await asyncio.gather(*(ask(engine, number) for number in range(8)))
         print(f"{engine.core.stats.forwards} forwards for all of them")
 

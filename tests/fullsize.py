@@ -23,7 +23,7 @@ import torch
 
 from blockpress.config import Sampling
 from blockpress.decoding import Denoised
-from blockpress.engine import Core, EngineOptions
+from blockpress.engine import EngineCore, EngineOptions
 from blockpress.lm import load
 from blockpress.plan.memory import needed, survey
 
@@ -59,7 +59,7 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
     config = lm.config
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, config.vocab_size, (prompt_length,), generator=draw).tolist()
-    core = Core(lm.network, EngineOptions(max_running=2))
+    core = EngineCore(lm.network, EngineOptions(max_running=2))
     sampling = Sampling(steps=steps, confidence=0.0)
     one = [*lm.requests([prompt], config.canvas_length + 1, 0, sampling)]
     core.submit(one[0])

@@ -30,7 +30,7 @@ import blockpress
 from blockpress import sudoku
 from blockpress.config import AutoregressiveSampling
 from blockpress.decoding import Denoised, Done, Failed
-from blockpress.engine import Core, Engine, EngineOptions
+from blockpress.engine import EngineCore, EngineOptions, ThreadedEngine
 from blockpress.engine.core import StepRecord
 from blockpress.errors import Overloaded, RequestError
 from blockpress.lm import LM
@@ -54,7 +54,7 @@ PATIENCE = 1.0
 """Seconds until a user who was refused because the queue was full asks again."""
 
 
-class Timed(Core):
+class Timed(EngineCore):
     """A core that notes how long its forwards take."""
 
     def __init__(self, network: Network, options: EngineOptions) -> None:
@@ -85,7 +85,7 @@ def resident() -> int:
     return int(lines["RssAnon"].split()[0]) * 1024
 
 
-def ask(lm: LM, engine: Engine, rng: random.Random, prompts: list[list[int]], log: Log) -> None:
+def ask(lm: LM, engine: ThreadedEngine, rng: random.Random, prompts: list[list[int]], log: Log) -> None:
     """One request, and how it ended."""
     if rng.random() < 1 / 8:
         changes, named = rng.choice(MALFORMED)
@@ -151,7 +151,7 @@ def soak(lm: LM, count: int, users: int, options: EngineOptions, seed: int = 0) 
             except BaseException as error:
                 errors.append(error)
 
-    with Engine(core) as engine:
+    with ThreadedEngine(core) as engine:
         threads = [threading.Thread(target=user, name=f"user {i}") for i in range(users)]
         for thread in threads:
             thread.start()

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import grimp
 import pytest
 
 import blockpress
-from blockpress import errors
+from blockpress import engine, errors
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
@@ -138,3 +139,20 @@ def test_the_drawn_error_tree_is_the_tree() -> None:
             above[depth + 1 :] = [match["name"]]
             drawn[match["name"]] = above[depth]
     assert drawn == {name: getattr(errors, name).__base__.__name__ for name in errors.__all__}
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        (blockpress, "Broken", "MalformedToolCallEvent"),
+        (blockpress, "BrokenCall", "MalformedToolCall"),
+        (blockpress, "Called", "ToolCallEvent"),
+        (blockpress, "Thought", "ReasoningDelta"),
+        (engine, "Core", "EngineCore"),
+        (engine, "Engine", "ThreadedEngine"),
+    ],
+)
+def test_an_older_name_still_works_and_says_the_newer_one(module: ModuleType, old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
+        found = getattr(module, old)
+    assert found is getattr(module, new) and old not in dir(module)

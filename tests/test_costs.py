@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from blockpress import costs
 from blockpress.config import PRESETS, LayerConfig, ModelConfig, Sampling
-from blockpress.decoding import Row
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.decoding import SequenceState
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.hardware import isa
 from blockpress.model import Network
 from blockpress.ops import compiled
@@ -94,13 +94,13 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "LARGE", 1 << 60)
 
 
-def begun(config: ModelConfig, dtype: str, context: int, running: int = 1) -> tuple[Core, list[Request]]:
+def begun(config: ModelConfig, dtype: str, context: int, running: int = 1) -> tuple[EngineCore, list[Request]]:
     """A core with so many requests, none of them read yet."""
-    core = Core(network_of(config, dtype), EngineOptions(memory=1 << 26, chunk=CHUNK, reuse_prefixes=False))
+    core = EngineCore(network_of(config, dtype), EngineOptions(memory=1 << 26, chunk=CHUNK, reuse_prefixes=False))
     requests, given = [], {"stop_ids": (), "canvas_length": config.canvas_length, "room": 1000, "max_tokens": 200}
     for index in range(running):
         prompt = torch.randint(0, config.vocab_size, (context,)).tolist()
-        requests.append(Request(Row(index, prompt, index, **given), Sampling(steps=3, confidence=0.0)))
+        requests.append(Request(SequenceState(index, prompt, index, **given), Sampling(steps=3, confidence=0.0)))
         core.submit(requests[-1])
     return core, requests
 

@@ -77,7 +77,7 @@ def crossing(first: Points, second: Points) -> tuple[float, float] | None:
 
 def roofline_curves(
     config: ModelConfig,
-    widths: costs.Widths,
+    widths: costs.WeightFormats,
     device: costs.Device,
     *,
     users: Sequence[int] = USERS,
@@ -129,7 +129,7 @@ def roofline(
     )
 
 
-def _stored(config: ModelConfig, widths: costs.Widths) -> dict[str, float]:
+def _stored(config: ModelConfig, widths: costs.WeightFormats) -> dict[str, float]:
     sizes = {"experts": widths.experts.size, "embedding": widths.embedding.size}
     return {part: count * sizes.get(part, widths.dense.size) for part, count in costs.parameters(config).items()}
 

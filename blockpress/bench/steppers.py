@@ -16,7 +16,7 @@ from blockpress.decoding import Committed, Denoised, Done, Event
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import generate
 from blockpress.engine import EngineOptions, Request
-from blockpress.engine.core import Core
+from blockpress.engine.core import EngineCore
 from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.scheduler import Work
 from blockpress.errors import RequestError
@@ -34,7 +34,7 @@ class EngineStepper:
     ) -> None:
         own = EngineOptions(max_running=running, reuse_prefixes=False, soft_embedding=soft_embedding)
         options = own if prefill is None else replace(own, chunk=prefill, prefill_tokens=prefill)
-        self.core = Core(network, options)
+        self.core = EngineCore(network, options)
         self.rows, self.prefill = Rows(), False
 
     @property

@@ -164,7 +164,7 @@ def weight_bytes(network: Network) -> dict[str, int]:
     return found
 
 
-def widths(network: Network) -> costs.Widths:
+def widths(network: Network) -> costs.WeightFormats:
     """How the weights of a network are stored, on average over each part."""
     stored, counted = weight_bytes(network), costs.parameters(network.config)
     math, products = (str(kind).removeprefix("torch.") for kind in (network.dtype, network.product_dtype))
@@ -174,7 +174,7 @@ def widths(network: Network) -> costs.Widths:
     def width(part: str, count: int, math: str) -> costs.Width:
         return costs.Width(size=stored[part] / count if count else 0.0, math=math)
 
-    return costs.Widths(
+    return costs.WeightFormats(
         experts=width("experts", experts, products),
         dense=width("dense", dense, products),
         embedding=width("embedding", embedding, math),

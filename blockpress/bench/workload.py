@@ -23,7 +23,7 @@ from blockpress import sudoku
 from blockpress.bench.subject import Subject
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.config.sampling import CHECKS
-from blockpress.decoding import Row
+from blockpress.decoding import SequenceState
 from blockpress.engine import Request
 from blockpress.errors import RequestError
 
@@ -129,7 +129,7 @@ def requests(subject: Subject, work: Workload) -> Iterator[Request]:
                 f"--prompt-len is {len(prompt)} and --max-tokens {work.max_tokens}",
                 hint=f"the model's context has {config.context_length} tokens: give fewer",
             )
-        row = Row(
+        row = SequenceState(
             index,
             prompt,
             work.seed + index,

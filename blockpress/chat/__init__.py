@@ -12,25 +12,25 @@ from __future__ import annotations
 
 from blockpress.chat.conversation import Chat, Question, check_options
 from blockpress.chat.messages import Media
-from blockpress.chat.parser import Controls, Piece, Said, Section, TurnParser
+from blockpress.chat.parser import Piece, Section, SpecialTokens, TextDelta, TurnParser
 from blockpress.chat.prompt import ChatPrompt, encode_chat
 from blockpress.chat.template import ChatTemplate
-from blockpress.chat.tool_calls import BrokenCall, ToolCall
-from blockpress.chat.turn import RETRIES, ChatTurn
+from blockpress.chat.tool_calls import MalformedToolCall, ToolCall
+from blockpress.chat.turn import RETRIES, ChatOutputProcessor
 
 __all__ = [
     "RETRIES",
-    "BrokenCall",
     "Chat",
+    "ChatOutputProcessor",
     "ChatPrompt",
     "ChatTemplate",
-    "ChatTurn",
-    "Controls",
+    "MalformedToolCall",
     "Media",
     "Piece",
     "Question",
-    "Said",
     "Section",
+    "SpecialTokens",
+    "TextDelta",
     "ToolCall",
     "TurnParser",
     "check_options",

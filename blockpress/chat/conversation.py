@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, final
 
 from blockpress.chat.messages import Media
-from blockpress.chat.parser import Controls, TurnParser
+from blockpress.chat.parser import SpecialTokens, TurnParser
 from blockpress.chat.prompt import encode_chat
 from blockpress.chat.template import ChatTemplate
-from blockpress.chat.turn import RETRIES, ChatTurn, Progress
+from blockpress.chat.turn import RETRIES, ChatOutputProcessor, Progress
 from blockpress.config import ModelConfig
 from blockpress.config.checks import is_count
 from blockpress.config.vision import BUDGETS, PictureSettings
@@ -68,8 +68,8 @@ class Chat:
         return cls(tokenizer, template, config, settings)
 
     @cached_property
-    def controls(self) -> Controls:
-        return Controls.of(self.tokenizer)
+    def controls(self) -> SpecialTokens:
+        return SpecialTokens.of(self.tokenizer)
 
     @cached_property
     def _settings(self) -> PictureSettings:
@@ -138,11 +138,11 @@ class Chat:
         stop_ids: Sequence[int],
         thinking_budget: int | None = None,
         retry_empty: bool = True,
-    ) -> ChatTurn:
+    ) -> ChatOutputProcessor:
         """What reads the answer behind a prompt. `thinking_budget`: most tokens inside thoughts; None: any number."""
         begin = Progress(section=self.controls.section_after(prompt))
         parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=begin.section)
-        return ChatTurn(
+        return ChatOutputProcessor(
             self.tokenizer,
             self.controls,
             parser,

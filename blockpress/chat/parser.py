@@ -7,7 +7,7 @@ Why: a canvas settles many tokens at once, and a thought or a call may begin in 
 parser takes ids, one after the other, and knows control tokens by id: text that looks like one is text.
 
 Invariant: the pieces, joined, are the same however the ids were cut up, and no text is left out: what is no call comes
-back as a `BrokenCall` with its text.
+back as a `MalformedToolCall` with its text.
 
 Run: python -m pytest tests/chat/test_parser.py
 """
@@ -18,11 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from blockpress.chat.tool_calls import QUOTE, BrokenCall, ToolCall, read_call
+from blockpress.chat.tool_calls import QUOTE, MalformedToolCall, ToolCall, read_call
 from blockpress.text.stream import StreamDecoder
 from blockpress.text.tokenizer import Tokenizer
 
-__all__ = ["Controls", "Piece", "Said", "Section", "TurnParser"]
+__all__ = ["Piece", "Section", "SpecialTokens", "TextDelta", "TurnParser"]
 
 LABEL = "thought\n"
 """What a thought's channel begins with; it is no part of the thought."""
@@ -30,14 +30,14 @@ LABEL = "thought\n"
 
 @final
 @dataclass(frozen=True)
-class Said:
+class TextDelta:
     """Text that will not change any more, of the answer or of a thought."""
 
     kind: Literal["answer", "thought"]
     text: str
 
 
-Piece = Said | ToolCall | BrokenCall
+Piece = TextDelta | ToolCall | MalformedToolCall
 
 Section = Literal["answer", "thought", "call"]
 """What a token of a turn is part of."""
@@ -45,7 +45,7 @@ Section = Literal["answer", "thought", "call"]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class SpecialTokens:
     """The ids of a chat's control tokens; None where the vocabulary has none, and then what they mark does not exist.
 
     `thought` to `thought_end` frame a thought, `call` to `call_end` a tool call, `quote` a string in it. `stops`: the
@@ -60,7 +60,7 @@ class Controls:
     stops: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Controls:
+    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
         """The controls that this vocabulary has. A frame without its end, or the other way round, is none."""
         find = tokenizer.backend.token_to_id
 
@@ -98,7 +98,7 @@ class TurnParser:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, controls: Controls, *, stop: Sequence[str] = (), section: Section = "answer"
+        self, tokenizer: Tokenizer, controls: SpecialTokens, *, stop: Sequence[str] = (), section: Section = "answer"
     ) -> None:
         """`stop`: texts that end the answer. `section`: what the prompt leaves open.
 
@@ -221,7 +221,7 @@ class _Call:
 
     kind: ClassVar[Section] = "call"
 
-    def __init__(self, tokenizer: Tokenizer, controls: Controls) -> None:
+    def __init__(self, tokenizer: Tokenizer, controls: SpecialTokens) -> None:
         self._tokenizer, self._controls = tokenizer, controls
         self._pieces: list[list[int]] = [[]]
 
@@ -239,7 +239,7 @@ class _Call:
         # The id that ends the turn is no part of the call.
         if self._pieces[-1] and self._pieces[-1][-1] in self._tokenizer.special_ids:
             self._pieces[-1].pop()
-        return [BrokenCall(raw=QUOTE.join(self._texts()), fault="the call is not closed")]
+        return [MalformedToolCall(raw=QUOTE.join(self._texts()), fault="the call is not closed")]
 
     def _texts(self) -> list[str]:
         return [self._tokenizer.decode(ids, skip_special=False) for ids in self._pieces]
@@ -249,7 +249,7 @@ _Section = _Answer | _Thought | _Call
 
 
 def _said(kind: Literal["answer", "thought"], text: str) -> list[Piece]:
-    return [Said(kind, text)] if text else []
+    return [TextDelta(kind, text)] if text else []
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
@@ -257,8 +257,8 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if isinstance(piece, Said) and isinstance(last, Said) and last.kind == piece.kind:
-            joined[-1] = Said(piece.kind, last.text + piece.text)
+        if isinstance(piece, TextDelta) and isinstance(last, TextDelta) and last.kind == piece.kind:
+            joined[-1] = TextDelta(piece.kind, last.text + piece.text)
         else:
             joined.append(piece)
     return joined

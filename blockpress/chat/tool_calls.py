@@ -6,7 +6,7 @@ Why: a string may hold any sign, also `"`, `{` and line ends, and needs no escap
 text. So a call is read from the pieces of text between those tokens, never from one joined text.
 
 Invariant: `read_call` of what `write_call` wrote gives the same name and arguments; what is no call comes back whole as
-a `BrokenCall` that says why, and never as a call with something left out.
+a `MalformedToolCall` that says why, and never as a call with something left out.
 
 Run: python -m pytest tests/chat/test_tool_calls.py
 """
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-__all__ = ["QUOTE", "BrokenCall", "ToolCall", "read_call", "write_call"]
+__all__ = ["QUOTE", "MalformedToolCall", "ToolCall", "read_call", "write_call"]
 
 QUOTE = '<|"|>'
 """The text of the token that opens and closes a string."""
@@ -44,7 +44,7 @@ class ToolCall:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class BrokenCall:
+class MalformedToolCall:
     """What stood where a call was begun and could not be read. `raw`: its text, quotes included. `fault`: why."""
 
     raw: str
@@ -77,7 +77,7 @@ def _write_key(key: str) -> str:
     return key if bare else f"{QUOTE}{key}{QUOTE}"
 
 
-def read_call(pieces: Sequence[str]) -> ToolCall | BrokenCall:
+def read_call(pieces: Sequence[str]) -> ToolCall | MalformedToolCall:
     """Read a call from the pieces of text between its quote tokens: outside, string, outside, string, ..., outside.
 
     Read too, because models write it: strings in JSON's own quotes, bare words as strings, blanks around anything.
@@ -89,11 +89,11 @@ def read_call(pieces: Sequence[str]) -> ToolCall | BrokenCall:
     """
     raw = QUOTE.join(pieces)
     if len(pieces) % 2 == 0:
-        return BrokenCall(raw=raw, fault="a string is not closed")
+        return MalformedToolCall(raw=raw, fault="a string is not closed")
     try:
         name, arguments = _Reader(pieces).call()
     except _Fault as fault:
-        return BrokenCall(raw=raw, fault=str(fault))
+        return MalformedToolCall(raw=raw, fault=str(fault))
     return ToolCall(name=name, arguments=arguments)
 
 

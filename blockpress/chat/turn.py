@@ -21,7 +21,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import final
 
-from blockpress.chat.parser import Controls, Piece, Section, TurnParser
+from blockpress.chat.parser import Piece, Section, SpecialTokens, TurnParser
 from blockpress.text import Tokenizer
 
 RETRIES = 3
@@ -39,13 +39,16 @@ class Progress:
 
 
 @final
-class ChatTurn:
-    """A `decoding.Turn`: its parser reads the tokens, its progress decides. `retries`: how often it may begin again."""
+class ChatOutputProcessor:
+    """A `decoding.OutputProcessor`: its parser reads the tokens, its progress decides.
+
+    `retries`: how often it may begin again.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        controls: Controls,
+        controls: SpecialTokens,
         parser: TurnParser,
         progress: Progress,
         *,

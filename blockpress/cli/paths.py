@@ -61,19 +61,21 @@ def agreement(device: str) -> Iterator[Check]:
 def engine(lm: LM, puzzle: str) -> Check:
     """The engine's answer to a puzzle, beside the poem's: the same tokens."""
     from blockpress import sudoku
-    from blockpress.decoding import Done, Row
+    from blockpress.decoding import Done, SequenceState
     from blockpress.decoding.generate import generate
     from blockpress.engine import EngineOptions, Request
-    from blockpress.engine.core import Core
+    from blockpress.engine.core import EngineCore
 
     prompt, sampling, config = lm.encode(sudoku.layout(puzzle)), lm.generation.sampling, lm.config
 
-    def row() -> Row:
+    def row() -> SequenceState:
         room = config.context_length - len(prompt)
-        return Row(0, prompt, 0, stop_ids=lm.generation.stop_ids, canvas_length=config.canvas_length, room=room)
+        return SequenceState(
+            0, prompt, 0, stop_ids=lm.generation.stop_ids, canvas_length=config.canvas_length, room=room
+        )
 
     slow = next(event.reply for event in generate(lm.network, [row()], sampling) if isinstance(event, Done))
-    core, fast = Core(lm.network, EngineOptions(max_running=1)), []
+    core, fast = EngineCore(lm.network, EngineOptions(max_running=1)), []
     core.submit(Request(row=row(), sampling=sampling))
     while core.busy:
         fast += [event.reply for _, event in core.step().events if isinstance(event, Done)]

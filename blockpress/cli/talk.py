@@ -18,7 +18,7 @@ from blockpress.chat.tool_calls import write_call
 from blockpress.cli.canvas import TextView
 from blockpress.cli.terminal import is_terminal, note, without_controls
 from blockpress.config import Sampling
-from blockpress.decoding import Broken, Called, Done, Event, Thought
+from blockpress.decoding import Done, Event, MalformedToolCallEvent, ReasoningDelta, ToolCallEvent
 from blockpress.decoding import Text as FinalText
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ class ChatView:
         self._tail = ""
 
     def see(self, event: Event) -> None:
-        if isinstance(event, Thought):
+        if isinstance(event, ReasoningDelta):
             *lines, self._tail = (self._tail + without_controls(event.text)).split("\n")
             self._released += [Text(line, style="dim") for line in lines]
-        elif isinstance(event, Called | Broken | FinalText | Done):
+        elif isinstance(event, ToolCallEvent | MalformedToolCallEvent | FinalText | Done):
             self._released += [Text(self._tail, style="dim")] if self._tail else []
             self._tail = ""
-        if isinstance(event, Called | Broken):
+        if isinstance(event, ToolCallEvent | MalformedToolCallEvent):
             self._released.append(Text(without_controls(described(event)), style="dim"))
         self._view.see(event)
 
@@ -121,7 +121,10 @@ class Stream:
 
     def see(self, event: Event) -> None:
         """Print the event's text, and behind the last a line's end."""
-        if self._open and (isinstance(event, Done) or (self._watched and isinstance(event, Thought | Called | Broken))):
+        if self._open and (
+            isinstance(event, Done)
+            or (self._watched and isinstance(event, ReasoningDelta | ToolCallEvent | MalformedToolCallEvent))
+        ):
             print(flush=True)
             self._open = False
         self._aside.see(event)
@@ -140,19 +143,19 @@ class Aside:
 
     def see(self, event: Event) -> None:
         """Print the event if it is one of those."""
-        if isinstance(event, Thought):
+        if isinstance(event, ReasoningDelta):
             text = without_controls(event.text) if self._dim else event.text
             print(f"\x1b[2m{text}\x1b[0m" if self._dim else text, end="", file=sys.stderr, flush=True)
             self._open = True
-        elif isinstance(event, FinalText | Called | Broken | Done) and self._open:
+        elif isinstance(event, FinalText | ToolCallEvent | MalformedToolCallEvent | Done) and self._open:
             print(file=sys.stderr, flush=True)
             self._open = False
-        if isinstance(event, Called | Broken):
+        if isinstance(event, ToolCallEvent | MalformedToolCallEvent):
             note(without_controls(described(event)))
 
 
-def described(event: Called | Broken) -> str:
+def described(event: ToolCallEvent | MalformedToolCallEvent) -> str:
     """A call as the model wrote it, and why it could not be read."""
-    if isinstance(event, Called):
+    if isinstance(event, ToolCallEvent):
         return write_call(event.call.name, event.call.arguments)
     return f"no call ({event.call.fault}): {event.call.raw}"

@@ -35,7 +35,15 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
 
 def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
     """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
-    from blockpress.decoding import Broken, Called, Committed, Denoised, Done, Failed, Thought
+    from blockpress.decoding import (
+        Committed,
+        Denoised,
+        Done,
+        Failed,
+        MalformedToolCallEvent,
+        ReasoningDelta,
+        ToolCallEvent,
+    )
 
     if isinstance(event, Denoised):
         return {
@@ -57,13 +65,13 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
     if isinstance(event, Done):
         chat = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
         return {"event": "done", **reply_to_dict(event.reply, chat)}
-    if isinstance(event, Called):
+    if isinstance(event, ToolCallEvent):
         return {"event": "call", **vars(event.call)}
-    if isinstance(event, Broken):
+    if isinstance(event, MalformedToolCallEvent):
         return {"event": "broken call", **vars(event.call)}
     if isinstance(event, Failed):
         return {"event": "failed", "error": str(event.error)}
-    if isinstance(event, Thought):
+    if isinstance(event, ReasoningDelta):
         return {"event": "thought", "text": event.text}
     return {"event": "text", "text": event.text}
 

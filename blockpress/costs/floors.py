@@ -34,7 +34,7 @@ class Width:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Widths:
+class WeightFormats:
     """The widths of a network. `dense`: attention, dense MLP, self-conditioning. `rest`: activations and cache, too."""
 
     experts: Width
@@ -46,13 +46,13 @@ class Widths:
 _BF16, _FP8 = Width(size=2, math="bfloat16"), Width(size=1, math="fp8")
 _INT4, _INT4_FP8 = Width(size=0.5625, math="bfloat16"), Width(size=0.5625, math="fp8")
 
-WIDTHS: Mapping[str, Widths] = {
-    "bf16": Widths(experts=_BF16, dense=_BF16, embedding=_BF16, rest=_BF16),
-    "fp8": Widths(experts=_FP8, dense=_FP8, embedding=_BF16, rest=_BF16),
-    "fp8-all": Widths(experts=_FP8, dense=_FP8, embedding=_FP8, rest=_BF16),
-    "w4a16": Widths(experts=_INT4, dense=_BF16, embedding=_BF16, rest=_BF16),
-    "w4": Widths(experts=_INT4, dense=_FP8, embedding=_BF16, rest=_BF16),
-    "w4a8": Widths(experts=_INT4_FP8, dense=_FP8, embedding=_FP8, rest=_BF16),
+WIDTHS: Mapping[str, WeightFormats] = {
+    "bf16": WeightFormats(experts=_BF16, dense=_BF16, embedding=_BF16, rest=_BF16),
+    "fp8": WeightFormats(experts=_FP8, dense=_FP8, embedding=_BF16, rest=_BF16),
+    "fp8-all": WeightFormats(experts=_FP8, dense=_FP8, embedding=_FP8, rest=_BF16),
+    "w4a16": WeightFormats(experts=_INT4, dense=_BF16, embedding=_BF16, rest=_BF16),
+    "w4": WeightFormats(experts=_INT4, dense=_FP8, embedding=_BF16, rest=_BF16),
+    "w4a8": WeightFormats(experts=_INT4_FP8, dense=_FP8, embedding=_FP8, rest=_BF16),
 }
 """Published ways to store the weights; 4 bits with a scale of 16 bits for every 32 weights are 0.5625 bytes."""
 
@@ -86,7 +86,7 @@ def distinct(experts: int, chosen: int, tokens: int) -> float:
 
 
 def forward(
-    config: ModelConfig, widths: Widths, rows: Rows, *, touched: float | None = None, soft: bool = True
+    config: ModelConfig, widths: WeightFormats, rows: Rows, *, touched: float | None = None, soft: bool = True
 ) -> dict[str, Work]:
     """Operations and bytes of the parts of one forward.
 
@@ -187,7 +187,7 @@ def arithmetic_seconds(parts: Mapping[str, Work], device: Device) -> float:
 
 def throughput(
     config: ModelConfig,
-    widths: Widths,
+    widths: WeightFormats,
     device: Device,
     users: int,
     *,

@@ -1,29 +1,28 @@
-"""The answer to one prompt while it grows (`Row`), how it is read (`Turn`), what is told of it (events, `Reply`).
+"""The answer to one prompt while it grows (`SequenceState`), how its tokens are read (`OutputProcessor`), and what
+is told of it (events, `Reply`).
 
 Invariant: whatever is special about one answer lives here or in its turn, never in the loop that writes it.
 """
 
 from blockpress.decoding.events import (
-    Broken,
-    Called,
     Committed,
     Denoised,
     Done,
     Event,
     Failed,
     FinishReason,
+    MalformedToolCallEvent,
+    ReasoningDelta,
     Reply,
     Text,
-    Thought,
     TokenLogprob,
+    ToolCallEvent,
     Usage,
 )
-from blockpress.decoding.output import Decoder, PlainTurn, Turn
-from blockpress.decoding.sequence import Cancel, FinishedCanvas, Row, common_prefix, denoised
+from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
+from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, common_prefix, denoised
 
 __all__ = [
-    "Broken",
-    "Called",
     "Cancel",
     "Committed",
     "Decoder",
@@ -33,13 +32,15 @@ __all__ = [
     "Failed",
     "FinishReason",
     "FinishedCanvas",
-    "PlainTurn",
+    "MalformedToolCallEvent",
+    "OutputProcessor",
+    "ReasoningDelta",
     "Reply",
-    "Row",
+    "SequenceState",
     "Text",
-    "Thought",
+    "TextOutputProcessor",
     "TokenLogprob",
-    "Turn",
+    "ToolCallEvent",
     "Usage",
     "common_prefix",
     "denoised",

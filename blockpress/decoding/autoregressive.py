@@ -25,10 +25,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling
-from blockpress.decoding import Cancel, Done, Event, Row
+from blockpress.decoding import Cancel, Done, Event, SequenceState
 from blockpress.decoding.generate import pad, pictures
-from blockpress.decoding.scoring import Judged, Last, judge, look
-from blockpress.diffusion import Edits, KeyedDraws
+from blockpress.decoding.scoring import Last, TokenScores, judge, look
+from blockpress.diffusion import KeyedDraws, TokenMask
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
 
@@ -37,7 +37,10 @@ GREEDY = AutoregressiveSampling()
 
 @torch.inference_mode()
 def autoregress(
-    network: Network, rows: Sequence[Row], sampling: AutoregressiveSampling = GREEDY, cancel: Cancel | None = None
+    network: Network,
+    rows: Sequence[SequenceState],
+    sampling: AutoregressiveSampling = GREEDY,
+    cancel: Cancel | None = None,
 ) -> Iterator[Event]:
     """Answer every row's prompt, token by token; events come in the order of time, tagged with their row's index.
 
@@ -87,14 +90,16 @@ def go_on(
     return torch.where((counts > 0)[:, None, None], hidden.gather(1, place), last), cache
 
 
-def choose(network: Network, rows: Sequence[Row], last: Last, sampling: AutoregressiveSampling) -> Int[Tensor, " rows"]:
+def choose(
+    network: Network, rows: Sequence[SequenceState], last: Last, sampling: AutoregressiveSampling
+) -> Int[Tensor, " rows"]:
     """The next token of each row, from the hidden state of its last one; on a GPU nobody waits for it here.
 
     A draw is keyed by (seed, number of the token, how often it was begun again), so it is the row's own.
     """
     logits = network.logits(last)
     every = torch.arange(len(rows), device=network.device)
-    edits = Edits.of([row.denied for row in rows], 1, network.device)
+    edits = TokenMask.of([row.denied for row in rows], 1, network.device)
     if edits is not None:
         logits = edits(every, logits)
     if sampling.temperature == 0:
@@ -109,7 +114,9 @@ def choose(network: Network, rows: Sequence[Row], last: Last, sampling: Autoregr
     return draws.sample(every, 0, scaled)[:, 0]
 
 
-def tell(network: Network, rows: Sequence[Row], last: Tensor, cache: Cache) -> tuple[list[Judged], list[list[int]]]:
+def tell(
+    network: Network, rows: Sequence[SequenceState], last: Tensor, cache: Cache
+) -> tuple[list[TokenScores], list[list[int]]]:
     """What the causal pass says of what each row is about to commit, and those tokens; nothing where a row tells none.
 
     It costs no forward but where a turn puts tokens of its own in place of the drawn one: the second of them follows

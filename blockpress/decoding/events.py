@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from blockpress.chat import BrokenCall, ToolCall
+from blockpress.chat import MalformedToolCall, ToolCall
 from blockpress.errors import BlockpressError
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
@@ -68,7 +68,7 @@ class Reply:
     usage: Usage
     thinking: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    broken_calls: tuple[BrokenCall, ...] = ()
+    broken_calls: tuple[MalformedToolCall, ...] = ()
     logprobs: list[TokenLogprob] | None = None
 
     @property
@@ -135,7 +135,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Thought:
+class ReasoningDelta:
     """Text of a chat's thought that will not change any more."""
 
     row: int
@@ -143,7 +143,7 @@ class Thought:
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallEvent:
     """A tool call is whole."""
 
     row: int
@@ -151,11 +151,11 @@ class Called:
 
 
 @dataclass(frozen=True)
-class Broken:
+class MalformedToolCallEvent:
     """A tool call was begun and cannot be read."""
 
     row: int
-    call: BrokenCall
+    call: MalformedToolCall
 
 
 @dataclass(frozen=True)
@@ -174,4 +174,4 @@ class Failed:
     error: BlockpressError
 
 
-Event = Denoised | Committed | Text | Thought | Called | Broken | Done | Failed
+Event = Denoised | Committed | Text | ReasoningDelta | ToolCallEvent | MalformedToolCallEvent | Done | Failed

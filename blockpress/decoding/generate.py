@@ -1,4 +1,4 @@
-"""THE POEM: prompt -> prefill -> (canvas -> denoise -> commit -> text)*
+"""The reference loop: prompt -> prefill -> (canvas -> denoise -> commit -> text)*
 
 Slow, plain and exact: whatever is faster must give the same tokens. `generate` is the whole idea on one screen; what it
 is made of stands in `diffusion/` (the canvas) and `model/` (the network). Who watches gets typed events:
@@ -6,7 +6,7 @@ is made of stands in `diffusion/` (the canvas) and `model/` (the network). Who w
     Denoised    one step: the argmax canvas, what was accepted, the entropies          many a canvas
     Committed   a finished canvas: its tokens and how many steps it took               one a canvas
     Text        text that will not change any more (with a tokenizer)                  joined, they are `Reply.text`
-    Thought, Called, Broken    the rest of a chat's turn: thoughts, tool calls, what was to be one
+    ReasoningDelta, ToolCallEvent, MalformedToolCallEvent      the rest of a chat's turn
     Done        the reply                                                              one a row
 
 What is special to a row (its limits, stops, thinking budget, denied and pinned tokens, whether a canvas is begun again)
@@ -25,15 +25,15 @@ from jaxtyping import Float32, Int
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.decoding import Cancel, Event, Row, denoised
+from blockpress.decoding import Cancel, Event, SequenceState, denoised
 from blockpress.diffusion import (
     Denoiser,
+    DenoiserOutput,
     Draws,
-    Edits,
     KeyedDraws,
     Pins,
-    Reading,
     Schedule,
+    TokenMask,
     denoise,
     step_rules,
 )
@@ -46,7 +46,7 @@ from blockpress.shapes import Canvas, Signal
 @torch.inference_mode()
 def generate(
     network: Network,
-    rows: Sequence[Row],
+    rows: Sequence[SequenceState],
     sampling: Sampling,
     cancel: Cancel | None = None,
     keyed: Callable[..., Draws] = KeyedDraws,
@@ -77,7 +77,7 @@ def generate(
 
 def write(
     network: Network,
-    live: Sequence[Row],
+    live: Sequence[SequenceState],
     cache: Cache,
     sampling: Sampling,
     cancel: Cancel | None,
@@ -89,7 +89,7 @@ def write(
     schedule, (accept, settle) = Schedule.of(sampling), step_rules(sampling)
     seeds, numbers = [row.seed for row in live], [row.number for row in live]
     draws = keyed(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
-    edits = Edits.of([row.denied for row in live], length, device)
+    edits = TokenMask.of([row.denied for row in live], length, device)
     pins = Pins.of([row.pins for row in live], length, network.embed, device)
     reading = (denoiser or plain_denoiser)(network, cache)
     for step in denoise(reading, draws, len(live), schedule, accept, settle, edits, pins):
@@ -103,13 +103,13 @@ def write(
     return True
 
 
-def prefill(network: Network, rows: Sequence[Row]) -> Cache:
+def prefill(network: Network, rows: Sequence[SequenceState]) -> Cache:
     """The context of every row's prompt, its pictures included."""
     padded, counts = pad(network, [row.prompt for row in rows])
     return network.read(padded, network.empty_cache(len(rows)), counts, pictures(rows))[1]
 
 
-def pictures(rows: Sequence[Row]) -> Images | None:
+def pictures(rows: Sequence[SequenceState]) -> Images | None:
     """What the rows' prompts show; None where they are all of text."""
     return [row.images for row in rows] if any(row.images for row in rows) else None
 
@@ -136,15 +136,15 @@ def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
         signal: Signal | None,
         temperature: Float32[Tensor, ""],
         draws: Draws,
-        edits: Edits | None = None,
-    ) -> Reading:
+        edits: TokenMask | None = None,
+    ) -> DenoiserOutput:
         if len(rows) != kept[0][0]:  # rows only ever leave, so as many rows are the same rows
             kept[0] = (len(rows), cache.select(rows))
         logits = network.logits(network.denoise(canvas, kept[0][1], signal))
         scaled = logits / temperature.to(logits.device)
         if edits is not None:
             scaled = edits(rows, scaled)
-        return Reading(
+        return DenoiserOutput(
             argmax=scaled.argmax(-1),
             sample=draws.sample(rows, step, scaled),
             entropy=vocabulary.entropy(scaled),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Protocol, final, runtime_checkable
 
-from blockpress.chat import Piece, Said
+from blockpress.chat import Piece, TextDelta
 
 
 @runtime_checkable
@@ -27,10 +27,10 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
-class Turn(Protocol):
+class OutputProcessor(Protocol):
     """What is special about an answer: how its tokens are read, and where it goes another way than the model would.
 
-    `PlainTurn` reads them as one text; `chat.ChatTurn` knows thoughts and tool calls.
+    `TextOutputProcessor` reads them as one text; `chat.ChatOutputProcessor` knows thoughts and tool calls.
     """
 
     @property
@@ -76,7 +76,7 @@ class Turn(Protocol):
 
 
 @final
-class PlainTurn:
+class TextOutputProcessor:
     """An answer that is one text, or, without a decoder, tokens alone."""
 
     def __init__(self, decoder: Decoder | None) -> None:
@@ -101,8 +101,8 @@ class PlainTurn:
 
     def take(self, tokens: list[int]) -> list[Piece]:
         text = "" if self._decoder is None else self._decoder.feed(tokens)
-        return [Said("answer", text)] if text else []
+        return [TextDelta("answer", text)] if text else []
 
     def finish(self) -> list[Piece]:
         text = "" if self._decoder is None else self._decoder.finish()
-        return [Said("answer", text)] if text else []
+        return [TextDelta("answer", text)] if text else []

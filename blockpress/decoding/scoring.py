@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from blockpress.decoding import Row, TokenLogprob
+from blockpress.decoding import SequenceState, TokenLogprob
 from blockpress.decoding.generate import pad
-from blockpress.diffusion import Edits
+from blockpress.diffusion import TokenMask
 from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
 from blockpress.ops.transfer import fetch, send
@@ -34,7 +34,7 @@ States = Float[Tensor, "rows states hidden"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class TokenScores:
     """What the causal pass says of some tokens of a row, place by place.
 
     expected: what it would have written there. said, instead: the log-probabilities of the tokens and of the expected
@@ -63,10 +63,12 @@ def look(network: Network, asked: Sequence[list[int]], last: Last, cache: Cache)
     return torch.cat((last, hidden), dim=1), cache
 
 
-def judge(network: Network, states: States, rows: Sequence[Row], asked: Sequence[list[int]]) -> list[Judged]:
+def judge(
+    network: Network, states: States, rows: Sequence[SequenceState], asked: Sequence[list[int]]
+) -> list[TokenScores]:
     """What the causal pass says of one list of tokens a row, given the states that speak of them (`look`)."""
     if not any(asked):
-        return [Judged([], [], []) for _ in asked]
+        return [TokenScores([], [], []) for _ in asked]
     config, tokens = network.config, [token for own in asked for token in own]
     tops = [row.logprobs for row in rows if row.logprobs is not None]
     found = vocabulary.judge(
@@ -90,24 +92,26 @@ def judge(network: Network, states: States, rows: Sequence[Row], asked: Sequence
         pairs = tuple(zip(ids, values, strict=True))
         said.append(TokenLogprob(token, own, pairs))
         instead.append(TokenLogprob(int(greedy), best, pairs))
-    return _a_row_each(rows, asked, Judged(expected, said, instead))
+    return _a_row_each(rows, asked, TokenScores(expected, said, instead))
 
 
-def _denied(rows: Sequence[Row], asked: Sequence[list[int]], device: torch.device) -> vocabulary.Denied | None:
+def _denied(
+    rows: Sequence[SequenceState], asked: Sequence[list[int]], device: torch.device
+) -> vocabulary.BannedTokens | None:
     """The rows' denied ids for the tokens that are asked about, every one a row of its own."""
-    edits = Edits.of([row.denied for row in rows], max(map(len, asked)), device)
+    edits = TokenMask.of([row.denied for row in rows], max(map(len, asked)), device)
     if edits is None:
         return None
     return edits.ids, torch.cat([edits.denied[row, : len(own)] for row, own in enumerate(asked)])
 
 
-def _a_row_each(rows: Sequence[Row], asked: Sequence[list[int]], every: Judged) -> list[Judged]:
+def _a_row_each(rows: Sequence[SequenceState], asked: Sequence[list[int]], every: TokenScores) -> list[TokenScores]:
     """Cut what was found for all tokens into what each row asked for."""
     found, start = [], 0
     for row, own in zip(rows, asked, strict=True):
         part, top, start = slice(start, start + len(own)), row.logprobs, start + len(own)
         told = [[], []] if top is None else [_shortened(x[part], top) for x in (every.said, every.instead)]
-        found.append(Judged(every.expected[part], *told))
+        found.append(TokenScores(every.expected[part], *told))
     return found
 
 

@@ -17,22 +17,22 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from blockpress.chat import BrokenCall, Piece, Said, ToolCall
+from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
 from blockpress.decoding.events import (
-    Broken,
-    Called,
     Committed,
     Denoised,
     Done,
     Event,
     FinishReason,
+    MalformedToolCallEvent,
+    ReasoningDelta,
     Reply,
     Text,
-    Thought,
     TokenLogprob,
+    ToolCallEvent,
     Usage,
 )
-from blockpress.decoding.output import Decoder, PlainTurn, Turn
+from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
 from blockpress.diffusion import Step
 
 
@@ -55,7 +55,7 @@ class FinishedCanvas:
     read: bool = False
 
 
-class Row:
+class SequenceState:
     """One prompt under way. Limits are in tokens; `room` is how many more the context holds.
 
     `turn` reads the tokens; without one they are one text, by `decoder`, or tokens alone. `logprobs`: how many
@@ -73,7 +73,7 @@ class Row:
         room: int,
         max_tokens: int | None = None,
         decoder: Decoder | None = None,
-        turn: Turn | None = None,
+        turn: OutputProcessor | None = None,
         logprobs: int | None = None,
     ) -> None:
         assert decoder is None or turn is None, "a turn reads by itself"
@@ -94,7 +94,7 @@ class Row:
         """What the context does not hold yet of the last committed canvas; nothing where a canvas is begun again."""
         self._stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
         self._limit = max_tokens
-        self._turn: Turn = PlainTurn(decoder) if turn is None else turn
+        self._turn: OutputProcessor = TextOutputProcessor(decoder) if turn is None else turn
         self._tokens: list[int] = []
         self._pieces: list[Piece] = []
         self._logprobs: list[TokenLogprob] = []
@@ -232,16 +232,20 @@ class Row:
     def _tell(self, pieces: list[Piece]) -> Iterator[Event]:
         self._pieces += pieces
         for piece in pieces:
-            if isinstance(piece, Said):
-                yield (Text if piece.kind == "answer" else Thought)(self.index, piece.text)
+            if isinstance(piece, TextDelta):
+                yield (Text if piece.kind == "answer" else ReasoningDelta)(self.index, piece.text)
             else:
-                yield Called(self.index, piece) if isinstance(piece, ToolCall) else Broken(self.index, piece)
+                yield (
+                    ToolCallEvent(self.index, piece)
+                    if isinstance(piece, ToolCall)
+                    else MalformedToolCallEvent(self.index, piece)
+                )
 
     def reply(self) -> Reply:
         """The finished answer. The steps of a canvas that was cancelled are counted, its tokens are not returned."""
         assert self.finish_reason is not None
         said = {
-            kind: [p.text for p in self._pieces if isinstance(p, Said) and p.kind == kind]
+            kind: [p.text for p in self._pieces if isinstance(p, TextDelta) and p.kind == kind]
             for kind in ("answer", "thought")
         }
         return Reply(
@@ -251,7 +255,7 @@ class Row:
             usage=self._usage(),
             thinking="".join(said["thought"]) or None,
             tool_calls=tuple(piece for piece in self._pieces if isinstance(piece, ToolCall)),
-            broken_calls=tuple(piece for piece in self._pieces if isinstance(piece, BrokenCall)),
+            broken_calls=tuple(piece for piece in self._pieces if isinstance(piece, MalformedToolCall)),
             logprobs=None if self.logprobs is None else list(self._logprobs),
         )
 
@@ -276,7 +280,7 @@ class Row:
         )
 
 
-def denoised(row: Row, place: int, step: Step) -> Denoised:
+def denoised(row: SequenceState, place: int, step: Step) -> Denoised:
     """The event of one row of a step; `place` is where the row stands in the step."""
     return Denoised(
         row=row.index,

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 
 from blockpress.config import Sampling
-from blockpress.decoding import Cancel, Event, Row, common_prefix
+from blockpress.decoding import Cancel, Event, SequenceState, common_prefix
 from blockpress.decoding.autoregressive import go_on
 from blockpress.decoding.generate import pictures, write
-from blockpress.decoding.scoring import Judged, Last, judge, look, states_behind
+from blockpress.decoding.scoring import Last, TokenScores, judge, look, states_behind
 from blockpress.diffusion import Denoiser, Draws, KeyedDraws
 from blockpress.model import Cache, Network
 
@@ -35,7 +35,7 @@ from blockpress.model import Cache, Network
 @torch.inference_mode()
 def verified(
     network: Network,
-    rows: Sequence[Row],
+    rows: Sequence[SequenceState],
     sampling: Sampling,
     cancel: Cancel | None = None,
     keyed: Callable[..., Draws] = KeyedDraws,
@@ -67,18 +67,18 @@ def verified(
         last, cache = go_on(network, [row.fresh for row in live], cache, last)  # what a check has not committed
 
 
-def start(network: Network, rows: Sequence[Row]) -> tuple[Last, Cache]:
+def start(network: Network, rows: Sequence[SequenceState]) -> tuple[Last, Cache]:
     """The context of every row's prompt, and the hidden state of its last token."""
     nothing = torch.zeros(len(rows), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
     return go_on(network, [row.prompt for row in rows], network.empty_cache(len(rows)), nothing, pictures(rows))
 
 
-def is_asked(row: Row, checks: int) -> bool:
+def is_asked(row: SequenceState, checks: int) -> bool:
     """Whether the causal pass must read a row's proposal before it is known what becomes of its draft."""
     return bool(row.proposal) and (row.checks < checks or row.logprobs is not None)
 
 
-def conclude(row: Row, judged: Judged, checks: int) -> Iterator[Event]:
+def conclude(row: SequenceState, judged: TokenScores, checks: int) -> Iterator[Event]:
     """The causal pass has read a row's proposal: what it says makes of the draft a commit, or a canvas denoised again.
 
     Then `row.kept` of the tokens that it read are context, and `row.fresh` are still to be read. Where the canvas is
@@ -100,7 +100,7 @@ def conclude(row: Row, judged: Judged, checks: int) -> Iterator[Event]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What a check makes of a settled canvas.
 
     agreed: its tokens that stand, from the first on. tokens: these, and behind them the causal pass's own where it
@@ -119,7 +119,7 @@ def verdict(
     pinned: Mapping[int, int],
     stop_ids: Container[int],
     most: int,
-) -> Verdict:
+) -> Verification:
     """Compare a settled canvas with what the causal pass would have written at each of its places.
 
     Args:
@@ -139,4 +139,4 @@ def verdict(
     agreed = next((i for i, (own, best) in enumerate(places) if i not in pinned and own != best), len(tokens))
     stands = [*tokens[:agreed], *expected[agreed : agreed + 1]]
     closed = agreed == len(tokens) or expected[agreed] in stop_ids or len(stands) == most
-    return Verdict(agreed, stands, {**pinned, **dict(enumerate(stands))}, closed)
+    return Verification(agreed, stands, {**pinned, **dict(enumerate(stands))}, closed)

@@ -2,10 +2,10 @@
 
 from blockpress.diffusion.accept import Accept, EntropyBound
 from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise
-from blockpress.diffusion.edits import Edits
+from blockpress.diffusion.edits import TokenMask
 from blockpress.diffusion.noise import KeyedDraws
 from blockpress.diffusion.pins import Pins
-from blockpress.diffusion.reading import Reading
+from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle, StableAndConfident
 from blockpress.diffusion.update import Update, step_rules, update
@@ -13,16 +13,16 @@ from blockpress.diffusion.update import Update, step_rules, update
 __all__ = [
     "Accept",
     "Denoiser",
+    "DenoiserOutput",
     "Draws",
-    "Edits",
     "EntropyBound",
     "KeyedDraws",
     "Pins",
-    "Reading",
     "Schedule",
     "Settle",
     "StableAndConfident",
     "Step",
+    "TokenMask",
     "Update",
     "denoise",
     "step_rules",

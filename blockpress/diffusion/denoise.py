@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.diffusion.accept import Accept
-from blockpress.diffusion.edits import Edits
+from blockpress.diffusion.edits import TokenMask
 from blockpress.diffusion.pins import Pins
-from blockpress.diffusion.reading import Reading
+from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle
 from blockpress.diffusion.update import update
@@ -51,8 +51,8 @@ class Denoiser(Protocol):
         signal: Signal | None,
         temperature: Float32[Tensor, ""],
         draws: Draws,
-        edits: Edits | None,
-    ) -> Reading: ...
+        edits: TokenMask | None,
+    ) -> DenoiserOutput: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def denoise(
     schedule: Schedule,
     accept: Accept,
     settle: Settle,
-    edits: Edits | None = None,
+    edits: TokenMask | None = None,
     pins: Pins | None = None,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.

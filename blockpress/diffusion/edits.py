@@ -23,7 +23,7 @@ from blockpress.shapes import Logits
 
 
 @dataclass(frozen=True)
-class Edits:
+class TokenMask:
     """Denied ids: row b must not take `ids[i]` at the places where `denied[b, :, i]` is true."""
 
     ids: Int[Tensor, " ids"]
@@ -32,7 +32,7 @@ class Edits:
     @classmethod
     def of(
         cls, denied: Sequence[Mapping[int, Container[int]]], length: int, device: torch.device | str = "cpu"
-    ) -> Edits | None:
+    ) -> TokenMask | None:
         """From one mapping a row, id to the places of a canvas of `length` that it must not take.
 
         None where no row denies anything.
@@ -46,7 +46,7 @@ class Edits:
     def __call__(self, rows: Int[Tensor, " rows"], logits: Logits) -> Logits:
         """The logits of some rows of the batch, -inf where an id is denied.
 
-        >>> edits = Edits.of([{}, {1: {0, 2}}], 3)
+        >>> edits = TokenMask.of([{}, {1: {0, 2}}], 3)
         >>> edits(torch.tensor([1]), torch.zeros(1, 3, 2))[0].tolist()
         [[0.0, -inf], [0.0, 0.0], [0.0, -inf]]
         """

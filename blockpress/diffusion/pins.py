@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from blockpress.diffusion.reading import Reading
+from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.ops.transfer import send
 from blockpress.shapes import Canvas, Signal
 
@@ -69,10 +69,10 @@ class Pins:
         """
         return torch.where(self.places(rows), self.tokens[rows], canvas)
 
-    def __call__(self, rows: Int[Tensor, " rows"], reading: Reading) -> Reading:
+    def __call__(self, rows: Int[Tensor, " rows"], reading: DenoiserOutput) -> DenoiserOutput:
         """The reading of some rows of the batch, sure of their pins."""
         pinned = self.places(rows)
-        return Reading(
+        return DenoiserOutput(
             argmax=self.hold(rows, reading.argmax),
             sample=self.hold(rows, reading.sample),
             entropy=reading.entropy.masked_fill(pinned, 0.0),

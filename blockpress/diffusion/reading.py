@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockpress.ops.vocabulary import Seen
+from blockpress.ops.vocabulary import SampleStats
 from blockpress.shapes import Canvas, Entropy, Signal
 
 
 @dataclass(frozen=True)
-class Reading:
+class DenoiserOutput:
     """What a denoiser makes of a canvas: best and drawn tokens, entropy in nats, and the signal for its next step."""
 
     argmax: Canvas
@@ -22,7 +22,7 @@ class Reading:
     signal: Signal
 
     @classmethod
-    def of(cls, seen: Seen, canvases: int) -> Reading:
+    def of(cls, seen: SampleStats, canvases: int) -> DenoiserOutput:
         """What one pass over the vocabulary found at the places of so many canvases, one canvas behind the other."""
         assert seen.signal is not None, "the signal was not asked for"
         each = (seen.argmax, seen.sample, seen.entropy, seen.signal)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blockpress.config import Sampling
 from blockpress.diffusion.accept import Accept, EntropyBound
-from blockpress.diffusion.reading import Reading
+from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.diffusion.settle import Settle, StableAndConfident
 from blockpress.errors import RequestError
 from blockpress.shapes import Accepted, Canvas
@@ -42,7 +42,7 @@ class Update:
 
 
 def update(
-    reading: Reading,
+    reading: DenoiserOutput,
     noise: Canvas,
     previous: Canvas,
     unchanged: Int[Tensor, " batch"],

@@ -15,9 +15,23 @@
 Invariant: a request's tokens are those that `generate` gives for it alone, whoever shares its forwards and pages.
 """
 
-from blockpress.engine.core import Core
+import warnings
+from typing import Any
+
+from blockpress.engine.core import EngineCore
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Picture, Request
-from blockpress.engine.threaded import Engine
+from blockpress.engine.threaded import ThreadedEngine
 
-__all__ = ["Core", "Engine", "EngineOptions", "Picture", "Request"]
+__all__ = ["EngineCore", "EngineOptions", "Picture", "Request", "ThreadedEngine"]
+
+_RENAMED = {"Core": EngineCore, "Engine": ThreadedEngine}
+"""Names of version 0.1 that go with version 0.3."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'blockpress.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
+    found = _RENAMED[name]
+    warnings.warn(f"blockpress.engine.{name} is now {found.__name__}", DeprecationWarning, stacklevel=2)
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blockpress.config import LayerKind
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.kv_cache import Store
+from blockpress.engine.kv_cache import KVCache
 from blockpress.model.layers import Attend
 from blockpress.model.masks import causal_mask
 from blockpress.ops import kernels
@@ -46,7 +46,7 @@ class PagedAttention(Protocol):
     def write(self) -> Callable[..., None]: ...
 
 
-def kernels_for(store: Store) -> PagedAttention | None:
+def kernels_for(store: KVCache) -> PagedAttention | None:
     """The kernels, where they can read these pages: on a GPU with Triton, heads of a power of two."""
     if store.device.type != "cuda" or not kernels.available():
         return None
@@ -58,7 +58,7 @@ def kernels_for(store: Store) -> PagedAttention | None:
 
 
 def looks(
-    store: Store,
+    store: KVCache,
     batch: Batch,
     windows: Windows,
     runs: Mapping[Part, Tensor],
@@ -70,7 +70,7 @@ def looks(
     Args:
         windows: how far each kind of layer looks back, the token itself included; None: without limit.
         runs: for the parts that show pictures, the picture of each token, -1 for text.
-        attention: kernels, which take what shows no pictures; None: `PagedLook` for all.
+        attention: kernels, which take what shows no pictures; None: `TorchPagedAttention` for all.
     """
     causal = (*batch.silent, *batch.heard)
     places = {}
@@ -80,17 +80,17 @@ def looks(
     if attention is not None and not runs:
         spans = {kind: _spans(batch, kind, device, attention) for kind in windows}
         return [
-            KernelLook(attention, store.pages(layer), spans[kind], windows[kind], places[kind])
+            TritonPagedAttention(attention, store.pages(layer), spans[kind], windows[kind], places[kind])
             for layer, kind in enumerate(store.kinds)
         ]
     masks = {kind: [_mask(part, windows[kind], runs.get(part), device) for part in batch.parts] for kind in windows}
     return [
-        PagedLook(store, layer, batch, windows[kind], places[kind], masks[kind])
+        TorchPagedAttention(store, layer, batch, windows[kind], places[kind], masks[kind])
         for layer, kind in enumerate(store.kinds)
     ]
 
 
-class KernelLook:
+class TritonPagedAttention:
     """One layer's rows look at pages and each other through the kernels.
 
     Args:
@@ -137,12 +137,12 @@ def _behind(spans: Any, gone: int) -> Any:
     return replace(spans, first=spans.first - gone, count=spans.count * (spans.first >= gone))
 
 
-class PagedLook:
+class TorchPagedAttention:
     """One layer's rows look at their requests' pages and, of a canvas, at each other."""
 
     def __init__(
         self,
-        store: Store,
+        store: KVCache,
         layer: int,
         batch: Batch,
         window: int | None,

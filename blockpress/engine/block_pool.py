@@ -88,7 +88,7 @@ class FreeRuns:
 
 
 @final
-class Pool:
+class BlockPool:
     """`total` pages, numbered from 0."""
 
     def __init__(self, total: int) -> None:

@@ -17,7 +17,7 @@ from typing import final
 
 from blockpress.config import LayerKind, ModelConfig
 from blockpress.engine import prefix_cache
-from blockpress.engine.block_pool import Pool
+from blockpress.engine.block_pool import BlockPool
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.engine.sizing import DROPPED, page_length, pages_for, window_pages
@@ -26,12 +26,12 @@ Found = dict[LayerKind, list[int]]
 
 
 @final
-class Tables:
+class BlockTables:
     """Pools of pages for each kind of layer, and what requests do with them."""
 
     def __init__(self, config: ModelConfig, options: EngineOptions, pages: Mapping[LayerKind, int]) -> None:
         self.page = page_length(config)
-        self.pools: dict[LayerKind, Pool] = {kind: Pool(count) for kind, count in pages.items()}
+        self.pools: dict[LayerKind, BlockPool] = {kind: BlockPool(count) for kind, count in pages.items()}
         self._config, self._options = config, options
         self._window = config.sliding_window if "sliding_attention" in pages else None
 

@@ -33,7 +33,7 @@ LEAST_IDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class StepFeatures:
     """What the canvases of a forward ask for beyond the common: a forward without rules does not pay for them.
 
     begins: some canvas is at its first step. pinned: some place of some canvas is. denied: how many `ids` there are,
@@ -46,7 +46,7 @@ class Rules:
     own: bool = False
 
 
-class Slots:
+class CanvasState:
     """State for `count` canvases of a network's length. A network without canvases takes no memory here."""
 
     def __init__(self, network: Network, count: int) -> None:
@@ -66,7 +66,7 @@ class Slots:
         self._denials: dict[int, Mapping[int, Container[int]]] = {}
         self._pinned: set[int] = set()
 
-    def begin(self, requests: Sequence[Request]) -> Rules:
+    def begin(self, requests: Sequence[Request]) -> StepFeatures:
         """Take in the rules of canvases whose next step is their first; what the step of all these has to heed."""
         fresh = [request for request in requests if request.step == 0]
         for request in fresh:
@@ -79,7 +79,7 @@ class Slots:
             for request in fresh:
                 self._deny(slot_of(request))
         slots = [slot_of(request) for request in requests]
-        return Rules(
+        return StepFeatures(
             begins=bool(fresh),
             pinned=any(slot in self._pinned for slot in slots),
             denied=len(self.ids) if any(self._denials[slot] for slot in slots) else 0,

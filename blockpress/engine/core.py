@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blockpress.decoding import Event, Failed
-from blockpress.engine.kv_cache import Store
+from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.modes import Progress, kind_of, strategies
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Picture, Request
@@ -61,7 +61,7 @@ class StepRecord:
     events: Sequence[tuple[Request, Event]]
 
 
-class Core:
+class EngineCore:
     """Answers many requests at once over one network."""
 
     def __init__(self, network: Network, options: EngineOptions | None = None) -> None:
@@ -71,7 +71,7 @@ class Core:
         memory = _free(network.device) // 2 if options.memory is None else options.memory
         counts = plan_pages(config, dtype, options, memory)
         self.scheduler = Scheduler(config, options, counts)
-        self.store = Store(config, counts, page_length(config), network.dtype, network.device)
+        self.store = KVCache(config, counts, page_length(config), network.dtype, network.device)
         self.runner = Runner(network, options, self.store, self._ask)
         self._cancelled: list[Request] = []
         self._ran = self._failures = 0

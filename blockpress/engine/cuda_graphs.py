@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from blockpress.config import LayerKind
-from blockpress.engine.attention import KernelLook, PagedAttention
+from blockpress.engine.attention import PagedAttention, TritonPagedAttention
 from blockpress.engine.batch import Part
-from blockpress.engine.canvas_state import Rules, Slots
-from blockpress.engine.denoising import FIELDS, Canvases, Finished, Numbers, begin, entry, finish, idle
-from blockpress.engine.kv_cache import Store
+from blockpress.engine.canvas_state import CanvasState, StepFeatures
+from blockpress.engine.denoising import FIELDS, Canvases, Numbers, StepOutputs, begin, entry, finish, idle
+from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
 from blockpress.model.layers import Experts
@@ -40,8 +40,8 @@ LEAST_WIDTH = 8
 KEPT = 64
 """Most graphs at a time; the one that was not used for the longest time goes."""
 
-Work = Callable[[], Finished]
-Recorded = tuple[Callable[[], None], Finished]
+Work = Callable[[], StepOutputs]
+Recorded = tuple[Callable[[], None], StepOutputs]
 Record = Callable[[Work], Recorded]
 """Makes a piece of work repeatable: gives what runs it again, and the outputs that every run writes."""
 
@@ -52,22 +52,22 @@ class Key:
 
     canvases: int
     width: int
-    rules: Rules
+    rules: StepFeatures
 
     @classmethod
-    def of(cls, canvases: int, pages: int, most: int, rules: Rules) -> Key:
+    def of(cls, canvases: int, pages: int, most: int, rules: StepFeatures) -> Key:
         """The smallest graph that holds so many canvases of at most `most`, with tables of so many pages.
 
-        >>> key = Key.of(5, 9, 32, Rules(begins=False))
+        >>> key = Key.of(5, 9, 32, StepFeatures(begins=False))
         >>> key.canvases, key.width, key.rules.begins
         (6, 32, True)
-        >>> Key.of(7, 8, 7, Rules()).canvases
+        >>> Key.of(7, 8, 7, StepFeatures()).canvases
         7
         """
         size, width = min(most, next((size for size in SIZES if size >= canvases), most)), LEAST_WIDTH
         while width < pages:
             width *= 4
-        return cls(canvases=size, width=width, rules=Rules(pinned=rules.pinned, denied=rules.denied))
+        return cls(canvases=size, width=width, rules=StepFeatures(pinned=rules.pinned, denied=rules.denied))
 
 
 class Captured:
@@ -76,8 +76,8 @@ class Captured:
     def __init__(
         self,
         network: Network,
-        slots: Slots,
-        store: Store,
+        slots: CanvasState,
+        store: KVCache,
         signal: SoftEmbedding,
         attention: PagedAttention,
         record: Record | None = None,
@@ -88,7 +88,7 @@ class Captured:
         self._record = record or Recorder()
         self._graphs: dict[Key, Graph] = {}
 
-    def step(self, parts: Sequence[Part], rules: Rules) -> Finished | None:
+    def step(self, parts: Sequence[Part], rules: StepFeatures) -> StepOutputs | None:
         """One step of these canvases, behind contexts that are in pages; None where it must be run eagerly.
 
         All that is given back but `told` are copies; `told` is overwritten by the next step.
@@ -104,7 +104,7 @@ class Captured:
         graph.replay()
         self.replays += 1
         done, own = graph.finished, slice(len(parts))
-        return Finished(
+        return StepOutputs(
             argmax=done.argmax[own].clone(),
             accepted=done.accepted[own].clone(),
             entropy=done.entropy[own].clone(),
@@ -115,7 +115,7 @@ class Captured:
     @torch.inference_mode()
     def prepare(self, most: int, pages: int = LEAST_WIDTH) -> None:
         """Capture what steps of up to `most` canvases without rules run, so that no request waits for that."""
-        keys = {Key.of(count, pages, self.slots.spare, Rules()) for count in range(1, most + 1)}
+        keys = {Key.of(count, pages, self.slots.spare, StepFeatures()) for count in range(1, most + 1)}
         for key in sorted(keys, key=lambda key: -key.canvases):  # the largest first: the others fit into its memory
             if self._graph(key) is None:
                 return
@@ -150,7 +150,7 @@ class Captured:
         tables = [part.request.tables[kind] for kind in self.network.windows()]
         return [page for table in tables for page in (*table, *[0] * (width - len(table)))]
 
-    def _work(self, numbers: Numbers, kinds: Sequence[LayerKind], key: Key) -> Finished:
+    def _work(self, numbers: Numbers, kinds: Sequence[LayerKind], key: Key) -> StepOutputs:
         """The whole step, from its numbers on."""
         network, length = self.network, self.slots.length
         canvases = Canvases.of(numbers)
@@ -169,7 +169,7 @@ class Captured:
         }
         windows = network.windows()
         attends = [
-            KernelLook(self.attention, self.store.pages(layer), spans[kind], windows[kind])
+            TritonPagedAttention(self.attention, self.store.pages(layer), spans[kind], windows[kind])
             for layer, kind in enumerate(self.store.kinds)
         ]
         hidden = network.run(begun.x, positions, attends, causal=False)[0]
@@ -183,7 +183,7 @@ class Graph:
     """
 
     replay: Callable[[], None]
-    finished: Finished
+    finished: StepOutputs
 
     def __init__(self, canvases: int, nobody: Sequence[int], device: torch.device) -> None:
         self._nobody = torch.tensor(nobody)
@@ -225,7 +225,7 @@ class Recorder:
         return graph.replay, finished
 
 
-def obstacle(network: Network, attention: PagedAttention | None) -> str | None:
+def why_not_capturable(network: Network, attention: PagedAttention | None) -> str | None:
     """Why steps of a network on a GPU cannot be captured: what of them would wait for the device; None: they can."""
     if attention is None:
         return "no kernels look at its pages: Triton is missing, or a head's size is no power of two from 16 on"

@@ -23,10 +23,10 @@ from torch import Tensor
 from blockpress.config import Sampling
 from blockpress.diffusion import (
     Accept,
+    DenoiserOutput,
     EntropyBound,
     KeyedDraws,
     Pins,
-    Reading,
     Schedule,
     Settle,
     StableAndConfident,
@@ -35,7 +35,7 @@ from blockpress.diffusion import (
 from blockpress.diffusion.noise import LOW
 from blockpress.diffusion.update import check_answer
 from blockpress.engine.batch import Part
-from blockpress.engine.canvas_state import Rules, Slots, slot_of
+from blockpress.engine.canvas_state import CanvasState, StepFeatures, slot_of
 from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.request import Request
 from blockpress.model import Network
@@ -113,7 +113,7 @@ def _bits(value: float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Begun:
+class StepInputs:
     """What `finish` has to know of a step that was begun; `x` are the rows of the stack."""
 
     x: Flat
@@ -125,7 +125,7 @@ class Begun:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Finished:
+class StepOutputs:
     """What a step did to its canvases; `told`: settled, done, sound (no number is NaN) and the argmax, as numbers."""
 
     argmax: Int[Tensor, "canvases canvas"]
@@ -135,7 +135,7 @@ class Finished:
     told: Int64[Tensor, "canvases told"]
 
 
-def begin(network: Network, slots: Slots, canvases: Canvases, rules: Rules) -> Begun:
+def begin(network: Network, slots: CanvasState, canvases: Canvases, rules: StepFeatures) -> StepInputs:
     """Embed and condition the canvases; those at step 1 are noise without a signal."""
     config, at = network.config, canvases.slot
     draws = KeyedDraws.from_words(
@@ -155,19 +155,19 @@ def begin(network: Network, slots: Slots, canvases: Canvases, rules: Rules) -> B
         signal = signal.masked_fill(fresh[:, None, None], 0)
         argmax, unchanged = argmax.masked_fill(fresh[:, None], -1), unchanged.masked_fill(fresh, 0)
     x = network.condition(canvas, signal).flatten(0, 1)[None]
-    return Begun(x=x, argmax=argmax, unchanged=unchanged, noise=noise, uniform=uniform, pins=pins)
+    return StepInputs(x=x, argmax=argmax, unchanged=unchanged, noise=noise, uniform=uniform, pins=pins)
 
 
 def finish(
     network: Network,
-    slots: Slots,
+    slots: CanvasState,
     canvases: Canvases,
-    rules: Rules,
-    begun: Begun,
+    rules: StepFeatures,
+    begun: StepInputs,
     hidden: Float[Tensor, "rows hidden"],
     signal: SoftEmbedding,
     requests: Sequence[Request] = (),
-) -> Finished:
+) -> StepOutputs:
     """Read the canvases' final hidden states, and put what the next step begins with into their slots.
 
     `requests` are those of the canvases; they may be left out where none has rules of its own.
@@ -183,7 +183,7 @@ def finish(
         signal=signal,
         scale=network.embed_scale(),
     )
-    reading = Reading.of(seen, count)
+    reading = DenoiserOutput.of(seen, count)
     if begun.pins is not None:
         reading = begun.pins(torch.arange(count, device=at.device), reading)
     accept, settle = rules_of(canvases, requests)
@@ -194,7 +194,7 @@ def finish(
     slots.signal.index_copy_(0, at, reading.signal)
     slots.argmax.index_copy_(0, at, reading.argmax)
     slots.unchanged.index_copy_(0, at, done.unchanged)
-    return Finished(
+    return StepOutputs(
         argmax=reading.argmax, accepted=done.accepted, entropy=reading.entropy, changed=done.changed, told=told
     )
 

@@ -23,7 +23,7 @@ from blockpress.ops.transfer import send
 Pair = tuple[Float[Tensor, "_kv_heads _seen _dim"], Float[Tensor, "_kv_heads _seen _dim"]]
 
 
-class Store:
+class KVCache:
     """Room for `counts[kind]` pages of `page` tokens in every layer of that kind. Memory is taken as pages are used."""
 
     def __init__(

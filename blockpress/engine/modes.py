@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blockpress.config import AutoregressiveSampling, Sampling
-from blockpress.decoding import Event, Row
+from blockpress.decoding import Event, SequenceState
 from blockpress.decoding.autoregressive import choose, counted
-from blockpress.decoding.scoring import Judged, judge
+from blockpress.decoding.scoring import TokenScores, judge
 from blockpress.decoding.verified import conclude, is_asked
 from blockpress.engine.request import Request
 from blockpress.engine.runner import Asked, Outcome
@@ -153,7 +153,7 @@ class Verified:
             return Progress(events=told, then=row.proposal, draft=True)
         return Progress(events=[*told, *row.commit()], then=row.fresh)
 
-    def _conclude(self, outcome: Outcome, draft: Draft, judged: Judged) -> Progress:
+    def _conclude(self, outcome: Outcome, draft: Draft, judged: TokenScores) -> Progress:
         """The causal pass has read the draft: what it says of it decides what of it is context now."""
         request, row = outcome.work.request, draft.row
         events = [*conclude(row, judged, checks_of(request))]
@@ -221,7 +221,7 @@ class Autoregressive:
             return Progress(then=proposal[:-1], draft=True)
         return Draft(row, proposal, states)
 
-    def _commit(self, outcome: Outcome, draft: Draft, judged: Judged) -> Progress:
+    def _commit(self, outcome: Outcome, draft: Draft, judged: TokenScores) -> Progress:
         """The chosen token joins the answer."""
         row, verified = draft.row, 0 if reads_draft(outcome.work) else None
         forwards = Counter({row.index: self._forwards[outcome.work.request]})
@@ -246,7 +246,7 @@ class Autoregressive:
 class Draft:
     """Tokens that a row is about to commit, and the states that speak of them: [tokens, hidden] or one more."""
 
-    row: Row
+    row: SequenceState
     tokens: list[int]
     states: Tensor
 
@@ -255,7 +255,7 @@ def judge_drafts(
     network: Network,
     outcomes: Sequence[Outcome],
     found: Sequence[Draft | Progress | Exception],
-    end: Callable[[Outcome, Draft, Judged], Progress],
+    end: Callable[[Outcome, Draft, TokenScores], Progress],
 ) -> list[Progress | Exception]:
     """Let the causal pass judge all drafts at once, and `end` each; what is no draft stays as it is."""
     drafts = [draft for draft in found if isinstance(draft, Draft)]
@@ -275,10 +275,10 @@ def judge_drafts(
     return each(zip(outcomes, found, strict=True), one)
 
 
-def _judged(network: Network, drafts: Sequence[Draft]) -> list[Judged | Exception]:
+def _judged(network: Network, drafts: Sequence[Draft]) -> list[TokenScores | Exception]:
     """What the causal pass says of each; where that fails, draft by draft, so that the one at fault is found."""
     if not any(draft.tokens for draft in drafts):
-        return [Judged([], [], []) for _ in drafts]
+        return [TokenScores([], [], []) for _ in drafts]
     try:
         states = pad_sequence([draft.states for draft in drafts], batch_first=True)
         return [*judge(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, final
 from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
 
 if TYPE_CHECKING:  # a row knows torch, and this room plans without it
-    from blockpress.decoding import Row
+    from blockpress.decoding import SequenceState
 
 Mode = Literal["diffusion", "autoregressive"]
 State = Literal["new", "waiting", "running", "paused", "ended"]
@@ -41,7 +41,7 @@ class Picture:
 class Request:
     """One answer under way. Two requests are never equal, however alike they are."""
 
-    def __init__(self, row: Row, sampling: Sampling | AutoregressiveSampling) -> None:
+    def __init__(self, row: SequenceState, sampling: Sampling | AutoregressiveSampling) -> None:
         self.row, self.sampling = row, sampling
         self.pictures: tuple[Picture, ...] = ()
         """What the prompt shows, in order; filled in before the request is submitted."""

@@ -27,10 +27,10 @@ from torch import Tensor
 from blockpress.decoding import Denoised
 from blockpress.engine.attention import kernels_for, looks
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.canvas_state import Rules, Slots
-from blockpress.engine.cuda_graphs import Captured, obstacle
-from blockpress.engine.denoising import Begun, Canvases, Finished, begin, entry, finish
-from blockpress.engine.kv_cache import Store
+from blockpress.engine.canvas_state import CanvasState, StepFeatures
+from blockpress.engine.cuda_graphs import Captured, why_not_capturable
+from blockpress.engine.denoising import Canvases, StepInputs, StepOutputs, begin, entry, finish
+from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.engine.scheduler import Work
@@ -71,13 +71,15 @@ class Runner:
     canvases had moved on to their next step already.
     """
 
-    def __init__(self, network: Network, options: EngineOptions, store: Store, ask: Ask) -> None:
+    def __init__(self, network: Network, options: EngineOptions, store: KVCache, ask: Ask) -> None:
         self.network, self.options, self.store, self.ask = network, options, store, ask
-        self.slots = Slots(network, options.max_running)
+        self.slots = CanvasState(network, options.max_running)
         self.attention = kernels_for(store)
         self.stepped = False
         self.captured: Captured | None = None
-        self._obstacle = "it is not on a GPU" if store.device.type != "cuda" else obstacle(network, self.attention)
+        self._obstacle = (
+            "it is not on a GPU" if store.device.type != "cuda" else why_not_capturable(network, self.attention)
+        )
         if self._obstacle is None and self.attention is not None:
             self.captured = Captured(network, self.slots, store, options.soft_embedding, self.attention)
 
@@ -100,7 +102,7 @@ class Runner:
         self.stepped = False
         batch = Batch.of(works, self.network.config.canvas_length)
         rules = self.slots.begin([part.request for part in batch.canvases])
-        done: Finished | None = None
+        done: StepOutputs | None = None
         heard = torch.empty(0, self.network.config.hidden_size)
         if self.captured is not None and batch.canvases and not (batch.read or rules.own):
             done = self.captured.step(batch.canvases, rules)
@@ -130,7 +132,7 @@ class Runner:
         self.stepped = False
         return outcomes
 
-    def _forward(self, batch: Batch, rules: Rules) -> tuple[Tensor, Finished | None]:
+    def _forward(self, batch: Batch, rules: StepFeatures) -> tuple[Tensor, StepOutputs | None]:
         """The rows one by one launched: the hidden states of what was heard, and what the step did, if there is one."""
         network, device = self.network, self.network.device
         canvases = None
@@ -139,7 +141,7 @@ class Runner:
         x, runs = self._read(batch)
         attends = looks(self.store, batch, network.windows(), runs, device, self.attention)
         positions, causal = batch.positions(device), batch.causal(device)
-        begun: Begun | None = None
+        begun: StepInputs | None = None
         if canvases is not None:
             begun = begin(network, self.slots, canvases, rules)
             x = torch.cat((x, begun.x), dim=1) if batch.read else begun.x
@@ -168,7 +170,7 @@ class Runner:
         return x, runs
 
     def _told(
-        self, heard: Tensor, done: Finished | None, asked: Asked
+        self, heard: Tensor, done: StepOutputs | None, asked: Asked
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
         """Whether the states heard are sound, row by row, what the step tells, and what was asked of the states.
 
@@ -189,7 +191,7 @@ class Runner:
         return sound != 0, told if done is None else told.view(done.told.shape), answers
 
     def _steps(
-        self, batch: Batch, done: Finished, told: Tensor
+        self, batch: Batch, done: StepOutputs, told: Tensor
     ) -> dict[Request, tuple[Denoised, list[int] | None, bool]]:
         """Of every canvas the step, its argmax where it is done, and whether all its numbers are some."""
         results = {}

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from blockpress.config import LayerKind, ModelConfig
-from blockpress.engine.block_tables import Tables
+from blockpress.engine.block_tables import BlockTables
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.errors import Overloaded, RequestError
@@ -78,7 +78,7 @@ class Scheduler:
 
     def __init__(self, config: ModelConfig, options: EngineOptions, pages: Mapping[LayerKind, int]) -> None:
         self._config, self._options = config, options
-        self._tables = Tables(config, options, pages)
+        self._tables = BlockTables(config, options, pages)
         self._running: list[Request] = []
         self._queue: deque[Request] = deque()
         self._slots = list(range(options.max_running))

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import cast
 
 from blockpress.decoding import Done, Event, Failed
-from blockpress.engine.core import Core
+from blockpress.engine.core import EngineCore
 from blockpress.engine.request import Request
 from blockpress.errors import BlockpressError, EngineError
 
@@ -26,10 +26,10 @@ Deliver = Callable[[Event | BlockpressError], None]
 """Takes a request's events, from the worker's thread; an error is the last thing that it is given."""
 
 
-class Engine:
+class ThreadedEngine:
     """Answers requests as they come. A context manager: leaving it ends what is under way."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: EngineCore) -> None:
         self.core = core
         self._inbox: deque[tuple[Request, Deliver | None]] = deque()
         self._changed = threading.Condition()
@@ -107,7 +107,7 @@ class Engine:
         if threading.current_thread() is not self._worker:
             self._worker.join()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> ThreadedEngine:
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ import torch
 from blockpress import sudoku
 from blockpress.checkpoints import load_network, open_checkpoint, resolve
 from blockpress.config import Sampling
-from blockpress.decoding import Denoised, Done, Reply, Row
+from blockpress.decoding import Denoised, Done, Reply, SequenceState
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import generate
 from blockpress.errors import BlockpressError
@@ -107,11 +107,11 @@ def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.P
     return outcomes
 
 
-def _rows(network: Network, tokenizer: Tokenizer, some: list[sudoku.Puzzle], canvas_length: int) -> list[Row]:
+def _rows(network: Network, tokenizer: Tokenizer, some: list[sudoku.Puzzle], canvas_length: int) -> list[SequenceState]:
     """The puzzles as prompts, each with room for one answer."""
     prompts, config = [tokenizer.encode(sudoku.layout(each.puzzle)) for each in some], network.config
     return [
-        Row(index, prompt, 0, stop_ids=config.eos_ids, canvas_length=canvas_length, room=config.canvas_length)
+        SequenceState(index, prompt, 0, stop_ids=config.eos_ids, canvas_length=canvas_length, room=config.canvas_length)
         for index, prompt in enumerate(prompts)
     ]
 

@@ -3,7 +3,7 @@
     thread 1    for event in ...  --step-->  +-------------+      a forward is of all requests, whoever runs it;
     thread 2    for event in ...   waits     | one core    |      what it tells goes into the inbox of each call
                                              +-------------+
-    recite      `generate`, `verified` or `autoregress`, all rows together from the first canvas to the last
+    run_reference   `generate`, `verified` or `autoregress`, all rows together from the first canvas to the last
 
 There is no thread behind this: whoever waits for an event runs the next forward, for everybody. So a call that nobody
 reads does not run ahead, an error is raised where it happened, and pages that hold the beginning of a conversation are
@@ -25,7 +25,7 @@ from blockpress.decoding import Cancel, Done, Event, Failed
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import generate
 from blockpress.decoding.verified import verified
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.core import Stats
 from blockpress.errors import EngineError
 from blockpress.model import Network
@@ -38,7 +38,7 @@ class SharedCore:
     """An engine core for all calls of a model, from any thread."""
 
     def __init__(self, network: Network, options: EngineOptions) -> None:
-        self._core: Core | None = Core(network, options)
+        self._core: EngineCore | None = EngineCore(network, options)
         self._lock = threading.Lock()
         self._inboxes: dict[Request, deque[Event]] = {}
         self._left: deque[Request] = deque()
@@ -90,7 +90,7 @@ class SharedCore:
             self._core = None
             self._inboxes.clear()
 
-    def _open(self) -> Core:
+    def _open(self) -> EngineCore:
         if self._core is None:
             raise EngineError("the model was closed", hint="ask it again, or close it once its answers are there")
         return self._core
@@ -150,7 +150,7 @@ class LastingEngine:
             return self._made[1]
 
 
-def recite(network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
+def run_reference(network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
     """The same by the reference loop; the requests must be of one sampling."""
     if not requests:
         return iter(())

@@ -19,7 +19,7 @@ from torch import Tensor
 from blockpress.chat import Chat, Question, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.decoding import Cancel, Done, Event, PlainTurn, Reply, Row, Turn
+from blockpress.decoding import Cancel, Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
 from blockpress.engine import EngineOptions, Request
 from blockpress.errors import CheckpointError
 from blockpress.lm.arguments import (
@@ -48,9 +48,8 @@ class LM:
     not read again. Several threads may ask at once. `close()`, or leaving `with load(...) as lm:`, frees its memory.
 
     Args:
-        checkpoint: what lies at `path`, where it is open already.
-        options: of that engine; the queue has no limit here unless they set one.
-        answer: what answers requests in place of that engine: `lm.answer.recite` does it slowly and plainly.
+        checkpoint: what is open at `path` already. options: of the engine; without them its queue has no limit.
+        answer: what answers requests in place of that engine: `lm.execute.run_reference` does it slowly and plainly.
     """
 
     def __init__(
@@ -191,8 +190,9 @@ class LM:
         sampling = self._sampling(sampling, mode)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
-        def turn(prompt: list[int]) -> Turn:
-            return PlainTurn(None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop))
+        def turn(prompt: list[int]) -> OutputProcessor:
+            text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop)
+            return TextOutputProcessor(text)
 
         ids = [check_ids(self.config, self.encode(one) if isinstance(one, str) else one, "prompt") for one in prompts]
         rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, turn, sampling, logprobs)
@@ -236,9 +236,9 @@ class LM:
         seed: int | Sequence[int] = 0,
         **options: Unpack[ChatOptions],
     ) -> Iterator[Event]:
-        """The same as `chat`, as events: those of `stream`, and `Thought`, `Called` and `Broken`.
+        """The same as `chat`, as events: those of `stream`, and thoughts and tool calls (`decoding.events`).
 
-        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+        Arguments are checked at once, before the first event. Leaving the loop early ends the work.
         """
         given: dict[str, Any] = {**options}
         cancel = given.pop("cancel", None)
@@ -279,7 +279,7 @@ class LM:
         asked = self._chat.questions(talks, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
-        def turn(prompt: list[int]) -> Turn:
+        def turn(prompt: list[int]) -> OutputProcessor:
             return self._chat.turn(
                 prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
             )
@@ -299,7 +299,7 @@ class LM:
         return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
-    def _show(self, rows: list[Row], asked: Sequence[Question]) -> None:
+    def _show(self, rows: list[SequenceState], asked: Sequence[Question]) -> None:
         """Put the pictures' features into the rows; one question may have several rows, each with a seed of its own."""
         seen = [
             {run.start: f for run, f in zip(one.runs, self._tower(one.pictures), strict=True)} if one.pictures else {}
@@ -317,10 +317,10 @@ class LM:
         max_tokens: int | None,
         seed: int | Sequence[int],
         stop_ids: Sequence[int],
-        turn: Callable[[list[int]], Turn],
+        turn: Callable[[list[int]], OutputProcessor],
         sampling: AnySampling,
         logprobs: int | None,
-    ) -> list[Row]:
+    ) -> list[SequenceState]:
         canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
         limits = {"max_tokens": max_tokens, "logprobs": logprobs}
         return make_rows(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)

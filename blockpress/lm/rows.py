@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from blockpress.config import ModelConfig
-from blockpress.decoding import Row, Turn
+from blockpress.decoding import OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_whole
 
@@ -19,14 +19,14 @@ from blockpress.lm.arguments import as_list, check_logprobs, is_whole
 def make_rows(
     prompts: list[list[int]],
     seed: int | Sequence[int],
-    turn: Callable[[list[int]], Turn],
+    turn: Callable[[list[int]], OutputProcessor],
     canvas: int,
     config: ModelConfig,
     *,
     max_tokens: int | None,
     stop_ids: Sequence[int],
     logprobs: int | None = None,
-) -> list[Row]:
+) -> list[SequenceState]:
     """A row for each prompt, or for each seed where there is one prompt; `canvas` tokens are written at once.
 
     Raises:
@@ -46,7 +46,7 @@ def make_rows(
     for index, (ids, own) in enumerate(zip(prompts, seeds, strict=True)):
         check_room(config, len(ids), canvas)
         rows.append(
-            Row(
+            SequenceState(
                 index,
                 ids,
                 cast(int, own),

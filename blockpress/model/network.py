@@ -51,7 +51,7 @@ MOST_KEPT = 1 << 12
 _TABLES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, Tensor, dict[LayerKind, Rotary]]] = WeakKeyDictionary()
 
 
-class Looking:
+class CachedAttention:
     """A layer's queries look at a context and at its own keys and values, which are kept for the cache."""
 
     own: KeyValue
@@ -145,7 +145,7 @@ class Network(nn.Module):
         windows = self.windows().items()
         masks = {kind: causal_mask(cache.lengths, cache.width, own, window, runs) for kind, window in windows}
         looks = [
-            Looking(context, masks[layer.kind], self.attention_op)
+            CachedAttention(context, masks[layer.kind], self.attention_op)
             for layer, context in zip(self.config.layers, cache.layers, strict=True)
         ]
         hidden = self.run(x, positions, looks, causal=True)
@@ -170,7 +170,7 @@ class Network(nn.Module):
             context, start = cache.recent(index, windows[layer.kind])
             if layer.kind not in masks:
                 masks[layer.kind] = canvas_mask(cache.lengths, cache.width - start, own, windows[layer.kind], start)
-            looks.append(Looking(context, masks[layer.kind], self.attention_op))
+            looks.append(CachedAttention(context, masks[layer.kind], self.attention_op))
         positions = cache.lengths[:, None] + torch.arange(own, device=canvas.device)
         return self.run(x, positions, looks, causal=False)
 

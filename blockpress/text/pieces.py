@@ -21,12 +21,12 @@ from typing import Any, NamedTuple, Protocol, final
 
 import tokenizers
 
-__all__ = ["Speller", "Unit", "is_lossless", "piece_for_display", "speller_for"]
+__all__ = ["Speller", "TextChunk", "is_lossless", "piece_for_display", "speller_for"]
 
 _BYTE_TOKEN = re.compile(r"<0x([+0-9A-Fa-f][0-9A-Fa-f])>")
 
 
-class Unit(NamedTuple):
+class TextChunk(NamedTuple):
     """Settled text, and how many ids had been fed when its last token came."""
 
     text: str
@@ -36,11 +36,11 @@ class Unit(NamedTuple):
 class Speller(Protocol):
     """Takes kept tokens one by one and hands out settled text. One speller serves one stream."""
 
-    def push(self, token: int, place: int) -> list[Unit]:
+    def push(self, token: int, place: int) -> list[TextChunk]:
         """Take the token that was fed as number `place` (from 1); return the units that are settled by it."""
         ...
 
-    def flush(self) -> list[Unit]:
+    def flush(self) -> list[TextChunk]:
         """Return what is left, as the end of the sequence has it."""
         ...
 
@@ -132,12 +132,12 @@ class _ByteLevelSpeller:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._place = 0
 
-    def push(self, token: int, place: int) -> list[Unit]:
+    def push(self, token: int, place: int) -> list[TextChunk]:
         self._place = place
-        return [Unit(self._utf8.decode(_byte_level_bytes(_piece(self._backend, token))), place)]
+        return [TextChunk(self._utf8.decode(_byte_level_bytes(_piece(self._backend, token))), place)]
 
-    def flush(self) -> list[Unit]:
-        return [Unit(self._utf8.decode(b"", final=True), self._place)]
+    def flush(self) -> list[TextChunk]:
+        return [TextChunk(self._utf8.decode(b"", final=True), self._place)]
 
 
 @final
@@ -161,14 +161,14 @@ class _LocalSpeller:
         self._run: list[tuple[int, int, int]] = []
         self._anchor, self._anchor_text = self._find_anchor()
 
-    def push(self, token: int, place: int) -> list[Unit]:
+    def push(self, token: int, place: int) -> list[TextChunk]:
         byte = self._byte(token)
         if byte is not None:
             self._run.append((token, byte, place))
             return []
-        return [*self.flush(), Unit(self._text([token]), place)]
+        return [*self.flush(), TextChunk(self._text([token]), place)]
 
-    def flush(self) -> list[Unit]:
+    def flush(self) -> list[TextChunk]:
         if not self._run:
             return []
         tokens, values, places = zip(*self._run, strict=True)
@@ -177,9 +177,9 @@ class _LocalSpeller:
         signs = bytes(values).decode("utf-8", errors="ignore")
         # Where a byte is wrong, `text` has a mark for each byte and is longer; at the start, a space may be taken off.
         if not signs.endswith(text):
-            return [Unit(text, places[-1])]
+            return [TextChunk(text, places[-1])]
         ends = accumulate(len(sign.encode("utf-8")) for sign in signs)
-        units = [Unit(sign, places[end - 1]) for sign, end in zip(signs, ends, strict=True)]
+        units = [TextChunk(sign, places[end - 1]) for sign, end in zip(signs, ends, strict=True)]
         return units[len(signs) - len(text) :]
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -222,11 +222,11 @@ class _WholeSpeller:
         self._tokens: list[int] = []
         self._place = 0
 
-    def push(self, token: int, place: int) -> list[Unit]:
+    def push(self, token: int, place: int) -> list[TextChunk]:
         self._tokens.append(token)
         self._place = place
         return []
 
-    def flush(self) -> list[Unit]:
+    def flush(self) -> list[TextChunk]:
         tokens, self._tokens = self._tokens, []
-        return [Unit(self._backend.decode(tokens, skip_special_tokens=False), self._place)]
+        return [TextChunk(self._backend.decode(tokens, skip_special_tokens=False), self._place)]

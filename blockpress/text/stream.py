@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import final
 
 from blockpress.errors import RequestError
-from blockpress.text.pieces import Unit, speller_for
+from blockpress.text.pieces import TextChunk, speller_for
 from blockpress.text.stops import StopFinder
 from blockpress.text.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ class StreamDecoder:
         self._count_used()
         return text
 
-    def _write(self, units: list[Unit]) -> str:
+    def _write(self, units: list[TextChunk]) -> str:
         text = ""
         for unit in units:
             if self.stopped is not None or not unit.text:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from blockpress.errors import ConfigError
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
-from blockpress.model.network import Looking
+from blockpress.model.network import CachedAttention
 
 Denoise = Callable[[Tensor | slice, Tensor | None], Tensor]
 
@@ -192,7 +192,7 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
         layer.kind: causal_mask(nothing[:1], 0, own, config.sliding_window if layer.sliding else None)
         for layer in config.layers
     }
-    looks = [Looking(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers]
+    looks = [CachedAttention(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers]
     hidden = network.run(network.embed(rows.tokens), positions, looks, causal=True)
     causal = next_token_loss(network, hidden, rows) if objective.causal_weight else hidden.new_zeros(()).float()
 
@@ -206,7 +206,7 @@ def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> L
 
     def denoise(rows: Tensor | slice, signal: Tensor | None) -> Tensor:
         looks = [
-            Looking((key[rows], value[rows]), masks[layer.kind][rows], network.attention_op)
+            CachedAttention((key[rows], value[rows]), masks[layer.kind][rows], network.attention_op)
             for layer, (key, value) in zip(config.layers, contexts, strict=True)
         ]
         x = network.condition(drawn.noisy[rows], signal)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.config import Sampling
-from blockpress.diffusion import KeyedDraws, Reading, Schedule, step_rules, update
+from blockpress.diffusion import DenoiserOutput, KeyedDraws, Schedule, step_rules, update
 from blockpress.diffusion.noise import LOW
 from blockpress.model import Network
 from blockpress.ops import vocabulary
@@ -114,7 +114,7 @@ class Rollouts:
         number, everyone = self.number[slots], torch.arange(len(slots), device=slots.device)
         scaled = logits.float() / self._temperatures[number - 1][:, None, None]
         draws = self._draws(slots)
-        reading = Reading(
+        reading = DenoiserOutput(
             argmax=scaled.argmax(-1),
             sample=draws.sample(everyone, number, scaled),
             entropy=vocabulary.entropy(scaled),

@@ -16,14 +16,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.chat import RETRIES, BrokenCall, ToolCall
+from blockpress.chat import RETRIES, MalformedToolCall, ToolCall
 from blockpress.config import PRESETS, GenerationConfig, Sampling
-from blockpress.decoding import Broken, Called, Committed, Denoised, Done, Event, Reply, Row, Text, Thought
+from blockpress.decoding import (
+    Committed,
+    Denoised,
+    Done,
+    Event,
+    MalformedToolCallEvent,
+    ReasoningDelta,
+    Reply,
+    SequenceState,
+    Text,
+    ToolCallEvent,
+)
 from blockpress.decoding.generate import generate
 from blockpress.diffusion import KeyedDraws
 from blockpress.errors import BlockpressError, CheckpointError, RequestError
 from blockpress.lm import LM
-from blockpress.lm.execute import recite
+from blockpress.lm.execute import run_reference
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
 from tests.speech import TOKENIZER, VOCABULARY, backend, ids
@@ -100,7 +111,7 @@ def model(script: Script, stop_ids: tuple[int, ...] = (EOS,)) -> LM:
         network=Scripted(script),
         generation=GenerationConfig(stop_ids=stop_ids),
         tokenizer=TOKENIZER,
-        answer=recite,
+        answer=run_reference,
     )
 
 
@@ -114,9 +125,9 @@ def check_joined(events: list[Event]) -> Reply:
     reply = done.reply
     assert events[-1] == done
     assert "".join(event.text for event in events if isinstance(event, Text)) == reply.text
-    assert ("".join(event.text for event in events if isinstance(event, Thought)) or None) == reply.thinking
-    assert tuple(event.call for event in events if isinstance(event, Called)) == reply.tool_calls
-    assert tuple(event.call for event in events if isinstance(event, Broken)) == reply.broken_calls
+    assert ("".join(event.text for event in events if isinstance(event, ReasoningDelta)) or None) == reply.thinking
+    assert tuple(event.call for event in events if isinstance(event, ToolCallEvent)) == reply.tool_calls
+    assert tuple(event.call for event in events if isinstance(event, MalformedToolCallEvent)) == reply.broken_calls
     assert (
         sum((event.tokens for event in events if isinstance(event, Committed)), [])[: len(reply.tokens)] == reply.tokens
     )
@@ -183,7 +194,7 @@ def test_why_a_turn_ended(turn: str, options: dict[str, Any], reason: str, calls
 
 def test_a_broken_call_is_told_with_its_text():
     reply = check_joined(events_of(model(whole("<|tool_call>call:f(a)<tool_call|>b<turn|>"))))
-    assert reply.broken_calls == (BrokenCall(raw="call:f(a)", fault="there is no '{' behind the name"),)
+    assert reply.broken_calls == (MalformedToolCall(raw="call:f(a)", fault="there is no '{' behind the name"),)
     assert (reply.text, reply.finish_reason) == ("b", "stop")
 
 
@@ -399,7 +410,7 @@ def test_a_canvas_written_again_has_draws_of_its_own():
     lm = model(terse(BLANKS))
     prompt = lm._chat.question(HI).ids
     turn = lm._chat.turn(prompt, stop_ids=(TURN_END,))
-    row = Row(0, prompt, 0, stop_ids=(TURN_END,), canvas_length=CANVAS, room=99, turn=turn)
+    row = SequenceState(0, prompt, 0, stop_ids=(TURN_END,), canvas_length=CANVAS, room=99, turn=turn)
     list(generate(lm.network, [row], Sampling(), keyed=keyed))
     assert len(asked) == RETRIES + 1 and len({number for (number,) in asked}) == len(asked)
 
@@ -441,7 +452,11 @@ def test_a_chat_in_a_batch_is_the_chat_alone():
 
     def fresh() -> LM:
         return LM(
-            path=Path("x"), network=Mixed(scripts), generation=GenerationConfig(), tokenizer=TOKENIZER, answer=recite
+            path=Path("x"),
+            network=Mixed(scripts),
+            generation=GenerationConfig(),
+            tokenizer=TOKENIZER,
+            answer=run_reference,
         )
 
     alone = [fresh().chat(talk, **options) for talk in talks]
@@ -476,7 +491,7 @@ def test_random_weights_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.
     together = random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options)
     assert together == alone
     assert sum(reply.usage.empty_retries for reply in alone) > 0
-    monkeypatch.setattr(random_lm, "answer", recite)
+    monkeypatch.setattr(random_lm, "answer", run_reference)
     assert random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options) == alone
     for reply in alone:
         assert (

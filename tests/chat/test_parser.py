@@ -12,11 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blockpress.chat import (
-    BrokenCall,
     ChatTemplate,
-    Controls,
+    MalformedToolCall,
     Piece,
-    Said,
+    SpecialTokens,
+    TextDelta,
     ToolCall,
     TurnParser,
     encode_chat,
@@ -27,27 +27,27 @@ from blockpress.text import Tokenizer
 from .test_tool_calls import arguments
 
 
-def answer(text: str) -> Said:
-    return Said("answer", text)
+def answer(text: str) -> TextDelta:
+    return TextDelta("answer", text)
 
 
-def thought(text: str) -> Said:
-    return Said("thought", text)
+def thought(text: str) -> TextDelta:
+    return TextDelta("thought", text)
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbours of one kind as one."""
     whole: list[Piece] = []
     for piece in pieces:
-        if isinstance(piece, Said) and whole and isinstance(whole[-1], Said) and whole[-1].kind == piece.kind:
-            whole[-1] = Said(piece.kind, whole[-1].text + piece.text)
+        if isinstance(piece, TextDelta) and whole and isinstance(whole[-1], TextDelta) and whole[-1].kind == piece.kind:
+            whole[-1] = TextDelta(piece.kind, whole[-1].text + piece.text)
         else:
             whole.append(piece)
     return whole
 
 
 def parse(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int] = (), **options: Any) -> list[Piece]:
-    parser = TurnParser(tokenizer, Controls.of(tokenizer), **options)
+    parser = TurnParser(tokenizer, SpecialTokens.of(tokenizer), **options)
     edges = [0, *sorted(cuts), len(ids)]
     said = [piece for begin, end in pairwise(edges) for piece in parser.feed(ids[begin:end])]
     return joined([*said, *parser.finish()])
@@ -73,13 +73,19 @@ TURNS: list[tuple[str, list[Piece]]] = [
     ("Look:<|tool_call>call:ls{}<tool_call|><|tool_call>call:ls{}<tool_call|>", [answer("Look:"), LS, LS]),
     ('<|tool_call>call:say{a:<|"|>"{<|"|>}<tool_call|>', [ToolCall(name="say", arguments={"a": '"{'})]),
     ("<|channel>thought\na<|tool_call>call:ls{}<tool_call|>b", [thought("a"), LS, answer("b")]),
-    ('<|tool_call>call:say{a:<|"|>x<turn|>', [BrokenCall(raw='call:say{a:<|"|>x', fault="the call is not closed")]),
+    (
+        '<|tool_call>call:say{a:<|"|>x<turn|>',
+        [MalformedToolCall(raw='call:say{a:<|"|>x', fault="the call is not closed")],
+    ),
     (
         "<|tool_call>call:ls{<|tool_call>call:ls{}<tool_call|>",
-        [BrokenCall(raw="call:ls{", fault="the call is not closed"), LS],
+        [MalformedToolCall(raw="call:ls{", fault="the call is not closed"), LS],
     ),
-    ("<|tool_call>ls()<tool_call|>ok", [BrokenCall(raw="ls()", fault="it does not begin with 'call:'"), answer("ok")]),
-    ("<|tool_call>", [BrokenCall(raw="", fault="the call is not closed")]),
+    (
+        "<|tool_call>ls()<tool_call|>ok",
+        [MalformedToolCall(raw="ls()", fault="it does not begin with 'call:'"), answer("ok")],
+    ),
+    ("<|tool_call>", [MalformedToolCall(raw="", fault="the call is not closed")]),
 ]
 
 
@@ -111,7 +117,11 @@ def test_any_cut_gives_the_same_pieces(gemma: Tokenizer, parts: list[str], data:
 @given(st.lists(st.sampled_from([*CONTROLS, " word", "é", "🙂"]), max_size=14))
 def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
     said = "".join(
-        piece.text if isinstance(piece, Said) else piece.raw if isinstance(piece, BrokenCall) else "call:" + piece.name
+        piece.text
+        if isinstance(piece, TextDelta)
+        else piece.raw
+        if isinstance(piece, MalformedToolCall)
+        else "call:" + piece.name
         for piece in parse(gemma, [token for part in parts for token in gemma.encode(part, add_special=False)])
     )
     for sign in ("word", "é", "🙂"):
@@ -120,11 +130,11 @@ def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
 
 
 def test_in_a_call_only_its_end_means_anything():
-    controls = Controls(thought=1, thought_end=2, call=3, call_end=4)
+    controls = SpecialTokens(thought=1, thought_end=2, call=3, call_end=4)
     walk = [controls.section_after(ids) for ids in ([1], [1, 2], [1, 3], [3, 1], [3, 2], [3, 1, 4], [3, 3, 4, 1])]
     assert walk == ["thought", "answer", "call", "call", "call", "answer", "thought"]
     assert controls.section_after([2], "thought") == controls.section_after([2]) == "answer"
-    assert Controls().section_after(range(9), "thought") == "thought"
+    assert SpecialTokens().section_after(range(9), "thought") == "thought"
 
 
 @settings(max_examples=60)
@@ -152,11 +162,11 @@ def test_the_template_writes_calls_as_the_writer_does(given: dict[str, Any]):
 
 def test_a_stop_text_ends_the_answer_alone(gemma: Tokenizer):
     ids = gemma.encode("<|channel>thought\nEND it<channel|>go on.\nEND not this", add_special=False)
-    parser = TurnParser(gemma, Controls.of(gemma), stop=["END"])
+    parser = TurnParser(gemma, SpecialTokens.of(gemma), stop=["END"])
     assert joined([*parser.feed(ids), *parser.finish()]) == [thought("END it"), answer("go on.\n")]
     assert parser.stopped == "END"
     assert gemma.decode(ids[: parser.tokens_used]) == "thought\nEND itgo on.\n"
-    parser = TurnParser(gemma, Controls.of(gemma), stop=["END"])
+    parser = TurnParser(gemma, SpecialTokens.of(gemma), stop=["END"])
     assert parser.feed(gemma.encode("<|channel>thought\na<channel|>END", add_special=False)) == [thought("a")]
     assert parser.tokens_used == 5 and parser.feed(ids) == [] == parser.finish()
 
@@ -167,9 +177,11 @@ def test_a_stop_text_is_not_found_across_a_thought(gemma: Tokenizer):
 
 
 def test_without_control_tokens_all_is_text(digits: Tokenizer):
-    assert Controls.of(digits) == Controls()
+    assert SpecialTokens.of(digits) == SpecialTokens()
     assert parse(digits, digits.encode("12\n3")) == [answer("12\n3")]
 
 
 def test_the_controls_of_gemma(gemma: Tokenizer):
-    assert Controls.of(gemma) == Controls(thought=100, thought_end=101, call=48, call_end=49, quote=52, stops=(106, 50))
+    assert SpecialTokens.of(gemma) == SpecialTokens(
+        thought=100, thought_end=101, call=48, call_end=49, quote=52, stops=(106, 50)
+    )

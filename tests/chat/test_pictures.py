@@ -21,7 +21,7 @@ from blockpress.chat import ChatTemplate
 from blockpress.checkpoints import load_picture_settings, load_vision, save_checkpoint
 from blockpress.checkpoints.safetensors import vision as weights_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.decoding import Row
+from blockpress.decoding import SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.errors import BlockpressError, MediaError, RequestError
 from blockpress.model import Network
@@ -82,7 +82,7 @@ def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
     # The template of ours begins the answer with an empty thought.
     ids = lm.tokenizer.encode(text + "<|channel>thought\n<channel|>", add_special=False)
     prompt = expand(ids, [p.soft_tokens for p in pictures], lm.config)
-    row = Row(0, prompt.ids, 3, stop_ids=(1,), canvas_length=12, room=12)
+    row = SequenceState(0, prompt.ids, 3, stop_ids=(1,), canvas_length=12, room=12)
     features = load_vision(lm.path, config=lm.config)(pictures)
     row.images = {run.start: f for run, f in zip(prompt.runs, features, strict=True)}
     (wanted,) = [event.reply for event in generate(lm.network, [row], SHORT) if isinstance(event, Done)]

@@ -14,7 +14,7 @@ from blockpress.chat import RETRIES, ToolCall
 from blockpress.config import AutoregressiveSampling, GenerationConfig
 from blockpress.decoding import Committed, Denoised, Event, Reply
 from blockpress.lm import LM
-from blockpress.lm.execute import recite
+from blockpress.lm.execute import run_reference
 from blockpress.model import Cache
 from tests.speech import TOKENIZER, ids
 
@@ -60,7 +60,9 @@ class Speaking(Scripted):
 
 def model(script: Script, kind: type[Speaking] = Speaking) -> LM:
     generation = GenerationConfig(stop_ids=(EOS,))
-    return LM(path=Path("scripted"), network=kind(script), generation=generation, tokenizer=TOKENIZER, answer=recite)
+    return LM(
+        path=Path("scripted"), network=kind(script), generation=generation, tokenizer=TOKENIZER, answer=run_reference
+    )
 
 
 def events_of(lm: LM, **options: Any) -> list[Event]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpress.chat.tool_calls import MAX_DEPTH, QUOTE, BrokenCall, ToolCall, read_call, write_call
+from blockpress.chat.tool_calls import MAX_DEPTH, QUOTE, MalformedToolCall, ToolCall, read_call, write_call
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(
@@ -101,7 +101,7 @@ def test_what_models_write_besides_is_read_too(text: str, wanted: dict[str, obje
 )
 def test_what_is_no_call_comes_back_whole_with_the_reason(text: str, fault: str):
     call = read_call(pieces(text))
-    assert isinstance(call, BrokenCall)
+    assert isinstance(call, MalformedToolCall)
     assert call.raw == text
     assert fault in call.fault
 
@@ -116,7 +116,7 @@ def test_the_deepest_that_is_allowed():
 @given(st.lists(st.text(alphabet='call:f{}[],"x1 \n\\'), min_size=1, max_size=5))
 def test_any_text_is_a_call_or_broken(texts: list[str]):
     call = read_call(texts)
-    if isinstance(call, BrokenCall):
+    if isinstance(call, MalformedToolCall):
         assert call.raw == QUOTE.join(texts) and call.fault
     else:
         assert read_call(pieces(write_call(call.name, call.arguments))) == call

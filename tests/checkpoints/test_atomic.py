@@ -65,7 +65,7 @@ def test_what_fails_leaves_no_directory(single: Path, tmp_path: Path, monkeypatc
 def test_a_source_that_cannot_be_read_is_not_taken_for_the_target(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Broken:
+    class MalformedToolCallEvent:
         name = "source.safetensors"
 
         def seek(self, place: int) -> None:
@@ -79,7 +79,7 @@ def test_a_source_that_cannot_be_read_is_not_taken_for_the_target(
     def broken(self: StreamReader, file: Path) -> None:
         real(self, file)
         self._file.close()
-        self._file = Broken()  # type: ignore[assignment]
+        self._file = MalformedToolCallEvent()  # type: ignore[assignment]
 
     monkeypatch.setattr(StreamReader, "__init__", broken)
     with pytest.raises(CheckpointError, match=r"source\.safetensors' cannot be read"):

@@ -25,7 +25,7 @@ from .. import speech
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallEvent:
     """How a command ended and what it printed."""
 
     code: int
@@ -42,14 +42,14 @@ class Screen(io.StringIO):
         return True
 
 
-Call = Callable[..., Called]
+Call = Callable[..., ToolCallEvent]
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """`call("sudoku", "--random", 1, stdin="", screen=None)`; with a `Screen`, that is stdout."""
 
-    def call(*arguments: object, stdin: str = "", screen: Screen | None = None) -> Called:
+    def call(*arguments: object, stdin: str = "", screen: Screen | None = None) -> ToolCallEvent:
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -57,7 +57,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
                 patch.setattr(sys, "stdout", screen)
             code = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
-        return Called(code, printed.out if screen is None else screen.getvalue(), printed.err)
+        return ToolCallEvent(code, printed.out if screen is None else screen.getvalue(), printed.err)
 
     return call
 

@@ -24,7 +24,7 @@ from blockpress.cli.meter import Meter
 from blockpress.cli.talk import Stream
 from blockpress.cli.told import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, Sampling
-from blockpress.decoding import Called, Committed, Done, Reply, Text, Thought, Usage
+from blockpress.decoding import Committed, Done, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 from blockpress.text.builder import write_digits_tokenizer
 
 from .. import speech
@@ -285,7 +285,12 @@ def test_a_stream_on_a_terminal_is_spelled_out_and_kept_apart(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = Usage(1, 2, 0, 0, 2, 1.0)
-    events = [Thought(0, "hm"), Text(0, "a\x1b"), Called(0, ToolCall(name="ls", arguments={})), Text(0, "b")]
+    events = [
+        ReasoningDelta(0, "hm"),
+        Text(0, "a\x1b"),
+        ToolCallEvent(0, ToolCall(name="ls", arguments={})),
+        Text(0, "b"),
+    ]
     events += [Done(0, Reply("a\x1bb", [], "stop", usage))]
 
     def printed() -> tuple[str, str]:

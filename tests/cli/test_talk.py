@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 import blockpress
-from blockpress.chat import BrokenCall, ToolCall
+from blockpress.chat import MalformedToolCall, ToolCall
 from blockpress.checkpoints import save_checkpoint
 from blockpress.cli.talk import Aside, ChatView
 from blockpress.cli.told import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, GenerationConfig, Sampling
-from blockpress.decoding import Broken, Called, Done, Reply, Text, Thought, Usage
+from blockpress.decoding import Done, MalformedToolCallEvent, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 
 from ..speech import TOKENIZER, VOCABULARY
 from .conftest import Call, Screen
@@ -92,10 +92,17 @@ def test_a_budget_is_a_count(call: Call, talker: Path, budget: int) -> None:
 
 
 LS = ToolCall(name="ls", arguments={"a": "x"})
-BAD = BrokenCall(raw="call:\x1b[31mls(", fault="there is no '{' behind the name")
+BAD = MalformedToolCall(raw="call:\x1b[31mls(", fault="there is no '{' behind the name")
 USAGE = Usage(prompt_tokens=1, completion_tokens=9, canvases=1, steps=2, forwards=2, tokens_per_forward=4.5)
 DONE = Done(0, Reply("ok", [], "tool_calls", replace(USAGE, reasoning_tokens=3, empty_retries=1)))
-EVENTS = [Thought(0, "I a"), Thought(0, "dd.\nAll\x1b of"), Text(0, "ok"), Called(0, LS), Broken(0, BAD), DONE]
+EVENTS = [
+    ReasoningDelta(0, "I a"),
+    ReasoningDelta(0, "dd.\nAll\x1b of"),
+    Text(0, "ok"),
+    ToolCallEvent(0, LS),
+    MalformedToolCallEvent(0, BAD),
+    DONE,
+]
 
 
 def test_what_is_said_aside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +118,7 @@ def test_what_is_said_aside(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         "I add.\nAll\x1b of\ncall:ls{a:<|\"|>x<|\"|>}\nno call (there is no '{' behind the name): call:\\x1b[31mls(\n"
     )
     assert told(EVENTS) == wanted
-    assert told([Thought(0, "a"), DONE]) == "a\n"
+    assert told([ReasoningDelta(0, "a"), DONE]) == "a\n"
     assert told([Text(0, "a"), DONE]) == ""
     monkeypatch.setattr("blockpress.cli.talk.is_terminal", lambda stream: True)
     assert told(EVENTS[:2]) == "\x1b[2mI a\x1b[0m\x1b[2mdd.\nAll\\x1b of\x1b[0m"

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockpress.chat import Piece, Said
+from blockpress.chat import Piece, TextDelta
 from blockpress.config import PRESETS, AutoregressiveSampling
-from blockpress.decoding import Committed, Done, Event, Reply, Row, Text
+from blockpress.decoding import Committed, Done, Event, Reply, SequenceState, Text
 from blockpress.decoding.autoregressive import GREEDY, autoregress
 from blockpress.model import Network
 from blockpress.text import StreamDecoder, Tokenizer
@@ -46,9 +46,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_directory(folder)
 
 
-def rows(prompts: Sequence[list[int]], seeds: Sequence[int] | None = None, **changes: Any) -> list[Row]:
+def rows(prompts: Sequence[list[int]], seeds: Sequence[int] | None = None, **changes: Any) -> list[SequenceState]:
     given = {"stop_ids": (), "canvas_length": 1, "room": 40, "max_tokens": 10} | changes
-    return [Row(i, prompt, i if seeds is None else seeds[i], **given) for i, prompt in enumerate(prompts)]
+    return [SequenceState(i, prompt, i if seeds is None else seeds[i], **given) for i, prompt in enumerate(prompts)]
 
 
 def replies(events: Sequence[Event] | Any) -> list[Reply]:
@@ -215,7 +215,7 @@ class Told:
 
     def take(self, tokens: list[int]) -> list[Piece]:
         self.taken += tokens
-        return [Said("answer", f"{token} ") for token in tokens]
+        return [TextDelta("answer", f"{token} ") for token in tokens]
 
     def finish(self) -> list[Piece]:
         return []

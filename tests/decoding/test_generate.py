@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.config import PRESETS, Sampling
-from blockpress.decoding import Committed, Denoised, Done, Event, Reply, Row, Text
+from blockpress.decoding import Committed, Denoised, Done, Event, Reply, SequenceState, Text
 from blockpress.decoding.generate import generate, pad
 from blockpress.diffusion import KeyedDraws
 from blockpress.model import Cache, Network
@@ -107,9 +107,9 @@ def rows_for(
     max_tokens: int | None = None,
     room: int = 4000,
     stop_ids: Sequence[int] = (EOS,),
-) -> list[Row]:
+) -> list[SequenceState]:
     return [
-        Row(
+        SequenceState(
             row,
             [7] * (row + 1),
             row,

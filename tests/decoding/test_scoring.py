@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
-from blockpress.decoding import Committed, Done, Event, Reply, Row, TokenLogprob
+from blockpress.decoding import Committed, Done, Event, Reply, SequenceState, TokenLogprob
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.scoring import judge, look, states_behind
 from blockpress.decoding.verified import start, verified
@@ -35,13 +35,13 @@ def network() -> Network:
     return make_random_network(CONFIG, seed=3).requires_grad_(False)
 
 
-def rows(prompts: Sequence[list[int]], mode: str = "diffusion", **changes: Any) -> list[Row]:
+def rows(prompts: Sequence[list[int]], mode: str = "diffusion", **changes: Any) -> list[SequenceState]:
     length = 1 if mode == "autoregressive" else CANVAS
     given = {"stop_ids": (), "canvas_length": length, "room": 60, "max_tokens": 10, "logprobs": 2} | changes
-    return [Row(i, prompt, i, **given) for i, prompt in enumerate(prompts)]
+    return [SequenceState(i, prompt, i, **given) for i, prompt in enumerate(prompts)]
 
 
-def answer(network: Network, made: Sequence[Row], mode: str) -> list[Event]:
+def answer(network: Network, made: Sequence[SequenceState], mode: str) -> list[Event]:
     sampling = MODES[mode]
     if isinstance(sampling, Sampling):
         return list(verified(network, made, sampling))

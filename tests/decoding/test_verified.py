@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.config import Sampling
-from blockpress.decoding import Committed, Denoised, Done, Event, Row
+from blockpress.decoding import Committed, Denoised, Done, Event, SequenceState
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import generate
 from blockpress.decoding.sequence import FinishedCanvas
@@ -44,9 +44,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-def rows(prompts: Sequence[list[int]] = PROMPTS, canvas: int = CANVAS, **changes: Any) -> list[Row]:
+def rows(prompts: Sequence[list[int]] = PROMPTS, canvas: int = CANVAS, **changes: Any) -> list[SequenceState]:
     given = {"stop_ids": (), "canvas_length": canvas, "room": 60, "max_tokens": 16} | changes
-    return [Row(index, prompt, index, **given) for index, prompt in enumerate(prompts)]
+    return [SequenceState(index, prompt, index, **given) for index, prompt in enumerate(prompts)]
 
 
 def greedy(network: Network, **changes: Any) -> list[list[int]]:
@@ -137,9 +137,9 @@ def test_a_row_of_a_batch_is_the_row_alone(checks: int, seeds: list[int], chosen
     network = make_random_network(CONFIG, seed=3).requires_grad_(False)
     sampling = LOOSE.with_(checks=checks)
 
-    def one(index: int, place: int) -> Row:
+    def one(index: int, place: int) -> SequenceState:
         given: dict[str, Any] = {"stop_ids": (stop,), "canvas_length": CANVAS, "room": 60, "max_tokens": 9}
-        return Row(place, PROMPTS[index], seeds[index], **given)
+        return SequenceState(place, PROMPTS[index], seeds[index], **given)
 
     together = replies(list(verified(network, [one(index, place) for place, index in enumerate(chosen)], sampling)))
     alone = [replies(list(verified(network, [one(index, 0)], sampling)))[0] for index in chosen]
@@ -347,7 +347,7 @@ def test_no_two_beginnings_of_a_row_draw_the_same():
     """The key of a canvas's draws, over many canvases and as many beginnings as checks can make."""
     numbers = set()
     for canvas in (0, 1, 7, 1023):
-        row = Row(0, [1], 0, stop_ids=(), canvas_length=4, room=10**7)
+        row = SequenceState(0, [1], 0, stop_ids=(), canvas_length=4, room=10**7)
         row.canvases += [FinishedCanvas([2], 1)] * canvas
         for _ in range(1100):
             numbers.add(row.number)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.diffusion import (
+    DenoiserOutput,
     Draws,
     EntropyBound,
     KeyedDraws,
     Pins,
-    Reading,
     Schedule,
     StableAndConfident,
     Step,
@@ -68,14 +68,14 @@ class Script:
         temperature: Tensor,
         draws: Draws,
         edits: None,
-    ) -> Reading:
+    ) -> DenoiserOutput:
         self.calls.append(rows.tolist())
         left = self.schedule.steps - step + 1
         wanted = self.schedule.t_min + (self.schedule.t_max - self.schedule.t_min) * left / self.schedule.steps
         assert temperature.item() == pytest.approx(wanted, rel=1e-6)
         told = [None] * len(rows) if signal is None else signal.tolist()
         lines = [self.line(*x) for x in zip(rows.tolist(), [step] * len(rows), canvas.tolist(), told, strict=True)]
-        return Reading(
+        return DenoiserOutput(
             argmax=torch.tensor([line.argmax for line in lines]),
             sample=torch.tensor([line.sample for line in lines]),
             entropy=torch.tensor([line.entropy for line in lines], dtype=torch.float32),
@@ -96,7 +96,7 @@ class Policy:
 
 
 @dataclass
-class Seen:
+class SampleStats:
     """One step of one row, in plain lists."""
 
     number: int
@@ -114,7 +114,7 @@ def pinned_signal(tokens: Tensor) -> Tensor:
 
 def plain(
     script: Script, draws: KeyedDraws, row: int, policy: Policy, pins: Mapping[int, int] | None = None
-) -> list[Seen]:
+) -> list[SampleStats]:
     """Reference model, section 2, for one row and with lists; and with places that hold what they are told."""
     pins = pins or {}
     canvas = held(draws.noise(torch.tensor([row]), 0)[0].tolist(), pins)
@@ -132,7 +132,7 @@ def plain(
         changed = [now != before for now, before in zip(line.argmax, previous, strict=True)]
         unchanged = 0 if any(changed) else unchanged + 1
         settled = unchanged >= policy.stability and total / LENGTH < policy.confidence
-        history.append(Seen(step, canvas, line.argmax, accepted, changed, settled))
+        history.append(SampleStats(step, canvas, line.argmax, accepted, changed, settled))
         if settled:
             break
         noise = draws.noise(torch.tensor([row]), step)[0].tolist()
@@ -148,14 +148,14 @@ def held(canvas: list[int], pins: Mapping[int, int]) -> list[int]:
 
 def run(
     script: Script, draws: KeyedDraws, batch: int, policy: Policy, pins: Pins | None = None
-) -> tuple[list[Step], list[list[Seen]]]:
+) -> tuple[list[Step], list[list[SampleStats]]]:
     accept, settle = EntropyBound(policy.bound), StableAndConfident(policy.stability, policy.confidence)
     steps = list(denoise(script, draws, batch, policy.schedule, accept, settle, None, pins))
-    rows: list[list[Seen]] = [[] for _ in range(batch)]
+    rows: list[list[SampleStats]] = [[] for _ in range(batch)]
     for step in steps:
         for place, row in enumerate(step.rows.tolist()):
             parts = (step.canvas, step.argmax, step.accepted, step.changed)
-            rows[row].append(Seen(step.number, *(x[place].tolist() for x in parts), bool(step.settled[place])))
+            rows[row].append(SampleStats(step.number, *(x[place].tolist() for x in parts), bool(step.settled[place])))
     return steps, rows
 
 
@@ -193,9 +193,11 @@ def test_the_cases_above_settle_early_at_the_cap_and_at_different_steps():
 def test_the_first_settled_step_is_stability_plus_one(stability: int):
     def sure(
         rows: Tensor, step: int, canvas: Tensor, signal: Tensor | None, t: Tensor, draws: Draws, edits: None
-    ) -> Reading:
+    ) -> DenoiserOutput:
         assert (signal is None) == (step == 1)
-        return Reading(torch.ones_like(canvas), canvas, torch.zeros(canvas.shape), torch.zeros(*canvas.shape, HIDDEN))
+        return DenoiserOutput(
+            torch.ones_like(canvas), canvas, torch.zeros(canvas.shape), torch.zeros(*canvas.shape, HIDDEN)
+        )
 
     draws = KeyedDraws([0, 1], [0, 0], length=LENGTH, vocab=VOCAB)
     schedule = Schedule(steps=9, t_min=0.4, t_max=0.8)

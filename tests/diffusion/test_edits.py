@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from blockpress.diffusion import Edits
+from blockpress.diffusion import TokenMask
 from blockpress.ops import vocabulary
 
 
 def test_denied_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)) * 3
-    edits = Edits.of([{0: {0}}, {}, {2: range(99), 6: (1, 4)}], 5)
+    edits = TokenMask.of([{0: {0}}, {}, {2: range(99), 6: (1, 4)}], 5)
     assert edits is not None
     rows = torch.tensor([2, 1])  # row 0 has settled
     edited = edits(rows, logits[1:])
@@ -25,4 +25,4 @@ def test_denied_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
 
 
 def test_nothing_denied_is_no_edits():
-    assert Edits.of([{}, {}], 4) is None
+    assert TokenMask.of([{}, {}], 4) is None

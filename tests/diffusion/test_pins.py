@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from blockpress.config import PRESETS
 from blockpress.decoding.generate import plain_denoiser, read
-from blockpress.diffusion import Edits, KeyedDraws, Pins, Reading
+from blockpress.diffusion import DenoiserOutput, KeyedDraws, Pins, TokenMask
 
 from ..conftest import make_random_network
 from .test_denoise import LENGTH, POLICY, VOCAB, Policy, Script, pinned_signal, plain, run
@@ -71,11 +71,11 @@ def test_a_pin_is_what_a_belief_in_one_token_alone_gives(dtype: torch.dtype) -> 
     draws = KeyedDraws([1, 2, 3], [0, 0, 0], length=length, vocab=config.vocab_size)
     reading = plain_denoiser(network, read(network, [[3, 4], [9], [8, 8, 8]], network.empty_cache(3)))
 
-    def once(edits: Edits | None) -> Reading:
+    def once(edits: TokenMask | None) -> DenoiserOutput:
         return reading(every, 1, draws.noise(every, 0), None, torch.tensor(0.7), draws, edits)
 
     pins = Pins.of(pinned, length, network.embed)
     assert pins is not None
-    ours, theirs = pins(every, once(None)), once(Edits.of(others, length))
+    ours, theirs = pins(every, once(None)), once(TokenMask.of(others, length))
     for name, value in vars(theirs).items():
         assert torch.equal(getattr(ours, name), value), name

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.diffusion import Accept, EntropyBound, Reading, Settle, StableAndConfident, step_rules, update
+from blockpress.diffusion import Accept, DenoiserOutput, EntropyBound, Settle, StableAndConfident, step_rules, update
 from blockpress.errors import RequestError
 
 LENGTH = 4
@@ -38,10 +38,10 @@ def long_the_same(unchanged: Tensor, entropy: Tensor) -> Tensor:
     return unchanged > 2
 
 
-def reading_of(given: list[Any]) -> Reading:
+def reading_of(given: list[Any]) -> DenoiserOutput:
     argmax, sample, _, _, entropy, _ = zip(*given, strict=True)
     signal = torch.zeros(len(given), LENGTH, 2)
-    return Reading(torch.tensor(argmax), torch.tensor(sample), torch.tensor(entropy), signal)
+    return DenoiserOutput(torch.tensor(argmax), torch.tensor(sample), torch.tensor(entropy), signal)
 
 
 @given(rows, st.booleans())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from blockpress.config import PRESETS, AutoregressiveSampling, LayerKind, ModelConfig, Sampling
-from blockpress.decoding import Row
+from blockpress.decoding import SequenceState
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Picture, Request
 from blockpress.engine.scheduler import Scheduler, Work
@@ -35,7 +35,7 @@ def ask(
 ) -> Request:
     """A request with a row of its own."""
     diffusion = speaks != "autoregressive"
-    row = Row(
+    row = SequenceState(
         0,
         list(prompt),
         0,

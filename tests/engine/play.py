@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
-from blockpress.decoding import Done, Event, Failed, Reply, Row
+from blockpress.decoding import Done, Event, Failed, Reply, SequenceState
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import generate
 from blockpress.decoding.verified import verified
-from blockpress.engine import Core, Request
+from blockpress.engine import EngineCore, Request
 from blockpress.model import Network
 
 AnySampling = Sampling | AutoregressiveSampling
@@ -32,7 +32,7 @@ def prompts(config: ModelConfig, count: int, longest: int, seed: int, shared: in
     return [(beginning if i % 2 else []) + tokens(length) for i, length in enumerate(lengths)]
 
 
-def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySampling, **changes: Any) -> Row:
+def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySampling, **changes: Any) -> SequenceState:
     canvas = config.canvas_length if isinstance(sampling, Sampling) else 1
     given = {
         "stop_ids": (1,),
@@ -40,7 +40,7 @@ def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySamplin
         "room": config.context_length - len(prompt),
         "max_tokens": 2 * config.canvas_length + 5 if isinstance(sampling, Sampling) else 9,
     }
-    return Row(index, prompt, 100 + index, **{**given, **changes})
+    return SequenceState(index, prompt, 100 + index, **{**given, **changes})
 
 
 def poem(
@@ -62,7 +62,10 @@ def poem(
 
 
 def play(
-    core: Core, requests: Sequence[Request], arrivals: Sequence[int] = (), cancels: Mapping[int, int] | None = None
+    core: EngineCore,
+    requests: Sequence[Request],
+    arrivals: Sequence[int] = (),
+    cancels: Mapping[int, int] | None = None,
 ) -> dict[Request, list[Event]]:
     """Run until all is answered: request i is submitted before forward `arrivals[i]`, and cancelled before `cancels[i]`."""
     told: dict[Request, list[Event]] = {request: [] for request in requests}

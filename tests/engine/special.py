@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from blockpress.config import PRESETS, LayerConfig, ModelConfig, Sampling
-from blockpress.decoding import Done, Reply, Row
+from blockpress.decoding import Done, Reply, SequenceState
 from blockpress.decoding.generate import generate
-from blockpress.decoding.output import PlainTurn
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.decoding.output import TextOutputProcessor
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.attention import PagedAttention
 from blockpress.engine.cuda_graphs import Captured, Recorded, Work
 from blockpress.model import Network
@@ -42,9 +42,9 @@ def damped(config: ModelConfig = CONFIG) -> Network:
     return network
 
 
-def special(index: int, prompt: list[int], sampling: Sampling, **changes: Any) -> Row:
+def special(index: int, prompt: list[int], sampling: Sampling, **changes: Any) -> SequenceState:
     """Every other row denies something, and of three two hold pins in their first canvas."""
-    turn = PlainTurn(None)
+    turn = TextOutputProcessor(None)
     turn.denied = DENIED[index % len(DENIED)]
     one = row(CONFIG, index, prompt, sampling, turn=turn, **changes)
     one.pins = PINNED[index % len(PINNED)]
@@ -62,7 +62,7 @@ def alone(network: Network, index: int, prompt: list[int], sampling: Sampling) -
     return reply
 
 
-def poison(core: Core) -> Core:
+def poison(core: EngineCore) -> EngineCore:
     """NaN in all pages, as if nothing had ever been written there."""
     for layer in range(len(core.store.kinds)):
         for part in core.store.pages(layer):
@@ -121,7 +121,7 @@ class InTorch:
 class OnPaper:
     """Repeats work as a graph does: into the outputs of the first run, at the addresses that it had then."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: EngineCore) -> None:
         self.slots = core.runner.slots
 
     def addresses(self) -> list[int]:
@@ -142,9 +142,9 @@ class OnPaper:
         return replay, outputs
 
 
-def on_paper(network: Network, options: EngineOptions, attention: PagedAttention | None = None) -> Core:
+def on_paper(network: Network, options: EngineOptions, attention: PagedAttention | None = None) -> EngineCore:
     """A core that takes the way of a GPU: looks through spans, steps of canvases alone from graphs."""
-    core = Core(network, options)
+    core = EngineCore(network, options)
     runner = core.runner
     runner.attention = attention or InTorch()
     runner.captured = Captured(

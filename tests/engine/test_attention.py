@@ -19,9 +19,9 @@ import torch
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Denoised
-from blockpress.engine import Core, EngineOptions, Request
-from blockpress.engine.attention import KernelLook, PagedAttention, kernels_for, looks
-from blockpress.engine.kv_cache import Store
+from blockpress.engine import EngineCore, EngineOptions, Request
+from blockpress.engine.attention import PagedAttention, TritonPagedAttention, kernels_for, looks
+from blockpress.engine.kv_cache import KVCache
 from blockpress.ops import vocabulary
 
 from .play import AnySampling, play, prompts, reply, row
@@ -47,10 +47,10 @@ def requests(max_tokens: int, steps: int = 4) -> list[Request]:
     return [Request(*pair) for pair in zip(rows, how, strict=True)]
 
 
-def compare(attention: PagedAttention, see: Callable[..., vocabulary.Seen] | None = None, **given: int) -> None:
+def compare(attention: PagedAttention, see: Callable[..., vocabulary.SampleStats] | None = None, **given: int) -> None:
     """A core that looks through `attention`, reads through `see`, and replays, beside one that looks through pages."""
     network = damped()
-    cores = [poison(Core(network, OPTIONS)), poison(on_paper(network, OPTIONS, attention))]
+    cores = [poison(EngineCore(network, OPTIONS)), poison(on_paper(network, OPTIONS, attention))]
     seen = []
     for core in cores:
         with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +71,7 @@ def interpreted() -> None:
 
     read = []
 
-    def see(*given: Any, **more: Any) -> vocabulary.Seen:
+    def see(*given: Any, **more: Any) -> vocabulary.SampleStats:
         read.append(more["denied"])
         return kernel.see(*given, **more)
 
@@ -95,11 +95,11 @@ def test_the_kernels_see_what_pages_hold() -> None:
 
 def test_kernels_are_for_gpus_alone() -> None:
     """And for heads that they can read: of powers of two, from 16 on."""
-    store = Core(damped(), OPTIONS).store
+    store = EngineCore(damped(), OPTIONS).store
     assert store.dims == {16, 32} and kernels_for(store) is None
     pytest.importorskip("triton")
     for dims, found in (({256, 512}, True), ({8, 16}, False), ({96}, False)):
-        assert (kernels_for(Mock(spec=Store, device=torch.device("cuda"), dims=dims)) is not None) == found
+        assert (kernels_for(Mock(spec=KVCache, device=torch.device("cuda"), dims=dims)) is not None) == found
 
 
 def test_pictures_are_looked_at_through_pages() -> None:
@@ -117,5 +117,5 @@ def test_pictures_are_looked_at_through_pages() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockpress.engine.runner.looks", listening)
         play(core, [request])
-    assert KernelLook not in kinds[0]
-    assert {KernelLook} in kinds
+    assert TritonPagedAttention not in kinds[0]
+    assert {TritonPagedAttention} in kinds

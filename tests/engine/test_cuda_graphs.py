@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from blockpress.decoding import Denoised
-from blockpress.engine import Core, EngineOptions
-from blockpress.engine.canvas_state import Rules
-from blockpress.engine.cuda_graphs import SIZES, Graph, Key, obstacle
+from blockpress.engine import EngineCore, EngineOptions
+from blockpress.engine.canvas_state import StepFeatures
+from blockpress.engine.cuda_graphs import SIZES, Graph, Key, why_not_capturable
 from blockpress.model import Network
 
 from .play import play, prompts, reply
@@ -85,19 +85,23 @@ def test_what_a_graph_has_no_canvas_for_is_nobodys():
 def test_few_graphs_serve_all_forwards():
     """At most a third of a graph's canvases is nobody's, and page tables grow in few leaps."""
     for count in range(1, 257):
-        key = Key.of(count, 1, 256, Rules())
+        key = Key.of(count, 1, 256, StepFeatures())
         assert key.canvases in SIZES and count <= key.canvases <= max(count, 1.5 * count)
-    assert {Key.of(1, pages, 32, Rules()).width for pages in range(1, 1025)} == {8, 32, 128, 512, 2048}
-    assert Key.of(2, 3, 32, Rules(begins=True)) == Key.of(2, 3, 32, Rules(begins=False))
-    assert Key.of(2, 3, 32, Rules(pinned=True)) != Key.of(2, 3, 32, Rules(denied=8)) != Key.of(2, 3, 32, Rules())
+    assert {Key.of(1, pages, 32, StepFeatures()).width for pages in range(1, 1025)} == {8, 32, 128, 512, 2048}
+    assert Key.of(2, 3, 32, StepFeatures(begins=True)) == Key.of(2, 3, 32, StepFeatures(begins=False))
+    assert (
+        Key.of(2, 3, 32, StepFeatures(pinned=True))
+        != Key.of(2, 3, 32, StepFeatures(denied=8))
+        != Key.of(2, 3, 32, StepFeatures())
+    )
 
 
 def test_what_would_wait_for_the_device_is_not_captured(network: Network):
-    assert "no kernels look" in (obstacle(network, None) or "")
+    assert "no kernels look" in (why_not_capturable(network, None) or "")
     pytest.importorskip("triton")
-    assert "experts of layers.0.experts in torch.float32" in (obstacle(network, InTorch()) or "")
-    assert obstacle(copy.deepcopy(network).bfloat16(), InTorch()) is None
-    assert Core(network, EngineOptions(memory=MEMORY)).runner.eager == "it is not on a GPU"
+    assert "experts of layers.0.experts in torch.float32" in (why_not_capturable(network, InTorch()) or "")
+    assert why_not_capturable(copy.deepcopy(network).bfloat16(), InTorch()) is None
+    assert EngineCore(network, EngineOptions(memory=MEMORY)).runner.eager == "it is not on a GPU"
 
 
 @pytest.mark.gpu
@@ -107,7 +111,7 @@ def test_graphs_do_what_the_same_kernels_do_eagerly():
     given, how = prompts(CONFIG, 6, 60, seed=6, shared=30), [SHORT] * 6
     answers = []
     for graphs in (True, False):
-        core = Core(network, EngineOptions(memory=MEMORY, max_running=6))
+        core = EngineCore(network, EngineOptions(memory=MEMORY, max_running=6))
         assert core.runner.eager is None
         if not graphs:
             core.runner.captured = None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Done, Event, Failed
-from blockpress.decoding.output import PlainTurn
-from blockpress.engine import Core, Engine, EngineOptions, Request, modes
+from blockpress.decoding.output import TextOutputProcessor
+from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine, modes
 from blockpress.engine import core as cores
 from blockpress.engine.scheduler import Work
 from blockpress.errors import BlockpressError, EngineError
@@ -33,7 +33,7 @@ def network() -> Network:
     return damped(CONFIG)
 
 
-class Broken(PlainTurn):
+class MalformedToolCallEvent(TextOutputProcessor):
     """A turn that cannot read what was written, or cannot end."""
 
     def __init__(self, fails: str) -> None:
@@ -52,8 +52,8 @@ def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Reques
 @pytest.mark.parametrize("sampling", [SHORT, SHORT.with_(checks=2), AutoregressiveSampling()])
 @pytest.mark.parametrize("fails", ["take", "cut"])
 def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnySampling, fails: str):
-    core = Core(network, ROOM)
-    requests = [request(0, sampling), request(1, sampling, turn=Broken(fails)), request(2, sampling)]
+    core = EngineCore(network, ROOM)
+    requests = [request(0, sampling), request(1, sampling, turn=MalformedToolCallEvent(fails)), request(2, sampling)]
     told = play(core, requests)
     last = told[requests[1]][-1]
     assert isinstance(last, Failed) and "a turn at fault" in last.error.message
@@ -63,8 +63,8 @@ def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnyS
 
 
 def test_a_cancellation_that_fails_is_an_end_too(network: Network):
-    core = Core(network, ROOM)
-    requests = [request(0, turn=Broken("finish")), request(1)]
+    core = EngineCore(network, ROOM)
+    requests = [request(0, turn=MalformedToolCallEvent("finish")), request(1)]
     told = play(core, requests, cancels={0: 2})
     assert isinstance(told[requests[0]][-1], Failed)
     assert reply(told[requests[1]]) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
@@ -80,7 +80,7 @@ def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, 
 
     monkeypatch.setattr(modes, "choose", failing)
     requests = [request(i, sampling) for i in range(3)]
-    told = play(Core(network, ROOM), requests)
+    told = play(EngineCore(network, ROOM), requests)
     assert isinstance(told[requests[1]][-1], Failed)
     for i in (0, 2):
         assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
@@ -88,7 +88,7 @@ def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, 
 
 def test_what_a_failed_forward_allocated_is_gone_before_the_next(network: Network, monkeypatch: pytest.MonkeyPatch):
     """Else a forward that was too large for the memory would leave no room for the small ones that follow it."""
-    core, alive = Core(network, ROOM), set[int]()
+    core, alive = EngineCore(network, ROOM), set[int]()
     run: Callable[..., Any] = core.runner.run
 
     class Buffer:
@@ -112,7 +112,7 @@ def test_what_a_failed_forward_allocated_is_gone_before_the_next(network: Networ
 
 def test_a_request_that_cannot_be_taken_holds_up_nobody(network: Network):
     """Submitted twice: refused by name; the first submission, and whoever came behind, get their answers."""
-    with Engine(Core(network, ROOM)) as engine:
+    with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         one, other = request(0), request(1)
         with engine._changed:  # so that all three are taken in at once
             first, again, behind = engine.events(one), engine.events(one), engine.events(other)
@@ -123,7 +123,7 @@ def test_a_request_that_cannot_be_taken_holds_up_nobody(network: Network):
 
 def test_who_never_asks_for_an_event_and_lets_go_is_cancelled(network: Network):
     long = SHORT.with_(steps=48)
-    with Engine(Core(network, ROOM)) as engine:
+    with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         left = request(0, long, max_tokens=170)
         with engine._changed:
             engine.events(left)
@@ -136,7 +136,7 @@ def test_a_caller_who_cannot_be_told_is_left(network: Network):
     def deaf(_: Event | BlockpressError) -> None:
         raise OSError("nobody there")
 
-    with Engine(Core(network, ROOM)) as engine:
+    with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         left = request(0, SHORT.with_(steps=48), max_tokens=170)
         engine.submit(left, deaf)
         assert reply(list(engine.events(request(1)))) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
@@ -149,7 +149,7 @@ def test_free_memory_of_any_device_is_known():
 
 def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypatch: pytest.MonkeyPatch):
     """The forward fails behind the step: another run would take one step more, so the canvases fail by name."""
-    core = Core(network, ROOM)
+    core = EngineCore(network, ROOM)
     told_by, calls = core.runner._told, list[int]()
 
     def failing(*given: Any) -> Any:

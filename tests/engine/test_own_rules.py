@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Denoised, Failed
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
 from .play import AnySampling, play, poem, prompts, reply, row
@@ -56,7 +56,7 @@ def test_batches_that_mix_rules_give_what_each_gives_alone(network: Network):
     ]
     given = prompts(CONFIG, len(how), 40, seed=6, shared=20)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(Core(network, ROOM), requests, arrivals=[0, 0, 1, 2, 2, 3, 3])
+    told = play(EngineCore(network, ROOM), requests, arrivals=[0, 0, 1, 2, 2, 3, 3])
     for i, request in enumerate(requests):
         assert reply(told[request]) == poem(network, CONFIG, given[i], i, how[i]), f"request {i}"
     for i, share in ((0, 0.5), (2, 0.9)):
@@ -82,7 +82,7 @@ def fails(*_: Tensor) -> Tensor:
 def test_a_rule_at_fault_ends_its_request_alone(network: Network, changes: dict[str, Callable[..., Any]], said: str):
     how = [SHORT, SHORT.with_(**changes), SHORT.with_(accept=SurestShare(0.5))]
     requests = [Request(row(CONFIG, i, [5, 6, 7], s), s) for i, s in enumerate(how)]
-    core = Core(network, ROOM)
+    core = EngineCore(network, ROOM)
     told = play(core, requests)
     last = told[requests[1]][-1]
     assert isinstance(last, Failed) and said in last.error.message

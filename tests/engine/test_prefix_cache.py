@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpress.engine import prefix_cache
-from blockpress.engine.block_tables import Tables
+from blockpress.engine.block_tables import BlockTables
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Picture, Request
 from blockpress.engine.sizing import DROPPED
@@ -144,7 +144,7 @@ def test_the_longest_prefix_is_the_one_defined(
     assert prefix_cache.longest(request, PAGE, known.__getitem__, window) == want
 
 
-def read(tables: Tables, request: Request, part: int = 5) -> None:
+def read(tables: BlockTables, request: Request, part: int = 5) -> None:
     """Read its whole context, a part at a time."""
     tables.adopt(request, tables.match(request))
     while request.unread:
@@ -159,7 +159,7 @@ def test_a_second_request_takes_over_what_the_first_one_read():
     full      first [0, 1, 2, 3, 4]     second [0, 1, 2, 3]          16 tokens that it need not read
     sliding   first [-, -, -, 3, 4]     second [-, -, 2, 3]          2 was let go by the first, and is reusable
     """
-    tables = Tables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
+    tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
     first, second = ask(TEXT[:18]), ask([*TEXT[:16], 3, 3, 3])
     read(tables, first)
     assert first.tables == {"full_attention": [0, 1, 2, 3, 4], "sliding_attention": [DROPPED] * 3 + [3, 4]}
@@ -175,7 +175,7 @@ def test_a_second_request_takes_over_what_the_first_one_read():
 
 @pytest.mark.parametrize("reuse", [True, False])
 def test_reuse_can_be_switched_off(reuse: bool):
-    tables = Tables(small(), EngineOptions(reuse_prefixes=reuse), dict.fromkeys(KINDS["both"], 10))
+    tables = BlockTables(small(), EngineOptions(reuse_prefixes=reuse), dict.fromkeys(KINDS["both"], 10))
     first, second = ask(TEXT), ask(TEXT)
     read(tables, first)
     tables.release(first)
@@ -185,7 +185,7 @@ def test_reuse_can_be_switched_off(reuse: bool):
 
 
 def test_what_is_spoilt_is_taken_over_by_nobody():
-    tables = Tables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
+    tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
     first = ask(TEXT)
     read(tables, first)
     tables.release(first, spoilt=True)
@@ -195,7 +195,7 @@ def test_what_is_spoilt_is_taken_over_by_nobody():
 
 
 def test_the_end_of_a_context_is_given_up_before_its_beginning():
-    tables = Tables(small(), EngineOptions(), {"full_attention": 5})
+    tables = BlockTables(small(), EngineOptions(), {"full_attention": 5})
     first = ask(TEXT)
     read(tables, first)
     tables.release(first)
@@ -205,7 +205,7 @@ def test_the_end_of_a_context_is_given_up_before_its_beginning():
 
 def test_full_pages_follow_one_another_however_a_prompt_is_read():
     """Three contexts read in turn, a page at a time: the full pages of each are in one piece from the first part on."""
-    tables = Tables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 15))
+    tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 15))
     requests = [ask(TEXT), ask(TEXT[::-1]), ask([3] * 20)]
     for request in requests:
         tables.adopt(request, tables.match(request))

@@ -15,9 +15,9 @@ import blockpress
 from blockpress import sudoku
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Failed
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.canvas_state import LEAST_IDS, Rules, Slots
+from blockpress.engine.canvas_state import LEAST_IDS, CanvasState, StepFeatures
 from blockpress.engine.cuda_graphs import Captured
 from blockpress.engine.denoising import FIELDS, Canvases, begin, entry, finish, idle
 from blockpress.model import Network
@@ -26,7 +26,7 @@ from .play import play, poem, prompts, reply, row
 from .special import CONFIG, DENIED, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 OPTIONS = EngineOptions(memory=1 << 23, max_running=5)
-MAKERS: dict[str, Callable[[Network, EngineOptions], Core]] = {"eager": Core, "captured": on_paper}
+MAKERS: dict[str, Callable[[Network, EngineOptions], EngineCore]] = {"eager": EngineCore, "captured": on_paper}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def network() -> Network:
 def test_denied_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_read(network: Network):
     given, how = prompts(CONFIG, 7, 50, seed=7, shared=20), [SHORT.with_(steps=2 + i % 3) for i in range(7)]
     requests = asked(given, how)
-    told = play(poison(Core(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
+    told = play(poison(EngineCore(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
     for i, request in enumerate(requests):
         answer = reply(told[request])
         assert answer == alone(network, i, given[i], how[i]), f"request {i}"
@@ -71,7 +71,7 @@ def test_a_number_that_is_none_hurts_its_own_request_alone(network: Network, wha
 
 def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(network: Network):
     how, given = AutoregressiveSampling(), prompts(CONFIG, 3, 30, seed=14)
-    core, requests = Core(network, OPTIONS), [Request(row(CONFIG, i, given[i], how), how) for i in range(3)]
+    core, requests = EngineCore(network, OPTIONS), [Request(row(CONFIG, i, given[i], how), how) for i in range(3)]
     for request in requests:
         core.submit(request)
     told: dict[Request, list[Any]] = {request: [] for request in requests}
@@ -100,7 +100,7 @@ def test_a_canvas_settles_after_as_many_steps_as_it_is_to_stay_the_same(maker: s
     assert steps[1] == steps[0] + 2
 
 
-def spoil(core: Core, request: Request, what: str) -> None:
+def spoil(core: EngineCore, request: Request, what: str) -> None:
     assert request.slot is not None and request.read
     if what == "signal":
         core.runner.slots.signal[request.slot] = torch.nan
@@ -138,7 +138,7 @@ def test_a_step_changes_its_own_slots_and_tells_what_it_did(network: Network):
         numbers.append(first(request))
     results = []
     for rows in ([0, 1], [None, 1, None, 0, None], [1]):
-        slots = Slots(network, 5)
+        slots = CanvasState(network, 5)
         before = [tensor.clone() for tensor in (slots.canvas, slots.signal, slots.argmax)]
         entries = torch.tensor([idle(slots.spare) if i is None else numbers[i] for i in rows])
         finished = stepped(network, slots, entries)
@@ -160,12 +160,12 @@ def first(request: Request) -> list[int]:
 
 
 @torch.inference_mode()
-def stepped(network: Network, slots: Slots, entries: Tensor) -> Any:
+def stepped(network: Network, slots: CanvasState, entries: Tensor) -> Any:
     """A step whose rows see nothing but themselves."""
     canvases = Canvases.of(entries)
-    begun = begin(network, slots, canvases, Rules())
+    begun = begin(network, slots, canvases, StepFeatures())
     hidden = torch.nn.functional.normalize(begun.x[0]) * 3
-    return finish(network, slots, canvases, Rules(), begun, hidden, "exact")
+    return finish(network, slots, canvases, StepFeatures(), begun, hidden, "exact")
 
 
 def test_numbers_are_read_as_they_were_written():
@@ -185,7 +185,7 @@ def test_numbers_are_read_as_they_were_written():
 
 def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
     """A table of ids that nobody denies twice is filled anew in place, and grows only where it must."""
-    slots, at, spaces = Slots(network, 3), [], (range(8), range(8, 16), range(16, 36))
+    slots, at, spaces = CanvasState(network, 3), [], (range(8), range(8, 16), range(16, 36))
     requests = [Request(row(CONFIG, i, [5], SHORT), SHORT) for i in range(3)]
     for i, (request, ids) in enumerate(zip(requests, spaces, strict=True)):
         request.slot = i
@@ -205,7 +205,7 @@ def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
     assert int(slots.denied[2].sum()) == 1
     free = Request(row(CONFIG, 4, [5], SHORT), SHORT)
     free.slot = 2
-    assert slots.begin([free]) == Rules(begins=True) and not slots.denied[2].any()
+    assert slots.begin([free]) == StepFeatures(begins=True) and not slots.denied[2].any()
 
 
 class Blank(InTorch):
@@ -223,7 +223,7 @@ class Blank(InTorch):
 @torch.inference_mode()
 def test_no_value_of_the_device_decides_what_a_forward_does():
     """On the meta device tensors have no values: whoever waits for one, or for a shape made of some, raises."""
-    core = Core(damped().to("meta"), OPTIONS)
+    core = EngineCore(damped().to("meta"), OPTIONS)
     runner = core.runner
     runner.attention = Blank()
     requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(checks=1), SHORT])
@@ -233,7 +233,7 @@ def test_no_value_of_the_device_decides_what_a_forward_does():
     batch = Batch.of(works, CONFIG.canvas_length)
     assert batch.silent and batch.heard and len(batch.canvases) == 4
     rules = runner.slots.begin(requests)
-    assert rules == Rules(begins=True, pinned=True, denied=16)
+    assert rules == StepFeatures(begins=True, pinned=True, denied=16)
     heard, done = runner._forward(batch, rules)
     assert done is not None and done.told.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
     graphs = Captured(runner.network, runner.slots, core.store, "exact", Blank(), there_alone)  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ class There(TorchDispatchMode):
 
 def test_a_forward_is_waited_for_once(network: Network, monkeypatch: pytest.MonkeyPatch):
     core, requests = (
-        Core(network, OPTIONS),
+        EngineCore(network, OPTIONS),
         asked(prompts(CONFIG, 3, 30, seed=13), [SHORT.with_(checks=1), SHORT, SHORT]),
     )
     for request in requests:

@@ -13,7 +13,7 @@ import blockpress
 from blockpress import sudoku
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Denoised, Done, Reply
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
 from ..conftest import make_random_network
@@ -80,7 +80,7 @@ def test_engine_and_poem_agree(network: Network, alone: Alone, kind: str, count:
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings(kind, count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(Core(network, OPTIONS[options]), requests, arrivals=[2 * i % 7 for i in range(count)])
+    told = play(EngineCore(network, OPTIONS[options]), requests, arrivals=[2 * i % 7 for i in range(count)])
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i])
         assert got == wanted, f"request {i} of {count}"
@@ -93,7 +93,7 @@ def test_a_family_without_canvases_is_answered_alike(options: str):
     sibling = make_random_network(config, seed=2).requires_grad_(False)
     given, how = prompts(config, 5, 60, seed=3, shared=30), samplings("autoregressive", 5)
     requests = [Request(row(config, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(Core(sibling, replace(OPTIONS[options], memory=1 << 23)), requests, arrivals=[0, 1, 1, 5, 9])
+    told = play(EngineCore(sibling, replace(OPTIONS[options], memory=1 << 23)), requests, arrivals=[0, 1, 1, 5, 9])
     for i, request in enumerate(requests):
         assert reply(told[request]) == poem(sibling, config, given[i], i, how[i])
 
@@ -106,7 +106,7 @@ def test_what_the_causal_pass_says_is_the_same(network: Network, alone: Alone, l
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
     tell = [logprobs if i != 1 else None for i in range(len(how))]
     requests = [Request(row(CONFIG, i, p, how[i], logprobs=tell[i]), how[i]) for i, p in enumerate(given)]
-    told = play(Core(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
+    told = play(EngineCore(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i], logprobs=tell[i])
         assert (got.tokens, got.usage, got.finish_reason) == (wanted.tokens, wanted.usage, wanted.finish_reason)
@@ -123,7 +123,7 @@ def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network
     how = samplings("mixed", count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
     cancels = {i: 1 + 3 * i % 11 for i in range(0, count, 2)}
-    core = Core(network, EngineOptions(memory=1 << 22, max_running=8))
+    core = EngineCore(network, EngineOptions(memory=1 << 22, max_running=8))
     told = play(core, requests, cancels=cancels)
     assert reply(told[requests[0]]).finish_reason == "cancelled"
     for i, request in enumerate(requests):
@@ -142,7 +142,7 @@ def test_the_shipped_model_solves_alike():
     given = [lm.encode(sudoku.layout(sudoku.generate(seed, givens=36).puzzle)) for seed in range(8)]
     sampling = lm.generation.sampling.with_(steps=16)
     requests = [Request(row(lm.config, i, p, sampling, max_tokens=None), sampling) for i, p in enumerate(given)]
-    told = play(Core(lm.network, EngineOptions(memory=1 << 26)), requests)
+    told = play(EngineCore(lm.network, EngineOptions(memory=1 << 26)), requests)
     for i, request in enumerate(requests):
         assert reply(told[request]) == poem(lm.network, lm.config, given[i], i, sampling, max_tokens=None)
 
@@ -153,7 +153,7 @@ def test_events_are_those_of_the_poem(network: Network):
 
     [prompt] = prompts(CONFIG, 1, 30, seed=1)
     request = Request(row(CONFIG, 0, prompt, SHORT), SHORT)
-    told = play(Core(network, EngineOptions(memory=1 << 22)), [request])[request]
+    told = play(EngineCore(network, EngineOptions(memory=1 << 22)), [request])[request]
     wanted = list(generate(network, [row(CONFIG, 0, prompt, SHORT)], SHORT))
     assert [type(event) for event in told] == [type(event) for event in wanted]
     for ours, theirs in zip(told, wanted, strict=True):
@@ -175,7 +175,7 @@ def test_pictures_are_read_whole_and_reused(network: Network):
             one = row(CONFIG, i, prompt, SHORT)
             one.images = images
             requests.append(Request(one, SHORT))
-        told = play(Core(network, options), requests, arrivals=[0, 12, 12])
+        told = play(EngineCore(network, options), requests, arrivals=[0, 12, 12])
         wanted = [
             poem(network, CONFIG, prompt, i, SHORT, images=images)
             for i, images in enumerate([shown[0], shown[0], shown[1]])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockpress import costs
 from blockpress.config import PRESETS, LayerConfig
-from blockpress.engine.block_pool import FreeRuns, Pool
+from blockpress.engine.block_pool import BlockPool, FreeRuns
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.sizing import page_length, plan_pages, window_pages
 from blockpress.errors import RequestError
@@ -109,7 +109,7 @@ def test_requests_that_grow_side_by_side_stay_in_one_piece():
 
     16 pages    a a a a | c c c c | b b b b | d d d d
     """
-    pool = Pool(16)
+    pool = BlockPool(16)
     tables: list[list[int]] = [[], [], [], []]
     for _ in range(4):
         for table in tables:
@@ -120,9 +120,9 @@ def test_requests_that_grow_side_by_side_stay_in_one_piece():
     assert pool.allocate(1) is None
 
 
-def filled(total: int) -> Pool:
+def filled(total: int) -> BlockPool:
     """A pool all of whose pages are reusable, the first released first; page n goes by the digest of one byte n."""
-    pool = Pool(total)
+    pool = BlockPool(total)
     pages = pool.allocate(total)
     assert pages == list(range(total))
     for page in pages:
@@ -162,7 +162,7 @@ def test_held_pages_are_never_given_up():
 
 
 def test_the_second_page_of_the_same_contents_stays_unknown():
-    pool = Pool(2)
+    pool = BlockPool(2)
     pool.allocate(2)
     pool.publish(0, b"x"), pool.publish(1, b"x")
     assert pool.find(b"x") == 0
@@ -186,7 +186,7 @@ def test_what_is_withdrawn_is_nobody_s_any_more():
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1))
 def test_all_or_nothing(total: int, counts: list[int]):
-    pool, held = Pool(total), 0
+    pool, held = BlockPool(total), 0
     for count in counts:
         pages = pool.allocate(count)
         assert (pages is None) == (held + count > total)

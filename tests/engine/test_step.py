@@ -11,9 +11,9 @@ from torch import Tensor
 
 from blockpress.config import Sampling
 from blockpress.decoding import Reply
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Part
-from blockpress.engine.canvas_state import Rules, Slots
+from blockpress.engine.canvas_state import CanvasState, StepFeatures
 from blockpress.engine.denoising import Canvases, begin, entry, finish
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
@@ -37,7 +37,7 @@ def network() -> Network:
 
 def answers(network: Network, soft_embedding: SoftEmbedding) -> tuple[list[list[int]], list[Reply]]:
     given = prompts(SEVERAL_TILES, 4, 20, seed=5)
-    core = Core(network, EngineOptions(memory=1 << 23, soft_embedding=soft_embedding))
+    core = EngineCore(network, EngineOptions(memory=1 << 23, soft_embedding=soft_embedding))
     requests = [Request(row(SEVERAL_TILES, i, prompt, LOOSE[i]), LOOSE[i]) for i, prompt in enumerate(given)]
     told = play(core, requests, arrivals=[0, 0, 1, 3])
     return given, [reply(told[request]) for request in requests]
@@ -64,12 +64,18 @@ def test_a_sparse_soft_embedding_answers_too(network: Network) -> None:
 @torch.inference_mode()
 def stepped(network: Network, soft_embedding: SoftEmbedding, hidden: Tensor) -> tuple[Any, Tensor]:
     """The first step of one request's canvas whose final hidden states are these, and its next signal."""
-    slots, request = Slots(network, 1), Request(row(SEVERAL_TILES, 0, [5, 6], LOOSE[0]), LOOSE[0])
+    slots, request = CanvasState(network, 1), Request(row(SEVERAL_TILES, 0, [5, 6], LOOSE[0]), LOOSE[0])
     request.slot = 0
     part = Part(request=request, first=0, start=0, stop=SEVERAL_TILES.canvas_length, canvas=True)
     canvases = Canvases.of(torch.tensor([entry(part)]))
     finished = finish(
-        network, slots, canvases, Rules(), begin(network, slots, canvases, Rules()), hidden, soft_embedding
+        network,
+        slots,
+        canvases,
+        StepFeatures(),
+        begin(network, slots, canvases, StepFeatures()),
+        hidden,
+        soft_embedding,
     )
     return finished, slots.signal[0]
 

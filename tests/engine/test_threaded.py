@@ -14,7 +14,7 @@ import torch
 
 from blockpress.config import PRESETS, Sampling
 from blockpress.decoding import Committed, Denoised, Done, Event, Failed
-from blockpress.engine import Core, Engine, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.engine.scheduler import Work
 from blockpress.errors import EngineError, Overloaded, RequestError
 from blockpress.model import Network
@@ -40,11 +40,11 @@ def test_streams_in_an_event_loop(network: Network):
     """Eight at once, each with the tokens of the poem; what is streamed arrives while others are still written."""
     given = prompts(CONFIG, 8, 30, seed=0)
 
-    async def one(engine: Engine, i: int) -> list[Event]:
+    async def one(engine: ThreadedEngine, i: int) -> list[Event]:
         return [event async for event in engine.stream(request(i, given[i]))]
 
     async def every() -> list[list[Event]]:
-        with Engine(Core(network, ROOM)) as engine:
+        with ThreadedEngine(EngineCore(network, ROOM)) as engine:
             return await asyncio.gather(*(one(engine, i) for i in range(8)))
 
     for i, events in enumerate(asyncio.run(every())):
@@ -56,7 +56,7 @@ def test_streams_in_an_event_loop(network: Network):
 
 def test_blocks_a_thread_and_answers_several(network: Network):
     given, found = prompts(CONFIG, 6, 30, seed=1), {}
-    with Engine(Core(network, ROOM)) as engine:
+    with ThreadedEngine(EngineCore(network, ROOM)) as engine:
 
         def ask(i: int) -> None:
             found[i] = list(engine.events(request(i, given[i])))
@@ -74,12 +74,12 @@ def test_blocks_a_thread_and_answers_several(network: Network):
 def test_whoever_leaves_a_stream_is_cancelled(network: Network):
     long = SHORT.with_(steps=40)
 
-    async def leave(engine: Engine) -> None:
+    async def leave(engine: ThreadedEngine) -> None:
         async for event in engine.stream(request(0, sampling=long, max_tokens=150)):
             if isinstance(event, Denoised):
                 break
 
-    with Engine(Core(network, ROOM)) as engine:
+    with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         asyncio.run(leave(engine))
         gc.collect()
         after = list(engine.events(request(1)))  # answered behind the cancellation
@@ -89,7 +89,7 @@ def test_whoever_leaves_a_stream_is_cancelled(network: Network):
 
 
 def test_a_full_queue_refuses_by_name(network: Network):
-    core = Core(network, replace(ROOM, max_running=1, max_waiting=2))
+    core = EngineCore(network, replace(ROOM, max_running=1, max_waiting=2))
     requests = [request(i) for i in range(4)]
     for one in requests[:2]:
         core.submit(one)
@@ -104,7 +104,7 @@ def test_a_full_queue_refuses_by_name(network: Network):
 
 
 def test_a_refusal_is_raised_where_the_answer_was_awaited(network: Network):
-    with Engine(Core(network, EngineOptions(memory=1 << 15, max_running=2))) as engine:
+    with ThreadedEngine(EngineCore(network, EngineOptions(memory=1 << 15, max_running=2))) as engine:
         with pytest.raises(RequestError, match="pages hold a context of"):
             list(engine.events(request(0, [5] * 180)))
         assert reply(list(engine.events(request(1)))) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
@@ -112,7 +112,7 @@ def test_a_refusal_is_raised_where_the_answer_was_awaited(network: Network):
 
 def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: pytest.MonkeyPatch):
     """A forward that fails is run again one by one; the culprit gets the error, the others their tokens."""
-    core = Core(network, ROOM)
+    core = EngineCore(network, ROOM)
     run: Callable[..., Any] = core.runner.run
 
     def failing(works: Sequence[Work]) -> Any:
@@ -134,7 +134,7 @@ def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: py
 
 def test_not_a_number_ends_its_request_and_is_reused_by_nobody(network: Network):
     """A picture of NaN: the request fails by name, and a later one of the same prompt without it is answered."""
-    core = Core(network, ROOM)
+    core = EngineCore(network, ROOM)
     good, bad = request(0, [5] * 30), request(1, [5] * 30)
     bad.row.images = {4: torch.full((6, CONFIG.hidden_size), float("nan"))}
     told = play(core, [good, bad, request(2, [5] * 30)], arrivals=[0, 0, 9])
@@ -145,7 +145,7 @@ def test_not_a_number_ends_its_request_and_is_reused_by_nobody(network: Network)
 
 
 def test_closing_ends_what_is_under_way(network: Network):
-    engine = Engine(Core(network, ROOM))
+    engine = ThreadedEngine(EngineCore(network, ROOM))
     events = engine.events(request(0, sampling=SHORT.with_(steps=48), max_tokens=170))
     next(events)
     engine.close()
@@ -155,7 +155,7 @@ def test_closing_ends_what_is_under_way(network: Network):
 
 
 def test_a_broken_core_is_told_to_everybody(network: Network, monkeypatch: pytest.MonkeyPatch):
-    engine = Engine(Core(network, ROOM))
+    engine = ThreadedEngine(EngineCore(network, ROOM))
 
     def broken() -> list[Any]:
         raise RuntimeError("out of order")

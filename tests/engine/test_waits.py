@@ -17,7 +17,7 @@ from torch import Tensor
 from blockpress.checkpoints import load_network
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Event, Failed, Reply
-from blockpress.engine import Core, EngineOptions, Request
+from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.modes import reads_draft
 from blockpress.engine.scheduler import Work
 from blockpress.model import Network
@@ -40,7 +40,7 @@ def there(network: Network, card: Card) -> Network:
     """The network on the card, with what it makes once: the tables of angles, and those of codes."""
     network = network.to("cuda")
     requests = [Request(row(network.config, 0, [5, 6, 7], how, room=60), how) for how in ways(network)]
-    play(Core(network, ROOMY), requests)
+    play(EngineCore(network, ROOMY), requests)
     card.take()
     return network
 
@@ -49,7 +49,7 @@ def ways(network: Network) -> list[AnySampling]:
     return [GREEDY, Sampling(steps=1)] if network.config.has_canvas else [GREEDY]
 
 
-def watched(card: Card, core: Core) -> list[tuple[Sequence[Work], list[bool], Tally]]:
+def watched(card: Card, core: EngineCore) -> list[tuple[Sequence[Work], list[bool], Tally]]:
     """What every forward of a core comes to: its parts, which of them read drafts, and its tally."""
     found, step, plan = [], core.step, core.scheduler.plan
     drafts: list[bool] = []
@@ -106,8 +106,8 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
     )  # so long that pages run out
     with plain_torch():
         requests = asked(how, logprobs, **changes)
-        wanted = [reply(told) for told in play(Core(damped(), options), requests, arrivals, cancels).values()]
-    core = Core(there(damped(), card), options)
+        wanted = [reply(told) for told in play(EngineCore(damped(), options), requests, arrivals, cancels).values()]
+    core = EngineCore(there(damped(), card), options)
     found, requests = watched(card, core), asked(how, logprobs, **changes)
     answers = play(core, requests, arrivals, cancels)
     assert [reply(answers[request]) for request in requests] == wanted
@@ -122,7 +122,7 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
 
 def test_a_prompt_alone_is_not_waited_for(card: Card):
     """Chunks whose keys and values alone are wanted: nothing comes back."""
-    core = Core(there(damped(), card), replace(ROOMY, chunk=16, reuse_prefixes=False))
+    core = EngineCore(there(damped(), card), replace(ROOMY, chunk=16, reuse_prefixes=False))
     found, prompt = watched(card, core), [5, 6, 7] * 20
     for how in (GREEDY, SHORT):
         play(core, [Request(row(CONFIG, 0, prompt, how), how)])
@@ -137,15 +137,15 @@ def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
     features = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
     prompt = prompts(CONFIG, 1, 1, seed=2)[0] * 50
 
-    def answer(core: Core) -> Reply:
+    def answer(core: EngineCore) -> Reply:
         one = row(CONFIG, 0, prompt, SHORT)
         one.images = {at: features.to(core.network.device) for at in (7, 30)}
         request = Request(one, SHORT)
         return reply(play(core, [request])[request])
 
     with plain_torch():
-        wanted = answer(Core(damped(), ROOMY))
-    core = Core(there(damped(), card), ROOMY)
+        wanted = answer(EngineCore(damped(), ROOMY))
+    core = EngineCore(there(damped(), card), ROOMY)
     found = watched(card, core)
     assert answer(core) == wanted
     assert {tally.figures for *_, tally in found} == {(1, 0)}
@@ -154,7 +154,7 @@ def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
 def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
     config = replace(CONFIG, family="gemma4", canvas_length=1)
 
-    def answers(core: Core) -> list[Reply]:
+    def answers(core: EngineCore) -> list[Reply]:
         given = prompts(config, 3, 30, seed=3)
         requests = [
             Request(row(config, i, p, how), how)
@@ -167,8 +167,8 @@ def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
         return make_random_network(config, seed=2).requires_grad_(False)
 
     with plain_torch():
-        wanted = answers(Core(network(), ROOMY))
-    core = Core(there(network(), card), ROOMY)
+        wanted = answers(EngineCore(network(), ROOMY))
+    core = EngineCore(there(network(), card), ROOMY)
     found = watched(card, core)
     assert answers(core) == wanted
     assert {tally.figures for *_, tally in found} == {(1, 0)}
@@ -179,7 +179,7 @@ def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Car
     """Read onto the card. Without Triton the experts are run one by one: a wait a layer says who has how many tokens."""
     synthesize("tiny", tmp_path / form, FORMATS[form]())
 
-    def answers(core: Core) -> list[Reply]:
+    def answers(core: EngineCore) -> list[Reply]:
         config = core.network.config
         given = prompts(config, 3, 20, seed=3)
         requests = [Request(row(config, i, p, SHORT, room=40), SHORT) for i, p in enumerate(given)]
@@ -187,9 +187,9 @@ def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Car
         return [reply(told[request]) for request in requests]
 
     with plain_torch():
-        wanted = answers(Core(load_network(tmp_path / form, dtype="float32", compute_dtype="float32"), ROOMY))
+        wanted = answers(EngineCore(load_network(tmp_path / form, dtype="float32", compute_dtype="float32"), ROOMY))
     network = load_network(tmp_path / form, dtype="float32", compute_dtype="float32", device="cuda")
-    core = Core(there(network, card), ROOMY)
+    core = EngineCore(there(network, card), ROOMY)
     found = watched(card, core)
     assert answers(core) == wanted
     assert {tally.figures for *_, tally in found} == {(1 + len(network.layers), 0)}
@@ -202,7 +202,7 @@ def test_a_token_that_is_no_number_or_cannot_be_chosen_is_one_requests_matter_th
     network = there(damped(), card)
     for how in (GREEDY, WARM):
         wanted = lone(network, how)
-        core, requests = Core(network, ROOMY), asked([how] * 3)
+        core, requests = EngineCore(network, ROOMY), asked([how] * 3)
         found = watched(card, core)
         monkeypatch.setattr(type(requests[1].row), "denied", property(denied_by({requests[1].row})))
         told = play_spoilt(core, requests, spoilt=requests[0])
@@ -225,10 +225,10 @@ def denied_by(broken: set[Any]) -> Callable[[Any], Mapping[int, Any]]:
 
 def lone(network: Network, how: AnySampling) -> Reply:
     request = asked([how] * 3)[2]
-    return reply(play(Core(network, ROOMY), [request])[request])
+    return reply(play(EngineCore(network, ROOMY), [request])[request])
 
 
-def play_spoilt(core: Core, requests: Sequence[Request], spoilt: Request) -> dict[Request, list[Event]]:
+def play_spoilt(core: EngineCore, requests: Sequence[Request], spoilt: Request) -> dict[Request, list[Event]]:
     """Play, and put NaN into the pages of one request once its prompt has been read."""
     told: dict[Request, list[Event]] = {request: [] for request in requests}
     for request in requests:
@@ -241,7 +241,7 @@ def play_spoilt(core: Core, requests: Sequence[Request], spoilt: Request) -> dic
     return told
 
 
-def spoil(core: Core, request: Request) -> None:
+def spoil(core: EngineCore, request: Request) -> None:
     for layer, kind in enumerate(core.store.kinds):
         part: Tensor
         for part in core.store.pages(layer):

@@ -22,7 +22,7 @@ from blockpress.engine import EngineOptions
 from blockpress.engine.core import Stats
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
-from blockpress.lm.execute import SharedCore, recite
+from blockpress.lm.execute import SharedCore, run_reference
 from tests.engine.special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
@@ -52,7 +52,7 @@ def alone() -> list[Reply]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         lm = make()
-        lm.answer = recite
+        lm.answer = run_reference
         return [lm.generate(prompt, max_tokens=40, seed=3) for prompt in PROMPTS]
 
 

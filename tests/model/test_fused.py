@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from blockpress.config import PRESETS, LayerConfig, ModelConfig
 from blockpress.model import fused as fusing
 from blockpress.model.layers import Experts, Layer, Linear, Rotary, put_packed
-from blockpress.model.network import Looking
+from blockpress.model.network import CachedAttention
 from blockpress.ops import attention, blocks
 from blockpress.ops.cpu import bridge
 from blockpress.ops.integers import rounded
@@ -78,7 +78,7 @@ def tables(layer: Layer, batch: int, length: int, dtype: torch.dtype) -> Rotary:
 
 def run(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0, op: Callable = attention.plain):  # type: ignore[no-untyped-def, type-arg]
     """Output, keys and values."""
-    look = Looking(None, None, op)
+    look = CachedAttention(None, None, op)
     out = layer(x, tables(layer, len(x), x.shape[1], x.dtype), look, causal=causal, skip=skip)
     return out, *look.own
 
@@ -214,7 +214,7 @@ def test_what_attention_gives_lies_where_it_lies() -> None:
 
 def test_tables_of_angles_in_another_type() -> None:
     layer, x = layer_of("canvas, own values").bfloat16(), numbers(1, 9, 32, dtype=torch.bfloat16)
-    rotary, look = tables(layer, 1, 9, torch.float32), Looking(None, None, attention.plain)
+    rotary, look = tables(layer, 1, 9, torch.float32), CachedAttention(None, None, attention.plain)
     assert torch.equal(layer(x, rotary, look, causal=True), run(layer, x)[0])
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from blockpress.config import ModelConfig
 from blockpress.model.layers import GatedMLP, Linear, SelfConditioning
-from blockpress.model.network import Looking, Network
+from blockpress.model.network import CachedAttention, Network
 from blockpress.ops import attention
 from blockpress.ops.rope import inverse_frequencies, rotary_tables, rotate
 
@@ -54,7 +54,7 @@ def test_attention(network: Network, index: int):
     rotary = rotary_tables(
         torch.arange(5)[None], inverse_frequencies(network.config.rope(sizes.kind), part.dim), x.dtype
     )
-    look = Looking(None, None, attention.plain)
+    look = CachedAttention(None, None, attention.plain)
     got = part(x[None], rotary, look)
     kept_key, kept_value = look.own
 
@@ -96,7 +96,8 @@ def test_the_whole_layer_is_scaled_at_its_end(tiny: ModelConfig, random_network)
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     rotary = (torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))
     outputs = {
-        causal: layer(x, rotary, Looking(None, None, attention.plain), causal=causal) for causal in (True, False)
+        causal: layer(x, rotary, CachedAttention(None, None, attention.plain), causal=causal)
+        for causal in (True, False)
     }
     ratio = layer.causal_scalar / layer.layer_scalar
     torch.testing.assert_close(outputs[True], outputs[False] * ratio, rtol=1e-5, atol=1e-6)

@@ -48,7 +48,7 @@ def logits(product: Tensor, cap: float | None) -> Tensor:
 
 def read(
     product: Tensor, cap: float | None, belief: Belief, tables: bool, uniform: Tensor | None = None
-) -> passes.Pass:
+) -> passes.BlockStats:
     temperature = torch.full((len(product),), TEMPERATURE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FEW", 0 if tables else 1 << 60)
@@ -100,7 +100,7 @@ def test_a_pass_reads_what_float64_shows(
             check(got, row, p, limit)
 
 
-def check(got: passes.Pass, row: int, p: Tensor, limit: float) -> None:
+def check(got: passes.BlockStats, row: int, p: Tensor, limit: float) -> None:
     """A belief in float32; what is far below the smallest float may be 0."""
     assert got.belief is not None
     if got.sparse is None or got.sparse.counts[row] < 0:

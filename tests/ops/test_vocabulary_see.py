@@ -44,7 +44,9 @@ class Case:
     scale: Tensor
     denied: tuple[Tensor, Tensor] | None = None
 
-    def see(self, version: str = "torch", signal: vocabulary.SignalKind = "exact", **other: object) -> vocabulary.Seen:
+    def see(
+        self, version: str = "torch", signal: vocabulary.SignalKind = "exact", **other: object
+    ) -> vocabulary.SampleStats:
         arguments = {**vars(self), **other}
         return vocabulary.see(
             arguments.pop("hidden"), arguments.pop("weight"), signal=signal, native=version != "torch", **arguments
@@ -72,7 +74,7 @@ def case(
 
 
 def full(c: Case) -> Tensor:
-    """The scaled logits as `Network.logits`, the temperature and `Edits` make them."""
+    """The scaled logits as `Network.logits`, the temperature and `TokenMask` make them."""
     product = linear(c.hidden, c.weight).float()
     scaled = (product if c.cap is None else torch.tanh(product / c.cap) * c.cap) / c.temperature[:, None]
     if c.denied is not None:
@@ -80,10 +82,10 @@ def full(c: Case) -> Tensor:
     return scaled
 
 
-def truth(c: Case) -> vocabulary.Seen:
+def truth(c: Case) -> vocabulary.SampleStats:
     scaled, dtype = full(c), c.hidden.dtype
     belief = torch.softmax(scaled.to(dtype), dim=-1, dtype=torch.float32).to(dtype)
-    return vocabulary.Seen(
+    return vocabulary.SampleStats(
         argmax=scaled.argmax(-1),
         sample=plain.sample(scaled[None], c.uniform[None])[0],
         entropy=plain.entropy(scaled[None])[0],
@@ -97,7 +99,7 @@ def margin(scaled: Tensor, u: float) -> float:
     return float((sums - u).abs().min())
 
 
-def same(c: Case, got: vocabulary.Seen, want: vocabulary.Seen, near: float = 1e-6) -> None:
+def same(c: Case, got: vocabulary.SampleStats, want: vocabulary.SampleStats, near: float = 1e-6) -> None:
     scaled = full(c)
     for row, logits in enumerate(scaled):
         assert logits[got.argmax[row]] >= logits.max() - 1e-6 * (1 + abs(logits.max()))

@@ -28,7 +28,7 @@ from blockpress.config import LayerConfig, ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER
 from blockpress.model import Cache, Network
 from blockpress.model.masks import canvas_mask, causal_mask
-from blockpress.model.network import Looking
+from blockpress.model.network import CachedAttention
 from blockpress.ops import attention
 from blockpress.ops.attention import AttentionOp
 from blockpress.ops.rope import inverse_frequencies, rotary_tables
@@ -293,5 +293,5 @@ def our_layer(network: Network, call: LayerCall) -> Tensor:
     positions = call.position + torch.arange(own)[None]
     frequencies = inverse_frequencies(network.config.rope(sizes.kind), sizes.head_dim)
     rotary = rotary_tables(positions, frequencies, call.x.dtype)
-    look = Looking(call.context, mask, network.attention_op)
+    look = CachedAttention(call.context, mask, network.attention_op)
     return network.layers[call.index](call.x, rotary, look, causal=call.causal)

@@ -24,7 +24,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from blockpress.config import Sampling
-from blockpress.decoding import Denoised, Done, Reply, Row
+from blockpress.decoding import Denoised, Done, Reply, SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.model import Network
 
@@ -207,7 +207,7 @@ def replay(
         return Replay(recordings, seeds, numbers)
 
     rows = [
-        Row(
+        SequenceState(
             index,
             recording.prompt.tolist(),
             index,

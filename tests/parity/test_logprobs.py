@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from blockpress.checkpoints import load_network
 from blockpress.config import AutoregressiveSampling, Sampling
-from blockpress.decoding import Done, Reply, Row
+from blockpress.decoding import Done, Reply, SequenceState
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.verified import verified
 from blockpress.model import Network
@@ -29,7 +29,7 @@ def answers(network: Network, rows: Sequence[list[int]], sampling: Sampling | Au
     diffusion = isinstance(sampling, Sampling)
     length = network.config.canvas_length if diffusion else 1
     given = {"stop_ids": (), "canvas_length": length, "room": 60, "max_tokens": 14, "logprobs": TOP}
-    made = [Row(index, row, index, **given) for index, row in enumerate(rows)]
+    made = [SequenceState(index, row, index, **given) for index, row in enumerate(rows)]
     events = verified(network, made, sampling) if diffusion else autoregress(network, made, sampling)  # type: ignore[arg-type]
     found = {event.row: event.reply for event in events if isinstance(event, Done)}
     return [found[index] for index in range(len(rows))]

@@ -22,7 +22,7 @@ from blockpress import costs
 from blockpress.checkpoints import load_config, load_network
 from blockpress.checkpoints.names import our_name, published_name
 from blockpress.config import LayerConfig, ModelConfig
-from blockpress.decoding import Done, Row
+from blockpress.decoding import Done, SequenceState
 from blockpress.decoding.autoregressive import autoregress
 from blockpress.decoding.generate import pad
 from blockpress.errors import ConfigError, RequestError
@@ -94,7 +94,7 @@ def their_answer(theirs: Theirs, prompt: list[int], stop: int | None) -> list[in
 
 def our_answers(directory: Path, rows: list[list[int]], stop_ids: tuple[int, ...]) -> list[list[int]]:
     limits = {"canvas_length": 1, "room": 64, "max_tokens": TOKENS}
-    made = [Row(index, row, 0, stop_ids=stop_ids, **limits) for index, row in enumerate(rows)]
+    made = [SequenceState(index, row, 0, stop_ids=stop_ids, **limits) for index, row in enumerate(rows)]
     done = {e.row: e.reply.tokens for e in autoregress(load_network(directory), made) if isinstance(e, Done)}
     return [done[index] for index in range(len(rows))]
 

@@ -55,7 +55,7 @@ ROWS: dict[str, tuple[list[int], list[tuple[int, int]]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class SequenceState:
     """One prompt and its pictures, with a canvas to denoise and one to commit."""
 
     prompt: Prompt
@@ -83,14 +83,14 @@ def oracle() -> DiffusionGemmaForBlockDiffusion:
 
 
 @lru_cache(maxsize=1)
-def rows() -> dict[str, Row]:
+def rows() -> dict[str, SequenceState]:
     made = {}
     random = np.random.default_rng(5)
     for name, (ids, sizes) in ROWS.items():
         images = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         soft = [picture.soft_tokens for picture in prepare(images, CUT)]
         canvases = torch.from_numpy(random.integers(0, 60, (2, CONFIG.canvas_length)))
-        made[name] = Row(expand(ids, soft, CONFIG), images, *canvases)
+        made[name] = SequenceState(expand(ids, soft, CONFIG), images, *canvases)
     return made
 
 
@@ -146,14 +146,14 @@ def ours(names: list[str], network: Network, parts: int | None = None) -> list[F
     return figures
 
 
-def _read(network: Network, chosen: list[Row], images: list[dict[int, Tensor]]) -> Any:
+def _read(network: Network, chosen: list[SequenceState], images: list[dict[int, Tensor]]) -> Any:
     prompts = [torch.tensor(row.prompt.ids) for row in chosen]
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     counts = torch.tensor([len(prompt) for prompt in prompts])
     return network.read(tokens, network.empty_cache(len(chosen)), counts, images)
 
 
-def _read_in_parts(network: Network, chosen: list[Row], images: list[dict[int, Tensor]], size: int) -> Any:
+def _read_in_parts(network: Network, chosen: list[SequenceState], images: list[dict[int, Tensor]], size: int) -> Any:
     (row,), (own,) = chosen, images
     cache, hidden, start, length = network.empty_cache(1), [], 0, len(row.prompt.ids)
     while start < length:

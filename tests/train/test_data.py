@@ -18,11 +18,11 @@ from blockpress.train.data import Givens, SudokuRows, sudoku_pool
 
 CONFIG = PRESETS["sudoku-nano"]()
 CURRICULUM = Givens(first=(60, 70), last=(40, 50), over=0.5)
-Pool = tuple[NDArray[np.uint8], NDArray[np.int8]]
+BlockPool = tuple[NDArray[np.uint8], NDArray[np.int8]]
 
 
 @pytest.fixture(scope="module")
-def pool() -> Pool:
+def pool() -> BlockPool:
     return sudoku.pool(4, 6)
 
 
@@ -33,11 +33,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_directory(folder)
 
 
-def source(pool: Pool, seed: int = 1, givens: Givens = CURRICULUM) -> SudokuRows:
+def source(pool: BlockPool, seed: int = 1, givens: Givens = CURRICULUM) -> SudokuRows:
     return SudokuRows(CONFIG, *pool, givens, seed)
 
 
-def test_tokens_are_the_puzzle_and_its_solution(pool: Pool, tokenizer: Tokenizer):
+def test_tokens_are_the_puzzle_and_its_solution(pool: BlockPool, tokenizer: Tokenizer):
     rows = source(pool).rows(0, 12, 1.0)
     assert rows.tokens.dtype == torch.long
     assert rows.prompts.tolist() == [90] * 12
@@ -53,7 +53,7 @@ def test_tokens_are_the_puzzle_and_its_solution(pool: Pool, tokenizer: Tokenizer
         assert sudoku.count_solutions(puzzle) == 1
 
 
-def test_a_longer_canvas_is_filled_with_eos(pool: Pool):
+def test_a_longer_canvas_is_filled_with_eos(pool: BlockPool):
     longer = SudokuRows(PRESETS["diffusiongemma-26B-A4B"](), *pool, CURRICULUM, 1).rows(0, 2, 0.0)
     shorter = SudokuRows(PRESETS["tiny"](), *pool, CURRICULUM, 1).rows(0, 2, 0.0)
     assert (longer.canvases.tolist(), longer.tokens.shape) == ([1, 1], (2, 90 + 256))
@@ -62,26 +62,26 @@ def test_a_longer_canvas_is_filled_with_eos(pool: Pool):
     assert torch.equal(longer.tokens[:, : 90 + 96], shorter.tokens)
 
 
-def test_rows_are_a_function_of_seed_and_step(pool: Pool):
+def test_rows_are_a_function_of_seed_and_step(pool: BlockPool):
     first = source(pool).rows(7, 8, 0.3).tokens
     assert torch.equal(first, source(pool).rows(7, 8, 0.3).tokens)
     assert not torch.equal(first, source(pool).rows(8, 8, 0.3).tokens)
     assert not torch.equal(first, source(pool, seed=2).rows(7, 8, 0.3).tokens)
 
 
-def test_the_pool_is_left_as_it_was(pool: Pool):
+def test_the_pool_is_left_as_it_was(pool: BlockPool):
     before = [x.copy() for x in pool]
     source(pool).rows(0, 20, 0.5)
     assert all(np.array_equal(x, old) for x, old in zip(pool, before, strict=True))
 
 
-def test_no_puzzle_comes_twice(pool: Pool):
+def test_no_puzzle_comes_twice(pool: BlockPool):
     rows = source(pool).rows(0, 200, 0.5).tokens
     assert len(rows.unique(dim=0)) == 200
 
 
 @pytest.mark.parametrize(("progress", "low", "high"), [(0.0, 60, 70), (0.25, 50, 60), (0.5, 40, 50), (1.0, 40, 50)])
-def test_givens_follow_the_curriculum(pool: Pool, progress: float, low: int, high: int):
+def test_givens_follow_the_curriculum(pool: BlockPool, progress: float, low: int, high: int):
     prompts = source(pool).rows(3, 400, progress).tokens[:, :90]
     givens = ((prompts > 5) & (prompts <= 14)).sum(1)
     assert (int(givens.min()), int(givens.max())) == (low, high)
@@ -89,7 +89,7 @@ def test_givens_follow_the_curriculum(pool: Pool, progress: float, low: int, hig
     assert counts.min() > 0.4 * 400 / 11
 
 
-def test_where_a_grid_cannot_be_dug_that_far_it_keeps_what_it_needs(pool: Pool):
+def test_where_a_grid_cannot_be_dug_that_far_it_keeps_what_it_needs(pool: BlockPool):
     rows = source(pool, givens=Givens(first=(17, 17), last=(17, 17), over=0.0)).rows(0, 12, 1.0)
     prompts = rows.tokens[:, :90]
     reached = 81 - (pool[1] >= 0).sum(1)
@@ -100,7 +100,7 @@ def test_a_curriculum_without_a_way_is_at_its_end():
     assert Givens(first=(60, 70), last=(30, 40), over=0.0).range(0.0) == (30, 40)
 
 
-def test_the_pool_is_made_once_and_kept(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_pool_is_made_once_and_kept(pool: BlockPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Here:
         """A pool of workers that does its work here."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blockpress.bench.gpu.routed import weight
 from blockpress.config import ModelConfig
-from blockpress.costs import WIDTHS, Width, Widths
+from blockpress.costs import WIDTHS, WeightFormats, Width
 from blockpress.model import Network
 from blockpress.model.layers import put_packed
 from blockpress.ops.weight import Packed
@@ -26,11 +26,13 @@ EXPERTS = {"bf16": "bfloat16", "fp8": "e4m3", "int4": "int4 g32", "nvfp4": "nvfp
 """Of each width what `routed.weight` calls its experts."""
 
 
-def widths(name: str) -> Widths:
+def widths(name: str) -> WeightFormats:
     """What the floor is counted with."""
     if name == "fp8":
         base = WIDTHS["bf16"]
-        return Widths(experts=Width(size=1, math="fp8"), dense=base.dense, embedding=base.embedding, rest=base.rest)
+        return WeightFormats(
+            experts=Width(size=1, math="fp8"), dense=base.dense, embedding=base.embedding, rest=base.rest
+        )
     return WIDTHS["bf16" if name == "bf16" else "w4a16"]
 
 

@@ -27,7 +27,7 @@ from blockpress.bench.gpu.timing import DEVICE, Timing, captured, timed
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.costs import Rows, context_bytes, floor_seconds, forward
 from blockpress.model import Cache, Network
-from blockpress.ops.vocabulary import Seen
+from blockpress.ops.vocabulary import SampleStats
 
 CONTEXT, STEPS = 2048, 16
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -80,17 +80,19 @@ def _measure_engine(report: Report, network: Network, form: str, batch: int) -> 
 def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, str | None]:
     """Milliseconds of forwards that hold `batch` canvases and nothing else; and why none was captured, if so."""
     from blockpress.config import Sampling
-    from blockpress.decoding import Row
-    from blockpress.engine import Core, EngineOptions, Request
+    from blockpress.decoding import SequenceState
+    from blockpress.engine import EngineCore, EngineOptions, Request
 
     config, how = network.config, Sampling(steps=STEPS, confidence=0.0)
     room = batch * (context + 3 * config.canvas_length) * sum(context_bytes(config, str(network.dtype)[6:]).values())
     options = EngineOptions(max_running=batch, chunk=context, prefill_tokens=batch * context, memory=2 * room)
-    core, draw = Core(network, options), torch.Generator().manual_seed(batch)
+    core, draw = EngineCore(network, options), torch.Generator().manual_seed(batch)
     for index in range(batch):
         prompt = torch.randint(config.vocab_size, (context,), generator=draw).tolist()
         limits: dict[str, Any] = {"room": config.context_length - context, "max_tokens": config.canvas_length}
-        core.submit(Request(Row(index, prompt, index, stop_ids=(), canvas_length=config.canvas_length, **limits), how))
+        core.submit(
+            Request(SequenceState(index, prompt, index, stop_ids=(), canvas_length=config.canvas_length, **limits), how)
+        )
     core.step()  # the prompts and the first step
     core.step()  # captures
     taken = []
@@ -108,7 +110,7 @@ def _add(report: Report, name: str, taken: Timing, batch: int, floor: float, con
     report.add(f"{name} S={STEPS}", tokens / taken.least, "tokens/s", tokens / floor)
 
 
-def step(network: Network, batch: int, context: int) -> Callable[[], Seen]:
+def step(network: Network, batch: int, context: int) -> Callable[[], SampleStats]:
     """A denoising step of `batch` canvases behind random contexts; call it in inference mode."""
     config, device = network.config, network.device
     draw = torch.Generator(device=device).manual_seed(batch)
@@ -121,7 +123,7 @@ def step(network: Network, batch: int, context: int) -> Callable[[], Seen]:
     scale = torch.tensor(config.hidden_size**0.5, dtype=network.dtype, device=device)
     see = _see(device)
 
-    def run() -> Seen:
+    def run() -> SampleStats:
         hidden = network.denoise(canvas, cache, signal).flatten(0, 1).contiguous()
         weight = network.embed_tokens.weight
         return see(hidden, weight, cap=config.softcap, temperature=temperature, uniform=uniform, scale=scale)
@@ -129,7 +131,7 @@ def step(network: Network, batch: int, context: int) -> Callable[[], Seen]:
     return run
 
 
-def _see(device: torch.device) -> Callable[..., Seen]:
+def _see(device: torch.device) -> Callable[..., SampleStats]:
     """The vocabulary's kernels on a GPU, the plain version elsewhere."""
     if device.type == "cuda":
         from blockpress.ops.kernels.vocabulary import see as on_gpu

@@ -21,7 +21,7 @@ from torch import Tensor
 from blockpress.bench.gpu.check import Check, distance
 from blockpress.bench.gpu.report import Report
 from blockpress.bench.gpu.timing import DEVICE, captured
-from blockpress.ops.vocabulary import Seen, SignalKind
+from blockpress.ops.vocabulary import SampleStats, SignalKind
 
 MARGIN, NEAR = 1e-6, 1e-5
 """How near to an edge, as a share of the row's mass, a sample may fall to either side; and a maximum to its second."""
@@ -154,7 +154,7 @@ def draw(case: Case, device: torch.device) -> Given:
     )
 
 
-def _see(case: Case, given: Given) -> Seen:
+def _see(case: Case, given: Given) -> SampleStats:
     from blockpress.ops.kernels.vocabulary import see
 
     return see(
@@ -169,7 +169,7 @@ def _see(case: Case, given: Given) -> Seen:
     )
 
 
-def _wrong(case: Case, given: Given, seen: Seen) -> int:
+def _wrong(case: Case, given: Given, seen: SampleStats) -> int:
     """How many tokens are wrong: not the largest, or not the one that the uniform falls on."""
     wrong, level = 0, case.ties or case.spread == 0
     for row in range(case.rows):
@@ -183,7 +183,7 @@ def _wrong(case: Case, given: Given, seen: Seen) -> int:
     return wrong
 
 
-def _entropy(given: Given, seen: Seen) -> float:
+def _entropy(given: Given, seen: SampleStats) -> float:
     """The largest difference to float64, in nats."""
     log_p = torch.log_softmax(given.scaled.double(), -1)
     wanted = -(log_p.exp() * log_p.clamp_min(-1e300)).sum(-1)

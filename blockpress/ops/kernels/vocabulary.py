@@ -28,7 +28,7 @@ from torch import Tensor
 from blockpress.hardware import multiprocessors
 from blockpress.ops.kernels import belief, head
 from blockpress.ops.kernels.jit import cdiv, power
-from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
+from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 
 BLOCK = 1 << 29
 """Most bytes of the product: 1,024 rows of 262,144 tokens in bfloat16."""
@@ -41,10 +41,10 @@ def see(
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"],
-    denied: Denied | None = None,
+    denied: BannedTokens | None = None,
     signal: SignalKind = "exact",
     scale: Tensor,
-) -> Seen:
+) -> SampleStats:
     """Read the vocabulary at every row.
 
     Args:
@@ -54,7 +54,7 @@ def see(
     """
     assert hidden.dtype == weight.dtype and hidden.is_contiguous() and weight.is_contiguous()
     n, vocab = hidden.shape[0], weight.shape[0]
-    found = Seen(
+    found = SampleStats(
         argmax=hidden.new_empty(n, dtype=torch.long),
         sample=hidden.new_empty(n, dtype=torch.long),
         entropy=hidden.new_empty(n, dtype=torch.float32),
@@ -75,7 +75,7 @@ def see(
 TileDenied = tuple[Int[Tensor, " ids"], Int[Tensor, " edges"], Bool[Tensor, "_all ids"]]
 
 
-def _by_tile(denied: Denied, vocab: int) -> TileDenied:
+def _by_tile(denied: BannedTokens, vocab: int) -> TileDenied:
     """The ids in order, where those of each tile begin and end, and the rows' denials in that order."""
     ids, order = denied[0].sort()
     starts = torch.arange(cdiv(vocab, head.TILE) + 1, device=ids.device) * head.TILE

@@ -12,9 +12,9 @@ Invariant: both versions round where the truth rounds and give its tokens; memor
 Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary_see.py
 """
 
-from blockpress.ops.vocabulary.causal import Judged, judge
+from blockpress.ops.vocabulary.causal import TokenScores, judge
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
 from blockpress.ops.vocabulary.step import see
-from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
+from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 
-__all__ = ["TILE", "Denied", "Judged", "Seen", "SignalKind", "entropy", "judge", "sample", "see"]
+__all__ = ["TILE", "BannedTokens", "SampleStats", "SignalKind", "TokenScores", "entropy", "judge", "sample", "see"]

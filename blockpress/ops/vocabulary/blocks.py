@@ -1,6 +1,6 @@
 """The products of the head a block of rows at a time, and which version reads them.
 
-    rows of hidden --head--> products [block, vocab] in one buffer --pass_over--> `Pass`
+    rows of hidden --head--> products [block, vocab] in one buffer --pass_over--> `BlockStats`
 
 A block is of at most BUFFER bytes, whatever the vocabulary, and there is one buffer for all blocks of a call. Wider
 blocks read the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
@@ -27,7 +27,7 @@ from blockpress.ops.linear import lookup
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
-from blockpress.ops.vocabulary.passes import Belief, Pass, Sparse
+from blockpress.ops.vocabulary.passes import Belief, BlockStats, Sparse
 from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
@@ -75,7 +75,7 @@ def pass_over(
     belief: Belief = None,
     *,
     native: bool = True,
-) -> Pass:
+) -> BlockStats:
     """`passes.pass_over`, in C++ where that is allowed and can be."""
     version = in_native.pass_over if native and in_native.serves(product) else passes.pass_over
     return version(product, cap, temperature, uniform, belief)

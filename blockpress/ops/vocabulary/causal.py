@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockpress.ops.vocabulary.blocks import pass_over, products
 from blockpress.ops.vocabulary.passes import scaled_logits
-from blockpress.ops.vocabulary.types import Denied
+from blockpress.ops.vocabulary.types import BannedTokens
 from blockpress.ops.weight import Packed
 
 
@@ -33,7 +33,7 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Judged:
+class TokenScores:
     """Of n positions the likeliest token that is not denied, and the log-probabilities where they were wanted."""
 
     greedy: Int[Tensor, " n"]
@@ -49,9 +49,9 @@ def judge(
     tokens: Int[Tensor, " n"],
     top: int | None,
     wide: bool,
-    denied: Denied | None = None,
+    denied: BannedTokens | None = None,
     native: bool = True,
-) -> Judged:
+) -> TokenScores:
     """The greedy token of n >= 0 positions, and log p at temperature 1 of it, of one token more and of the best.
 
     Args:
@@ -85,7 +85,7 @@ def judge(
         greedy[rows] = largest.indices[:, 0]
         if logprobs is not None:
             logprobs.greedy[rows] = (scaled_logits(largest.values, late, one) - total)[:, 0]
-    return Judged(greedy, logprobs)
+    return TokenScores(greedy, logprobs)
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:

@@ -3,7 +3,7 @@
 The products are read where they lie, and a whole belief is written over them. Many rows of bfloat16 are read through a
 table of the scaled logits of all 65,536 values, made by torch here: to the last bit what the truth computes.
 
-Invariant: `pass_over` and `in_torch.pass_over` give the same `Pass`.
+Invariant: `pass_over` and `in_torch.pass_over` give the same `BlockStats`.
 Run it:  python -m pytest tests/ops/test_vocabulary_see.py
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.ops import compiled
-from blockpress.ops.vocabulary.passes import MOST, Belief, Pass, Sparse, scaled_logits
+from blockpress.ops.vocabulary.passes import MOST, Belief, BlockStats, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
 
 FEW = 1 << 19
@@ -53,8 +53,8 @@ def pass_over(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
     belief: Belief = None,
-) -> Pass:
-    """See `passes.Pass`; a whole belief takes the place of the products."""
+) -> BlockStats:
+    """See `passes.BlockStats`; a whole belief takes the place of the products."""
     library = _library()
     assert library is not None and product.is_contiguous()
     rows, vocab = product.shape
@@ -92,7 +92,7 @@ def pass_over(
     )
     narrow = product.dtype == torch.bfloat16
     library.see(ctypes.byref(block), narrow, rows, torch.get_num_threads())
-    return Pass(argmax, None if uniform is None else sample, entropy, total, product if belief else None, sparse)
+    return BlockStats(argmax, None if uniform is None else sample, entropy, total, product if belief else None, sparse)
 
 
 def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Float32[Tensor, "rows hidden"]:

@@ -38,7 +38,7 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Pass:
+class BlockStats:
     """What is read from a block; entropies and `total`, the log of the sum of exp(scaled), in nats.
 
     `belief` are probabilities rounded to the products' dtype, written over the products. With `sparse`, only the rows
@@ -70,7 +70,7 @@ def pass_over(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
     belief: Belief = None,
-) -> Pass:
+) -> BlockStats:
     """Read a block in slices of rows, so that few of them are float32 at a time; beliefs take the products' place.
 
     Args:
@@ -87,7 +87,7 @@ def pass_over(
         parts.append(_few(product[here], cap, temperature[here], numbers, belief))
     argmax, sample, entropy, total = (torch.cat(x) if x[0] is not None else None for x in zip(*parts, strict=True))
     assert argmax is not None and entropy is not None and total is not None
-    return Pass(
+    return BlockStats(
         argmax, sample, entropy, total, product if belief else None, _sparse(product) if belief == "sparse" else None
     )
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from blockpress.ops import kernels
 from blockpress.ops.linear import combine
 from blockpress.ops.vocabulary.blocks import combine_sparse, pass_over, products
-from blockpress.ops.vocabulary.passes import Belief, Pass
-from blockpress.ops.vocabulary.types import Denied, Seen, SignalKind
+from blockpress.ops.vocabulary.passes import Belief, BlockStats
+from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 from blockpress.ops.weight import Packed
 
 
@@ -32,9 +32,9 @@ def see(
     uniform: Float64[Tensor, " n"],
     scale: Float[Tensor, ""],
     signal: SignalKind = "exact",
-    denied: Denied | None = None,
+    denied: BannedTokens | None = None,
     native: bool = True,
-) -> Seen:
+) -> SampleStats:
     """Argmax, sample, entropy (nats) and the next signal of n positions, n >= 0, rows of any requests.
 
     Args:
@@ -69,11 +69,11 @@ def see(
         argmax[rows], sample[rows], entropy[rows] = seen.argmax, seen.sample, seen.entropy
         if embedded is not None:
             embedded[rows] = expected(seen, weight, native=native) * scale
-    return Seen(argmax, sample, entropy, embedded)
+    return SampleStats(argmax, sample, entropy, embedded)
 
 
 def expected(
-    seen: Pass, weight: Float[Tensor, "vocab hidden"] | Packed, *, native: bool
+    seen: BlockStats, weight: Float[Tensor, "vocab hidden"] | Packed, *, native: bool
 ) -> Float[Tensor, "rows hidden"]:
     """The mean row of the embedding under each row's belief, in the belief's dtype."""
     assert seen.belief is not None

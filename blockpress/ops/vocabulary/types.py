@@ -17,12 +17,12 @@ from torch import Tensor
 SignalKind = Literal["exact", "sparse"] | None
 """How the next signal is made: of all tokens, of the likeliest alone, or not at all."""
 
-Denied = tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]
+BannedTokens = tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]
 """Ids, and for each position which of them it must not take."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class SampleStats:
     """What a step makes of n positions; `signal` is in the hidden states' dtype, None where it was not wanted."""
 
     argmax: Int[Tensor, " n"]
