@@ -129,9 +129,9 @@ def verdict(
         most: places of a canvas that can count; behind so many tokens nothing is open.
 
     >>> verdict([5, 6, 7, 8], [5, 6, 9, 8], {}, {1}, 4)
-    Verdict(agreed=2, tokens=[5, 6, 9], pins={0: 5, 1: 6, 2: 9}, finished=False)
+    Verification(agreed=2, tokens=[5, 6, 9], pins={0: 5, 1: 6, 2: 9}, finished=False)
     >>> verdict([5, 6, 7, 8], [5, 6, 1, 8], {}, {1}, 4)
-    Verdict(agreed=2, tokens=[5, 6, 1], pins={0: 5, 1: 6, 2: 1}, finished=True)
+    Verification(agreed=2, tokens=[5, 6, 1], pins={0: 5, 1: 6, 2: 1}, finished=True)
     >>> verdict([5, 1], [5, 1], {0: 5}, {1}, 4).finished
     True
     """
