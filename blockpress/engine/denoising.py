@@ -203,13 +203,11 @@ def rules_of(canvases: Canvases, requests: Sequence[Request]) -> tuple[Accept, S
     """When each canvas accepts and settles: by its numbers, or by the rule that its request brings along."""
     accept: Accept = EntropyBound(canvases.bound[:, None])
     settle: Settle = StableAndConfident(canvases.stability, canvases.confidence)
-    samplings = [request.sampling for request in requests]
-    accepts = [sampling.accept if isinstance(sampling, Sampling) else None for sampling in samplings]
-    settles = [sampling.settle if isinstance(sampling, Sampling) else None for sampling in samplings]
-    return (
-        OwnRules("accept", accept, accepts) if any(accepts) else accept,
-        OwnRules("settle", settle, settles) if any(settles) else settle,
-    )
+    samplings = [request.sampling for request in requests if isinstance(request.sampling, Sampling)]
+    if not samplings:
+        return accept, settle
+    accepts, settles = [own.accept for own in samplings], [own.settle for own in samplings]
+    return OwnRules("accept", accept, accepts), OwnRules("settle", settle, settles)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar, final, runtime_checkable
 
 import torch
@@ -103,17 +104,10 @@ class Diffusion:
         return {}
 
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        return each(outcomes, self._one)
+        return each(outcomes, after_step)
 
     def forget(self, request: Request) -> None:
         pass
-
-    def _one(self, outcome: Outcome) -> Progress:
-        told = drafted(outcome)
-        if outcome.canvas is None:
-            return Progress(events=told)
-        row = outcome.work.request.row
-        return Progress(events=[*told, *row.commit()], then=row.fresh)
 
 
 @final
@@ -146,12 +140,7 @@ class Verified:
             return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)))
         if outcome.hidden is not None:
             self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
-        told = drafted(outcome)
-        if outcome.canvas is None:
-            return Progress(events=told)
-        if is_asked(row, checks_of(request)):
-            return Progress(events=told, then=row.proposal, draft=True)
-        return Progress(events=[*told, *row.commit()], then=row.fresh)
+        return after_step(outcome)
 
     def _conclude(self, outcome: Outcome, draft: Draft, judged: TokenScores) -> Progress:
         """The causal pass has read the draft: what it says of it decides what of it is context now."""
@@ -191,7 +180,7 @@ class Autoregressive:
             alike.setdefault(request.sampling, []).append(request)
         tokens: dict[Request, Tensor | Exception] = {}
         for sampling, some in alike.items():
-            tokens |= self._chosen(some, sampling)
+            tokens |= zip(some, together(some, partial(self._choose, sampling)), strict=True)
         return tokens
 
     def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
@@ -227,19 +216,9 @@ class Autoregressive:
         forwards = Counter({row.index: self._forwards[outcome.work.request]})
         return Progress(events=[*counted(row.commit(judged.said), forwards)], verified=verified, then=row.fresh)
 
-    def _chosen(
-        self, requests: Sequence[Request], sampling: AutoregressiveSampling
-    ) -> dict[Request, Tensor | Exception]:
-        """A token each, drawn together; where that fails, request by request, so that the one at fault is found."""
-        try:
-            last = torch.stack([self._last[request] for request in requests])
-            chosen = choose(self._network, [request.row for request in requests], last, sampling)
-            return dict(zip(requests, chosen.split(1), strict=True))
-        except Exception as error:
-            failed = error.with_traceback(None)
-        if len(requests) == 1:
-            return {requests[0]: failed}
-        return {one: found for request in requests for one, found in self._chosen([request], sampling).items()}
+    def _choose(self, sampling: AutoregressiveSampling, requests: Sequence[Request]) -> Sequence[Tensor]:
+        last = torch.stack([self._last[request] for request in requests])
+        return choose(self._network, [request.row for request in requests], last, sampling).split(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +238,7 @@ def judge_drafts(
 ) -> list[Progress | Exception]:
     """Let the causal pass judge all drafts at once, and `end` each; what is no draft stays as it is."""
     drafts = [draft for draft in found if isinstance(draft, Draft)]
-    judged = dict(zip(drafts, _judged(network, drafts), strict=True))
+    judged = dict(zip(drafts, together(drafts, partial(_judged, network)), strict=True))
 
     def one(pair: tuple[Outcome, Draft | Progress | Exception]) -> Progress:
         outcome, draft = pair
@@ -275,18 +254,23 @@ def judge_drafts(
     return each(zip(outcomes, found, strict=True), one)
 
 
-def _judged(network: Network, drafts: Sequence[Draft]) -> list[TokenScores | Exception]:
-    """What the causal pass says of each; where that fails, draft by draft, so that the one at fault is found."""
+def _judged(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
+    """What the causal pass says of each."""
     if not any(draft.tokens for draft in drafts):
         return [TokenScores([], [], []) for _ in drafts]
+    states = pad_sequence([draft.states for draft in drafts], batch_first=True)
+    return judge(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])
+
+
+def together(given: Sequence[Given], made: Callable[[Sequence[Given]], Sequence[Made]]) -> list[Made | Exception]:
+    """What `made` makes of all at once; where that fails, one by one, so that the one at fault is found."""
     try:
-        states = pad_sequence([draft.states for draft in drafts], batch_first=True)
-        return [*judge(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])]
+        return [*made(given)]
     except Exception as error:
         failed = error.with_traceback(None)
-    if len(drafts) == 1:
+    if len(given) == 1:
         return [failed]
-    return [said for draft in drafts for said in _judged(network, [draft])]
+    return [found for own in given for found in together([own], made)]
 
 
 def each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Exception]:
@@ -300,12 +284,17 @@ def each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Ex
     return found
 
 
-def drafted(outcome: Outcome) -> list[Event]:
-    """The step that the forward did, told, and the canvas as it left it; nothing where it did none."""
+def after_step(outcome: Outcome) -> Progress:
+    """How a request goes on after its canvas's step, if there was one: another step, its draft read, or its commit."""
+    request, row = outcome.work.request, outcome.work.request.row
     if outcome.denoised is None:
-        return []
-    outcome.work.request.row.draft(outcome.canvas or [], outcome.denoised.step)
-    return [outcome.denoised]
+        return Progress()
+    row.draft(outcome.canvas or [], outcome.denoised.step)
+    if outcome.canvas is None:
+        return Progress(events=[outcome.denoised])
+    if is_asked(row, checks_of(request)):
+        return Progress(events=[outcome.denoised], then=row.proposal, draft=True)
+    return Progress(events=[outcome.denoised, *row.commit()], then=row.fresh)
 
 
 def is_read(work: Work) -> bool:

@@ -66,6 +66,20 @@ def test_batches_that_mix_rules_give_what_each_gives_alone(network: Network):
     assert {e.step for e in told[requests[3]] if isinstance(e, Denoised)} == {1}
 
 
+class Empty(SurestShare):
+    """A rule that is false as a truth value."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_a_rule_counts_whatever_its_truth_value(network: Network):
+    own = SHORT.with_(accept=Empty(0.5))
+    requests = [Request(row(CONFIG, 0, [5, 6, 7], own), own)]
+    told = play(EngineCore(network, ROOM), requests)
+    assert reply(told[requests[0]]) == poem(network, CONFIG, [5, 6, 7], 0, own)
+
+
 def fails(*_: Tensor) -> Tensor:
     raise ValueError("a rule at fault")
 
