@@ -24,6 +24,10 @@ Invariant: an error says which thing is wrong (its name and its value) and, in `
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
 __all__ = [
     "BlockpressError",
     "CheckpointError",
@@ -130,3 +134,19 @@ class PuzzleError(BlockpressError):
 
 class TrainingError(BlockpressError):
     """A recipe, a resume point or a training run that cannot go on."""
+
+
+def renamed(module: str, older: Mapping[str, Any], exported: list[str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` for names that it has given up: each still works, with a DeprecationWarning.
+
+    Args:
+        older: what each older name stands for, a class or a function; such names last for two minor versions.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in older:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}; it has {', '.join(exported)}")
+        warnings.warn(f"{module}.{name} is now {module}.{older[name].__name__}", DeprecationWarning, stacklevel=2)
+        return older[name]
+
+    return getattribute

@@ -7,7 +7,7 @@ import blockpress
 from blockpress import sudoku
 
 lm = blockpress.load("sudoku-nano")
-puzzle = sudoku.generate(seed=5, givens=45)
+puzzle = sudoku.generate_puzzle(seed=5, givens=45)
 
 for event in lm.stream(sudoku.layout(puzzle.puzzle), seed=0):
     match event:

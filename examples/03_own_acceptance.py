@@ -26,7 +26,7 @@ class SurestShare:
 
 
 lm = blockpress.load("sudoku-nano")
-puzzle = sudoku.generate(seed=5, givens=30)
+puzzle = sudoku.generate_puzzle(seed=5, givens=30)
 for accept in (None, SurestShare(0.5), SurestShare(0.9)):
     sampling = lm.generation.sampling.with_(accept=accept)
     reply = lm.generate(sudoku.layout(puzzle.puzzle), sampling=sampling)

@@ -12,7 +12,7 @@ from blockpress.decoding import Done, SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.model import Network
 from blockpress.train.initialise import initialise
-from blockpress.train.objective import Objective, Rows, draw, losses
+from blockpress.train.objective import Objective, TrainingBatch, draw_batch, losses
 from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates
 
 LENGTH, STEPS = 6, 400
@@ -32,8 +32,8 @@ def batch(rows: int) -> torch.Tensor:
 
 for step in range(STEPS):
     set_rates(optimizers, rule.factor(step, STEPS))
-    rows = Rows(batch(16), torch.full((16,), LENGTH), torch.ones(16, dtype=torch.long))
-    loss = losses(network, rows, draw(rows, LENGTH, config.vocab_size, objective, generator), objective)
+    rows = TrainingBatch(batch(16), torch.full((16,), LENGTH), torch.ones(16, dtype=torch.long))
+    loss = losses(network, rows, draw_batch(rows, LENGTH, config.vocab_size, objective, generator), objective)
     (loss.canvas + objective.causal_weight * loss.causal).backward()
     for optimizer in optimizers:
         optimizer.step()

@@ -11,7 +11,7 @@ from blockpress import sudoku
 from blockpress.engine import EngineCore, EngineOptions, ThreadedEngine
 
 lm = blockpress.load("sudoku-nano")
-puzzles = [sudoku.generate(seed=seed, givens=45) for seed in range(8)]
+puzzles = [sudoku.generate_puzzle(seed=seed, givens=45) for seed in range(8)]
 
 
 async def ask(engine: ThreadedEngine, number: int) -> None:

@@ -162,7 +162,7 @@ def soak(lm: LM, count: int, users: int, options: EngineOptions, seed: int = 0) 
     core.scheduler.check()
     held = {kind: pages.held for kind, pages in core.scheduler.stats.pages.items()}
     assert not any(held.values()), f"pages are still held: {held}"
-    assert core.scheduler.running == core.scheduler.waiting == 0 and not core.remembered
+    assert core.scheduler.running == core.scheduler.waiting == 0 and not core.num_tracked
     assert sum(log.ends.values()) == count, f"{count - sum(log.ends.values())} requests have no end"
     return log
 

@@ -16,7 +16,7 @@ import grimp
 import pytest
 
 import blockpress
-from blockpress import engine, errors
+from blockpress import engine, errors, sudoku
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
@@ -69,6 +69,24 @@ def test_no_operation_imports_itself_by_way_of_others() -> None:
     graph = grimp.build_graph("blockpress", cache_dir=None)
     operations = graph.find_descendants("blockpress.ops")
     TopologicalSorter({each: graph.find_modules_directly_imported_by(each) for each in operations}).prepare()
+
+
+def test_one_public_name_has_one_meaning() -> None:
+    """Names that other modules import. Apart stand: the versions of one operation in `ops`, what every part of
+    `bench/gpu` is asked for, the entry points, and a command, which is called as its user types it."""
+    homes: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, set()).add(module_name(path))
+    alike = {"main": "blockpress", "bench": "blockpress.bench.gpu", "checks": "blockpress.bench.gpu"}
+    twice = {}
+    for name, modules in homes.items():
+        others = {each for each in modules if each != f"blockpress.cli.{name}"}
+        room = alike.get(name, "blockpress.ops")
+        if len(others) > 1 and not all(each.startswith(f"{room}.") for each in others):
+            twice[name] = sorted(modules)
+    assert twice == {}
 
 
 def test_no_room_is_a_drawer() -> None:
@@ -150,6 +168,9 @@ def test_the_drawn_error_tree_is_the_tree() -> None:
         (blockpress, "Thought", "ReasoningDelta"),
         (engine, "Core", "EngineCore"),
         (engine, "Engine", "ThreadedEngine"),
+        (sudoku, "generate", "generate_puzzle"),
+        (sudoku, "parse", "parse_puzzle"),
+        (sudoku, "pool", "puzzle_pool"),
     ],
 )
 def test_an_older_name_still_works_and_says_the_newer_one(module: ModuleType, old: str, new: str) -> None:

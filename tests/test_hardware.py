@@ -47,7 +47,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def fake(monkeypatch: pytest.MonkeyPatch, level: str) -> Processor:
     """This machine becomes the one of that text."""
-    made = system.parse(TEXTS[level])
+    made = system.parse_cpuinfo(TEXTS[level])
     for module in (system, speed):
         monkeypatch.setattr(module, "processor", lambda: made)
     return made
@@ -193,7 +193,7 @@ def test_the_best_that_was_seen_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def test_measuring_is_quick_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_READ", 1 << 20)
     monkeypatch.setattr(speed, "_SHAPES", ((1, 64, 64), (32, 64, 64)))
-    found = hardware.measure()
+    found = hardware.measure_rates()
     assert {"mkl", "bfloat16", "float16"} <= set(found.products) <= set(speed._WAYS)
     assert found.reading > 0 and all(found.of(way) > 0 for way in found.products)
 
@@ -338,14 +338,14 @@ def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.Mon
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "float32")
     described = show.describe(name)
     assert (described["stored_in"], described["compute_dtype"]) == ("bfloat16", "float32")
-    (line,) = [line for line in show.lines(described) if line.startswith("computed in")]
+    (line,) = [line for line in show.show_lines(described) if line.startswith("computed in")]
     assert "float32" in line and "bfloat16" in line
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
-    told = show.lines(show.describe(name))
+    told = show.show_lines(show.describe(name))
     assert any("int8: layers' products are made of integers" in line for line in told)
     assert any(line.startswith("in bfloat16") and "weights 24.3 GiB, computed in int8" in line for line in told)
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
-    assert not [line for line in show.lines(show.describe(name)) if line.startswith("computed in")]
+    assert not [line for line in show.show_lines(show.describe(name)) if line.startswith("computed in")]
 
 
 def test_cards_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Done, Event, Reply
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
-from blockpress.decoding.verified import verified
+from blockpress.decoding.verified import generate_verified
 from blockpress.model import Network
 from blockpress.train import parallel
 from blockpress.train.objective import Objective
@@ -143,10 +143,10 @@ def test_a_module_goes_there_and_learns_as_it_does_here(card: Card):
 Write = Callable[..., Iterator[Event]]
 WAYS: dict[str, tuple[Write, Sampling | AutoregressiveSampling, int | None]] = {
     "diffusion": (generate, SHORT, None),
-    "verified": (verified, SHORT.with_(checks=2), None),
-    "log-probabilities": (verified, SHORT, 2),
-    "greedy": (autoregress, AutoregressiveSampling(), None),
-    "sampled": (autoregress, WARM, 2),
+    "verified": (generate_verified, SHORT.with_(checks=2), None),
+    "log-probabilities": (generate_verified, SHORT, 2),
+    "greedy": (generate_autoregressive, AutoregressiveSampling(), None),
+    "sampled": (generate_autoregressive, WARM, 2),
 }
 
 

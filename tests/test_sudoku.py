@@ -87,9 +87,9 @@ def to_text(row: np.ndarray) -> str:
 def test_parse_undoes_layout(seed: int, blanks: int) -> None:
     rng = Random(seed)
     grid = sudoku.puzzle_at(sudoku.random_solution(rng), tuple(rng.sample(range(81), 81)), 81 - blanks)
-    assert sudoku.parse(sudoku.layout(grid)) == grid
-    assert sudoku.parse(grid) == grid
-    assert sudoku.parse(grid.replace("0", ".")) == grid
+    assert sudoku.parse_puzzle(sudoku.layout(grid)) == grid
+    assert sudoku.parse_puzzle(grid) == grid
+    assert sudoku.parse_puzzle(grid.replace("0", ".")) == grid
 
 
 def test_layout_is_nine_lines_without_an_end() -> None:
@@ -99,7 +99,7 @@ def test_layout_is_nine_lines_without_an_end() -> None:
 
 def test_parse_ignores_white_space_around_rows() -> None:
     spaced = "\n\n".join(f"  {line}\t\r" for line in sudoku.layout(WIKIPEDIA).split("\n"))
-    assert sudoku.parse(f"\n{spaced}\n\n") == WIKIPEDIA
+    assert sudoku.parse_puzzle(f"\n{spaced}\n\n") == WIKIPEDIA
 
 
 def blank_but(**givens: str) -> str:
@@ -130,7 +130,7 @@ def blank_but(**givens: str) -> str:
 )  # fmt: skip
 def test_parse_names_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(PuzzleError) as caught:
-        sudoku.parse(text)
+        sudoku.parse_puzzle(text)
     assert caught.value.message == message
     assert caught.value.hint
     assert "\n" not in str(caught.value)
@@ -249,8 +249,8 @@ def test_puzzle_at_refuses_what_the_dig_does_not_reach(givens: int) -> None:
 
 @pytest.mark.parametrize("givens", [23, 30, 40, 80])
 def test_generate_reaches_its_givens(givens: int) -> None:
-    made = sudoku.generate(11, givens)
-    assert made == sudoku.generate(11, givens) != sudoku.generate(12, givens)
+    made = sudoku.generate_puzzle(11, givens)
+    assert made == sudoku.generate_puzzle(11, givens) != sudoku.generate_puzzle(12, givens)
     assert made.givens == givens == 81 - made.puzzle.count("0")
     assert slow_count(made.puzzle) == 1 and sudoku.solve(made.puzzle) == made.solution
 
@@ -258,22 +258,22 @@ def test_generate_reaches_its_givens(givens: int) -> None:
 @pytest.mark.parametrize("givens", [-1, 0, 16, 81])
 def test_generate_refuses_counts_out_of_range(givens: int) -> None:
     with pytest.raises(PuzzleError, match=f"givens is {givens}, it must be 17 to 80"):
-        sudoku.generate(0, givens)
+        sudoku.generate_puzzle(0, givens)
 
 
 def test_generate_gives_up_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blockpress.sudoku.puzzles.DIGS", 3)
     with pytest.raises(PuzzleError, match="no puzzle with 17 givens found in 3 random grids") as caught:
-        sudoku.generate(0, 17)
+        sudoku.generate_puzzle(0, 17)
     assert "17 to 20" in caught.value.hint
 
 
 def test_pool_entries_depend_on_seed_and_place_alone() -> None:
-    solutions, orders = sudoku.pool(3, 6)
-    later_solutions, later_orders = sudoku.pool(3, 2, start=4)
+    solutions, orders = sudoku.puzzle_pool(3, 6)
+    later_solutions, later_orders = sudoku.puzzle_pool(3, 2, start=4)
     assert (solutions.dtype, orders.dtype) == (np.uint8, np.int8) and solutions.shape == orders.shape == (6, 81)
     assert np.array_equal(solutions[4:], later_solutions) and np.array_equal(orders[4:], later_orders)
-    assert not np.array_equal(sudoku.pool(4, 6)[0], solutions)
+    assert not np.array_equal(sudoku.puzzle_pool(4, 6)[0], solutions)
     for solution, order in zip(solutions, orders, strict=True):
         cells = tuple(order[order >= 0].tolist())
         assert (order[len(cells) :] == -1).all() and sudoku.is_solved(to_text(solution))
@@ -288,7 +288,7 @@ def test_held_out_spreads_its_givens_and_keeps_apart() -> None:
     assert all(sudoku.count_solutions(made.puzzle) == 1 for made in puzzles)
     marks = [sudoku.fingerprint(made.solution) for made in puzzles]
     assert len(set(marks)) == 60
-    assert not {to_text(row) for row in sudoku.pool(1, 60)[0]} & {made.solution for made in puzzles}
+    assert not {to_text(row) for row in sudoku.puzzle_pool(1, 60)[0]} & {made.solution for made in puzzles}
     again = sudoku.held_out(1, 10, givens=(30, 33), avoid={marks[0], marks[3]})
     assert again[:8] == [puzzles[place] for place in (1, 2, 4, 5, 6, 7, 8, 9)]
 
@@ -301,8 +301,10 @@ def test_held_out_refuses_a_wrong_range(givens: tuple[int, int]) -> None:
 
 def test_seeds_still_mean_the_same_puzzles() -> None:
     """The published held-out set and pool are these: a change here makes old scores incomparable."""
-    text = " ".join(made.puzzle + made.solution for made in sudoku.held_out(0, 8)) + sudoku.generate(7, 30).puzzle
-    solutions, orders = sudoku.pool(0, 8)
+    text = (
+        " ".join(made.puzzle + made.solution for made in sudoku.held_out(0, 8)) + sudoku.generate_puzzle(7, 30).puzzle
+    )
+    solutions, orders = sudoku.puzzle_pool(0, 8)
     parts = (text.encode(), solutions.tobytes(), orders.tobytes())
     assert [hashlib.sha256(part).hexdigest()[:12] for part in parts] == ["beb955fec1d1", "4957498a60a8", "857a61f4b606"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from blockpress.bench.drive import drive
-from blockpress.bench.steppers import EngineStepper, PoemStepper
+from blockpress.bench.steppers import EngineStepper, ReferenceStepper
 from blockpress.bench.subject import Subject
 from blockpress.bench.workload import Workload, requests, sampling_of
 from blockpress.checkpoints import minimal_vision, save_checkpoint
@@ -78,7 +78,7 @@ class Comparison:
         ]
 
 
-def check(work: Workload, rival: str, dtype: str | None = None) -> None:
+def check_comparable(work: Workload, rival: str, dtype: str | None = None) -> None:
     """Raises RequestError: no such rival, or a workload or a type that it cannot be given."""
     if rival not in RIVALS:
         raise RequestError(f"--against is {rival!r}", hint=f"--against takes {' or '.join(RIVALS)}")
@@ -95,7 +95,7 @@ def check(work: Workload, rival: str, dtype: str | None = None) -> None:
         )
 
 
-def compare(
+def compare_with(
     subject: Subject,
     work: Workload,
     rival: str,
@@ -110,9 +110,9 @@ def compare(
         dtype: that `transformers` runs in; None: that of the weights.
 
     Raises:
-        RequestError: what `check` refuses, packed weights, or `transformers` is not installed.
+        RequestError: what `check_comparable` refuses, packed weights, or `transformers` is not installed.
     """
-    check(work, rival, dtype)
+    check_comparable(work, rival, dtype)
     work = replace(work, requests=work.batch, puzzles=False)
     canvases = -(-work.max_tokens // subject.config.canvas_length)
     steps = canvases * (work.steps or 0)
@@ -122,7 +122,7 @@ def compare(
         drive(stepper, work, requests(subject, work), subject.network.device).whole()
 
     def poem() -> None:
-        drive(PoemStepper(subject.network), work, requests(subject, work), subject.network.device).whole()
+        drive(ReferenceStepper(subject.network), work, requests(subject, work), subject.network.device).whole()
 
     if rival == "poem":
         return _rounds("poem", ours, poem, rounds, steps)

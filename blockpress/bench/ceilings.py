@@ -25,7 +25,7 @@ from blockpress import costs
 from blockpress.bench.subject import weight_bytes
 from blockpress.hardware import free_memory, machine
 from blockpress.model import Network
-from blockpress.ops.integers import encode, rounded
+from blockpress.ops.integers import quantize_rows, quantized
 from blockpress.ops.linear import linear
 
 SECONDS = 0.25
@@ -94,7 +94,7 @@ def _rates(network: Network, dtype: torch.dtype, seconds: float) -> Iterator[flo
 def _ways(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
     """Torch's product in that type, and ours."""
     if dtype == torch.int8:
-        (codes, _), held = encode(x), rounded(weight)
+        (codes, _), held = quantize_rows(x), quantized(weight)
         ours = lambda: linear(x, held)  # noqa: E731
         return (ours, lambda: torch._int_mm(codes, held.codes.T)) if hasattr(torch, "_int_mm") else (ours,)
     x, weight = x.to(dtype), weight.to(dtype)

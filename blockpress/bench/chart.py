@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from blockpress.bench.panels import Panel, table
+from blockpress.bench.panels import Panel, crossover_table
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 58, 46
@@ -51,7 +51,7 @@ def described(panels: Sequence[Panel]) -> str:
     """The figures of all panels as text."""
     parts = []
     for panel in panels:
-        rows = "\n".join("\t".join(row) for row in table(panel))
+        rows = "\n".join("\t".join(row) for row in crossover_table(panel))
         parts.append(f"{panel.title}: {panel.note}\n{crossed(panel)}\ntokens a second in total\n{rows}")
     return "\n\n".join(parts)
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from blockpress.bench.workload import Workload, arrivals
-from blockpress.costs import Rows
+from blockpress.costs import BatchShape
 from blockpress.decoding import Committed, Done, Event, Failed, Reply
 from blockpress.engine import Request
 from blockpress.errors import BlockpressError, RequestError
@@ -33,7 +33,7 @@ class Stepper(Protocol):
     rows: what the last forward worked on. prefill: whether tokens of a prompt were among it.
     """
 
-    rows: Rows
+    rows: BatchShape
     prefill: bool
 
     @property
@@ -55,13 +55,13 @@ class Forward:
 
     seconds: float
     ended: float
-    rows: Rows
+    rows: BatchShape
     prefill: bool
     tokens: int
 
 
 @dataclass(kw_only=True)
-class Asked:
+class RequestTrace:
     """One request. Times in seconds from the beginning of the run; None: not yet."""
 
     request: Request
@@ -74,11 +74,11 @@ class Asked:
 
 
 @dataclass(kw_only=True)
-class Run:
+class BenchRun:
     """All that was recorded. `seconds` is the whole, waiting for arrivals included; memory in bytes."""
 
     forwards: list[Forward] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
+    traces: list[RequestTrace] = field(default_factory=list)
     refused: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -87,9 +87,9 @@ class Run:
     @property
     def errors(self) -> list[BlockpressError]:
         """Those of the requests that failed."""
-        return [asked.error for asked in self.asked if asked.error is not None]
+        return [asked.error for asked in self.traces if asked.error is not None]
 
-    def whole(self) -> Run:
+    def whole(self) -> BenchRun:
         """The run, where every request was answered. Raises the error of the first that was not."""
         for error in self.errors:
             raise error
@@ -98,7 +98,7 @@ class Run:
 
 def drive(
     stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, before: int | None = None
-) -> Run:
+) -> BenchRun:
     """Run the workload to its end: all requests that arrive are answered, failed or refused.
 
     Args:
@@ -114,12 +114,12 @@ class _Driver:
         self, stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, peak: Peak
     ) -> None:
         self.stepper, self.work, self.device, self.peak = stepper, work, device, peak
-        self.run, self._begun = Run(), time.perf_counter()
-        self._open: dict[int, Asked] = {}
+        self.run, self._begun = BenchRun(), time.perf_counter()
+        self._open: dict[int, RequestTrace] = {}
         self._due = zip(arrivals(work), coming, strict=False)
         self._next = next(self._due, None)
 
-    def go(self) -> Run:
+    def go(self) -> BenchRun:
         while True:
             self._submit()
             if self.stepper.busy:
@@ -151,9 +151,9 @@ class _Driver:
             except RequestError as error:
                 self._refused(request, error)
             else:
-                asked = Asked(request=request, arrived=now if users else due)
+                asked = RequestTrace(request=request, arrived=now if users else due)
                 self._open[request.row.index] = asked
-                self.run.asked.append(asked)
+                self.run.traces.append(asked)
             self._next = next(self._due, None)
 
     def _refused(self, request: Request, error: RequestError) -> None:
@@ -171,7 +171,7 @@ class _Driver:
         for request, event in events:
             tokens += self._take(request, event, now)
         rows = self.stepper.rows
-        if rows != Rows():
+        if rows != BatchShape():
             forward = Forward(seconds=now - begun, ended=now, rows=rows, prefill=self.stepper.prefill, tokens=tokens)
             self.run.forwards.append(forward)
         self.peak.see()

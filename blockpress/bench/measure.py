@@ -12,7 +12,7 @@ from dataclasses import replace
 from blockpress import costs
 from blockpress.bench.ceilings import better, measure_device
 from blockpress.bench.drive import drive
-from blockpress.bench.report import Report, report
+from blockpress.bench.report import BenchReport, report
 from blockpress.bench.steppers import EngineStepper
 from blockpress.bench.subject import Subject
 from blockpress.bench.workload import Workload, requests
@@ -20,13 +20,13 @@ from blockpress.engine.options import SoftEmbedding
 from blockpress.hardware import taken
 
 
-def measure(
+def run_bench(
     subject: Subject,
     work: Workload,
     *,
     device: costs.Device | None = None,
     soft_embedding: SoftEmbedding = "exact",
-) -> tuple[Report, costs.Device]:
+) -> tuple[BenchReport, costs.Device]:
     """Run the workload on the engine; the report, and the machine that it was run on.
 
     Raises:
@@ -38,7 +38,7 @@ def measure(
     ceilings = [measure_device(network)] if device is None else [device]
     stepper = EngineStepper(network, running=work.running, soft_embedding=soft_embedding)
     run = drive(stepper, work, requests(subject, work), network.device, before)
-    if len(run.errors) == len(run.asked):
+    if len(run.errors) == len(run.traces):
         run.whole()
     if device is None:  # once more behind the run: on a busy machine neither moment may have been a good one
         ceilings.append(measure_device(network))

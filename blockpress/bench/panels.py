@@ -134,7 +134,7 @@ def _stored(config: ModelConfig, widths: costs.WeightFormats) -> dict[str, float
     return {part: count * sizes.get(part, widths.dense.size) for part, count in costs.parameters(config).items()}
 
 
-def table(panel: Panel) -> list[list[str]]:
+def crossover_table(panel: Panel) -> list[list[str]]:
     """The figures as rows of text: users, then each curve."""
     head = ["users", *(curve.name for curve in panel.curves)]
     counts = [users for users, _ in panel.curves[0].points]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blockpress import costs, sudoku
-from blockpress.bench.drive import Asked, Run
-from blockpress.bench.subject import Subject, weight_bytes, widths
+from blockpress.bench.drive import BenchRun, RequestTrace
+from blockpress.bench.subject import Subject, stored_formats, weight_bytes
 from blockpress.bench.workload import Workload, puzzle_of
 
 
@@ -43,7 +43,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class BenchReport:
     """The figures of a run; times in milliseconds unless the name says otherwise, memory in bytes.
 
     answered, failed, refused: requests. solved: answers that solve their puzzle; None where prompts are none. errors:
@@ -84,18 +84,18 @@ class Report:
     floor_share: float
 
 
-def report(subject: Subject, work: Workload, run: Run, device: costs.Device, *, soft: bool = True) -> Report:
+def report(subject: Subject, work: Workload, run: BenchRun, device: costs.Device, *, soft: bool = True) -> BenchReport:
     """The figures of a run on a machine that can do what `device` says.
 
     Args:
         soft: whether the soft embedding was a product over the whole vocabulary.
     """
-    ended = [asked for asked in run.asked if asked.reply is not None]
+    ended = [asked for asked in run.traces if asked.reply is not None]
     replies = [asked.reply for asked in ended if asked.reply is not None]
     steps = [float(count) for asked in ended for count in asked.steps if count]
     tokens = sum(reply.usage.completion_tokens for reply in replies)
     shares = _shares(subject, run, device, soft)
-    return Report(
+    return BenchReport(
         answered=len(ended),
         failed=len(run.errors),
         refused=run.refused,
@@ -124,7 +124,7 @@ def report(subject: Subject, work: Workload, run: Run, device: costs.Device, *, 
     )
 
 
-def lines(found: Report, device: costs.Device) -> list[str]:
+def report_lines(found: BenchReport, device: costs.Device) -> list[str]:
     """The report for people, one figure a line."""
     first, forward, steps = found.first_canvas_ms, found.forward_ms, found.steps_per_canvas
     rates = ", ".join(f"{rate / 1e12:.2f} T {math}" for math, rate in device.rates.items())
@@ -153,9 +153,9 @@ def lines(found: Report, device: costs.Device) -> list[str]:
     return [f"{name:13}{text}" for name, text in [*shown, *(("error", text) for text in found.errors)]]
 
 
-def _shares(subject: Subject, run: Run, device: costs.Device, soft: bool) -> tuple[float, float, float]:
+def _shares(subject: Subject, run: BenchRun, device: costs.Device, soft: bool) -> tuple[float, float, float]:
     """The floors of all forwards over their time: bytes, operations, part by part."""
-    stored = widths(subject.network)
+    stored = stored_formats(subject.network)
     taken = sum(forward.seconds for forward in run.forwards)
     totals = [0.0, 0.0, 0.0]
     for forward in run.forwards:
@@ -165,15 +165,15 @@ def _shares(subject: Subject, run: Run, device: costs.Device, soft: bool) -> tup
     return tuple(total / taken if taken else 0.0 for total in totals)  # type: ignore[return-value]
 
 
-def _step_bytes(subject: Subject, rows: costs.Rows) -> int:
+def _step_bytes(subject: Subject, rows: costs.BatchShape) -> int:
     """What a forward of the engine asks for at its peak; each canvas and each read as if behind the longest context."""
-    behind = [*rows.canvases, *(context for context, _ in (*rows.reads, *rows.heard))]
-    tokens = sum(count for _, count in (*rows.reads, *rows.heard))
+    behind = [*rows.canvases, *(context for context, _ in (*rows.reads, *rows.logit_rows))]
+    tokens = sum(count for _, count in (*rows.reads, *rows.logit_rows))
     dtype = str(subject.network.dtype).removeprefix("torch.")
     return costs.engine_peak(subject.config, dtype, max(behind, default=0), len(rows.canvases), tokens)
 
 
-def _solved(subject: Subject, work: Workload, ended: Sequence[Asked]) -> int | None:
+def _solved(subject: Subject, work: Workload, ended: Sequence[RequestTrace]) -> int | None:
     """How many of the answers are the solution of their puzzle."""
     if not work.puzzles or subject.lm is None:
         return None
@@ -182,7 +182,7 @@ def _solved(subject: Subject, work: Workload, ended: Sequence[Asked]) -> int | N
     return sum(one == other for one, other in zip(wanted, given, strict=True))
 
 
-def _speed(asked: Asked) -> float:
+def _speed(asked: RequestTrace) -> float:
     assert asked.reply is not None and asked.ended is not None
     took = asked.ended - asked.arrived
     return asked.reply.usage.completion_tokens / took if took > 0 else 0.0

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
-from blockpress.costs import Rows, context_bytes
+from blockpress.costs import BatchShape, context_bytes
 from blockpress.decoding import Committed, Denoised, Done, Event
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
 from blockpress.engine import EngineOptions, Request
 from blockpress.engine.core import EngineCore
 from blockpress.engine.options import SoftEmbedding
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import RequestError
 from blockpress.model import Network
 
@@ -35,7 +35,7 @@ class EngineStepper:
         own = EngineOptions(max_running=running, reuse_prefixes=False, soft_embedding=soft_embedding)
         options = own if prefill is None else replace(own, chunk=prefill, prefill_tokens=prefill)
         self.core = EngineCore(network, options)
-        self.rows, self.prefill = Rows(), False
+        self.rows, self.prefill = BatchShape(), False
 
     @property
     def busy(self) -> bool:
@@ -52,33 +52,33 @@ class EngineStepper:
 
     def step(self) -> Sequence[tuple[Request, Event]]:
         done = self.core.step()
-        self.rows = rows_of(done.works)
-        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in done.works)
+        self.rows = rows_of(done.scheduled)
+        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in done.scheduled)
         return done.events
 
 
-def rows_of(works: Sequence[Work]) -> Rows:
+def rows_of(works: Sequence[ScheduledRequest]) -> BatchShape:
     """What the engine plans, as the floors count it: a token that is heard goes to the head, others do not."""
     canvases, reads, heard = [], [], []
     for work in works:
-        if work.stop - work.heard > work.start:
-            reads.append((work.start, work.stop - work.heard - work.start))
-        if work.heard:
-            heard.append((work.stop - work.heard, work.heard))
+        if work.stop - work.num_logit_tokens > work.start:
+            reads.append((work.start, work.stop - work.num_logit_tokens - work.start))
+        if work.num_logit_tokens:
+            heard.append((work.stop - work.num_logit_tokens, work.num_logit_tokens))
         if work.canvas:
             canvases.append(work.stop)
-    return Rows(canvases=tuple(canvases), reads=tuple(reads), heard=tuple(heard))
+    return BatchShape(canvases=tuple(canvases), reads=tuple(reads), logit_rows=tuple(heard))
 
 
-class PoemStepper:
-    """`generate` or `autoregress` over all requests that are there at the first step, in lockstep.
+class ReferenceStepper:
+    """`generate` or `generate_autoregressive` over all requests that are there at the first step, in lockstep.
 
     Raises:
         RequestError: a request comes later, or the mode is one that the poem has no loop for here.
     """
 
     def __init__(self, network: Network) -> None:
-        self.network, self.rows, self.prefill = network, Rows(), False
+        self.network, self.rows, self.prefill = network, BatchShape(), False
         self._asked: list[Request] = []
         self._events: Iterator[Event] | None = None
 
@@ -103,21 +103,23 @@ class PoemStepper:
         live = [request for request in self._asked if request.row.finish_reason is None]
         token = isinstance(sampling, AutoregressiveSampling)
         self.prefill = self._events is None
-        contexts = [(len(one.row.prompt) + _committed(one), len(one.row.fresh)) for one in live]
+        contexts = [(len(one.row.prompt) + _committed(one), len(one.row.new_tokens)) for one in live]
         reads = tuple((behind - fresh, fresh) for behind, fresh in contexts if fresh)
         if self._events is None:
-            run: Any = autoregress if token else generate
+            run: Any = generate_autoregressive if token else generate
             self._events = run(self.network, rows, sampling)
             reads = tuple((0, len(row.prompt)) for row in rows)
             self._active: set[int] = set()
         if token:
             last = tuple((behind + count - 1, 1) for behind, count in reads)
-            self.rows = Rows(heard=last, reads=tuple((behind, count - 1) for behind, count in reads if count > 1))
+            self.rows = BatchShape(
+                logit_rows=last, reads=tuple((behind, count - 1) for behind, count in reads if count > 1)
+            )
             return self._whose(self._finish(live))
         begins = not self._active
         self._active = self._active or {one.row.index for one in live}
         canvases = tuple(len(one.row.prompt) + _committed(one) for one in live if one.row.index in self._active)
-        self.rows = Rows(canvases=canvases, reads=reads if begins else ())
+        self.rows = BatchShape(canvases=canvases, reads=reads if begins else ())
         events: list[Event] = []
         steps = cast(Sampling, sampling).steps
         for event in [next(self._events) for _ in range(len(self._active))]:

@@ -164,7 +164,7 @@ def weight_bytes(network: Network) -> dict[str, int]:
     return found
 
 
-def widths(network: Network) -> costs.WeightFormats:
+def stored_formats(network: Network) -> costs.WeightFormats:
     """How the weights of a network are stored, on average over each part."""
     stored, counted = weight_bytes(network), costs.parameters(network.config)
     math, products = (str(kind).removeprefix("torch.") for kind in (network.dtype, network.product_dtype))

@@ -18,17 +18,17 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from blockpress import costs
-from blockpress.bench.drive import Forward, Run, drive
+from blockpress.bench.drive import BenchRun, Forward, drive
 from blockpress.bench.panels import STEPS, USERS, Curve, Panel, roofline_curves
 from blockpress.bench.steppers import EngineStepper
-from blockpress.bench.subject import Subject, widths
+from blockpress.bench.subject import Subject, stored_formats
 from blockpress.bench.workload import Workload, requests
 
 MEASURED = 4
 """Steps, or tokens, that are run for one point."""
 
 
-def measured(
+def measure_curves(
     subject: Subject,
     device: costs.Device,
     *,
@@ -55,7 +55,9 @@ def measured(
             if progress is not None:
                 progress(f"{mode}, {count} users: {speed:.1f} tokens/s")
         curves.append(Curve(name=mode, points=tuple(points)))
-    floors = roofline_curves(subject.config, widths(subject.network), device, users=users, steps=steps, context=length)
+    floors = roofline_curves(
+        subject.config, stored_formats(subject.network), device, users=users, steps=steps, context=length
+    )
     curves += [Curve(name=f"{curve.name}, floor", points=curve.points, dashed=True) for curve in floors]
     note = f"{subject.name} in {subject.in_types}, {length} tokens of context, {steps:g} steps a canvas; dashed: floors"
     return Panel(title=f"{device.name}, measured", note=note, curves=tuple(curves))
@@ -81,11 +83,11 @@ def _point(subject: Subject, mode: Literal["diffusion", "autoregressive"], users
     return users * length / (first + (steps - 1) * statistics.median(_later(run, whole)))
 
 
-def _later(run: Run, whole: Sequence[Forward]) -> list[float]:
+def _later(run: BenchRun, whole: Sequence[Forward]) -> list[float]:
     later = [forward.seconds for forward in whole if not forward.prefill]
     assert later, f"{len(run.forwards)} forwards, none of them with all users behind their prompts"
     return later
 
 
-def _everybody(rows: costs.Rows, users: int) -> bool:
-    return len(rows.canvases) == users or len(rows.heard) == users
+def _everybody(rows: costs.BatchShape, users: int) -> bool:
+    return len(rows.canvases) == users or len(rows.logit_rows) == users

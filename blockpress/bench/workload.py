@@ -155,7 +155,7 @@ def arrivals(work: Workload) -> Iterator[float]:
 
 def puzzle_of(work: Workload, index: int) -> sudoku.Puzzle:
     """The puzzle of a request."""
-    return sudoku.generate(work.seed * 1_000_003 + index, GIVENS)
+    return sudoku.generate_puzzle(work.seed * 1_000_003 + index, GIVENS)
 
 
 def _prompt(subject: Subject, work: Workload, index: int) -> list[int]:

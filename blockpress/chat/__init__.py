@@ -10,7 +10,7 @@ Run it:  python -m pytest tests/chat
 
 from __future__ import annotations
 
-from blockpress.chat.conversation import Chat, Question, check_options
+from blockpress.chat.conversation import Chat, EncodedChat, check_options
 from blockpress.chat.messages import Media
 from blockpress.chat.parser import Piece, Section, SpecialTokens, TextDelta, TurnParser
 from blockpress.chat.prompt import ChatPrompt, encode_chat
@@ -24,10 +24,10 @@ __all__ = [
     "ChatOutputProcessor",
     "ChatPrompt",
     "ChatTemplate",
+    "EncodedChat",
     "MalformedToolCall",
     "Media",
     "Piece",
-    "Question",
     "Section",
     "SpecialTokens",
     "TextDelta",

@@ -19,23 +19,31 @@ from blockpress.chat.messages import Media
 from blockpress.chat.parser import SpecialTokens, TurnParser
 from blockpress.chat.prompt import encode_chat
 from blockpress.chat.template import ChatTemplate
-from blockpress.chat.turn import RETRIES, ChatOutputProcessor, Progress
+from blockpress.chat.turn import RETRIES, ChatOutputProcessor, ThinkingProgress
 from blockpress.config import ModelConfig
 from blockpress.config.checks import is_count
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import BlockpressError, CheckpointError, RequestError
-from blockpress.multimodal import Picture, Run, Video, expand, lay_out, prepare, prepare_videos
+from blockpress.multimodal import (
+    ImageSpan,
+    ProcessedImage,
+    Video,
+    expand,
+    insert_placeholders,
+    prepare_images,
+    prepare_videos,
+)
 from blockpress.text import Tokenizer
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A conversation as the model reads it: token ids, and the pictures whose soft tokens stand at `runs`."""
+class EncodedChat:
+    """A conversation as the model reads it: token ids, and the pictures whose soft tokens stand at `image_spans`."""
 
     ids: list[int]
-    pictures: list[Picture]
-    runs: list[Run]
+    pictures: list[ProcessedImage]
+    image_spans: list[ImageSpan]
 
 
 @final
@@ -75,7 +83,7 @@ class Chat:
     def _settings(self) -> PictureSettings:
         return self._read_settings()
 
-    def questions(
+    def encode_all(
         self,
         conversations: Sequence[Any],
         many: bool = True,
@@ -83,7 +91,7 @@ class Chat:
         tools: Any = None,
         thinking: bool = False,
         soft_tokens: int | None = None,
-    ) -> list[Question]:
+    ) -> list[EncodedChat]:
         """Each conversation as the model reads it.
 
         RequestError, TextError: what is wrong with one, by name, and where there are `many`, by its number.
@@ -91,16 +99,16 @@ class Chat:
         asked = []
         for number, messages in enumerate(conversations):
             try:
-                asked.append(self.question(messages, tools=tools, thinking=thinking, soft_tokens=soft_tokens))
+                asked.append(self.encode(messages, tools=tools, thinking=thinking, soft_tokens=soft_tokens))
             except BlockpressError as error:
                 if not many:
                     raise
                 raise type(error)(f"conversation {number}: {error.message}", hint=error.hint) from error
         return asked
 
-    def question(
+    def encode(
         self, messages: Any, *, tools: Any = None, thinking: bool = False, soft_tokens: int | None = None
-    ) -> Question:
+    ) -> EncodedChat:
         """One conversation as the model reads it. RequestError, TextError: what is wrong with it, by name.
 
         `soft_tokens`: most tokens that an image, or a frame of a video, becomes; None: as the checkpoint says.
@@ -111,7 +119,7 @@ class Chat:
             raise RequestError(
                 f"tools is {tools!r:.60}", hint="this model has no token for tool calls; leave tools out"
             )
-        pictures: list[Picture] = []
+        pictures: list[ProcessedImage] = []
 
         def show(text: str, media: tuple[Media, ...]) -> str:
             if self._config.vision is None or not self._config.has_canvas:
@@ -120,17 +128,17 @@ class Chat:
                 )
             images = [_opened(one, self._settings, soft_tokens) for one in media if one.kind == "image"]
             videos = [_played(one, self._settings, soft_tokens) for one in media if one.kind == "video"]
-            text, shown = lay_out(text, images, videos)
+            text, shown = insert_placeholders(text, images, videos)
             pictures.extend(shown)
             return text
 
         prompt = encode_chat(self.tokenizer, self.template, messages, tools=tools, thinking=thinking, lay_out=show)
         if not pictures:
-            return Question(ids=prompt.ids, pictures=[], runs=[])
+            return EncodedChat(ids=prompt.ids, pictures=[], image_spans=[])
         placed = expand(prompt.ids, [picture.soft_tokens for picture in pictures], self._config)
-        return Question(ids=placed.ids, pictures=pictures, runs=placed.runs)
+        return EncodedChat(ids=placed.ids, pictures=pictures, image_spans=placed.image_spans)
 
-    def turn(
+    def output_processor(
         self,
         prompt: Sequence[int],
         *,
@@ -140,7 +148,7 @@ class Chat:
         retry_empty: bool = True,
     ) -> ChatOutputProcessor:
         """What reads the answer behind a prompt. `thinking_budget`: most tokens inside thoughts; None: any number."""
-        begin = Progress(section=self.controls.section_after(prompt))
+        begin = ThinkingProgress(section=self.controls.section_after(prompt))
         parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=begin.section)
         return ChatOutputProcessor(
             self.tokenizer,
@@ -153,9 +161,9 @@ class Chat:
         )
 
 
-def _opened(media: Media, settings: PictureSettings, soft_tokens: int | None) -> Picture:
+def _opened(media: Media, settings: PictureSettings, soft_tokens: int | None) -> ProcessedImage:
     with _named(media.field):
-        return prepare([media.source], settings, soft_tokens)[0]
+        return prepare_images([media.source], settings, soft_tokens)[0]
 
 
 def _played(media: Media, settings: PictureSettings, soft_tokens: int | None) -> Video:

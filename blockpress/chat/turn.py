@@ -8,7 +8,7 @@ Two things go another way than the model would have it, both decided by token id
 - the thinking budget: where a thought has as many tokens as it may, its canvas is cut, the closing token is committed
   there, and the next canvas begins the answer; no other thought can be opened from there on;
 - the empty answer: a canvas that ends the turn before it said anything is written again from fresh noise, and the place
-  where its answer should have begun is denied the ids that end a turn, and the blank that stood there.
+  where its answer should have begun may not take the ids that end a turn, and the blank that stood there.
 
 Invariant: what a turn does is a function of its own tokens, so a chat in a batch is the chat alone.
 Run it:  python -m pytest tests/chat
@@ -30,7 +30,7 @@ RETRIES = 3
 
 @final
 @dataclass(frozen=True)
-class Progress:
+class ThinkingProgress:
     """Where a turn is: what is open, tokens inside thoughts so far, and whether anything has been said."""
 
     section: Section = "answer"
@@ -50,7 +50,7 @@ class ChatOutputProcessor:
         tokenizer: Tokenizer,
         controls: SpecialTokens,
         parser: TurnParser,
-        progress: Progress,
+        progress: ThinkingProgress,
         *,
         stop_ids: tuple[int, ...],
         budget: int | None,
@@ -79,12 +79,12 @@ class ChatOutputProcessor:
         return self._progress.spent, self._thought_cut
 
     @property
-    def denied(self) -> Mapping[int, Container[int]]:
+    def banned_ids(self) -> Mapping[int, Container[int]]:
         """What stood where the answer should have begun; and everywhere, once the budget is spent, another thought."""
-        denied: dict[int, Container[int]] = dict(self._too_early)
+        banned: dict[int, Container[int]] = dict(self._too_early)
         if self._controls.thought is not None and self._is_spent(self._progress):
-            denied[self._controls.thought] = range(sys.maxsize)
-        return denied
+            banned[self._controls.thought] = range(sys.maxsize)
+        return banned
 
     def cut(self, tokens: list[int]) -> list[int]:
         """All tokens, or those up to the budget's end with the thought closed behind them, or up to another thought."""
@@ -93,12 +93,12 @@ class ChatOutputProcessor:
         for place, token in enumerate(tokens):
             after = self._after(progress, token)
             if after.section == "thought" and self._is_spent(progress):
-                # Outside of a thought this token would open one: the next canvas is denied it, and goes on from here.
+                # Outside of a thought this token would open one: the next canvas is banned it, and goes on from here.
                 return self._closed(tokens[:place], end) if progress.section == "thought" else tokens[:place]
             progress = after
         return self._closed(tokens, end) if progress.section == "thought" and self._is_spent(progress) else tokens
 
-    def begins_again(self, tokens: list[int]) -> bool:
+    def should_retry(self, tokens: list[int]) -> bool:
         """If nothing has been said; then neither a turn's end nor the blank that stood there may open the answer."""
         progress, opening = self._progress, len(tokens) - 1
         for place, token in enumerate(tokens):
@@ -131,15 +131,15 @@ class ChatOutputProcessor:
         self._cut_at = len(tokens) + 1
         return [*tokens, end]
 
-    def _is_spent(self, progress: Progress) -> bool:
+    def _is_spent(self, progress: ThinkingProgress) -> bool:
         return self._budget is not None and progress.spent >= self._budget
 
-    def _after(self, progress: Progress, token: int) -> Progress:
+    def _after(self, progress: ThinkingProgress, token: int) -> ThinkingProgress:
         section = self._controls.section_after([token], progress.section)
         # The id that ends the turn inside a thought is no part of it.
         inside = progress.section == section == "thought" and token not in self._stop_ids
         said = progress.said or (section != "thought" and self._says(token))
-        return Progress(section, progress.spent + inside, said)
+        return ThinkingProgress(section, progress.spent + inside, said)
 
     def _says(self, token: int) -> bool:
         """Whether a token outside of thoughts is content: text that is not blank, or the beginning of a call."""

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from safetensors import SafetensorError
 
-from blockpress.checkpoints.files import BESIDE, CONFIG, INDEX, SINGLE
+from blockpress.checkpoints.files import CONFIG, HF_QUANT_CONFIG, INDEX, SINGLE
 from blockpress.errors import CheckpointError, RequestError
 
 SHARD_BYTES = 5_000_000_000
@@ -34,7 +34,7 @@ SHARD_BYTES = 5_000_000_000
 REPORT = "quantization.json"
 
 # What speaks of the weights in a directory and of no others: it goes with them.
-_OF_THE_WEIGHTS = (SINGLE, INDEX, REPORT, BESIDE)
+_OF_THE_WEIGHTS = (SINGLE, INDEX, REPORT, HF_QUANT_CONFIG)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -90,7 +90,7 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
         ) from error
 
 
-def check_room(staging: Path, need: int) -> None:
+def check_disk_space(staging: Path, need: int) -> None:
     """Raises CheckpointError: the disk under a directory that `staged` gave has less room than `need` bytes."""
     free = shutil.disk_usage(staging).free
     if need > free:

@@ -27,7 +27,7 @@ from blockpress.config import ModelConfig
 from blockpress.config.model import DTYPES as NAMES
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model.layers import Experts, Weighted, put_packed
-from blockpress.ops.integers import MOST_COLUMNS, rounded
+from blockpress.ops.integers import MOST_COLUMNS, quantized
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.weight import Weight
 
@@ -82,7 +82,7 @@ class Types:
         the wider type.
         """
         if product and self.integers:
-            return rounded(weight)
+            return quantized(weight)
         if not isinstance(weight, Tensor) or self.storage == self.compute:
             return weight
         return HalfFloats(values=weight) if matrix else weight.to(self.compute)

@@ -22,12 +22,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from blockpress.checkpoints.files import BESIDE, CONFIG, GENERATION, checkpoint_directory, expanded, read_object
+from blockpress.checkpoints.files import (
+    CONFIG,
+    GENERATION,
+    HF_QUANT_CONFIG,
+    checkpoint_directory,
+    expanded,
+    read_object,
+)
 from blockpress.checkpoints.gguf import Gguf, understand
 from blockpress.checkpoints.gguf.find import SUFFIX
 from blockpress.checkpoints.gguf.header import Header, read_header
-from blockpress.checkpoints.identify import Kind, config_kind, gguf_kind, main_type
-from blockpress.checkpoints.index import Stored, catalogue
+from blockpress.checkpoints.identify import CheckpointInfo, config_kind, gguf_kind, main_type
+from blockpress.checkpoints.index import StoredTensor, read_index
 from blockpress.checkpoints.locate import find_model
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.config.quantization import Quantization
@@ -73,9 +80,9 @@ class Checkpoint:
         return read_object(self.directory / CONFIG)
 
     @cached_property
-    def beside(self) -> Mapping[str, Any] | None:
+    def hf_quant_config(self) -> Mapping[str, Any] | None:
         """What ModelOpt wrote beside config.json, as it stands; None: nothing."""
-        file = self.directory / BESIDE
+        file = self.directory / HF_QUANT_CONFIG
         return read_object(file) if file.is_file() else None
 
     @cached_property
@@ -105,7 +112,7 @@ class Checkpoint:
         said, file = self.document.get("quantization_config"), CONFIG
         said = text.get("quantization_config") if said is None and isinstance(text, dict) else said
         if said is None:
-            said, file = self.beside, BESIDE
+            said, file = self.hf_quant_config, HF_QUANT_CONFIG
         if said is None:
             return None
         with _understood(self.directory / file):
@@ -117,16 +124,16 @@ class Checkpoint:
         return load_generation(self.directory, self.config) if self.gguf is None else self.gguf.generation
 
     @cached_property
-    def tensors(self) -> Mapping[str, Stored]:
-        """Every tensor of a directory's safetensors files, from the index and the headers. Errors as `catalogue`."""
-        return catalogue(self.directory, self.index)
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of a directory's safetensors files, from the index and the headers. Errors as `read_index`."""
+        return read_index(self.directory, self.index)
 
     @cached_property
-    def kind(self) -> Kind:
-        """Its family and format, of a checkpoint that nothing here runs as well. Errors as `kind_of`, `catalogue`."""
+    def kind(self) -> CheckpointInfo:
+        """Its family and format, of a checkpoint that nothing here runs as well. Errors as `identify`, `read_index`."""
         if self.header is not None:
             return gguf_kind(self.header)
-        return config_kind(self.document, lambda: self.beside, self._main_type)
+        return config_kind(self.document, lambda: self.hf_quant_config, self._main_type)
 
     def _main_type(self) -> str | None:
         tensors = list(self.tensors.values())

@@ -20,7 +20,7 @@ from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
-BESIDE = "hf_quant_config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
 """Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
 
 SINGLE = "model.safetensors"

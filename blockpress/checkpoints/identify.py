@@ -5,7 +5,7 @@ it, so that `ls` and `show` can speak of a checkpoint that nothing here can run.
 
 Weights that are not packed are named by how they are stored, which need not be the type that the config asks to run in.
 
-Invariant: no weight is read, and nothing in a file makes `kind_of` raise but that it cannot be read or parsed at all.
+Invariant: no weight is read, and nothing in a file makes `identify` raise but that it cannot be read or parsed at all.
 
 Run it:  blockpress ls
 Source: `compressed_tensors` 0.20 `QuantizationConfig`, ModelOpt's `hf_quant_config`, the GGUF specification of ggml.
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockpress.checkpoints.files import BESIDE, CONFIG, read_object
+from blockpress.checkpoints.files import CONFIG, HF_QUANT_CONFIG, read_object
 from blockpress.checkpoints.gguf.header import Header, read_header
-from blockpress.checkpoints.index import opened
+from blockpress.checkpoints.index import open_safetensors
 
 FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")
 """What blockpress runs: values of `model_type`, and of a GGUF file's `general.architecture`."""
@@ -38,7 +38,7 @@ _GGUF_TYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class CheckpointInfo:
     """A checkpoint's family (`model_type` or architecture) and format, such as "bf16", "nvfp4" or "Q4_K_M".
 
     `method` is who packed the weights ("compressed-tensors", "modelopt", "gguf"), None where they are not packed.
@@ -54,7 +54,7 @@ class Kind:
         return self.family in FAMILIES
 
 
-def kind_of(path: Path) -> Kind:
+def identify(path: Path) -> CheckpointInfo:
     """The kind of a checkpoint's directory or of a GGUF file that nobody has opened.
 
     Raises:
@@ -62,7 +62,7 @@ def kind_of(path: Path) -> Kind:
     """
     if path.is_file():
         return gguf_kind(read_header(path))
-    beside = path / BESIDE
+    beside = path / HF_QUANT_CONFIG
     return config_kind(
         read_object(path / CONFIG), lambda: read_object(beside) if beside.is_file() else None, lambda: _stored(path)
     )
@@ -70,7 +70,7 @@ def kind_of(path: Path) -> Kind:
 
 def config_kind(
     config: Mapping[str, Any], beside: Callable[[], Mapping[str, Any] | None], stored: Callable[[], str | None]
-) -> Kind:
+) -> CheckpointInfo:
     """The kind of a directory by its config.json.
 
     Args:
@@ -82,17 +82,17 @@ def config_kind(
         config = {**config, "quantization_config": said}
         quantised = _quantised(config)
     if quantised is not None:
-        return Kind(family=family, format=format_name(config), method=_method(quantised))
-    return Kind(family=family, format=stored() or format_name(config))
+        return CheckpointInfo(family=family, format=format_name(config), method=_method(quantised))
+    return CheckpointInfo(family=family, format=stored() or format_name(config))
 
 
-def gguf_kind(header: Header) -> Kind:
+def gguf_kind(header: Header) -> CheckpointInfo:
     """The kind of a GGUF file by its header."""
     metadata = header.metadata
     number = metadata.get("general.file_type")
     known = _GGUF_TYPES.get(number) if isinstance(number, int) else None
     name = known or ("unnamed mix" if number is None else f"type {number!s:.40}")
-    return Kind(family=str(metadata.get("general.architecture")), format=name, method="gguf")
+    return CheckpointInfo(family=str(metadata.get("general.architecture")), format=name, method="gguf")
 
 
 def main_type(codes: Iterable[str]) -> str | None:
@@ -138,7 +138,7 @@ def _stored(directory: Path) -> str | None:
     file = next(iter(sorted(directory.glob("*.safetensors"))), None)
     if file is None:
         return None
-    with opened(file) as shard:
+    with open_safetensors(file) as shard:
         return main_type(shard.get_slice(name).get_dtype() for name in shard.offset_keys())
 
 

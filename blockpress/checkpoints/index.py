@@ -35,7 +35,7 @@ FLOATS: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """One tensor on disk; `dtype` is the format's code, such as BF16."""
 
     name: str
@@ -50,7 +50,7 @@ class Stored:
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def catalogue(directory: Path, index: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+def read_index(directory: Path, index: Mapping[str, Any] | None = None) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by its published name, in the order of the files; only headers are read.
 
     `model.safetensors` counts where it is there, else the shards of `model.safetensors.index.json`, as in
@@ -74,7 +74,7 @@ def catalogue(directory: Path, index: Mapping[str, Any] | None = None) -> dict[s
             f"there are no weights in {str(directory)!r}: neither {SINGLE} nor {INDEX}",
             hint="fetch the checkpoint again; blockpress reads safetensors only",
         )
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in files:
         if not (directory / name).is_file():
             raise MissingWeights(
@@ -97,7 +97,7 @@ def catalogue(directory: Path, index: Mapping[str, Any] | None = None) -> dict[s
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path) -> Iterator[Any]:
     """An open safetensors file; `get_tensor(name)` gives a tensor that owns its memory.
 
     Raises:
@@ -114,10 +114,10 @@ def opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint="check the file and its rights") from error
 
 
-def _headers(file: Path) -> list[Stored]:
-    with opened(file) as shard:
+def _headers(file: Path) -> list[StoredTensor]:
+    with open_safetensors(file) as shard:
         slices = ((name, shard.get_slice(name)) for name in shard.offset_keys())
-        return [Stored(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
+        return [StoredTensor(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
 
 
 def _places(file: Path, index: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from blockpress.cli import options
-from blockpress.cli.shape import Shape, open_subject
+from blockpress.cli.subject import SubjectOptions, open_subject
 from blockpress.cli.sweep import CARDS, FORMATS, counts
 from blockpress.cli.sweep import sweep as draw_sweep
 from blockpress.cli.terminal import waiting
@@ -128,7 +128,7 @@ def bench(
       blockpress bench --preset bench-4k --steps 4 --against transformers
       blockpress bench --preset bench-wide --sweep --device cpu --device h200 --out sweep.svg
     """
-    shape = Shape(model, preset, config, seed, dtype, compute_dtype, threads)
+    shape = SubjectOptions(model, preset, config, seed, dtype, compute_dtype, threads)
     fixed, devices = _steps(steps), device or ["cpu"]
     asked = _given(
         prompt_len=prompt_len, max_tokens=max_tokens, mode=mode, batch=batch, requests=requests, rate=rate,
@@ -138,10 +138,10 @@ def bench(
     if sweep:
         others = rival | {"--prompts": prompts, "--soft-embedding": soft_embedding}
         options.refuse("--sweep", {f"--{name.replace('_', '-')}": value for name, value in asked.items()} | others)
-        draw_sweep(shape, devices, counts(users), fixed, choose("--format", form or "fp8", FORMATS), out, json)
+        draw_sweep(shape, devices, counts(users), fixed, one_of("--format", form or "fp8", FORMATS), out, json)
         return
     _without_sweep({"--out": out, "--users": users, "--format": form})
-    soft = cast(Literal["exact", "sparse"], choose("--soft-embedding", soft_embedding or "exact", ("exact", "sparse")))
+    soft = cast(Literal["exact", "sparse"], one_of("--soft-embedding", soft_embedding or "exact", ("exact", "sparse")))
     work = _workload(asked, fixed, seed)
     _check_rival(work, rival, prompts, requests)
     subject = open_subject(shape, _own(devices))
@@ -183,33 +183,33 @@ def _check_rival(work: Workload, rival: Mapping[str, Any], prompts: str | None, 
             if value is not None:
                 raise RequestError(f"{name} is given without --against", hint=f"leave out {name}, or give --against")
         return
-    from blockpress.bench.against import check
+    from blockpress.bench.against import check_comparable
 
     options.positive(rival["--rounds"], "--rounds")
     options.refuse("--against", {"--prompts": prompts, "--requests": requests})
-    check(work, rival["--against"], rival["--against-dtype"])
+    check_comparable(work, rival["--against"], rival["--against-dtype"])
 
 
 def _measure(subject: Subject, work: Workload, soft: Literal["exact", "sparse"], json: bool) -> None:
-    from blockpress.bench.measure import measure
-    from blockpress.bench.report import lines
+    from blockpress.bench.measure import run_bench
+    from blockpress.bench.report import report_lines
 
     with waiting(f"measuring {subject.name}"):
-        found, machine = measure(subject, work, soft_embedding=soft)
+        found, machine = run_bench(subject, work, soft_embedding=soft)
     if json:
         options.print_json(_about(subject, work) | {"soft_embedding": soft} | asdict(found) | _machine(machine))
     else:
-        print("\n".join([_title(subject, work), *lines(found, machine)]))
+        print("\n".join([_title(subject, work), *report_lines(found, machine)]))
 
 
 def _compare(
     subject: Subject, work: Workload, rival: Mapping[str, Any], soft: Literal["exact", "sparse"], json: bool
 ) -> None:
-    from blockpress.bench.against import compare
+    from blockpress.bench.against import compare_with
 
     name, rounds, dtype = rival["--against"], rival["--rounds"] or ROUNDS, rival["--against-dtype"]
     with waiting(f"taking turns with {name}"):
-        found = compare(subject, work, name, rounds=rounds, dtype=dtype, soft_embedding=soft)
+        found = compare_with(subject, work, name, rounds=rounds, dtype=dtype, soft_embedding=soft)
     if json:
         options.print_json(_about(subject, work) | {"soft_embedding": soft} | found.to_dict())
     else:
@@ -223,7 +223,7 @@ def _fitted(subject: Subject, work: Workload, prompts: str | None, asked: dict[s
     able = subject.lm is not None and one_token_a_cell(subject.lm)
     own = "sudoku" if able and "prompt_len" not in asked else "random"
     max_tokens = asked.get("max_tokens")
-    if choose("--prompts", prompts or own, ("random", "sudoku")) == "sudoku":
+    if one_of("--prompts", prompts or own, ("random", "sudoku")) == "sudoku":
         options.refuse("--prompts sudoku", {"--prompt-len": asked.get("prompt_len")})
         if not able:
             text = f"--prompts is sudoku, and {subject.name} does not write a sudoku's cells as tokens"
@@ -260,7 +260,7 @@ def _steps(text: str) -> int | None:
     return int(text)
 
 
-def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise RequestError(f"{option} is {value!r}", hint=f"{option} takes {', '.join(allowed)}")
     return value

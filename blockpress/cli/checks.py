@@ -12,7 +12,7 @@ DRIFT = 1e-4  # relative; float32 orders of summation differ by about 1e-6
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One finding. `hint` says what to do where it is not ok."""
 
     name: str

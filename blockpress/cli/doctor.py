@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from blockpress.cli import options, paths
-from blockpress.cli.checks import DRIFT, Check
+from blockpress.cli import options, parity
+from blockpress.cli.checks import DRIFT, DoctorCheck
 from blockpress.errors import BlockpressError
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def doctor(json: options.Json = False, device: options.Device = "cpu") -> None:
         raise typer.Exit(1)
 
 
-def examine(device: str = "cpu") -> Iterator[Check]:
+def examine(device: str = "cpu") -> Iterator[DoctorCheck]:
     """All checks, in order, each as soon as it is known."""
-    tests: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+    tests: list[tuple[str, Callable[[], Iterator[DoctorCheck]]]] = [
         ("python", _python),
         ("torch", _torch),
         ("processor", _processor),
@@ -65,33 +65,33 @@ def examine(device: str = "cpu") -> Iterator[Check]:
         ("cuda", _cuda),
         ("memory", _memory),
         ("models", lambda: _models(device)),
-        ("native", paths.native),
-        ("paths", lambda: paths.agreement(device)),
+        ("native", parity.native),
+        ("paths", lambda: parity.agreement(device)),
         ("parts", _parts),
     ]
     for name, test in tests:
         try:
             yield from test()
         except BlockpressError as error:
-            yield Check(name, "fail", error.message, error.hint)
+            yield DoctorCheck(name, "fail", error.message, error.hint)
         except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            yield Check(name, "fail", text, "install blockpress afresh; if that does not help, report this line")
+            yield DoctorCheck(name, "fail", text, "install blockpress afresh; if that does not help, report this line")
 
 
-def _python() -> Iterator[Check]:
+def _python() -> Iterator[DoctorCheck]:
     detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     good = sys.version_info >= (3, 11)
-    yield Check("python", "ok" if good else "fail", detail, "" if good else "install Python 3.11 or newer")
+    yield DoctorCheck("python", "ok" if good else "fail", detail, "" if good else "install Python 3.11 or newer")
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[DoctorCheck]:
     import torch
 
-    yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield DoctorCheck("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
-def _processor() -> Iterator[Check]:
+def _processor() -> Iterator[DoctorCheck]:
     from blockpress.hardware import isa, processor
 
     here, level = processor(), isa()
@@ -100,10 +100,10 @@ def _processor() -> Iterator[Check]:
         detail += f", lowered from {here.isa} by BLOCKPRESS_ISA"
     if level == "neon":
         detail += "; the authors have not run this level: trust the lines below"
-    yield Check("processor", "ok", detail)
+    yield DoctorCheck("processor", "ok", detail)
 
 
-def _products() -> Iterator[Check]:
+def _products() -> Iterator[DoctorCheck]:
     """How fast this processor multiplies in each type, and which type bfloat16 weights are computed in."""
     import torch
 
@@ -119,29 +119,29 @@ def _products() -> Iterator[Check]:
         f"{', '.join(parts)} on {threads} thread{'s' * (threads > 1)}; reads {found.reading:.0f} GB/s; "
         f"bfloat16 weights are computed in {taken}"
     )
-    yield Check("products", "ok", detail)
+    yield DoctorCheck("products", "ok", detail)
 
 
-def _cuda() -> Iterator[Check]:
+def _cuda() -> Iterator[DoctorCheck]:
     from blockpress.hardware import cards
 
     found = cards()
     if not found:
-        yield Check("cuda", "ok", "no GPU: everything runs on the processor")
+        yield DoctorCheck("cuda", "ok", "no GPU: everything runs on the processor")
     for card in found:
-        yield Check("cuda", "ok", f"{card.device} is {card.name}, {_gib(card.free)} of {_gib(card.total)} free")
+        yield DoctorCheck("cuda", "ok", f"{card.device} is {card.name}, {_gib(card.free)} of {_gib(card.total)} free")
 
 
-def _memory() -> Iterator[Check]:
+def _memory() -> Iterator[DoctorCheck]:
     from blockpress.hardware import main_memory
 
     free, total = main_memory()
     enough = free >= NEEDED
     hint = "" if enough else f"close other programs: the shipped model wants {_gib(NEEDED)}"
-    yield Check("memory", "ok" if enough else "warn", f"{_gib(free)} of {_gib(total)} free", hint)
+    yield DoctorCheck("memory", "ok" if enough else "warn", f"{_gib(free)} of {_gib(total)} free", hint)
 
 
-def _models(device: str) -> Iterator[Check]:
+def _models(device: str) -> Iterator[DoctorCheck]:
     from blockpress.checkpoints import shipped
     from blockpress.lm import load
 
@@ -149,15 +149,15 @@ def _models(device: str) -> Iterator[Check]:
     for name in shipped():
         lm = load(name, device=device)
         count = sum(parameter.numel() for parameter in lm.network.parameters())
-        yield Check("model", "ok", f"{name} loads: {count:,} parameters in {str(lm.network.dtype)[6:]}")
+        yield DoctorCheck("model", "ok", f"{name} loads: {count:,} parameters in {str(lm.network.dtype)[6:]}")
         small = lm if name == options.SHIPPED else small
     lm = load(options.SHIPPED, device=device) if small is None else small
     yield _solves(lm)
     yield _agrees(lm)
-    yield paths.engine(lm, PUZZLE)
+    yield parity.engine(lm, PUZZLE)
 
 
-def _solves(lm: LM) -> Check:
+def _solves(lm: LM) -> DoctorCheck:
     """The whole path on a fixed easy puzzle, and how long a forward takes."""
     from blockpress.cli.sudoku import answer
 
@@ -166,10 +166,10 @@ def _solves(lm: LM) -> Check:
     done = answer(lm, [PUZZLE], lm.generation.sampling)[0]
     speed = 1000 * (time.perf_counter() - begun) / (done.forwards + 1)
     hint = "" if done.solved else "the model's files may be damaged: install blockpress afresh"
-    return Check("puzzle", "ok" if done.solved else "fail", f"{done.verdict}, {speed:.1f} ms a forward", hint)
+    return DoctorCheck("puzzle", "ok" if done.solved else "fail", f"{done.verdict}, {speed:.1f} ms a forward", hint)
 
 
-def _agrees(lm: LM) -> Check:
+def _agrees(lm: LM) -> DoctorCheck:
     """Plain and fused attention on one canvas, as a relative difference of the logits."""
     from blockpress import sudoku
     from blockpress.ops import attention
@@ -188,20 +188,20 @@ def _agrees(lm: LM) -> Check:
     good = difference <= DRIFT
     hint = "" if good else f"this torch computes attention wrongly on {lm.network.device}: install another version"
     detail = f"plain and fused attention differ by {difference:.1e} (relative)"
-    return Check("numbers", "ok" if good else "fail", detail, hint)
+    return DoctorCheck("numbers", "ok" if good else "fail", detail, hint)
 
 
-def _parts() -> Iterator[Check]:
+def _parts() -> Iterator[DoctorCheck]:
     from blockpress.ops.compiled import compiler as find_compiler
 
     compiler = find_compiler()
     hint = "" if compiler else "install g++ to train faster (torch.compile)"
-    yield Check("compiler", "ok" if compiler else "warn", compiler or "no C++ compiler", hint)
+    yield DoctorCheck("compiler", "ok" if compiler else "warn", compiler or "no C++ compiler", hint)
     for package, use in (("transformers", "the oracle of the tests"), ("triton", "kernels for GPUs")):
         try:
-            yield Check(package, "ok", f"{metadata.version(package)}: {use}")
+            yield DoctorCheck(package, "ok", f"{metadata.version(package)}: {use}")
         except metadata.PackageNotFoundError:
-            yield Check(package, "ok", f"not installed, and not needed: {use}")
+            yield DoctorCheck(package, "ok", f"not installed, and not needed: {use}")
 
 
 def _gib(count: int) -> str:

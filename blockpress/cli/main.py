@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from blockpress import __version__
 from blockpress.cli.bench import bench
 from blockpress.cli.doctor import doctor
-from blockpress.cli.keep import ls, pull, rm
+from blockpress.cli.hub import ls, pull, rm
 from blockpress.cli.quantize import quantize
 from blockpress.cli.run import run
 from blockpress.cli.show import show

@@ -27,7 +27,9 @@ class Puzzles:
     seed: int | None = None
 
 
-def gather(puzzle: str | None, file: str | None, random: int | None, givens: int | None, seed: int | None) -> Puzzles:
+def read_puzzles(
+    puzzle: str | None, file: str | None, random: int | None, givens: int | None, seed: int | None
+) -> Puzzles:
     """The puzzles asked for by exactly one of `puzzle`, `file` and `random`.
 
     Raises:
@@ -61,15 +63,15 @@ def _fresh(count: int, givens: int, seed: int | None) -> Puzzles:
             f"--givens is {givens}", hint=f"--givens takes {FEWEST_GIVENS} to {MOST_GIVENS}; 30 to 45 is usual"
         )
     first = secrets.randbelow(1_000_000) if seed is None else seed
-    grids = (sudoku.generate(first + place, givens).puzzle for place in range(count))
+    grids = (sudoku.generate_puzzle(first + place, givens).puzzle for place in range(count))
     return Puzzles(grids=grids, count=count, seed=first)
 
 
 def _typed(puzzle: str) -> list[str]:
     if puzzle == "-":
-        return [sudoku.parse(_read_stdin())]
+        return [sudoku.parse_puzzle(_read_stdin())]
     try:
-        return [sudoku.parse(puzzle)]
+        return [sudoku.parse_puzzle(puzzle)]
     except PuzzleError as error:
         if len(puzzle) < 256 and "\n" not in puzzle and Path(puzzle).is_file():
             raise PuzzleError(f"{puzzle!r} is a file, not a puzzle", hint=f"read it with --file {puzzle}") from error
@@ -82,7 +84,7 @@ def _filed(file: str) -> list[str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            grids.append(sudoku.parse(line))
+            grids.append(sudoku.parse_puzzle(line))
         except PuzzleError as error:
             nine = len(line.strip()) == 9
             hint = f"--file takes one puzzle a line; for one of nine lines: blockpress sudoku - < {file}"

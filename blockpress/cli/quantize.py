@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockpress.cli import options
-from blockpress.cli.bar import bar
+from blockpress.cli.progress import bar
 from blockpress.cli.terminal import note, waiting
-from blockpress.cli.units import size
+from blockpress.cli.units import format_bytes
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _measure(
     original: Checkpoint, smaller: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> dict[str, Any] | None:
     """Run the original, then the smaller model, on the same prompts; None where they have no canvas, or no room."""
-    from blockpress.evals.divergence import compare
+    from blockpress.evals.divergence import compare_recordings
 
     reason = _no_canvas(original) or _too_large((original, smaller), device)
     if reason is not None:
@@ -132,7 +132,7 @@ def _measure(
         recordings.append(recording)
         solved.append(count)
     kind = "given" if lines else "puzzles" if puzzles else "random token ids"
-    found = {"prompt_kind": kind, **asdict(compare(*recordings))}
+    found = {"prompt_kind": kind, **asdict(compare_recordings(*recordings))}
     return found | ({"solved_original": solved[0], "solved_changed": solved[1]} if puzzles else {})
 
 
@@ -201,7 +201,9 @@ def _too_large(checkpoints: Sequence[Checkpoint], device: str) -> str | None:
         compute = compute_name(config.dtype, device)
         need = needed(config, config.canvas_length, compute_dtype=compute, files=survey(checkpoint)).total
         if free is not None and need > free:
-            return f"{checkpoint.path} takes {size(need)} of memory, and {size(free)} are free on {device}"
+            return (
+                f"{checkpoint.path} takes {format_bytes(need)} of memory, and {format_bytes(free)} are free on {device}"
+            )
     return None
 
 
@@ -235,7 +237,8 @@ def _short(done: Converted) -> dict[str, Any]:
 
 def _table(model: str, out: Path, done: Converted) -> list[str]:
     share = done.bytes_after / done.bytes_before
-    rows = [f"{model} in {done.format}: {size(done.bytes_before)} -> {size(done.bytes_after)} ({share:.1%}), in {out}"]
+    sizes = f"{format_bytes(done.bytes_before)} -> {format_bytes(done.bytes_after)} ({share:.1%})"
+    rows = [f"{model} in {done.format}: {sizes}, in {out}"]
     rows += ["", f"{'linear layers':20}{'weights':>16}{'rel. error':>12}{'cosine':>10}{'largest':>11}"]
     for kind, error in done.kinds.items():
         rows.append(f"{kind:20}{error.values:16,}{error.relative:12.3%}{error.cosine:10.6f}{error.largest:11.3g}")

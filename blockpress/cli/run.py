@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from blockpress.cli import options, showing
+from blockpress.cli import media, options
 from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from blockpress.checkpoints import Checkpoint
-    from blockpress.cli.talk import Asking
+    from blockpress.cli.chat import ChatSession
     from blockpress.decoding import Event, Reply
 
 Model = Annotated[
@@ -188,20 +188,20 @@ def _open(
     limits: dict[str, Any],
     raw: bool,
     how: dict[str, Any],
-) -> Asking:
+) -> ChatSession:
     """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options, `limits` as
-    fields of `Asking`, `how` its weights are loaded."""
-    parts = showing.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
+    fields of `ChatSession`, `how` its weights are loaded."""
+    parts = media.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
-        showing.check_model(found, chat, shown)
+        media.check_model(found, chat, shown)
 
     with waiting(f"loading {model}"):
-        from blockpress.cli.talk import Asking
+        from blockpress.cli.chat import ChatSession
 
         lm, sampling = options.open_in_mode(model, mode, changes, check=check, max_running=1, **how)
     budget, thinking = chat["--thinking-budget"], chat["--thinking"]
-    return Asking(
+    return ChatSession(
         lm=lm,
         sampling=sampling,
         chat=not raw and lm.tokenizer is not None and lm.tokenizer.chat_template is not None,
@@ -214,9 +214,9 @@ def _open(
     )
 
 
-def _answer(asking: Asking, text: str | None, json: bool, events: bool, fast: bool) -> None:
+def _answer(asking: ChatSession, text: str | None, json: bool, events: bool, fast: bool) -> None:
     """One answer, in the form that was asked for; without a text, a conversation, or what is typed now."""
-    from blockpress.cli.told import event_to_dict, reply_to_dict
+    from blockpress.cli.serialize import event_to_dict, reply_to_dict
 
     if text is None and asking.chat:
         return _converse(asking, fast)
@@ -244,7 +244,7 @@ def _prompt(prompt: str | None) -> str:
     return text
 
 
-def _converse(asking: Asking, fast: bool) -> None:
+def _converse(asking: ChatSession, fast: bool) -> None:
     """Ask and answer in turn until the end of input; the model is given all that was said, but not what it thought."""
     note("Type a message; an empty line or Ctrl-D ends the conversation.")
     said: list[dict[str, Any]] = []
@@ -261,17 +261,17 @@ def _converse(asking: Asking, fast: bool) -> None:
         said += [asking.message(text, first=not said), answer]
 
 
-def _tell(asking: Asking, text: str, fast: bool, before: Sequence[dict[str, Any]] = ()) -> Reply:
+def _tell(asking: ChatSession, text: str, fast: bool, before: Sequence[dict[str, Any]] = ()) -> Reply:
     """One answer as it comes: on a terminal with its canvas, if it has one."""
     if asking.mode == "diffusion" and is_terminal(sys.stdout):
         return _last(_show(asking, asking.stream(text, before), fast))
     return _last(_print(asking, asking.stream(text, before)))
 
 
-def _show(asking: Asking, events: Iterable[Event], fast: bool) -> Iterator[Event]:
+def _show(asking: ChatSession, events: Iterable[Event], fast: bool) -> Iterator[Event]:
     from blockpress.cli.canvas import shown
-    from blockpress.cli.talk import ChatView
-    from blockpress.cli.told import ended
+    from blockpress.cli.chat import ChatView
+    from blockpress.cli.serialize import ended
     from blockpress.config import Sampling
     from blockpress.decoding import Done
 
@@ -285,10 +285,10 @@ def _show(asking: Asking, events: Iterable[Event], fast: bool) -> Iterator[Event
             yield event
 
 
-def _print(asking: Asking, events: Iterable[Event]) -> Iterator[Event]:
+def _print(asking: ChatSession, events: Iterable[Event]) -> Iterator[Event]:
+    from blockpress.cli.chat import Stream
     from blockpress.cli.meter import Meter
-    from blockpress.cli.talk import Stream
-    from blockpress.cli.told import ended
+    from blockpress.cli.serialize import ended
     from blockpress.decoding import Done
 
     lm, stream = asking.lm, Stream()

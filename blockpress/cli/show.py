@@ -15,7 +15,7 @@ import typer
 
 from blockpress import costs
 from blockpress.cli import options
-from blockpress.cli.units import many, size
+from blockpress.cli.units import format_bytes, format_count
 from blockpress.errors import ModelNotFound, RequestError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def show(model: Model = options.SHIPPED, context: Context = None, json: options.
     if json:
         options.print_json(described)
     else:
-        print("\n".join(lines(described)))
+        print("\n".join(show_lines(described)))
 
 
 def describe(model: str, context: int | None = None) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
     }
 
 
-def lines(described: dict[str, Any]) -> list[str]:
+def show_lines(described: dict[str, Any]) -> list[str]:
     """The description for people, a line each."""
     rows = [("model", f"{described['model']}   {described['path'] or 'a preset: its config alone'}")]
     rows += [("family", described["family"])]
@@ -109,7 +109,7 @@ def lines(described: dict[str, Any]) -> list[str]:
     if files:
         types = ", ".join(f"{count} in {name}" for name, count in files["dtypes"].items()) or "no tensors"
         of = "GGUF" if described["packed_by"] == "gguf" else "safetensors"
-        rows += [("files", f"{files['count']} of {of}, {size(files['bytes'])}; tensors: {types}")]
+        rows += [("files", f"{files['count']} of {of}, {format_bytes(files['bytes'])}; tensors: {types}")]
         rows += [("tokenizer", "yes" if described["tokenizer"] else "none: the model takes token ids only")]
     if described["compute_dtype"] != described["stored_in"]:
         computed, stored = described["compute_dtype"], described["stored_in"]
@@ -125,7 +125,12 @@ def lines(described: dict[str, Any]) -> list[str]:
 
 def _shape_rows(described: dict[str, Any]) -> list[tuple[str, str]]:
     parts, layers = described["parameters"], described["layers"]
-    rows = [("parameters", f"{many(described['total'])}, {many(described['active'])} of them active a token")]
+    rows = [
+        (
+            "parameters",
+            f"{format_count(described['total'])}, {format_count(described['active'])} of them active a token",
+        )
+    ]
     rows += [("  " + part, f"{count:14,}  {count / described['total']:6.1%}") for part, count in parts.items()]
     if described["vision_parameters"]:
         rows += [("  vision", f"{described['vision_parameters']:14,}  beside them")]
@@ -146,21 +151,27 @@ def _shape_rows(described: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for dtype, need in memory["in"].items():
-        each = " + ".join(f"{size(count)} {kind}" for kind, count in need["context_token"].items())
+        each = " + ".join(f"{format_bytes(count)} {kind}" for kind, count in need["context_token"].items())
         computed = "" if need["compute_dtype"] == dtype else f", computed in {need['compute_dtype']}"
-        rows += [(f"in {dtype}", f"weights {size(need['weights'])}{computed}; a token of context {each}")]
+        rows += [(f"in {dtype}", f"weights {format_bytes(need['weights'])}{computed}; a token of context {each}")]
+        total, state, step, read = (format_bytes(need[part]) for part in ("total", "context", "canvas", "reading"))
         rows += [
             (
                 f"  {memory['tokens']:,} tokens",
-                f"{size(need['total'])} in all: weights, {size(need['context'])} of context, and at most "
-                f"{size(need['canvas'])} for a step or {size(need['reading'])} for reading a prompt of that length",
+                f"{total} in all: weights, {state} of context, and at most {step} for a step or {read} for reading a "
+                "prompt of that length",
             )
         ]
     if memory["vision"]:
-        rows += [("  vision tower", f"{size(memory['vision'])} on disk, beside all of that")]
+        rows += [("  vision tower", f"{format_bytes(memory['vision'])} on disk, beside all of that")]
     for device, free in memory["free"].items():
         fits = [dtype for dtype, need in memory["in"].items() if need["total"] <= free]
-        rows += [(f"on {device}", f"{size(free)} free: {'fits in ' + ' and '.join(fits) if fits else 'does not fit'}")]
+        rows += [
+            (
+                f"on {device}",
+                f"{format_bytes(free)} free: {'fits in ' + ' and '.join(fits) if fits else 'does not fit'}",
+            )
+        ]
     return rows
 
 

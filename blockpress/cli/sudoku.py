@@ -157,10 +157,10 @@ def sudoku(
       blockpress sudoku --file puzzles.txt > answers.txt
       blockpress sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
     """
-    from blockpress.cli.puzzles import gather
+    from blockpress.cli.puzzles import read_puzzles
 
     options.positive(batch, "--batch")
-    asked = gather(puzzle, file, random, givens, seed)
+    asked = read_puzzles(puzzle, file, random, givens, seed)
     if asked.seed is not None and not json:
         again = "" if givens is None else f" --givens {givens}"
         note(f"seed {asked.seed} (the same again: --random {asked.count}{again} --seed {asked.seed})")

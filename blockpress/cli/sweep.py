@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpress.cli import options
-from blockpress.cli.shape import Shape, open_subject
+from blockpress.cli.subject import SubjectOptions, open_subject
 from blockpress.cli.terminal import note
 from blockpress.errors import RequestError
 
@@ -23,7 +23,7 @@ FORMATS = ("bf16", "fp8", "fp8-all", "w4a16", "w4", "w4a8")
 
 
 def sweep(
-    shape: Shape,
+    shape: SubjectOptions,
     devices: list[str],
     users: tuple[int, ...] | None,
     steps: int | None,
@@ -34,7 +34,7 @@ def sweep(
     """A panel for every device, this machine's measured, the cards' computed; SVG to a file, the figures printed."""
     from blockpress import costs
     from blockpress.bench.chart import crossed, svg
-    from blockpress.bench.panels import CARD_USERS, STEPS, USERS, roofline, table
+    from blockpress.bench.panels import CARD_USERS, STEPS, USERS, crossover_table, roofline
 
     if out is None:
         raise RequestError("--sweep is given without --out", hint="give --out FILE.svg")
@@ -61,16 +61,16 @@ def sweep(
         return
     for panel in panels:
         print(f"{panel.title}: {panel.note}\n{crossed(panel)}")
-        print("\n".join("".join(f"{cell:>24}" for cell in row) for row in table(panel)))
+        print("\n".join("".join(f"{cell:>24}" for cell in row) for row in crossover_table(panel)))
     print(f"drawn in {out}")
 
 
-def _measured(shape: Shape, device: str, users: tuple[int, ...], steps: float) -> Panel:
+def _measured(shape: SubjectOptions, device: str, users: tuple[int, ...], steps: float) -> Panel:
     from blockpress.bench.ceilings import measure_device
-    from blockpress.bench.sweep import measured
+    from blockpress.bench.sweep import measure_curves
 
     subject = open_subject(shape, device)
-    return measured(subject, measure_device(subject.network), users=users, steps=steps, progress=note)
+    return measure_curves(subject, measure_device(subject.network), users=users, steps=steps, progress=note)
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from blockpress.cli import options
-from blockpress.cli.bar import bar
-from blockpress.cli.units import size
+from blockpress.cli.progress import bar
+from blockpress.cli.units import format_bytes
 from blockpress.errors import RequestError
 
 PLAIN = "bf16"
@@ -56,4 +56,4 @@ def synthesize(
     if json:
         options.print_json({"preset": preset, "format": form, "seed": seed, "path": str(out), "bytes": written})
     else:
-        print(f"{out}: {preset} in {form}, {size(written)} of random weights (seed {seed})")
+        print(f"{out}: {preset} in {form}, {format_bytes(written)} of random weights (seed {seed})")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from blockpress.train import recipes
-    from blockpress.train.trainer import Report, Trainer
+    from blockpress.train.trainer import Trainer, TrainReport
 
 Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="What to train; --list names them.")]
 Out = Annotated[
@@ -126,7 +126,7 @@ def train(
         run.go(trainer, report_every, f"blockpress train {chosen.name} --out {shlex.quote(str(folder))} --resume")
 
 
-def _trainer(recipe: recipes.Recipe, folder: Path, settings: dict[str, Any]) -> Trainer:
+def _trainer(recipe: recipes.TrainingRecipe, folder: Path, settings: dict[str, Any]) -> Trainer:
     from blockpress.train.trainer import Trainer
 
     with waiting(f"preparing the data of {recipe.name}"):
@@ -139,7 +139,7 @@ def _list() -> None:
     print("\n".join(f"{name:12}{make().about}" for name, make in sorted(RECIPES.items())))
 
 
-def _find(name: str | None) -> recipes.Recipe:
+def _find(name: str | None) -> recipes.TrainingRecipe:
     from blockpress.train import recipes
 
     if name is None:
@@ -201,7 +201,7 @@ class _Run:
                 signal.signal(number, handler)
 
     @contextmanager
-    def _reporting(self, trainer: Trainer) -> Iterator[Callable[[Report], None]]:
+    def _reporting(self, trainer: Trainer) -> Iterator[Callable[[TrainReport], None]]:
         if not is_terminal(sys.stdout):
             yield lambda report: print(report.to_json(), flush=True)
             return
@@ -213,7 +213,7 @@ class _Run:
             task = progress.add_task("step", total=trainer.steps, completed=trainer.step, numbers="")
             self._stepped = lambda step: progress.update(task, completed=step)
 
-            def report(report: Report) -> None:
+            def report(report: TrainReport) -> None:
                 numbers = f"loss {report.canvas_loss:.3f}  right {report.accuracy:.1%}"
                 numbers += f"  {report.draws_per_second:.0f} draws/s"
                 progress.update(task, completed=report.step, numbers=numbers)
@@ -227,7 +227,7 @@ def _export(trainer: Trainer, folder: Path, raw: bool) -> None:
     note(f"step {trainer.step}: checkpoint in {folder}")
 
 
-def _silent(report: Report) -> None:
+def _silent(report: TrainReport) -> None:
     """Only the first process speaks."""
 
 

@@ -8,7 +8,7 @@ Run it:  python -m pytest blockpress/cli/units.py
 from __future__ import annotations
 
 
-def many(count: int) -> str:
+def format_count(count: int) -> str:
     """A large count in words.
 
     >>> many(987), many(2_400_000), many(25_250_000_000)
@@ -20,7 +20,7 @@ def many(count: int) -> str:
     return f"{count:,}"
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes in binary units, as memory and file managers have them.
 
     >>> size(1), size(600), size(200 * 1024), size(50 << 30)
@@ -32,7 +32,7 @@ def size(count: int) -> str:
     return f"{count} byte{'s' * (count != 1)}"
 
 
-def ago(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """A stretch of time, in the largest unit that it fills.
 
     >>> ago(3), ago(90), ago(7200), ago(86_400 * 40)

@@ -7,7 +7,7 @@ import math
 from blockpress.errors import ConfigError
 
 
-def check(ok: bool, name: str, value: object, need: str) -> None:
+def require(ok: bool, name: str, value: object, need: str) -> None:
     if not ok:
         raise ConfigError(f"config field {name} is {value!r}", hint=f"{name} must be {need}")
 

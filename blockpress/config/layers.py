@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blockpress.config.checks import check, is_count, is_number
+from blockpress.config.checks import is_count, is_number, require
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 KINDS: tuple[LayerKind, ...] = ("sliding_attention", "full_attention")
@@ -32,29 +32,33 @@ class Rope:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        check(is_number(self.theta) and self.theta > 0, "rope_theta", self.theta, "a number above 0")
-        check(self.kind in ("default", "proportional"), "rope_type", self.kind, "'default' or 'proportional'")
-        check(
+        require(is_number(self.theta) and self.theta > 0, "rope_theta", self.theta, "a number above 0")
+        require(self.kind in ("default", "proportional"), "rope_type", self.kind, "'default' or 'proportional'")
+        require(
             is_number(self.partial) and 0 <= self.partial <= 1,
             "partial_rotary_factor",
             self.partial,
             "a number from 0 to 1",
         )
-        check(
+        require(
             self.kind == "proportional" or self.partial == 1,
             "partial_rotary_factor",
             self.partial,
             "1 where rope_type is 'default'",
         )
-        check(is_number(self.factor) and self.factor > 0, "factor", self.factor, "a number above 0")
-        check(self.kind == "proportional" or self.factor == 1, "factor", self.factor, "1 where rope_type is 'default'")
+        require(is_number(self.factor) and self.factor > 0, "factor", self.factor, "a number above 0")
+        require(
+            self.kind == "proportional" or self.factor == 1, "factor", self.factor, "1 where rope_type is 'default'"
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rope:
         """Read one entry of `rope_parameters`; an unknown key there would change the angles, so it is refused."""
         known = {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
         for key in data:
-            check(key in known, f"rope_parameters.{key}", data[key], f"left out: only {', '.join(sorted(known))} count")
+            require(
+                key in known, f"rope_parameters.{key}", data[key], f"left out: only {', '.join(sorted(known))} count"
+            )
         return cls(
             theta=data.get("rope_theta", 10_000.0),
             kind=data.get("rope_type", "default"),
@@ -84,7 +88,7 @@ class LayerConfig:
     kv_heads: int
 
     def __post_init__(self) -> None:
-        check(self.kind in KINDS, "layer_types", self.kind, " or ".join(KINDS))
+        require(self.kind in KINDS, "layer_types", self.kind, " or ".join(KINDS))
 
     @property
     def sliding(self) -> bool:
@@ -94,10 +98,10 @@ class LayerConfig:
 def read_ropes(text: Mapping[str, Any]) -> tuple[Rope, Rope]:
     """The rotary embeddings of sliding and of full layers; the reference's where they are not given."""
     given = text.get("rope_parameters")
-    check(given is None or isinstance(given, Mapping), "rope_parameters", given, "an object for each kind of layer")
+    require(given is None or isinstance(given, Mapping), "rope_parameters", given, "an object for each kind of layer")
     for key, value in (given or {}).items():
-        check(value is None or isinstance(value, Mapping), f"rope_parameters.{key}", value, "an object")
-        check(key in KINDS, f"rope_parameters.{key}", value, f"inside an object for {' or '.join(KINDS)}")
+        require(value is None or isinstance(value, Mapping), f"rope_parameters.{key}", value, "an object")
+        require(key in KINDS, f"rope_parameters.{key}", value, f"inside an object for {' or '.join(KINDS)}")
     read = {kind: Rope.from_dict(value) for kind, value in (given or {}).items() if value is not None}
     return read.get(KINDS[0], SLIDING_ROPE), read.get(KINDS[1], FULL_ROPE)
 
@@ -109,13 +113,13 @@ def read_layers(text: Mapping[str, Any], keys_are_values: bool = True) -> tuple[
     Gemma 4 without that, full layers have the general number, and the reference reads the field as if it were absent.
     """
     count = text["num_hidden_layers"]
-    check(is_count(count), "num_hidden_layers", count, "a whole number of at least 1")
+    require(is_count(count), "num_hidden_layers", count, "a whole number of at least 1")
     kinds = text.get("layer_types")
     if kinds is None:
         kinds = [KINDS[(i + 1) % 6 == 0] for i in range(count)]
-    check(isinstance(kinds, Sequence) and len(kinds) == count, "layer_types", kinds, f"a list of {count} entries")
+    require(isinstance(kinds, Sequence) and len(kinds) == count, "layer_types", kinds, f"a list of {count} entries")
     for kind in kinds:
-        check(kind in KINDS, "layer_types", kind, " or ".join(KINDS))
+        require(kind in KINDS, "layer_types", kind, " or ".join(KINDS))
     sizes = _sizes(text, [*kinds[:-1], "full_attention"], keys_are_values)
     return tuple(LayerConfig(kind=kind, head_dim=dim, kv_heads=heads) for kind, dim, heads in sizes)
 
@@ -123,16 +127,16 @@ def read_layers(text: Mapping[str, Any], keys_are_values: bool = True) -> tuple[
 def _sizes(text: Mapping[str, Any], kinds: Sequence[Any], keys_are_values: bool) -> list[tuple[Any, Any, Any]]:
     """Kind, head size and key/value heads of every layer."""
     differences = text.get("per_layer_config")
-    check(differences is None or isinstance(differences, Mapping), "per_layer_config", differences, "an object")
+    require(differences is None or isinstance(differences, Mapping), "per_layer_config", differences, "an object")
     for key, value in (differences or {}).items():
         known = str(key).isdecimal() and int(key) < len(kinds)
-        check(known, f"per_layer_config.{key}", value, f"keyed by a layer from 0 to {len(kinds) - 1}")
-        check(isinstance(value, Mapping), f"per_layer_config.{key}", value, "an object")
+        require(known, f"per_layer_config.{key}", value, f"keyed by a layer from 0 to {len(kinds) - 1}")
+        require(isinstance(value, Mapping), f"per_layer_config.{key}", value, "an object")
     # From 11 layers on `transformers` writes "05" for 5.
     by_layer = {int(key): value for key, value in (differences or {}).items()}
     global_heads = text.get("num_global_key_value_heads")
     valid = global_heads is None or is_count(global_heads)
-    check(valid, "num_global_key_value_heads", global_heads, "a whole number of at least 1")
+    require(valid, "num_global_key_value_heads", global_heads, "a whole number of at least 1")
     sizes = []
     for index, kind in enumerate(kinds):
         own = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
@@ -141,7 +145,7 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any], keys_are_values: bool)
             if keys_are_values and global_heads is not None:
                 own["num_key_value_heads"] = global_heads
         for key, value in by_layer.get(index, {}).items():
-            check(key in own, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
+            require(key in own, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
             own[key] = value
         sizes.append((kind, own["head_dim"], own["num_key_value_heads"]))
     return sizes

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockpress.config.checks import check, is_count, is_number
+from blockpress.config.checks import is_count, is_number, require
 from blockpress.config.families import FAMILIES, REASONS, Family, Traits
 from blockpress.config.layers import (
     FULL_ROPE,
@@ -87,20 +87,20 @@ class ModelConfig:
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
+        require(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
         for name in _COUNTS:
-            check(is_count(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
+            require(is_count(getattr(self, name)), name, getattr(self, name), "a whole number of at least 1")
         self._check_family()
         most = f"at most num_experts ({self.num_experts})"
-        check(self.top_k_experts <= self.num_experts, "top_k_experts", self.top_k_experts, most)
-        check(is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
+        require(self.top_k_experts <= self.num_experts, "top_k_experts", self.top_k_experts, most)
+        require(is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
         for name, value in (("pad", self.pad_id), ("bos", self.bos_id), ("image", self.image_id)):
-            check(value is None or is_count(value, 0), f"{name}_token_id", value, "a token id or null")
+            require(value is None or is_count(value, 0), f"{name}_token_id", value, "a token id or null")
         for token in self.eos_ids:
-            check(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
-        check(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        check(self.vision is None or isinstance(self.vision, Mapping), "vision_config", self.vision, "an object")
-        check(bool(self.layers), "layer_types", (), "a list with at least one layer")
+            require(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.vision is None or isinstance(self.vision, Mapping), "vision_config", self.vision, "an object")
+        require(bool(self.layers), "layer_types", (), "a list with at least one layer")
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer)
 
@@ -109,26 +109,30 @@ class ModelConfig:
         # A dense network has none of the three; one of them alone is a mistake.
         dense = not self.has_canvas and not any(getattr(self, name) for name in _EXPERTS)
         for name in _EXPERTS:
-            check(is_count(getattr(self, name), 0 if dense else 1), name, getattr(self, name), "a whole number above 0")
+            require(
+                is_count(getattr(self, name), 0 if dense else 1), name, getattr(self, name), "a whole number above 0"
+            )
         limited = is_number(self.softcap) and self.softcap is not None and self.softcap > 0
         need = "a number above 0" if self.has_canvas else "a number above 0, or null"
-        check(limited or (self.softcap is None and not self.has_canvas), "final_logit_softcapping", self.softcap, need)
-        check(isinstance(self.keys_are_values, bool), "attention_k_eq_v", self.keys_are_values, "true or false")
+        require(
+            limited or (self.softcap is None and not self.has_canvas), "final_logit_softcapping", self.softcap, need
+        )
+        require(isinstance(self.keys_are_values, bool), "attention_k_eq_v", self.keys_are_values, "true or false")
         if self.has_canvas:
-            check(self.keys_are_values, "attention_k_eq_v", self.keys_are_values, f"true in the family {self.family}")
+            require(self.keys_are_values, "attention_k_eq_v", self.keys_are_values, f"true in the family {self.family}")
         else:
             need = f"1: the family {self.family} has no canvas, it writes token by token"
-            check(self.canvas_length == 1, "canvas_length", self.canvas_length, need)
+            require(self.canvas_length == 1, "canvas_length", self.canvas_length, need)
 
     def _check_layer(self, index: int, layer: LayerConfig) -> None:
         dim, heads = layer.head_dim, layer.kv_heads
-        check(is_count(dim, 2) and dim % 2 == 0, f"head_dim of layer {index}", dim, "an even number")
+        require(is_count(dim, 2) and dim % 2 == 0, f"head_dim of layer {index}", dim, "an even number")
         divides = is_count(heads) and self.num_heads % heads == 0
         need = f"a divisor of num_attention_heads ({self.num_heads})"
-        check(divides, f"num_key_value_heads of layer {index}", heads, need)
+        require(divides, f"num_key_value_heads of layer {index}", heads, need)
         first = next(other.head_dim for other in self.layers if other.kind == layer.kind)
         alike = f"{first}, as in the other layers of its kind: they share one rotary embedding"
-        check(dim == first, f"head_dim of layer {index}", dim, alike)
+        require(dim == first, f"head_dim of layer {index}", dim, alike)
 
     def rope(self, kind: LayerKind) -> Rope:
         """The rotary embedding of that kind of layer."""
@@ -258,12 +262,12 @@ def _read_family(data: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         need = " or ".join(map(repr, allowed)) + (f" ({REASONS[key]})" if key in REASONS else "")
         for part, prefix in ((data, ""), (text, where)):
             if key in part:
-                check(part[key] in allowed, prefix + key, part[key], need)
+                require(part[key] in allowed, prefix + key, part[key], need)
     moe = text.get("enable_moe_block")
-    check(traits.has_canvas or isinstance(moe, bool), f"{where}enable_moe_block", moe, "true or false")
+    require(traits.has_canvas or isinstance(moe, bool), f"{where}enable_moe_block", moe, "true or false")
     required = _REQUIRED + (_REQUIRED_OF_EXPERTS if traits.has_canvas or moe else ())
     missing = [name for name in required if text.get(name) is None]
-    check(not missing, f"{where}{missing[0] if missing else ''}", None, "given: it has no default")
+    require(not missing, f"{where}{missing[0] if missing else ''}", None, "given: it has no default")
     return family, text
 
 

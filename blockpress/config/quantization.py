@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blockpress.config.checks import check, is_count
+from blockpress.config.checks import is_count, require
 from blockpress.errors import ConfigError
 
 Strategy = Literal["tensor", "channel", "group", "tensor_group", "block"]
@@ -57,19 +57,21 @@ class Scheme:
     targets: tuple[str, ...] = ("Linear",)
 
     def __post_init__(self) -> None:
-        check(self.kind in ("int", "float"), f"{WHERE}: type", self.kind, "'int' or 'float'")
+        require(self.kind in ("int", "float"), f"{WHERE}: type", self.kind, "'int' or 'float'")
         allowed = (4, 8) if self.kind == "float" else tuple(range(2, 9))
         need = f"one of {', '.join(map(str, allowed))} for {self.kind} weights"
-        check(is_count(self.bits) and self.bits in allowed, f"{WHERE}: num_bits", self.bits, need)
+        require(is_count(self.bits) and self.bits in allowed, f"{WHERE}: num_bits", self.bits, need)
         known = self.strategy is None or self.strategy in STRATEGIES
-        check(known, f"{WHERE}: strategy", self.strategy, f"one of {', '.join(STRATEGIES)} for weights")
-        check(self.group is None or is_count(self.group), f"{WHERE}: group_size", self.group, "a whole number above 0")
+        require(known, f"{WHERE}: strategy", self.strategy, f"one of {', '.join(STRATEGIES)} for weights")
+        require(
+            self.group is None or is_count(self.group), f"{WHERE}: group_size", self.group, "a whole number above 0"
+        )
         grouped = self.strategy in ("group", "tensor_group")
-        check(not grouped or self.group is not None, f"{WHERE}: group_size", self.group, f"given for {self.strategy}")
-        check((self.strategy == "block") == (self.block is not None), f"{WHERE}: block_structure", self.block,
+        require(not grouped or self.group is not None, f"{WHERE}: group_size", self.group, f"given for {self.strategy}")
+        require((self.strategy == "block") == (self.block is not None), f"{WHERE}: block_structure", self.block,
               "[rows, columns] for the strategy block, and for no other")  # fmt: skip
-        check(isinstance(self.symmetric, bool), f"{WHERE}: symmetric", self.symmetric, "true or false")
-        check(self.symmetric or self.kind == "int", f"{WHERE}: symmetric", self.symmetric, "true for floats")
+        require(isinstance(self.symmetric, bool), f"{WHERE}: symmetric", self.symmetric, "true or false")
+        require(self.symmetric or self.kind == "int", f"{WHERE}: symmetric", self.symmetric, "true for floats")
 
     def __str__(self) -> str:
         size = f" in groups of {self.group}" if self.group else f" in blocks of {self.block}" if self.block else ""
@@ -110,16 +112,16 @@ class Quantization:
         if isinstance(method, str) and method.startswith("modelopt"):
             return _read_modelopt(values)
         need = f"{' or '.join(map(repr, _METHODS))}: {_TAKE_ANOTHER}"
-        check(method == "compressed-tensors", f"{WHERE}.quant_method", method, need)
+        require(method == "compressed-tensors", f"{WHERE}.quant_method", method, need)
         return _read_compressed(values)
 
 
 def _read_compressed(data: Mapping[str, Any]) -> Quantization:
     form, status = data.get("format"), data.get("quantization_status")
-    check(form in _FORMATS, f"{WHERE}.format", form, f"one of {', '.join(_FORMATS)}: {_TAKE_ANOTHER}")
+    require(form in _FORMATS, f"{WHERE}.format", form, f"one of {', '.join(_FORMATS)}: {_TAKE_ANOTHER}")
     # Older versions say "frozen" of packed weights too; floats that lie beside scales are refused by their tensors.
     done = status in ("compressed", "frozen", None)
-    check(done, f"{WHERE}.quantization_status", status, "'compressed': save it compressed")
+    require(done, f"{WHERE}.quantization_status", status, "'compressed': save it compressed")
     for name, why in (
         ("sparsity_config", "sparse weights are not read"),
         ("transform_config", "weights that were rotated (Hadamard transforms) are not read"),
@@ -127,13 +129,13 @@ def _read_compressed(data: Mapping[str, Any]) -> Quantization:
     ):
         value = data.get(name)
         empty = not value or value == {"format": "dense"} or (isinstance(value, Mapping) and not any(value.values()))
-        check(empty, f"{WHERE}.{name}", value, f"left out: {why}")
+        require(empty, f"{WHERE}.{name}", value, f"left out: {why}")
     known = {"format", "quantization_status", "config_groups", "ignore", *_TOP_ASIDE}
     known |= {"sparsity_config", "transform_config", "moe_sparsity_config"}
     _refuse_unknown(data, known, "")
     groups = _mapping(data.get("config_groups"), "config_groups")
     schemes = tuple(scheme for name, group in groups.items() for scheme in _read_group(f"config_groups.{name}", group))
-    check(bool(schemes), f"{WHERE}.config_groups", groups, "an object with at least one group that packs weights")
+    require(bool(schemes), f"{WHERE}.config_groups", groups, "an object with at least one group that packs weights")
     return Quantization(method="compressed-tensors", schemes=schemes, ignore=_names(data.get("ignore"), "ignore"))
 
 
@@ -142,7 +144,7 @@ def _read_group(name: str, group: object) -> Iterator[Scheme]:
     if values.get("weights") is None:
         return
     form = values.get("format")
-    check(form in (*_FORMATS, None), f"{WHERE}.{name}.format", form, f"one of {', '.join(_FORMATS)}: {_TAKE_ANOTHER}")
+    require(form in (*_FORMATS, None), f"{WHERE}.{name}.format", form, f"one of {', '.join(_FORMATS)}: {_TAKE_ANOTHER}")
     _refuse_unknown(values, {"weights", "targets", "format", *_GROUP_ASIDE}, f"{name}.")
     yield _read_arguments(f"{name}.weights", values["weights"], _names(values.get("targets"), f"{name}.targets"))
 
@@ -150,15 +152,15 @@ def _read_group(name: str, group: object) -> Iterator[Scheme]:
 def _read_arguments(name: str, given: object, targets: tuple[str, ...]) -> Scheme:
     values = _mapping(given, name)
     order = values.get("actorder")
-    check(order in (None, False, "weight", "static"), f"{WHERE}.{name}.actorder", order,
+    require(order in (None, False, "weight", "static"), f"{WHERE}.{name}.actorder", order,
           "null or 'weight': columns that are stored in another order (g_idx) are not read")  # fmt: skip
-    check(not values.get("dynamic"), f"{WHERE}.{name}.dynamic", values.get("dynamic"), "false for weights")
+    require(not values.get("dynamic"), f"{WHERE}.{name}.dynamic", values.get("dynamic"), "false for weights")
     known = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "actorder", "dynamic"}
     _refuse_unknown(values, known | _ARGUMENTS_ASIDE, f"{name}.")
     size, block = values.get("group_size"), values.get("block_structure")
     if block is not None:
         whole = isinstance(block, list) and len(block) == 2 and all(map(is_count, block))
-        check(whole, f"{WHERE}.{name}.block_structure", block, "two whole numbers above 0")
+        require(whole, f"{WHERE}.{name}.block_structure", block, "two whole numbers above 0")
     strategy = values.get("strategy")
     if strategy is None and size is not None:
         strategy = "channel" if size == -1 else "group"
@@ -187,7 +189,7 @@ def _read_modelopt(data: Mapping[str, Any]) -> Quantization:
         weights += list(_weight_quantizers(data.get("quant_cfg")))
         schemes = {_of_bits(entry) for entry in weights if entry is not None}
     need = f"the name of an algorithm, such as NVFP4 or FP8: {_TAKE_ANOTHER}"
-    check(bool(schemes), f"{WHERE}.quant_algo", algorithm, need)
+    require(bool(schemes), f"{WHERE}.quant_algo", algorithm, need)
     return Quantization(method="modelopt", schemes=tuple(sorted(schemes, key=str)))
 
 
@@ -208,7 +210,7 @@ def _of_bits(entry: object) -> Scheme:
     bits = values.get("num_bits")
     if bits == [2, 1] or (bits == 4 and values.get("type") == "float"):
         size = values.get("group_size", 16)
-        check(size == 16, f"{WHERE}: group_size", size, "16 for 4-bit floats of ModelOpt")
+        require(size == 16, f"{WHERE}: group_size", size, "16 for 4-bit floats of ModelOpt")
         return Scheme(bits=4, kind="float", strategy="tensor_group", group=16)
     if bits == [4, 3] or (bits == 8 and values.get("type") == "float"):
         return Scheme(bits=8, kind="float")
@@ -231,7 +233,7 @@ def _weight_quantizers(tree: object, inside: bool = False) -> Iterator[Mapping[s
 
 
 def _mapping(value: object, name: str, need: str = "an object") -> Mapping[str, Any]:
-    check(isinstance(value, Mapping), f"{WHERE}.{name}", value, need)
+    require(isinstance(value, Mapping), f"{WHERE}.{name}", value, need)
     assert isinstance(value, Mapping)
     return value
 
@@ -239,7 +241,7 @@ def _mapping(value: object, name: str, need: str = "an object") -> Mapping[str, 
 def _names(value: object, name: str) -> tuple[str, ...]:
     entries = [] if value is None else value
     whole = isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)
-    check(whole, f"{WHERE}.{name}", value, "a list of names")
+    require(whole, f"{WHERE}.{name}", value, "a list of names")
     assert isinstance(entries, list)
     for entry in entries:
         if entry.startswith("re:"):
@@ -254,7 +256,7 @@ def _names(value: object, name: str) -> tuple[str, ...]:
 
 def _refuse_unknown(data: Mapping[str, Any], known: set[str], where: str) -> None:
     for key, value in data.items():
-        check(key in known or not value, f"{WHERE}.{where}{key}", value, "left out: it is not known what it changes")
+        require(key in known or not value, f"{WHERE}.{where}{key}", value, "left out: it is not known what it changes")
 
 
 def _matches(module: str, entry: str) -> bool:

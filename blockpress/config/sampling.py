@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockpress.config.checks import check, is_count, is_number
+from blockpress.config.checks import is_count, is_number, require
 from blockpress.config.model import ModelConfig
 from blockpress.errors import ConfigError, RequestError
 
@@ -168,10 +168,10 @@ class GenerationConfig:
                 family without canvases, a field that would choose tokens in a way that we do not know.
         """
         sampler = data.get("sampler_config")
-        check(sampler is None or isinstance(sampler, Mapping), "sampler_config", sampler, "an object")
+        require(sampler is None or isinstance(sampler, Mapping), "sampler_config", sampler, "an object")
         sampler = sampler or {}
         name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
-        check(name == "EntropyBoundSamplerConfig", "sampler_config._cls_name", name, "'EntropyBoundSamplerConfig'")
+        require(name == "EntropyBoundSamplerConfig", "sampler_config._cls_name", name, "'EntropyBoundSamplerConfig'")
         given = {
             "steps": data.get("max_denoising_steps"),
             "entropy_bound": sampler.get("entropy_bound"),
@@ -182,7 +182,7 @@ class GenerationConfig:
         }
         if not config.has_canvas:
             for key, allowed in _NEUTRAL.items():
-                check(data.get(key) in allowed, key, data.get(key), " or ".join(map(repr, allowed)))
+                require(data.get(key) in allowed, key, data.get(key), " or ".join(map(repr, allowed)))
         try:
             sampling = Sampling(**{k: v for k, v in given.items() if v is not None})
             autoregressive = AutoregressiveSampling(**_tokens(data))
@@ -191,7 +191,7 @@ class GenerationConfig:
         eos = data.get("eos_token_id")
         stop_ids = config.eos_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         for token in stop_ids:
-            check(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
+            require(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
         return cls(
             sampling=sampling,
             autoregressive=autoregressive,
@@ -230,10 +230,12 @@ def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that choose a token. As the reference reads them: none counts unless `do_sample` is true, and then an
     absent top_k is 50; 0 is no limit."""
     sample = data.get("do_sample")
-    check(sample is None or isinstance(sample, bool), "do_sample", sample, "true, false or null")
+    require(sample is None or isinstance(sample, bool), "do_sample", sample, "true, false or null")
     if not sample:
         return {}
     given = {name: data.get(name) for name in ("temperature", "top_k", "top_p")}
     found = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
-    check(is_number(found["temperature"]) and found["temperature"] > 0, "temperature", found["temperature"], "above 0")
+    require(
+        is_number(found["temperature"]) and found["temperature"] > 0, "temperature", found["temperature"], "above 0"
+    )
     return found | {"top_k": found["top_k"] or None}

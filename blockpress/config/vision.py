@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blockpress.config.checks import check, is_count, is_number
+from blockpress.config.checks import is_count, is_number, require
 from blockpress.config.model import ModelConfig
 
 BUDGETS = (70, 140, 280, 560, 1120)
@@ -93,17 +93,23 @@ class VisionConfig:
     def __post_init__(self) -> None:
         names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "kv_heads", "head_dim", "patch_size")
         for name in (*names, "pooling", "positions"):
-            check(is_count(getattr(self, name)), f"vision_config.{name}", getattr(self, name), "a whole number from 1")
-        check(self.head_dim % 4 == 0, "vision_config.head_dim", self.head_dim, "a multiple of 4: two axes, two halves")
+            require(
+                is_count(getattr(self, name)), f"vision_config.{name}", getattr(self, name), "a whole number from 1"
+            )
+        require(
+            self.head_dim % 4 == 0, "vision_config.head_dim", self.head_dim, "a multiple of 4: two axes, two halves"
+        )
         divides = self.num_heads % self.kv_heads == 0
         need = f"a divisor of num_attention_heads ({self.num_heads})"
-        check(divides, "vision_config.num_key_value_heads", self.kv_heads, need)
+        require(divides, "vision_config.num_key_value_heads", self.kv_heads, need)
         valid = is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0
-        check(valid, "vision_config.rms_norm_eps", self.rms_norm_eps, "0 or more")
+        require(valid, "vision_config.rms_norm_eps", self.rms_norm_eps, "0 or more")
         valid = is_number(self.rope_theta) and self.rope_theta > 0
-        check(valid, "vision_config.rope_theta", self.rope_theta, "a number above 0")
+        require(valid, "vision_config.rope_theta", self.rope_theta, "a number above 0")
         for name in ("clipped", "standardize"):
-            check(isinstance(getattr(self, name), bool), f"vision_config.{name}", getattr(self, name), "true or false")
+            require(
+                isinstance(getattr(self, name), bool), f"vision_config.{name}", getattr(self, name), "true or false"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VisionConfig:
@@ -112,15 +118,15 @@ class VisionConfig:
         Raises:
             ConfigError: another kind of tower, a value out of range, or a key that changes the maths.
         """
-        check(isinstance(data, Mapping), "vision_config", data, "an object")
+        require(isinstance(data, Mapping), "vision_config", data, "an object")
         _check_neutral(data, _NEUTRAL, "vision_config.")
         size = {}
         for name, default in _COUNTS.items():
             size[name] = data.get(name, default)
-            check(is_count(size[name]), f"vision_config.{name}", size[name], "a whole number from 1")
+            require(is_count(size[name]), f"vision_config.{name}", size[name], "a whole number from 1")
         out = data.get("output_proj_dims", size["hidden_size"])
         need = f"hidden_size ({size['hidden_size']}): the projection reads what the tower gives"
-        check(out == size["hidden_size"], "vision_config.output_proj_dims", out, need)
+        require(out == size["hidden_size"], "vision_config.output_proj_dims", out, need)
         return cls(
             hidden_size=size["hidden_size"],
             intermediate_size=size["intermediate_size"],
@@ -153,14 +159,14 @@ class PictureSettings:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "pooling"):
-            check(is_count(getattr(self, name)), name, getattr(self, name), "a whole number from 1")
+            require(is_count(getattr(self, name)), name, getattr(self, name), "a whole number from 1")
         for name in ("max_soft_tokens", "video_soft_tokens"):
             value = getattr(self, name)
-            check(is_count(value) and value in BUDGETS, name, value, f"one of {', '.join(map(str, BUDGETS))}")
+            require(is_count(value) and value in BUDGETS, name, value, f"one of {', '.join(map(str, BUDGETS))}")
         valid = is_number(self.frames_per_second) and self.frames_per_second > 0
-        check(valid, "fps", self.frames_per_second, "a number above 0")
+        require(valid, "fps", self.frames_per_second, "a number above 0")
         valid = self.video_frames is None or is_count(self.video_frames)
-        check(valid, "num_frames", self.video_frames, "a whole number from 1")
+        require(valid, "num_frames", self.video_frames, "a whole number from 1")
 
     @classmethod
     def from_dict(cls, vision: VisionConfig, data: Mapping[str, Any]) -> PictureSettings:
@@ -175,12 +181,12 @@ class PictureSettings:
         """
         images, videos = data.get("image_processor", data), data.get("video_processor") or {}
         for part, where in ((images, "image_processor"), (videos, "video_processor")):
-            check(isinstance(part, Mapping), where, part, "an object")
+            require(isinstance(part, Mapping), where, part, "an object")
             _check_part(part, vision, f"{where}.")
         fps, frames = videos.get("fps"), videos.get("num_frames")
         frames = None if frames == _LIBRARY_FRAMES else frames
         one = fps is None or frames is None
-        check(one, "video_processor.num_frames", frames, f"left out beside fps ({fps}): one of them counts")
+        require(one, "video_processor.num_frames", frames, f"left out beside fps ({fps}): one of them counts")
         return cls(
             patch_size=vision.patch_size,
             pooling=vision.pooling,
@@ -208,7 +214,7 @@ class PictureTokens:
         ids |= {name: given.get(name, other) for name, other in (("boi_token_id", 255_999), ("eoi_token_id", 258_882))}
         for name, value in ids.items():
             known = is_count(value, 0) and value < config.vocab_size
-            check(
+            require(
                 known, name, value, f"an id below vocab_size ({config.vocab_size}): the model has no token for pictures"
             )
         return cls(image=image, begin=ids["boi_token_id"], end=ids["eoi_token_id"])
@@ -226,35 +232,35 @@ def pictures_see_themselves(config: ModelConfig) -> bool:
 def _check_neutral(data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
     for key, allowed in neutral.items():
         if key in data:
-            check(data[key] in allowed, where + key, data[key], " or ".join(map(repr, allowed)))
+            require(data[key] in allowed, where + key, data[key], " or ".join(map(repr, allowed)))
 
 
 def _check_part(part: Mapping[str, Any], vision: VisionConfig, where: str) -> None:
     _check_neutral(part, _NEUTRAL_IMAGES, where)
     for key, ours in (("patch_size", vision.patch_size), ("pooling_kernel_size", vision.pooling)):
-        check(part.get(key, ours) == ours, where + key, part.get(key), f"{ours}, as vision_config has it")
+        require(part.get(key, ours) == ours, where + key, part.get(key), f"{ours}, as vision_config has it")
     scale = part.get("rescale_factor", 1 / 255)
-    check(is_number(scale) and math.isclose(scale, 1 / 255), where + "rescale_factor", scale, "1/255")
+    require(is_number(scale) and math.isclose(scale, 1 / 255), where + "rescale_factor", scale, "1/255")
     if part.get("do_normalize"):
         for key, identity in (("image_mean", 0), ("image_std", 1)):
             values = part.get(key, [identity])
             neutral = isinstance(values, list | tuple) and all(value == identity for value in values)
-            check(neutral, where + key, values, f"all {identity}: the tower itself scales pixels to -1..1")
+            require(neutral, where + key, values, f"all {identity}: the tower itself scales pixels to -1..1")
 
 
 def _read_theta(given: object) -> Any:
     """The base of the axial rotary embedding, whose type the published file calls `default`."""
     if given is None:
         return 100.0
-    check(isinstance(given, Mapping), "vision_config.rope_parameters", given, "an object")
+    require(isinstance(given, Mapping), "vision_config.rope_parameters", given, "an object")
     assert isinstance(given, Mapping)
     for key, value in given.items():
         known = key == "rope_theta" or (key == "rope_type" and value in ("axial", "default"))
-        check(known, f"vision_config.rope_parameters.{key}", value, "left out, or rope_type 'axial' and a rope_theta")
+        require(known, f"vision_config.rope_parameters.{key}", value, "left out, or rope_type 'axial' and a rope_theta")
     return given.get("rope_theta", 100.0)
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
     value = data.get(name, False)
-    check(isinstance(value, bool) or value is None, f"vision_config.{name}", value, "true or false")
+    require(isinstance(value, bool) or value is None, f"vision_config.{name}", value, "true or false")
     return bool(value)

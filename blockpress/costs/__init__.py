@@ -1,7 +1,7 @@
 """What a network costs, from its config alone: parameters, memory, and the least time that a forward can take.
 
     memory.py     parameters of each part, bytes of context, peaks of working memory
-    floors.py     operations and bytes of one forward, and the floor of its time on a device
+    roofline.py   operations and bytes of one forward, and the floor of its time on a device
     devices.py    what devices can do: three graphics cards; this machine is measured by `bench/ceilings.py`
 
 Invariant: no torch in this room.
@@ -12,19 +12,6 @@ Run it:  python -c "from blockpress import costs, config as c; print(costs.param
 from __future__ import annotations
 
 from blockpress.costs.devices import DEVICES, Device
-from blockpress.costs.floors import (
-    WIDTHS,
-    Rows,
-    WeightFormats,
-    Width,
-    Work,
-    arithmetic_seconds,
-    byte_seconds,
-    distinct,
-    floor_seconds,
-    forward,
-    throughput,
-)
 from blockpress.costs.memory import (
     CHUNK,
     DTYPE_BYTES,
@@ -39,6 +26,19 @@ from blockpress.costs.memory import (
     paged_bytes,
     parameters,
 )
+from blockpress.costs.roofline import (
+    WIDTHS,
+    BatchShape,
+    Cost,
+    WeightFormats,
+    Width,
+    arithmetic_seconds,
+    byte_seconds,
+    distinct,
+    floor_seconds,
+    forward,
+    throughput,
+)
 
 __all__ = [
     "CHUNK",
@@ -47,11 +47,11 @@ __all__ = [
     "PLAIN_PAGE",
     "PRODUCTS",
     "WIDTHS",
+    "BatchShape",
+    "Cost",
     "Device",
-    "Rows",
     "WeightFormats",
     "Width",
-    "Work",
     "activation_dtype",
     "active_parameters",
     "arithmetic_seconds",

@@ -20,7 +20,7 @@ from blockpress.decoding.events import (
     Usage,
 )
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
-from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, common_prefix, denoised
+from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, common_prefix, denoised_event
 
 __all__ = [
     "Cancel",
@@ -43,5 +43,5 @@ __all__ = [
     "ToolCallEvent",
     "Usage",
     "common_prefix",
-    "denoised",
+    "denoised_event",
 ]

@@ -7,7 +7,7 @@ as it is chosen.
     forward   1: the prompt    2: t1    3: t2    ...        each forward reads one token and chooses the next
     token        t1               t2       t3
 
-What is special to a row (limits, stops, thinking budget, denied tokens) is the row's own matter, as in `generate`.
+What is special to a row (limits, stops, thinking budget, banned tokens) is the row's own matter, as in `generate`.
 
 Invariant: a row's events are a function of (weights, prompt, seed, sampling), never of the other rows; `forwards` in
 its usage counts the forwards that read tokens of the row, the prompt's included.
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling
 from blockpress.decoding import Cancel, Done, Event, SequenceState
-from blockpress.decoding.generate import pad, pictures
-from blockpress.decoding.scoring import Last, TokenScores, judge, look
+from blockpress.decoding.generate import images_of, pad
+from blockpress.decoding.scoring import Last, TokenScores, causal_forward, score_tokens
 from blockpress.diffusion import KeyedDraws, TokenMask
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
@@ -36,7 +36,7 @@ GREEDY = AutoregressiveSampling()
 
 
 @torch.inference_mode()
-def autoregress(
+def generate_autoregressive(
     network: Network,
     rows: Sequence[SequenceState],
     sampling: AutoregressiveSampling = GREEDY,
@@ -50,32 +50,32 @@ def autoregress(
         cancel: asked before every forward; once it is set, every row still under way ends as "cancelled".
     """
     live, forwards = list(rows), Counter[int]()
-    fresh, images = [row.prompt for row in live], pictures(live)
+    fresh, images = [row.prompt for row in live], images_of(live)
     cache = network.empty_cache(len(live))
     last = torch.empty(len(live), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
     while True:
         if cancel is not None and cancel.is_set():
             for row in live:
-                yield from counted(row.cancel(), forwards)
+                yield from with_usage(row.cancel(), forwards)
             return
-        last, cache = go_on(network, fresh, cache, last, images)
+        last, cache = extend_cache(network, fresh, cache, last, images)
         forwards.update(row.index for row, tokens in zip(live, fresh, strict=True) if tokens)
-        for row, token in zip(live, choose(network, live, last, sampling).tolist(), strict=True):
+        for row, token in zip(live, sample_next(network, live, last, sampling).tolist(), strict=True):
             row.draft([token], steps=0)
-        told, asked = tell(network, live, last, cache)
+        told, asked = score_proposals(network, live, last, cache)
         forwards.update(row.index for row, tokens in zip(live, asked, strict=True) if len(tokens) > 1)
         for row, judged in zip(live, told, strict=True):
-            yield from counted(row.commit(judged.said), forwards)
+            yield from with_usage(row.commit(judged.logprobs), forwards)
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return
-        live, fresh, images = [live[place] for place in going], [live[place].fresh for place in going], None
+        live, fresh, images = [live[place] for place in going], [live[place].new_tokens for place in going], None
         if len(going) < len(last):
             kept = torch.tensor(going, device=network.device)
             cache, last = cache.select(kept), last[kept]
 
 
-def go_on(
+def extend_cache(
     network: Network, fresh: Sequence[list[int]], cache: Cache, last: Tensor, images: Images | None = None
 ) -> tuple[Tensor, Cache]:
     """The causal pass over one list of tokens a row: the hidden state of each row's last token, [rows, 1, hidden].
@@ -90,7 +90,7 @@ def go_on(
     return torch.where((counts > 0)[:, None, None], hidden.gather(1, place), last), cache
 
 
-def choose(
+def sample_next(
     network: Network, rows: Sequence[SequenceState], last: Last, sampling: AutoregressiveSampling
 ) -> Int[Tensor, " rows"]:
     """The next token of each row, from the hidden state of its last one; on a GPU nobody waits for it here.
@@ -99,7 +99,7 @@ def choose(
     """
     logits = network.logits(last)
     every = torch.arange(len(rows), device=network.device)
-    edits = TokenMask.of([row.denied for row in rows], 1, network.device)
+    edits = TokenMask.of([row.banned_ids for row in rows], 1, network.device)
     if edits is not None:
         logits = edits(every, logits)
     if sampling.temperature == 0:
@@ -109,12 +109,12 @@ def choose(
         scaled = keep_top_k(scaled, sampling.top_k)
     if sampling.top_p < 1:
         scaled = keep_top_p(scaled, sampling.top_p)
-    seeds, numbers = [row.seed for row in rows], [row.number for row in rows]
+    seeds, numbers = [row.seed for row in rows], [row.canvas_number for row in rows]
     draws = KeyedDraws(seeds, numbers, length=1, vocab=network.config.vocab_size, device=network.device)
     return draws.sample(every, 0, scaled)[:, 0]
 
 
-def tell(
+def score_proposals(
     network: Network, rows: Sequence[SequenceState], last: Tensor, cache: Cache
 ) -> tuple[list[TokenScores], list[list[int]]]:
     """What the causal pass says of what each row is about to commit, and those tokens; nothing where a row tells none.
@@ -123,11 +123,11 @@ def tell(
     from the first.
     """
     asked = [[] if row.logprobs is None else row.proposal for row in rows]
-    states, _ = look(network, [tokens[:-1] for tokens in asked], last, cache)
-    return judge(network, states, rows, asked), asked
+    states, _ = causal_forward(network, [tokens[:-1] for tokens in asked], last, cache)
+    return score_tokens(network, states, rows, asked), asked
 
 
-def counted(events: Iterator[Event], forwards: Counter[int]) -> Iterator[Event]:
+def with_usage(events: Iterator[Event], forwards: Counter[int]) -> Iterator[Event]:
     """The events, the usage in a reply counted in tokens: no canvases, no steps, the forwards of the row."""
     for event in events:
         if isinstance(event, Done):

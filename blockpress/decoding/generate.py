@@ -9,7 +9,7 @@ is made of stands in `diffusion/` (the canvas) and `model/` (the network). Who w
     ReasoningDelta, ToolCallEvent, MalformedToolCallEvent      the rest of a chat's turn
     Done        the reply                                                              one a row
 
-What is special to a row (its limits, stops, thinking budget, denied and pinned tokens, whether a canvas is begun again)
+What is special to a row (its limits, stops, thinking budget, banned and pinned tokens, whether a canvas is begun again)
 is the row's own matter (`decoding/sequence.py`): the loop asks it what to draw and what to commit.
 
 Invariant: a row's events are a function of (weights, prompt, seed, sampling), never of the other rows.
@@ -25,7 +25,7 @@ from jaxtyping import Float32, Int
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.decoding import Cancel, Event, SequenceState, denoised
+from blockpress.decoding import Cancel, Event, SequenceState, denoised_event
 from blockpress.diffusion import (
     Denoiser,
     DenoiserOutput,
@@ -39,7 +39,7 @@ from blockpress.diffusion import (
 )
 from blockpress.model import Cache, Images, Network
 from blockpress.ops import vocabulary
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 from blockpress.shapes import Canvas, Signal
 
 
@@ -63,7 +63,7 @@ def generate(
     live = list(rows)
     cache = prefill(network, live)
     while True:
-        if not (yield from write(network, live, cache, sampling, cancel, keyed, denoiser)):
+        if not (yield from denoise_canvases(network, live, cache, sampling, cancel, keyed, denoiser)):
             return
         for row in live:
             yield from row.commit()
@@ -72,10 +72,10 @@ def generate(
             return
         if len(going) < len(live):
             live, cache = [live[place] for place in going], cache.select(torch.tensor(going))
-        cache = read(network, [row.fresh for row in live], cache)  # commit
+        cache = commit_tokens(network, [row.new_tokens for row in live], cache)  # commit
 
 
-def write(
+def denoise_canvases(
     network: Network,
     live: Sequence[SequenceState],
     cache: Cache,
@@ -87,15 +87,15 @@ def write(
     """One canvas for every row, left in it as its draft. False: all was cancelled on the way, and told so."""
     length, device = network.config.canvas_length, network.device
     schedule, (accept, settle) = Schedule.of(sampling), step_rules(sampling)
-    seeds, numbers = [row.seed for row in live], [row.number for row in live]
+    seeds, numbers = [row.seed for row in live], [row.canvas_number for row in live]
     draws = keyed(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
-    edits = TokenMask.of([row.denied for row in live], length, device)
+    edits = TokenMask.of([row.banned_ids for row in live], length, device)
     pins = Pins.of([row.pins for row in live], length, network.embed, device)
     reading = (denoiser or plain_denoiser)(network, cache)
     for step in denoise(reading, draws, len(live), schedule, accept, settle, edits, pins):
         for place, row in enumerate(live[i] for i in step.rows.tolist()):
             row.draft(step.argmax[place].tolist(), step.number)
-            yield denoised(row, place, step)
+            yield denoised_event(row, place, step)
         if cancel is not None and cancel.is_set():
             for row in live:
                 yield from row.cancel()
@@ -106,15 +106,15 @@ def write(
 def prefill(network: Network, rows: Sequence[SequenceState]) -> Cache:
     """The context of every row's prompt, its pictures included."""
     padded, counts = pad(network, [row.prompt for row in rows])
-    return network.read(padded, network.empty_cache(len(rows)), counts, pictures(rows))[1]
+    return network.read(padded, network.empty_cache(len(rows)), counts, images_of(rows))[1]
 
 
-def pictures(rows: Sequence[SequenceState]) -> Images | None:
+def images_of(rows: Sequence[SequenceState]) -> Images | None:
     """What the rows' prompts show; None where they are all of text."""
     return [row.images for row in rows] if any(row.images for row in rows) else None
 
 
-def read(network: Network, tokens: Sequence[list[int]], cache: Cache) -> Cache:
+def commit_tokens(network: Network, tokens: Sequence[list[int]], cache: Cache) -> Cache:
     """The causal pass over one list of tokens a row, short ones padded: the commit.
 
     A row without tokens keeps its context; where none has any, no forward is run.
@@ -159,4 +159,4 @@ def pad(network: Network, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "bat
     counts = [len(row) for row in tokens]
     longest = max(counts)
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], dtype=torch.long)
-    return send(padded, network.device), send(torch.tensor(counts), network.device)
+    return to_device(padded, network.device), to_device(torch.tensor(counts), network.device)

@@ -49,7 +49,7 @@ class OutputProcessor(Protocol):
         ...
 
     @property
-    def denied(self) -> Mapping[int, Container[int]]:
+    def banned_ids(self) -> Mapping[int, Container[int]]:
         """Ids that the next canvas must not hold, and at which places."""
         ...
 
@@ -62,7 +62,7 @@ class OutputProcessor(Protocol):
         """The tokens of a canvas that count. Where they are not all, the answer goes on behind them, with a canvas."""
         ...
 
-    def begins_again(self, tokens: list[int]) -> bool:
+    def should_retry(self, tokens: list[int]) -> bool:
         """Whether a canvas that ended the answer, with these tokens, is to be written once more."""
         ...
 
@@ -82,7 +82,7 @@ class TextOutputProcessor:
     def __init__(self, decoder: Decoder | None) -> None:
         self._decoder = decoder
         self.has_text = decoder is not None
-        self.denied: Mapping[int, Container[int]] = {}
+        self.banned_ids: Mapping[int, Container[int]] = {}
         self.counts = (0, False)
 
     @property
@@ -96,7 +96,7 @@ class TextOutputProcessor:
     def cut(self, tokens: list[int]) -> list[int]:
         return tokens
 
-    def begins_again(self, tokens: list[int]) -> bool:
+    def should_retry(self, tokens: list[int]) -> bool:
         return False
 
     def take(self, tokens: list[int]) -> list[Piece]:

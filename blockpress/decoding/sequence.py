@@ -88,9 +88,9 @@ class SequenceState:
         """Tokens that places of the canvas under way must hold."""
         self.checks = 0
         """How many times the causal pass has checked the canvas under way."""
-        self.kept = 0
+        self.num_kept = 0
         """How many of the tokens that the causal pass read of the last draft are context now."""
-        self.fresh: list[int] = []
+        self.new_tokens: list[int] = []
         """What the context does not hold yet of the last committed canvas; nothing where a canvas is begun again."""
         self._stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
         self._limit = max_tokens
@@ -104,7 +104,7 @@ class SequenceState:
         self._read: list[int] = []
 
     @property
-    def number(self) -> int:
+    def canvas_number(self) -> int:
         """What keys the draws of the canvas under way: no two canvases of a row share it, written again or not.
 
         bits 24 to 31   how often this canvas was begun again, because it was empty or because of a check, modulo 256
@@ -120,9 +120,9 @@ class SequenceState:
         self._room = min(self._room, room)
 
     @property
-    def denied(self) -> Mapping[int, Container[int]]:
+    def banned_ids(self) -> Mapping[int, Container[int]]:
         """Ids that the canvas under way must not hold, and at which places."""
-        return self._turn.denied
+        return self._turn.banned_ids
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -130,7 +130,7 @@ class SequenceState:
         return self._stop_ids
 
     @property
-    def most(self) -> int:
+    def max_draft_tokens(self) -> int:
         """How many places of the canvas under way the answer has room for."""
         left = self._canvas_length if self._limit is None else self._limit - len(self._tokens)
         return min(left, self._room, self._canvas_length)
@@ -153,7 +153,7 @@ class SequenceState:
         """The canvas as its last step left it; `steps` since it was begun, or begun again after a check."""
         self._draft = FinishedCanvas(argmax, self._before + steps)
 
-    def look(self, *, check: bool) -> None:
+    def count_causal_pass(self, *, check: bool) -> None:
         """A causal pass has read the proposal, to check it or for its log-probabilities alone."""
         self._read, self._passes = self.proposal, self._passes + 1
         self.checks, self._checked = self.checks + check, self._checked + check
@@ -162,10 +162,10 @@ class SequenceState:
         """These tokens take the place of the draft's."""
         self._draft = FinishedCanvas(tokens, self._draft.steps)
 
-    def again(self, pins: Mapping[int, int]) -> None:
+    def redo(self, pins: Mapping[int, int]) -> None:
         """The canvas is denoised again, under draws of its own, and holds the pins from its first noise on."""
         self._before = self._draft.steps
-        self._draft, self._read, self.fresh, self.kept = FinishedCanvas([], self._before), [], [], 0
+        self._draft, self._read, self.new_tokens, self.num_kept = FinishedCanvas([], self._before), [], [], 0
         self.pins, self._begun, self._rounds = pins, self._begun + 1, self._rounds + 1
 
     def commit(self, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
@@ -174,21 +174,21 @@ class SequenceState:
         `logprobs`: of the proposal's tokens, where the row tells them.
         """
         canvas, read = self._draft, self._read
-        self._draft, self._before, self._read, self.fresh, self.kept = FinishedCanvas([], 0), 0, [], [], 0
+        self._draft, self._before, self._read, self.new_tokens, self.num_kept = FinishedCanvas([], 0), 0, [], [], 0
         self.pins, self.checks = {}, 0
         end = self._end(canvas)
         valid = canvas.tokens[:end]
         kept = self._turn.cut(valid)
         stopped = end is not None and kept is valid
-        if stopped and self._turn.begins_again(valid):
+        if stopped and self._turn.should_retry(valid):
             self.attempt, self._begun, self._retries = self.attempt + 1, self._begun + 1, self._retries + 1
             self._retried_steps += canvas.steps
             return
         kept, context = kept[: self._room], (canvas.tokens if kept is valid else kept)[: self._room]
         self.attempt, self._begun, self._room = 0, 0, self._room - len(context)
-        self.kept = common_prefix(read, context)
-        self.fresh = context[self.kept :]
-        self.canvases.append(FinishedCanvas(context, canvas.steps, read=bool(read) and not self.fresh))
+        self.num_kept = common_prefix(read, context)
+        self.new_tokens = context[self.num_kept :]
+        self.canvases.append(FinishedCanvas(context, canvas.steps, read=bool(read) and not self.new_tokens))
         yield from self._return(kept, stopped, logprobs)
 
     def _end(self, canvas: FinishedCanvas) -> int | None:
@@ -280,7 +280,7 @@ class SequenceState:
         )
 
 
-def denoised(row: SequenceState, place: int, step: Step) -> Denoised:
+def denoised_event(row: SequenceState, place: int, step: Step) -> Denoised:
     """The event of one row of a step; `place` is where the row stands in the step."""
     return Denoised(
         row=row.index,

@@ -10,7 +10,8 @@ The pass that checks is the commit, too: where it agrees with all that counts, n
 ends in agreement is what the same weights write token by token, greedily; every check proves at least one token more.
 Why the first disagreement is pinned: docs/adr/0014-verified-decoding.md.
 
-`verdict` and `conclude` are the policy, and know neither pages nor batches: whoever runs the passes calls them.
+`verify_draft` and `apply_verification` are the policy. They know neither pages nor batches: whoever runs the passes
+calls them.
 
 Invariant: without checks and log-probabilities the events are those of `generate`, one by one.
 Run it:  python -m pytest tests/decoding/test_verified.py
@@ -25,15 +26,15 @@ import torch
 
 from blockpress.config import Sampling
 from blockpress.decoding import Cancel, Event, SequenceState, common_prefix
-from blockpress.decoding.autoregressive import go_on
-from blockpress.decoding.generate import pictures, write
-from blockpress.decoding.scoring import Last, TokenScores, judge, look, states_behind
+from blockpress.decoding.autoregressive import extend_cache
+from blockpress.decoding.generate import denoise_canvases, images_of
+from blockpress.decoding.scoring import Last, TokenScores, causal_forward, gather_last_hidden, score_tokens
 from blockpress.diffusion import Denoiser, Draws, KeyedDraws
 from blockpress.model import Cache, Network
 
 
 @torch.inference_mode()
-def verified(
+def generate_verified(
     network: Network,
     rows: Sequence[SequenceState],
     sampling: Sampling,
@@ -48,53 +49,56 @@ def verified(
         rows, cancel, keyed, denoiser: as in `generate`; a row's `logprobs` are told.
     """
     live = list(rows)
-    last, cache = start(network, live)
+    last, cache = prefill_verified(network, live)
     while True:
-        if not (yield from write(network, live, cache, sampling, cancel, keyed, denoiser)):
+        if not (yield from denoise_canvases(network, live, cache, sampling, cancel, keyed, denoiser)):
             return
-        asked = [row.proposal if is_asked(row, sampling.checks) else [] for row in live]
-        states, seen = look(network, asked, last, cache)
-        for row, tokens, judged in zip(live, asked, judge(network, states, live, asked), strict=True):
-            yield from conclude(row, judged, sampling.checks) if tokens else row.commit()
+        asked = [row.proposal if needs_causal_pass(row, sampling.checks) else [] for row in live]
+        states, seen = causal_forward(network, asked, last, cache)
+        for row, tokens, judged in zip(live, asked, score_tokens(network, states, live, asked), strict=True):
+            yield from apply_verification(row, judged, sampling.checks) if tokens else row.commit()
         going = [place for place, row in enumerate(live) if row.finish_reason is None]
         if not going:
             return
-        kept = torch.tensor([row.kept for row in live], device=network.device)
-        last, cache = states_behind(states, kept), seen.until(cache.lengths + kept)
+        kept = torch.tensor([row.num_kept for row in live], device=network.device)
+        last, cache = gather_last_hidden(states, kept), seen.until(cache.lengths + kept)
         if len(going) < len(live):
             chosen = torch.tensor(going, device=network.device)
             live, last, cache = [live[place] for place in going], last[chosen], cache.select(chosen)
-        last, cache = go_on(network, [row.fresh for row in live], cache, last)  # what a check has not committed
+        last, cache = extend_cache(
+            network, [row.new_tokens for row in live], cache, last
+        )  # what a check has not committed
 
 
-def start(network: Network, rows: Sequence[SequenceState]) -> tuple[Last, Cache]:
+def prefill_verified(network: Network, rows: Sequence[SequenceState]) -> tuple[Last, Cache]:
     """The context of every row's prompt, and the hidden state of its last token."""
     nothing = torch.zeros(len(rows), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
-    return go_on(network, [row.prompt for row in rows], network.empty_cache(len(rows)), nothing, pictures(rows))
+    return extend_cache(network, [row.prompt for row in rows], network.empty_cache(len(rows)), nothing, images_of(rows))
 
 
-def is_asked(row: SequenceState, checks: int) -> bool:
+def needs_causal_pass(row: SequenceState, checks: int) -> bool:
     """Whether the causal pass must read a row's proposal before it is known what becomes of its draft."""
     return bool(row.proposal) and (row.checks < checks or row.logprobs is not None)
 
 
-def conclude(row: SequenceState, judged: TokenScores, checks: int) -> Iterator[Event]:
+def apply_verification(row: SequenceState, judged: TokenScores, checks: int) -> Iterator[Event]:
     """The causal pass has read a row's proposal: what it says makes of the draft a commit, or a canvas denoised again.
 
-    Then `row.kept` of the tokens that it read are context, and `row.fresh` are still to be read. Where the canvas is
-    denoised again both are nothing, `row.pins` hold from its first noise on, and `row.number` keys its draws.
+    Afterwards `row.num_kept` of the tokens that it read are context, and `row.new_tokens` are still to be read. Where
+    the canvas is denoised again both are empty, `row.pins` hold from its first noise on, and `row.canvas_number` keys
+    its draws.
     """
-    check, proposal, said = row.checks < checks, row.proposal, judged.said
-    row.look(check=check)
+    check, proposal, said = row.checks < checks, row.proposal, judged.logprobs
+    row.count_causal_pass(check=check)
     if check:
         # A turn may put a token of its own behind the canvas's (the end of a thought); nobody may overrule that.
         own = common_prefix(proposal, row.drafted)
-        found = verdict(proposal[:own], judged.expected[:own], row.pins, row.stop_ids, row.most)
-        if found.agreed < own:
+        found = verify_draft(proposal[:own], judged.greedy_ids[:own], row.pins, row.stop_ids, row.max_draft_tokens)
+        if found.num_accepted < own:
             row.correct(found.tokens)
-            said = [*said[: found.agreed], *judged.instead[found.agreed : found.agreed + 1]]
+            said = [*said[: found.num_accepted], *judged.greedy_logprobs[found.num_accepted : found.num_accepted + 1]]
             if not found.finished or row.proposal != found.tokens:
-                row.again(found.pins)
+                row.redo(found.pins)
                 return
     yield from row.commit(said)
 
@@ -107,13 +111,13 @@ class Verification:
     disagreed. pins: what the next round must hold. finished: nothing is open; `tokens` are to be committed.
     """
 
-    agreed: int
+    num_accepted: int
     tokens: list[int]
     pins: dict[int, int]
     finished: bool
 
 
-def verdict(
+def verify_draft(
     tokens: Sequence[int],
     expected: Sequence[int],
     pinned: Mapping[int, int],

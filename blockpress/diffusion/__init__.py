@@ -2,12 +2,12 @@
 
 from blockpress.diffusion.accept import Accept, EntropyBound
 from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise
-from blockpress.diffusion.edits import TokenMask
 from blockpress.diffusion.noise import KeyedDraws
+from blockpress.diffusion.output import DenoiserOutput
 from blockpress.diffusion.pins import Pins
-from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle, StableAndConfident
+from blockpress.diffusion.token_mask import TokenMask
 from blockpress.diffusion.update import Update, step_rules, update
 
 __all__ = [

@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.diffusion.accept import Accept
-from blockpress.diffusion.edits import TokenMask
+from blockpress.diffusion.output import DenoiserOutput
 from blockpress.diffusion.pins import Pins
-from blockpress.diffusion.reading import DenoiserOutput
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle
+from blockpress.diffusion.token_mask import TokenMask
 from blockpress.diffusion.update import update
 from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
 

@@ -18,7 +18,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from blockpress.ops import vocabulary
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 from blockpress.shapes import Canvas, Logits
 
 NOISE, SAMPLE = 0, 1
@@ -77,7 +77,7 @@ class KeyedDraws:
         device: torch.device | str = "cpu",
     ) -> None:
         low, high = ([seed >> shift & LOW for seed in seeds] for shift in (0, 32))
-        words = send(torch.tensor([low, high, list(canvases)], dtype=torch.int64), device)
+        words = to_device(torch.tensor([low, high, list(canvases)], dtype=torch.int64), device)
         self._hold(words[0], words[1], words[2], length, vocab)
 
     @classmethod

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from blockpress.diffusion.reading import DenoiserOutput
-from blockpress.ops.transfer import send
+from blockpress.diffusion.output import DenoiserOutput
+from blockpress.ops.transfer import to_device
 from blockpress.shapes import Canvas, Signal
 
 OPEN = -1
@@ -57,7 +57,7 @@ class Pins:
         """
         if not any(pinned):
             return None
-        tokens = send(torch.tensor([[row.get(place, OPEN) for place in range(length)] for row in pinned]), device)
+        tokens = to_device(torch.tensor([[row.get(place, OPEN) for place in range(length)] for row in pinned]), device)
         return cls(tokens, embed(tokens.clamp(min=0)))
 
     def hold(self, rows: Int[Tensor, " rows"], canvas: Canvas) -> Canvas:
@@ -67,11 +67,11 @@ class Pins:
         >>> pins.hold(torch.tensor([1]), torch.tensor([[4, 5, 6]])).tolist()
         [[4, 7, 6]]
         """
-        return torch.where(self.places(rows), self.tokens[rows], canvas)
+        return torch.where(self.positions(rows), self.tokens[rows], canvas)
 
     def __call__(self, rows: Int[Tensor, " rows"], reading: DenoiserOutput) -> DenoiserOutput:
         """The reading of some rows of the batch, sure of their pins."""
-        pinned = self.places(rows)
+        pinned = self.positions(rows)
         return DenoiserOutput(
             argmax=self.hold(rows, reading.argmax),
             sample=self.hold(rows, reading.sample),
@@ -79,6 +79,6 @@ class Pins:
             signal=torch.where(pinned[..., None], self.signal[rows], reading.signal),
         )
 
-    def places(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "rows canvas"]:
+    def positions(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "rows canvas"]:
         """Which places of some rows of the batch are pinned."""
         return self.tokens[rows] != OPEN

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blockpress.config import Sampling
 from blockpress.diffusion.accept import Accept, EntropyBound
-from blockpress.diffusion.reading import DenoiserOutput
+from blockpress.diffusion.output import DenoiserOutput
 from blockpress.diffusion.settle import Settle, StableAndConfident
 from blockpress.errors import RequestError
 from blockpress.shapes import Accepted, Canvas

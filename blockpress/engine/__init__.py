@@ -15,23 +15,12 @@
 Invariant: a request's tokens are those that `generate` gives for it alone, whoever shares its forwards and pages.
 """
 
-import warnings
-from typing import Any
-
 from blockpress.engine.core import EngineCore
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
+from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.engine.threaded import ThreadedEngine
+from blockpress.errors import renamed
 
-__all__ = ["EngineCore", "EngineOptions", "Picture", "Request", "ThreadedEngine"]
+__all__ = ["EngineCore", "EngineOptions", "HashedImageSpan", "Request", "ThreadedEngine"]
 
-_RENAMED = {"Core": EngineCore, "Engine": ThreadedEngine}
-"""Names of version 0.1 that go with version 0.3."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module 'blockpress.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
-    found = _RENAMED[name]
-    warnings.warn(f"blockpress.engine.{name} is now {found.__name__}", DeprecationWarning, stacklevel=2)
-    return found
+__getattr__ = renamed(__name__, {"Core": EngineCore, "Engine": ThreadedEngine}, __all__)  # until version 0.3

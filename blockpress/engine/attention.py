@@ -24,9 +24,9 @@ from blockpress.engine.kv_cache import KVCache
 from blockpress.model.layers import Attend
 from blockpress.model.masks import causal_mask
 from blockpress.ops import kernels
-from blockpress.ops.attention import Span
-from blockpress.ops.spans import look
-from blockpress.ops.transfer import send
+from blockpress.ops.attention import AttentionSpan
+from blockpress.ops.spans import varlen_attention
+from blockpress.ops.transfer import to_device
 from blockpress.shapes import Heads, KeyHeads
 
 Windows = Mapping[LayerKind, int | None]
@@ -37,13 +37,13 @@ class PagedAttention(Protocol):
     """What `ops/kernels/attention.py` offers; tests put the same in torch in its place."""
 
     @property
-    def Spans(self) -> Callable[..., Any]: ...  # noqa: N802
+    def SpanTable(self) -> Callable[..., Any]: ...  # noqa: N802
 
     @property
     def attend(self) -> Callable[..., Tensor]: ...
 
     @property
-    def write(self) -> Callable[..., None]: ...
+    def write_kv(self) -> Callable[..., None]: ...
 
 
 def kernels_for(store: KVCache) -> PagedAttention | None:
@@ -57,7 +57,7 @@ def kernels_for(store: KVCache) -> PagedAttention | None:
     return attention
 
 
-def looks(
+def build_attention(
     store: KVCache,
     batch: Batch,
     windows: Windows,
@@ -72,11 +72,13 @@ def looks(
         runs: for the parts that show pictures, the picture of each token, -1 for text.
         attention: kernels, which take what shows no pictures; None: `TorchPagedAttention` for all.
     """
-    causal = (*batch.silent, *batch.heard)
+    causal = (*batch.kv_only, *batch.with_logits)
     places = {}
     for kind in windows:
-        listed = [place for part in causal for place in store.place(part.request.tables[kind], part.first, part.end)]
-        places[kind] = send(torch.tensor(listed, dtype=torch.long), device)
+        listed = [
+            place for part in causal for place in store.slot_mapping(part.request.tables[kind], part.first, part.end)
+        ]
+        places[kind] = to_device(torch.tensor(listed, dtype=torch.long), device)
     if attention is not None and not runs:
         spans = {kind: _spans(batch, kind, device, attention) for kind in windows}
         return [
@@ -105,15 +107,15 @@ class TritonPagedAttention:
         window: int | None,
         places: Int[Tensor, " read"] | None = None,
     ) -> None:
-        self.attention, self.pages, self.spans, self.window, self.places = attention, pages, spans, window, places
+        self.attention, self.pages, self.spans, self.window, self.slot_mapping = attention, pages, spans, window, places
 
     def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
         """Write the causal rows, then look; where there are fewer queries than keys, those of the last rows."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         gone = len(key) - len(query)
-        if self.places is not None and len(self.places):
-            read = len(self.places)
-            self.attention.write(key[:read], value[:read], self.pages, self.places)
+        if self.slot_mapping is not None and len(self.slot_mapping):
+            read = len(self.slot_mapping)
+            self.attention.write_kv(key[:read], value[:read], self.pages, self.slot_mapping)
         spans = self.spans if not gone else _behind(self.spans, gone)
         seen = self.attention.attend(query, key[gone:], value[gone:], self.pages, spans, window=self.window)
         return seen.transpose(0, 1)[None]
@@ -128,8 +130,8 @@ def _spans(batch: Batch, kind: LayerKind, device: torch.device, attention: Paged
         [part.start, part.stop - part.start, part.first if part.canvas else part.end, not part.canvas]
         for part in batch.parts
     ]
-    first, count, stop, causal = send(torch.tensor(columns, dtype=torch.int32).t().contiguous(), device)
-    return attention.Spans(first=first, count=count, stop=stop, causal=causal != 0, table=send(table, device))
+    first, count, stop, causal = to_device(torch.tensor(columns, dtype=torch.int32).t().contiguous(), device)
+    return attention.SpanTable(first=first, count=count, stop=stop, causal=causal != 0, table=to_device(table, device))
 
 
 def _behind(spans: Any, gone: int) -> Any:
@@ -150,28 +152,30 @@ class TorchPagedAttention:
         masks: Sequence[Bool[Tensor, "_queries _seen"] | None],
     ) -> None:
         self.store, self.layer, self.batch, self.window = store, layer, batch, window
-        self.places, self.masks = places, masks
+        self.slot_mapping, self.masks = places, masks
 
     def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
         """Write the causal rows, then look; where there are fewer queries than keys, those of the last rows."""
-        read, gone = self.batch.read, key.shape[2] - query.shape[2]
+        read, gone = self.batch.num_causal, key.shape[2] - query.shape[2]
         key, value = key[0], value[0]
         if read:
-            self.store.write(self.layer, self.places, key[:, :read], value[:, :read])
+            self.store.write(self.layer, self.slot_mapping, key[:, :read], value[:, :read])
         kind = self.store.kinds[self.layer]
         spans = []
         for part, mask in zip(self.batch.parts, self.masks, strict=True):
             if part.start < gone:
                 continue
             stop = part.first if part.canvas else part.end
-            seen = [self.store.view(self.layer, part.request.tables[kind], oldest(part.first, self.window), stop)]
+            seen = [
+                self.store.view(self.layer, part.request.tables[kind], oldest_visible(part.first, self.window), stop)
+            ]
             if part.canvas:
                 seen.append((key[:, part.start : part.stop], value[:, part.start : part.stop]))
-            spans.append(Span(start=part.start - gone, stop=part.stop - gone, seen=tuple(seen), mask=mask))
-        return look(query[0], spans)[None]
+            spans.append(AttentionSpan(start=part.start - gone, stop=part.stop - gone, kv=tuple(seen), mask=mask))
+        return varlen_attention(query[0], spans)[None]
 
 
-def oldest(position: int, window: int | None) -> int:
+def oldest_visible(position: int, window: int | None) -> int:
     """The first token that one at `position` sees, itself being the last of its window."""
     return 0 if window is None else max(0, position - (window - 1))
 
@@ -183,6 +187,6 @@ def _mask(
     own = part.stop - part.start
     if part.canvas or own == 1:
         return None
-    width = part.first - oldest(part.first, window)
+    width = part.first - oldest_visible(part.first, window)
     lengths = torch.full((1,), width, device=device)
     return causal_mask(lengths, width, own, window, None if runs is None else runs[None])[0]

@@ -1,8 +1,8 @@
 """What one forward runs: the rows of all requests in one flat batch.
 
     rows    0 1 2 3 4 | 5 | 6 7 8 9 ...  | ...
-            silent     heard  canvases             silent: wanted for their keys and values alone
-            causal pass       denoising
+            kv_only  with_logits  canvases         kv_only: needed for their keys and values alone
+            causal pass           denoising
 
 A request may take part twice: what it commits is read in the same forward as the first step of its next canvas.
 
@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from blockpress.engine.request import Request
-from blockpress.engine.scheduler import Work
-from blockpress.ops.transfer import send
+from blockpress.engine.scheduler import ScheduledRequest
+from blockpress.ops.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,26 +53,26 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """The parts in the order of their rows: `silent`, then `heard`, then `canvases`."""
+    """The parts in the order of their rows: `kv_only`, then `with_logits`, then `canvases`."""
 
-    silent: tuple[Part, ...]
-    heard: tuple[Part, ...]
+    kv_only: tuple[Part, ...]
+    with_logits: tuple[Part, ...]
     canvases: tuple[Part, ...]
 
     @classmethod
-    def of(cls, works: Sequence[Work], canvas: int) -> Batch:
+    def of(cls, works: Sequence[ScheduledRequest], canvas: int) -> Batch:
         """From what the scheduler plans; a canvas has `canvas` tokens.
 
-        Of an autoregressive request whose context ends here the last token is heard, of a checked one every token of
-        the canvas that is read.
+        An autoregressive request whose context ends here needs logits for its last token, a verified one for every
+        token of the draft that is read.
         """
         sizes: list[tuple[str, Request, int, int]] = []
         for work in works:
-            sizes.append(("silent", work.request, work.start, work.stop - work.heard))
-            sizes.append(("heard", work.request, work.stop - work.heard, work.stop))
+            sizes.append(("kv_only", work.request, work.start, work.stop - work.num_logit_tokens))
+            sizes.append(("with_logits", work.request, work.stop - work.num_logit_tokens, work.stop))
             if work.canvas:
                 sizes.append(("canvases", work.request, work.stop, work.stop + canvas))
-        parts: dict[str, list[Part]] = {"silent": [], "heard": [], "canvases": []}
+        parts: dict[str, list[Part]] = {"kv_only": [], "with_logits": [], "canvases": []}
         row = 0
         for kind, found in parts.items():
             for name, request, first, stop in sizes:
@@ -84,27 +84,27 @@ class Batch:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (*self.silent, *self.heard, *self.canvases)
+        return (*self.kv_only, *self.with_logits, *self.canvases)
 
     @property
-    def skip(self) -> int:
-        """How many rows are silent."""
-        return self.silent[-1].stop if self.silent else 0
+    def num_kv_only(self) -> int:
+        """How many rows are needed for their keys and values alone."""
+        return self.kv_only[-1].stop if self.kv_only else 0
 
     @property
-    def read(self) -> int:
+    def num_causal(self) -> int:
         """How many rows are of the causal pass."""
-        return self.heard[-1].stop if self.heard else self.skip
+        return self.with_logits[-1].stop if self.with_logits else self.num_kv_only
 
     @property
-    def rows(self) -> int:
-        return self.canvases[-1].stop if self.canvases else self.read
+    def num_rows(self) -> int:
+        return self.canvases[-1].stop if self.canvases else self.num_causal
 
     def positions(self, device: torch.device) -> Int[Tensor, "1 rows"]:
         """The place of every row in its request."""
         places = [torch.arange(part.first, part.first + part.stop - part.start) for part in self.parts]
-        return send(torch.cat(places)[None], device)
+        return to_device(torch.cat(places)[None], device)
 
     def causal(self, device: torch.device) -> Bool[Tensor, " rows"]:
-        """Which rows are of the causal pass: the first `read`."""
-        return torch.arange(self.rows, device=device) < self.read
+        """Which rows are of the causal pass: the first `num_causal`."""
+        return torch.arange(self.num_rows, device=device) < self.num_causal

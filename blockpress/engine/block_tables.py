@@ -6,7 +6,8 @@
                                             ^^^^^^^^^^
     whole pages are published under their digests     pages that are being written are one request's alone
 
-Invariant: a request's tables hold every token of `context[:read]` that a token at `read` or behind it can see.
+Invariant: a request's tables hold every token of `context[:num_computed_tokens]` that a token at that position or a
+later one can see.
 Run it:  python -m pytest tests/engine/test_prefix_cache.py tests/engine/test_scheduler.py
 """
 
@@ -20,7 +21,7 @@ from blockpress.engine import prefix_cache
 from blockpress.engine.block_pool import BlockPool
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
-from blockpress.engine.sizing import DROPPED, page_length, pages_for, window_pages
+from blockpress.engine.sizing import DROPPED, num_pages, page_length, window_pages
 
 Found = dict[LayerKind, list[int]]
 
@@ -50,13 +51,13 @@ class BlockTables:
         pages: dict[LayerKind, list[int | None]] = {kind: [] for kind in self.pools}
 
         def known(number: int) -> tuple[bool, bool]:
-            digest = prefix_cache.extend(request, number + 1, self.page)[-1]
+            digest = prefix_cache.extend_digests(request, number + 1, self.page)[-1]
             for kind, pool in self.pools.items():
                 pages[kind].append(pool.find(digest))
             there = {kind: found[-1] is not None for kind, found in pages.items()}
             return there.get("full_attention", True), there.get("sliding_attention", True)
 
-        count = prefix_cache.longest(request, self.page, known, self._window)
+        count = prefix_cache.longest_prefix(request, self.page, known, self._window)
         return {kind: self._seen(kind, found[:count], count * self.page) for kind, found in pages.items()}
 
     def has_room(self, request: Request, found: Found, running: Iterable[Request]) -> bool:
@@ -64,7 +65,7 @@ class BlockTables:
         promised = dict.fromkeys(self.pools, 0)
         for other in running:
             for kind in promised:
-                promised[kind] += self._lacking(kind, other, other.tables[kind], other.read)
+                promised[kind] += self._lacking(kind, other, other.tables[kind], other.num_computed_tokens)
         for kind, pool in self.pools.items():
             idle = sum(page != DROPPED and not pool.holders(page) for page in found[kind])
             lacking = self._lacking(kind, request, found[kind], len(found[kind]) * self.page)
@@ -74,14 +75,14 @@ class BlockTables:
 
     def adopt(self, request: Request, found: Found) -> int:
         """Take over the pages that `match` found; returns how many tokens need not be read."""
-        assert not request.tables and not request.read
+        assert not request.tables and not request.num_computed_tokens
         for kind, table in found.items():
             for page in table:
                 if page != DROPPED:
                     self.pools[kind].retain(page)
         request.tables = found
-        request.read = max((len(table) for table in found.values()), default=0) * self.page
-        return request.read
+        request.num_computed_tokens = max((len(table) for table in found.values()), default=0) * self.page
+        return request.num_computed_tokens
 
     def extend(self, request: Request, stop: int) -> bool:
         """Pages for the tokens up to `stop`, of every kind or, where there are too few, of none.
@@ -89,7 +90,7 @@ class BlockTables:
         Full pages for its whole context at once: so they follow one another, whoever else is reading.
         """
         ends = {kind: len(request.context) if kind == "full_attention" else stop for kind in self.pools}
-        lacking = {kind: pages_for(end, self.page) - len(request.tables[kind]) for kind, end in ends.items()}
+        lacking = {kind: num_pages(end, self.page) - len(request.tables[kind]) for kind, end in ends.items()}
         if any(count > self.pools[kind].available for kind, count in lacking.items()):
             return False
         for kind, count in lacking.items():
@@ -103,9 +104,9 @@ class BlockTables:
 
     def wrote(self, request: Request, stop: int) -> None:
         """The tokens up to `stop` are in pages now: publish whole pages, drop what the window has passed."""
-        before, request.read = request.read, stop
+        before, request.num_computed_tokens = request.num_computed_tokens, stop
         if self._options.reuse_prefixes:
-            digests = prefix_cache.extend(request, stop // self.page, self.page)
+            digests = prefix_cache.extend_digests(request, stop // self.page, self.page)
             for number in range(before // self.page, stop // self.page):
                 for kind, table in request.tables.items():
                     if table[number] != DROPPED:
@@ -129,7 +130,7 @@ class BlockTables:
             for page in reversed(table):
                 if page != DROPPED:
                     self.pools[kind].release(page)
-        request.tables, request.read = {}, 0
+        request.tables, request.num_computed_tokens = {}, 0
 
     def check(self, running: Iterable[Request]) -> None:
         """Raises AssertionError where the pools do not hold exactly the pages of these requests."""
@@ -140,10 +141,10 @@ class BlockTables:
             for page in range(pool.total):
                 assert pool.holders(page) == held.count(page), f"{kind} page {page} has holders that are not there"
             for request in running:
-                table, oldest = request.tables[kind], self._oldest(kind, request.read)
-                assert pages_for(request.read, self.page) <= len(table)
+                table, oldest = request.tables[kind], self._oldest(kind, request.num_computed_tokens)
+                assert num_pages(request.num_computed_tokens, self.page) <= len(table)
                 assert all((page == DROPPED) == (number < oldest) for number, page in enumerate(table))
-                for page in table[request.read // self.page :]:
+                for page in table[request.num_computed_tokens // self.page :]:
                     assert page == DROPPED or (pool.holders(page) == 1 and not pool.published(page)), "written by two"
 
     def _seen(self, kind: LayerKind, found: list[int | None], stop: int) -> list[int]:
@@ -163,7 +164,7 @@ class BlockTables:
 
     def _lacking(self, kind: LayerKind, request: Request, table: list[int], read: int) -> int:
         """Most pages that it still has to be given until its whole context is read."""
-        whole = pages_for(len(request.context), self.page)
+        whole = num_pages(len(request.context), self.page)
         if kind == "full_attention" or read == len(request.context):
             return max(0, whole - len(table))
         held = sum(page != DROPPED for page in table)
@@ -171,5 +172,5 @@ class BlockTables:
 
     def _part(self, request: Request) -> int:
         """Most tokens of the request that one forward reads."""
-        longest = max((picture.length for picture in request.pictures), default=0)
+        longest = max((picture.length for picture in request.image_spans), default=0)
         return max(self._options.chunk, self._config.canvas_length, longest)

@@ -2,7 +2,7 @@
 
     slot     canvas    what the next step reads                 signal      what the last step believed
              argmax    of the last step, to see what changed    unchanged   steps in a row that it has stayed the same
-             pins      the tokens that it must hold, or OPEN    denied      which of `ids` each place must not take
+             pins      the tokens that it must hold, or OPEN    banned      which of `ids` each place must not take
     spare    the last row, for entries of a padded batch that are nobody's
 
 `ids` joins what all running requests deny, filled up with ids that nobody denies: so the tensors keep their shapes
@@ -27,7 +27,7 @@ from blockpress.config import Sampling
 from blockpress.diffusion.pins import OPEN
 from blockpress.engine.request import Request
 from blockpress.model import Network
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 
 LEAST_IDS = 8
 
@@ -36,14 +36,14 @@ LEAST_IDS = 8
 class StepFeatures:
     """What the canvases of a forward ask for beyond the common: a forward without rules does not pay for them.
 
-    begins: some canvas is at its first step. pinned: some place of some canvas is. denied: how many `ids` there are,
+    begins: some canvas is at its first step. pinned: some place of some canvas is. banned: how many `ids` there are,
     0 where no canvas denies any. own: some canvas brings a rule of its own for accepting or settling.
     """
 
     begins: bool = True
     pinned: bool = False
-    denied: int = 0
-    own: bool = False
+    banned: int = 0
+    custom: bool = False
 
 
 class CanvasState:
@@ -53,17 +53,17 @@ class CanvasState:
         config, self._device = network.config, network.device
         self._vocab, self.length = config.vocab_size, config.canvas_length if config.has_canvas else 0
         shape = (count + 1, self.length)
-        self.spare = count
+        self.padding_slot = count
         self.canvas = torch.zeros(shape, dtype=torch.long, device=self._device)
         self.argmax = torch.zeros(shape, dtype=torch.long, device=self._device)
         self.signal = torch.zeros((*shape, config.hidden_size), dtype=network.dtype, device=self._device)
         self.unchanged = torch.zeros(count + 1, dtype=torch.long, device=self._device)
         self.pins = torch.full(shape, OPEN, device=self._device)
         self.ids: Int[Tensor, " ids"] = torch.empty(0, dtype=torch.long, device=self._device)
-        self.denied: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
+        self.banned: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
         self._column: dict[int, int] = {}
         self._owner: dict[int, Request] = {}
-        self._denials: dict[int, Mapping[int, Container[int]]] = {}
+        self._bans: dict[int, Mapping[int, Container[int]]] = {}
         self._pinned: set[int] = set()
 
     def begin(self, requests: Sequence[Request]) -> StepFeatures:
@@ -71,9 +71,9 @@ class CanvasState:
         fresh = [request for request in requests if request.step == 0]
         for request in fresh:
             slot = slot_of(request)
-            self._owner[slot], self._denials[slot] = request, dict(request.row.denied)
+            self._owner[slot], self._bans[slot] = request, dict(request.row.banned_ids)
             self._pin(slot, request.row.pins)
-        if any(token not in self._column for request in fresh for token in self._denials[slot_of(request)]):
+        if any(token not in self._column for request in fresh for token in self._bans[slot_of(request)]):
             self._gather_ids()
         elif len(self.ids):
             for request in fresh:
@@ -82,13 +82,15 @@ class CanvasState:
         return StepFeatures(
             begins=bool(fresh),
             pinned=any(slot in self._pinned for slot in slots),
-            denied=len(self.ids) if any(self._denials[slot] for slot in slots) else 0,
-            own=any(has_own_rules(request) for request in requests),
+            banned=len(self.ids) if any(self._bans[slot] for slot in slots) else 0,
+            custom=any(has_custom_rules(request) for request in requests),
         )
 
     def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
         if pins:
-            self.pins[slot] = send(torch.tensor([pins.get(place, OPEN) for place in range(self.length)]), self._device)
+            self.pins[slot] = to_device(
+                torch.tensor([pins.get(place, OPEN) for place in range(self.length)]), self._device
+            )
             self._pinned.add(slot)
         elif slot in self._pinned:
             self.pins[slot] = OPEN
@@ -97,30 +99,30 @@ class CanvasState:
     def _gather_ids(self) -> None:
         """Join what the requests that still run deny; wider tensors only where it does not fit these."""
         for slot in [slot for slot, owner in self._owner.items() if owner.slot != slot]:
-            del self._owner[slot], self._denials[slot]
-        ids = sorted({token for denied in self._denials.values() for token in denied})
+            del self._owner[slot], self._bans[slot]
+        ids = sorted({token for banned in self._bans.values() for token in banned})
         width = min(self._vocab, max(LEAST_IDS, len(self.ids), 1 << (len(ids) - 1).bit_length()))
         known = set(ids)
         ids += islice((other for other in numbers() if other not in known), width - len(ids))
         self._column = {token: column for column, token in enumerate(ids)}
         if width > len(self.ids):
             self.ids = torch.empty(width, dtype=torch.long, device=self._device)
-            self.denied = torch.zeros(*self.pins.shape, width, dtype=torch.bool, device=self._device)
-        self.ids.copy_(send(torch.tensor(ids), self._device))
+            self.banned = torch.zeros(*self.pins.shape, width, dtype=torch.bool, device=self._device)
+        self.ids.copy_(to_device(torch.tensor(ids), self._device))
         for slot in self._owner:
             self._deny(slot)
 
     def _deny(self, slot: int) -> None:
-        if not self._denials[slot]:
-            self.denied[slot] = False
+        if not self._bans[slot]:
+            self.banned[slot] = False
             return
         mask = torch.zeros(self.length, len(self.ids), dtype=torch.bool)
-        for token, places in self._denials[slot].items():
+        for token, places in self._bans[slot].items():
             mask[:, self._column[token]] = torch.tensor([place in places for place in range(self.length)])
-        self.denied[slot] = send(mask, self._device)
+        self.banned[slot] = to_device(mask, self._device)
 
 
-def has_own_rules(request: Request) -> bool:
+def has_custom_rules(request: Request) -> bool:
     """Whether a request accepts or settles by a rule of its own."""
     sampling = request.sampling
     return isinstance(sampling, Sampling) and not (sampling.accept is None and sampling.settle is None)

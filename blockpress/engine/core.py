@@ -23,11 +23,11 @@ from torch import Tensor
 
 from blockpress.decoding import Event, Failed
 from blockpress.engine.kv_cache import KVCache
-from blockpress.engine.modes import Progress, kind_of, strategies
+from blockpress.engine.modes import RequestProgress, strategies, strategy_of
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
-from blockpress.engine.runner import Asked, Outcome, Runner
-from blockpress.engine.scheduler import Scheduler, SchedulerStats, Work
+from blockpress.engine.request import HashedImageSpan, Request
+from blockpress.engine.runner import Runner, RunnerOutput, SampledTokens
+from blockpress.engine.scheduler import ScheduledRequest, Scheduler, SchedulerStats
 from blockpress.engine.sizing import page_length, plan_pages
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.hardware import free_memory
@@ -35,7 +35,7 @@ from blockpress.model import Network
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats:
+class EngineStats:
     """An engine's figures.
 
     scheduler: requests and pages. forwards: run so far. failures: requests that ended with an error of their own.
@@ -57,7 +57,7 @@ class StepRecord:
     """What one `step` did. works: the parts of its forward, in order of arrival; none where nothing ran. events: what
     each request is told, in the same order."""
 
-    works: Sequence[Work]
+    scheduled: Sequence[ScheduledRequest]
     events: Sequence[tuple[Request, Event]]
 
 
@@ -72,7 +72,7 @@ class EngineCore:
         counts = plan_pages(config, dtype, options, memory)
         self.scheduler = Scheduler(config, options, counts)
         self.store = KVCache(config, counts, page_length(config), network.dtype, network.device)
-        self.runner = Runner(network, options, self.store, self._ask)
+        self.runner = Runner(network, options, self.store, self._sample)
         self._cancelled: list[Request] = []
         self._ran = self._failures = 0
         self._strategies = strategies(network)
@@ -83,8 +83,9 @@ class EngineCore:
         Raises:
             Overloaded: the queue is full. RequestError: a request that could never be answered.
         """
-        request.pictures = tuple(
-            Picture(start, len(features), _digest(features)) for start, features in sorted(request.row.images.items())
+        request.image_spans = tuple(
+            HashedImageSpan(start, len(features), _digest(features))
+            for start, features in sorted(request.row.images.items())
         )
         self.scheduler.submit(request)
 
@@ -94,10 +95,10 @@ class EngineCore:
             self._cancelled.append(request)
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """What the engine is doing, and what it has done so far."""
         captured = self.runner.captured
-        return Stats(
+        return EngineStats(
             scheduler=self.scheduler.stats,
             forwards=self._ran,
             failures=self._failures,
@@ -113,66 +114,68 @@ class EngineCore:
         return bool(self._cancelled or self.scheduler.running or self.scheduler.waiting)
 
     @property
-    def remembered(self) -> int:
+    def num_tracked(self) -> int:
         """Of how many requests something is kept for their next forward, beside pages and slots: of none once idle."""
-        return sum(strategy.remembered for strategy in self._strategies.values())
+        return sum(strategy.num_tracked for strategy in self._strategies.values())
 
     def step(self) -> StepRecord:
         """One forward, and what came of it."""
         cancelled, self._cancelled = self._cancelled, []
         events = [(request, event) for request in cancelled for event in self._cancel(request)]
-        works = self.scheduler.plan()
+        works = self.scheduler.schedule()
         self._ran += bool(works)
         with self.runner.placed():
             events += self._answered(works)
-        return StepRecord(works=works, events=events)
+        return StepRecord(scheduled=works, events=events)
 
     @torch.inference_mode()
-    def _answered(self, works: Sequence[Work]) -> list[tuple[Request, Event]]:
+    def _answered(self, works: Sequence[ScheduledRequest]) -> list[tuple[Request, Event]]:
         outcomes = self._run(works)
-        found: dict[Request, Progress | Exception] = {}
+        found: dict[Request, RequestProgress | Exception] = {}
         for kind, strategy in self._strategies.items():
-            own = [one for one in outcomes if isinstance(one, Outcome) and kind_of(one.work.request) == kind]
-            sound = [one for one in own if one.sound]
+            own = [
+                one for one in outcomes if isinstance(one, RunnerOutput) and strategy_of(one.scheduled.request) == kind
+            ]
+            sound = [one for one in own if one.is_finite]
             made = strategy.advance(sound)
-            found |= {one.work.request: progress for one, progress in zip(sound, made, strict=True)}
-            found |= {one.work.request: _no_number() for one in own if not one.sound}
+            found |= {one.scheduled.request: progress for one, progress in zip(sound, made, strict=True)}
+            found |= {one.scheduled.request: _no_number() for one in own if not one.is_finite}
         events: list[tuple[Request, Event]] = []
         for outcome in outcomes:
-            if isinstance(outcome, Outcome):
-                request, told = outcome.work.request, self._book(outcome, found[outcome.work.request])
+            if isinstance(outcome, RunnerOutput):
+                request, told = outcome.scheduled.request, self._apply(outcome, found[outcome.scheduled.request])
             else:
                 request, told = outcome[0].request, self._fail(outcome[0].request, outcome[1])
             events += [(request, event) for event in told]
         return events
 
-    def _ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+    def _sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
         """What the strategies ask of the states that a forward has heard, before anybody waits for it."""
         asked: dict[Request, Tensor | Exception] = {}
         for kind, strategy in self._strategies.items():
-            asked |= strategy.ask([work for work in works if kind_of(work.request) == kind], heard)
+            asked |= strategy.sample([work for work in works if strategy_of(work.request) == kind], heard)
         return asked
 
-    def _book(self, outcome: Outcome, progress: Progress | Exception) -> Sequence[Event]:
+    def _apply(self, outcome: RunnerOutput, progress: RequestProgress | Exception) -> Sequence[Event]:
         """What a request's part of a forward makes of its pages and its context, or its end."""
-        request, work = outcome.work.request, outcome.work
+        request, work = outcome.scheduled.request, outcome.scheduled
         if isinstance(progress, Exception):
             return self._fail(request, progress)
         if outcome.denoised is not None:
             request.step = outcome.denoised.step
-        if progress.verified is None:
-            self.scheduler.done(work)
+        if progress.num_verified is None:
+            self.scheduler.mark_computed(work)
         else:
-            self.scheduler.verified(work, progress.verified)
-        if progress.then is not None:
+            self.scheduler.accept_draft(work, progress.num_verified)
+        if progress.next_tokens is not None:
             if request.row.finish_reason is None:
-                self.scheduler.commit(request, progress.then, draft=progress.draft)
+                self.scheduler.commit(request, progress.next_tokens, draft=progress.is_draft)
             else:
                 self.scheduler.end(request)
                 self._forget(request)
         return progress.events
 
-    def _run(self, works: Sequence[Work]) -> Sequence[Outcome | tuple[Work, Exception]]:
+    def _run(self, works: Sequence[ScheduledRequest]) -> Sequence[RunnerOutput | tuple[ScheduledRequest, Exception]]:
         """The forward; where it fails, request by request, so that the one at fault is found."""
         if not works:
             return []
@@ -200,7 +203,7 @@ class EngineCore:
             return self._fail(request, error)
 
     def _forget(self, request: Request) -> None:
-        self._strategies[kind_of(request)].forget(request)
+        self._strategies[strategy_of(request)].forget(request)
 
     def _fail(self, request: Request, error: Exception) -> list[Event]:
         """End one request with an error of its own; what it has in pages is not trusted."""

@@ -7,8 +7,8 @@ each kind of rules. A smaller forward is filled up with entries that are nobody'
 wait in the spare slot. Graphs share their memory, since one runs at a time. Before one is captured it runs twice as it
 is, filled with nobody, so that kernels are compiled and nothing of a request is touched.
 
-Invariant: a replay does what `begin`, the stack and `finish` do eagerly, and reads nothing but its inputs, slots and
-pages. Where capturing fails, `failed` says why, and all further forwards are eager.
+Invariant: a replay does what `begin_step`, the stack and `finish_step` do eagerly, and reads nothing but its inputs,
+slots and pages. Where capturing fails, `failed` says why, and all further forwards are eager.
 Run it:  python -m pytest tests/engine/test_cuda_graphs.py      on a GPU the ones marked `gpu`, too
 """
 
@@ -25,7 +25,16 @@ from blockpress.config import LayerKind
 from blockpress.engine.attention import PagedAttention, TritonPagedAttention
 from blockpress.engine.batch import Part
 from blockpress.engine.canvas_state import CanvasState, StepFeatures
-from blockpress.engine.denoising import FIELDS, Canvases, Numbers, StepOutputs, begin, entry, finish, idle
+from blockpress.engine.denoising import (
+    FIELDS,
+    CanvasBatch,
+    Numbers,
+    StepOutputs,
+    begin_step,
+    finish_step,
+    packed_entry,
+    padding_entry,
+)
 from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
@@ -40,14 +49,14 @@ LEAST_WIDTH = 8
 KEPT = 64
 """Most graphs at a time; the one that was not used for the longest time goes."""
 
-Work = Callable[[], StepOutputs]
+GraphBody = Callable[[], StepOutputs]
 Recorded = tuple[Callable[[], None], StepOutputs]
-Record = Callable[[Work], Recorded]
+Record = Callable[[GraphBody], Recorded]
 """Makes a piece of work repeatable: gives what runs it again, and the outputs that every run writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class GraphKey:
     """What a graph is captured for."""
 
     canvases: int
@@ -55,7 +64,7 @@ class Key:
     rules: StepFeatures
 
     @classmethod
-    def of(cls, canvases: int, pages: int, most: int, rules: StepFeatures) -> Key:
+    def of(cls, canvases: int, pages: int, most: int, features: StepFeatures) -> GraphKey:
         """The smallest graph that holds so many canvases of at most `most`, with tables of so many pages.
 
         >>> key = Key.of(5, 9, 32, StepFeatures(begins=False))
@@ -67,10 +76,10 @@ class Key:
         size, width = min(most, next((size for size in SIZES if size >= canvases), most)), LEAST_WIDTH
         while width < pages:
             width *= 4
-        return cls(canvases=size, width=width, rules=StepFeatures(pinned=rules.pinned, denied=rules.denied))
+        return cls(canvases=size, width=width, rules=StepFeatures(pinned=features.pinned, banned=features.banned))
 
 
-class Captured:
+class CudaGraphs:
     """Runs steps of canvases as recorded graphs, which it makes as they are needed."""
 
     def __init__(
@@ -85,22 +94,22 @@ class Captured:
         self.network, self.slots, self.store, self.signal, self.attention = network, slots, store, signal, attention
         self.failed: str | None = None
         self.captures = self.replays = 0
-        self._record = record or Recorder()
-        self._graphs: dict[Key, Graph] = {}
+        self._record = record or GraphRecorder()
+        self._graphs: dict[GraphKey, CapturedGraph] = {}
 
     def step(self, parts: Sequence[Part], rules: StepFeatures) -> StepOutputs | None:
         """One step of these canvases, behind contexts that are in pages; None where it must be run eagerly.
 
-        All that is given back but `told` are copies; `told` is overwritten by the next step.
+        All that is given back but `host_words` are copies; `host_words` is overwritten by the next step.
         """
         if self.failed is not None:
             return None
         pages = max(len(table) for part in parts for table in part.request.tables.values())
-        key = Key.of(len(parts), pages, self.slots.spare, rules)
+        key = GraphKey.of(len(parts), pages, self.slots.padding_slot, rules)
         graph = self._graph(key)
         if graph is None:
             return None
-        graph.fill([[*entry(part), *self._tables(part, key.width)] for part in parts])
+        graph.fill([[*packed_entry(part), *self._tables(part, key.width)] for part in parts])
         graph.replay()
         self.replays += 1
         done, own = graph.finished, slice(len(parts))
@@ -109,18 +118,18 @@ class Captured:
             accepted=done.accepted[own].clone(),
             entropy=done.entropy[own].clone(),
             changed=done.changed[own].clone(),
-            told=done.told[own],
+            host_words=done.host_words[own],
         )
 
     @torch.inference_mode()
     def prepare(self, most: int, pages: int = LEAST_WIDTH) -> None:
         """Capture what steps of up to `most` canvases without rules run, so that no request waits for that."""
-        keys = {Key.of(count, pages, self.slots.spare, StepFeatures()) for count in range(1, most + 1)}
+        keys = {GraphKey.of(count, pages, self.slots.padding_slot, StepFeatures()) for count in range(1, most + 1)}
         for key in sorted(keys, key=lambda key: -key.canvases):  # the largest first: the others fit into its memory
             if self._graph(key) is None:
                 return
 
-    def _graph(self, key: Key) -> Graph | None:
+    def _graph(self, key: GraphKey) -> CapturedGraph | None:
         """The graph of a key, as the one used last; None where it cannot be captured."""
         graph = self._graphs.pop(key, None)
         if graph is None:
@@ -133,14 +142,14 @@ class Captured:
         self._graphs[key] = graph
         return graph
 
-    def _capture(self, key: Key) -> Graph:
-        for old in [old for old in self._graphs if 0 < old.rules.denied < key.rules.denied]:
+    def _capture(self, key: GraphKey) -> CapturedGraph:
+        for old in [old for old in self._graphs if 0 < old.rules.banned < key.rules.banned]:
             del self._graphs[old]  # ids have moved to a wider table, and nobody asks for it again
         if len(self._graphs) >= KEPT:
             del self._graphs[next(iter(self._graphs))]
         kinds = list(self.network.windows())
-        nobody = [*idle(self.slots.spare), *[0] * (key.width * len(kinds))]
-        graph = Graph(key.canvases, nobody, self.network.device)
+        nobody = [*padding_entry(self.slots.padding_slot), *[0] * (key.width * len(kinds))]
+        graph = CapturedGraph(key.canvases, nobody, self.network.device)
         graph.record(self._record, lambda: self._work(graph.numbers, kinds, key))
         self.captures += 1
         return graph
@@ -150,15 +159,15 @@ class Captured:
         tables = [part.request.tables[kind] for kind in self.network.windows()]
         return [page for table in tables for page in (*table, *[0] * (width - len(table)))]
 
-    def _work(self, numbers: Numbers, kinds: Sequence[LayerKind], key: Key) -> StepOutputs:
+    def _work(self, numbers: Numbers, kinds: Sequence[LayerKind], key: GraphKey) -> StepOutputs:
         """The whole step, from its numbers on."""
         network, length = self.network, self.slots.length
-        canvases = Canvases.of(numbers)
-        begun = begin(network, self.slots, canvases, key.rules)
+        canvases = CanvasBatch.of(numbers)
+        begun = begin_step(network, self.slots, canvases, key.rules)
         positions = (canvases.context[:, None] + torch.arange(length, device=numbers.device)).flatten()[None]
         first = torch.arange(0, key.canvases * length, length, dtype=torch.int32, device=numbers.device)
         spans = {
-            kind: self.attention.Spans(
+            kind: self.attention.SpanTable(
                 first=first,
                 count=canvases.rows.int(),
                 stop=canvases.context.int(),
@@ -173,10 +182,10 @@ class Captured:
             for layer, kind in enumerate(self.store.kinds)
         ]
         hidden = network.run(begun.x, positions, attends, causal=False)[0]
-        return finish(network, self.slots, canvases, key.rules, begun, hidden, self.signal)
+        return finish_step(network, self.slots, canvases, key.rules, begun, hidden, self.signal)
 
 
-class Graph:
+class CapturedGraph:
     """A recorded step: its numbers in pinned memory and on the device, and where its outputs are.
 
     nobody: the numbers of an entry that is not used.
@@ -186,30 +195,30 @@ class Graph:
     finished: StepOutputs
 
     def __init__(self, canvases: int, nobody: Sequence[int], device: torch.device) -> None:
-        self._nobody = torch.tensor(nobody)
-        self._host = self._nobody.expand(canvases, -1).contiguous()
+        self._padding = torch.tensor(nobody)
+        self._host = self._padding.expand(canvases, -1).contiguous()
         if device.type == "cuda":
             self._host = self._host.pin_memory()
         self.numbers = self._host.to(device, copy=True)
 
-    def record(self, record: Record, work: Work) -> None:
+    def record(self, record: Record, work: GraphBody) -> None:
         """Record work that reads `numbers`."""
         self.replay, self.finished = record(work)
 
     def fill(self, entries: Sequence[Sequence[int]]) -> None:
         """What the next replay reads. The last copy is done by then: the step that it was for has been waited for."""
         self._host[: len(entries)] = torch.tensor(entries)
-        self._host[len(entries) :] = self._nobody
+        self._host[len(entries) :] = self._padding
         self.numbers.copy_(self._host, non_blocking=True)
 
 
-class Recorder:
+class GraphRecorder:
     """Captures work as CUDA graphs that share one pool of memory."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, work: Work) -> Recorded:
+    def __call__(self, work: GraphBody) -> Recorded:
         """Run work twice on a stream beside the current one, then capture it."""
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -231,11 +240,11 @@ def why_not_capturable(network: Network, attention: PagedAttention | None) -> st
         return "no kernels look at its pages: Triton is missing, or a head's size is no power of two from 16 on"
     if not isinstance(network.embed_tokens.weight, Tensor):
         return "its vocabulary is packed, and no kernel reads that"
-    from blockpress.ops.kernels.experts import kind_of
+    from blockpress.ops.kernels.experts import packing_of
 
     for name, module in network.named_modules():
         if isinstance(module, Experts):
-            kinds = {kind_of(module.gate_up_proj), kind_of(module.down_proj)}
+            kinds = {packing_of(module.gate_up_proj), packing_of(module.down_proj)}
             if network.dtype != torch.bfloat16 or len(kinds) > 1 or None in kinds:
                 return f"no kernel reads the experts of {name} in {network.dtype}"
     return None

@@ -6,7 +6,7 @@
 Between the numbers and what is told no value decides what the processor does: no shape depends on one, none is waited
 for. So one captured graph serves every step of as many canvases, and an eager forward runs the same lines.
 
-Invariant: the slots change in the last lines of `finish`, and only those of its canvases.
+Invariant: the slots change in the last lines of `finish_step`, and only those of its canvases.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
@@ -40,14 +40,14 @@ from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops import vocabulary
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 
 Numbers = Int64[Tensor, "canvases fields"]
 Flat = Float[Tensor, "1 rows hidden"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Canvases:
+class CanvasBatch:
     """Canvases as a step sees them, an entry each.
 
     slot: where it waits. context: tokens before it. rows: its length, or 0 for an entry that is nobody's. low, high: of
@@ -69,8 +69,8 @@ class Canvases:
     confidence: Float32[Tensor, " canvases"]
 
     @classmethod
-    def of(cls, numbers: Numbers) -> Canvases:
-        """From what `entry` and `idle` wrote; further columns are left alone."""
+    def of(cls, numbers: Numbers) -> CanvasBatch:
+        """From what `packed_entry` and `padding_entry` wrote; further columns are left alone."""
         columns = numbers[:, :FIELDS].t().contiguous()
         whole, real = columns[:9], columns[9:].view(torch.float64).float()
         slot, context, rows, low, high, canvas, number, last, stability = whole
@@ -93,17 +93,24 @@ class Canvases:
 FIELDS = 12
 
 
-def entry(part: Part) -> list[int]:
+def packed_entry(part: Part) -> list[int]:
     """A canvas's numbers, floats as the bits of their float64."""
     request, sampling, number = part.request, part.request.sampling, part.request.step + 1
     assert isinstance(sampling, Sampling), "only diffusion has canvases"
     seed = request.row.seed
-    whole = [slot_of(request), part.first, part.stop - part.start, seed & LOW, seed >> 32 & LOW, request.row.number]
+    whole = [
+        slot_of(request),
+        part.first,
+        part.stop - part.start,
+        seed & LOW,
+        seed >> 32 & LOW,
+        request.row.canvas_number,
+    ]
     real = (Schedule.of(sampling).temperature(number).item(), sampling.entropy_bound, sampling.confidence)
     return [*whole, number, number == sampling.steps, sampling.stability, *map(_bits, real)]
 
 
-def idle(spare: int) -> list[int]:
+def padding_entry(spare: int) -> list[int]:
     """The numbers of an entry that is nobody's, at the slot that is nobody's."""
     return [spare, *[0] * 5, 1, 0, 0, *[_bits(1.0)] * 3]
 
@@ -114,7 +121,7 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepInputs:
-    """What `finish` has to know of a step that was begun; `x` are the rows of the stack."""
+    """What `finish_step` has to know of a step that was begun; `x` are the rows of the stack."""
 
     x: Flat
     argmax: Int[Tensor, "canvases canvas"]
@@ -126,16 +133,20 @@ class StepInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepOutputs:
-    """What a step did to its canvases; `told`: settled, done, sound (no number is NaN) and the argmax, as numbers."""
+    """What a step did to its canvases.
+
+    host_words: what the host waits for, per canvas: settled, steps done, whether every number is finite, and the
+    argmax canvas, all integers.
+    """
 
     argmax: Int[Tensor, "canvases canvas"]
     accepted: Bool[Tensor, "canvases canvas"]
     entropy: Float32[Tensor, "canvases canvas"]
     changed: Bool[Tensor, "canvases canvas"]
-    told: Int64[Tensor, "canvases told"]
+    host_words: Int64[Tensor, "canvases told"]
 
 
-def begin(network: Network, slots: CanvasState, canvases: Canvases, rules: StepFeatures) -> StepInputs:
+def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, rules: StepFeatures) -> StepInputs:
     """Embed and condition the canvases; those at step 1 are noise without a signal."""
     config, at = network.config, canvases.slot
     draws = KeyedDraws.from_words(
@@ -158,10 +169,10 @@ def begin(network: Network, slots: CanvasState, canvases: Canvases, rules: StepF
     return StepInputs(x=x, argmax=argmax, unchanged=unchanged, noise=noise, uniform=uniform, pins=pins)
 
 
-def finish(
+def finish_step(
     network: Network,
     slots: CanvasState,
-    canvases: Canvases,
+    canvases: CanvasBatch,
     rules: StepFeatures,
     begun: StepInputs,
     hidden: Float[Tensor, "rows hidden"],
@@ -173,20 +184,20 @@ def finish(
     `requests` are those of the canvases; they may be left out where none has rules of its own.
     """
     at, count, length = canvases.slot, len(canvases.slot), slots.length
-    seen = vocabulary.see(
+    seen = vocabulary.sample_from_hidden(
         hidden,
         network.embed_tokens.weight,
         cap=network.config.softcap,
         temperature=canvases.temperature[:, None].expand(-1, length).flatten(),
         uniform=begun.uniform.flatten(),
-        denied=(slots.ids, slots.denied.index_select(0, at).flatten(0, 1)) if rules.denied else None,
+        banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if rules.banned else None,
         signal=signal,
         scale=network.embed_scale(),
     )
     reading = DenoiserOutput.of(seen, count)
     if begun.pins is not None:
         reading = begun.pins(torch.arange(count, device=at.device), reading)
-    accept, settle = rules_of(canvases, requests)
+    accept, settle = custom_rules(canvases, requests)
     done = update(reading, begun.noise, begun.argmax, begun.unchanged, accept, settle)
     flags = torch.stack((done.settled, done.settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
     told = torch.cat((flags.long(), reading.argmax), dim=1)
@@ -195,11 +206,11 @@ def finish(
     slots.argmax.index_copy_(0, at, reading.argmax)
     slots.unchanged.index_copy_(0, at, done.unchanged)
     return StepOutputs(
-        argmax=reading.argmax, accepted=done.accepted, entropy=reading.entropy, changed=done.changed, told=told
+        argmax=reading.argmax, accepted=done.accepted, entropy=reading.entropy, changed=done.changed, host_words=told
     )
 
 
-def rules_of(canvases: Canvases, requests: Sequence[Request]) -> tuple[Accept, Settle]:
+def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Accept, Settle]:
     """When each canvas accepts and settles: by its numbers, or by the rule that its request brings along."""
     accept: Accept = EntropyBound(canvases.bound[:, None])
     settle: Settle = StableAndConfident(canvases.stability, canvases.confidence)
@@ -207,21 +218,21 @@ def rules_of(canvases: Canvases, requests: Sequence[Request]) -> tuple[Accept, S
     if not samplings:
         return accept, settle
     accepts, settles = [own.accept for own in samplings], [own.settle for own in samplings]
-    return OwnRules("accept", accept, accepts), OwnRules("settle", settle, settles)
+    return CustomRules("accept", accept, accepts), CustomRules("settle", settle, settles)
 
 
 @dataclass(frozen=True, eq=False)
-class OwnRules:
+class CustomRules:
     """A rule for all canvases but those that have one of their own; canvases that share a rule are asked together."""
 
     name: str
     common: Callable[..., Tensor]
-    own: Sequence[Callable[..., Tensor] | None]
+    custom: Sequence[Callable[..., Tensor] | None]
 
     def __call__(self, *given: Tensor) -> Tensor:
         answer = self.common(*given)
-        for rule in {id(rule): rule for rule in self.own if rule is not None}.values():
-            rows = send(torch.tensor([row for row, own in enumerate(self.own) if own is rule]), answer.device)
+        for rule in {id(rule): rule for rule in self.custom if rule is not None}.values():
+            rows = to_device(torch.tensor([row for row, own in enumerate(self.custom) if own is rule]), answer.device)
             found = check_answer(self.name, rule(*(each[rows] for each in given)), answer[rows])
             answer = answer.index_copy(0, rows, found)
         return answer

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from blockpress.config import LayerKind, ModelConfig
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 
 Pair = tuple[Float[Tensor, "_kv_heads _seen _dim"], Float[Tensor, "_kv_heads _seen _dim"]]
 
@@ -60,12 +60,12 @@ class KVCache:
         """Bytes that all pages take once they have been used."""
         return sum(part.nbytes for pair in self._layers for part in pair)
 
-    def write(self, layer: int, places: Int[Tensor, " rows"], key: Tensor, value: Tensor) -> None:
-        """Put rows of keys and values, [kv_heads, rows, dim], where `place` has said."""
+    def write(self, layer: int, slot_mapping: Int[Tensor, " rows"], key: Tensor, value: Tensor) -> None:
+        """Put rows of keys and values, [kv_heads, rows, dim], where `slot_mapping` has said."""
         for whole, part in zip(self._layers[layer], (key, value), strict=True):
-            whole.index_copy_(1, places, part)
+            whole.index_copy_(1, slot_mapping, part)
 
-    def place(self, table: Sequence[int], start: int, stop: int) -> list[int]:
+    def slot_mapping(self, table: Sequence[int], start: int, stop: int) -> list[int]:
         """Where the tokens from `start` to `stop` of a request lie, as numbers for `write`."""
         page = self.page
         return [table[at // page] * page + at % page for at in range(start, stop)]
@@ -81,7 +81,7 @@ class KVCache:
         return key[:, begin : begin + stop - start], value[:, begin : begin + stop - start]
 
     def _gathered(self, layer: int, ids: Sequence[int], start: int, stop: int) -> Pair:
-        chosen = send(torch.tensor(ids), self.device)
+        chosen = to_device(torch.tensor(ids), self.device)
 
         def one(whole: Tensor) -> Tensor:
             return whole.unflatten(1, (-1, self.page)).index_select(1, chosen).flatten(1, 2)[:, start:stop]

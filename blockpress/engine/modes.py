@@ -26,12 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Event, SequenceState
-from blockpress.decoding.autoregressive import choose, counted
-from blockpress.decoding.scoring import TokenScores, judge
-from blockpress.decoding.verified import conclude, is_asked
+from blockpress.decoding.autoregressive import sample_next, with_usage
+from blockpress.decoding.scoring import TokenScores, score_tokens
+from blockpress.decoding.verified import apply_verification, needs_causal_pass
 from blockpress.engine.request import Request
-from blockpress.engine.runner import Asked, Outcome
-from blockpress.engine.scheduler import Work
+from blockpress.engine.runner import RunnerOutput, SampledTokens
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.model import Network
 
 Given = TypeVar("Given")
@@ -39,7 +39,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class RequestProgress:
     """What a forward made of a request.
 
     events: what is told. verified: how many tokens of the draft that the forward has read stand; None: it read none.
@@ -48,23 +48,23 @@ class Progress:
     """
 
     events: Sequence[Event] = ()
-    verified: int | None = None
-    then: list[int] | None = None
-    draft: bool = False
+    num_verified: int | None = None
+    next_tokens: list[int] | None = None
+    is_draft: bool = False
 
 
 @runtime_checkable
 class Strategy(Protocol):
     """One way to decode, for all requests that go this way."""
 
-    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
         """What each request wants of the states that its part of a forward has heard; nothing here waits for them.
 
         A forward may be run again: so may this.
         """
         ...
 
-    def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
         """What became of each request; an exception is that request's alone."""
         ...
 
@@ -73,13 +73,13 @@ class Strategy(Protocol):
         ...
 
     @property
-    def remembered(self) -> int:
+    def num_tracked(self) -> int:
         """Of how many requests something is kept."""
         ...
 
 
 def strategies(network: Network) -> dict[str, Strategy]:
-    """A strategy of each kind; `kind_of` says which of them is a request's."""
+    """A strategy of each kind; `strategy_of` says which of them is a request's."""
     return {
         "diffusion": Diffusion(),
         "verified": Verified(network),
@@ -87,7 +87,7 @@ def strategies(network: Network) -> dict[str, Strategy]:
     }
 
 
-def kind_of(request: Request) -> str:
+def strategy_of(request: Request) -> str:
     """Which strategy a request goes by."""
     if isinstance(request.sampling, AutoregressiveSampling):
         return "autoregressive"
@@ -98,13 +98,13 @@ def kind_of(request: Request) -> str:
 class Diffusion:
     """Canvases that are committed as they settle."""
 
-    remembered = 0
+    num_tracked = 0
 
-    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
-    def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        return each(outcomes, after_step)
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+        return apply_each(outcomes, after_step)
 
     def forget(self, request: Request) -> None:
         pass
@@ -120,34 +120,34 @@ class Verified:
         """The hidden state of the last context token of each, [1, hidden]."""
 
     @property
-    def remembered(self) -> int:
+    def num_tracked(self) -> int:
         return len(self._last)
 
-    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
-    def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        return judge_drafts(self._network, outcomes, each(outcomes, self._draft), self._conclude)
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+        return score_drafts(self._network, outcomes, apply_each(outcomes, self._draft), self._apply)
 
     def forget(self, request: Request) -> None:
         self._last.pop(request, None)
 
-    def _draft(self, outcome: Outcome) -> Draft | Progress:
+    def _draft(self, outcome: RunnerOutput) -> Draft | RequestProgress:
         """The draft that the forward has read, to be judged, or how a request goes on that has none."""
-        request, row = outcome.work.request, outcome.work.request.row
-        if reads_draft(outcome.work):
+        request, row = outcome.scheduled.request, outcome.scheduled.request.row
+        if reads_draft(outcome.scheduled):
             assert outcome.hidden is not None
             return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)))
         if outcome.hidden is not None:
             self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
         return after_step(outcome)
 
-    def _conclude(self, outcome: Outcome, draft: Draft, judged: TokenScores) -> Progress:
+    def _apply(self, outcome: RunnerOutput, draft: Draft, judged: TokenScores) -> RequestProgress:
         """The causal pass has read the draft: what it says of it decides what of it is context now."""
-        request, row = outcome.work.request, draft.row
-        events = [*conclude(row, judged, checks_of(request))]
-        self._last[request] = draft.states[row.kept : row.kept + 1].clone()
-        return Progress(events=events, verified=row.kept, then=row.fresh)
+        request, row = outcome.scheduled.request, draft.row
+        events = [*apply_verification(row, judged, max_checks(request))]
+        self._last[request] = draft.states[row.num_kept : row.num_kept + 1].clone()
+        return RequestProgress(events=events, num_verified=row.num_kept, next_tokens=row.new_tokens)
 
 
 @final
@@ -165,12 +165,12 @@ class Autoregressive:
         """How many forwards have read a request's context to its end; a prompt in chunks is one."""
 
     @property
-    def remembered(self) -> int:
+    def num_tracked(self) -> int:
         return len(self._last.keys() | self._forwards.keys())
 
-    def ask(self, works: Sequence[Work], heard: Mapping[Request, Tensor]) -> Asked:
+    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
         """The next token of those whose context has been read."""
-        ready = [work.request for work in works if is_read(work) and not reads_draft(work)]
+        ready = [work.request for work in works if reads_to_end(work) and not reads_draft(work)]
         for request in ready:
             if request in heard:
                 self._last[request] = heard[request][-1:].clone()
@@ -180,45 +180,49 @@ class Autoregressive:
             alike.setdefault(request.sampling, []).append(request)
         tokens: dict[Request, Tensor | Exception] = {}
         for sampling, some in alike.items():
-            tokens |= zip(some, together(some, partial(self._choose, sampling)), strict=True)
+            tokens |= zip(some, apply_batched(some, partial(self._choose, sampling)), strict=True)
         return tokens
 
-    def advance(self, outcomes: Sequence[Outcome]) -> list[Progress | Exception]:
-        return judge_drafts(self._network, outcomes, each(outcomes, self._draft), self._commit)
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+        return score_drafts(self._network, outcomes, apply_each(outcomes, self._draft), self._commit)
 
     def forget(self, request: Request) -> None:
         self._last.pop(request, None)
         self._forwards.pop(request, None)
 
-    def _draft(self, outcome: Outcome) -> Draft | Progress:
+    def _draft(self, outcome: RunnerOutput) -> Draft | RequestProgress:
         """What is to be committed, or how a request goes on that commits nothing yet."""
-        work, row = outcome.work, outcome.work.request.row
-        if not is_read(work):
-            return Progress()
+        work, row = outcome.scheduled, outcome.scheduled.request.row
+        if not reads_to_end(work):
+            return RequestProgress()
         states = self._last[work.request]
         if reads_draft(work):
             assert outcome.hidden is not None
             self._forwards[work.request] += 1
             return Draft(row, row.proposal, torch.cat((states, outcome.hidden)))
         self._forwards[work.request] += work.start < work.stop
-        if isinstance(outcome.answer, Exception):
-            raise outcome.answer
-        assert outcome.answer is not None, "a token was asked for"
-        row.draft(outcome.answer, 0)
+        if isinstance(outcome.sampled, Exception):
+            raise outcome.sampled
+        assert outcome.sampled is not None, "a token was asked for"
+        row.draft(outcome.sampled, 0)
         proposal = row.proposal if row.logprobs is not None else []
         if len(proposal) > 1:
-            return Progress(then=proposal[:-1], draft=True)
+            return RequestProgress(next_tokens=proposal[:-1], is_draft=True)
         return Draft(row, proposal, states)
 
-    def _commit(self, outcome: Outcome, draft: Draft, judged: TokenScores) -> Progress:
+    def _commit(self, outcome: RunnerOutput, draft: Draft, judged: TokenScores) -> RequestProgress:
         """The chosen token joins the answer."""
-        row, verified = draft.row, 0 if reads_draft(outcome.work) else None
-        forwards = Counter({row.index: self._forwards[outcome.work.request]})
-        return Progress(events=[*counted(row.commit(judged.said), forwards)], verified=verified, then=row.fresh)
+        row, verified = draft.row, 0 if reads_draft(outcome.scheduled) else None
+        forwards = Counter({row.index: self._forwards[outcome.scheduled.request]})
+        return RequestProgress(
+            events=[*with_usage(row.commit(judged.logprobs), forwards)],
+            num_verified=verified,
+            next_tokens=row.new_tokens,
+        )
 
     def _choose(self, sampling: AutoregressiveSampling, requests: Sequence[Request]) -> Sequence[Tensor]:
         last = torch.stack([self._last[request] for request in requests])
-        return choose(self._network, [request.row for request in requests], last, sampling).split(1)
+        return sample_next(self._network, [request.row for request in requests], last, sampling).split(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,19 +234,19 @@ class Draft:
     states: Tensor
 
 
-def judge_drafts(
+def score_drafts(
     network: Network,
-    outcomes: Sequence[Outcome],
-    found: Sequence[Draft | Progress | Exception],
-    end: Callable[[Outcome, Draft, TokenScores], Progress],
-) -> list[Progress | Exception]:
+    outcomes: Sequence[RunnerOutput],
+    found: Sequence[Draft | RequestProgress | Exception],
+    end: Callable[[RunnerOutput, Draft, TokenScores], RequestProgress],
+) -> list[RequestProgress | Exception]:
     """Let the causal pass judge all drafts at once, and `end` each; what is no draft stays as it is."""
     drafts = [draft for draft in found if isinstance(draft, Draft)]
-    judged = dict(zip(drafts, together(drafts, partial(_judged, network)), strict=True))
+    judged = dict(zip(drafts, apply_batched(drafts, partial(_scored, network)), strict=True))
 
-    def one(pair: tuple[Outcome, Draft | Progress | Exception]) -> Progress:
+    def one(pair: tuple[RunnerOutput, Draft | RequestProgress | Exception]) -> RequestProgress:
         outcome, draft = pair
-        if isinstance(draft, Progress):
+        if isinstance(draft, RequestProgress):
             return draft
         if isinstance(draft, Exception):
             raise draft
@@ -251,18 +255,18 @@ def judge_drafts(
             raise said
         return end(outcome, draft, said)
 
-    return each(zip(outcomes, found, strict=True), one)
+    return apply_each(zip(outcomes, found, strict=True), one)
 
 
-def _judged(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
+def _scored(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
     """What the causal pass says of each."""
     if not any(draft.tokens for draft in drafts):
         return [TokenScores([], [], []) for _ in drafts]
     states = pad_sequence([draft.states for draft in drafts], batch_first=True)
-    return judge(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])
+    return score_tokens(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])
 
 
-def together(given: Sequence[Given], made: Callable[[Sequence[Given]], Sequence[Made]]) -> list[Made | Exception]:
+def apply_batched(given: Sequence[Given], made: Callable[[Sequence[Given]], Sequence[Made]]) -> list[Made | Exception]:
     """What `made` makes of all at once; where that fails, one by one, so that the one at fault is found."""
     try:
         return [*made(given)]
@@ -270,10 +274,10 @@ def together(given: Sequence[Given], made: Callable[[Sequence[Given]], Sequence[
         failed = error.with_traceback(None)
     if len(given) == 1:
         return [failed]
-    return [found for own in given for found in together([own], made)]
+    return [found for own in given for found in apply_batched([own], made)]
 
 
-def each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Exception]:
+def apply_each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Exception]:
     """`one` of every request's; what it raises, a turn's fault or a verification's, is that request's alone."""
     found: list[Made | Exception] = []
     for own in given:
@@ -284,29 +288,29 @@ def each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Ex
     return found
 
 
-def after_step(outcome: Outcome) -> Progress:
+def after_step(outcome: RunnerOutput) -> RequestProgress:
     """How a request goes on after its canvas's step, if there was one: another step, its draft read, or its commit."""
-    request, row = outcome.work.request, outcome.work.request.row
+    request, row = outcome.scheduled.request, outcome.scheduled.request.row
     if outcome.denoised is None:
-        return Progress()
+        return RequestProgress()
     row.draft(outcome.canvas or [], outcome.denoised.step)
     if outcome.canvas is None:
-        return Progress(events=[outcome.denoised])
-    if is_asked(row, checks_of(request)):
-        return Progress(events=[outcome.denoised], then=row.proposal, draft=True)
-    return Progress(events=[outcome.denoised, *row.commit()], then=row.fresh)
+        return RequestProgress(events=[outcome.denoised])
+    if needs_causal_pass(row, max_checks(request)):
+        return RequestProgress(events=[outcome.denoised], next_tokens=row.proposal, is_draft=True)
+    return RequestProgress(events=[outcome.denoised, *row.commit()], next_tokens=row.new_tokens)
 
 
-def is_read(work: Work) -> bool:
+def reads_to_end(work: ScheduledRequest) -> bool:
     """Whether the forward reads the request's context to its end."""
     return work.stop == len(work.request.context)
 
 
-def reads_draft(work: Work) -> bool:
+def reads_draft(work: ScheduledRequest) -> bool:
     """Whether the forward reads tokens that may yet be taken back."""
-    return work.request.asked > 0 and is_read(work)
+    return work.request.num_draft_tokens > 0 and reads_to_end(work)
 
 
-def checks_of(request: Request) -> int:
+def max_checks(request: Request) -> int:
     """How many times at most the causal pass checks a canvas of a request."""
     return request.sampling.checks if isinstance(request.sampling, Sampling) else 0

@@ -17,12 +17,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 
-from blockpress.engine.request import Picture, Request
+from blockpress.engine.request import HashedImageSpan, Request
 
 _ROOT = sha256(b"blockpress page").digest()
 
 
-def digest(parent: bytes, tokens: Sequence[int], pictures: Sequence[Picture]) -> bytes:
+def page_digest(parent: bytes, tokens: Sequence[int], pictures: Sequence[HashedImageSpan]) -> bytes:
     """The digest of a page of `tokens` behind `parent`, with the pictures that reach into it."""
     told = sha256(parent)
     told.update(array("q", tokens).tobytes())
@@ -32,16 +32,16 @@ def digest(parent: bytes, tokens: Sequence[int], pictures: Sequence[Picture]) ->
     return told.digest()
 
 
-def extend(request: Request, pages: int, page: int) -> list[bytes]:
+def extend_digests(request: Request, pages: int, page: int) -> list[bytes]:
     """The digests of the first `pages` pages of a request's context, each computed once; they stay with the request."""
     known = request.digests
     for at in range(len(known) * page, pages * page, page):
-        shown = [one for one in request.pictures if one.start < at + page and one.stop > at]
-        known.append(digest(known[-1] if known else _ROOT, request.context[at : at + page], shown))
+        shown = [one for one in request.image_spans if one.start < at + page and one.stop > at]
+        known.append(page_digest(known[-1] if known else _ROOT, request.context[at : at + page], shown))
     return known[:pages]
 
 
-def longest(
+def longest_prefix(
     request: Request,
     page: int,
     known: Callable[[int], tuple[bool, bool]],
@@ -59,7 +59,7 @@ def longest(
         known: for page i, whether its full page is there (True where there is no such kind), and its sliding one.
         window: how far a sliding layer looks back, the token itself included; None without sliding layers.
     """
-    most = (len(request.context) - request.hears) // page
+    most = (len(request.context) - request.num_logit_tokens) // page
     best = behind = 0  # pages in a row up to here whose sliding page is there
     for number in range(most):
         full, sliding = known(number)
@@ -68,7 +68,7 @@ def longest(
         behind = behind + 1 if sliding else 0
         stop = (number + 1) * page
         oldest = 0 if window is None else max(0, stop - (window - 1)) // page
-        inside = any(one.start < stop < one.stop for one in request.pictures)
+        inside = any(one.start < stop < one.stop for one in request.image_spans)
         if behind >= number + 1 - oldest and not inside:
             best = number + 1
     return best

@@ -25,23 +25,23 @@ import torch
 from torch import Tensor
 
 from blockpress.decoding import Denoised
-from blockpress.engine.attention import kernels_for, looks
+from blockpress.engine.attention import build_attention, kernels_for
 from blockpress.engine.batch import Batch, Part
 from blockpress.engine.canvas_state import CanvasState, StepFeatures
-from blockpress.engine.cuda_graphs import Captured, why_not_capturable
-from blockpress.engine.denoising import Canvases, StepInputs, StepOutputs, begin, entry, finish
+from blockpress.engine.cuda_graphs import CudaGraphs, why_not_capturable
+from blockpress.engine.denoising import CanvasBatch, StepInputs, StepOutputs, begin_step, finish_step, packed_entry
 from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.model import Network
-from blockpress.model.pictures import place
-from blockpress.ops.transfer import fetch, send
+from blockpress.model.pictures import insert_images
+from blockpress.ops.transfer import to_device, to_host
 from blockpress.shapes import Hidden
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
+class RunnerOutput:
     """What a forward did for one request.
 
     denoised: the step, where there was one. canvas: its argmax, where the step was its last. hidden: the final hidden
@@ -49,18 +49,18 @@ class Outcome:
     where a number was none (NaN): then the answer means nothing.
     """
 
-    work: Work
+    scheduled: ScheduledRequest
     denoised: Denoised | None = None
     canvas: list[int] | None = None
     hidden: Tensor | None = None
-    answer: list[int] | Exception | None = None
-    sound: bool = True
+    sampled: list[int] | Exception | None = None
+    is_finite: bool = True
 
 
-Asked = Mapping[Request, Tensor | Exception]
+SampledTokens = Mapping[Request, Tensor | Exception]
 """Whole numbers on the device for some requests, in one dimension; an exception is that request's alone."""
 
-Ask = Callable[[Sequence[Work], Mapping[Request, Tensor]], Asked]
+Sampler = Callable[[Sequence[ScheduledRequest], Mapping[Request, Tensor]], SampledTokens]
 """Asks something of the hidden states that each request's part of a forward has heard, and waits for nothing."""
 
 
@@ -71,17 +71,17 @@ class Runner:
     canvases had moved on to their next step already.
     """
 
-    def __init__(self, network: Network, options: EngineOptions, store: KVCache, ask: Ask) -> None:
-        self.network, self.options, self.store, self.ask = network, options, store, ask
+    def __init__(self, network: Network, options: EngineOptions, store: KVCache, ask: Sampler) -> None:
+        self.network, self.options, self.store, self.sampler = network, options, store, ask
         self.slots = CanvasState(network, options.max_running)
         self.attention = kernels_for(store)
         self.stepped = False
-        self.captured: Captured | None = None
+        self.captured: CudaGraphs | None = None
         self._obstacle = (
             "it is not on a GPU" if store.device.type != "cuda" else why_not_capturable(network, self.attention)
         )
         if self._obstacle is None and self.attention is not None:
-            self.captured = Captured(network, self.slots, store, options.soft_embedding, self.attention)
+            self.captured = CudaGraphs(network, self.slots, store, options.soft_embedding, self.attention)
 
     @property
     def eager(self) -> str | None:
@@ -89,7 +89,7 @@ class Runner:
         return self._obstacle if self.captured is None else self.captured.failed
 
     @torch.inference_mode()
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
         """One forward over all works; an outcome for each."""
         with self.placed():
             return self._run(works)
@@ -98,20 +98,23 @@ class Runner:
         """Streams, events and kernels are the current GPU's, which need not be the network's: in here it is."""
         return torch.cuda.device(self.store.device) if self.store.device.type == "cuda" else nullcontext()
 
-    def _run(self, works: Sequence[Work]) -> list[Outcome]:
+    def _run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
         self.stepped = False
         batch = Batch.of(works, self.network.config.canvas_length)
         rules = self.slots.begin([part.request for part in batch.canvases])
         done: StepOutputs | None = None
         heard = torch.empty(0, self.network.config.hidden_size)
-        if self.captured is not None and batch.canvases and not (batch.read or rules.own):
+        if self.captured is not None and batch.canvases and not (batch.num_causal or rules.custom):
             done = self.captured.step(batch.canvases, rules)
-        if done is None and batch.rows:
+        if done is None and batch.num_rows:
             heard, done = self._forward(batch, rules)
         self.stepped = done is not None
-        own = {part.request: slice(part.start - batch.skip, part.stop - batch.skip) for part in batch.heard}
+        own = {
+            part.request: slice(part.start - batch.num_kv_only, part.stop - batch.num_kv_only)
+            for part in batch.with_logits
+        }
         hidden = {request: heard[rows] for request, rows in own.items()}
-        asked = self.ask(works, hidden)
+        asked = self.sampler(works, hidden)
         sound, told, answers = self._told(heard, done, asked)
         steps = {} if done is None else self._steps(batch, done, told)
         outcomes = []
@@ -120,13 +123,13 @@ class Runner:
             denoised, canvas, whole = steps.get(request, (None, None, True))
             whole = whole and (request not in own or bool(sound[own[request]].all()))
             outcomes.append(
-                Outcome(
-                    work=work,
+                RunnerOutput(
+                    scheduled=work,
                     denoised=denoised,
                     canvas=canvas,
                     hidden=hidden.get(request),
-                    answer=answers.get(request),
-                    sound=whole,
+                    sampled=answers.get(request),
+                    is_finite=whole,
                 )
             )
         self.stepped = False
@@ -137,40 +140,40 @@ class Runner:
         network, device = self.network, self.network.device
         canvases = None
         if batch.canvases:
-            canvases = Canvases.of(send(torch.tensor([entry(part) for part in batch.canvases]), device))
+            canvases = CanvasBatch.of(to_device(torch.tensor([packed_entry(part) for part in batch.canvases]), device))
         x, runs = self._read(batch)
-        attends = looks(self.store, batch, network.windows(), runs, device, self.attention)
+        attends = build_attention(self.store, batch, network.windows(), runs, device, self.attention)
         positions, causal = batch.positions(device), batch.causal(device)
         begun: StepInputs | None = None
         if canvases is not None:
-            begun = begin(network, self.slots, canvases, rules)
-            x = torch.cat((x, begun.x), dim=1) if batch.read else begun.x
-        hidden = network.run(x, positions, attends, causal=causal, skip=batch.skip)[0]
-        heard = hidden[: batch.read - batch.skip]
+            begun = begin_step(network, self.slots, canvases, rules)
+            x = torch.cat((x, begun.x), dim=1) if batch.num_causal else begun.x
+        hidden = network.run(x, positions, attends, causal=causal, skip=batch.num_kv_only)[0]
+        heard = hidden[: batch.num_causal - batch.num_kv_only]
         if canvases is None or begun is None:
             return heard, None
-        states = hidden[batch.read - batch.skip :]
-        requests = [part.request for part in batch.canvases] if rules.own else ()
+        states = hidden[batch.num_causal - batch.num_kv_only :]
+        requests = [part.request for part in batch.canvases] if rules.custom else ()
         signal = self.options.soft_embedding
-        return heard, finish(network, self.slots, canvases, rules, begun, states, signal, requests)
+        return heard, finish_step(network, self.slots, canvases, rules, begun, states, signal, requests)
 
     def _read(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
         """The input of the causal rows: embeddings, with pictures in their places; and parts with pictures."""
         network, device = self.network, self.network.device
-        causal, runs = (*batch.silent, *batch.heard), {}
+        causal, runs = (*batch.kv_only, *batch.with_logits), {}
         tokens = [token for part in causal for token in part.tokens]
-        x = network.embed(send(torch.tensor(tokens, dtype=torch.long), device)[None])
+        x = network.embed(to_device(torch.tensor(tokens, dtype=torch.long), device)[None])
         for part in causal:
             shown = part.pictures
             if shown:
                 rows = slice(part.start, part.stop)
-                x[:, rows], marks = place(x[:, rows], torch.tensor([part.stop - part.start]), [shown])
+                x[:, rows], marks = insert_images(x[:, rows], torch.tensor([part.stop - part.start]), [shown])
                 if network.pictures_see_themselves:
                     runs[part] = marks[0]
         return x, runs
 
     def _told(
-        self, heard: Tensor, done: StepOutputs | None, asked: Asked
+        self, heard: Tensor, done: StepOutputs | None, asked: SampledTokens
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
         """Whether the states heard are sound, row by row, what the step tells, and what was asked of the states.
 
@@ -178,9 +181,9 @@ class Runner:
         """
         queued = {request: numbers for request, numbers in asked.items() if isinstance(numbers, Tensor)}
         parts = [heard.isfinite().all(-1).long(), *queued.values()]
-        parts += [] if done is None else [done.told.flatten()]
+        parts += [] if done is None else [done.host_words.flatten()]
         parts = [part for part in parts if len(part)]
-        words = fetch(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
+        words = to_host(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
         sizes = [len(heard), *map(len, queued.values())]
         sound, *found = words[: sum(sizes)].split(sizes)
         answers: dict[Request, list[int] | Exception] = {
@@ -188,7 +191,7 @@ class Runner:
         }
         answers |= {request: numbers.tolist() for request, numbers in zip(queued, found, strict=True)}
         told = words[sum(sizes) :]
-        return sound != 0, told if done is None else told.view(done.told.shape), answers
+        return sound != 0, told if done is None else told.view(done.host_words.shape), answers
 
     def _steps(
         self, batch: Batch, done: StepOutputs, told: Tensor

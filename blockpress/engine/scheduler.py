@@ -4,7 +4,7 @@
     F E D   --admit-->   A  canvas under way                           A        ................
                          B  finished a canvas                          B ###### ................     commit, first step
                          C  prompt of three chunks                     C ####                        second chunk
-            <--pause--   where pages run out, the youngest goes back   # read causally   . denoised
+            <-preempt-   where pages run out, the youngest goes back   # read causally   . denoised
 
 Every running request takes part in every forward, but for prompts that wait for their turn within `prefill_tokens`.
 Prefill, commits and canvases share forwards, each request at a step of its own.
@@ -27,14 +27,14 @@ from blockpress.engine.block_tables import BlockTables
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import Request
 from blockpress.errors import Overloaded, RequestError
-from blockpress.multimodal.placeholders import Run, part_end
+from blockpress.multimodal.placeholders import ImageSpan, part_end
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledRequest:
     """One request's part of a forward: its context tokens [start, stop) are read causally, perhaps none; where `canvas`
-    is set, a denoising step runs after them. `heard`: of how many of these tokens, the last ones, the hidden states
-    are wanted.
+    is set, a denoising step runs after them. `num_logit_tokens`: for how many of these tokens, counted from the last,
+    the hidden states are needed.
 
     Its tables have pages for all tokens before `stop` that are seen. start == stop only where a canvas is denoised, or
     an autoregressive request chooses its next token once more.
@@ -44,7 +44,7 @@ class Work:
     start: int
     stop: int
     canvas: bool
-    heard: int = 0
+    num_logit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,14 @@ class PageCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerStats:
-    """What is, and what has been: requests, pauses for want of pages, tokens that were not read because pages held
+    """What is, and what has been: requests, preemptions for want of pages, tokens that were not read because pages held
     them already."""
 
     running: int
     waiting: int
     submitted: int
     ended: int
-    pauses: int
+    preemptions: int
     reused_tokens: int
     pages: Mapping[LayerKind, PageCounts]
 
@@ -82,7 +82,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._queue: deque[Request] = deque()
         self._slots = list(range(options.max_running))
-        self._submitted = self._ended = self._pauses = self._reused = 0
+        self._submitted = self._ended = self._preemptions = self._reused = 0
 
     @property
     def running(self) -> int:
@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue, paused ones among them."""
+        """Requests in the queue, preempted ones among them."""
         return len(self._queue)
 
     @property
@@ -110,7 +110,7 @@ class Scheduler:
             waiting=self.waiting,
             submitted=self._submitted,
             ended=self._ended,
-            pauses=self._pauses,
+            preemptions=self._preemptions,
             reused_tokens=self._reused,
             pages=pages,
         )
@@ -124,8 +124,8 @@ class Scheduler:
         assert request.state == "new", f"a request that is {request.state} was submitted before"
         capacity, prompt = self._tables.capacity(request), len(request.context)
         # What is written last is not always read, and then needs no pages.
-        room = None if capacity is None else capacity - prompt + self._unread(request)
-        least = 1 if request.speaks == "autoregressive" else self._config.canvas_length
+        room = None if capacity is None else capacity - prompt + self._never_read(request)
+        least = 1 if request.mode == "autoregressive" else self._config.canvas_length
         if room is not None and room < least:
             raise RequestError(
                 f"the prompt has {prompt} tokens, and the pages hold a context of {prompt + room - least}",
@@ -147,14 +147,14 @@ class Scheduler:
         """Take a request out of the queue or the batch; its pages and its slot are free at once."""
         self.end(request)
 
-    def plan(self) -> list[Work]:
+    def schedule(self) -> list[ScheduledRequest]:
         """What the next forward runs, in order of arrival; empty only where nothing is running or waiting."""
-        works: list[Work] = []
+        works: list[ScheduledRequest] = []
         left = self._options.prefill_tokens
         for request in list(self._running):
             if request.state != "running":
-                break  # paused for an older one, and so is whoever is younger
-            work, rest = self._part(request, request.read, left)
+                break  # preempted for an older one, and so is whoever is younger
+            work, rest = self._part(request, request.num_computed_tokens, left)
             if work is None or self._find_pages(request, work.stop):
                 left = rest
                 works += [] if work is None else [work]
@@ -166,32 +166,34 @@ class Scheduler:
         assert works or not (self._running or self._queue), "no request can go on"
         return works
 
-    def done(self, work: Work) -> None:
+    def mark_computed(self, work: ScheduledRequest) -> None:
         """The forward ran: the work's tokens are in pages. Nothing happens where its request has ended since."""
         if work.request.state == "running":
-            assert work.start == work.request.read, "another work of this request came in between"
+            assert work.start == work.request.num_computed_tokens, "another work of this request came in between"
             self._tables.wrote(work.request, work.stop)
 
-    def verified(self, work: Work, kept: int) -> None:
+    def accept_draft(self, work: ScheduledRequest, kept: int) -> None:
         """The forward has read a draft, of which the first `kept` tokens stand; the others leave the context."""
         request = work.request
         if request.state != "running":
             return
-        base = len(request.context) - request.asked
+        base = len(request.context) - request.num_draft_tokens
         del request.context[base + kept :]
-        request.asked = 0
-        self.done(replace(work, stop=base + kept, canvas=False))
+        request.num_draft_tokens = 0
+        self.mark_computed(replace(work, stop=base + kept, canvas=False))
 
     def commit(self, request: Request, tokens: list[int], draft: bool = False) -> None:
         """What was written joins the context and is read by the next plan; without tokens it is begun again.
 
         Args:
-            draft: the tokens may yet be taken back, by `verified`.
+            draft: the tokens may yet be taken back, by `accept_draft`.
         """
-        assert request.state == "running" and not request.unread, "what it was written behind has not been read"
-        request.fresh = len(request.context)
+        assert request.state == "running" and not request.num_pending_tokens, (
+            "what it was written behind has not been read"
+        )
+        request.pending_start = len(request.context)
         request.context += tokens
-        request.asked = len(tokens) if draft else 0
+        request.num_draft_tokens = len(tokens) if draft else 0
         request.step = 0
         capacity = self._tables.capacity(request)
         assert capacity is None or len(request.context) <= capacity, "the row wrote more than its room"
@@ -216,53 +218,53 @@ class Scheduler:
         self._tables.check(self._running)
         numbers = [request.number for request in (*self._running, *self._queue)]
         assert numbers == sorted(set(numbers)), "running or waiting requests are out of order"
-        paused = [request for request in self._queue if request.state == "paused"]
-        slots = [-1 if request.slot is None else request.slot for request in (*self._running, *paused)]
+        preempted = [request for request in self._queue if request.state == "preempted"]
+        slots = [-1 if request.slot is None else request.slot for request in (*self._running, *preempted)]
         assert sorted([*slots, *self._slots]) == list(range(self._options.max_running)), "a slot is lost, or used twice"
         assert all(request.state == "running" for request in self._running)
         for request in self._queue:
-            assert request.state in ("waiting", "paused") and not request.tables and not request.read
-            assert (request.slot is not None) == (request.state == "paused")
+            assert request.state in ("waiting", "preempted") and not request.tables and not request.num_computed_tokens
+            assert (request.slot is not None) == (request.state == "preempted")
 
-    def _unread(self, request: Request) -> int:
+    def _never_read(self, request: Request) -> int:
         """Tokens that it writes and never reads: the last token, or the last canvas where nobody judges it."""
-        if request.speaks == "autoregressive":
+        if request.mode == "autoregressive":
             return 1
-        return 0 if request.hears else self._config.canvas_length
+        return 0 if request.num_logit_tokens else self._config.canvas_length
 
-    def _part(self, request: Request, read: int, left: int) -> tuple[Work | None, int]:
-        """What a request can do in this forward behind `read` tokens, and what is left of the prefill tokens.
+    def _part(self, request: Request, read: int, left: int) -> tuple[ScheduledRequest | None, int]:
+        """What a request can do in this forward after `read` computed tokens, and what is left of the prefill tokens.
 
         None where it needs more than is left; then nobody behind it gets any, so that prompts are read in turn.
         """
         end = len(request.context)
-        if read >= request.fresh:
+        if read >= request.pending_start:
             stop = end
         elif left == 0:
             return None, 0
         else:
-            runs = [Run(one.start, one.length) for one in request.pictures]
-            stop = part_end(read, min(read + min(self._options.chunk, left), request.fresh), runs)
+            runs = [ImageSpan(one.start, one.length) for one in request.image_spans]
+            stop = part_end(read, min(read + min(self._options.chunk, left), request.pending_start), runs)
             if stop - read > left and left < self._options.prefill_tokens:
                 return None, 0  # a picture that is read as a whole, in a forward of which no other prompt has taken any
             left = max(0, left - (stop - read))
-        canvas = stop == end and request.speaks == "diffusion" and not request.asked
-        heard = min(request.hears, stop - read) if stop == end else 0
-        return Work(request, read, stop, canvas, heard), left
+        canvas = stop == end and request.mode == "diffusion" and not request.num_draft_tokens
+        heard = min(request.num_logit_tokens, stop - read) if stop == end else 0
+        return ScheduledRequest(request, read, stop, canvas, heard), left
 
     def _find_pages(self, request: Request, stop: int) -> bool:
-        """Pages for its tokens up to `stop`; where they run out the youngest pause. False: it was the youngest."""
+        """Pages for its tokens up to `stop`; the youngest are preempted where they run out. False: so was this one."""
         while not self._tables.extend(request, stop):
             youngest = self._running.pop()
             self._tables.release(youngest)
-            youngest.state = "paused"
+            youngest.state = "preempted"
             self._queue.appendleft(youngest)
-            self._pauses += 1
+            self._preemptions += 1
             if youngest is request:
                 return False
         return True
 
-    def _admit(self, request: Request, left: int) -> tuple[Work | None, int]:
+    def _admit(self, request: Request, left: int) -> tuple[ScheduledRequest | None, int]:
         """Take the first of the queue into the batch; None where pages or prefill tokens do not suffice."""
         found = self._tables.match(request)
         read = max((len(table) for table in found.values()), default=0) * self._tables.page

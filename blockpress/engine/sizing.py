@@ -29,7 +29,7 @@ def page_length(config: ModelConfig) -> int:
     return config.canvas_length if config.has_canvas else costs.PLAIN_PAGE
 
 
-def pages_for(tokens: int, page: int) -> int:
+def num_pages(tokens: int, page: int) -> int:
     """Pages of the tokens from position 0 on."""
     return -(-tokens // page)
 
@@ -41,7 +41,7 @@ def window_pages(config: ModelConfig, part: int) -> int:
     >>> window_pages(PRESETS["diffusiongemma-26B-A4B"](), 512)
     7
     """
-    return pages_for(config.sliding_window - 1 + part, page_length(config)) + 1
+    return num_pages(config.sliding_window - 1 + part, page_length(config)) + 1
 
 
 def plan_pages(config: ModelConfig, dtype: str, options: EngineOptions, bytes: int) -> dict[LayerKind, int]:
@@ -63,7 +63,7 @@ def plan_pages(config: ModelConfig, dtype: str, options: EngineOptions, bytes: i
     """
     page = page_length(config)
     sizes = {kind: size * page for kind, size in costs.context_bytes(config, dtype).items()}
-    whole = pages_for(config.context_length, page)
+    whole = num_pages(config.context_length, page)
     moving = min(whole, window_pages(config, max(options.chunk, config.canvas_length)) + 1)
     least = {kind: moving if kind == "sliding_attention" else 1 for kind in sizes}
     need = sum(sizes[kind] * count for kind, count in least.items())

@@ -35,7 +35,7 @@ class Recording:
     """What one model did. Of each prompt and step: log-probabilities at some positions; argmax and entropy at all."""
 
     seed: int
-    beliefs: Float32[Tensor, "prompts 2 positions vocab"]
+    probabilities: Float32[Tensor, "prompts 2 positions vocab"]
     argmax: Int[Tensor, "prompts 2 canvas"]
     entropy: Float32[Tensor, "prompts 2 canvas"]
     answers: tuple[tuple[int, ...], ...]
@@ -99,7 +99,7 @@ def record(lm: LM, prompts: Sequence[Sequence[int]], seed: int = 0, batch: int =
         replies += lm.generate(some, max_tokens=length, seed=[seed + start + place for place in range(len(some))])
     return Recording(
         seed=seed,
-        beliefs=torch.stack(beliefs),
+        probabilities=torch.stack(beliefs),
         argmax=torch.stack(argmax),
         entropy=torch.stack(entropy),
         answers=tuple(tuple(reply.tokens) for reply in replies),
@@ -107,13 +107,13 @@ def record(lm: LM, prompts: Sequence[Sequence[int]], seed: int = 0, batch: int =
     )
 
 
-def compare(original: Recording, changed: Recording) -> Fidelity:
+def compare_recordings(original: Recording, changed: Recording) -> Fidelity:
     """How far the second recording is from the first.
 
     Raises:
         RequestError: recordings of other prompts, another seed or another vocabulary.
     """
-    shapes = [(tuple(r.beliefs.shape), r.seed) for r in (original, changed)]
+    shapes = [(tuple(r.probabilities.shape), r.seed) for r in (original, changed)]
     if shapes[0] != shapes[1]:
         raise RequestError(
             f"the recordings differ in shape or seed: {shapes[0]} and {shapes[1]}",
@@ -122,7 +122,7 @@ def compare(original: Recording, changed: Recording) -> Fidelity:
     same = [_same(one, other) for one, other in zip(original.answers, changed.answers, strict=True)]
     return Fidelity(
         prompts=len(same),
-        positions=original.beliefs.shape[2],
+        positions=original.probabilities.shape[2],
         seed=original.seed,
         first=_step(original, changed, 0),
         second=_step(original, changed, 1),
@@ -138,7 +138,7 @@ def _positions(canvas: int, size: int) -> int:
 
 
 def _step(original: Recording, changed: Recording, step: int) -> StepFidelity:
-    pairs = zip(original.beliefs[:, step], changed.beliefs[:, step], strict=True)
+    pairs = zip(original.probabilities[:, step], changed.probabilities[:, step], strict=True)
     # Prompt by prompt: in float64 all of them would take many times the memory of a recording.
     kl = torch.stack([_divergence(p.double(), q.double()) for p, q in pairs])
     return StepFidelity(

@@ -23,7 +23,7 @@ from blockpress import sudoku
 from blockpress.checkpoints import load_network, open_checkpoint, resolve
 from blockpress.config import Sampling
 from blockpress.decoding import Denoised, Done, Reply, SequenceState
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
 from blockpress.errors import BlockpressError
 from blockpress.hardware import machine, processor
@@ -32,13 +32,13 @@ from blockpress.text import Tokenizer
 from blockpress.train.card import (
     HELD_OUT_SEED,
     Measured,
-    Outcome,
+    PuzzleOutcome,
     Score,
     by_givens_and_sureness,
     calibration,
     card,
     score,
-    table,
+    steps_table,
 )
 from blockpress.train.data import sudoku_pool
 from blockpress.train.initialise import initialise
@@ -64,9 +64,9 @@ def _trained_on(pool: Path, processes: int) -> set[int]:
 
 def diffusion(
     network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], sampling: Sampling, batch: int
-) -> list[Outcome]:
+) -> list[PuzzleOutcome]:
     """One canvas a puzzle, first sample; every puzzle has the same seed."""
-    outcomes: list[Outcome] = []
+    outcomes: list[PuzzleOutcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
         rows = _rows(network, tokenizer, some, network.config.canvas_length)
@@ -78,7 +78,7 @@ def diffusion(
             elif isinstance(event, Done):
                 replies[event.row] = event.reply
         outcomes += [
-            Outcome(
+            PuzzleOutcome(
                 solved=tokenizer.decode(replies[index].tokens) == sudoku.layout(puzzle.solution),
                 steps=replies[index].usage.steps,
                 settled=last[index].settled,
@@ -89,15 +89,17 @@ def diffusion(
     return outcomes
 
 
-def autoregressive(network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], batch: int) -> list[Outcome]:
+def autoregressive(
+    network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], batch: int
+) -> list[PuzzleOutcome]:
     """The same weights, token by token, greedily."""
-    outcomes: list[Outcome] = []
+    outcomes: list[PuzzleOutcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
-        events = autoregress(network, _rows(network, tokenizer, some, canvas_length=1))
+        events = generate_autoregressive(network, _rows(network, tokenizer, some, canvas_length=1))
         replies = {event.row: event.reply for event in events if isinstance(event, Done)}
         outcomes += [
-            Outcome(
+            PuzzleOutcome(
                 solved=tokenizer.decode(replies[index].tokens) == sudoku.layout(puzzle.solution),
                 steps=len(replies[index].tokens),
                 settled=True,
@@ -121,7 +123,7 @@ Job = int | tuple[int, int] | None
 """A row of the tables: diffusion under so many steps, or on puzzles with so many givens; None: token by token."""
 
 
-def measure(
+def evaluate(
     path: Path,
     chosen: list[sudoku.Puzzle],
     caps: Sequence[int],
@@ -137,7 +139,7 @@ def measure(
     jobs |= {None: chosen, UNTRAINED: chosen[: len(chosen) // 4 or 1]} | (by_givens or {})
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as workers:
         # The longest first, so that no process is left with one at the end.
-        tasks = {job: workers.submit(measure_row, path, jobs[job], job, batch) for job in reversed(jobs)}
+        tasks = {job: workers.submit(evaluate_row, path, jobs[job], job, batch) for job in reversed(jobs)}
         for job in jobs:
             print(json.dumps(asdict(tasks[job].result()[0])), flush=True)
         rows = {job: task.result() for job, task in tasks.items()}
@@ -148,7 +150,7 @@ def measure(
     )
 
 
-def measure_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) -> tuple[Score, list[Outcome]]:
+def evaluate_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) -> tuple[Score, list[PuzzleOutcome]]:
     """One row of a table, and what it is made of."""
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(path)
@@ -188,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = puzzles(options.count, givens, options.pool, processes)
         classes = BY_GIVENS if options.by_givens else ()
         more = {some: puzzles(options.by_givens, some, options.pool, processes) for some in classes}
-        measured = measure(path, chosen, options.caps, options.batch, processes, more)
+        measured = evaluate(path, chosen, options.caps, options.batch, processes, more)
     except BlockpressError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print("\n\n".join((table(measured.scores), *by_givens_and_sureness(measured))))
+    print("\n\n".join((steps_table(measured.scores), *by_givens_and_sureness(measured))))
     if options.write:
         (path / "measured.json").write_text(json.dumps(asdict(measured), indent=1) + "\n")
         (path / "README.md").write_text(card(path, measured, givens, machine()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from blockpress.hardware.memory import free_memory, main_memory
 from blockpress.hardware.process import Peak, taken
-from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure, rates, remeasure
+from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure_rates, rates, remeasure
 from blockpress.hardware.system import Card, Isa, Processor, cards, isa, machine, multiprocessors, processor
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "isa",
     "machine",
     "main_memory",
-    "measure",
+    "measure_rates",
     "multiprocessors",
     "processor",
     "rates",

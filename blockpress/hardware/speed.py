@@ -61,7 +61,7 @@ def rates() -> Rates:
 
 def remeasure() -> Rates:
     """The rates measured once more, and kept: the best of each figure, since a busy machine only ever shows less."""
-    old, new = rates(), measure()
+    old, new = rates(), measure_rates()
     best = Rates(
         products={way: _best(old.products.get(way, {}), new.products.get(way, {})) for way in _WAYS},
         reading=max(old.reading, new.reading),
@@ -88,7 +88,7 @@ def _key() -> str:
 def _kept(key: str) -> Rates:
     found = _read(key)
     if found is None:
-        found = measure()
+        found = measure_rates()
         _keep(key, found)
     return found
 
@@ -126,7 +126,7 @@ def _keep(key: str, found: Rates) -> None:
             os.replace(fresh, file)
 
 
-def measure() -> Rates:
+def measure_rates() -> Rates:
     """The rates, measured now, on torch's number of threads: half a second, also where a type is very slow."""
     import torch
 

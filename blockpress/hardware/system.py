@@ -69,10 +69,10 @@ class Processor:
 @cache
 def processor() -> Processor:
     """This machine's processor; never fails."""
-    return parse(read_text("proc/cpuinfo") or _sysctl())
+    return parse_cpuinfo(read_text("proc/cpuinfo") or _sysctl())
 
 
-def parse(text: str) -> Processor:
+def parse_cpuinfo(text: str) -> Processor:
     """A processor from the text of Linux's cpuinfo: its first block speaks for all cores."""
     pairs = [line.split(":", 1) for line in text.strip().split("\n\n")[0].splitlines() if ":" in line]
     values = {key.strip(): value.strip() for key, value in pairs}

@@ -39,7 +39,7 @@ class ChatOptions(TypedDict, total=False):
     cancel: Cancel | None
 
 
-def is_whole(value: object) -> bool:
+def is_integer(value: object) -> bool:
     """A whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -48,10 +48,10 @@ def is_batch(prompt: object) -> bool:
     """A list of prompts, as against one text, one list of ids or one 1-D tensor."""
     if isinstance(prompt, Tensor):
         return prompt.ndim == 2
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(not is_number(x) for x in prompt)
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(not is_token_id(x) for x in prompt)
 
 
-def is_number(value: object) -> bool:
+def is_token_id(value: object) -> bool:
     """Anything that can stand for one token id."""
     return value.ndim == 0 if isinstance(value, Tensor) else hasattr(value, "__index__")
 
@@ -119,7 +119,7 @@ def check_sampling(
 
 def check_logprobs(logprobs: object, config: ModelConfig) -> int | None:
     """How many alternatives are told with each log-probability; None: neither. Raises RequestError."""
-    if logprobs is None or (is_whole(logprobs) and 0 <= cast("int", logprobs) <= config.vocab_size):
+    if logprobs is None or (is_integer(logprobs) and 0 <= cast("int", logprobs) <= config.vocab_size):
         return cast("int | None", logprobs)
     raise RequestError(
         f"logprobs is {logprobs!r}",

@@ -3,7 +3,7 @@
     thread 1    for event in ...  --step-->  +-------------+      a forward is of all requests, whoever runs it;
     thread 2    for event in ...   waits     | one core    |      what it tells goes into the inbox of each call
                                              +-------------+
-    run_reference   `generate`, `verified` or `autoregress`, all rows together from the first canvas to the last
+    run_reference   `generate`, `generate_verified` or `generate_autoregressive`, all rows together to the last canvas
 
 There is no thread behind this: whoever waits for an event runs the next forward, for everybody. So a call that nobody
 reads does not run ahead, an error is raised where it happened, and pages that hold the beginning of a conversation are
@@ -22,11 +22,11 @@ from typing import final
 
 from blockpress.config import AutoregressiveSampling
 from blockpress.decoding import Cancel, Done, Event, Failed
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
-from blockpress.decoding.verified import verified
+from blockpress.decoding.verified import generate_verified
 from blockpress.engine import EngineCore, EngineOptions, Request
-from blockpress.engine.core import Stats
+from blockpress.engine.core import EngineStats
 from blockpress.errors import EngineError
 from blockpress.model import Network
 
@@ -46,7 +46,7 @@ class SharedCore:
         collected, and by the thread that holds it."""
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """What the core is doing, and what it has done so far.
 
         Raises:
@@ -111,7 +111,7 @@ class SharedCore:
 
 
 @final
-class LastingEngine:
+class LazyEngine:
     """The engine of a loaded model: made with the first call, kept for the next ones, until it is closed.
 
     Pages are of the weights that were read: where these have changed since, there is a new core.
@@ -129,7 +129,7 @@ class LastingEngine:
             yield from self._core().answer(requests, cancel)
 
     @property
-    def stats(self) -> Stats | None:
+    def stats(self) -> EngineStats | None:
         """Of the core; None where there is none."""
         made = self._made
         return None if made is None else made[1].stats
@@ -157,6 +157,6 @@ def run_reference(network: Network, requests: Sequence[Request], cancel: Cancel 
     rows, sampling = [request.row for request in requests], requests[0].sampling
     assert all(request.sampling == sampling for request in requests)
     if isinstance(sampling, AutoregressiveSampling):
-        return autoregress(network, rows, sampling, cancel)
+        return generate_autoregressive(network, rows, sampling, cancel)
     looked_at = sampling.checks > 0 or rows[0].logprobs is not None
-    return (verified if looked_at else generate)(network, rows, sampling, cancel)
+    return (generate_verified if looked_at else generate)(network, rows, sampling, cancel)

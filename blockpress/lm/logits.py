@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from blockpress.errors import RequestError
-from blockpress.lm.rows import check_ids, check_room
+from blockpress.lm.rows import check_context_length, check_ids
 from blockpress.model import Network
 
 
@@ -36,7 +36,7 @@ def denoise_logits(
             f"previous_logits has the shape {tuple(previous_logits.shape)}",
             hint=f"it must be {shape}: [canvas, vocabulary]",
         )
-    check_room(config, len(prompt), len(canvas))
+    check_context_length(config, len(prompt), len(canvas))
     device = network.device
     _, cache = network.read(torch.tensor([prompt], device=device), network.empty_cache(1))
     signal = None if previous_logits is None else network.soft_embedding(previous_logits[None].float().to(device))
@@ -48,6 +48,6 @@ def denoise_logits(
 def next_token_logits(network: Network, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
     """Softcapped float32 logits of the token after each token, from the causal pass."""
     tokens = check_ids(network.config, ids, "ids")
-    check_room(network.config, len(tokens), 0)
+    check_context_length(network.config, len(tokens), 0)
     hidden, _ = network.read(torch.tensor([tokens], device=network.device), network.empty_cache(1))
     return network.logits(hidden)[0]

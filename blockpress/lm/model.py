@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.chat import Chat, Question, check_options
+from blockpress.chat import Chat, EncodedChat, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding import Cancel, Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
@@ -32,11 +32,11 @@ from blockpress.lm.arguments import (
     as_list,
     check_sampling,
     is_batch,
-    is_whole,
+    is_integer,
 )
-from blockpress.lm.execute import Answer, LastingEngine
+from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
-from blockpress.lm.rows import check_ids, make_rows
+from blockpress.lm.rows import check_ids, make_sequences
 from blockpress.model import Network, VisionTower
 from blockpress.text import StreamDecoder, Tokenizer
 
@@ -65,7 +65,7 @@ class LM:
     ) -> None:
         self._checkpoint = Checkpoint(path=path) if checkpoint is None else checkpoint
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
-        self.engine = LastingEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
+        self.engine = LazyEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
         self.answer = self.engine.answer if answer is None else answer
 
     @property
@@ -155,7 +155,7 @@ class LM:
         """
         events = self.stream(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs, cancel=cancel)
         replies = {event.row: event.reply for event in events if isinstance(event, Done)}
-        many = is_batch(prompt) or not is_whole(seed)
+        many = is_batch(prompt) or not is_integer(seed)
         return [replies[row] for row in sorted(replies)] if many else replies[0]
 
     def stream(
@@ -226,7 +226,7 @@ class LM:
             answer ended by itself and called a tool.
         """
         replies = {e.row: e.reply for e in self.chat_stream(messages, seed=seed, **options) if isinstance(e, Done)}
-        many = are_conversations(messages) or not is_whole(seed)
+        many = are_conversations(messages) or not is_integer(seed)
         return [replies[row] for row in sorted(replies)] if many else replies[0]
 
     def chat_stream(
@@ -276,11 +276,11 @@ class LM:
         sampling = self._sampling(sampling, mode)
         many = are_conversations(messages)
         talks = messages if many else [messages]
-        asked = self._chat.questions(talks, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
+        asked = self._chat.encode_all(talks, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
         def turn(prompt: list[int]) -> OutputProcessor:
-            return self._chat.turn(
+            return self._chat.output_processor(
                 prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
             )
 
@@ -299,12 +299,10 @@ class LM:
         return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
-    def _show(self, rows: list[SequenceState], asked: Sequence[Question]) -> None:
+    def _show(self, rows: list[SequenceState], asked: Sequence[EncodedChat]) -> None:
         """Put the pictures' features into the rows; one question may have several rows, each with a seed of its own."""
-        seen = [
-            {run.start: f for run, f in zip(one.runs, self._tower(one.pictures), strict=True)} if one.pictures else {}
-            for one in asked
-        ]
+        shown = [zip(one.image_spans, self._tower(one.pictures), strict=True) if one.pictures else () for one in asked]
+        seen = [{span.start: features for span, features in pairs} for pairs in shown]
         for row in rows:
             row.images = seen[row.index if len(seen) > 1 else 0]
 
@@ -323,7 +321,7 @@ class LM:
     ) -> list[SequenceState]:
         canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
         limits = {"max_tokens": max_tokens, "logprobs": logprobs}
-        return make_rows(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)
+        return make_sequences(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)
 
     def denoise_logits(
         self,

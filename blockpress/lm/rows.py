@@ -13,10 +13,10 @@ from torch import Tensor
 from blockpress.config import ModelConfig
 from blockpress.decoding import OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
-from blockpress.lm.arguments import as_list, check_logprobs, is_whole
+from blockpress.lm.arguments import as_list, check_logprobs, is_integer
 
 
-def make_rows(
+def make_sequences(
     prompts: list[list[int]],
     seed: int | Sequence[int],
     turn: Callable[[list[int]], OutputProcessor],
@@ -32,19 +32,19 @@ def make_rows(
     Raises:
         RequestError: max_tokens, seed or logprobs. PromptTooLong: no room for a canvas.
     """
-    if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
+    if max_tokens is not None and not (is_integer(max_tokens) and max_tokens >= 1):
         raise RequestError(
             f"max_tokens is {max_tokens!r}", hint="max_tokens must be a whole number of at least 1, or None"
         )
     check_logprobs(logprobs, config)
-    seeds = [seed] * len(prompts) if is_whole(seed) else as_list(cast("Sequence[int]", seed), "seed")
-    if len(prompts) == 1 and not is_whole(seed):
+    seeds = [seed] * len(prompts) if is_integer(seed) else as_list(cast("Sequence[int]", seed), "seed")
+    if len(prompts) == 1 and not is_integer(seed):
         prompts = prompts * len(seeds)
     if len(seeds) != len(prompts):
         raise RequestError(f"seed has {len(seeds)} entries", hint=f"give one for each of the {len(prompts)} prompts")
     rows = []
     for index, (ids, own) in enumerate(zip(prompts, seeds, strict=True)):
-        check_room(config, len(ids), canvas)
+        check_context_length(config, len(ids), canvas)
         rows.append(
             SequenceState(
                 index,
@@ -74,7 +74,7 @@ def check_ids(config: ModelConfig, ids: Sequence[int] | Tensor, name: str) -> li
     return listed
 
 
-def check_room(config: ModelConfig, prompt: int, canvas: int) -> None:
+def check_context_length(config: ModelConfig, prompt: int, canvas: int) -> None:
     """Raises PromptTooLong: a prompt of so many tokens leaves no room for a canvas."""
     if prompt + canvas > config.context_length:
         raise PromptTooLong(

@@ -3,8 +3,8 @@
 The modules of layers.py stay the owners of the weights. What C++ is given are pointers, kept for each layer and looked
 at again before every use: a weight that was replaced or moved gives new ones.
 
-Invariant: the same as the layer's modules one by one, within float32 rounding of the sums; `fused` is None where they
-cannot be read as they lie (codes of 8 and 4 bits), and where torch is the faster one.
+Invariant: the same as the layer's modules one by one, within float32 rounding of the sums; `fused_layer` is None where
+they cannot be read as they lie (codes of 8 and 4 bits), and where torch is the faster one.
 Run it:  python -m pytest tests/model/test_fused.py
 """
 
@@ -147,7 +147,7 @@ class Fused:
 _LAYERS: WeakKeyDictionary[nn.Module, Fused] = WeakKeyDictionary()
 
 
-def fused(layer: Layer, x: Tensor, skip: int) -> Callable[..., Tensor] | None:
+def fused_layer(layer: Layer, x: Tensor, skip: int) -> Callable[..., Tensor] | None:
     """The layer in C++, for inputs like x; None where it has to be run module by module."""
     if not x.numel() or (skip and len(x) > 1) or skip >= x.shape[1] or not bridge.supports(x):
         return None

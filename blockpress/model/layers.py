@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from blockpress.config import LayerConfig, ModelConfig
-from blockpress.model.fused import fused
+from blockpress.model.fused import fused_layer
 from blockpress.ops import experts
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import linear, lookup
@@ -158,7 +158,7 @@ class Experts(PackedHolder):
         self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        return experts.mix(x, weights, chosen, self.gate_up_proj, self.down_proj)
+        return experts.moe_forward(x, weights, chosen, self.gate_up_proj, self.down_proj)
 
 
 class Attention(nn.Module):
@@ -225,7 +225,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
         """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
-        whole = fused(self, x, skip)
+        whole = fused_layer(self, x, skip)
         if whole is not None:
             return whole(x, rotary, attend, causal, skip)
         return self.by_modules(x, rotary, attend, causal=causal, skip=skip)

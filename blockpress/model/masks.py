@@ -81,7 +81,7 @@ def canvas_mask(lengths: Lengths, width: int, canvas: int, window: int | None, s
     return torch.cat((seen, own), dim=1)[:, None].expand(-1, canvas, -1)
 
 
-def draw(mask: Mask, width: int) -> str:
+def draw_mask(mask: Mask, width: int) -> str:
     """The first row's mask as text: 1 sees, . does not; the bar stands behind `width` context keys."""
     lines = ("".join("1" if seen else "." for seen in query) for query in mask[0].tolist())
     return "\n".join(f"{line[:width]} | {line[width:]}" for line in lines)

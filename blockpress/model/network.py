@@ -35,7 +35,7 @@ from blockpress.model.layers import (
     packed_weights,
 )
 from blockpress.model.masks import canvas_mask, causal_mask
-from blockpress.model.pictures import Images, place
+from blockpress.model.pictures import Images, insert_images
 from blockpress.ops import attention
 from blockpress.ops.attention import AttentionOp
 from blockpress.ops.integers import IntegerWeight
@@ -140,7 +140,7 @@ class Network(nn.Module):
                     f"images are not read in the family {self.config.family}",
                     hint="leave them out, or use DiffusionGemma",
                 )
-            x, runs = place(x, counts, images)
+            x, runs = insert_images(x, counts, images)
             runs = runs if self.pictures_see_themselves else None
         windows = self.windows().items()
         masks = {kind: causal_mask(cache.lengths, cache.width, own, window, runs) for kind, window in windows}

@@ -21,7 +21,9 @@ Images = Sequence[Mapping[int, Float[Tensor, "_soft _hidden"]]]
 """For each row: the place of a picture's first soft token, and the features of all its soft tokens."""
 
 
-def place(x: Hidden, counts: Int[Tensor, " batch"], images: Images) -> tuple[Hidden, Int[Tensor, "batch length"]]:
+def insert_images(
+    x: Hidden, counts: Int[Tensor, " batch"], images: Images
+) -> tuple[Hidden, Int[Tensor, "batch length"]]:
     """The rows of x with the pictures' features in their places, and the picture of each token, -1 for text.
 
     Features are not scaled by sqrt(hidden) as the embedding's rows are; they are rounded to x's type.

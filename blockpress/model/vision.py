@@ -43,7 +43,7 @@ Axis = tuple[Float[Tensor, "pictures 1 patches half"], Float[Tensor, "pictures 1
 
 
 @runtime_checkable
-class Picture(Protocol):
+class ImagePatches(Protocol):
     """What the tower reads: arrays of numpy, [n, 3 * patch^2] pixels from 0 to 1, and [n, 2] column and row."""
 
     @property
@@ -62,7 +62,7 @@ class VisionTower(nn.Module):
         self.vision_tower = Encoder(config, attention_op)
         self.embed_vision = Projection(config, text_hidden)
 
-    def forward(self, pictures: Sequence[Picture]) -> list[Float[Tensor, "_soft text"]]:
+    def forward(self, pictures: Sequence[ImagePatches]) -> list[Float[Tensor, "_soft text"]]:
         """The features of each picture's soft tokens, row by row of the picture, in the order of the pictures.
 
         Raises:
@@ -82,7 +82,7 @@ class VisionTower(nn.Module):
                 features |= dict(zip(batch, projected, strict=True))
         return [features[number] for number in range(len(pictures))]
 
-    def _grid(self, picture: Picture) -> tuple[int, int]:
+    def _grid(self, picture: ImagePatches) -> tuple[int, int]:
         """Rows and columns of the picture's patches, which must be all there and in order."""
         config = self.config
         size, places = 3 * config.patch_size**2, torch.as_tensor(picture.positions)
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         axes = tuple(rotary_tables(place, frequencies, x.dtype) for place in places.unbind(-1))
         x = self.encoder(x, axes, self.attention_op)
         # Beyond the range of float16, so in float32 until standardized.
-        pooled = pool(x, rows, self.config.pooling).float() * self.config.hidden_size**0.5
+        pooled = pool_patches(x, rows, self.config.pooling).float() * self.config.hidden_size**0.5
         if self.config.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
         return pooled.to(x.dtype)
@@ -199,8 +199,8 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(self.dim, self.eps)
 
     def forward(self, x: Patches, axes: tuple[Axis, ...], op: AttentionOp) -> Patches:
-        query = turned(self.q_norm(self._heads(self.q_proj(x))), axes)
-        key = turned(self.k_norm(self._heads(self.k_proj(x))), axes)
+        query = rotate_axes(self.q_norm(self._heads(self.q_proj(x))), axes)
+        key = rotate_axes(self.k_norm(self._heads(self.k_proj(x))), axes)
         value = rms_norm(self._heads(self.v_proj(x)), None, self.eps)
         return self.o_proj(op(query, key, value, None).transpose(1, 2).flatten(2))
 
@@ -259,13 +259,13 @@ class Projection(nn.Module):
         return self.embedding_projection(rms_norm(x, None, self.eps))
 
 
-def turned(x: Heads, axes: tuple[Axis, ...]) -> Heads:
+def rotate_axes(x: Heads, axes: tuple[Axis, ...]) -> Heads:
     """Each half of every head turned by its own axis: the first by columns, the second by rows."""
     halves = zip(x.chunk(2, dim=-1), axes, strict=True)
     return torch.cat([rotate(half, cos, sin) for half, (cos, sin) in halves], dim=-1)
 
 
-def pool(x: Patches, rows: int, size: int) -> Float[Tensor, "pictures _soft features"]:
+def pool_patches(x: Patches, rows: int, size: int) -> Float[Tensor, "pictures _soft features"]:
     """The mean of every square of `size x size` patches, in float32, rounded to x's type; row by row.
 
     >>> pool(torch.arange(8.0).view(1, 8, 1), 2, 2).flatten().tolist()

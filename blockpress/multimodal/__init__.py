@@ -8,22 +8,22 @@ Invariant: a file that is damaged, too large or of no place in the prompt is ref
 Run it:  python -m pytest tests/multimodal
 """
 
-from blockpress.multimodal.images import Picture, open_image, prepare
-from blockpress.multimodal.placeholders import Prompt, Run, expand, lay_out
+from blockpress.multimodal.images import ProcessedImage, open_image, prepare_images
+from blockpress.multimodal.placeholders import ExpandedPrompt, ImageSpan, expand, insert_placeholders
 from blockpress.multimodal.sources import Source, from_data_url
 from blockpress.multimodal.video import Video, prepare_videos, read_video
 
 __all__ = [
-    "Picture",
-    "Prompt",
-    "Run",
+    "ExpandedPrompt",
+    "ImageSpan",
+    "ProcessedImage",
     "Source",
     "Video",
     "expand",
     "from_data_url",
-    "lay_out",
+    "insert_placeholders",
     "open_image",
-    "prepare",
+    "prepare_images",
     "prepare_videos",
     "read_video",
 ]

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from blockpress.config.checks import is_count
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import MediaError
-from blockpress.multimodal.sources import Source, opened
+from blockpress.multimodal.sources import Source, open_media
 
 MOST_PIXELS = 80_000_000
 """Pixels of the largest image that is decoded: 240 MB as RGB, and more than a camera of 2026 takes by default."""
@@ -41,7 +41,7 @@ _SCALED: NDArray[np.float32] = (np.arange(256, dtype=np.float64) * (1 / 255)).as
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class ProcessedImage:
     """An image, or a frame of a video, as the vision tower reads it.
 
     `patches`: [n, 3 * patch^2] float32 from 0 to 1, row by row of the image; within a patch row by row, RGB together.
@@ -53,9 +53,9 @@ class Picture:
     soft_tokens: int
 
 
-def prepare(
+def prepare_images(
     images: Sequence[Source | Image.Image], settings: PictureSettings, max_soft_tokens: int | None = None
-) -> list[Picture]:
+) -> list[ProcessedImage]:
     """Each image as the tower reads it.
 
     Args:
@@ -68,7 +68,7 @@ def prepare(
     pictures = []
     for number, image in enumerate(images, 1):
         try:
-            pictures.append(cut(open_image(image), settings, budget))
+            pictures.append(to_patches(open_image(image), settings, budget))
         except MediaError as error:
             raise MediaError(f"image {number} of {len(images)}: {error.message}", hint=error.hint) from error
     return pictures
@@ -93,7 +93,7 @@ def open_image(source: Source | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _checked_rgb(source)
-    with opened(source, "image") as file, warnings.catch_warnings():
+    with open_media(source, "image") as file, warnings.catch_warnings():
         # Pillow only warns of an image of 90 to 180 million pixels; `_checked_rgb` refuses it. What else a decoder
         # remarks about a file that it reads all the same is nothing to act on.
         warnings.simplefilter("ignore")
@@ -131,7 +131,7 @@ def fitted_size(height: int, width: int, settings: PictureSettings, max_soft_tok
     return rows * side, columns * side
 
 
-def cut(image: Image.Image, settings: PictureSettings, max_soft_tokens: int) -> Picture:
+def to_patches(image: Image.Image, settings: PictureSettings, max_soft_tokens: int) -> ProcessedImage:
     """An RGB image, resized (bicubic) and cut into patches."""
     height, width = fitted_size(image.height, image.width, settings, max_soft_tokens)
     if (height, width) != (image.height, image.width):
@@ -141,7 +141,7 @@ def cut(image: Image.Image, settings: PictureSettings, max_soft_tokens: int) -> 
     pixels = np.asarray(image).reshape(rows, size, columns, size, 3)
     patches = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, size * size * 3)
     x, y = np.meshgrid(np.arange(columns, dtype=np.int64), np.arange(rows, dtype=np.int64), indexing="xy")
-    return Picture(
+    return ProcessedImage(
         patches=_SCALED[patches],
         positions=np.stack((x, y), axis=-1).reshape(-1, 2),
         soft_tokens=rows * columns // settings.pooling**2,

@@ -20,14 +20,14 @@ from typing import NamedTuple
 from blockpress.config import ModelConfig
 from blockpress.config.vision import PictureTokens
 from blockpress.errors import MediaError
-from blockpress.multimodal.images import Picture
+from blockpress.multimodal.images import ProcessedImage
 from blockpress.multimodal.video import Video
 
 IMAGE, VIDEO = "<|image|>", "<|video|>"
 _EITHER = re.compile("|".join(map(re.escape, (IMAGE, VIDEO))))
 
 
-class Run(NamedTuple):
+class ImageSpan(NamedTuple):
     """The soft tokens of one picture: their first place in the prompt, and how many there are."""
 
     start: int
@@ -39,14 +39,16 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ExpandedPrompt:
     """Token ids in which every picture has its place, and those places in order."""
 
     ids: list[int]
-    runs: list[Run]
+    image_spans: list[ImageSpan]
 
 
-def lay_out(text: str, images: Sequence[Picture], videos: Sequence[Video] = ()) -> tuple[str, list[Picture]]:
+def insert_placeholders(
+    text: str, images: Sequence[ProcessedImage], videos: Sequence[Video] = ()
+) -> tuple[str, list[ProcessedImage]]:
     """The text with one `<|image|>` a picture, and the pictures in the order of the text, frames of videos included.
 
     Raises:
@@ -55,7 +57,7 @@ def lay_out(text: str, images: Sequence[Picture], videos: Sequence[Video] = ()) 
     _check_number("image", text.count(IMAGE), len(images))
     _check_number("video", text.count(VIDEO), len(videos))
     left, films = iter(images), iter(videos)
-    pictures: list[Picture] = []
+    pictures: list[ProcessedImage] = []
 
     def write(mark: re.Match[str]) -> str:
         if mark[0] == IMAGE:
@@ -63,12 +65,12 @@ def lay_out(text: str, images: Sequence[Picture], videos: Sequence[Video] = ()) 
             return IMAGE
         film = next(films)
         pictures.extend(film.frames)
-        return timeline(film.seconds)
+        return timestamp(film.seconds)
 
     return _EITHER.sub(write, text), pictures
 
 
-def timeline(seconds: Sequence[float]) -> str:
+def timestamp(seconds: Sequence[float]) -> str:
     """What stands for a video in the text: each frame's minute and second, and its placeholder.
 
     >>> timeline([0, 1.5, 61])
@@ -77,7 +79,7 @@ def timeline(seconds: Sequence[float]) -> str:
     return " ".join(f"{int(second // 60):02d}:{int(second % 60):02d} {IMAGE}" for second in seconds)
 
 
-def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) -> Prompt:
+def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) -> ExpandedPrompt:
     """Room for every picture: each placeholder becomes a begin token, the picture's soft tokens, and an end token.
 
     Args:
@@ -87,23 +89,23 @@ def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) 
         MediaError: another number of placeholders than of pictures. ConfigError: a model without such tokens.
     """
     if not soft_tokens and config.image_id not in ids:
-        return Prompt(list(ids), [])
+        return ExpandedPrompt(list(ids), [])
     tokens = PictureTokens.of(config)
     _check_number("image", sum(token == tokens.image for token in ids), len(soft_tokens))
     left = iter(soft_tokens)
     longer: list[int] = []
-    runs: list[Run] = []
+    runs: list[ImageSpan] = []
     for token in ids:
         if token != tokens.image:
             longer.append(token)
             continue
-        run = Run(len(longer) + 1, next(left))
+        run = ImageSpan(len(longer) + 1, next(left))
         runs.append(run)
         longer += [tokens.begin, *[tokens.image] * run.length, tokens.end]
-    return Prompt(longer, runs)
+    return ExpandedPrompt(longer, runs)
 
 
-def part_end(start: int, stop: int, runs: Sequence[Run]) -> int:
+def part_end(start: int, stop: int, runs: Sequence[ImageSpan]) -> int:
     """Where a part of a prefill from `start` on ends that was to end at `stop`: never inside a run, whose tokens see
     each other in both directions.
 

@@ -23,7 +23,7 @@ Source = str | os.PathLike[str] | bytes
 """A path, a data: URL, or the file's own bytes."""
 
 
-def opened(source: Source, kind: str) -> BinaryIO:
+def open_media(source: Source, kind: str) -> BinaryIO:
     """The media file as a binary stream, which the caller closes.
 
     Args:

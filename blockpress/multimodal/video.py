@@ -20,8 +20,8 @@ from PIL import Image
 
 from blockpress.config.vision import PictureSettings
 from blockpress.errors import MediaError
-from blockpress.multimodal.images import Picture, checked_budget, checked_pixels, cut
-from blockpress.multimodal.sources import Source, opened
+from blockpress.multimodal.images import ProcessedImage, checked_budget, checked_pixels, to_patches
+from blockpress.multimodal.sources import Source, open_media
 
 LONGEST = 60
 """Seconds of the longest video; one of 60.9 seconds still passes."""
@@ -35,7 +35,7 @@ _CONTAINERS = "mov,matroska,webm,avi,ogg,mpegts,mpeg"
 class Video:
     """The frames that are shown to the model, and the second at which each stands."""
 
-    frames: tuple[Picture, ...]
+    frames: tuple[ProcessedImage, ...]
     seconds: tuple[float, ...]
 
 
@@ -64,12 +64,12 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
             longer than `LONGEST` seconds.
     """
     av = _pyav()
-    with opened(source, "video") as file:
+    with open_media(source, "video") as file:
         try:
             total, rate = _measure(av, file)
-            numbers = sampled(total, rate, settings)
+            numbers = sample_frames(total, rate, settings)
             file.seek(0)
-            frames = tuple(cut(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
+            frames = tuple(to_patches(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
         except MediaError:
             raise
         # Of a damaged file FFmpeg's errors and PyAV's own have many types; whichever, it is the file's fault: FFmpeg's
@@ -85,7 +85,7 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
     return Video(frames=frames, seconds=tuple(number / rate for number in numbers))
 
 
-def sampled(total: int, rate: float, settings: PictureSettings) -> list[int]:
+def sample_frames(total: int, rate: float, settings: PictureSettings) -> list[int]:
     """Numbers of the frames that are taken of `total`, which are shown at `rate` a second.
 
     >>> sampled(75, 25.0, PictureSettings(patch_size=16, pooling=3))

@@ -4,7 +4,8 @@
 the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
 scaled_dot_product_attention, slower than either on a CPU (backward three to four times at short lengths).
 
-A `Span` is what attention over a flat batch takes in place of a mask for all: `spans.py` in torch, `cpu/attention.py`.
+An `AttentionSpan` is what attention over a flat batch takes in place of one mask for all: `spans.py` in torch,
+`cpu/attention.py` in C++.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Piece = tuple[Float[Tensor, "kv_heads _keys dim"], Float[Tensor, "kv_heads _keys
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Span:
+class AttentionSpan:
     """Rows start to stop of a flat batch, and what they see.
 
     Args:
@@ -38,7 +39,7 @@ class Span:
 
     start: int
     stop: int
-    seen: tuple[Piece, ...]
+    kv: tuple[Piece, ...]
     mask: Bool[Tensor, "#queries seen"] | None = None
 
     @property
@@ -47,7 +48,7 @@ class Span:
 
     @property
     def keys(self) -> int:
-        return sum(key.shape[1] for key, _ in self.seen)
+        return sum(key.shape[1] for key, _ in self.kv)
 
 
 def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
@@ -86,7 +87,7 @@ def softmax(
     Args:
         mask: of batch entry b it is mask b % masks that counts.
     """
-    if rows.fits(scores):
+    if rows.supports(scores):
         return rows.softmax_(scores, mask)
     if mask is not None:
         repeated = mask.repeat(len(scores) // len(mask), 1, 1) if len(mask) > 1 else mask

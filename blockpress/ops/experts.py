@@ -1,7 +1,7 @@
 """Routed experts: every token goes through `top_k` of them, weighted by the router.
 
 `gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. All versions
-give the same sums: `loop` (the truth, one expert after another over its own tokens), `every` (all experts as one wide
+give the same sums: `loop` (the truth, one expert after another over its own tokens), `dense` (all experts as one wide
 MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and without gradients
 those of grouped.py. Packed weights are unpacked one expert at a time, and only those that a token chose.
 Source: reference model, `DiffusionGemmaTextRouter` and `DiffusionGemmaTextExperts`.
@@ -22,7 +22,7 @@ from blockpress.ops.linear import linear
 from blockpress.ops.weight import Packed
 
 MANY = 1024
-"""Tokens from which on the arithmetic that `every` spends in vain costs more than sorting them, on a CPU."""
+"""Tokens from which on the arithmetic that `dense` spends in vain costs more than sorting them, on a CPU."""
 
 
 def route(
@@ -52,7 +52,7 @@ def loop(
     return out
 
 
-def every(
+def dense(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
@@ -67,26 +67,26 @@ def every(
     return F.linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
 
 
-def mix(
+def moe_forward(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The fastest of them: `every` spends experts / top_k times the arithmetic, and pays up to twice."""
+    """The fastest of them: `dense` spends experts / top_k times the arithmetic, and pays up to twice."""
     if x.is_cuda and kernels.available():
         from blockpress.ops.kernels import experts as in_triton
 
-        if in_triton.suits(x, gate_up, down):
-            return in_triton.mix(x, weights, chosen, gate_up, down)
+        if in_triton.supports(x, gate_up, down):
+            return in_triton.moe_forward(x, weights, chosen, gate_up, down)
     gradients = torch.is_grad_enabled() or torch.compiler.is_compiling()
     stacks = in_cpp.stacked(gate_up, down) if bridge.supports(x) else None
     if stacks is not None:
-        return in_cpp.mix(x, weights, chosen, stacks)
+        return in_cpp.moe_forward(x, weights, chosen, stacks)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        if grouped.fits(x, gate_up, down):
-            return grouped.tiled(x, weights, chosen, gate_up, down)
+        if grouped.supports(x, gate_up, down):
+            return grouped.amx_grouped(x, weights, chosen, gate_up, down)
         if down.shape[0] <= 2 * chosen.shape[1] and (gradients or len(x) <= MANY):
-            return every(x, weights, chosen, gate_up, down)
+            return dense(x, weights, chosen, gate_up, down)
     return (loop if gradients else grouped.ordered)(x, weights, chosen, gate_up, down)

@@ -11,7 +11,7 @@ from blockpress.ops import rows
 
 def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
     """The tanh approximation of GELU, as the checkpoints were trained with; in one pass where that may be."""
-    return rows.geglu(gate, up) if rows.fits(gate, up) else plain(gate, up)
+    return rows.geglu(gate, up) if rows.supports(gate, up) else plain(gate, up)
 
 
 def plain(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:

@@ -3,8 +3,8 @@
     chosen   token 0: 3 1   token 1: 1 2   token 2: 3 2
     sorted   1: 0 1 | 2: 1 2 | 3: 0 2          products expert by expert, then every token sums its own
 
-`ordered` does it in torch, for weights of any kind. `tiled` does all of it in one call of C++ where the processor has
-matrix tiles for bfloat16 (Intel's AMX): a weight's rows go into tiles as they lie, so nothing is packed but tokens.
+`ordered` does it in torch, for weights of any kind. `amx_grouped` does all of it in one call of C++ where the processor
+has matrix tiles for bfloat16 (Intel's AMX): a weight's rows go into tiles as they lie, so only tokens are packed.
 
 Invariant: a sum depends on its token's own experts alone, in the order in which the router chose them.
 Run it:  python -m pytest tests/ops/test_experts.py
@@ -47,19 +47,19 @@ def ordered(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     y, places = torch.cat(parts), back.view(tokens, k)
-    if rows.fits(y):
-        return rows.weigh(y, places, weights)
+    if rows.supports(y):
+        return rows.weighted_sum(y, places, weights)
     return (y[places] * weights[..., None]).to(x.dtype).sum(1)
 
 
-def tiled(
+def amx_grouped(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
     gate_up: Float[Tensor, "experts double hidden"],
     down: Float[Tensor, "experts hidden size"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """The same in C++; only where `fits` says so."""
+    """The same in C++; only where `supports` says so."""
     library, (tokens, k) = _library(), chosen.shape
     assert library is not None, "fits() comes first"
     experts, hidden, size = down.shape
@@ -70,8 +70,8 @@ def tiled(
     return out
 
 
-def fits(x: Tensor, gate_up: Weight, down: Weight) -> bool:
-    """Whether `tiled` may take them: bfloat16 on a CPU with matrix tiles, sizes of whole tiles, no gradient."""
+def supports(x: Tensor, gate_up: Weight, down: Weight) -> bool:
+    """Whether `amx_grouped` may take them: bfloat16 on a CPU with matrix tiles, sizes of whole tiles, no gradient."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or not len(x):
         return False
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):

@@ -10,7 +10,7 @@ most 1/2 each, a product of n terms is off by
 
 Codes that were stored as such are the weight: then f is 0, and so is the share of sum |q|.
 
-Invariant: `product` is the truth, C++ (`native/int8.h`) gives the same bits at every level.
+Invariant: `matmul` is the truth, C++ (`native/int8.h`) gives the same bits at every level.
 
 Run it:  python -m pytest tests/ops/test_integers.py
 Source: symmetric quantisation, of weights a channel and of activations a token: W8A8 of compressed-tensors.
@@ -67,14 +67,16 @@ class IntegerWeight(PackedTensors):
         return self.codes.to(dtype), self.scale
 
 
-def product(x: Float[Tensor, "*rows in"], weight: IntegerWeight) -> Float[Tensor, "*rows out"]:
+def matmul(x: Float[Tensor, "*rows in"], weight: IntegerWeight) -> Float[Tensor, "*rows out"]:
     """x @ weight^T, both in integers; in x's type. NaN for a row of x that is not finite."""
-    codes, scale = encode(x.float())
+    codes, scale = quantize_rows(x.float())
     sums = codes.double() @ weight.codes.double().T  # exact: below 2^53
     return (sums.float() * weight.scale * scale[..., None]).to(x.dtype)
 
 
-def encode(x: Float32[Tensor, "*rows columns"]) -> tuple[Int8[Tensor, "*rows columns"], Float32[Tensor, "*rows"]]:
+def quantize_rows(
+    x: Float32[Tensor, "*rows columns"],
+) -> tuple[Int8[Tensor, "*rows columns"], Float32[Tensor, "*rows"]]:
     """Codes of -127 to 127 and the scale of each row: largest magnitude / 127. Halves are rounded to even."""
     top = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     whole = (top >= SMALLEST) & top.isfinite()
@@ -84,7 +86,7 @@ def encode(x: Float32[Tensor, "*rows columns"]) -> tuple[Int8[Tensor, "*rows col
     return codes, torch.where(whole, top / 127.0, rest)
 
 
-def rounded(weight: Float[Tensor, "*lead rows columns"] | Packed) -> IntegerWeight:
+def quantized(weight: Float[Tensor, "*lead rows columns"] | Packed) -> IntegerWeight:
     """A weight in whatever it is stored, in integers: int8 codes under one scale a row as they are, others rounded.
 
     Values pass through float32 a tile at a time.
@@ -103,7 +105,7 @@ def rounded(weight: Float[Tensor, "*lead rows columns"] | Packed) -> IntegerWeig
         for start in range(0, rows, step):
             tile = part[start : start + step]
             values = tile.float() if isinstance(tile, Tensor) else tile.unpack(torch.float32)
-            own[0][start : start + step], own[1][start : start + step] = encode(values)
+            own[0][start : start + step], own[1][start : start + step] = quantize_rows(values)
     return IntegerWeight(codes=codes, scale=scale)
 
 
@@ -117,4 +119,4 @@ def _place(number: int, lead: list[int]) -> list[int]:
 
 
 def _suits(weight: Codes) -> bool:
-    return weight.codes.dtype == torch.int8 and weight.zero is None and weight.scale.shape[-1] == 1
+    return weight.codes.dtype == torch.int8 and weight.zero_point is None and weight.scale.shape[-1] == 1

@@ -39,7 +39,7 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
     if readable is not None:
         return in_cpp.linear(x, readable)
     if isinstance(weight, integers.IntegerWeight):
-        return integers.product(x, weight)
+        return integers.matmul(x, weight)
     if isinstance(weight, Tensor):
         return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
     parts = [part for _, part in products(x, weight)]

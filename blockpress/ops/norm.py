@@ -19,7 +19,7 @@ def rms_norm(
 
     The result has x's dtype; everything between is float32. One pass where that may be, else `plain`.
     """
-    return rows.rms_norm(x, weight, eps) if rows.fits(x, weight) else plain(x, weight, eps)
+    return rows.rms_norm(x, weight, eps) if rows.supports(x, weight) else plain(x, weight, eps)
 
 
 def plain(

@@ -5,8 +5,8 @@
     Nibbles     4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
     Float4      e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
 
-`scale` and `zero` stand for a run of `group` columns of a row (one run: the whole row), `outer` for a row. The first
-value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
+`scale` and `zero_point` stand for a run of `group` columns of a row (one run: the whole row), `global_scale` for a row.
+The first value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
 
 `factors` leaves a row's scale out of the matrix, so that codes of up to 448, or 6 * 448, are multiplied as they are.
 float32 and bfloat16 hold the sums of such products; float16 does not, so there the matrix holds the values.
@@ -75,7 +75,7 @@ class ScaledCodes(PackedTensors):
     """The base of `Codes` and `Nibbles`: value = (code - zero) * scale, with one scale for `group` columns of a row."""
 
     scale: Tensor
-    zero: Tensor | None
+    zero_point: Tensor | None
     group: int
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
@@ -91,9 +91,9 @@ class ScaledCodes(PackedTensors):
     def _shifted(self, dtype: torch.dtype) -> Tensor:
         """Codes less their zero points, in memory of their own."""
         values = self.codes_as(dtype)
-        if self.zero is None:
+        if self.zero_point is None:
             return values
-        return values.sub_(_spread(self.zero.to(dtype), self.group, values.shape[-1]))
+        return values.sub_(_spread(self.zero_point.to(dtype), self.group, values.shape[-1]))
 
     def codes_as(self, dtype: torch.dtype) -> Tensor:
         """The codes as floats, in memory of their own."""
@@ -131,7 +131,7 @@ class Codes(ScaledCodes):
     codes: Shaped[Tensor, "*lead rows columns"]
     scale: Float[Tensor, "*lead rows groups"]
     group: int
-    zero: Int8[Tensor, "*lead rows groups"] | None = None
+    zero_point: Int8[Tensor, "*lead rows groups"] | None = None
 
     def __post_init__(self) -> None:
         assert self.codes.dtype in (E4M3, torch.int8), self.codes.dtype
@@ -153,7 +153,7 @@ class Nibbles(ScaledCodes):
     packed: UInt8[Tensor, "*lead rows bytes"]
     scale: Float[Tensor, "*lead rows groups"]
     group: int
-    zero: Int8[Tensor, "*lead rows groups"] | None = None
+    zero_point: Int8[Tensor, "*lead rows groups"] | None = None
 
     def __post_init__(self) -> None:
         assert self.scale.shape[-1] * self.group == 2 * self.packed.shape[-1], "a scale for every group"
@@ -163,15 +163,17 @@ class Nibbles(ScaledCodes):
         return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        if self.scale.dtype == torch.float16 or not unpacking.fits(self.packed, self.group, dtype):
+        if self.scale.dtype == torch.float16 or not unpacking.supports(self.packed, self.group, dtype):
             return super().unpack(dtype)
         rounded = self.scale.dtype == torch.bfloat16
-        return unpacking.fours(self.packed, _values("int4"), self.group, dtype, self.scale, self.zero, rounded=rounded)
+        return unpacking.unpack_4bit(
+            self.packed, _values("int4"), self.group, dtype, self.scale, self.zero_point, rounded=rounded
+        )
 
     def _shifted(self, dtype: torch.dtype) -> Tensor:
-        if not unpacking.fits(self.packed, self.group, dtype):
+        if not unpacking.supports(self.packed, self.group, dtype):
             return super()._shifted(dtype)
-        return unpacking.fours(self.packed, _values("int4"), self.group, dtype, zero=self.zero)
+        return unpacking.unpack_4bit(self.packed, _values("int4"), self.group, dtype, zero=self.zero_point)
 
     def codes_as(self, dtype: torch.dtype) -> Tensor:
         return _select(_pairs("int4", dtype, self.device), self.packed, dtype).view(self.shape)
@@ -182,14 +184,14 @@ class Nibbles(ScaledCodes):
 class Float4(PackedTensors):
     """e2m1 under a scale of one byte for each group: NVFP4 (e4m3, 16 columns, an outer scale) and MXFP4 (e8m0, 32).
 
-    `divides`: the scale is divided by `outer`, as compressed-tensors has it, instead of multiplied (ModelOpt).
+    `divides`: the scale is divided by `global_scale`, as compressed-tensors has it, instead of multiplied (ModelOpt).
     """
 
     packed: UInt8[Tensor, "*lead rows bytes"]
     scale: UInt8[Tensor, "*lead rows groups"]
     kind: ScaleKind
     group: int
-    outer: Float32[Tensor, "*lead rows"] | None = None
+    global_scale: Float32[Tensor, "*lead rows"] | None = None
     divides: bool = False
 
     def __post_init__(self) -> None:
@@ -202,10 +204,10 @@ class Float4(PackedTensors):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """All values: the two scales are joined in float32, and so is the product with the code."""
         scale = _select(scale_table(self.kind, self.device), self.scale, torch.float32).view(self.scale.shape)
-        if self.outer is not None:
-            scale = scale / self.outer[..., None] if self.divides else scale * self.outer[..., None]
-        if unpacking.fits(self.packed, self.group, dtype):
-            return unpacking.fours(self.packed, _values("e2m1"), self.group, dtype, scale)
+        if self.global_scale is not None:
+            scale = scale / self.global_scale[..., None] if self.divides else scale * self.global_scale[..., None]
+        if unpacking.supports(self.packed, self.group, dtype):
+            return unpacking.unpack_4bit(self.packed, _values("e2m1"), self.group, dtype, scale)
         values = _select(_pairs("e2m1", torch.float32, self.device), self.packed, torch.float32)
         return _scaled(values.view(self.shape), scale, self.group).to(dtype)
 
@@ -213,16 +215,16 @@ class Float4(PackedTensors):
         """e2m1 * e4m3 has 6 bits, so it is exact, and the outer scale is the row's; in float16, the values."""
         if dtype == torch.float16:
             return self.unpack(dtype), None
-        if unpacking.fits(self.packed, self.group, dtype):
+        if unpacking.supports(self.packed, self.group, dtype):
             scales = scale_table(self.kind, self.device)
-            matrix = unpacking.fours(self.packed, _values("e2m1"), self.group, dtype, scales, picks=self.scale)
+            matrix = unpacking.unpack_4bit(self.packed, _values("e2m1"), self.group, dtype, scales, picks=self.scale)
         else:
             index = self.packed.unflatten(-1, (-1, self.group // 2)).int()
             index.add_(self.scale.int().mul_(256).unsqueeze(-1))
             matrix = _select(_products(self.kind, dtype, self.device), index, dtype).view(self.shape)
-        if self.outer is None:
+        if self.global_scale is None:
             return matrix, None
-        return matrix, 1 / self.outer if self.divides else self.outer
+        return matrix, 1 / self.global_scale if self.divides else self.global_scale
 
 
 def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
@@ -239,7 +241,7 @@ def _spread(scale: Tensor, group: int, columns: int) -> Tensor:
 def _from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """e4m3 codes as floats; torch's own cast takes ten times as long on a CPU, the table several times the C++."""
     if unpacking.reads_e4m3(codes, dtype):
-        return unpacking.e4m3(codes, dtype)
+        return unpacking.unpack_e4m3(codes, dtype)
     if codes.shape[-1] % 2 or codes.device.type != "cpu":
         return codes.to(dtype)
     index = codes.contiguous().view(torch.int16).int().bitwise_and_(0xFFFF)

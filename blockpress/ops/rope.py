@@ -40,7 +40,7 @@ def rotary_tables(
 
 def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
     """Turn each pair (i, i + dim/2) of every head by its position's angle; in one pass where that may be."""
-    return rows.rotate(x, cos, sin) if rows.fits(x, cos, sin) else plain(x, cos, sin)
+    return rows.rotate(x, cos, sin) if rows.supports(x, cos, sin) else plain(x, cos, sin)
 
 
 def plain(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:

@@ -1,7 +1,7 @@
 """Row-wise operations in one pass (`native/rows.cpp`): RMSNorm, GeGLU, rotary embedding, softmax under a mask.
 
 In torch each is several passes over memory, with a tensor between any two. What is called here has a plain version in
-norm.py, geglu.py, rope.py and attention.py, which asks `fits` first.
+norm.py, geglu.py, rope.py and attention.py, which asks `supports` first.
 
 Invariant: float32 inside, rounded to bfloat16 where the plain version rounds, so that the two differ by float rounding
 alone. Without gradients only.
@@ -33,7 +33,7 @@ _ARGUMENTS = {
 }
 
 
-def fits(x: Tensor, *others: Tensor | None) -> bool:
+def supports(x: Tensor, *others: Tensor | None) -> bool:
     """Whether these tensors may go to the C++: plain ones of one type on a CPU, dense in the last axis, no gradient."""
     if torch.is_grad_enabled() or x.numel() < LEAST or x.dtype not in _SUFFIXES or torch.compiler.is_compiling():
         return False
@@ -93,7 +93,7 @@ def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries seen"] | None) -
     return scores
 
 
-def weigh(
+def weighted_sum(
     y: Float[Tensor, "slots size"], places: Int64[Tensor, "tokens k"], weights: Float32[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens size"]:
     """The sum of each token's rows of y, each times its weight: what ends `grouped.ordered`."""

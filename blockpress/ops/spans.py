@@ -21,16 +21,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from blockpress.ops import attention
-from blockpress.ops.attention import Span
+from blockpress.ops.attention import AttentionSpan
 from blockpress.ops.cpu import attention as in_cpp
 from blockpress.ops.cpu import bridge
-from blockpress.ops.transfer import send
+from blockpress.ops.transfer import to_device
 
 SCORES = 1 << 23
 """Most scores that are held at once: 16 MiB in bfloat16."""
 
 
-def look(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float[Tensor, "heads rows dim"]:
+def varlen_attention(
+    query: Float[Tensor, "heads rows dim"], spans: Sequence[AttentionSpan]
+) -> Float[Tensor, "heads rows dim"]:
     """What the rows of every span see. The spans part the rows: each row is in exactly one of them.
 
     The result lies in memory as [rows, heads, dim], so that `mixed.transpose(0, 1).flatten(1)` copies nothing.
@@ -40,18 +42,18 @@ def look(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float
     if rows and _in_cpp(query, spans):
         return in_cpp.attend(query, spans)
     out = query.new_empty(rows, heads, dim)
-    for group in together(spans, heads):
-        _look(query, group, out)
+    for group in group_spans(spans, heads):
+        _attend_group(query, group, out)
     return out.transpose(0, 1)
 
 
-def _in_cpp(query: Tensor, spans: Sequence[Span]) -> bool:
+def _in_cpp(query: Tensor, spans: Sequence[AttentionSpan]) -> bool:
     """Whether the version in C++ may take them: a CPU's tensors of one type."""
-    pieces = (tensor for span in spans for piece in span.seen for tensor in piece)
+    pieces = (tensor for span in spans for piece in span.kv for tensor in piece)
     return bridge.supports(query) and all(tensor.dtype == query.dtype for tensor in pieces)
 
 
-def together(spans: Sequence[Span], heads: int) -> Iterator[list[Span]]:
+def group_spans(spans: Sequence[AttentionSpan], heads: int) -> Iterator[list[AttentionSpan]]:
     """The spans in groups of one number of queries and similar numbers of keys, in order of the rows within a group.
 
     >>> none = torch.zeros(1, 90, 4)
@@ -75,7 +77,7 @@ def together(spans: Sequence[Span], heads: int) -> Iterator[list[Span]]:
         yield [spans[i] for i in sorted(group)]
 
 
-def _look(query: Tensor, group: list[Span], out: Float[Tensor, "rows heads dim"]) -> None:
+def _attend_group(query: Tensor, group: list[AttentionSpan], out: Float[Tensor, "rows heads dim"]) -> None:
     """Write what a group sees into its rows of `out`. Batch entries are [key heads, spans], as joined keys lie."""
     count, queries, (heads, _, dim) = len(group), group[0].queries, query.shape
     most = max(span.keys for span in group)
@@ -107,26 +109,26 @@ def _look(query: Tensor, group: list[Span], out: Float[Tensor, "rows heads dim"]
             out[span.start : span.stop].view(one.shape).copy_(one)
 
 
-def _join(group: list[Span], most: int, which: int) -> Float[Tensor, "kv_heads keys dim"]:
+def _join(group: list[AttentionSpan], most: int, which: int) -> Float[Tensor, "kv_heads keys dim"]:
     """All keys (0) or values (1) of a group one after another, zeros behind a span that has fewer than `most`."""
-    example = group[0].seen[0][which]
+    example = group[0].kv[0][which]
     spare = max(most - span.keys for span in group)
     zeros = example.new_zeros(example.shape[0], spare, example.shape[2]) if spare else example
     parts: list[Tensor] = []
     for span in group:
-        parts.extend(piece[which] for piece in span.seen)
+        parts.extend(piece[which] for piece in span.kv)
         if span.keys < most:
             parts.append(zeros[:, : most - span.keys])
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _masks(group: list[Span], most: int) -> Bool[Tensor, "spans queries most"] | None:
+def _masks(group: list[AttentionSpan], most: int) -> Bool[Tensor, "spans queries most"] | None:
     """One mask a span; None where all see all, and one row for all queries where only the filling is unseen."""
-    device = group[0].seen[0][0].device
+    device = group[0].kv[0][0].device
     if all(span.mask is None for span in group):
         if all(span.keys == most for span in group):
             return None
-        keys = send(torch.tensor([span.keys for span in group]), device)
+        keys = to_device(torch.tensor([span.keys for span in group]), device)
         return (torch.arange(most, device=device) < keys[:, None])[:, None]
     masks = torch.zeros(len(group), group[0].queries, most, dtype=torch.bool, device=device)
     for mask, span in zip(masks, group, strict=True):

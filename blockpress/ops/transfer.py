@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the processor on the device."""
     device = torch.device(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def fetch(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """A tensor of the device on the processor, there when this returns."""
     if tensor.device.type != "cuda":
         return tensor.cpu()

@@ -20,15 +20,15 @@ ROUNDED = 2
 """The number of float32 that was rounded to bfloat16, as the C++ counts its results."""
 
 
-def fits(packed: UInt8[Tensor, "*lead rows bytes"], group: int, dtype: torch.dtype) -> bool:
-    """Whether `fours` may take it: on a CPU, into bfloat16 or float32, in groups of 16 columns or of whole 32."""
+def supports(packed: UInt8[Tensor, "*lead rows bytes"], group: int, dtype: torch.dtype) -> bool:
+    """Whether `unpack_4bit` may take it: on a CPU, into bfloat16 or float32, in groups of 16 columns or of whole 32."""
     if packed.shape[-1] % 16 or (group != 16 and group % 32):
         return False
     return _may(packed, dtype)
 
 
 def reads_e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> bool:
-    """Whether `e4m3` may take it: on a CPU, into bfloat16 or float32."""
+    """Whether `unpack_e4m3` may take it: on a CPU, into bfloat16 or float32."""
     return _may(codes, dtype)
 
 
@@ -38,7 +38,7 @@ def _may(codes: Tensor, dtype: torch.dtype) -> bool:
     return not torch.compiler.is_compiling() and _library() is not None
 
 
-def e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
+def unpack_e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
     """Codes of float8_e4m3fn, or their bytes, as floats: no value of theirs is rounded."""
     library = _library()
     assert library is not None, "reads_e4m3() comes first"
@@ -48,7 +48,7 @@ def e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*a
     return out
 
 
-def fours(
+def unpack_4bit(
     packed: UInt8[Tensor, "*lead rows bytes"],
     table: Float32[Tensor, 16],
     group: int,

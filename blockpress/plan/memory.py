@@ -21,7 +21,7 @@ from blockpress import costs
 from blockpress.checkpoints.checkpoint import Checkpoint, opened_at
 from blockpress.checkpoints.gguf.header import Header
 from blockpress.checkpoints.gguf.names import EMBEDDING, HEAD
-from blockpress.checkpoints.index import FLOATS, Stored
+from blockpress.checkpoints.index import FLOATS, StoredTensor
 from blockpress.checkpoints.names import is_derived, is_quantised, is_vision, our_name, published_name
 from blockpress.config import FAMILIES, ModelConfig
 
@@ -147,7 +147,7 @@ def plain_weights(config: ModelConfig, dtype: str) -> int:
     return (sum(costs.parameters(config).values()) + 2 * len(config.layers)) * costs.DTYPE_BYTES[dtype]
 
 
-def _is_tie(name: str, tensors: Mapping[str, Stored]) -> bool:
+def _is_tie(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether a tensor is another name of one that is there: only one of the two is loaded."""
     ours = our_name(name)
     first = [] if ours is None else [published_name(ours, family) for family in FAMILIES]

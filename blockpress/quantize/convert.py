@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints.atomic import REPORT, SHARD_BYTES, check_room, staged, write_json
+from blockpress.checkpoints.atomic import REPORT, SHARD_BYTES, check_disk_space, staged, write_json
 from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.checkpoints.files import CONFIG, read_object
-from blockpress.checkpoints.index import FLOATS, Stored
+from blockpress.checkpoints.index import FLOATS, StoredTensor
 from blockpress.checkpoints.names import is_quantised, our_name, published_name
 from blockpress.checkpoints.safetensors.stream import StreamReader, StreamWriter, streamed
 from blockpress.config import Family
 from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
 from blockpress.quantize.encoders import ErrorSum, Format, WeightError, quantization_config
-from blockpress.quantize.recipe import Entry, Module, Outline, outline
+from blockpress.quantize.recipe import Entry, Module, QuantizationRecipe, make_recipe
 
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -103,7 +103,7 @@ def convert_checkpoint(
     if Path(target).resolve() == checkpoint.directory.resolve():
         raise RequestError(f"the target {str(target)!r} is the checkpoint itself", hint="give another directory")
     stored = _single_names(checkpoint.tensors, load_config(checkpoint).family)
-    plan = outline({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
+    plan = make_recipe({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
     if not any(entry.smaller for entry in plan.entries):
         raise RequestError(
             f"nothing of {str(checkpoint.path)!r} would become smaller in {form.name}",
@@ -111,7 +111,7 @@ def convert_checkpoint(
         )
     run = _Conversion(plan, stored, progress or (lambda done, total: None))
     with staged(Path(target), replaces=BESIDE) as staging:
-        check_room(staging, sum(slot.bytes for slot in plan.slots()))
+        check_disk_space(staging, sum(slot.bytes for slot in plan.slots()))
         with streamed(staging, plan.slots(), shard_bytes) as writer:
             run.convert(writer)
         _copy_beside(checkpoint.directory, staging)
@@ -131,7 +131,9 @@ def _copy_beside(source: Path, target: Path) -> None:
 class _Conversion:
     """Goes through the stored tensors in the order of their files."""
 
-    def __init__(self, plan: Outline, stored: Mapping[str, Stored], progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, plan: QuantizationRecipe, stored: Mapping[str, StoredTensor], progress: Callable[[int, int], None]
+    ) -> None:
         self.plan, self.stored, self.progress = plan, stored, progress
         self.tensors: list[TensorError] = []
         self.kinds: dict[str, ErrorSum] = {}
@@ -180,16 +182,16 @@ class _Conversion:
     def _matrices(self, entry: Entry) -> Iterator[tuple[Tensor, Sequence[Module], float]]:
         """Matrices of a tensor, one in memory at a time, with their modules and the peak of what shares their scale."""
         if len(entry.shape) == 2:
-            peak = max(self._peak(name) for name in self.plan.peers(entry))
+            peak = max(self._peak(name) for name in self.plan.fused_with(entry))
             yield self._read(entry.name), entry.modules, peak
             return
         for expert in range(entry.shape[0]):
             matrix = self._read(entry.name, expert, expert + 1)[0]
-            yield matrix, _of(entry, expert), peak_of(matrix, f"{entry.name}[{expert}]")
+            yield matrix, _of(entry, expert), amax_of(matrix, f"{entry.name}[{expert}]")
 
     def _peak(self, name: str) -> float:
         if name not in self.peaks:
-            self.peaks[name] = peak_of(self._read(name), name)
+            self.peaks[name] = amax_of(self._read(name), name)
         return self.peaks[name]
 
     def _copy(self, entry: Entry, writer: StreamWriter) -> None:
@@ -215,7 +217,7 @@ class _Conversion:
         self.progress(self.done, self.total)
 
 
-def peak_of(weight: Tensor, name: str) -> float:
+def amax_of(weight: Tensor, name: str) -> float:
     """The largest magnitude.
 
     Raises:
@@ -255,7 +257,7 @@ def _quantised(what: str) -> CheckpointError:
     return CheckpointError(what, hint="quantise the original checkpoint, in bfloat16 or float32")
 
 
-def _single_names(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+def _single_names(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
     """The catalogue without ties: a second name of a weight that is made smaller would say what it was before.
 
     Raises:
@@ -279,7 +281,7 @@ def _single_names(stored: Mapping[str, Stored], family: Family) -> dict[str, Sto
     return {name: tensor for name, tensor in stored.items() if name not in ties}
 
 
-def _same(one: Stored, other: Stored) -> bool:
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
     with StreamReader(one.file) as here, StreamReader(other.file) as there:

@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outline:
+class QuantizationRecipe:
     """The whole of a quantised checkpoint before a weight of it is read. `notes` say what stayed, and why."""
 
     form: Format
@@ -80,7 +80,7 @@ class Outline:
         """Every tensor that is written."""
         return [slot for entry in self.entries for slot in self.slots_of(entry)]
 
-    def peers(self, entry: Entry) -> tuple[str, ...]:
+    def fused_with(self, entry: Entry) -> tuple[str, ...]:
         """Stored tensors that share an outer scale with this one, itself among them."""
         home, _, own = entry.name.removesuffix(".weight").rpartition(".")
         group = next((names for names in _FUSED if own in names), ())
@@ -104,12 +104,12 @@ class Outline:
                 yield Slot(name=f"{module.name}.{part}", code=CODES[dtype], shape=shape)
 
 
-def outline(
+def make_recipe(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     form: Format,
     keep: Sequence[str] = (),
     experts_only: bool = False,
-) -> Outline:
+) -> QuantizationRecipe:
     """Decide on every tensor.
 
     Args:
@@ -134,7 +134,7 @@ def outline(
     notes += [f"nothing is called {pattern}: --keep has no effect" for pattern in sorted(unmatched)]
     final = tuple(_joined(entries))
     ignore = (*UNTOUCHED, *(name for entry in final if not entry.smaller for name in _ignored(entry)))
-    return Outline(form=form, entries=final, ignore=tuple(dict.fromkeys(ignore)), notes=tuple(notes))
+    return QuantizationRecipe(form=form, entries=final, ignore=tuple(dict.fromkeys(ignore)), notes=tuple(notes))
 
 
 def _entry(name: str, code: str, shape: tuple[int, ...]) -> Entry:

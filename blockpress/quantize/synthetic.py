@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints.atomic import SHARD_BYTES, check_room, staged, write_json
+from blockpress.checkpoints.atomic import SHARD_BYTES, check_disk_space, staged, write_json
 from blockpress.checkpoints.files import CONFIG, GENERATION
 from blockpress.checkpoints.names import published_name
 from blockpress.checkpoints.safetensors.stream import StreamWriter, streamed
@@ -34,7 +34,7 @@ from blockpress.model import Network
 from blockpress.quantize.convert import BESIDE
 from blockpress.quantize.encoders import Format, Fp8, quantization_config
 from blockpress.quantize.encoders.layout import quantiles
-from blockpress.quantize.recipe import Entry, Outline, outline
+from blockpress.quantize.recipe import Entry, QuantizationRecipe, make_recipe
 
 MARK = "synthetic"
 """The key of config.json that says that the weights are random."""
@@ -85,7 +85,7 @@ def synthesize(
     if form is not None:
         told |= {"quantization_config": quantization_config(form, plan.ignore)}
     with staged(Path(target), replaces=BESIDE) as staging:
-        check_room(staging, total)
+        check_disk_space(staging, total)
         with streamed(staging, slots, shard_bytes) as writer:
             for entry in plan.entries:
                 done += _draw(entry, plan, seed, writer)
@@ -109,18 +109,18 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
     return replace(config, dtype="bfloat16", vision=None)
 
 
-def _outline(config: ModelConfig, form: Format | None) -> Outline:
+def _outline(config: ModelConfig, form: Format | None) -> QuantizationRecipe:
     with torch.device("meta"):
         state = Network(config).state_dict()
     tensors = {published_name(name, config.family): ("BF16", tuple(tensor.shape)) for name, tensor in state.items()}
     if form is not None:
-        return outline(tensors, form)
+        return make_recipe(tensors, form)
     entries = tuple(Entry(name=n, code=code, shape=shape, kind="kept") for n, (code, shape) in tensors.items())
     # Without a smaller entry no format is ever asked.
-    return Outline(form=Fp8(), entries=entries, ignore=(), notes=())
+    return QuantizationRecipe(form=Fp8(), entries=entries, ignore=(), notes=())
 
 
-def _draw(entry: Entry, plan: Outline, seed: int, writer: StreamWriter) -> int:
+def _draw(entry: Entry, plan: QuantizationRecipe, seed: int, writer: StreamWriter) -> int:
     """Write one entry; the bytes of it."""
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(entry.name.encode())]))
     if entry.smaller:

@@ -1,17 +1,18 @@
 """Sudoku: parse, check, solve and make puzzles, and keep the held-out ones apart from those trained on. No torch."""
 
+from blockpress.errors import renamed
 from blockpress.sudoku.puzzles import (
     Puzzle,
     agrees,
     count_solutions,
     dig,
-    generate,
+    generate_puzzle,
     held_out,
     is_solved,
     layout,
-    parse,
-    pool,
+    parse_puzzle,
     puzzle_at,
+    puzzle_pool,
     random_solution,
     solve,
 )
@@ -25,13 +26,16 @@ __all__ = [
     "dig",
     "fingerprint",
     "fingerprints",
-    "generate",
+    "generate_puzzle",
     "held_out",
     "is_solved",
     "layout",
-    "parse",
-    "pool",
+    "parse_puzzle",
     "puzzle_at",
+    "puzzle_pool",
     "random_solution",
     "solve",
 ]
+
+_OLDER = {"generate": generate_puzzle, "parse": parse_puzzle, "pool": puzzle_pool}
+__getattr__ = renamed(__name__, _OLDER, __all__)  # until version 0.3

@@ -3,7 +3,7 @@
 Why: small models are trained and measured on puzzles with one answer, so a right canvas is a fact and not an opinion.
 A grid is a `str` of 81 characters '0'..'9', row by row, '0' a blank; cell `i` is row `i // 9`, column `i % 9`.
 Invariant: every puzzle made here has exactly one solution, and is a pure function of its integer seed.
-Run: `python -c "from blockpress.sudoku import generate, layout; print(layout(generate(seed=7, givens=30).puzzle))"`.
+Run it:  python -c "from blockpress import sudoku; print(sudoku.layout(sudoku.generate_puzzle(7, 30).puzzle))"
 
 The solver keeps all candidates in one 729-bit integer, bit `81 * (digit - 1) + cell`. A unit's nine candidates lie at
 fixed distances from its first one, its anchor, so that a few shifts count "at least one" and "at least two" of them in
@@ -26,7 +26,7 @@ from blockpress.errors import PuzzleError
 from blockpress.sudoku.symmetry import CELLS, Bytes, digits, fingerprint
 
 FEWEST_GIVENS, MOST_GIVENS = 17, 80  # no puzzle of 16 has one solution (McGuire, Tugemann, Civario, 2012)
-DIGS = 1000  # grids that `generate` tries before it gives up, about three seconds
+DIGS = 1000  # grids that `generate_puzzle` tries before it gives up, about three seconds
 
 ROW_CELLS = [[9 * r + c for c in range(9)] for r in range(9)]
 COLUMN_CELLS = [[9 * r + c for r in range(9)] for c in range(9)]
@@ -61,7 +61,7 @@ class Puzzle:
     givens: int
 
 
-def parse(text: str) -> str:
+def parse_puzzle(text: str) -> str:
     """The grid in `text`: 81 cells on one line or nine lines of nine, '.' or '0' a blank, white space ignored.
 
     Raises PuzzleError: a character that is no cell, a wrong count of cells, or givens that contradict each other.
@@ -252,7 +252,7 @@ def puzzle_at(solution: str, order: tuple[int, ...], givens: int) -> str:
     return "".join("0" if cell in blank else digit for cell, digit in enumerate(solution))
 
 
-def generate(seed: int, givens: int) -> Puzzle:
+def generate_puzzle(seed: int, givens: int) -> Puzzle:
     """A puzzle with one solution and `givens` (17 to 80) filled cells, the same one for the same arguments.
 
     Digs up to `DIGS` = 1,000 random grids. Most end at 23 to 26 givens: 22 takes some tens of digs, 21 some hundreds,
@@ -283,10 +283,10 @@ def _make(rng: Random, givens: int) -> Puzzle:
 
 
 def held_out(seed: int, count: int, givens: tuple[int, int] = (30, 40), avoid: Set[int] = frozenset()) -> list[Puzzle]:
-    """`count` puzzles for measuring, givens uniform in the inclusive range, drawn from another stream than `pool`.
+    """`count` puzzles for measuring, givens uniform in the inclusive range, not drawn from `puzzle_pool`'s stream.
 
     Grids with a fingerprint in `avoid`, or in the list already, are skipped, so no two are images of each other.
-    Raises PuzzleError as `generate` does.
+    Raises PuzzleError as `generate_puzzle` does.
     """
     _check_range(*givens)
     rng = Random(f"blockpress.sudoku held out {seed}")
@@ -300,7 +300,7 @@ def held_out(seed: int, count: int, givens: tuple[int, int] = (30, 40), avoid: S
     return puzzles
 
 
-def pool(seed: int, size: int, *, start: int = 0) -> tuple[Bytes, NDArray[np.int8]]:
+def puzzle_pool(seed: int, size: int, *, start: int = 0) -> tuple[Bytes, NDArray[np.int8]]:
     """Entries `start` to `start + size - 1` of the training pool of `seed`: solutions and dig orders.
 
     Solutions are uint8 [size, 81] of 1 to 9; orders are what `dig` gives, int8 [size, 81] padded with -1. Entry i

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import final
 
 from blockpress.errors import RequestError
-from blockpress.text.pieces import TextChunk, speller_for
+from blockpress.text.detokenizer import TextChunk, detokenizer_for
 from blockpress.text.stops import StopFinder
 from blockpress.text.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class StreamDecoder:
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._speller = speller_for(tokenizer.backend)
+        self._speller = detokenizer_for(tokenizer.backend)
         self._finder = StopFinder(stop)
         self._ends: deque[tuple[int, int]] = deque()
         self._written = 0
@@ -99,7 +99,7 @@ class StreamDecoder:
             if self.stopped is not None or not unit.text:
                 continue
             self._written += len(unit.text)
-            self._ends.append((self._written, unit.place))
+            self._ends.append((self._written, unit.token_index))
             text += self._finder.feed(unit.text)
             # The text before a stop string is never shorter than what was released.
             while self._ends[0][0] < self._finder.released:

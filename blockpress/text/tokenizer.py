@@ -20,7 +20,7 @@ from typing import Any, final
 import tokenizers
 
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound, TextError
-from blockpress.text.pieces import is_lossless, piece_for_display
+from blockpress.text.detokenizer import is_lossless, piece_for_display
 
 __all__ = ["Tokenizer"]
 

@@ -22,7 +22,7 @@ SURE = (0.005, 0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PuzzleOutcome:
     """What became of one puzzle. settled: stopped before its limit of steps. entropy: the mean of its last step, in
     nats a token; None where it was written token by token."""
 
@@ -59,7 +59,7 @@ class Sureness:
     right: int
 
 
-def score(mode: str, outcomes: Sequence[Outcome], seconds: float) -> Score:
+def score(mode: str, outcomes: Sequence[PuzzleOutcome], seconds: float) -> Score:
     """Summarise some outcomes."""
     count = len(outcomes)
     right = [outcome.steps for outcome in outcomes if outcome.solved]
@@ -77,7 +77,7 @@ def score(mode: str, outcomes: Sequence[Outcome], seconds: float) -> Score:
     )
 
 
-def calibration(outcomes: Sequence[Outcome]) -> list[Sureness]:
+def calibration(outcomes: Sequence[PuzzleOutcome]) -> list[Sureness]:
     """The outcomes by the mean entropy of their last step."""
     known = [(outcome.entropy, outcome.solved) for outcome in outcomes if outcome.entropy is not None]
     classes = []
@@ -96,7 +96,7 @@ class Measured:
     calibration: list[Sureness]
 
 
-def table(scores: Sequence[Score], first: str = "decoding") -> str:
+def steps_table(scores: Sequence[Score], first: str = "decoding") -> str:
     """The scores as a Markdown table."""
     lines = [
         f"| {first} | puzzles | solved | mean steps | steps where solved | settled wrong | unsettled |",
@@ -143,7 +143,7 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
         {HELD_OUT_SEED}; no grid, nor a symmetric image of one, is in the training pool), one canvas a puzzle,
         first sample, seed 0, the sampler of `generation_config.json`; ± is one standard error. The temperature
         schedule depends on the cap.""",
-        table(measured.scores),
+        steps_table(measured.scores),
         *by_givens_and_sureness(measured),
         f"""Measured on {machine} by `python -m blockpress.evals.sudoku sudoku-nano --count {count}{more} --write`,
         which wrote this page.""",
@@ -170,7 +170,7 @@ def by_givens_and_sureness(measured: Measured) -> list[str]:
     if measured.by_givens:
         parts += [
             "By the number of givens, on puzzles of the same seed:",
-            table(measured.by_givens, "puzzles with"),
+            steps_table(measured.by_givens, "puzzles with"),
         ]
     sentence = "How often an answer is right, by how sure the network was in the last of at most 48 steps:"
     return [*parts, sentence, sureness_table(measured.calibration)]

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from blockpress import sudoku
 from blockpress.config import ModelConfig
-from blockpress.train.objective import Rows
+from blockpress.train.objective import TrainingBatch
 
 
 @runtime_checkable
 class Source(Protocol):
     """Rows for a step. `progress` runs from 0 to 1 over the run, for curricula."""
 
-    def rows(self, step: int, count: int, progress: float) -> Rows: ...
+    def rows(self, step: int, count: int, progress: float) -> TrainingBatch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class SudokuRows:
         self.config, self.givens, self.seed = config, givens, seed
         self.solutions, self.orders = solutions, orders
 
-    def rows(self, step: int, count: int, progress: float) -> Rows:
+    def rows(self, step: int, count: int, progress: float) -> TrainingBatch:
         rng = np.random.default_rng((self.seed, step))
         chosen = rng.integers(len(self.solutions), size=count)
         low, high = self.givens.range(progress)
@@ -75,7 +75,7 @@ class SudokuRows:
             puzzles[row, dug[dug >= 0]] = 0
         return self._tokens(*sudoku.augment(solutions, puzzles, rng))
 
-    def _tokens(self, solutions: NDArray[np.uint8], puzzles: NDArray[np.uint8]) -> Rows:
+    def _tokens(self, solutions: NDArray[np.uint8], puzzles: NDArray[np.uint8]) -> TrainingBatch:
         count = len(puzzles)
         config = self.config
         parts = [np.full((count, 1), config.bos_id), self._grid(puzzles), self._grid(solutions)]
@@ -83,7 +83,7 @@ class SudokuRows:
         tokens = torch.from_numpy(np.concatenate([*parts, np.full((count, fill), config.eos_ids[0])], axis=1)).long()
         prompt = 1 + parts[1].shape[1]
         canvases = (tokens.shape[1] - prompt) // config.canvas_length
-        return Rows(tokens, torch.full((count,), prompt), torch.full((count,), canvases))
+        return TrainingBatch(tokens, torch.full((count,), prompt), torch.full((count,), canvases))
 
     def _grid(self, boards: NDArray[np.uint8]) -> NDArray[np.int64]:
         """[rows, 81] digits as [rows, 89] ids: nine lines, line ends between them."""
@@ -110,4 +110,4 @@ def sudoku_pool(seed: int, size: int, processes: int, keep: Path) -> tuple[NDArr
 
 def _pool_part(job: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     seed, size, start = job
-    return sudoku.pool(seed, size, start=start)
+    return sudoku.puzzle_pool(seed, size, start=start)

@@ -73,7 +73,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingBatch:
     """Clean rows: prompt, then whole canvases; right-padded to the longest."""
 
     tokens: Int[Tensor, "rows length"]
@@ -83,9 +83,9 @@ class Rows:
     def lengths(self, canvas_length: int) -> Int[Tensor, " rows"]:
         return self.prompts + self.canvases * canvas_length
 
-    def part(self, chosen: Int[Tensor, " some"], longest: int) -> Rows:
+    def part(self, chosen: Int[Tensor, " some"], longest: int) -> TrainingBatch:
         """The rows with these numbers, their tokens up to the longest's."""
-        return Rows(self.tokens[chosen, :longest], self.prompts[chosen], self.canvases[chosen])
+        return TrainingBatch(self.tokens[chosen, :longest], self.prompts[chosen], self.canvases[chosen])
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Losses:
     logits: Float32[Tensor, "visited canvas vocab"] | None = None
 
 
-def draw(
-    rows: Rows,
+def draw_batch(
+    rows: TrainingBatch,
     canvas_length: int,
     vocab: int,
     objective: Objective,
@@ -179,7 +179,7 @@ def draw(
     )
 
 
-def losses(network: Network, rows: Rows, drawn: Draw, objective: Objective) -> Losses:
+def losses(network: Network, rows: TrainingBatch, drawn: Draw, objective: Objective) -> Losses:
     """Both parts of the loss for one step's draw; only tensors in, only tensors out.
 
     Without a causal loss the rows' tokens may end where the last of the canvases starts.
@@ -233,7 +233,9 @@ def signals(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "d
     return signal.index_copy(0, drawn.conditioned, believed.to(signal.dtype))
 
 
-def next_token_loss(network: Network, hidden: Float[Tensor, "rows length hidden"], rows: Rows) -> Float32[Tensor, ""]:
+def next_token_loss(
+    network: Network, hidden: Float[Tensor, "rows length hidden"], rows: TrainingBatch
+) -> Float32[Tensor, ""]:
     """Cross-entropy of every next token of the clean row, averaged in each row, then over rows."""
     logits = network.logits(hidden[:, :-1])
     target = rows.tokens[:, 1:]

@@ -1,6 +1,6 @@
 """Several processes that train one network: each takes its share of a step's micro-batches, gradients are summed.
 
-Every process draws the same rows from (seed, step), runs the parts `rank, rank + size, ...` of them, and takes the same
+Every process draws the same rows from (seed, step), runs the parts `rank, rank + world_size, ...`, and takes the same
 optimizer step on the same summed gradient. On a CPU two processes of one thread each do about twice the work of one
 process of two threads, since the tensors of a small network are too short to be split.
 
@@ -34,7 +34,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -48,7 +48,7 @@ def anyone(wish: bool) -> bool:
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Add up each tensor over all processes, in place, in one exchange."""
-    if size() == 1:
+    if world_size() == 1:
         return
     listed = list(tensors)
     flat = torch.cat([x.flatten().float() for x in listed])
@@ -59,7 +59,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 
 def merge(tensor: Tensor, own: Tensor) -> Tensor:
     """`tensor` with each row as the process has it that holds it in its `own` (a mask; no row is of two processes)."""
-    if size() == 1:
+    if world_size() == 1:
         return tensor
     part = torch.where(own.view(-1, *(1,) * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
     whole = part.to(torch.uint8) if tensor.dtype == torch.bool else part

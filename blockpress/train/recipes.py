@@ -18,7 +18,7 @@ from blockpress.train.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainingRecipe:
     """One training run.
 
     rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one backward pass. steps: optimizer
@@ -65,9 +65,9 @@ def _digits_tokenizer(directory: Path) -> None:
     write_digits_tokenizer(directory)
 
 
-def sudoku() -> Recipe:
+def sudoku_recipe() -> TrainingRecipe:
     """`sudoku-nano`: one puzzle in, one canvas out."""
-    return Recipe(
+    return TrainingRecipe(
         name="sudoku",
         about="sudoku-nano: solves 9 x 9 puzzles in one canvas of 90 tokens",
         config=sudoku_nano(),
@@ -82,10 +82,10 @@ def sudoku() -> Recipe:
     )
 
 
-def sudoku_on_policy() -> Recipe:
+def sudoku_on_policy_recipe() -> TrainingRecipe:
     """The second part of the training of `sudoku-nano`: on the states that the sampler visits, harder puzzles."""
     return replace(
-        sudoku(),
+        sudoku_recipe(),
         name="sudoku-on-policy",
         about="sudoku-nano once more, on what its own sampler visits",
         init="sudoku-nano",
@@ -97,9 +97,9 @@ def sudoku_on_policy() -> Recipe:
     )
 
 
-def sudoku_on_policy_finish() -> Recipe:
+def sudoku_on_policy_finish_recipe() -> TrainingRecipe:
     """The last part: trajectories go on after they have settled, so that the network is surer where it is right."""
-    long = sudoku_on_policy()
+    long = sudoku_on_policy_recipe()
     return replace(
         long,
         name="sudoku-on-policy-finish",
@@ -111,14 +111,14 @@ def sudoku_on_policy_finish() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "sudoku": sudoku,
-    "sudoku-on-policy": sudoku_on_policy,
-    "sudoku-on-policy-finish": sudoku_on_policy_finish,
+RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
+    "sudoku": sudoku_recipe,
+    "sudoku-on-policy": sudoku_on_policy_recipe,
+    "sudoku-on-policy-finish": sudoku_on_policy_finish_recipe,
 }
 
 
-def recipe(name: str) -> Recipe:
+def recipe(name: str) -> TrainingRecipe:
     """The recipe of that name.
 
     Raises:

@@ -27,7 +27,7 @@ from blockpress.diffusion.noise import LOW
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.train import parallel
-from blockpress.train.objective import Objective, Rows, Visited
+from blockpress.train.objective import Objective, TrainingBatch, Visited
 
 HELD = ("tokens", "prompts", "canvases")
 OVER = -1  # in place of the steps that a slot has gone on for since it settled: it begins anew
@@ -72,7 +72,7 @@ class Rollouts:
         """The sampler's seed of a trajectory."""
         return ((self.seed & LOW) << 32) + serial
 
-    def rows(self, fresh: Rows, step: int) -> Rows:
+    def rows(self, fresh: TrainingBatch, step: int) -> TrainingBatch:
         """The rows of a step: those under way, and in the places of those that are done the fresh ones of that place.
 
         Slots that came to an end when they were last advanced begin anew, on their row or on the fresh one.
@@ -89,7 +89,7 @@ class Rollouts:
         of_done = done.repeat_interleave(self.each)
         self._begin(slots[of_done | (self.past[slots] == OVER)], step)
         self.ended[slots] &= ~of_done
-        now = Rows(self.tokens[own], self.prompts[own], self.canvases[own])
+        now = TrainingBatch(self.tokens[own], self.prompts[own], self.canvases[own])
         return now.part(torch.arange(self._rows, device=done.device), int(now.lengths(self.length).max()))
 
     def slots(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " slots"]:

@@ -26,9 +26,9 @@ from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
 from blockpress.train.initialise import initialise
-from blockpress.train.objective import Draw, Losses, Rows, draw, losses
+from blockpress.train.objective import Draw, Losses, TrainingBatch, draw_batch, losses
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
-from blockpress.train.recipes import Recipe
+from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.rollouts import Rollouts
 
 STATE = "trainer.pt"
@@ -37,7 +37,7 @@ BUCKET = 64
 
 
 @dataclass(frozen=True)
-class Report:
+class TrainReport:
     """One line of the log: means since the last report. Losses in nats a token, rate as a share of the full rate."""
 
     step: int
@@ -67,7 +67,7 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         out: Path,
         *,
         device: str = "cpu",
@@ -86,9 +86,9 @@ class Trainer:
                 hint="unset it, or let --compute-dtype be bfloat16 or float32",
             )
         self.init = init or recipe.init
-        if recipe.rows // recipe.micro < parallel.size():
+        if recipe.rows // recipe.micro < parallel.world_size():
             raise TrainingError(
-                f"{parallel.size()} processes share {recipe.rows // recipe.micro} micro-batches a step",
+                f"{parallel.world_size()} processes share {recipe.rows // recipe.micro} micro-batches a step",
                 hint="start fewer: each process needs one at least",
             )
         self.steps, self._steps_given = recipe.steps if steps is None else steps, steps is not None
@@ -113,7 +113,7 @@ class Trainer:
 
     def run(
         self, *, report_every: int = 20, save_seconds: float = 120.0, stop: Callable[[int], bool] | None = None
-    ) -> Iterator[Report]:
+    ) -> Iterator[TrainReport]:
         """Train to the end, yielding a report now and then; each is also a line of `log.jsonl`.
 
         Args:
@@ -159,12 +159,13 @@ class Trainer:
         # Rows of about one length share a micro-batch. Every process draws all of them, so that a draw does not depend
         # on who runs it.
         parts = rows.lengths(recipe.config.canvas_length).argsort(stable=True).split(recipe.micro)
-        sums, own = torch.zeros(4, device=self.device), parts[parallel.rank() :: parallel.size()]
+        sums, own = torch.zeros(4, device=self.device), parts[parallel.rank() :: parallel.world_size()]
         for number, part in enumerate(parts):
             piece = self._piece(rows, part)
             visited = None if self.rollouts is None else self.rollouts.visited(part)
-            drawn = draw(piece, recipe.config.canvas_length, recipe.config.vocab_size, objective, generator, visited)
-            if number % parallel.size() != parallel.rank():
+            config = recipe.config
+            drawn = draw_batch(piece, config.canvas_length, config.vocab_size, objective, generator, visited)
+            if number % parallel.world_size() != parallel.rank():
                 continue
             loss = self._losses(*self._tensors(piece, drawn))
             ((loss.canvas + objective.causal_weight * loss.causal) / len(parts)).backward()
@@ -285,7 +286,8 @@ class Trainer:
         parts = {"objective": asdict(recipe.objective), "optimizer": asdict(recipe.optimizer)}
         begin = {} if self.init is None else {"init": self.init}
         kind = str(self.dtype).removeprefix("torch.")
-        return begin | {"steps": self.steps, "rows": recipe.rows, "processes": parallel.size(), "dtype": kind} | parts
+        own = {"steps": self.steps, "rows": recipe.rows, "processes": parallel.world_size(), "dtype": kind}
+        return begin | own | parts
 
     def _draws(self) -> int:
         """Corrupted canvases so far, over all segments."""
@@ -316,14 +318,14 @@ class Trainer:
     def _plain_losses(self, tokens: Tensor, prompts: Tensor, canvases: Tensor, *drawn: Tensor) -> Losses:
         fast = self.dtype != torch.float32
         with torch.autocast(self.device, dtype=self.dtype) if fast else nullcontext():
-            return losses(self.network, Rows(tokens, prompts, canvases), Draw(*drawn), self.recipe.objective)
+            return losses(self.network, TrainingBatch(tokens, prompts, canvases), Draw(*drawn), self.recipe.objective)
 
-    def _piece(self, rows: Rows, part: Tensor) -> Rows:
+    def _piece(self, rows: TrainingBatch, part: Tensor) -> TrainingBatch:
         """Some rows, padded to about the longest."""
         longest = int(rows.lengths(self.recipe.config.canvas_length)[part].max())
         return rows.part(part, min(-(-longest // BUCKET) * BUCKET, rows.tokens.shape[1]))
 
-    def _tensors(self, rows: Rows, drawn: Draw) -> list[Tensor]:
+    def _tensors(self, rows: TrainingBatch, drawn: Draw) -> list[Tensor]:
         tokens = rows.tokens
         if not self.recipe.objective.causal_weight:  # then nobody looks at what no canvas sees
             tokens = tokens[:, : int(drawn.starts.max())]
@@ -331,10 +333,10 @@ class Trainer:
         parts += [part for part in (drawn.visited, drawn.signal) if part is not None]
         return [x.to(self.device) for x in parts]
 
-    def _report(self, sums: Tensor, count: int, seconds: float) -> Report:
+    def _report(self, sums: Tensor, count: int, seconds: float) -> TrainReport:
         canvas, causal, accuracy, norm = (sums / count).tolist()
         draws = self.recipe.rows * self.recipe.objective.draws
-        return Report(
+        return TrainReport(
             step=self.step,
             steps=self.steps,
             canvas_loss=canvas,

@@ -8,7 +8,7 @@ import pytest
 
 from blockpress import costs
 from blockpress.bench.chart import crossed, svg
-from blockpress.bench.panels import Curve, Panel, crossing, roofline, table
+from blockpress.bench.panels import Curve, Panel, crossing, crossover_table, roofline
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
@@ -36,7 +36,7 @@ def test_the_picture_holds_the_figures(case: str) -> None:
     text = svg([drawn, drawn])
     root = ET.fromstring(text)
     said = "".join(root.find(f"{SPACE}desc").itertext())  # type: ignore[union-attr]
-    for row in table(drawn)[1:]:
+    for row in crossover_table(drawn)[1:]:
         assert "\t".join(row) in said
     assert "a <machine> & its like" in said and crossed(drawn) in said
     for line in root.iter(f"{SPACE}polyline"):

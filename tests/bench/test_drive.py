@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from blockpress import costs
-from blockpress.bench.drive import Run, Stepper, drive
-from blockpress.bench.measure import measure
+from blockpress.bench.drive import BenchRun, Stepper, drive
+from blockpress.bench.measure import run_bench
 from blockpress.bench.report import report
-from blockpress.bench.steppers import EngineStepper, PoemStepper
-from blockpress.bench.subject import Subject, randomised, shape_named, weight_bytes, widths
+from blockpress.bench.steppers import EngineStepper, ReferenceStepper
+from blockpress.bench.subject import Subject, randomised, shape_named, stored_formats, weight_bytes
 from blockpress.bench.workload import Workload, arrivals, requests
 from blockpress.decoding import Event
 from blockpress.engine import Request
 from blockpress.engine.runner import Runner
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, Overloaded, RequestError
 from blockpress.hardware import Peak
 
@@ -33,9 +33,9 @@ def tiny_subject() -> Subject:
     return randomised("tiny", shape_named("tiny"))
 
 
-def ran(subject: Subject, work: Workload, kind: str) -> Run:
+def ran(subject: Subject, work: Workload, kind: str) -> BenchRun:
     stepper: Stepper = (
-        PoemStepper(subject.network) if kind == "poem" else EngineStepper(subject.network, running=work.running)
+        ReferenceStepper(subject.network) if kind == "poem" else EngineStepper(subject.network, running=work.running)
     )
     return drive(stepper, work, requests(subject, work), CPU)
 
@@ -57,7 +57,7 @@ def test_every_row_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
 def test_every_token_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     work = Workload(mode="autoregressive", batch=ROWS, prompt_len=PROMPT, max_tokens=5)
     run = ran(tiny_subject, work, kind)
-    assert [forward.rows.heard for forward in run.forwards] == [((PROMPT - 1 + i, 1),) * ROWS for i in range(5)]
+    assert [forward.rows.logit_rows for forward in run.forwards] == [((PROMPT - 1 + i, 1),) * ROWS for i in range(5)]
     assert [forward.rows.reads for forward in run.forwards] == [((0, PROMPT - 1),) * ROWS] + [()] * 4
 
 
@@ -68,7 +68,7 @@ def test_engine_and_poem_are_driven_to_the_same_answers(tiny_subject: Subject, m
     work = Workload(mode=mode, batch=ROWS, prompt_len=PROMPT, max_tokens=20, steps=steps, seed=5)  # type: ignore[arg-type]
     said = []
     for kind in ("poem", "engine"):
-        asked = sorted(ran(tiny_subject, work, kind).asked, key=lambda one: one.request.row.index)
+        asked = sorted(ran(tiny_subject, work, kind).traces, key=lambda one: one.request.row.index)
         said.append([one.reply.tokens for one in asked if one.reply is not None])
     assert said[0] == said[1] and len(said[0]) == ROWS
 
@@ -94,8 +94,8 @@ def test_shares_are_floors_over_time(tiny_subject: Subject) -> None:
     run = ran(tiny_subject, work, "engine")
     run.forwards = [replace(forward, seconds=2.0) for forward in run.forwards]
     found = report(tiny_subject, work, run, MACHINE)
-    rows = [costs.Rows(canvases=(PROMPT,), reads=((0, PROMPT),)), costs.Rows(canvases=(PROMPT,))]
-    parts = [costs.forward(tiny_subject.config, widths(tiny_subject.network), one) for one in rows]
+    rows = [costs.BatchShape(canvases=(PROMPT,), reads=((0, PROMPT),)), costs.BatchShape(canvases=(PROMPT,))]
+    parts = [costs.forward(tiny_subject.config, stored_formats(tiny_subject.network), one) for one in rows]
     flops = sum(work.flops for part in parts for work in part.values())
     assert found.arithmetic_share == pytest.approx(flops / 1e9 / 4.0)
     assert found.byte_share < found.floor_share and found.arithmetic_share <= found.floor_share
@@ -106,7 +106,7 @@ def test_shares_are_floors_over_time(tiny_subject: Subject) -> None:
 class Slow:
     """A stepper that answers nobody before `open` requests are in, and refuses beyond `most`."""
 
-    rows, prefill, page_bytes = costs.Rows(), False, 0
+    rows, prefill, page_bytes = costs.BatchShape(), False, 0
 
     def __init__(self, inner: EngineStepper, most: int) -> None:
         self.inner, self.most, self.held, self.seen = inner, most, 0, 0
@@ -133,13 +133,13 @@ def test_a_closed_circle_holds_as_many_as_there_are_users(tiny_subject: Subject)
     work = Workload(concurrency=2, requests=5, prompt_len=PROMPT, max_tokens=12, steps=2)
     stepper = Slow(EngineStepper(tiny_subject.network, running=4), most=2)
     run = drive(stepper, work, requests(tiny_subject, work), CPU)
-    assert stepper.seen == 2 and len(run.asked) == 5 and run.refused == 0
+    assert stepper.seen == 2 and len(run.traces) == 5 and run.refused == 0
 
 
 def test_a_full_queue_is_counted_and_the_others_are_answered(tiny_subject: Subject) -> None:
     work = Workload(rate=1e6, requests=5, prompt_len=PROMPT, max_tokens=12, steps=2)
     run = drive(Slow(EngineStepper(tiny_subject.network, running=4), most=2), work, requests(tiny_subject, work), CPU)
-    assert run.refused == 3 and [one.error for one in run.asked] == [None, None]
+    assert run.refused == 3 and [one.error for one in run.traces] == [None, None]
     assert report(tiny_subject, work, run, MACHINE).answered == 2
 
 
@@ -147,7 +147,7 @@ def test_a_full_queue_is_counted_and_the_others_are_answered(tiny_subject: Subje
 def test_what_fails_is_told(tiny_subject: Subject, broken: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     run_batch = Runner.run
 
-    def run(self: Runner, works: Sequence[Work]) -> object:
+    def run(self: Runner, works: Sequence[ScheduledRequest]) -> object:
         if any(work.request.row.index in broken for work in works):
             raise ValueError("a broken row")
         return run_batch(self, works)
@@ -156,7 +156,7 @@ def test_what_fails_is_told(tiny_subject: Subject, broken: set[int], monkeypatch
     monkeypatch.setattr(Runner, "run", run)
     if len(broken) == ROWS:
         with pytest.raises(BlockpressError, match="a broken row"):
-            measure(tiny_subject, work, device=MACHINE)
+            run_bench(tiny_subject, work, device=MACHINE)
         return
     recorded = ran(tiny_subject, work, "engine")
     found = report(tiny_subject, work, recorded, MACHINE)
@@ -178,14 +178,14 @@ def test_seconds_end_the_arrivals(tiny_subject: Subject) -> None:
     work = Workload(rate=1000.0, seconds=0.01, prompt_len=PROMPT, max_tokens=12, steps=1)
     due = [time for time, _ in zip(arrivals(work), range(1000), strict=False) if time < 0.01]
     run = ran(tiny_subject, work, "engine")
-    assert len(run.asked) + run.refused == len(due) > 0
-    assert [one.arrived for one in run.asked] == due
+    assert len(run.traces) + run.refused == len(due) > 0
+    assert [one.arrived for one in run.traces] == due
 
 
 def test_widths_say_what_is_stored(tiny_subject: Subject) -> None:
     low = randomised("tiny", shape_named("tiny"), dtype="bfloat16")
     for subject, size, math in ((tiny_subject, 4, "float32"), (low, 2, "bfloat16")):
-        found = widths(subject.network)
+        found = stored_formats(subject.network)
         assert {found.experts, found.dense, found.embedding, found.rest} == {costs.Width(size=size, math=math)}
         assert sum(weight_bytes(subject.network).values()) == size * sum(costs.parameters(subject.config).values())
 
@@ -200,7 +200,7 @@ def test_the_peak_is_that_of_the_process() -> None:
 
 
 def test_measure_warms_up_runs_and_reports(tiny_subject: Subject) -> None:
-    found, machine = measure(tiny_subject, Workload(prompt_len=PROMPT, max_tokens=12, steps=2))
+    found, machine = run_bench(tiny_subject, Workload(prompt_len=PROMPT, max_tokens=12, steps=2))
     assert found.forwards == 2 and machine.rates["float32"] > 1e8 and machine.bandwidth > 1e7
 
 

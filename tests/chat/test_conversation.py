@@ -63,7 +63,7 @@ Script = Callable[[str, int], str]
 
 
 class Scripted(Network):
-    """Writes `script(text behind the prompt, attempt)`, cut or filled to a canvas; where that is denied, an "x"."""
+    """Writes `script(text behind the prompt, attempt)`, cut or filled to a canvas; where that is banned, an "x"."""
 
     def __init__(self, script: Script) -> None:
         super().__init__(CONFIG)
@@ -280,7 +280,7 @@ def test_no_other_thought_is_opened_once_the_budget_is_spent():
 def test_no_other_thought_is_opened_in_the_canvas_in_which_the_budget_was_spent():
     lm = model(whole("<|channel>ab<channel|>c<|channel>defg<channel|>"))
     reply = check_joined(events_of(lm, thinking=True, thinking_budget=2, max_tokens=8))
-    # The next canvas goes on behind the "c", and is denied the thought's beginning.
+    # The next canvas goes on behind the "c", and is banned the thought's beginning.
     assert reply.tokens == ids("<|channel>ab<channel|>cxde")
     assert (reply.usage.reasoning_tokens, reply.usage.thought_cut) == (2, False)
 
@@ -344,7 +344,7 @@ def terse(script: Sequence[str]) -> Script:
         (["<turn|>", "\n<eos>", " \n<turn|>", "4<turn|>"], "4", 3),
         ([*BLANKS, "4<turn|>"], "", 3),
     ],
-    ids=["none", "fresh noise", "denied", "blanks", "a blank denied", "a short one", "the last chance", "given up"],
+    ids=["none", "fresh noise", "banned", "blanks", "a blank banned", "a short one", "the last chance", "given up"],
 )
 def test_an_empty_answer_is_written_again(script: list[str], text: str, retries: int):
     reply = check_joined(events_of(model(terse(script))))
@@ -361,7 +361,7 @@ def test_a_call_is_no_empty_answer():
 
 def test_a_denied_stop_is_denied_where_it_came_too_early_and_nowhere_else():
     reply = model(lambda behind, attempt: "<turn|><turn|>").chat(HI)
-    # "x" is what this network writes where its first choice is denied.
+    # "x" is what this network writes where its first choice is banned.
     assert (reply.text, reply.tokens, reply.usage.empty_retries) == ("x", ids("x<turn|>"), 1)
     # The response's beginning ends a turn as well.
     reply = model(lambda behind, attempt: "<|tool_response><turn|>").chat(HI)
@@ -408,8 +408,8 @@ def test_a_canvas_written_again_has_draws_of_its_own():
         return KeyedDraws(seeds, canvases, **size)
 
     lm = model(terse(BLANKS))
-    prompt = lm._chat.question(HI).ids
-    turn = lm._chat.turn(prompt, stop_ids=(TURN_END,))
+    prompt = lm._chat.encode(HI).ids
+    turn = lm._chat.output_processor(prompt, stop_ids=(TURN_END,))
     row = SequenceState(0, prompt, 0, stop_ids=(TURN_END,), canvas_length=CANVAS, room=99, turn=turn)
     list(generate(lm.network, [row], Sampling(), keyed=keyed))
     assert len(asked) == RETRIES + 1 and len({number for (number,) in asked}) == len(asked)

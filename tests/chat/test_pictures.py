@@ -25,7 +25,7 @@ from blockpress.decoding import SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.errors import BlockpressError, MediaError, RequestError
 from blockpress.model import Network
-from blockpress.multimodal import expand, lay_out, prepare
+from blockpress.multimodal import expand, insert_placeholders, prepare_images
 from blockpress.text import Tokenizer
 from tests import speech
 
@@ -75,8 +75,8 @@ def showing(*parts: Any) -> list[dict[str, Any]]:
 def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
     one, two = image(1), image(2, (60, 70))
     settings = load_picture_settings(lm.path, lm.config)
-    pictures = prepare([one, two], settings)
-    text, shown = lay_out("<bos><|turn>user\nSee <|image|> and <|image|>!<turn|>\n<|turn>model\n", pictures)
+    pictures = prepare_images([one, two], settings)
+    text, shown = insert_placeholders("<bos><|turn>user\nSee <|image|> and <|image|>!<turn|>\n<|turn>model\n", pictures)
     assert shown == pictures
     assert lm.tokenizer is not None
     # The template of ours begins the answer with an empty thought.
@@ -84,7 +84,7 @@ def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
     prompt = expand(ids, [p.soft_tokens for p in pictures], lm.config)
     row = SequenceState(0, prompt.ids, 3, stop_ids=(1,), canvas_length=12, room=12)
     features = load_vision(lm.path, config=lm.config)(pictures)
-    row.images = {run.start: f for run, f in zip(prompt.runs, features, strict=True)}
+    row.images = {run.start: f for run, f in zip(prompt.image_spans, features, strict=True)}
     (wanted,) = [event.reply for event in generate(lm.network, [row], SHORT) if isinstance(event, Done)]
 
     reply = lm.chat(showing("See ", one, " and ", two, "!"), seed=3, sampling=SHORT, max_tokens=12, retry_empty=False)
@@ -120,16 +120,16 @@ def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
         said("assistant", "Noise."),
         *showing("Again ", one),
     ]
-    question = lm._chat.question(talk)
+    question = lm._chat.encode(talk)
     settings = load_picture_settings(lm.path, lm.config)
-    wanted = prepare([one, two, one], settings)
+    wanted = prepare_images([one, two, one], settings)
     assert [p.patches.tolist() for p in question.pictures] == [p.patches.tolist() for p in wanted]
-    assert [run.length for run in question.runs] == [p.soft_tokens for p in wanted]
-    assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.runs)
-    assert sum(run.length for run in question.runs) == question.ids.count(lm.config.image_id or -1)
+    assert [run.length for run in question.image_spans] == [p.soft_tokens for p in wanted]
+    assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.image_spans)
+    assert sum(run.length for run in question.image_spans) == question.ids.count(lm.config.image_id or -1)
     # The same features at both places of the same picture, and another answer where the last one differs.
     (request,) = lm.chat_requests(talk)
-    first, second, third = (request.row.images[run.start] for run in question.runs)
+    first, second, third = (request.row.images[run.start] for run in question.image_spans)
     assert torch.equal(first, third) and first.shape != second.shape
     options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
     assert lm.chat(talk, **options).tokens != lm.chat([*talk[:-1], *showing("Again ", image(3))], **options).tokens
@@ -154,19 +154,19 @@ def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
     other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
     assert backend.token_to_id("<|video|>") is None
     video = {"type": "video", "video": str(film)}
-    assert [run.length for run in other._chat.question(showing(video, "?")).runs] == [
-        run.length for run in lm._chat.question(showing(video, "?")).runs
+    assert [run.length for run in other._chat.encode(showing(video, "?")).image_spans] == [
+        run.length for run in lm._chat.encode(showing(video, "?")).image_spans
     ]
-    question = other._chat.question(showing("I typed <|video|> and <|image|>: ", image(1)))
-    assert len(question.runs) == 1
+    question = other._chat.encode(showing("I typed <|video|> and <|image|>: ", image(1)))
+    assert len(question.image_spans) == 1
     assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
 
 
 def test_token_by_token_sees_the_same(lm: LM):
-    question = lm._chat.question(showing("See ", image(1)))
+    question = lm._chat.encode(showing("See ", image(1)))
     with torch.inference_mode():
         features = lm._tower(question.pictures)
-        images = [{run.start: f for run, f in zip(question.runs, features, strict=True)}]
+        images = [{run.start: f for run, f in zip(question.image_spans, features, strict=True)}]
         hidden, _ = lm.network.read(torch.tensor([question.ids]), lm.network.empty_cache(1), images=images)
         wanted = int(lm.network.logits(hidden[:, -1:]).argmax())
     reply = lm.chat(showing("See ", image(1)), mode="autoregressive", max_tokens=1, retry_empty=False)
@@ -194,8 +194,8 @@ def _frames(count: int) -> Iterator[av.VideoFrame]:
 
 def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
     message = [{"role": "user", "content": [{"type": "video", "video": str(film)}, {"type": "text", "text": "What?"}]}]
-    question = lm._chat.question(message)
-    assert len(question.pictures) == len(question.runs) == 3
+    question = lm._chat.encode(message)
+    assert len(question.pictures) == len(question.image_spans) == 3
     assert lm.tokenizer is not None
     text = lm.tokenizer.decode([i for i in question.ids if i != lm.config.image_id], skip_special=False)
     assert "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>What?" in text
@@ -204,7 +204,7 @@ def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
 
 def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
     def tokens(count: int | None) -> int:
-        return len(lm._chat.question(showing(image(1)), soft_tokens=count).ids)
+        return len(lm._chat.encode(showing(image(1)), soft_tokens=count).ids)
 
     assert tokens(70) < tokens(None)
     with pytest.raises(BlockpressError, match="71"):
@@ -212,9 +212,9 @@ def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
 
 
 def test_a_placeholder_that_somebody_typed_is_text(lm: LM):
-    question = lm._chat.question(showing("I typed <|image|> and show ", image(1)))
-    assert len(question.pictures) == len(question.runs) == 1
-    assert lm._chat.question([{"role": "user", "content": "<|image|>"}]).pictures == []
+    question = lm._chat.encode(showing("I typed <|image|> and show ", image(1)))
+    assert len(question.pictures) == len(question.image_spans) == 1
+    assert lm._chat.encode([{"role": "user", "content": "<|image|>"}]).pictures == []
 
 
 @pytest.mark.parametrize(

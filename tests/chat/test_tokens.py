@@ -35,7 +35,7 @@ from .test_conversation import (
 
 
 class Speaking(Scripted):
-    """Its next token is the first that its script goes on with; where that is denied, an "x"."""
+    """Its next token is the first that its script goes on with; where that is banned, an "x"."""
 
     def read(
         self, tokens: Tensor, cache: Cache, counts: Tensor | None = None, images: Any = None
@@ -134,7 +134,7 @@ def test_an_answer_that_ends_before_it_began_is_denied_its_end():
 
 
 def test_a_network_that_will_not_speak():
-    """Where an end is denied it writes a blank, and ends again."""
+    """Where an end is banned it writes a blank, and ends again."""
 
     class Silent(Speaking):
         def logits(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from blockpress.checkpoints.gguf import open_gguf
 from blockpress.checkpoints.gguf.header import Header, StoredBlocks
 from blockpress.checkpoints.gguf.metadata import read_config, read_generation
 from blockpress.checkpoints.gguf.names import stored_names
-from blockpress.checkpoints.gguf.types import kind_of
+from blockpress.checkpoints.gguf.types import ggml_type
 from blockpress.config import PRESETS, ModelConfig, Rope, Sampling
 from blockpress.errors import ConfigError
 from blockpress.model import Network
@@ -50,7 +50,7 @@ def test_the_published_header_is_the_published_model() -> None:
     }
     with torch.device("meta"):
         ours = Network(published).state_dict()
-    kind = kind_of(8, "")
+    kind = ggml_type(8, "")
     tensors = {
         stored_names(name)[0]: StoredBlocks(
             name=stored_names(name)[0], shape=tuple(tensor.shape), kind=kind, start=0, bytes=0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockpress.checkpoints.identify import kind_of
+from blockpress.checkpoints.identify import identify
 from blockpress.config import ModelConfig
 from tests.builders.gguf_files import narrow, write_gguf
 
@@ -17,7 +17,7 @@ def test_a_file_beside_the_config_says_that_weights_are_packed(copied: Callable[
     folder = copied()
     said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(said))
-    kind = kind_of(folder)
+    kind = identify(folder)
     assert (kind.format, kind.method) == ("nvfp4", "modelopt")
 
 
@@ -26,4 +26,4 @@ def test_a_file_beside_the_config_says_that_weights_are_packed(copied: Callable[
 )
 def test_a_gguf_file_of_any_number_is_described(number: object, name: str, tiny: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", narrow(tiny), keys={"general.file_type": number})
-    assert kind_of(tmp_path / "a.gguf").format == name
+    assert identify(tmp_path / "a.gguf").format == name

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockpress.checkpoints import load_network
-from blockpress.checkpoints.index import catalogue
+from blockpress.checkpoints.index import read_index
 from blockpress.errors import BlockpressError, CheckpointError, DamagedFile, MissingWeights
 from tests.builders.checkpoints import Copied
 from tests.builders.files import INDEX, SINGLE, change_json, refusal, same, snapshot, tensors_of
@@ -28,7 +28,7 @@ def shards(folder: Path) -> list[Path]:
 def test_the_catalogue_holds_every_tensor_once(single: Path, sharded: Path) -> None:
     assert len(shards(sharded)) > 2
     for folder in (single, sharded):
-        found, real = catalogue(folder), tensors_of(folder)
+        found, real = read_index(folder), tensors_of(folder)
         assert found.keys() == real.keys()
         for name, stored in found.items():
             assert (stored.shape, stored.bytes) == (tuple(real[name].shape), real[name].nbytes)
@@ -38,13 +38,13 @@ def test_the_catalogue_holds_every_tensor_once(single: Path, sharded: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_bytes_are_those_of_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(3, 5, dtype=dtype)}, tmp_path / SINGLE)
-    assert catalogue(tmp_path)["x"].bytes == 15 * dtype.itemsize
+    assert read_index(tmp_path)["x"].bytes == 15 * dtype.itemsize
 
 
 def test_the_single_file_counts_where_both_are_there(copied: Copied, single: Path) -> None:
     folder = copied(in_shards=True)
     (folder / SINGLE).write_bytes((single / SINGLE).read_bytes())
-    assert {stored.file.name for stored in catalogue(folder).values()} == {SINGLE}
+    assert {stored.file.name for stored in read_index(folder).values()} == {SINGLE}
 
 
 def test_a_file_cut_anywhere_is_refused(copied: Copied) -> None:

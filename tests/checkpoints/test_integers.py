@@ -12,14 +12,14 @@ import torch
 import blockpress
 from blockpress import costs
 from blockpress.bench.ceilings import measure_device
-from blockpress.bench.subject import randomised, shape_named, weight_bytes, widths
+from blockpress.bench.subject import randomised, shape_named, stored_formats, weight_bytes
 from blockpress.checkpoints import load_network, load_vision, save_checkpoint
 from blockpress.checkpoints.build import choose_types, multiplied, packable
 from blockpress.checkpoints.gguf import load_gguf_network
 from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network
-from blockpress.ops.integers import MOST_COLUMNS, IntegerWeight, rounded
+from blockpress.ops.integers import MOST_COLUMNS, IntegerWeight, quantized
 from blockpress.ops.packed import Codes, HalfFloats
 from blockpress.plan.memory import needed, survey
 from blockpress.sudoku import layout
@@ -60,7 +60,7 @@ def test_floats_are_rounded(storage: torch.dtype, single: Path) -> None:
     for name, weight in held(network).items():
         floats = exact.get_parameter(name)
         if isinstance(weight, IntegerWeight):
-            assert torch.equal(weight.codes, rounded(floats).codes)
+            assert torch.equal(weight.codes, quantized(floats).codes)
         else:
             assert isinstance(weight, HalfFloats) and torch.equal(weight.values, floats)
     off = (figures(network) - figures(exact)).norm() / figures(exact).norm()
@@ -77,7 +77,7 @@ def test_packed_checkpoints(form: str, tmp_path: Path) -> None:
         if not isinstance(weight, IntegerWeight) or name not in before:
             continue
         stored = before[name]
-        assert torch.equal(weight.codes, rounded(stored).codes)
+        assert torch.equal(weight.codes, quantized(stored).codes)
         if form == "int8 channel":
             assert isinstance(stored, Codes) and torch.equal(weight.codes, stored.codes), "as they are"
 
@@ -140,7 +140,7 @@ def test_a_benchmark_says_so() -> None:
     subject = randomised("tiny", TINY, dtype="bfloat16", compute_dtype="int8")
     assert subject.types == {"dtype": "bfloat16", "compute_dtype": "int8"}
     assert subject.in_types == "bfloat16, computed in int8"
-    stored = widths(subject.network)
+    stored = stored_formats(subject.network)
     assert [part.math for part in (stored.experts, stored.dense, stored.embedding, stored.rest)] == [
         "int8", "int8", "float32", "float32",
     ]  # fmt: skip

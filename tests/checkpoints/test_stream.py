@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from blockpress.checkpoints.index import catalogue
+from blockpress.checkpoints.index import read_index
 from blockpress.checkpoints.safetensors.stream import CODES, Slot, StreamReader, streamed
 from blockpress.errors import DamagedFile, RequestError
 from tests.builders.files import INDEX, SINGLE, same, tensors_of
@@ -48,8 +48,8 @@ def test_the_library_reads_what_was_written(
             for piece in tensor.split(2) if tensor.ndim else [tensor]:
                 writer.write(name, piece)
     assert same(tensors_of(folder), tensors)
-    assert set(catalogue(folder)) == set(tensors)
-    for name, stored in catalogue(folder).items():
+    assert set(read_index(folder)) == set(tensors)
+    for name, stored in read_index(folder).items():
         with StreamReader(stored.file) as reader:
             assert same({name: reader.read(name)}, {name: tensors[name]})
             if stored.shape and stored.shape[0] > 1:

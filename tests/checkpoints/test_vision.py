@@ -28,7 +28,7 @@ from blockpress.errors import (
     ShapeMismatch,
     UnexpectedWeights,
 )
-from blockpress.multimodal import prepare
+from blockpress.multimodal import prepare_images
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_the_shipped_tower_sees() -> None:
     assert settings == PictureSettings(patch_size=4, pooling=2)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     tower = load_vision(path, config=config)
-    (features,) = tower(prepare([Image.fromarray(noise)], settings, 70))
+    (features,) = tower(prepare_images([Image.fromarray(noise)], settings, 70))
     assert features.shape == (64, config.hidden_size)
     assert features.isfinite().all()
     with pytest.raises(BlockpressError, match="the tower knows 16"):
-        tower(prepare([Image.fromarray(noise)], settings, 280))
+        tower(prepare_images([Image.fromarray(noise)], settings, 280))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blockpress import sudoku
-from blockpress.cli import doctor, paths
+from blockpress.cli import doctor, parity
 from blockpress.lm import LM, load
 from blockpress.ops import attention, compiled, experts, integers, spans, vocabulary
 
@@ -69,7 +69,12 @@ def test_every_fast_path_is_compared(call: Call) -> None:
 
 
 def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    mix, look, see, product = experts.mix, spans.look, vocabulary.see, integers.product
+    mix, look, see, product = (
+        experts.moe_forward,
+        spans.varlen_attention,
+        vocabulary.sample_from_hidden,
+        integers.matmul,
+    )
     monkeypatch.setattr(integers, "product", lambda x, weight: 1.001 * product(x, weight))
     monkeypatch.setattr(experts, "mix", lambda x, weights, *given: mix(x, 1.05 * weights, *given))
     monkeypatch.setattr(spans, "look", lambda query, given: look(1.05 * query, given))
@@ -80,14 +85,14 @@ def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.Mo
 
 def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load("sudoku-nano")
-    assert paths.engine(lm, doctor.PUZZLE).status == "ok"
-    see = vocabulary.see
+    assert parity.engine(lm, doctor.PUZZLE).status == "ok"
+    see = vocabulary.sample_from_hidden
     monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(-x, weight, **given))
-    done = paths.engine(lm, doctor.PUZZLE)
+    done = parity.engine(lm, doctor.PUZZLE)
     assert done.status == "fail" and "other tokens" in done.detail and "BLOCKPRESS_NATIVE" in done.hint
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "library", lambda name: None)
-    (told,) = paths.native()
+    (told,) = parity.native()
     assert told.status == "warn" and "by torch alone" in told.detail and "g++" in told.hint

@@ -19,10 +19,10 @@ import blockpress
 from blockpress import LM, sudoku
 from blockpress.chat import ToolCall
 from blockpress.checkpoints import save_checkpoint
+from blockpress.cli.chat import Stream
 from blockpress.cli.doctor import PUZZLE
 from blockpress.cli.meter import Meter
-from blockpress.cli.talk import Stream
-from blockpress.cli.told import ended, event_to_dict, reply_to_dict
+from blockpress.cli.serialize import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, Sampling
 from blockpress.decoding import Committed, Done, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 from blockpress.text.builder import write_digits_tokenizer
@@ -300,7 +300,7 @@ def test_a_stream_on_a_terminal_is_spelled_out_and_kept_apart(
         return tuple(capsys.readouterr())  # type: ignore[return-value]
 
     assert printed() == ("a\x1bb\n", "hm\ncall:ls{}\n")
-    monkeypatch.setattr("blockpress.cli.talk.is_terminal", lambda stream: True)
+    monkeypatch.setattr("blockpress.cli.chat.is_terminal", lambda stream: True)
     assert printed()[0] == "a\\x1b\nb\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 import blockpress
 from blockpress import sudoku
 from blockpress.cli.doctor import PUZZLE
-from blockpress.cli.told import event_to_dict
+from blockpress.cli.serialize import event_to_dict
 from blockpress.decoding import Done
 
 from .conftest import Call, Screen

@@ -77,7 +77,7 @@ def test_a_puzzle_is_read_in_every_form(form: str, call: Call) -> None:
 
 
 def test_a_file_of_puzzles(call: Call, tmp_path: Path) -> None:
-    other = sudoku.generate(5, 50).puzzle
+    other = sudoku.generate_puzzle(5, 50).puzzle
     file = tmp_path / "puzzles"
     file.write_text(f"\ufeff# two\n{PUZZLE}\n\n  {other.replace('0', '.')}  \n")
     done = call("sudoku", "--file", file, "--puzzle-only")
@@ -88,7 +88,7 @@ def test_a_file_of_puzzles(call: Call, tmp_path: Path) -> None:
 def test_random_puzzles_come_from_their_seed(call: Call) -> None:
     done = call("sudoku", "--random", 3, "--givens", 50, "--seed", 7, "--puzzle-only")
     grids = [grid.replace("\n", "") for grid in done.out.strip().split("\n\n")]
-    assert grids == [sudoku.generate(7 + place, 50).puzzle for place in range(3)]
+    assert grids == [sudoku.generate_puzzle(7 + place, 50).puzzle for place in range(3)]
     assert done.err == "seed 7 (the same again: --random 3 --givens 50 --seed 7)\n"
 
 
@@ -120,7 +120,7 @@ def test_json_is_an_object_a_puzzle_and_a_summary(call: Call, untrained: Path) -
                 "tokens_per_forward",
             )
         ]
-        assert answer["puzzle"] == sudoku.generate(1 + place, 40).puzzle
+        assert answer["puzzle"] == sudoku.generate_puzzle(1 + place, 40).puzzle
         assert answer["steps"] == answer["forwards"] == 2 and not answer["solved"] and answer["seconds"] > 0
     assert answers[0]["seconds"] == answers[1]["seconds"] != answers[2]["seconds"]
     assert summary["summary"] is True and summary["puzzles"] == 3 and summary["solved"] == 0
@@ -130,7 +130,7 @@ def test_json_is_an_object_a_puzzle_and_a_summary(call: Call, untrained: Path) -
 
 def test_the_answer_is_the_first_sample_of_one_canvas(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
-    grids = [sudoku.generate(seed, 45).puzzle for seed in (3, 4, 5)]
+    grids = [sudoku.generate_puzzle(seed, 45).puzzle for seed in (3, 4, 5)]
     arguments = ("--givens", 45, "--steps", 3, "--json", "-m", untrained, "--noise-seed", 9)
     together = call("sudoku", "-n", 3, "--seed", 3, *arguments).out.splitlines()
     for place, grid in enumerate(grids):

@@ -17,7 +17,7 @@ import blockpress
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import recipes
-from blockpress.train.objective import Objective, Rows
+from blockpress.train.objective import Objective, TrainingBatch
 from blockpress.train.optimizer import OptimizerConfig
 
 from .conftest import Call, Screen
@@ -29,18 +29,18 @@ class Counted:
     def __init__(self, config: ModelConfig, at: dict[int, Callable[[], None]]) -> None:
         self.config, self.at = config, at
 
-    def rows(self, step: int, count: int, progress: float) -> Rows:
+    def rows(self, step: int, count: int, progress: float) -> TrainingBatch:
         self.at.get(step, lambda: None)()
         length = 6 + 2 * self.config.canvas_length
         tokens = (torch.arange(length)[None] + step + torch.arange(count)[:, None]) % self.config.vocab_size
-        return Rows(tokens, torch.full((count,), 6), torch.full((count,), 2))
+        return TrainingBatch(tokens, torch.full((count,), 6), torch.full((count,), 2))
 
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[[], None]]:
     """What is done when step N asks for its rows; the recipe `counting` is there as long as this is."""
     hooks: dict[int, Callable[[], None]] = {}
-    recipe = recipes.Recipe(
+    recipe = recipes.TrainingRecipe(
         name="counting",
         about="counts",
         config=PRESETS["tiny"](),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from blockpress.chat import Piece, TextDelta
 from blockpress.config import PRESETS, AutoregressiveSampling
 from blockpress.decoding import Committed, Done, Event, Reply, SequenceState, Text
-from blockpress.decoding.autoregressive import GREEDY, autoregress
+from blockpress.decoding.autoregressive import GREEDY, generate_autoregressive
 from blockpress.model import Network
 from blockpress.text import StreamDecoder, Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
@@ -57,7 +57,7 @@ def replies(events: Sequence[Event] | Any) -> list[Reply]:
 
 
 def answers(network: Network, *args: Any, sampling: AutoregressiveSampling = GREEDY, **kw: Any) -> Any:
-    return [reply.tokens for reply in replies(autoregress(network, rows(*args, **kw), sampling))]
+    return [reply.tokens for reply in replies(generate_autoregressive(network, rows(*args, **kw), sampling))]
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_the_default_is_greedy_and_batched(network: Network) -> None:
     # Two rows end before their limit, so that the batch shrinks on the way.
     stop_ids = (free[0][2], free[2][8])
     wanted = [greedy(network, prompt, stop_ids, 10) for prompt in PROMPTS]
-    found = replies(autoregress(network, rows(PROMPTS, stop_ids=stop_ids)))
+    found = replies(generate_autoregressive(network, rows(PROMPTS, stop_ids=stop_ids)))
     assert [reply.tokens for reply in found] == wanted
     assert [reply.finish_reason for reply in found] == ["stop" if t[-1] in stop_ids else "length" for t in wanted]
     assert len({len(tokens) for tokens in wanted}) > 1
@@ -117,13 +117,13 @@ def test_one_token_to_draw_from_is_the_likeliest(network: Network) -> None:
 
 
 def test_the_room_of_the_context_ends_an_answer(network: Network) -> None:
-    found = replies(autoregress(network, rows(PROMPTS, room=6, max_tokens=None)))
+    found = replies(generate_autoregressive(network, rows(PROMPTS, room=6, max_tokens=None)))
     assert [(len(reply.tokens), reply.finish_reason) for reply in found] == [(6, "length")] * 4
 
 
 def test_a_forward_is_counted_for_every_token(network: Network) -> None:
     free = answers(network, PROMPTS)
-    for index, reply in enumerate(replies(autoregress(network, rows(PROMPTS, stop_ids=(free[0][2],))))):
+    for index, reply in enumerate(replies(generate_autoregressive(network, rows(PROMPTS, stop_ids=(free[0][2],))))):
         usage = reply.usage
         assert usage.completion_tokens == usage.forwards == len(reply.tokens)
         assert (usage.canvases, usage.steps, usage.tokens_per_forward) == (0, 0, 1.0)
@@ -146,7 +146,7 @@ def test_the_network_reads_the_prompts_and_then_a_token_a_row(
 
 
 def test_a_token_is_told_as_soon_as_it_is_chosen(network: Network) -> None:
-    events = list(autoregress(network, rows(PROMPTS[:2], max_tokens=3)))
+    events = list(generate_autoregressive(network, rows(PROMPTS[:2], max_tokens=3)))
     kinds = [(type(event).__name__, event.row) for event in events]
     assert kinds == [("Committed", 0), ("Committed", 1)] * 2 + [(k, r) for r in (0, 1) for k in ("Committed", "Done")]
     committed = [event for event in events if isinstance(event, Committed) and event.row == 1]
@@ -156,7 +156,7 @@ def test_a_token_is_told_as_soon_as_it_is_chosen(network: Network) -> None:
 
 def test_cancelling_keeps_what_is_there(network: Network) -> None:
     cancel, events = threading.Event(), []
-    for event in autoregress(network, rows(PROMPTS), cancel=cancel):
+    for event in generate_autoregressive(network, rows(PROMPTS), cancel=cancel):
         events.append(event)
         if isinstance(event, Committed) and event.row == 3 and event.canvas == 1:
             cancel.set()
@@ -165,7 +165,9 @@ def test_cancelling_keeps_what_is_there(network: Network) -> None:
     assert [reply.tokens for reply in found] == [tokens[:2] for tokens in answers(network, PROMPTS)]
     assert [reply.usage.forwards for reply in found] == [2] * 4
     cancel.set()
-    assert [r.usage.forwards for r in replies(autoregress(network, rows(PROMPTS), cancel=cancel))] == [0] * 4
+    assert [r.usage.forwards for r in replies(generate_autoregressive(network, rows(PROMPTS), cancel=cancel))] == [
+        0
+    ] * 4
 
 
 # ------------------------------------------------------------------------------------------------------- text, turns
@@ -178,7 +180,7 @@ def test_text_is_streamed_and_a_stop_text_ends_it(network: Network, digits: Toke
 
     def one(stops: tuple[str, ...]) -> list[Event]:
         decoder = StreamDecoder(digits, stop=stops)
-        return list(autoregress(network, rows(PROMPTS[:1], max_tokens=20, decoder=decoder)))
+        return list(generate_autoregressive(network, rows(PROMPTS[:1], max_tokens=20, decoder=decoder)))
 
     events = one(())
     assert "".join(event.text for event in events if isinstance(event, Text)) == whole == replies(events)[0].text
@@ -193,8 +195,8 @@ def test_text_is_streamed_and_a_stop_text_ends_it(network: Network, digits: Toke
 class Told:
     """A turn that denies ids, begins an early end again, and cuts the third token in favour of two of its own."""
 
-    def __init__(self, denied: Mapping[int, Any], again: int = 0, cut_at: int | None = None) -> None:
-        self.denied, self.counts, self.stopped = denied, (0, False), None
+    def __init__(self, banned: Mapping[int, Any], again: int = 0, cut_at: int | None = None) -> None:
+        self.banned_ids, self.counts, self.stopped = banned, (0, False), None
         self.taken: list[int] = []
         self._again, self._cut_at = again, cut_at
 
@@ -209,7 +211,7 @@ class Told:
     def cut(self, tokens: list[int]) -> list[int]:
         return [2, 3] if len(self.taken) == self._cut_at else tokens
 
-    def begins_again(self, tokens: list[int]) -> bool:
+    def should_retry(self, tokens: list[int]) -> bool:
         self._again -= 1
         return self._again >= 0
 
@@ -221,10 +223,10 @@ class Told:
         return []
 
 
-def test_denied_tokens_are_never_written(network: Network) -> None:
+def test_banned_tokens_are_never_written(network: Network) -> None:
     free = answers(network, [PROMPTS[0]])[0]
-    denied = {token: range(9) for token in set(free)}
-    found = replies(autoregress(network, rows([PROMPTS[0]], turn=Told(denied))))[0].tokens
+    banned = {token: range(9) for token in set(free)}
+    found = replies(generate_autoregressive(network, rows([PROMPTS[0]], turn=Told(banned))))[0].tokens
     assert len(found) == 10 and not set(found) & set(free)
 
 
@@ -232,7 +234,7 @@ def test_a_token_that_ended_too_early_is_drawn_again_from_the_same_context(netwo
     """Greedily it comes again, without another forward; the next one is taken."""
     first = answers(network, [PROMPTS[0]])[0][0]
     made = rows([PROMPTS[0]], stop_ids=(first,), turn=Told({}, again=2))
-    reply = replies(autoregress(network, made))[0]
+    reply = replies(generate_autoregressive(network, made))[0]
     assert (reply.tokens, reply.finish_reason) == ([first], "stop")
     assert (reply.usage.empty_retries, reply.usage.forwards) == (2, 1)
 
@@ -244,13 +246,13 @@ def test_a_row_that_draws_again_waits_while_the_others_go_on(network: Network) -
     made = [rows([p], turn=t, stop_ids=(stop,) if t else ())[0] for p, t in zip(PROMPTS, turns, strict=True)]
     for index, row in enumerate(made):
         row.index = index
-    found = replies(autoregress(network, made))
+    found = replies(generate_autoregressive(network, made))
     assert [reply.tokens for reply in found] == [free[0], [stop], free[2], free[3]]
     assert found[1].usage.forwards == 1
 
 
 def test_tokens_put_in_place_of_the_own_are_read_together(network: Network) -> None:
-    reply = replies(autoregress(network, rows([PROMPTS[0]], turn=Told({}, cut_at=2))))[0]
+    reply = replies(generate_autoregressive(network, rows([PROMPTS[0]], turn=Told({}, cut_at=2))))[0]
     free = greedy(network, PROMPTS[0], (), 2)
     assert reply.tokens == [*free, 2, 3, *greedy(network, [*PROMPTS[0], *free, 2, 3], (), 6)]
     assert (reply.usage.completion_tokens, reply.usage.forwards) == (10, 9)

@@ -12,9 +12,9 @@ import torch
 
 from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Committed, Done, Event, Reply, SequenceState, TokenLogprob
-from blockpress.decoding.autoregressive import autoregress
-from blockpress.decoding.scoring import judge, look, states_behind
-from blockpress.decoding.verified import start, verified
+from blockpress.decoding.autoregressive import generate_autoregressive
+from blockpress.decoding.scoring import causal_forward, gather_last_hidden, score_tokens
+from blockpress.decoding.verified import generate_verified, prefill_verified
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import blocks
@@ -44,8 +44,8 @@ def rows(prompts: Sequence[list[int]], mode: str = "diffusion", **changes: Any) 
 def answer(network: Network, made: Sequence[SequenceState], mode: str) -> list[Event]:
     sampling = MODES[mode]
     if isinstance(sampling, Sampling):
-        return list(verified(network, made, sampling))
-    return list(autoregress(network, made, sampling))
+        return list(generate_verified(network, made, sampling))
+    return list(generate_autoregressive(network, made, sampling))
 
 
 def replies(events: Sequence[Event]) -> list[Reply]:
@@ -89,28 +89,30 @@ def test_a_ragged_batch_is_judged_as_each_row_whole(
     for row, top in zip(made, [2, None, 0, 5], strict=True):
         row.logprobs = top
     asked = [[1, 2, 3, 4], [7, 7], [15], []]
-    states, cache = look(network, asked, *start(network, made))
-    for row, tokens, judged in zip(made, asked, judge(network, states, made, asked), strict=True):
+    states, cache = causal_forward(network, asked, *prefill_verified(network, made))
+    for row, tokens, judged in zip(made, asked, score_tokens(network, states, made, asked), strict=True):
         whole = truth(network, row.prompt, tokens, VOCAB)
-        assert judged.expected == [said.top[0][0] for said in whole]
+        assert judged.greedy_ids == [said.top[0][0] for said in whole]
         if row.logprobs is None:
-            assert judged.said == judged.instead == []
+            assert judged.logprobs == judged.greedy_logprobs == []
             continue
-        check_equal(judged.said, truth(network, row.prompt, tokens, row.logprobs))
-        assert [said.token for said in judged.instead] == judged.expected
-        assert [said.logprob for said in judged.instead] == pytest.approx([x.top[0][1] for x in whole], abs=2e-4)
+        check_equal(judged.logprobs, truth(network, row.prompt, tokens, row.logprobs))
+        assert [said.token for said in judged.greedy_logprobs] == judged.greedy_ids
+        assert [said.logprob for said in judged.greedy_logprobs] == pytest.approx(
+            [x.top[0][1] for x in whole], abs=2e-4
+        )
     assert cache.lengths.tolist() == [7, 3, 8, 2]
 
 
 @torch.inference_mode()
 def test_what_was_read_can_be_taken_back(network: Network) -> None:
     made, asked = rows(PROMPTS), [[1, 2, 3, 4], [7, 7], [15], []]
-    last, cache = start(network, made)
-    states, seen = look(network, asked, last, cache)
+    last, cache = prefill_verified(network, made)
+    states, seen = causal_forward(network, asked, last, cache)
     kept = torch.tensor([2, 0, 1, 0])
     part = [own[:count] for own, count in zip(asked, kept.tolist(), strict=True)]
-    wanted, other = look(network, part, last, cache)
-    torch.testing.assert_close(states_behind(states, kept), states_behind(wanted, kept), rtol=1e-4, atol=1e-4)
+    wanted, other = causal_forward(network, part, last, cache)
+    torch.testing.assert_close(gather_last_hidden(states, kept), gather_last_hidden(wanted, kept), rtol=1e-4, atol=1e-4)
     mine, canvas = seen.until(cache.lengths + kept), torch.full((4, CANVAS), 5)
     assert torch.equal(mine.lengths, other.lengths) and mine.width == other.width
     torch.testing.assert_close(
@@ -121,20 +123,20 @@ def test_what_was_read_can_be_taken_back(network: Network) -> None:
 @torch.inference_mode()
 def test_a_denied_id_is_not_expected_and_keeps_its_probability(network: Network) -> None:
     free = rows(PROMPTS[:1])
-    states, _ = look(network, [[1, 2, 3]], *start(network, free))
-    (plain,) = judge(network, states, free, [[1, 2, 3]])
-    told = rows(PROMPTS[:1], turn=Told({plain.expected[1]: {1}}))
-    (judged,) = judge(network, states, told, [[1, 2, 3]])
-    assert judged.said == plain.said and judged.expected[::2] == plain.expected[::2]
-    assert judged.expected[1] == plain.said[1].top[1][0] != plain.expected[1]
+    states, _ = causal_forward(network, [[1, 2, 3]], *prefill_verified(network, free))
+    (plain,) = score_tokens(network, states, free, [[1, 2, 3]])
+    told = rows(PROMPTS[:1], turn=Told({plain.greedy_ids[1]: {1}}))
+    (judged,) = score_tokens(network, states, told, [[1, 2, 3]])
+    assert judged.logprobs == plain.logprobs and judged.greedy_ids[::2] == plain.greedy_ids[::2]
+    assert judged.greedy_ids[1] == plain.logprobs[1].top[1][0] != plain.greedy_ids[1]
 
 
 @torch.inference_mode()
 def test_all_of_the_vocabulary_sums_to_one(network: Network) -> None:
     made = rows(PROMPTS[:2], logprobs=VOCAB)
-    states, _ = look(network, [[1, 2], [3]], *start(network, made))
-    for judged in judge(network, states, made, [[1, 2], [3]]):
-        for said in judged.said:
+    states, _ = causal_forward(network, [[1, 2], [3]], *prefill_verified(network, made))
+    for judged in score_tokens(network, states, made, [[1, 2], [3]]):
+        for said in judged.logprobs:
             assert sum(math.exp(value) for _, value in said.top) == pytest.approx(1, abs=1e-5)
             assert list(said.top) == sorted(said.top, key=lambda pair: -pair[1])
             assert dict(said.top)[said.token] == said.logprob
@@ -237,7 +239,9 @@ def test_log_probabilities_count_many_small_ones(gap: float, native: bool) -> No
     logits = torch.zeros(1, 262_144)
     logits[:, 7] = gap
     one = torch.ones(1, 1)
-    told = vocabulary.judge(one, logits.T, cap=None, tokens=torch.tensor([7]), top=1, wide=True, native=native).logprobs
+    told = vocabulary.score_targets(
+        one, logits.T, cap=None, tokens=torch.tensor([7]), top=1, wide=True, native=native
+    ).logprobs
     assert told is not None
     wanted = float(logits.double().log_softmax(-1)[0, 7])
-    assert abs(float(told.own) - wanted) <= 2 * 2.0**-24 * 32, "two roundings of numbers below 32"
+    assert abs(float(told.target) - wanted) <= 2 * 2.0**-24 * 32, "two roundings of numbers below 32"

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from blockpress.config import Sampling
 from blockpress.decoding import Committed, Denoised, Done, Event, SequenceState
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
 from blockpress.decoding.sequence import FinishedCanvas
-from blockpress.decoding.verified import verdict, verified
+from blockpress.decoding.verified import generate_verified, verify_draft
 from blockpress.diffusion import KeyedDraws
 from blockpress.model import Cache, Network
 from tests.conftest import make_random_network
@@ -50,7 +50,7 @@ def rows(prompts: Sequence[list[int]] = PROMPTS, canvas: int = CANVAS, **changes
 
 
 def greedy(network: Network, **changes: Any) -> list[list[int]]:
-    return [reply.tokens for reply in replies(list(autoregress(network, rows(canvas=1, **changes))))]
+    return [reply.tokens for reply in replies(list(generate_autoregressive(network, rows(canvas=1, **changes))))]
 
 
 def plain(event: Event) -> tuple[str, dict[str, Any]]:
@@ -67,25 +67,25 @@ def test_a_verdict(tokens: list[int], expected: list[int], pinned: dict[int, int
     size = min(len(tokens), len(expected))
     pinned = {place: token for place, token in pinned.items() if place < size}
     tokens, expected = [pinned.get(i, token) for i, token in enumerate(tokens[:size])], expected[:size]
-    found = verdict(tokens, expected, pinned, stop_ids, size + 1)
+    found = verify_draft(tokens, expected, pinned, stop_ids, size + 1)
     free = [place for place in range(size) if place not in pinned and tokens[place] != expected[place]]
-    assert found.agreed == min(free, default=size)
-    assert found.tokens[: found.agreed] == tokens[: found.agreed]
+    assert found.num_accepted == min(free, default=size)
+    assert found.tokens[: found.num_accepted] == tokens[: found.num_accepted]
     # What was pinned stays, and what is pinned is what stands, without a gap.
     assert found.pins == pinned | dict(enumerate(found.tokens))
     if free:
-        assert found.tokens[found.agreed :] == [expected[found.agreed]]
-        assert found.finished == (expected[found.agreed] in stop_ids)
+        assert found.tokens[found.num_accepted :] == [expected[found.num_accepted]]
+        assert found.finished == (expected[found.num_accepted] in stop_ids)
         assert len(found.pins) > len(pinned)
     else:
         assert found.finished and found.tokens == tokens
 
 
 def test_the_last_place_that_counts_leaves_nothing_open() -> None:
-    assert verdict([5, 6, 7], [5, 6, 8], {}, {1}, 3).finished
-    assert not verdict([5, 6, 7], [5, 6, 8], {}, {1}, 4).finished
+    assert verify_draft([5, 6, 7], [5, 6, 8], {}, {1}, 3).finished
+    assert not verify_draft([5, 6, 7], [5, 6, 8], {}, {1}, 4).finished
     # A stop id that the causal pass would not have written yet: behind it the canvas goes on.
-    assert not verdict([5, 1], [5, 6], {}, {1}, 4).finished
+    assert not verify_draft([5, 1], [5, 6], {}, {1}, 4).finished
 
 
 # --------------------------------------------------------------------------------------------------------- same tokens
@@ -93,7 +93,7 @@ def test_the_last_place_that_counts_leaves_nothing_open() -> None:
 
 def test_without_checks_it_is_generate(network: Network) -> None:
     stop = greedy(network)[0][:1]
-    ours, theirs = (list(f(network, rows(stop_ids=stop), LOOSE)) for f in (verified, generate))
+    ours, theirs = (list(f(network, rows(stop_ids=stop), LOOSE)) for f in (generate_verified, generate))
     assert [plain(event) for event in ours] == [plain(event) for event in theirs]
 
 
@@ -102,7 +102,7 @@ def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int
     free = greedy(network)
     for stop_ids in ((), (free[0][2], free[2][9]), (free[1][0],)):
         changes: dict[str, Any] = {"stop_ids": stop_ids, "max_tokens": limit, "room": 2 * CANVAS}
-        found = replies(list(verified(network, rows(**changes), ALL)))
+        found = replies(list(generate_verified(network, rows(**changes), ALL)))
         assert [reply.tokens for reply in found] == greedy(network, **changes)
         # Random weights agree with themselves by chance alone, so there was something to do.
         assert sum(reply.usage.rounds for reply in found) > 0 or limit == 1 or stop_ids
@@ -111,7 +111,7 @@ def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int
 def test_every_check_proves_a_token(network: Network) -> None:
     wanted, before = greedy(network, max_tokens=CANVAS), [0] * len(PROMPTS)
     for checks in range(CANVAS + 1):
-        found = replies(list(verified(network, rows(max_tokens=CANVAS), LOOSE.with_(checks=checks))))
+        found = replies(list(generate_verified(network, rows(max_tokens=CANVAS), LOOSE.with_(checks=checks))))
         same = [sum(1 for _ in matching(reply.tokens, own)) for reply, own in zip(found, wanted, strict=True)]
         assert all(checks <= count >= least for count, least in zip(same, before, strict=True))
         assert all(reply.usage.checks <= checks for reply in found)
@@ -141,8 +141,10 @@ def test_a_row_of_a_batch_is_the_row_alone(checks: int, seeds: list[int], chosen
         given: dict[str, Any] = {"stop_ids": (stop,), "canvas_length": CANVAS, "room": 60, "max_tokens": 9}
         return SequenceState(place, PROMPTS[index], seeds[index], **given)
 
-    together = replies(list(verified(network, [one(index, place) for place, index in enumerate(chosen)], sampling)))
-    alone = [replies(list(verified(network, [one(index, 0)], sampling)))[0] for index in chosen]
+    together = replies(
+        list(generate_verified(network, [one(index, place) for place, index in enumerate(chosen)], sampling))
+    )
+    alone = [replies(list(generate_verified(network, [one(index, 0)], sampling)))[0] for index in chosen]
     assert [(reply.tokens, reply.usage) for reply in together] == [(reply.tokens, reply.usage) for reply in alone]
 
 
@@ -155,7 +157,7 @@ def test_no_two_canvases_share_draws_and_pins_hold_from_the_first_noise_on(netwo
 
     turn = Told({}, again=2)
     made = [*rows(PROMPTS[:1], stop_ids=(greedy(network)[0][0],), turn=turn), *rows()[1:]]
-    events = list(verified(network, made, ALL, keyed=keyed))
+    events = list(generate_verified(network, made, ALL, keyed=keyed))
     assert len(asked) == len(set(asked)) and all(0 <= number < 2**32 for _, number in asked)
     begun = Counter(event.row for event in events if isinstance(event, Denoised) and event.step == 1)
     assert begun == Counter(seed for seed, _ in asked)
@@ -196,7 +198,7 @@ def test_usage_counts_what_the_network_ran(
     for prompt in PROMPTS[:2]:
         ran.clear()
         made = rows([prompt], max_tokens=limit, room=2 * CANVAS, logprobs=logprobs)
-        events = list(verified(network, made, LOOSE.with_(checks=checks)))
+        events = list(generate_verified(network, made, LOOSE.with_(checks=checks)))
         usage = replies(events)[0].usage
         assert usage.steps == ran["denoise"] == len([event for event in events if isinstance(event, Denoised)])
         assert usage.forwards == ran["denoise"] + ran["read"] - 1  # the prompt's
@@ -229,7 +231,7 @@ class Agreeing(Network):
 
 def test_a_check_that_agrees_is_the_commit() -> None:
     network = Agreeing([*range(4, 4 + 2 * CANVAS)])
-    (reply,) = replies(list(verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
     assert reply.tokens == network.answer
     assert network.reads == [[[3]], [network.answer[:CANVAS]], [network.answer[CANVAS:]]]
     usage = reply.usage
@@ -239,7 +241,7 @@ def test_a_check_that_agrees_is_the_commit() -> None:
 def test_a_wrong_last_token_is_put_right_without_another_round() -> None:
     right = [*range(4, 4 + 2 * CANVAS)]
     network = Agreeing([*right[: CANVAS - 1], 0, *right[CANVAS:]])
-    (reply,) = replies(list(verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
     assert reply.tokens == right
     # Of the checked canvas all but the last token is context already.
     wrong = network.answer[:CANVAS]
@@ -250,21 +252,21 @@ def test_a_wrong_last_token_is_put_right_without_another_round() -> None:
 def test_a_stop_id_that_the_causal_pass_wants_ends_the_answer_there() -> None:
     network = Agreeing([4, 5, 0, 7, 8, 9])
     made = rows([[3]], stop_ids=(6,), logprobs=1)
-    (reply,) = replies(list(verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert (reply.tokens, reply.finish_reason, reply.usage.rounds) == ([4, 5, 6], "stop", 0)
     assert [(said.token, said.top[0][0]) for said in reply.logprobs or []] == [(4, 4), (5, 5), (6, 6)]
 
 
 def test_what_stands_behind_a_stop_id_is_not_compared() -> None:
     network = Agreeing([4, 5, 6, 0, 0, 0])
-    (reply,) = replies(list(verified(network, rows([[3]], stop_ids=(6,)), Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, rows([[3]], stop_ids=(6,)), Sampling(checks=4))))
     assert (reply.tokens, reply.usage.checks, reply.usage.rounds) == ([4, 5, 6], 1, 0)
     assert network.reads[1:] == [[[4, 5, 6]]]
 
 
 def test_a_spent_budget_commits_what_is_there() -> None:
     network = Agreeing([4, 0, 0, 0, 0, 0])
-    (reply,) = replies(list(verified(network, rows([[3]], max_tokens=CANVAS), Sampling(checks=2))))
+    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=CANVAS), Sampling(checks=2))))
     # Place 1 is put right, then place 2; the third disagreement is not looked for.
     assert reply.tokens == [4, 5, 6, 0, 0, 0]
     assert (reply.usage.checks, reply.usage.rounds, reply.usage.forwards) == (2, 2, 6 + 2)
@@ -277,7 +279,7 @@ def test_an_empty_canvas_is_begun_again_from_the_same_context(network: Network) 
     """The causal pass wants to stop at once, and so does what comes after it."""
     stop = greedy(network)[0][0]
     made = rows(PROMPTS[:1], stop_ids=(stop,), turn=Told({}, again=2))
-    (reply,) = replies(list(verified(network, made, ALL)))
+    (reply,) = replies(list(generate_verified(network, made, ALL)))
     assert (reply.tokens, reply.usage.empty_retries) == ([stop], 2)
     assert reply.usage.checks >= 3 and reply.usage.canvases == 1
 
@@ -297,7 +299,7 @@ def test_a_token_that_the_turn_puts_there_is_not_compared() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing(right)
     made = rows([[3]], max_tokens=CANVAS + 1, turn=Closing(right[0]), logprobs=0)
-    (reply,) = replies(list(verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2]
     assert (reply.usage.checks, reply.usage.rounds) == (1, 0)
 
@@ -307,16 +309,16 @@ def test_a_correction_that_the_turn_would_cut_is_denoised_once_more() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing([*right[:-1], 0])
     made = rows([[3]], max_tokens=CANVAS + 1, turn=Closing(right[-1]), logprobs=0)
-    (reply,) = replies(list(verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2] == [said.token for said in reply.logprobs or []]
     assert (reply.usage.checks, reply.usage.rounds) == (2, 1)
 
 
-def test_denied_tokens_are_not_put_in_by_a_check(network: Network) -> None:
+def test_banned_tokens_are_not_put_in_by_a_check(network: Network) -> None:
     free = greedy(network)[0]
-    denied = {token: range(CANVAS) for token in set(free[:4])}
-    (reply,) = replies(list(verified(network, rows(PROMPTS[:1], turn=Told(denied)), ALL)))
-    assert len(reply.tokens) == 16 and not set(reply.tokens) & set(denied)
+    banned = {token: range(CANVAS) for token in set(free[:4])}
+    (reply,) = replies(list(generate_verified(network, rows(PROMPTS[:1], turn=Told(banned)), ALL)))
+    assert len(reply.tokens) == 16 and not set(reply.tokens) & set(banned)
     assert reply.usage.rounds > 0
 
 
@@ -336,7 +338,7 @@ def test_cancelled_between_steps_whatever_the_round(
     network: Network, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     ran = watched(network, monkeypatch)
-    done = list(verified(network, rows(PROMPTS[:1], logprobs=1), ALL, After(count)))[-1]
+    done = list(generate_verified(network, rows(PROMPTS[:1], logprobs=1), ALL, After(count)))[-1]
     assert isinstance(done, Done) and done.reply.finish_reason == "cancelled"
     usage = done.reply.usage
     assert (usage.steps, usage.forwards) == (count, count + ran["read"] - 1)
@@ -350,6 +352,6 @@ def test_no_two_beginnings_of_a_row_draw_the_same():
         row = SequenceState(0, [1], 0, stop_ids=(), canvas_length=4, room=10**7)
         row.canvases += [FinishedCanvas([2], 1)] * canvas
         for _ in range(1100):
-            numbers.add(row.number)
-            row.again({})
+            numbers.add(row.canvas_number)
+            row.redo({})
     assert len(numbers) == 4 * 1100 and max(numbers) < 1 << 32

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpress.config import PRESETS
-from blockpress.decoding.generate import plain_denoiser, read
+from blockpress.decoding.generate import commit_tokens, plain_denoiser
 from blockpress.diffusion import DenoiserOutput, KeyedDraws, Pins, TokenMask
 
 from ..conftest import make_random_network
@@ -60,7 +60,7 @@ def test_a_canvas_that_is_all_pins_settles_as_soon_as_it_may() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_pin_is_what_a_belief_in_one_token_alone_gives(dtype: torch.dtype) -> None:
-    """The same reading to the last bit as from logits in which every other id is denied at the pinned places."""
+    """The same reading to the last bit as from logits in which every other id is banned at the pinned places."""
     config = replace(PRESETS["tiny"](), canvas_length=6)
     network = make_random_network(config, seed=2).to(dtype)
     pinned: list[Mapping[int, int]] = [{0: 5, 4: 17}, {}, {5: 0}]
@@ -69,7 +69,7 @@ def test_a_pin_is_what_a_belief_in_one_token_alone_gives(dtype: torch.dtype) -> 
     ]
     length, every = config.canvas_length, torch.arange(3)
     draws = KeyedDraws([1, 2, 3], [0, 0, 0], length=length, vocab=config.vocab_size)
-    reading = plain_denoiser(network, read(network, [[3, 4], [9], [8, 8, 8]], network.empty_cache(3)))
+    reading = plain_denoiser(network, commit_tokens(network, [[3, 4], [9], [8, 8, 8]], network.empty_cache(3)))
 
     def once(edits: TokenMask | None) -> DenoiserOutput:
         return reading(every, 1, draws.noise(every, 0), None, torch.tensor(0.7), draws, edits)

@@ -13,8 +13,8 @@ from dataclasses import replace
 from blockpress.config import PRESETS, AutoregressiveSampling, LayerKind, ModelConfig, Sampling
 from blockpress.decoding import SequenceState
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
-from blockpress.engine.scheduler import Scheduler, Work
+from blockpress.engine.request import HashedImageSpan, Request
+from blockpress.engine.scheduler import ScheduledRequest, Scheduler
 from blockpress.engine.sizing import DROPPED
 
 PAGE, WINDOW, CONTEXT, STOP = 4, 6, 60, 1
@@ -31,7 +31,10 @@ def small(window: int = WINDOW, context: int = CONTEXT) -> ModelConfig:
 
 
 def ask(
-    prompt: Sequence[int], speaks: str = "diffusion", pictures: tuple[Picture, ...] = (), max_tokens: int | None = None
+    prompt: Sequence[int],
+    speaks: str = "diffusion",
+    pictures: tuple[HashedImageSpan, ...] = (),
+    max_tokens: int | None = None,
 ) -> Request:
     """A request with a row of its own."""
     diffusion = speaks != "autoregressive"
@@ -45,7 +48,7 @@ def ask(
         max_tokens=max_tokens,
     )
     request = Request(row, Sampling(checks=2 * (speaks == "checked")) if diffusion else AutoregressiveSampling())
-    request.pictures = pictures
+    request.image_spans = pictures
     return request
 
 
@@ -58,9 +61,9 @@ class Paper:
         self.contents: dict[tuple[LayerKind, int, int], int] = {}
         self.heard: dict[Request, int] = {}
 
-    def forward(self) -> list[Work]:
+    def forward(self) -> list[ScheduledRequest]:
         """Plan one forward, check what every token of it sees, and book it."""
-        works = self.scheduler.plan()
+        works = self.scheduler.schedule()
         self.scheduler.check()
         self.check_shares(works)
         for work in works:
@@ -69,11 +72,11 @@ class Paper:
             self.look(work)
         for work in works:
             if not is_judged(work):
-                self.scheduler.done(work)
+                self.scheduler.mark_computed(work)
         self.scheduler.check()
         return works
 
-    def take(self, work: Work, chance: random.Random, ending: float = 0.2) -> None:
+    def take(self, work: ScheduledRequest, chance: random.Random, ending: float = 0.2) -> None:
         """What comes of a work: a step, a finished canvas or token, an answer, or a canvas that is begun again."""
         request = work.request
         if is_judged(work):
@@ -82,35 +85,35 @@ class Paper:
         request.step += work.canvas
         if work.stop < len(request.context):
             return
-        if request.speaks == "diffusion" and request.step < chance.choice([1, 2, 4]):
+        if request.mode == "diffusion" and request.step < chance.choice([1, 2, 4]):
             return
         if chance.random() < 0.1:
             self.scheduler.commit(request, [])
             return
-        count = PAGE if request.speaks == "diffusion" else 1
+        count = PAGE if request.mode == "diffusion" else 1
         tokens = [STOP if chance.random() < ending / count else chance.choice([5, 6]) for _ in range(count)]
         request.row.draft(tokens, request.step)
-        if request.hears and request.speaks == "diffusion":
+        if request.num_logit_tokens and request.mode == "diffusion":
             self.scheduler.commit(request, request.row.proposal, draft=True)
             return
         self.commit(request)
 
-    def judge(self, work: Work, chance: random.Random) -> None:
+    def judge(self, work: ScheduledRequest, chance: random.Random) -> None:
         """The causal pass agrees with a proposal, or with its beginning: then it is corrected, or denoised again."""
         request, row = work.request, work.request.row
-        base, agreed = len(request.context) - request.asked, chance.randint(0, request.asked)
+        base, agreed = len(request.context) - request.num_draft_tokens, chance.randint(0, request.num_draft_tokens)
         assert work.start == base, "a proposal is read in one forward, behind all of the context"
-        row.look(check=True)
-        again = agreed < request.asked and row.checks < 3 and chance.random() < 0.5
+        row.count_causal_pass(check=True)
+        again = agreed < request.num_draft_tokens and row.checks < 3 and chance.random() < 0.5
         if again:
-            row.again({})
-        elif agreed < request.asked:
+            row.redo({})
+        elif agreed < request.num_draft_tokens:
             row.correct([*row.drafted[:agreed], 7, *row.drafted[agreed + 1 :]])
         events = [] if again else list(row.commit())
         assert again or events
-        self.scheduler.verified(work, row.kept)
-        self.heard[request] = base + row.kept
-        assert len(request.context) == base + row.kept and not request.asked
+        self.scheduler.accept_draft(work, row.num_kept)
+        self.heard[request] = base + row.num_kept
+        assert len(request.context) == base + row.num_kept and not request.num_draft_tokens
         self.go_on(request)
 
     def commit(self, request: Request) -> None:
@@ -119,17 +122,17 @@ class Paper:
 
     def go_on(self, request: Request) -> None:
         if request.row.finish_reason is None:
-            self.scheduler.commit(request, request.row.fresh)
+            self.scheduler.commit(request, request.row.new_tokens)
         else:
             self.scheduler.end(request)
 
-    def write(self, work: Work) -> None:
+    def write(self, work: ScheduledRequest) -> None:
         told = prints(work.request)
         for kind, table in work.request.tables.items():
             for at in range(work.start, work.stop):
                 self.contents[kind, table[at // PAGE], at % PAGE] = told[at]
 
-    def look(self, work: Work) -> None:
+    def look(self, work: ScheduledRequest) -> None:
         """Every token sees what `model/masks.py` says: all of the context, or the last window of it, itself included."""
         told, window = prints(work.request), self.config.sliding_window
         for kind, table in work.request.tables.items():
@@ -138,13 +141,13 @@ class Paper:
                 assert table[at // PAGE] != DROPPED, f"token {at} is seen by {work}, and its {kind} page is gone"
                 seen = self.contents.get((kind, table[at // PAGE], at % PAGE))
                 assert seen == told[at], f"{kind} page {table[at // PAGE]} holds something else at token {at}"
-        if work.request.hears and work.stop == len(work.request.context):
-            assert work.heard == min(work.request.hears, work.stop - work.start)
-            whole = work.heard == work.request.hears
+        if work.request.num_logit_tokens and work.stop == len(work.request.context):
+            assert work.num_logit_tokens == min(work.request.num_logit_tokens, work.stop - work.start)
+            whole = work.num_logit_tokens == work.request.num_logit_tokens
             assert whole or self.heard.get(work.request) == work.stop, "a token was not heard"
             self.heard[work.request] = work.stop
 
-    def check_shares(self, works: Sequence[Work]) -> None:
+    def check_shares(self, works: Sequence[ScheduledRequest]) -> None:
         """Each forward goes on with the oldest; nobody gets more than the options allow, and no picture is cut."""
         assert bool(works) == bool(self.scheduler.running)
         requests = [work.request for work in works]
@@ -153,38 +156,38 @@ class Paper:
         prefill = 0
         for work in works:
             request = work.request
-            assert request.state == "running" and work.start == request.read
+            assert request.state == "running" and work.start == request.num_computed_tokens
             ends = work.stop == len(request.context)
-            assert work.canvas == (ends and request.speaks == "diffusion" and not request.asked)
+            assert work.canvas == (ends and request.mode == "diffusion" and not request.num_draft_tokens)
             assert work.stop > work.start or ends
-            assert not any(one.start < cut < one.stop for one in request.pictures for cut in (work.start, work.stop)), (
-                "a picture is cut"
-            )
-            if work.start < request.fresh:
-                whole = [one for one in request.pictures if one.start == work.start]
+            assert not any(
+                one.start < cut < one.stop for one in request.image_spans for cut in (work.start, work.stop)
+            ), "a picture is cut"
+            if work.start < request.pending_start:
+                whole = [one for one in request.image_spans if one.start == work.start]
                 assert work.stop - work.start <= max(self.options.chunk, *(one.length for one in whole), 0)
                 assert work.stop - work.start <= self.options.prefill_tokens or (whole and not prefill)
                 prefill += work.stop - work.start
-        reading = sum(work.start < work.request.fresh for work in works)
+        reading = sum(work.start < work.request.pending_start for work in works)
         assert prefill <= self.options.prefill_tokens or reading == 1
 
 
-def is_judged(work: Work) -> bool:
+def is_judged(work: ScheduledRequest) -> bool:
     """Whether the forward has read a proposal, so that only what is judged of it says how much of it is context."""
-    return work.request.asked > 0 and work.stop == len(work.request.context)
+    return work.request.num_draft_tokens > 0 and work.stop == len(work.request.context)
 
 
 def prints(request: Request) -> list[int]:
     """For each token of the context a hash of all that its keys and values depend on."""
     told, last = [], 0
     for at, token in enumerate(request.context):
-        shown = next((one for one in request.pictures if one.start <= at < one.stop), None)
+        shown = next((one for one in request.image_spans if one.start <= at < one.stop), None)
         last = hash((last, token, shown))
         told.append(last)
     return told
 
 
-def drawn(works: Sequence[Work], names: Mapping[Request, str]) -> str:
+def drawn(works: Sequence[ScheduledRequest], names: Mapping[Request, str]) -> str:
     """A forward as text: who reads which tokens, and ~ where a canvas is denoised behind them."""
     return "  ".join(
         names[work.request] + (f" {work.start}:{work.stop}" if work.stop > work.start else "") + " ~" * work.canvas

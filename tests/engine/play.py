@@ -11,9 +11,9 @@ import torch
 
 from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
 from blockpress.decoding import Done, Event, Failed, Reply, SequenceState
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import generate
-from blockpress.decoding.verified import verified
+from blockpress.decoding.verified import generate_verified
 from blockpress.engine import EngineCore, Request
 from blockpress.model import Network
 
@@ -54,7 +54,7 @@ def poem(
     one = row(config, index, prompt, sampling, **kw)
     one.images = images
     looked_at = isinstance(sampling, Sampling) and (sampling.checks or one.logprobs is not None)
-    write = verified if looked_at else generate if isinstance(sampling, Sampling) else autoregress
+    write = generate_verified if looked_at else generate if isinstance(sampling, Sampling) else generate_autoregressive
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         [reply] = [event.reply for event in write(network, [one], sampling) if isinstance(event, Done)]  # type: ignore[operator]

@@ -15,7 +15,7 @@ from blockpress.decoding.generate import generate
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.attention import PagedAttention
-from blockpress.engine.cuda_graphs import Captured, Recorded, Work
+from blockpress.engine.cuda_graphs import CudaGraphs, GraphBody, Recorded
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops.attention import plain
@@ -30,7 +30,7 @@ LAYERS = (
 CONFIG = replace(PRESETS["tiny"](), context_length=192, layers=LAYERS)
 """Heads that the kernels read."""
 SHORT = Sampling(steps=4, confidence=0.0)
-DENIED = [{}, {3: range(1000), 9: {0, 5}}, {}, {1: range(6), **{token: {token % 12} for token in range(20, 31)}}]
+BANNED = [{}, {3: range(1000), 9: {0, 5}}, {}, {1: range(6), **{token: {token % 12} for token in range(20, 31)}}]
 PINNED = [{}, {0: 7}, {3: 3, 11: 60}]
 
 
@@ -45,7 +45,7 @@ def damped(config: ModelConfig = CONFIG) -> Network:
 def special(index: int, prompt: list[int], sampling: Sampling, **changes: Any) -> SequenceState:
     """Every other row denies something, and of three two hold pins in their first canvas."""
     turn = TextOutputProcessor(None)
-    turn.denied = DENIED[index % len(DENIED)]
+    turn.banned_ids = BANNED[index % len(BANNED)]
     one = row(CONFIG, index, prompt, sampling, turn=turn, **changes)
     one.pins = PINNED[index % len(PINNED)]
     return one
@@ -71,7 +71,7 @@ def poison(core: EngineCore) -> EngineCore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spans:
+class SpanTable:
     """As `ops.kernels.attention` has them."""
 
     first: Tensor
@@ -84,11 +84,11 @@ class Spans:
 class InTorch:
     """`ops/kernels/attention.py` in torch: spans one by one, in the words of its docstring."""
 
-    Spans = Spans
+    SpanTable = SpanTable
 
     @staticmethod
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], spans: Spans, *, window: int | None
+        query: Tensor, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], spans: SpanTable, *, window: int | None
     ) -> Tensor:
         out = torch.zeros_like(query)
         columns = (spans.first, spans.count, spans.stop, spans.causal, spans.table)
@@ -112,7 +112,7 @@ class InTorch:
         return out
 
     @staticmethod
-    def write(key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], places: Tensor) -> None:
+    def write_kv(key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], places: Tensor) -> None:
         for whole, part in zip(pages, (key, value), strict=True):
             page = whole.shape[2]
             whole[:, places // page, places % page] = part.transpose(0, 1)
@@ -126,10 +126,10 @@ class OnPaper:
 
     def addresses(self) -> list[int]:
         slots = self.slots
-        state = (slots.canvas, slots.argmax, slots.signal, slots.unchanged, slots.pins, slots.ids, slots.denied)
+        state = (slots.canvas, slots.argmax, slots.signal, slots.unchanged, slots.pins, slots.ids, slots.banned)
         return [tensor.data_ptr() for tensor in state]
 
-    def __call__(self, work: Work) -> Recorded:
+    def __call__(self, work: GraphBody) -> Recorded:
         outputs, known, before = work(), self.addresses(), [*map(len, (self.slots.ids,))]
 
         def replay() -> None:
@@ -147,7 +147,7 @@ def on_paper(network: Network, options: EngineOptions, attention: PagedAttention
     core = EngineCore(network, options)
     runner = core.runner
     runner.attention = attention or InTorch()
-    runner.captured = Captured(
+    runner.captured = CudaGraphs(
         network, runner.slots, core.store, options.soft_embedding, runner.attention, OnPaper(core)
     )
     return core

@@ -20,7 +20,7 @@ import torch
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Denoised
 from blockpress.engine import EngineCore, EngineOptions, Request
-from blockpress.engine.attention import PagedAttention, TritonPagedAttention, kernels_for, looks
+from blockpress.engine.attention import PagedAttention, TritonPagedAttention, build_attention, kernels_for
 from blockpress.engine.kv_cache import KVCache
 from blockpress.ops import vocabulary
 
@@ -72,11 +72,11 @@ def interpreted() -> None:
     read = []
 
     def see(*given: Any, **more: Any) -> vocabulary.SampleStats:
-        read.append(more["denied"])
-        return kernel.see(*given, **more)
+        read.append(more["banned"])
+        return kernel.sample_from_hidden(*given, **more)
 
     compare(attention, see, max_tokens=13, steps=2)
-    assert len(read) > 4 and any(denied is not None for denied in read)
+    assert len(read) > 4 and any(banned is not None for banned in read)
     print("alike")
 
 
@@ -110,7 +110,7 @@ def test_pictures_are_looked_at_through_pages() -> None:
     kinds = []
 
     def listening(*given: object) -> object:
-        found = looks(*given)  # type: ignore[arg-type]
+        found = build_attention(*given)  # type: ignore[arg-type]
         kinds.append({type(look) for look in found})
         return found
 

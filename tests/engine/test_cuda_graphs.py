@@ -10,7 +10,7 @@ import torch
 from blockpress.decoding import Denoised
 from blockpress.engine import EngineCore, EngineOptions
 from blockpress.engine.canvas_state import StepFeatures
-from blockpress.engine.cuda_graphs import SIZES, Graph, Key, why_not_capturable
+from blockpress.engine.cuda_graphs import SIZES, CapturedGraph, GraphKey, why_not_capturable
 from blockpress.model import Network
 
 from .play import play, prompts, reply
@@ -26,7 +26,7 @@ def network() -> Network:
 
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_replayed_steps_give_the_poems_tokens(network: Network, count: int):
-    """Steps and temperatures of their own, denied and pinned tokens, padding, pages of NaN where nothing was written."""
+    """Steps and temperatures of their own, banned and pinned tokens, padding, pages of NaN where nothing was written."""
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = [SHORT.with_(steps=3 + i % 3, t_max=0.8 + 0.1 * i) for i in range(count)]
     core = poison(on_paper(network, EngineOptions(memory=MEMORY, max_running=7)))
@@ -76,7 +76,7 @@ def test_a_capture_that_fails_is_said_and_costs_no_token(network: Network):
 
 def test_what_a_graph_has_no_canvas_for_is_nobodys():
     """A canvas of the last forward must not be stepped again: its request may be paused, and go on later."""
-    graph = Graph(4, [9, 9], torch.device("cpu"))
+    graph = CapturedGraph(4, [9, 9], torch.device("cpu"))
     graph.fill([[1, 1], [2, 2], [3, 3]])
     graph.fill([[4, 4]])
     assert graph.numbers.tolist() == [[4, 4], [9, 9], [9, 9], [9, 9]]
@@ -85,14 +85,14 @@ def test_what_a_graph_has_no_canvas_for_is_nobodys():
 def test_few_graphs_serve_all_forwards():
     """At most a third of a graph's canvases is nobody's, and page tables grow in few leaps."""
     for count in range(1, 257):
-        key = Key.of(count, 1, 256, StepFeatures())
+        key = GraphKey.of(count, 1, 256, StepFeatures())
         assert key.canvases in SIZES and count <= key.canvases <= max(count, 1.5 * count)
-    assert {Key.of(1, pages, 32, StepFeatures()).width for pages in range(1, 1025)} == {8, 32, 128, 512, 2048}
-    assert Key.of(2, 3, 32, StepFeatures(begins=True)) == Key.of(2, 3, 32, StepFeatures(begins=False))
+    assert {GraphKey.of(1, pages, 32, StepFeatures()).width for pages in range(1, 1025)} == {8, 32, 128, 512, 2048}
+    assert GraphKey.of(2, 3, 32, StepFeatures(begins=True)) == GraphKey.of(2, 3, 32, StepFeatures(begins=False))
     assert (
-        Key.of(2, 3, 32, StepFeatures(pinned=True))
-        != Key.of(2, 3, 32, StepFeatures(denied=8))
-        != Key.of(2, 3, 32, StepFeatures())
+        GraphKey.of(2, 3, 32, StepFeatures(pinned=True))
+        != GraphKey.of(2, 3, 32, StepFeatures(banned=8))
+        != GraphKey.of(2, 3, 32, StepFeatures())
     )
 
 

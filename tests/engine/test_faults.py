@@ -16,7 +16,7 @@ from blockpress.decoding import Done, Event, Failed
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine, modes
 from blockpress.engine import core as cores
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.model import Network
 
@@ -59,7 +59,7 @@ def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnyS
     assert isinstance(last, Failed) and "a turn at fault" in last.error.message
     for i in (0, 2):
         assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
-    assert core.stats.failures == 1 and not core.remembered
+    assert core.stats.failures == 1 and not core.num_tracked
 
 
 def test_a_cancellation_that_fails_is_an_end_too(network: Network):
@@ -71,7 +71,7 @@ def test_a_cancellation_that_fails_is_an_end_too(network: Network):
 
 
 def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, monkeypatch: pytest.MonkeyPatch):
-    sampling, choose = AutoregressiveSampling(), modes.choose
+    sampling, choose = AutoregressiveSampling(), modes.sample_next
 
     def failing(network: Network, rows: Sequence[Any], *rest: Any) -> Tensor:
         if any(one.index == 1 for one in rows):
@@ -98,7 +98,7 @@ def test_what_a_failed_forward_allocated_is_gone_before_the_next(network: Networ
         def __del__(self) -> None:
             alive.discard(id(self))
 
-    def failing(works: Sequence[Work]) -> Any:
+    def failing(works: Sequence[ScheduledRequest]) -> Any:
         assert not alive
         buffer = Buffer()
         if len(works) > 1:

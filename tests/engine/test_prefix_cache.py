@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from blockpress.engine import prefix_cache
 from blockpress.engine.block_tables import BlockTables
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
+from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.engine.sizing import DROPPED
 from tests.engine.paper import KINDS, PAGE, ask, prints, small
 
-SUN, MOON = Picture(2, 3, b"sun"), Picture(2, 3, b"moon")
+SUN, MOON = HashedImageSpan(2, 3, b"sun"), HashedImageSpan(2, 3, b"moon")
 TEXT = list(range(10, 30))
 
 
@@ -29,25 +29,25 @@ TEXT = list(range(10, 30))
         (ask(TEXT, "autoregressive"), 5),
         (ask([*TEXT[4:8], *TEXT[:16]]), 0),
         (ask(TEXT, pictures=(SUN,)), 0),
-        (ask(TEXT, pictures=(Picture(7, 3, b"sun"),)), 1),
-        (ask(TEXT, pictures=(Picture(8, 3, b"sun"),)), 2),
+        (ask(TEXT, pictures=(HashedImageSpan(7, 3, b"sun"),)), 1),
+        (ask(TEXT, pictures=(HashedImageSpan(8, 3, b"sun"),)), 2),
     ],
     ids=["same", "token", "first", "shorter", "mode", "shifted", "picture", "reaches in", "behind"],
 )
 def test_digests_agree_as_far_as_contexts_do(other: Request, equal: int):
     ours, theirs = ask(TEXT), other
-    mine = prefix_cache.extend(ours, 5, PAGE)
-    its = prefix_cache.extend(theirs, len(theirs.context) // PAGE, PAGE)
+    mine = prefix_cache.extend_digests(ours, 5, PAGE)
+    its = prefix_cache.extend_digests(theirs, len(theirs.context) // PAGE, PAGE)
     assert [a == b for a, b in zip(mine, its, strict=False)] == [number < equal for number in range(len(its))]
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(SUN, MOON), (SUN, Picture(1, 3, b"sun")), (SUN, Picture(2, 4, b"sun"))],
+    [(SUN, MOON), (SUN, HashedImageSpan(1, 3, b"sun")), (SUN, HashedImageSpan(2, 4, b"sun"))],
     ids=["shows", "start", "length"],
 )
-def test_pictures_are_told_apart(one: Picture, other: Picture):
-    a, b = (prefix_cache.extend(ask(TEXT, pictures=(picture,)), 5, PAGE) for picture in (one, other))
+def test_pictures_are_told_apart(one: HashedImageSpan, other: HashedImageSpan):
+    a, b = (prefix_cache.extend_digests(ask(TEXT, pictures=(picture,)), 5, PAGE) for picture in (one, other))
     assert not {*a} & {*b}
 
 
@@ -59,12 +59,12 @@ def test_equal_digests_are_equal_contexts(data: st.DataObject):
         context = data.draw(st.lists(st.integers(0, 1), min_size=PAGE, max_size=3 * PAGE))
         start = data.draw(st.integers(0, len(context) - 1))
         length = data.draw(st.integers(0, len(context) - start))
-        shown = (Picture(start, length, data.draw(st.sampled_from([b"a", b"b"]))),) if length else ()
+        shown = (HashedImageSpan(start, length, data.draw(st.sampled_from([b"a", b"b"]))),) if length else ()
         return ask(context, pictures=shown)
 
     one, other = drawn(), drawn()
     pages = min(len(one.context), len(other.context)) // PAGE
-    digests = [prefix_cache.extend(request, pages, PAGE) for request in (one, other)]
+    digests = [prefix_cache.extend_digests(request, pages, PAGE) for request in (one, other)]
     for number in range(pages):
         last = (number + 1) * PAGE - 1
         assert (digests[0][number] == digests[1][number]) == (prints(one)[last] == prints(other)[last])
@@ -72,10 +72,14 @@ def test_equal_digests_are_equal_contexts(data: st.DataObject):
 
 def test_digests_are_computed_once(monkeypatch: pytest.MonkeyPatch):
     made = []
-    plain = prefix_cache.digest
+    plain = prefix_cache.page_digest
     monkeypatch.setattr(prefix_cache, "digest", lambda *all_: made.append(1) or plain(*all_))
     request = ask(TEXT)
-    prefix_cache.extend(request, 2, PAGE), prefix_cache.extend(request, 1, PAGE), prefix_cache.extend(request, 3, PAGE)
+    (
+        prefix_cache.extend_digests(request, 2, PAGE),
+        prefix_cache.extend_digests(request, 1, PAGE),
+        prefix_cache.extend_digests(request, 3, PAGE),
+    )
     assert len(made) == len(request.digests) == 3
 
 
@@ -99,7 +103,7 @@ def knows(full: str, sliding: str) -> Callable[[int], tuple[bool, bool]]:
     ],
 )
 def test_the_longest_prefix(full: str, sliding: str, window: int | None, found: int):
-    assert prefix_cache.longest(ask(TEXT), PAGE, knows(full, sliding), window) == found
+    assert prefix_cache.longest_prefix(ask(TEXT), PAGE, knows(full, sliding), window) == found
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_the_longest_prefix(full: str, sliding: str, window: int | None, found: 
     ],
 )
 def test_who_hears_a_token_reads_it(length: int, speaks: str, found: int):
-    assert prefix_cache.longest(ask(TEXT[:length], speaks), PAGE, knows("+" * 5, "+" * 5), 6) == found
+    assert prefix_cache.longest_prefix(ask(TEXT[:length], speaks), PAGE, knows("+" * 5, "+" * 5), 6) == found
 
 
 @given(
@@ -127,7 +131,7 @@ def test_who_hears_a_token_reads_it(length: int, speaks: str, found: int):
 def test_the_longest_prefix_is_the_one_defined(
     length: int, known: list[tuple[bool, bool]], window: int, start: int, wide: int, speaks: str
 ):
-    picture = Picture(start, wide, b"sun")
+    picture = HashedImageSpan(start, wide, b"sun")
     request = ask([5] * length, speaks, (picture,))
 
     def allowed(pages: int) -> bool:
@@ -141,14 +145,14 @@ def test_the_longest_prefix_is_the_one_defined(
         )
 
     want = max(pages for pages in range(11) if pages == 0 or allowed(pages))
-    assert prefix_cache.longest(request, PAGE, known.__getitem__, window) == want
+    assert prefix_cache.longest_prefix(request, PAGE, known.__getitem__, window) == want
 
 
 def read(tables: BlockTables, request: Request, part: int = 5) -> None:
     """Read its whole context, a part at a time."""
     tables.adopt(request, tables.match(request))
-    while request.unread:
-        stop = min(request.read + part, len(request.context))
+    while request.num_pending_tokens:
+        stop = min(request.num_computed_tokens + part, len(request.context))
         assert tables.extend(request, stop)
         tables.wrote(request, stop)
 

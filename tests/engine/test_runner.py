@@ -18,12 +18,12 @@ from blockpress.decoding import Failed
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Batch, Part
 from blockpress.engine.canvas_state import LEAST_IDS, CanvasState, StepFeatures
-from blockpress.engine.cuda_graphs import Captured
-from blockpress.engine.denoising import FIELDS, Canvases, begin, entry, finish, idle
+from blockpress.engine.cuda_graphs import CudaGraphs
+from blockpress.engine.denoising import FIELDS, CanvasBatch, begin_step, finish_step, packed_entry, padding_entry
 from blockpress.model import Network
 
 from .play import play, poem, prompts, reply, row
-from .special import CONFIG, DENIED, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
+from .special import BANNED, CONFIG, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 OPTIONS = EngineOptions(memory=1 << 23, max_running=5)
 MAKERS: dict[str, Callable[[Network, EngineOptions], EngineCore]] = {"eager": EngineCore, "captured": on_paper}
@@ -34,14 +34,14 @@ def network() -> Network:
     return damped()
 
 
-def test_denied_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_read(network: Network):
+def test_banned_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_read(network: Network):
     given, how = prompts(CONFIG, 7, 50, seed=7, shared=20), [SHORT.with_(steps=2 + i % 3) for i in range(7)]
     requests = asked(given, how)
     told = play(poison(EngineCore(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
     for i, request in enumerate(requests):
         answer = reply(told[request])
         assert answer == alone(network, i, given[i], how[i]), f"request {i}"
-        for token, places in DENIED[i % len(DENIED)].items():
+        for token, places in BANNED[i % len(BANNED)].items():
             pinned = {at for at, pin in PINNED[i % len(PINNED)].items() if pin == token}
             found = {at for at, one in enumerate(answer.tokens) if one == token and at % 12 in places}
             assert found <= pinned
@@ -78,7 +78,7 @@ def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(n
     while core.busy:
         for request, event in core.step().events:
             told[request].append(event)
-        if requests[1].read == len(given[1]):
+        if requests[1].num_computed_tokens == len(given[1]):
             spoil(core, requests[1], "pages")
     assert isinstance(told[requests[1]][-1], Failed)
     for i in (0, 2):
@@ -90,7 +90,7 @@ def test_a_canvas_settles_after_as_many_steps_as_it_is_to_stay_the_same(maker: s
     """The shipped model, whose canvases do settle; its answer, steps included, is the poem's. Sure it is at any time, so
     that nothing but the argmax decides."""
     lm = blockpress.load("sudoku-nano")
-    prompt, steps = lm.encode(sudoku.layout(sudoku.generate(3, givens=36).puzzle)), []
+    prompt, steps = lm.encode(sudoku.layout(sudoku.generate_puzzle(3, givens=36).puzzle)), []
     for stability in (1, 3):
         how = lm.generation.sampling.with_(stability=stability, confidence=10.0)
         request = Request(row(lm.config, 0, prompt, how, max_tokens=90), how)
@@ -101,7 +101,7 @@ def test_a_canvas_settles_after_as_many_steps_as_it_is_to_stay_the_same(maker: s
 
 
 def spoil(core: EngineCore, request: Request, what: str) -> None:
-    assert request.slot is not None and request.read
+    assert request.slot is not None and request.num_computed_tokens
     if what == "signal":
         core.runner.slots.signal[request.slot] = torch.nan
         return
@@ -140,7 +140,7 @@ def test_a_step_changes_its_own_slots_and_tells_what_it_did(network: Network):
     for rows in ([0, 1], [None, 1, None, 0, None], [1]):
         slots = CanvasState(network, 5)
         before = [tensor.clone() for tensor in (slots.canvas, slots.signal, slots.argmax)]
-        entries = torch.tensor([idle(slots.spare) if i is None else numbers[i] for i in rows])
+        entries = torch.tensor([padding_entry(slots.padding_slot) if i is None else numbers[i] for i in rows])
         finished = stepped(network, slots, entries)
         touched = [requests[i].slot for i in rows if i is not None]
         for tensor, old in zip((slots.canvas, slots.signal, slots.argmax), before, strict=True):
@@ -156,16 +156,16 @@ def test_a_step_changes_its_own_slots_and_tells_what_it_did(network: Network):
 
 def first(request: Request) -> list[int]:
     """The numbers of a request's first step, without a context."""
-    return entry(Part(request=request, first=0, start=0, stop=CONFIG.canvas_length, canvas=True))
+    return packed_entry(Part(request=request, first=0, start=0, stop=CONFIG.canvas_length, canvas=True))
 
 
 @torch.inference_mode()
 def stepped(network: Network, slots: CanvasState, entries: Tensor) -> Any:
     """A step whose rows see nothing but themselves."""
-    canvases = Canvases.of(entries)
-    begun = begin(network, slots, canvases, StepFeatures())
+    canvases = CanvasBatch.of(entries)
+    begun = begin_step(network, slots, canvases, StepFeatures())
     hidden = torch.nn.functional.normalize(begun.x[0]) * 3
-    return finish(network, slots, canvases, StepFeatures(), begun, hidden, "exact")
+    return finish_step(network, slots, canvases, StepFeatures(), begun, hidden, "exact")
 
 
 def test_numbers_are_read_as_they_were_written():
@@ -174,8 +174,8 @@ def test_numbers_are_read_as_they_were_written():
     one.seed = -(2**40) - 3
     request = Request(one, how)
     request.slot, request.step = 4, 6
-    canvases = Canvases.of(torch.tensor([[*first(request), 99], [*idle(5), 99]]))
-    assert len(first(request)) == len(idle(5)) == FIELDS
+    canvases = CanvasBatch.of(torch.tensor([[*first(request), 99], [*padding_entry(5), 99]]))
+    assert len(first(request)) == len(padding_entry(5)) == FIELDS
     assert canvases.slot.tolist() == [4, 5] and canvases.rows.tolist() == [12, 0] and canvases.number.tolist() == [7, 1]
     assert int(canvases.high[0]) << 32 | int(canvases.low[0]) == one.seed % 2**64
     assert canvases.last.tolist() == [True, False] and canvases.stability.tolist() == [2, 0]
@@ -183,29 +183,29 @@ def test_numbers_are_read_as_they_were_written():
     torch.testing.assert_close(torch.stack((canvases.temperature, canvases.bound, canvases.confidence))[:, 0], wanted)
 
 
-def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
+def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
     """A table of ids that nobody denies twice is filled anew in place, and grows only where it must."""
     slots, at, spaces = CanvasState(network, 3), [], (range(8), range(8, 16), range(16, 36))
     requests = [Request(row(CONFIG, i, [5], SHORT), SHORT) for i in range(3)]
     for i, (request, ids) in enumerate(zip(requests, spaces, strict=True)):
         request.slot = i
-        request.row._turn.denied = {token: {token % 12} for token in ids}
+        request.row._turn.banned_ids = {token: {token % 12} for token in ids}
         rules = slots.begin([request])
-        at.append((slots.ids.data_ptr(), rules.denied))
+        at.append((slots.ids.data_ptr(), rules.banned))
         requests[i - 1].slot = None if i == 1 else requests[i - 1].slot  # the first ends when the second has begun
         columns = slots.ids.tolist()
-        assert len(set(columns)) == len(columns) == rules.denied
-        places = {token: slots.denied[i, :, columns.index(token)].nonzero().flatten().tolist() for token in ids}
+        assert len(set(columns)) == len(columns) == rules.banned
+        places = {token: slots.banned[i, :, columns.index(token)].nonzero().flatten().tolist() for token in ids}
         assert places == {token: [token % 12] for token in ids}
-        assert int(slots.denied[i].sum()) == len(ids)
+        assert int(slots.banned[i].sum()) == len(ids)
     assert [width for _, width in at] == [LEAST_IDS, 16, 32]
     requests[2].slot, other = None, Request(row(CONFIG, 3, [5], SHORT), SHORT)
-    other.slot, other.row._turn.denied = 2, {40: {1}}
-    assert slots.begin([other]).denied == 32 and slots.ids.data_ptr() == at[2][0]
-    assert int(slots.denied[2].sum()) == 1
+    other.slot, other.row._turn.banned_ids = 2, {40: {1}}
+    assert slots.begin([other]).banned == 32 and slots.ids.data_ptr() == at[2][0]
+    assert int(slots.banned[2].sum()) == 1
     free = Request(row(CONFIG, 4, [5], SHORT), SHORT)
     free.slot = 2
-    assert slots.begin([free]) == StepFeatures(begins=True) and not slots.denied[2].any()
+    assert slots.begin([free]) == StepFeatures(begins=True) and not slots.banned[2].any()
 
 
 class Blank(InTorch):
@@ -229,20 +229,20 @@ def test_no_value_of_the_device_decides_what_a_forward_does():
     requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(checks=1), SHORT])
     for request in requests:
         core.submit(request)
-    works = core.scheduler.plan()
+    works = core.scheduler.schedule()
     batch = Batch.of(works, CONFIG.canvas_length)
-    assert batch.silent and batch.heard and len(batch.canvases) == 4
+    assert batch.kv_only and batch.with_logits and len(batch.canvases) == 4
     rules = runner.slots.begin(requests)
-    assert rules == StepFeatures(begins=True, pinned=True, denied=16)
+    assert rules == StepFeatures(begins=True, pinned=True, banned=16)
     heard, done = runner._forward(batch, rules)
-    assert done is not None and done.told.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
-    graphs = Captured(runner.network, runner.slots, core.store, "exact", Blank(), there_alone)  # type: ignore[arg-type]
+    assert done is not None and done.host_words.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
+    graphs = CudaGraphs(runner.network, runner.slots, core.store, "exact", Blank(), there_alone)  # type: ignore[arg-type]
     finished = graphs.step(batch.canvases, rules)
-    assert graphs.failed is None and finished is not None and finished.told.is_meta
+    assert graphs.failed is None and finished is not None and finished.host_words.is_meta
     graphs.prepare(3)
     assert (graphs.captures, graphs.failed) == (4, None)
     with pytest.raises((NotImplementedError, RuntimeError)):
-        finished.told.tolist()
+        finished.host_words.tolist()
     with pytest.raises(AssertionError), There():
         torch.tensor([1, 2]).to("meta")
 

@@ -139,7 +139,7 @@ def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network
 def test_the_shipped_model_solves_alike():
     """Trained weights, settled canvases of 90, a batch of 8 that shares a page with nobody."""
     lm = blockpress.load("sudoku-nano")
-    given = [lm.encode(sudoku.layout(sudoku.generate(seed, givens=36).puzzle)) for seed in range(8)]
+    given = [lm.encode(sudoku.layout(sudoku.generate_puzzle(seed, givens=36).puzzle)) for seed in range(8)]
     sampling = lm.generation.sampling.with_(steps=16)
     requests = [Request(row(lm.config, i, p, sampling, max_tokens=None), sampling) for i, p in enumerate(given)]
     told = play(EngineCore(lm.network, EngineOptions(memory=1 << 26)), requests)

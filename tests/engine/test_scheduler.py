@@ -14,7 +14,7 @@ import pytest
 
 from blockpress import engine
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
+from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.errors import Overloaded, RequestError
 from tests.engine.paper import KINDS, PAGE, STOP, Paper, ask, drawn, small
 
@@ -30,7 +30,7 @@ class Show:
         self.names: dict[Request, str] = {}
 
     def ask(
-        self, name: str, prompt: list[int], speaks: str = "diffusion", pictures: tuple[Picture, ...] = ()
+        self, name: str, prompt: list[int], speaks: str = "diffusion", pictures: tuple[HashedImageSpan, ...] = ()
     ) -> Request:
         request = ask(prompt, speaks, pictures)
         self.names[request] = name
@@ -46,7 +46,7 @@ class Show:
             if self.names[request] in finished.split():
                 request.row.draft([5] * (PAGE if work.canvas else 1), request.step)
                 list(request.row.commit())
-                self.scheduler.commit(request, request.row.fresh)
+                self.scheduler.commit(request, request.row.new_tokens)
                 assert request.step == 0
         return drawn(works, self.names)
 
@@ -62,9 +62,9 @@ def test_one_request_from_prompt_to_end():
         "A 8:12 ~",
         "A 12:16 ~",
     ]
-    assert (request.state, request.slot, request.read) == ("running", 0, 16)
+    assert (request.state, request.slot, request.num_computed_tokens) == ("running", 0, 16)
     show.scheduler.end(request)
-    assert (request.state, request.slot, request.tables, show.scheduler.plan()) == ("ended", None, {}, [])
+    assert (request.state, request.slot, request.tables, show.scheduler.schedule()) == ("ended", None, {}, [])
 
 
 def test_each_is_at_a_step_of_its_own():
@@ -105,13 +105,17 @@ def test_prompts_are_read_in_turn_within_the_prefill_tokens():
 )
 def test_a_picture_is_read_as_a_whole(chunk: int, tokens: int, lines: list[str]):
     show = Show(chunk=chunk, prefill_tokens=tokens)
-    show.ask("A", TEXT[:10], pictures=(Picture(2, 6, b"sun"),))
+    show.ask("A", TEXT[:10], pictures=(HashedImageSpan(2, 6, b"sun"),))
     assert [show.forward() for _ in lines] == lines
 
 
 def test_a_picture_that_does_not_fit_beside_others_waits_for_a_forward_of_its_own():
     show = Show(chunk=4, prefill_tokens=5)
-    show.ask("A", TEXT[:4]), show.ask("B", TEXT[:6], pictures=(Picture(0, 6, b"sun"),)), show.ask("C", TEXT[4:6])
+    (
+        show.ask("A", TEXT[:4]),
+        show.ask("B", TEXT[:6], pictures=(HashedImageSpan(0, 6, b"sun"),)),
+        show.ask("C", TEXT[4:6]),
+    )
     assert [show.forward(), show.forward(), show.forward()] == ["A 0:4 ~", "A ~  B 0:6 ~", "A ~  B ~  C 0:2 ~"]
 
 
@@ -141,8 +145,8 @@ def test_the_youngest_pauses_where_pages_run_out_and_goes_on_at_its_step():
     assert [show.forward("A"), show.forward("A")] == ["A 0:8 ~  B 0:10 ~", "A 8:12 ~  B ~"]
     assert (a.slot, b.slot, b.step) == (0, 1, 2)
     assert show.forward() == "A 12:16 ~"
-    assert (b.state, b.read, b.tables, b.slot, b.step) == ("paused", 0, {}, 1, 2)
-    assert (show.scheduler.running, show.scheduler.waiting, show.scheduler.stats.pauses) == (1, 1, 1)
+    assert (b.state, b.num_computed_tokens, b.tables, b.slot, b.step) == ("preempted", 0, {}, 1, 2)
+    assert (show.scheduler.running, show.scheduler.waiting, show.scheduler.stats.preemptions) == (1, 1, 1)
     show.ask("C", TEXT[:1])
     assert show.forward() == "A ~"  # there is a page for C, but B comes first
     show.scheduler.end(a)
@@ -173,14 +177,14 @@ def test_a_slot_goes_to_the_next():
     assert (b.slot, c.slot) == (1, 0)
 
 
-@pytest.mark.parametrize("when", ["waiting", "running", "paused"])
+@pytest.mark.parametrize("when", ["waiting", "running", "preempted"])
 def test_a_cancelled_request_leaves_nothing_behind(when: str):
     show = Show(pages=6)
     show.ask("A", TEXT[:8])
     b = show.ask("B", TEXT[8:18])
     if when != "waiting":
         show.forward("A")
-    if when == "paused":
+    if when == "preempted":
         show.forward("A"), show.forward()
     assert b.state == when
     show.scheduler.cancel(b), show.scheduler.cancel(b)
@@ -193,10 +197,10 @@ def test_a_cancelled_request_leaves_nothing_behind(when: str):
 def test_a_work_whose_request_has_ended_is_not_booked():
     show = Show()
     request = show.ask("A", TEXT[:8])
-    (work,) = show.scheduler.plan()
+    (work,) = show.scheduler.schedule()
     show.scheduler.end(request)
-    show.scheduler.done(work)
-    assert (request.read, request.tables) == (0, {})
+    show.scheduler.mark_computed(work)
+    assert (request.num_computed_tokens, request.tables) == (0, {})
     assert not any(pages.reusable for pages in show.scheduler.stats.pages.values())
 
 
@@ -233,7 +237,7 @@ def written(speaks: str, prompt: int, pages: int) -> list[int]:
         list(request.row.commit())
         lengths.append(len(request.context))
         if request.row.finish_reason is None:
-            show.scheduler.commit(request, request.row.fresh)
+            show.scheduler.commit(request, request.row.new_tokens)
     assert request.row.finish_reason == "length"
     return lengths
 
@@ -264,7 +268,7 @@ def test_begun_again_is_read_no_more(speaks: str):
     request.step = 7
     show.scheduler.commit(request, [])
     assert request.step == 0
-    (work,) = show.scheduler.plan()
+    (work,) = show.scheduler.schedule()
     assert (work.start, work.stop, work.canvas) == (4, 4, speaks == "diffusion")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import Picture, Request
+from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.errors import Overloaded, RequestError
 from tests.engine.paper import KINDS, PAGE, Paper, ask, is_judged, small
 
@@ -57,9 +57,9 @@ class Crowd(RuleBasedStateMachine):
         speaks=st.sampled_from(["diffusion", "diffusion", "autoregressive", "checked"]),
     )
     def submit(self, stem: int, length: int, ending: list[int], shown: tuple[bytes, bytes], speaks: str) -> None:
-        pictures: tuple[Picture, ...] = ()
+        pictures: tuple[HashedImageSpan, ...] = ()
         if STEMS[stem][3] == PICTURE:
-            pictures = tuple(Picture(*at, digest) for at, digest in zip(SHOWN, shown, strict=True))
+            pictures = tuple(HashedImageSpan(*at, digest) for at, digest in zip(SHOWN, shown, strict=True))
             pictures = tuple(one for one in pictures if one.start < length)
             length = max([length, *(one.stop for one in pictures)])
         request = ask([*STEMS[stem][:length], *ending], speaks, pictures)
@@ -69,7 +69,7 @@ class Crowd(RuleBasedStateMachine):
         """It is taken, unless the queue is full or no pool could ever hold its prompt."""
         scheduler, prompt = self.paper.scheduler, len(request.context)
         full = scheduler.stats.pages.get("full_attention")
-        lacking = PAGE if request.hears and request.speaks == "diffusion" else 0
+        lacking = PAGE if request.num_logit_tokens and request.mode == "diffusion" else 0
         if full is not None and prompt + lacking > full.total * PAGE:
             with pytest.raises(RequestError, match="memory"):
                 scheduler.submit(request)
@@ -109,7 +109,7 @@ class Crowd(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def fail(self, which: int) -> None:
         """A forward in which one request's numbers turn out to be none: its part is never booked."""
-        works = self.paper.scheduler.plan()
+        works = self.paper.scheduler.schedule()
         for work in works:
             self.paper.write(work)
         bad = works[which % len(works)].request
@@ -118,7 +118,7 @@ class Crowd(RuleBasedStateMachine):
         self.paper.scheduler.end(bad, spoilt=True)
         for work in works:
             if not is_judged(work):
-                self.paper.scheduler.done(work)
+                self.paper.scheduler.mark_computed(work)
             if work.request is not bad:
                 self.paper.take(work, random.Random(which))
 
@@ -149,7 +149,7 @@ class Crowd(RuleBasedStateMachine):
                 break
             self.forward(chance, ending=0.5)
         assert {one.state for one in self.submitted} <= {"ended"}
-        assert self.paper.scheduler.plan() == []
+        assert self.paper.scheduler.schedule() == []
         self.paper.scheduler.check()
         stats = self.paper.scheduler.stats
         assert (stats.running, stats.waiting) == (0, 0)
@@ -173,7 +173,7 @@ def test_the_crowd_is_crowded() -> None:
         for work in paper.forward():
             paper.take(work, chance, ending=0.05)
     stats = paper.scheduler.stats
-    assert stats.pauses > 3
+    assert stats.preemptions > 3
     assert stats.reused_tokens > 40
     assert all(pages.evicted > 10 for pages in stats.pages.values())
     assert stats.ended == 24

@@ -14,7 +14,7 @@ from blockpress.decoding import Reply
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Part
 from blockpress.engine.canvas_state import CanvasState, StepFeatures
-from blockpress.engine.denoising import Canvases, begin, entry, finish
+from blockpress.engine.denoising import CanvasBatch, begin_step, finish_step, packed_entry
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
 from blockpress.ops.vocabulary import TILE, blocks
@@ -67,13 +67,13 @@ def stepped(network: Network, soft_embedding: SoftEmbedding, hidden: Tensor) -> 
     slots, request = CanvasState(network, 1), Request(row(SEVERAL_TILES, 0, [5, 6], LOOSE[0]), LOOSE[0])
     request.slot = 0
     part = Part(request=request, first=0, start=0, stop=SEVERAL_TILES.canvas_length, canvas=True)
-    canvases = Canvases.of(torch.tensor([entry(part)]))
-    finished = finish(
+    canvases = CanvasBatch.of(torch.tensor([packed_entry(part)]))
+    finished = finish_step(
         network,
         slots,
         canvases,
         StepFeatures(),
-        begin(network, slots, canvases, StepFeatures()),
+        begin_step(network, slots, canvases, StepFeatures()),
         hidden,
         soft_embedding,
     )

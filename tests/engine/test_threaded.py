@@ -15,7 +15,7 @@ import torch
 from blockpress.config import PRESETS, Sampling
 from blockpress.decoding import Committed, Denoised, Done, Event, Failed
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import EngineError, Overloaded, RequestError
 from blockpress.model import Network
 
@@ -115,7 +115,7 @@ def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: py
     core = EngineCore(network, ROOM)
     run: Callable[..., Any] = core.runner.run
 
-    def failing(works: Sequence[Work]) -> Any:
+    def failing(works: Sequence[ScheduledRequest]) -> Any:
         if any(work.request.row.index == 2 and work.request.step == 1 for work in works):
             raise MemoryError("no room for this one")
         return run(works)

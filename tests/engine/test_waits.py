@@ -19,7 +19,7 @@ from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Event, Failed, Reply
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.modes import reads_draft
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.model import Network
 from blockpress.quantize.encoders import FORMATS
 from blockpress.quantize.synthetic import synthesize
@@ -49,12 +49,12 @@ def ways(network: Network) -> list[AnySampling]:
     return [GREEDY, Sampling(steps=1)] if network.config.has_canvas else [GREEDY]
 
 
-def watched(card: Card, core: EngineCore) -> list[tuple[Sequence[Work], list[bool], Tally]]:
+def watched(card: Card, core: EngineCore) -> list[tuple[Sequence[ScheduledRequest], list[bool], Tally]]:
     """What every forward of a core comes to: its parts, which of them read drafts, and its tally."""
-    found, step, plan = [], core.step, core.scheduler.plan
+    found, step, plan = [], core.step, core.scheduler.schedule
     drafts: list[bool] = []
 
-    def planned() -> Sequence[Work]:
+    def planned() -> Sequence[ScheduledRequest]:
         works = plan()
         drafts[:] = [reads_draft(work) for work in works]
         return works
@@ -62,10 +62,10 @@ def watched(card: Card, core: EngineCore) -> list[tuple[Sequence[Work], list[boo
     def stepped() -> Any:
         card.take()
         record = step()
-        found.append((record.works, [*drafts], card.take()))
+        found.append((record.scheduled, [*drafts], card.take()))
         return record
 
-    core.scheduler.plan, core.step = planned, stepped  # type: ignore[method-assign]
+    core.scheduler.schedule, core.step = planned, stepped  # type: ignore[method-assign]
     return found
 
 
@@ -88,7 +88,7 @@ CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, i
     "sampled": ([WARM] * 4, None, ROOMY, {}),
     "mixed": (MIXED, None, ROOMY, {}),
     "chunks": (MIXED, None, replace(ROOMY, chunk=7, prefill_tokens=20), {}),
-    "paused": (MIXED, None, SCARCE, {}),
+    "preempted": (MIXED, None, SCARCE, {}),
     "cancelled": (MIXED, None, ROOMY, {0: 2, 1: 3, 4: 1}),
     "verified": ([SHORT.with_(checks=2)] * 3, None, ROOMY, {}),
     "log-probabilities": (MIXED, 2, ROOMY, {}),
@@ -102,7 +102,7 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
     how, logprobs, options, cancels = CASES[case]
     arrivals = [2 * i % 7 for i in range(len(how))]
     changes: dict[str, Any] = (
-        {"max_tokens": 50, "stop_ids": ()} if case == "paused" else {}
+        {"max_tokens": 50, "stop_ids": ()} if case == "preempted" else {}
     )  # so long that pages run out
     with plain_torch():
         requests = asked(how, logprobs, **changes)
@@ -111,12 +111,15 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
     found, requests = watched(card, core), asked(how, logprobs, **changes)
     answers = play(core, requests, arrivals, cancels)
     assert [reply(answers[request]) for request in requests] == wanted
-    assert len(found) > 5 and (core.scheduler.stats.pauses > 0) == (case == "paused")
+    assert len(found) > 5 and (core.scheduler.stats.preemptions > 0) == (case == "preempted")
     for works, drafts, tally in found:
         tokens = [isinstance(work.request.sampling, AutoregressiveSampling) for work in works]
         checked = any(draft and not token for draft, token in zip(drafts, tokens, strict=True))
-        told = any(token and work.heard for work, token in zip(works, tokens, strict=True)) and logprobs is not None
-        seen = any(work.canvas or work.heard for work in works)
+        told = (
+            any(token and work.num_logit_tokens for work, token in zip(works, tokens, strict=True))
+            and logprobs is not None
+        )
+        seen = any(work.canvas or work.num_logit_tokens for work in works)
         assert tally.figures == (seen + checked + told, 0), (works, tally)
 
 
@@ -127,7 +130,7 @@ def test_a_prompt_alone_is_not_waited_for(card: Card):
     for how in (GREEDY, SHORT):
         play(core, [Request(row(CONFIG, 0, prompt, how), how)])
         figures = [tally.figures for *_, tally in found]
-        silent = [works[0].heard == 0 and not works[0].canvas for works, *_ in found]
+        silent = [works[0].num_logit_tokens == 0 and not works[0].canvas for works, *_ in found]
         assert silent[:2] == [True, True] and not silent[-1]
         assert figures == [(0, 0) if quiet else (1, 0) for quiet in silent]
         found.clear()
@@ -204,7 +207,7 @@ def test_a_token_that_is_no_number_or_cannot_be_chosen_is_one_requests_matter_th
         wanted = lone(network, how)
         core, requests = EngineCore(network, ROOMY), asked([how] * 3)
         found = watched(card, core)
-        monkeypatch.setattr(type(requests[1].row), "denied", property(denied_by({requests[1].row})))
+        monkeypatch.setattr(type(requests[1].row), "banned", property(banned_by({requests[1].row})))
         told = play_spoilt(core, requests, spoilt=requests[0])
         monkeypatch.undo()
         failed = [told[request][-1] for request in requests[:2]]
@@ -214,13 +217,13 @@ def test_a_token_that_is_no_number_or_cannot_be_chosen_is_one_requests_matter_th
         assert {tally.figures for *_, tally in found} == {(1, 0)}
 
 
-def denied_by(broken: set[Any]) -> Callable[[Any], Mapping[int, Any]]:
-    def denied(one: Any) -> Mapping[int, Any]:
+def banned_by(broken: set[Any]) -> Callable[[Any], Mapping[int, Any]]:
+    def banned(one: Any) -> Mapping[int, Any]:
         if one in broken:
-            raise ValueError("what is denied cannot be told")
+            raise ValueError("what is banned cannot be told")
         return {}
 
-    return denied
+    return banned
 
 
 def lone(network: Network, how: AnySampling) -> Reply:
@@ -236,7 +239,7 @@ def play_spoilt(core: EngineCore, requests: Sequence[Request], spoilt: Request) 
     while core.busy:
         for request, event in core.step().events:
             told[request].append(event)
-        if spoilt.read == len(spoilt.row.prompt):
+        if spoilt.num_computed_tokens == len(spoilt.row.prompt):
             spoil(core, spoilt)
     return told
 

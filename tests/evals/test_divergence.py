@@ -10,7 +10,7 @@ import torch
 
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.errors import RequestError
-from blockpress.evals.divergence import POSITIONS, Recording, compare, record
+from blockpress.evals.divergence import POSITIONS, Recording, compare_recordings, record
 from blockpress.lm import LM
 from blockpress.model import Network
 from tests.conftest import RandomNetwork
@@ -35,7 +35,7 @@ def shaken(network: Network, config: ModelConfig, by: float) -> Network:
 
 def test_a_model_is_itself(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     lm = model(random_network(tiny))
-    found = compare(record(lm, PROMPTS, seed=5), record(lm, PROMPTS, seed=5, batch=2))
+    found = compare_recordings(record(lm, PROMPTS, seed=5), record(lm, PROMPTS, seed=5, batch=2))
     for step in (found.first, found.second):
         assert step.kl == step.kl_largest == 0 and step.agreement == 1
         assert step.entropy_original == step.entropy_changed > 0
@@ -46,7 +46,7 @@ def test_a_model_is_itself(tiny: ModelConfig, random_network: RandomNetwork) -> 
 def test_more_noise_is_further_away(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     network = random_network(tiny)
     truth = record(model(network), PROMPTS)
-    near, far = (compare(truth, record(model(shaken(network, tiny, by)), PROMPTS)) for by in (0.01, 0.2))
+    near, far = (compare_recordings(truth, record(model(shaken(network, tiny, by)), PROMPTS)) for by in (0.01, 0.2))
     for step in ("first", "second"):
         one, other = getattr(near, step), getattr(far, step)
         assert 0 < one.kl < one.kl_largest and one.kl < 0.1 * other.kl
@@ -61,7 +61,7 @@ def test_the_second_step_has_each_models_own_belief_as_its_signal(
     other = shaken(network, tiny, 0)
     with torch.no_grad():
         other.self_conditioning.down_proj.weight.mul_(1.5)
-    found = compare(record(model(network), PROMPTS), record(model(other), PROMPTS))
+    found = compare_recordings(record(model(network), PROMPTS), record(model(other), PROMPTS))
     assert found.first.kl == 0 and found.second.kl > 1e-6
 
 
@@ -69,7 +69,7 @@ def recording(beliefs: torch.Tensor, steps: tuple[int, ...], answers: tuple[tupl
     beliefs = beliefs.log()
     return Recording(
         seed=0,
-        beliefs=beliefs,
+        probabilities=beliefs,
         argmax=beliefs.argmax(-1),
         entropy=-(beliefs.exp() * beliefs).sum(-1),
         answers=answers,
@@ -80,7 +80,7 @@ def recording(beliefs: torch.Tensor, steps: tuple[int, ...], answers: tuple[tupl
 def test_figures_by_hand() -> None:
     p = torch.tensor([0.5, 0.5]).expand(1, 2, 1, 2)
     q = torch.tensor([0.25, 0.75]).expand(1, 2, 1, 2)
-    found = compare(recording(p, (4,), ((1, 2, 3, 9),)), recording(q, (6,), ((1, 2, 4),)))
+    found = compare_recordings(recording(p, (4,), ((1, 2, 3, 9),)), recording(q, (6,), ((1, 2, 4),)))
     assert found.first.kl == pytest.approx(0.5 * torch.tensor(0.5 / 0.25 * 0.5 / 0.75).log().item(), rel=1e-6)
     assert found.first.agreement == 0 and found.first.entropy_original == pytest.approx(0.693147, abs=1e-6)
     assert (found.steps_original, found.steps_changed, found.tokens_same) == (4, 6, 0.5)
@@ -93,7 +93,7 @@ def test_what_cannot_be_compared_is_refused(tiny: ModelConfig, random_network: R
     one = record(lm, PROMPTS[:1])
     for other in (replace(one, seed=1), record(lm, PROMPTS)):
         with pytest.raises(RequestError, match="differ in shape or seed"):
-            compare(one, other)
+            compare_recordings(one, other)
 
 
 def test_of_many_prompts_fewer_positions_are_kept(
@@ -102,5 +102,5 @@ def test_of_many_prompts_fewer_positions_are_kept(
     lm, one = model(random_network(tiny)), 2 * tiny.vocab_size * 4
     for room, positions in ((6 * len(PROMPTS) * one, 6), (7 * len(PROMPTS) * one - 1, 6), (1, 1), (10**9, 12)):
         monkeypatch.setattr("blockpress.evals.divergence.MOST_KEPT", room)
-        kept = record(lm, PROMPTS).beliefs
+        kept = record(lm, PROMPTS).probabilities
         assert kept.shape == (len(PROMPTS), 2, positions, tiny.vocab_size)

@@ -16,17 +16,17 @@ from blockpress.model import Network
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import card
-from blockpress.train.card import Measured, Outcome, Score, calibration, score, sureness_table, table
+from blockpress.train.card import Measured, PuzzleOutcome, Score, calibration, score, steps_table, sureness_table
 
-PUZZLES = [sudoku.generate(seed, 60) for seed in range(3)]
+PUZZLES = [sudoku.generate_puzzle(seed, 60) for seed in range(3)]
 
 
 OUTCOMES = [
-    Outcome(True, 4, True, 0.004),
-    Outcome(False, 16, False, 0.3),
-    Outcome(True, 8, True, 0.0049),
-    Outcome(True, 16, False, 0.005),
-    Outcome(False, 3, True, 0.0),
+    PuzzleOutcome(True, 4, True, 0.004),
+    PuzzleOutcome(False, 16, False, 0.3),
+    PuzzleOutcome(True, 8, True, 0.0049),
+    PuzzleOutcome(True, 16, False, 0.005),
+    PuzzleOutcome(False, 3, True, 0.0),
 ]
 
 
@@ -37,7 +37,7 @@ def test_a_score_counts_shares_steps_and_its_standard_error():
 
 
 def test_calibration_counts_every_answer_in_one_class():
-    found = calibration([*OUTCOMES, Outcome(True, 90, True)])
+    found = calibration([*OUTCOMES, PuzzleOutcome(True, 90, True)])
     assert [(c.low, c.high, c.answers, c.right) for c in found] == [
         (0.0, 0.005, 3, 2), (0.005, 0.01, 1, 1), (0.01, 0.02, 0, 0), (0.02, 0.05, 0, 0), (0.05, None, 1, 0),
     ]  # fmt: skip
@@ -49,7 +49,7 @@ def test_calibration_counts_every_answer_in_one_class():
 
 
 def test_the_table_has_a_line_a_score():
-    lines = table([score("one", OUTCOMES[:2], 2.5), score("two", OUTCOMES[2:3], 1.0)]).split("\n")
+    lines = steps_table([score("one", OUTCOMES[:2], 2.5), score("two", OUTCOMES[2:3], 1.0)]).split("\n")
     assert len(lines) == 4
     assert lines[2] == "| one | 2 | 50.0 % ± 35.4 | 10.00 | 4.00 | 0.0 % | 50.0 % |"
     assert len({line.count("|") for line in lines}) == 1
@@ -113,7 +113,7 @@ def test_the_card_tells_the_whole_history_and_every_table(tmp_path: Path, monkey
 
 
 def test_held_out_grids_are_no_images_of_the_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pool = sudoku.pool(4, 3)
+    pool = sudoku.puzzle_pool(4, 3)
     monkeypatch.setattr(measure, "sudoku_pool", lambda *asked: pool)
     asked = {}
     monkeypatch.setattr(measure.sudoku, "held_out", lambda *a, avoid: asked.update(avoid=avoid, rest=a) or [])

@@ -19,7 +19,7 @@ import blockpress
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Denoised, Done, Event, Reply
 from blockpress.engine import EngineOptions
-from blockpress.engine.core import Stats
+from blockpress.engine.core import EngineStats
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
 from blockpress.lm.execute import SharedCore, run_reference
@@ -56,7 +56,7 @@ def alone() -> list[Reply]:
         return [lm.generate(prompt, max_tokens=40, seed=3) for prompt in PROMPTS]
 
 
-def stats(lm: LM) -> Stats:
+def stats(lm: LM) -> EngineStats:
     found = lm.engine.stats
     assert found is not None
     return found

@@ -18,7 +18,7 @@ from blockpress.model.layers import Experts, Layer, Linear, Rotary, put_packed
 from blockpress.model.network import CachedAttention
 from blockpress.ops import attention, blocks
 from blockpress.ops.cpu import bridge
-from blockpress.ops.integers import rounded
+from blockpress.ops.integers import quantized
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.rope import rotary_tables
 from tests.conftest import make_random_network
@@ -92,7 +92,7 @@ def check(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0) 
     """Fused, and the same: in float32 within float rounding, in bfloat16 no further from float32 than torch is."""
     if x.dtype not in usable():
         pytest.skip("torch is the faster one here")
-    assert fusing.fused(layer, x, skip) is not None, "else both are one"
+    assert fusing.fused_layer(layer, x, skip) is not None, "else both are one"
     got, plain = run(layer, x, causal, skip), in_torch(layer, x, causal, skip)
     exact = in_torch(copy.deepcopy(layer).float(), x.float(), causal, skip)
     for own, other, wanted in zip(got, plain, exact, strict=True):
@@ -133,10 +133,10 @@ def of_integers(layer: Layer) -> Layer:
     """Its matrices as integers, the router's apart."""
     for part in [*layer.modules()]:
         if isinstance(part, Linear) and part is not getattr(getattr(layer, "router", None), "proj", None):
-            put_packed(part, "weight", rounded(part.weight))
+            put_packed(part, "weight", quantized(part.weight))
         elif isinstance(part, Experts):
-            put_packed(part, "gate_up_proj", rounded(part.gate_up_proj))
-            put_packed(part, "down_proj", rounded(part.down_proj))
+            put_packed(part, "gate_up_proj", quantized(part.gate_up_proj))
+            put_packed(part, "down_proj", quantized(part.down_proj))
     return layer
 
 
@@ -148,7 +148,7 @@ def test_the_same_layer_of_integers(name: str, length: int) -> None:
     x = numbers(1, length, layer.input_layernorm.weight.numel())
     if torch.float32 not in usable():
         pytest.skip("torch is the faster one here")
-    assert fusing.fused(layer, x, 0) is not None, "else both are one"
+    assert fusing.fused_layer(layer, x, 0) is not None, "else both are one"
     for skip in (0, length // 2):
         for own, other in zip(run(layer, x, skip=skip), in_torch(layer, x, skip=skip), strict=True):
             assert float((own - other).norm() / other.norm()) < 5e-3
@@ -164,27 +164,27 @@ def test_integers_beside_floats_are_left_to_the_modules() -> None:
         layer = of_integers(layer_of("canvas, own values"))
         x, part = numbers(1, 9, 32), getattr(layer.self_attn, name)
         put_packed(part, "weight", HalfFloats(values=part.weight.unpack(torch.bfloat16)))
-        assert (fusing.fused(layer, x, 0) is None) == (name == "q_proj")
+        assert (fusing.fused_layer(layer, x, 0) is None) == (name == "q_proj")
         torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=2e-2, atol=2e-2)
 
 
 def test_what_it_leaves_to_the_modules() -> None:
     layer, x = layer_of("canvas, own values"), numbers(2, 6, 32)
-    assert fusing.fused(layer, x, 0) is not None
-    assert fusing.fused(layer, x, 2) is None and fusing.fused(layer, x[:1], 6) is None
-    assert fusing.fused(layer, x[:, :0], 0) is None and fusing.fused(layer, x.double(), 0) is None
+    assert fusing.fused_layer(layer, x, 0) is not None
+    assert fusing.fused_layer(layer, x, 2) is None and fusing.fused_layer(layer, x[:1], 6) is None
+    assert fusing.fused_layer(layer, x[:, :0], 0) is None and fusing.fused_layer(layer, x.double(), 0) is None
     assert run(layer, x, skip=2)[0].shape == (2, 4, 32)
     assert run(layer, x[:1], skip=6)[0].shape == (1, 0, 32)
-    assert fusing.fused(layer, x.bfloat16(), 0) is None, "its vectors are float32"
+    assert fusing.fused_layer(layer, x.bfloat16(), 0) is None, "its vectors are float32"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fusing.fused(layer, x, 0) is None, "a product's type is autocast's to choose"
+        assert fusing.fused_layer(layer, x, 0) is None, "a product's type is autocast's to choose"
 
 
 def test_gradients_are_torchs() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     run(layer, x)
     with torch.enable_grad():
-        assert fusing.fused(layer, x, 0) is None
+        assert fusing.fused_layer(layer, x, 0) is None
         run(layer, x.requires_grad_())[0].sum().backward()
     assert x.grad is not None and all(each.grad is not None for each in layer.mlp.parameters())
 
@@ -248,7 +248,7 @@ def test_codes_are_unpacked_on_the_way(layout: str) -> None:
     put_packed(layer.self_attn.q_proj, "weight", made((32, 32), 0))
     put_packed(layer.mlp.up_proj, "weight", made((48, 32), 1))
     put_packed(layer.experts, "gate_up_proj", made((4, 32, 32), 2))
-    assert fusing.fused(layer, x, 0) is not None
+    assert fusing.fused_layer(layer, x, 0) is not None
     torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -256,7 +256,7 @@ def test_blocks_of_gguf_are_unpacked_by_the_modules() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     packed = blocks.Blocks(torch.zeros(32, 34, dtype=torch.uint8), blocks.LAYOUTS["Q8_0"])
     put_packed(layer.self_attn.q_proj, "weight", packed)
-    assert fusing.fused(layer, x, 0) is None
+    assert fusing.fused_layer(layer, x, 0) is None
     torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -292,11 +292,11 @@ def test_a_change_of_type_in_place_is_seen() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     weight = layer.mlp.up_proj.weight
     weight.data = weight.data.bfloat16()
-    run(layer, x) if fusing.fused(layer, x, 0) else None
+    run(layer, x) if fusing.fused_layer(layer, x, 0) else None
     address = weight.data_ptr()
     weight.data = weight.data.view(torch.float16)
     assert weight.data_ptr() == address
-    found = fusing.fused(layer, x, 0)
+    found = fusing.fused_layer(layer, x, 0)
     assert found is not None and found.after.up.kind == bridge.KINDS[torch.float16]  # type: ignore[attr-defined]
 
 
@@ -350,7 +350,7 @@ def test_a_module_of_another_kind_is_called(named_alike: bool) -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     before = run(layer, x)[0]
     layer.mlp.up_proj = Adapted(layer.mlp.up_proj, named_alike)  # type: ignore[assignment]
-    assert fusing.fused(layer, x, 0) is None
+    assert fusing.fused_layer(layer, x, 0) is None
     torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(run(layer, x)[0], before, atol=1e-2)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpress.model.masks import canvas_mask, causal_mask, draw
+from blockpress.model.masks import canvas_mask, causal_mask, draw_mask
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 WINDOW = st.none() | st.integers(1, 12)
@@ -61,4 +61,4 @@ def test_nobody_is_left_without_anything_to_see(lengths: list[int], own: int, wi
 
 def test_the_drawing_shows_the_first_row():
     mask = canvas_mask(torch.tensor([1, 3]), 3, 2, None)
-    assert draw(mask, 3) == "1.. | 11\n1.. | 11"
+    assert draw_mask(mask, 3) == "1.. | 11\n1.. | 11"

@@ -9,7 +9,7 @@ import torch
 
 from blockpress.config import ModelConfig
 from blockpress.errors import MediaError, RequestError
-from blockpress.model.pictures import place
+from blockpress.model.pictures import insert_images
 from tests.conftest import RandomNetwork
 
 X = torch.zeros(2, 6, 3)
@@ -18,14 +18,14 @@ COUNTS = torch.tensor([6, 4])
 
 def test_every_feature_has_its_place() -> None:
     first, second = torch.arange(1.0, 7).view(2, 3), torch.full((1, 3), 9.0)
-    x, runs = place(X, COUNTS, [{4: second, 1: first}, {}])
+    x, runs = insert_images(X, COUNTS, [{4: second, 1: first}, {}])
     assert x[0, :, 0].tolist() == [0, 1, 4, 0, 9, 0]
     assert runs.tolist() == [[-1, 0, 0, -1, 1, -1], [-1] * 6]
     assert not x[1].any() and not X.any()
 
 
 def test_features_are_rounded_to_the_network_s_type() -> None:
-    x, _ = place(X.bfloat16(), COUNTS, [{0: torch.full((1, 3), 1.001)}, {}])
+    x, _ = insert_images(X.bfloat16(), COUNTS, [{0: torch.full((1, 3), 1.001)}, {}])
     assert x.dtype == torch.bfloat16
     assert x[0, 0].tolist() == [1, 1, 1]
 
@@ -44,7 +44,7 @@ def test_features_are_rounded_to_the_network_s_type() -> None:
 )
 def test_what_does_not_fit_is_refused(images: list[dict[int, torch.Tensor]]) -> None:
     with pytest.raises(MediaError, match=r"rows|do not fit"):
-        place(X, COUNTS, images)
+        insert_images(X, COUNTS, images)
 
 
 def test_a_network_without_pictures_reads_as_ever(random_network: RandomNetwork, tiny: ModelConfig) -> None:

@@ -23,7 +23,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import (
 
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import MediaError
-from blockpress.multimodal import images, open_image, prepare
+from blockpress.multimodal import images, open_image, prepare_images
 from blockpress.multimodal.images import FORMATS, fitted_size
 
 PUBLISHED = PictureSettings(patch_size=16, pooling=3)
@@ -56,7 +56,7 @@ def theirs(image: Image.Image, cut: PictureSettings, budget: int) -> tuple[np.nd
 
 
 def assert_equal_to_theirs(image: Image.Image, cut: PictureSettings, budget: int) -> None:
-    (ours,) = prepare([image], cut, budget)
+    (ours,) = prepare_images([image], cut, budget)
     patches, places, soft = theirs(image, cut, budget)
     assert ours.patches.dtype == patches.dtype == np.float32
     assert np.array_equal(ours.patches, patches)
@@ -173,7 +173,7 @@ def test_damage_is_an_error_of_ours_or_an_image(format: str, data: st.DataObject
         at = data.draw(st.integers(0, len(file) - 4))
         file[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
     try:
-        (picture,) = prepare([bytes(file)], SMALL)
+        (picture,) = prepare_images([bytes(file)], SMALL)
     except MediaError:
         return
     assert picture.patches.shape[1] == 48
@@ -234,13 +234,13 @@ def test_directories_and_empty_files_are_refused(tmp_path: Path) -> None:
 
 def test_the_number_of_the_bad_image_is_named() -> None:
     with pytest.raises(MediaError, match=r"^image 2 of 2: .*0 bytes"):
-        prepare([noise(4, 4), b""], SMALL)
+        prepare_images([noise(4, 4), b""], SMALL)
     with pytest.raises(MediaError, match="max_soft_tokens is 100"):
-        prepare([], SMALL, 100)
+        prepare_images([], SMALL, 100)
     with pytest.raises(MediaError, match="max_soft_tokens is True"):
-        prepare([], SMALL, True)
+        prepare_images([], SMALL, True)
     with pytest.raises(MediaError, match=r"max_soft_tokens is 70\.0"):
-        prepare([], SMALL, 70.0)  # type: ignore[arg-type]
+        prepare_images([], SMALL, 70.0)  # type: ignore[arg-type]
 
 
 def test_percent_encoded_data_is_read() -> None:

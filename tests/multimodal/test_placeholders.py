@@ -14,7 +14,7 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.errors import ConfigError, MediaError
-from blockpress.multimodal import Picture, Run, Video, expand, lay_out
+from blockpress.multimodal import ImageSpan, ProcessedImage, Video, expand, insert_placeholders
 from blockpress.multimodal.placeholders import part_end
 from blockpress.text import Tokenizer
 
@@ -22,8 +22,8 @@ CONFIG = PRESETS["diffusiongemma-26B-A4B"]()
 IMAGE, BEGIN, END = 258_880, 255_999, 258_882
 
 
-def picture(soft: int = 2) -> Picture:
-    return Picture(patches=np.zeros((0, 3), np.float32), positions=np.zeros((0, 2), np.int64), soft_tokens=soft)
+def picture(soft: int = 2) -> ProcessedImage:
+    return ProcessedImage(patches=np.zeros((0, 3), np.float32), positions=np.zeros((0, 2), np.int64), soft_tokens=soft)
 
 
 def film(*seconds: float, soft: int = 3) -> Video:
@@ -52,7 +52,7 @@ def their_video(seconds: tuple[float, ...], soft: int) -> str:
 def test_the_ids_are_those_of_the_reference_s_text(gemma: Tokenizer) -> None:
     written = "Compare \n\n<|image|>\n\n and <|image|><|image|>, then <|video|>: <|video|>"
     soft, films = [280, 7, 64], [film(0, 1.2, 59.9, 60.5), film(0.0)]
-    text, pictures = lay_out(written, [picture(count) for count in soft], films)
+    text, pictures = insert_placeholders(written, [picture(count) for count in soft], films)
     prompt = expand(gemma.encode(text), [one.soft_tokens for one in pictures], CONFIG)
     theirs = written
     for count in soft:
@@ -63,17 +63,17 @@ def test_the_ids_are_those_of_the_reference_s_text(gemma: Tokenizer) -> None:
     assert "00:59 <|image>" in theirs
     assert "01:00 <|image>" in theirs
     assert prompt.ids == gemma.encode(theirs)
-    assert [run.length for run in prompt.runs] == [280, 7, 64, 3, 3, 3, 3, 3]
-    _check_runs(prompt.ids, prompt.runs)
+    assert [run.length for run in prompt.image_spans] == [280, 7, 64, 3, 3, 3, 3, 3]
+    _check_runs(prompt.ids, prompt.image_spans)
 
 
 @given(st.lists(st.floats(0, 61), min_size=1, max_size=9))
 def test_the_timeline_is_the_reference_s(seconds: list[float]) -> None:
-    text, _ = lay_out("<|video|>", [], [film(*seconds)])
+    text, _ = insert_placeholders("<|video|>", [], [film(*seconds)])
     assert text == their_video(tuple(seconds), 1).replace("<|image><|image|><image|>", "<|image|>")
 
 
-def _check_runs(ids: list[int], runs: list[Run]) -> None:
+def _check_runs(ids: list[int], runs: list[ImageSpan]) -> None:
     marked = [False] * len(ids)
     for run in runs:
         assert (ids[run.start - 1], ids[run.stop]) == (BEGIN, END)
@@ -85,8 +85,8 @@ def _check_runs(ids: list[int], runs: list[Run]) -> None:
 def test_only_placeholders_change(ids: list[int], data: st.DataObject) -> None:
     soft = [data.draw(st.integers(1, 9)) for token in ids if token == IMAGE]
     prompt = expand(ids, soft, CONFIG)
-    _check_runs(prompt.ids, prompt.runs)
-    assert [run.length for run in prompt.runs] == soft
+    _check_runs(prompt.ids, prompt.image_spans)
+    assert [run.length for run in prompt.image_spans] == soft
     assert [token for token in prompt.ids if token < 100] == [token for token in ids if token < 100]
     assert len(prompt.ids) == len(ids) + sum(soft) + len(soft)
 
@@ -95,7 +95,7 @@ def test_only_placeholders_change(ids: list[int], data: st.DataObject) -> None:
 def test_no_part_ends_inside_a_run(length: int, size: int, data: st.DataObject) -> None:
     runs, at = [], data.draw(st.integers(0, 9))
     while at < length:
-        runs.append(Run(at, data.draw(st.integers(1, min(15, length - at)))))
+        runs.append(ImageSpan(at, data.draw(st.integers(1, min(15, length - at)))))
         at = runs[-1].stop + data.draw(st.integers(1, 9))
     start = 0
     while start < length:
@@ -117,7 +117,7 @@ def test_the_numbers_must_agree() -> None:
         ([picture()], [film(0)] * 2, "there are 2 videos for 1 place"),
     ):
         with pytest.raises(MediaError, match=message):
-            lay_out("<|image|> <|video|>", images, videos)
+            insert_placeholders("<|image|> <|video|>", images, videos)
     with pytest.raises(MediaError, match="there is 1 image for 2 places"):
         expand([IMAGE, IMAGE], [3], CONFIG)
     with pytest.raises(MediaError, match="there are 0 images for 1 place"):

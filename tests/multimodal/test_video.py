@@ -18,8 +18,8 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 
 from blockpress.config.vision import PictureSettings
 from blockpress.errors import MediaError
-from blockpress.multimodal import lay_out, prepare, prepare_videos, read_video, video
-from blockpress.multimodal.video import sampled
+from blockpress.multimodal import insert_placeholders, prepare_images, prepare_videos, read_video, video
+from blockpress.multimodal.video import sample_frames
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 CUT = PictureSettings(patch_size=4, pooling=2)
@@ -56,10 +56,10 @@ def greys(read: video.Video) -> list[float]:
 def test_frames_are_chosen_as_the_reference_chooses_them(total: int, rate: float, per_second: float) -> None:
     wanted = PictureSettings(patch_size=4, pooling=2, frames_per_second=per_second)
     if max(1, int(total / rate * per_second)) > total:  # which the reference refuses
-        assert sampled(total, rate, wanted) == list(range(total))
+        assert sample_frames(total, rate, wanted) == list(range(total))
         return
     theirs = default_sample_indices_fn(VideoMetadata(total_num_frames=total, fps=rate), fps=per_second)
-    assert sampled(total, rate, wanted) == theirs.tolist()
+    assert sample_frames(total, rate, wanted) == theirs.tolist()
 
 
 @given(st.integers(1, 5000), st.integers(1, 100))
@@ -67,7 +67,7 @@ def test_a_number_of_frames_is_spaced_as_the_reference_spaces_it(total: int, cou
     wanted = PictureSettings(patch_size=4, pooling=2, video_frames=count)
     count = min(count, total)
     theirs = default_sample_indices_fn(VideoMetadata(total_num_frames=total, fps=30.0), num_frames=count)
-    assert sampled(total, 30.0, wanted) == theirs.tolist()
+    assert sample_frames(total, 30.0, wanted) == theirs.tolist()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,9 @@ def test_the_pixels_are_the_reference_s(tmp_path: Path) -> None:
     )
     read = read_video(tmp_path / "film.mp4", CUT, 70)
     assert list(read.seconds) == metadata.timestamps
-    for ours, theirs in zip(read.frames, prepare([Image.fromarray(frame) for frame in frames], CUT, 70), strict=True):
+    for ours, theirs in zip(
+        read.frames, prepare_images([Image.fromarray(frame) for frame in frames], CUT, 70), strict=True
+    ):
         assert np.array_equal(ours.patches, theirs.patches)
         assert np.array_equal(ours.positions, theirs.positions)
 
@@ -113,8 +115,8 @@ def test_a_phone_s_video_stands_upright() -> None:
 
 def test_videos_in_a_text() -> None:
     films = prepare_videos([film(20), film(10)], CUT)
-    (image,) = prepare([Image.new("RGB", (9, 9))], CUT)
-    text, pictures = lay_out("a<|video|>b<|image|>c<|video|>", [image], films)
+    (image,) = prepare_images([Image.new("RGB", (9, 9))], CUT)
+    text, pictures = insert_placeholders("a<|video|>b<|image|>c<|video|>", [image], films)
     assert text == "a00:00 <|image|> 00:01 <|image|>b<|image|>c00:00 <|image|>"
     assert pictures == [*films[0].frames, image, *films[1].frames]
 

@@ -38,7 +38,7 @@ def int8(shape: tuple[int, ...], seed: int, group: int | None = None, asymmetric
     grid = (*shape[:-1], -(-shape[-1] // size))
     zero = byte(draw, *grid).view(torch.int8) if asymmetric else None
     scales = scale(draw, *grid, dtype=torch.bfloat16 if group else torch.float32)
-    return Codes(codes=byte(draw, *shape).view(torch.int8), scale=scales, group=size, zero=zero)
+    return Codes(codes=byte(draw, *shape).view(torch.int8), scale=scales, group=size, zero_point=zero)
 
 
 def int4(shape: tuple[int, ...], seed: int, group: int | None = None, asymmetric: bool = False) -> Nibbles:
@@ -47,7 +47,10 @@ def int4(shape: tuple[int, ...], seed: int, group: int | None = None, asymmetric
     zero = torch.randint(-8, 8, grid, dtype=torch.int8, generator=draw) if asymmetric else None
     packed = byte(draw, *shape[:-1], shape[-1] // 2)
     return Nibbles(
-        packed=packed, scale=scale(draw, *grid, dtype=torch.bfloat16 if group else torch.float32), group=size, zero=zero
+        packed=packed,
+        scale=scale(draw, *grid, dtype=torch.bfloat16 if group else torch.float32),
+        group=size,
+        zero_point=zero,
     )
 
 
@@ -56,7 +59,12 @@ def nvfp4(shape: tuple[int, ...], seed: int, divides: bool = False) -> Float4:
     packed, scales = byte(draw, *shape[:-1], shape[-1] // 2), byte(draw, *shape[:-1], shape[-1] // 16, high=0x7F)
     outer = scale(draw, *shape[:-1])
     return Float4(
-        packed=packed, scale=scales, kind="e4m3", group=16, outer=1 / outer if divides else outer, divides=divides
+        packed=packed,
+        scale=scales,
+        kind="e4m3",
+        group=16,
+        global_scale=1 / outer if divides else outer,
+        divides=divides,
     )
 
 

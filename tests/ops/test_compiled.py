@@ -97,8 +97,8 @@ def test_the_operations_agree_at_lower_levels(level: str) -> None:
     """The same comparisons with the plain versions as `blockpress doctor` makes, in a process of that level."""
     assert isa() in processor().levels
     code = (
-        "from blockpress.cli import paths\n"
-        "checks = [*paths.native(), *paths.agreement('cpu')]\n"
+        "from blockpress.cli import parity\n"
+        "checks = [*parity.native(), *parity.agreement('cpu')]\n"
         "assert {check.status for check in checks} == {'ok'}, checks"
     )
     environment = os.environ | {"BLOCKPRESS_ISA": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

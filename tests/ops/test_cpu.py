@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from blockpress.hardware import isa
 from blockpress.ops import attention, experts, grouped
 from blockpress.ops import linear as plain_products
-from blockpress.ops.attention import Piece, Span
+from blockpress.ops.attention import AttentionSpan, Piece
 from blockpress.ops.cpu import attention as in_cpp_attention
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
@@ -42,7 +42,7 @@ def combine(share: Tensor, weight: Tensor) -> Tensor:
 
 
 def mix(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return in_cpp_experts.mix(x, weights, chosen, in_cpp_experts.stacked(gate_up, down))
+    return in_cpp_experts.moe_forward(x, weights, chosen, in_cpp_experts.stacked(gate_up, down))
 
 
 def check(got: Tensor, x: Tensor, columns: Tensor) -> None:
@@ -286,7 +286,7 @@ def test_experts(case: str, own: torch.dtype, stored: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), wanted, **close)
     if bridge.supports(given[0]):
         held = [HalfFloats(values=each) if each.dtype in HALVES else each for each in (gate_up, down)]
-        assert torch.equal(experts.mix(*given[:3], *held), got), "and it is the one that is taken"
+        assert torch.equal(experts.moe_forward(*given[:3], *held), got), "and it is the one that is taken"
 
 
 def test_some_experts_have_no_token() -> None:
@@ -348,11 +348,11 @@ def test_attention(case: str, dtype: torch.dtype, turned: bool) -> None:
     keys = sum(pieces)
     mask = numbers(masked, keys, seed=5) > 0 if masked else None
     seen = tuple(piece(kv, count, dim, dtype, place, turned) for place, count in enumerate(pieces))
-    before = Span(start=0, stop=2, seen=(piece(kv, 4, dim, dtype, 9),))
+    before = AttentionSpan(start=0, stop=2, kv=(piece(kv, 4, dim, dtype, 9),))
     query = numbers(heads, 2 + queries, dim, dtype=dtype, seed=7) * 2 * dim**-0.5
     if turned:
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    span = Span(start=2, stop=2 + queries, seen=seen, mask=mask)
+    span = AttentionSpan(start=2, stop=2 + queries, kv=seen, mask=mask)
     spans = [span, before] if turned else [before, span]
     got = in_cpp_attention.attend(query, spans)[:, 2:]
     key, value = (torch.cat(part, dim=1)[None] for part in zip(*seen, strict=True))
@@ -368,8 +368,10 @@ def test_attention(case: str, dtype: torch.dtype, turned: bool) -> None:
 
 
 def test_nothing_to_see_is_nothing() -> None:
-    span = Span(start=0, stop=5, seen=(piece(2, 0, 16, torch.float32, 0),))
-    in_cpp_attention.attend(numbers(4, 5, 16), [Span(start=0, stop=5, seen=(piece(2, 9, 16, torch.float32, 0),))])
+    span = AttentionSpan(start=0, stop=5, kv=(piece(2, 0, 16, torch.float32, 0),))
+    in_cpp_attention.attend(
+        numbers(4, 5, 16), [AttentionSpan(start=0, stop=5, kv=(piece(2, 9, 16, torch.float32, 0),))]
+    )
     assert not in_cpp_attention.attend(numbers(4, 5, 16), [span]).any(), "not what was there before"
 
 
@@ -377,7 +379,7 @@ def test_nothing_to_see_is_nothing() -> None:
 def test_numbers_that_are_none_stay_with_their_query(dtype: torch.dtype) -> None:
     query = numbers(4, 9, 16, dtype=dtype)
     query[1, 4] = torch.nan
-    got = in_cpp_attention.attend(query, [Span(start=0, stop=9, seen=(piece(2, 40, 16, dtype, 0),))])
+    got = in_cpp_attention.attend(query, [AttentionSpan(start=0, stop=9, kv=(piece(2, 40, 16, dtype, 0),))])
     bad = torch.zeros(4, 9, dtype=torch.bool)
     bad[1, 4] = True
     assert torch.equal(got.isnan().all(-1), bad) and torch.equal(got.isnan().any(-1), bad)

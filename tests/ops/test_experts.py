@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from blockpress.ops import compiled, experts, grouped, rows
 from blockpress.ops.cpu import bridge
 
-VERSIONS = {"loop": experts.loop, "every": experts.every, "ordered": grouped.ordered, "mix": experts.mix}
+VERSIONS = {"loop": experts.loop, "every": experts.dense, "ordered": grouped.ordered, "mix": experts.moe_forward}
 CASES = [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 3)]
 
 
@@ -43,7 +43,7 @@ def test_the_definition(version: str, count: int, top_k: int):
 @pytest.mark.parametrize(("count", "top_k"), CASES)
 def test_gradients_agree(count: int, top_k: int):
     gradients = []
-    for version in (experts.loop, experts.every):
+    for version in (experts.loop, experts.dense):
         x, weights, chosen, gate_up, down = inputs(count, top_k)
         leaves = [leaf.requires_grad_() for leaf in (x, weights, gate_up, down)]
         version(x, weights, chosen, gate_up, down).square().sum().backward()
@@ -84,28 +84,28 @@ def test_the_source_builds_whatever_the_processor():
 @torch.inference_mode()
 def test_tiles_are_the_definition(tokens: int, top_k: int):
     given = wide(5, top_k, tokens, seed=tokens)
-    assert grouped.fits(given[0], *given[3:])
+    assert grouped.supports(given[0], *given[3:])
     got, plain, wanted = (
-        grouped.tiled(*given).double(),
+        grouped.amx_grouped(*given).double(),
         experts.loop(*given).double(),
         truth(*(x.float() if x.is_floating_point() else x for x in given)),
     )
     assert (got - wanted).norm() <= 1.05 * (plain - wanted).norm(), "no less exact than the plain version"
-    assert torch.equal(experts.mix(*given).double(), got), "and it is the one that is taken"
+    assert torch.equal(experts.moe_forward(*given).double(), got), "and it is the one that is taken"
 
 
 @pytest.mark.skipif(grouped._library() is None, reason="no matrix tiles, or no compiler")
 @torch.inference_mode()
 def test_threads_and_neighbours_do_not_show():
     x, weights, chosen, gate_up, down = wide(5, 2, 200)
-    whole, threads = grouped.tiled(x, weights, chosen, gate_up, down), torch.get_num_threads()
+    whole, threads = grouped.amx_grouped(x, weights, chosen, gate_up, down), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert torch.equal(grouped.tiled(x, weights, chosen, gate_up, down), whole)
+        assert torch.equal(grouped.amx_grouped(x, weights, chosen, gate_up, down), whole)
     finally:
         torch.set_num_threads(threads)
     some = torch.tensor([7, 3, 150])
-    assert torch.equal(grouped.tiled(x[some], weights[some], chosen[some], gate_up, down), whole[some])
+    assert torch.equal(grouped.amx_grouped(x[some], weights[some], chosen[some], gate_up, down), whole[some])
 
 
 @pytest.mark.parametrize("native", [True, False])

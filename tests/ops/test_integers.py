@@ -18,7 +18,7 @@ from blockpress.ops import experts, grouped, integers, linear
 from blockpress.ops.blocks import LAYOUTS, Blocks
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
-from blockpress.ops.integers import IntegerWeight, encode, product, rounded
+from blockpress.ops.integers import IntegerWeight, matmul, quantize_rows, quantized
 from blockpress.ops.packed import Codes
 from tests.ops import layouts
 from tests.ops.draws import numbers, threads
@@ -49,7 +49,7 @@ def in_cpp(x: Tensor, weight: IntegerWeight, out: Tensor | None = None) -> Tenso
 def test_linear(rows: int, depth: int, columns: int, seed: int) -> None:
     x, weight = numbers(rows, depth, seed=seed), codes(columns, depth, seed=seed)
     got = in_cpp(x, weight)
-    assert torch.equal(got, product(x, weight)) and torch.equal(got, linear.linear(x, weight))
+    assert torch.equal(got, matmul(x, weight)) and torch.equal(got, linear.linear(x, weight))
 
 
 LARGE = {
@@ -67,7 +67,7 @@ LARGE = {
 def test_linear_beyond_a_block(case: str) -> None:
     rows, depth, columns = LARGE[case]
     x, weight = numbers(rows, depth), codes(columns, depth)
-    assert torch.equal(in_cpp(x, weight), product(x, weight))
+    assert torch.equal(in_cpp(x, weight), matmul(x, weight))
 
 
 @needs_cpp
@@ -95,7 +95,7 @@ def test_the_largest_codes_do_not_saturate(rows: int, signs: tuple[int, int]) ->
         x = torch.full((rows, depth), 3.0 * own)
         weight = IntegerWeight(codes=torch.full((33, depth), largest, dtype=torch.int8), scale=torch.ones(33))
         got = in_cpp(x, weight)
-        assert torch.equal(got, product(x, weight))
+        assert torch.equal(got, matmul(x, weight))
         wanted = torch.tensor(own * 127 * largest * depth).float() * (torch.tensor(3.0) / 127)
         assert bool((got == wanted).all())
 
@@ -106,17 +106,17 @@ def test_what_lies_in_larger_storage(rows: int) -> None:
     """Rows of x and of the result some way apart; nothing is written between them."""
     x, weight = numbers(rows, 53)[:, 3:40], codes(45, 37)
     whole = torch.full((rows, 60), 7.0)
-    assert torch.equal(in_cpp(x, weight, out=whole[:, 5:50]), product(x, weight))
+    assert torch.equal(in_cpp(x, weight, out=whole[:, 5:50]), matmul(x, weight))
     assert bool((whole[:, :5] == 7).all()) and bool((whole[:, 50:] == 7).all())
     batch = numbers(2, rows, 37)
-    assert torch.equal(in_cpp(batch, weight), product(batch, weight))
+    assert torch.equal(in_cpp(batch, weight), matmul(batch, weight))
     assert in_cpp(numbers(0, 37), weight).shape == (0, 45)
 
 
 @needs_cpp
 def test_bfloat16_is_rounded_once() -> None:
     x, weight = numbers(9, 70).bfloat16(), codes(40, 70)
-    assert torch.equal(in_cpp(x, weight), product(x.float(), weight).bfloat16())
+    assert torch.equal(in_cpp(x, weight), matmul(x.float(), weight).bfloat16())
 
 
 @needs_cpp
@@ -132,7 +132,7 @@ def test_neighbours_and_threads_do_not_show(chosen: list[int]) -> None:
         assert torch.equal(in_cpp(x[some], weight), whole[some])
 
 
-@pytest.mark.parametrize("op", [product, pytest.param(in_cpp, marks=needs_cpp)])
+@pytest.mark.parametrize("op", [matmul, pytest.param(in_cpp, marks=needs_cpp)])
 @pytest.mark.parametrize("rows", [4, 9])
 def test_rows_that_have_no_codes(op: object, rows: int) -> None:
     """Zeros and what is nearly 0 give 0, what is not finite gives NaN, and no row shows in another."""
@@ -141,7 +141,7 @@ def test_rows_that_have_no_codes(op: object, rows: int) -> None:
     x[2, 7], x[3, 49] = torch.inf, torch.nan
     got = op(x, weight)  # type: ignore[operator]
     assert bool((got[:2] == 0).all()) and bool(got[2:4].isnan().all())
-    assert torch.equal(got[4:], product(x[4:], weight))
+    assert torch.equal(got[4:], matmul(x[4:], weight))
 
 
 # ---- how far off
@@ -149,7 +149,7 @@ def test_rows_that_have_no_codes(op: object, rows: int) -> None:
 
 def limit(x: Tensor, weight: IntegerWeight, own_codes: bool) -> Tensor:
     """The largest error: of the module's docstring. own_codes: the weight was stored as these codes."""
-    q, s = encode(x)
+    q, s = quantize_rows(x)
     step = 0.5 + 2.0**-15  # 127 * 2^-22: where float32 rounds a code to the other side
     e, f = step, 0.0 if own_codes else step
     sums = f * q.double().abs().sum(-1)[:, None] + e * weight.codes.double().abs().sum(-1) + x.shape[-1] * e * f
@@ -165,7 +165,7 @@ def test_the_error_of_a_product(rows: int, depth: int, spread: float, seed: int)
     """Of values of very different sizes, too."""
     x = numbers(rows, depth, seed=seed) * torch.exp(spread * numbers(rows, depth, seed=seed + 1))
     floats = numbers(40, depth, seed=seed + 2) * torch.exp(spread * numbers(40, depth, seed=seed + 3))
-    for weight, values in ((rounded(floats), floats.double()), (codes(40, depth), None)):
+    for weight, values in ((quantized(floats), floats.double()), (codes(40, depth), None)):
         exact = weight.codes.double() * weight.scale.double()[:, None] if values is None else values
         off = (linear.linear(x, weight).double() - x.double() @ exact.T).abs()
         assert bool((off <= limit(x, weight, values is None)).all())
@@ -174,9 +174,9 @@ def test_the_error_of_a_product(rows: int, depth: int, spread: float, seed: int)
 def test_the_usual_error() -> None:
     """Of normal values: each rounding has a variance of a twelfth of its step's square."""
     x, floats = numbers(64, 512), numbers(256, 512, seed=1)
-    weight, exact = rounded(floats), x.double() @ floats.double().T
+    weight, exact = quantized(floats), x.double() @ floats.double().T
     off = float((linear.linear(x, weight).double() - exact).norm() / exact.norm())
-    predicted = float(((encode(x)[1] ** 2).mean() / 12 + (weight.scale**2).mean() / 12) ** 0.5)
+    predicted = float(((quantize_rows(x)[1] ** 2).mean() / 12 + (weight.scale**2).mean() / 12) ** 0.5)
     assert off == pytest.approx(predicted, rel=0.05) and 0.008 < off < 0.011
 
 
@@ -185,7 +185,7 @@ def test_the_usual_error() -> None:
 
 def test_int8_codes_under_a_scale_a_row_are_taken_as_they_are() -> None:
     stored = layouts.int8((3, 40, 24), 0)
-    made = rounded(stored)
+    made = quantized(stored)
     assert made.codes.data_ptr() == stored.codes.data_ptr() and torch.equal(made.scale, stored.scale[..., 0])
     assert torch.equal(made.unpack(torch.float32), stored.unpack(torch.float32))
 
@@ -210,17 +210,17 @@ def test_a_weight_in_any_layout_is_rounded(kind: str, tile: int, monkeypatch: py
     monkeypatch.setattr(integers, "TILE", tile)
     stored = STORED[kind]()
     values = stored.float() if isinstance(stored, Tensor) else stored.unpack(torch.float32)
-    made = rounded(stored)
+    made = quantized(stored)
     assert made.shape == tuple(values.shape) and made.nbytes == values.numel() + 4 * values[..., 0].numel()
     off = (made.unpack(torch.float32) - values).abs()
     assert bool((off <= made.scale[..., None] * 0.50002).all())
     assert bool((made.codes.int().abs().amax(-1) == 127).all())
-    alone = [rounded(part) for part in stored] if isinstance(stored, Tensor) and stored.ndim == 3 else []
+    alone = [quantized(part) for part in stored] if isinstance(stored, Tensor) and stored.ndim == 3 else []
     assert all(torch.equal(one.codes, made[i].codes) for i, one in enumerate(alone))
 
 
 def test_a_row_of_zeros_has_codes_of_zero() -> None:
-    made = rounded(torch.zeros(2, 5))
+    made = quantized(torch.zeros(2, 5))
     assert not made.codes.any() and not linear.linear(numbers(3, 5), made).any()
 
 
@@ -240,7 +240,7 @@ def test_other_codes_of_eight_bits_are_no_integers() -> None:
     """A scale a row is not enough: fp8 has it, too."""
     stored = layouts.fp8((40, 32), 0)
     assert isinstance(stored, Codes) and stored.codes.dtype != torch.int8
-    assert rounded(stored).codes.data_ptr() != stored.codes.data_ptr()
+    assert quantized(stored).codes.data_ptr() != stored.codes.data_ptr()
 
 
 # ---- experts
@@ -257,7 +257,7 @@ def test_experts(tokens: int) -> None:
     weights, chosen = experts.route(scores, k, torch.ones(count))
     stacks = in_cpp_experts.stacked(gate_up, down)
     assert stacks is not None
-    got = in_cpp_experts.mix(x, weights, chosen, stacks)
+    got = in_cpp_experts.moe_forward(x, weights, chosen, stacks)
     for plain in (experts.loop, grouped.ordered):
         wanted = plain(x, weights, chosen, gate_up, down)
         # GeGLU differs in the last bits, which now and then makes another code of what lies between the products.

@@ -81,7 +81,9 @@ def test_experts(name: str) -> None:
     floats = gate_up.unpack(torch.float32), down.unpack(torch.float32)
     # A row of `down` has one group of 32, whose bfloat16 scale factors leave unrounded.
     share = 2**-8 if name == "int4 groups" else 1e-5
-    assert close(experts.mix(x, weights, chosen, gate_up, down), experts.loop(x, weights, chosen, *floats), share)
+    assert close(
+        experts.moe_forward(x, weights, chosen, gate_up, down), experts.loop(x, weights, chosen, *floats), share
+    )
 
 
 def test_tiles_cover_every_row_once() -> None:

@@ -38,9 +38,9 @@ def value(weight: Layout, row: int, column: int) -> float:
     if isinstance(weight, Float4):
         code = int(weight.scale[row, group])
         inner = e4m3(code) if weight.kind == "e4m3" else 2.0 ** (code - 127)
-        outer = 1.0 if weight.outer is None else float(weight.outer[row])
+        outer = 1.0 if weight.global_scale is None else float(weight.global_scale[row])
         return number * (inner / outer if weight.divides else inner * outer)
-    zero = 0 if weight.zero is None else int(weight.zero[row, group])
+    zero = 0 if weight.zero_point is None else int(weight.zero_point[row, group])
     return (number - zero) * float(weight.scale[row, group])
 
 

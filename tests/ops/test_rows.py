@@ -43,7 +43,7 @@ def same(got: Tensor, wanted: Tensor) -> None:
 @given(size=st.integers(1, 70), count=st.integers(1, 9), weighted=st.booleans(), seed=st.integers(0, 99))
 def test_rms_norm(dtype: torch.dtype, size: int, count: int, weighted: bool, seed: int) -> None:
     x, weight = numbers(count, size, dtype=dtype, seed=seed), numbers(size, dtype=dtype) if weighted else None
-    assert rows.fits(x, weight)
+    assert rows.supports(x, weight)
     same(norm.rms_norm(x, weight, 1e-6), norm.plain(x, weight, 1e-6))
 
 
@@ -107,7 +107,7 @@ def test_numbers_that_are_none_stay_in_their_row(dtype: torch.dtype) -> None:
 def test_weigh(dtype: torch.dtype, size: int) -> None:
     y, weights = numbers(12, size, dtype=dtype), numbers(4, 3, dtype=torch.float32)
     places = torch.randperm(12, generator=torch.Generator().manual_seed(2)).view(4, 3)
-    same(rows.weigh(y, places, weights), (y[places] * weights[..., None]).to(dtype).sum(1))
+    same(rows.weighted_sum(y, places, weights), (y[places] * weights[..., None]).to(dtype).sum(1))
 
 
 def test_threads_share_what_is_large() -> None:
@@ -122,8 +122,8 @@ def test_threads_share_what_is_large() -> None:
 
 def test_what_may_not_go_to_the_c() -> None:
     x = numbers(8, 16, dtype=torch.float32)
-    assert rows.fits(x)
-    assert not rows.fits(x.double()) and not rows.fits(x, x.bfloat16()) and not rows.fits(x.t())
-    assert not rows.fits(torch.empty(8, 16, device="meta"))
+    assert rows.supports(x)
+    assert not rows.supports(x.double()) and not rows.supports(x, x.bfloat16()) and not rows.supports(x.t())
+    assert not rows.supports(torch.empty(8, 16, device="meta"))
     with torch.inference_mode(False), torch.enable_grad():
-        assert not rows.fits(x), "gradients are torch's"
+        assert not rows.supports(x), "gradients are torch's"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.ops import attention, spans
-from blockpress.ops.attention import Piece, Span
+from blockpress.ops.attention import AttentionSpan, Piece
 from blockpress.ops.cpu import bridge
-from blockpress.ops.spans import look
+from blockpress.ops.spans import varlen_attention
 
 DIM = 16
 
@@ -27,7 +27,7 @@ def piece(draw: torch.Generator, kv: int, keys: int, dtype: torch.dtype = torch.
     return key, value
 
 
-def build(shape: list[tuple[int, list[int], bool]], kv: int, dtype: torch.dtype, seed: int) -> list[Span]:
+def build(shape: list[tuple[int, list[int], bool]], kv: int, dtype: torch.dtype, seed: int) -> list[AttentionSpan]:
     """Spans of (queries, keys of each piece, masked)."""
     draw, start, made = torch.Generator().manual_seed(seed), 0, []
     for queries, pieces, masked in shape:
@@ -36,15 +36,15 @@ def build(shape: list[tuple[int, list[int], bool]], kv: int, dtype: torch.dtype,
             mask = torch.rand(queries, sum(pieces), generator=draw) < 0.5
             mask[:, 0] = True
         seen = tuple(piece(draw, kv, keys, dtype, pages=place == 0) for place, keys in enumerate(pieces))
-        made.append(Span(start=start, stop=start + queries, seen=seen, mask=mask))
+        made.append(AttentionSpan(start=start, stop=start + queries, kv=seen, mask=mask))
         start += queries
     return made
 
 
-def truth(query: Tensor, made: list[Span]) -> Tensor:
+def truth(query: Tensor, made: list[AttentionSpan]) -> Tensor:
     parts = []
     for span in made:
-        key, value = (torch.cat(halves, dim=1)[None] for halves in zip(*span.seen, strict=True))
+        key, value = (torch.cat(halves, dim=1)[None] for halves in zip(*span.kv, strict=True))
         mask = None if span.mask is None else span.mask[None]
         parts.append(attention.plain(query[None, :, span.start : span.stop], key, value, mask)[0])
     return torch.cat(parts, dim=1)
@@ -63,11 +63,11 @@ def only(version: str) -> Iterator[None]:
             yield
 
 
-def check(made: list[Span], heads: int, dtype: torch.dtype = torch.float32, version: str = "C++") -> None:
+def check(made: list[AttentionSpan], heads: int, dtype: torch.dtype = torch.float32, version: str = "C++") -> None:
     draw = torch.Generator().manual_seed(len(made))
     query = torch.randn(heads, made[-1].stop, DIM, generator=draw).to(dtype)
     with torch.inference_mode(), only(version):
-        got, wanted = look(query, made), truth(query, made)
+        got, wanted = varlen_attention(query, made), truth(query, made)
     assert got.transpose(0, 1).is_contiguous(), "heads of a row lie side by side"
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(got, wanted, **close)
@@ -110,9 +110,9 @@ def test_it_is_c_where_that_can_be_had() -> None:
     query = torch.randn(4, made[-1].stop, DIM, generator=torch.Generator().manual_seed(0))
     with mock.patch.object(spans, "_look") as in_torch:
         with torch.inference_mode():
-            look(query, made)
+            varlen_attention(query, made)
         assert not in_torch.called
-        look(query, made)
+        varlen_attention(query, made)
         assert in_torch.called, "gradients are torch's"
 
 
@@ -134,9 +134,9 @@ def test_what_is_masked_or_fills_up_has_no_influence_at_all(version: str) -> Non
     made = build([(3, [8], True), (3, [20], False)], 2, torch.float32, 3)
     query = torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), only(version):
-        before = look(query, made)[:, :3].clone()
-        made[0].mask[:, 5:], made[1].seen[0][1][:] = False, 1e6  # type: ignore[index]
-        hidden = look(query, made)[:, :3].clone()
-        made[0].seen[0][0][:, 5:], made[0].seen[0][1][:, 5:] = 50.0, -1e6
-        assert torch.equal(look(query, made)[:, :3], hidden)
+        before = varlen_attention(query, made)[:, :3].clone()
+        made[0].mask[:, 5:], made[1].kv[0][1][:] = False, 1e6  # type: ignore[index]
+        hidden = varlen_attention(query, made)[:, :3].clone()
+        made[0].kv[0][0][:, 5:], made[0].kv[0][1][:, 5:] = 50.0, -1e6
+        assert torch.equal(varlen_attention(query, made)[:, :3], hidden)
     assert not torch.equal(before, hidden), "the mask counts"

@@ -37,7 +37,7 @@ def same_bits(weight: Layout) -> None:
     for dtype in TYPES:
         with tables():
             wanted = readings(weight, dtype)
-        with mock.patch.object(unpacking, "fours", wraps=unpacking.fours) as native:
+        with mock.patch.object(unpacking, "fours", wraps=unpacking.unpack_4bit) as native:
             got = readings(weight, dtype)
         assert native.call_count == 2, "both readings went through C++"
         for ours, theirs in zip(got, wanted, strict=True):
@@ -95,17 +95,17 @@ def test_what_is_left_to_the_tables() -> None:
 def test_e4m3_of_any_size(dtype: torch.dtype, rows: int, columns: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=draw).view(E4M3)
-    alike(unpacking.e4m3(codes, dtype), codes.to(dtype))
+    alike(unpacking.unpack_e4m3(codes, dtype), codes.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_e4m3_code_in_parts_and_threads(dtype: torch.dtype) -> None:
     codes, threads = torch.arange(256, dtype=torch.uint8).repeat(3, 300).view(E4M3), torch.get_num_threads()
     for part in (codes, codes[1], codes[:, 5:90], codes.t()):
-        alike(unpacking.e4m3(part, dtype), part.to(dtype))
+        alike(unpacking.unpack_e4m3(part, dtype), part.to(dtype))
     torch.set_num_threads(2)
     try:
-        alike(unpacking.e4m3(codes, dtype), codes.to(dtype))
+        alike(unpacking.unpack_e4m3(codes, dtype), codes.to(dtype))
     finally:
         torch.set_num_threads(threads)
 
@@ -116,7 +116,7 @@ def test_codes_go_through_c_and_are_those_of_the_tables(name: str, dtype: torch.
     weight = LAYOUTS[name]((2, 9, 96), 3)
     with tables():
         wanted = readings(weight, dtype)
-    with mock.patch.object(unpacking, "e4m3", wraps=unpacking.e4m3) as native:
+    with mock.patch.object(unpacking, "e4m3", wraps=unpacking.unpack_e4m3) as native:
         got = readings(weight, dtype)
     assert native.called
     for ours, theirs in zip(got, wanted, strict=True):
@@ -134,4 +134,4 @@ def test_experts_of_four_bits(name: str) -> None:
         wanted = experts.loop(*given)
     got = grouped.ordered(*given)
     assert (got - wanted).float().norm() <= 0.01 * wanted.float().norm()
-    assert torch.equal(experts.mix(*given), got)
+    assert torch.equal(experts.moe_forward(*given), got)

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from blockpress.checkpoints import load_config, load_generation, load_network
 from blockpress.config import AutoregressiveSampling, GenerationConfig
 from blockpress.decoding import SequenceState
-from blockpress.decoding.autoregressive import choose
+from blockpress.decoding.autoregressive import sample_next
 from blockpress.errors import ConfigError, RequestError
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
 
@@ -78,7 +78,7 @@ def test_draws_follow_the_reference_distribution(
     expected = out.scores[0][0].softmax(-1)
     hidden, _ = network.read(torch.tensor([prompt]), network.empty_cache(1))
     rows = [SequenceState(i, prompt, i, stop_ids=(), canvas_length=1, room=9) for i in range(count)]
-    drawn = choose(network, rows, hidden[:, -1:].expand(count, 1, -1), sampling).tolist()
+    drawn = sample_next(network, rows, hidden[:, -1:].expand(count, 1, -1), sampling).tolist()
     if sampling.temperature == 0:
         assert set(drawn) == {int(expected.argmax())}
         return

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from blockpress.checkpoints import load_network
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Done, Reply, SequenceState
-from blockpress.decoding.autoregressive import autoregress
-from blockpress.decoding.verified import verified
+from blockpress.decoding.autoregressive import generate_autoregressive
+from blockpress.decoding.verified import generate_verified
 from blockpress.model import Network
 
 from .checkpoints import TINY
@@ -30,7 +30,9 @@ def answers(network: Network, rows: Sequence[list[int]], sampling: Sampling | Au
     length = network.config.canvas_length if diffusion else 1
     given = {"stop_ids": (), "canvas_length": length, "room": 60, "max_tokens": 14, "logprobs": TOP}
     made = [SequenceState(index, row, index, **given) for index, row in enumerate(rows)]
-    events = verified(network, made, sampling) if diffusion else autoregress(network, made, sampling)  # type: ignore[arg-type]
+    events = (
+        generate_verified(network, made, sampling) if diffusion else generate_autoregressive(network, made, sampling)
+    )  # type: ignore[arg-type]
     found = {event.row: event.reply for event in events if isinstance(event, Done)}
     return [found[index] for index in range(len(rows))]
 

@@ -23,7 +23,7 @@ from blockpress.checkpoints import load_config, load_network
 from blockpress.checkpoints.names import our_name, published_name
 from blockpress.config import LayerConfig, ModelConfig
 from blockpress.decoding import Done, SequenceState
-from blockpress.decoding.autoregressive import autoregress
+from blockpress.decoding.autoregressive import generate_autoregressive
 from blockpress.decoding.generate import pad
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network
@@ -95,7 +95,9 @@ def their_answer(theirs: Theirs, prompt: list[int], stop: int | None) -> list[in
 def our_answers(directory: Path, rows: list[list[int]], stop_ids: tuple[int, ...]) -> list[list[int]]:
     limits = {"canvas_length": 1, "room": 64, "max_tokens": TOKENS}
     made = [SequenceState(index, row, 0, stop_ids=stop_ids, **limits) for index, row in enumerate(rows)]
-    done = {e.row: e.reply.tokens for e in autoregress(load_network(directory), made) if isinstance(e, Done)}
+    done = {
+        e.row: e.reply.tokens for e in generate_autoregressive(load_network(directory), made) if isinstance(e, Done)
+    }
     return [done[index] for index in range(len(rows))]
 
 

@@ -27,7 +27,7 @@ from blockpress.config.vision import MINIMAL_TOWER as SMALLEST
 from blockpress.config.vision import PictureSettings, VisionConfig
 from blockpress.model import Network, pictures
 from blockpress.model.vision import VisionTower
-from blockpress.multimodal import Prompt, expand, prepare
+from blockpress.multimodal import ExpandedPrompt, expand, prepare_images
 from blockpress.multimodal.images import fitted_size
 from blockpress.multimodal.placeholders import part_end
 
@@ -58,7 +58,7 @@ ROWS: dict[str, tuple[list[int], list[tuple[int, int]]]] = {
 class SequenceState:
     """One prompt and its pictures, with a canvas to denoise and one to commit."""
 
-    prompt: Prompt
+    prompt: ExpandedPrompt
     images: list[Image.Image]
     first: Tensor
     second: Tensor
@@ -88,7 +88,7 @@ def rows() -> dict[str, SequenceState]:
     random = np.random.default_rng(5)
     for name, (ids, sizes) in ROWS.items():
         images = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-        soft = [picture.soft_tokens for picture in prepare(images, CUT)]
+        soft = [picture.soft_tokens for picture in prepare_images(images, CUT)]
         canvases = torch.from_numpy(random.integers(0, 60, (2, CONFIG.canvas_length)))
         made[name] = SequenceState(expand(ids, soft, CONFIG), images, *canvases)
     return made
@@ -130,8 +130,8 @@ def ours(names: list[str], network: Network, parts: int | None = None) -> list[F
     chosen = [rows()[name] for name in names]
     images = []
     for row in chosen:
-        features = tower(prepare(row.images, CUT))
-        images.append({run.start: seen for run, seen in zip(row.prompt.runs, features, strict=True)})
+        features = tower(prepare_images(row.images, CUT))
+        images.append({run.start: seen for run, seen in zip(row.prompt.image_spans, features, strict=True)})
     hidden, cache = _read(network, chosen, images) if parts is None else _read_in_parts(network, chosen, images, parts)
     first, second = torch.stack([row.first for row in chosen]), torch.stack([row.second for row in chosen])
     canvas = network.logits(network.denoise(first, cache, None))
@@ -157,7 +157,7 @@ def _read_in_parts(network: Network, chosen: list[SequenceState], images: list[d
     (row,), (own,) = chosen, images
     cache, hidden, start, length = network.empty_cache(1), [], 0, len(row.prompt.ids)
     while start < length:
-        stop = part_end(start, min(start + size, length), row.prompt.runs)
+        stop = part_end(start, min(start + size, length), row.prompt.image_spans)
         inside = {at - start: seen for at, seen in own.items() if start <= at < stop}
         seen, cache = network.read(torch.tensor(row.prompt.ids[start:stop])[None], cache, None, [inside])
         hidden.append(seen)
@@ -173,9 +173,9 @@ def worst(figures: list[Figures], names: list[str]) -> dict[str, float]:
 def test_the_rows_are_what_they_say() -> None:
     assert [len(row.prompt.ids) for row in rows().values()][-1] == 10
     for name, (_, sizes) in ROWS.items():
-        found = [run.length for run in rows()[name].prompt.runs]
+        found = [run.length for run in rows()[name].prompt.image_spans]
         assert found == [np.prod(fitted_size(*size, CUT, 70)) // 64 for size in sizes]
-    assert min(run.length for row in rows().values() for run in row.prompt.runs) > 2 * CONFIG.sliding_window
+    assert min(run.length for row in rows().values() for run in row.prompt.image_spans) > 2 * CONFIG.sliding_window
 
 
 def test_prompts_with_pictures(report: Report) -> None:
@@ -214,7 +214,7 @@ def _run_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = pictures.place
+    right = pictures.insert_images
     scale = CONFIG.hidden_size**0.5
     monkeypatch.setattr(
         "blockpress.model.network.place",
@@ -223,7 +223,7 @@ def _scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _runs(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    right = pictures.place
+    right = pictures.insert_images
 
     def placed(x: Tensor, counts: Tensor, images: Any) -> tuple[Tensor, Tensor]:
         x, runs = right(x, counts, images)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blockpress.checkpoints import load_network, minimal_vision, save_checkpoint
-from blockpress.checkpoints.index import catalogue
+from blockpress.checkpoints.index import read_index
 from blockpress.checkpoints.safetensors.stream import CODES
 from blockpress.config import PRESETS, GenerationConfig
 from blockpress.errors import BlockpressError, CheckpointError, RequestError, UnexpectedWeights
@@ -27,7 +27,7 @@ from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.quantize.convert import REPORT, Converted, convert_checkpoint
 from blockpress.quantize.encoders import FORMATS, Format, format_named, quantization_config
-from blockpress.quantize.recipe import outline
+from blockpress.quantize.recipe import make_recipe
 from tests.builders.files import change_json, change_tensors, figures, same, snapshot, tensors_of
 from tests.conftest import RandomNetwork
 from tests.quantize.oracle import restore
@@ -119,8 +119,8 @@ def test_names_types_and_shapes_are_those_that_the_outline_announced(
     form: Format, source: Path, tmp_path: Path
 ) -> None:
     convert_checkpoint(source, tmp_path / "out", form)
-    stored = {name: (t.dtype, t.shape) for name, t in catalogue(source).items()}
-    slots = {slot.name: (slot.code, slot.shape) for slot in outline(stored, form).slots()}
+    stored = {name: (t.dtype, t.shape) for name, t in read_index(source).items()}
+    slots = {slot.name: (slot.code, slot.shape) for slot in make_recipe(stored, form).slots()}
     assert {name: (CODES[t.dtype], tuple(t.shape)) for name, t in tensors_of(tmp_path / "out").items()} == slots
     layer = "model.decoder.layers.1.experts.3.down_proj"
     packed = {"fp8": "weight", "int8": "weight", "int4": "weight_packed", "nvfp4": "weight_packed"}[form.name]

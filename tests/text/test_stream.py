@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models
 
 from blockpress.errors import RequestError, TextError
 from blockpress.text import StreamDecoder, Tokenizer
-from blockpress.text.pieces import _BYTE_OF_SIGN
+from blockpress.text.detokenizer import _BYTE_OF_SIGN
 
 BYTES = [
     f"<0x{byte:02X}>"

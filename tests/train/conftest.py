@@ -12,9 +12,9 @@ import torch
 
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.text.builder import write_digits_tokenizer
-from blockpress.train.objective import Objective, Rows
+from blockpress.train.objective import Objective, TrainingBatch
 from blockpress.train.optimizer import OptimizerConfig
-from blockpress.train.recipes import Recipe
+from blockpress.train.recipes import TrainingRecipe
 
 EOS = 1
 
@@ -26,11 +26,13 @@ class Copies:
     config: ModelConfig
     seed: int
 
-    def rows(self, step: int, count: int, progress: float) -> Rows:
+    def rows(self, step: int, count: int, progress: float) -> TrainingBatch:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step)
         digits = torch.randint(5, 15, (count, 4), generator=generator)
         bos, eos = torch.full((count, 1), 2), torch.full((count, 2), EOS)
-        return Rows(torch.cat((bos, digits, digits, eos), dim=1), torch.full((count,), 5), torch.ones(count, dtype=int))
+        return TrainingBatch(
+            torch.cat((bos, digits, digits, eos), dim=1), torch.full((count,), 5), torch.ones(count, dtype=int)
+        )
 
 
 def small_config() -> ModelConfig:
@@ -38,9 +40,9 @@ def small_config() -> ModelConfig:
     return replace(PRESETS["tiny"](), vocab_size=16, canvas_length=6, sliding_window=5, context_length=64)
 
 
-def make_copy_recipe(**changes: object) -> Recipe:
+def make_copy_recipe(**changes: object) -> TrainingRecipe:
     """Six steps of four rows, two at a time, by both optimizers."""
-    base = Recipe(
+    base = TrainingRecipe(
         name="copy",
         about="repeat the prompt",
         config=small_config(),
@@ -62,7 +64,7 @@ def small() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def copy_recipe() -> Callable[..., Recipe]:
+def copy_recipe() -> Callable[..., TrainingRecipe]:
     """`copy_recipe(**changes)`."""
     return make_copy_recipe
 

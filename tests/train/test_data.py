@@ -23,7 +23,7 @@ BlockPool = tuple[NDArray[np.uint8], NDArray[np.int8]]
 
 @pytest.fixture(scope="module")
 def pool() -> BlockPool:
-    return sudoku.pool(4, 6)
+    return sudoku.puzzle_pool(4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_tokens_are_the_puzzle_and_its_solution(pool: BlockPool, tokenizer: Toke
         puzzle, solution = tokenizer.decode(prompt), tokenizer.decode(canvas)
         assert prompt == tokenizer.encode(puzzle)
         assert canvas == [*tokenizer.encode(solution, add_special=False), CONFIG.eos_ids[0]]
-        puzzle, solution = sudoku.parse(puzzle), sudoku.parse(solution)
+        puzzle, solution = sudoku.parse_puzzle(puzzle), sudoku.parse_puzzle(solution)
         assert sudoku.is_solved(solution)
         assert sudoku.agrees(puzzle, solution)
         assert sudoku.count_solutions(puzzle) == 1

@@ -21,7 +21,7 @@ from blockpress.errors import ConfigError
 from blockpress.model import Network
 from blockpress.train import objective
 from blockpress.train.initialise import initialise
-from blockpress.train.objective import Draw, Objective, Rows, draw, losses
+from blockpress.train.objective import Draw, Objective, TrainingBatch, draw_batch, losses
 from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates
 
 EOS = 1
@@ -31,17 +31,19 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def clean_rows(config: ModelConfig, shapes: list[tuple[int, int]], seed: int = 0) -> Rows:
+def clean_rows(config: ModelConfig, shapes: list[tuple[int, int]], seed: int = 0) -> TrainingBatch:
     """Random rows of (prompt, canvases), right-padded with zeros."""
     lengths = [prompt + canvases * config.canvas_length for prompt, canvases in shapes]
     tokens = torch.zeros(len(shapes), max(lengths), dtype=torch.long)
     for row, length in enumerate(lengths):
         tokens[row, :length] = torch.randint(config.vocab_size, (length,), generator=generator(seed * 100 + row))
     prompts, canvases = (torch.tensor(column) for column in zip(*shapes, strict=True))
-    return Rows(tokens, prompts, canvases)
+    return TrainingBatch(tokens, prompts, canvases)
 
 
-def controlled(rows: Rows, config: ModelConfig, chosen: list[int], conditioned: list[int], seed: int = 5) -> Draw:
+def controlled(
+    rows: TrainingBatch, config: ModelConfig, chosen: list[int], conditioned: list[int], seed: int = 5
+) -> Draw:
     """A draw with the canvases and the conditioned ones given; tokens half corrupted."""
     starts = rows.prompts + torch.tensor(chosen) * config.canvas_length
     clean = rows.tokens.gather(1, starts[:, None] + torch.arange(config.canvas_length))
@@ -64,7 +66,7 @@ CHOSEN = [2, 0, 0, 1]
 
 
 @torch.no_grad()
-def by_generation(network: Network, rows: Rows, drawn: Draw) -> tuple[float, float]:
+def by_generation(network: Network, rows: TrainingBatch, drawn: Draw) -> tuple[float, float]:
     """Both losses, row by row without padding, through the passes that generation uses."""
     canvas, causal, conditioned = [], [], set(drawn.conditioned.tolist())
     for row, start in enumerate(drawn.starts.tolist()):
@@ -92,7 +94,7 @@ def test_the_losses_are_those_of_the_passes_that_generate(network: Network, cond
 
 def test_several_draws_share_one_causal_pass(network: Network):
     rows = clean_rows(network.config, [(4, 3), (7, 1)])
-    twice = Rows(*(x.repeat_interleave(2, 0) for x in (rows.tokens, rows.prompts, rows.canvases)))
+    twice = TrainingBatch(*(x.repeat_interleave(2, 0) for x in (rows.tokens, rows.prompts, rows.canvases)))
     drawn = controlled(twice, network.config, [2, 0, 0, 0], [1, 2])
     both, apart = losses(network, rows, drawn, Objective(draws=2)), losses(network, twice, drawn, Objective())
     assert both.canvas.item() == pytest.approx(apart.canvas.item(), rel=1e-6)
@@ -212,7 +214,7 @@ def drawn(length: int = 8, vocab: int = 16, seed: int = 1, **fields) -> Draw:  #
     """Draws for four rows of 1, 2, 3 and 5 canvases; each token tells its place."""
     width = int((PROMPTS + CANVASES * length).max())
     tokens = torch.arange(width).repeat(4, 1) + 1000 * torch.arange(1, 5)[:, None]
-    return draw(Rows(tokens, PROMPTS, CANVASES), length, vocab, Objective(**fields), generator(seed))
+    return draw_batch(TrainingBatch(tokens, PROMPTS, CANVASES), length, vocab, Objective(**fields), generator(seed))
 
 
 def deviation(counts: Tensor) -> float:
@@ -242,8 +244,10 @@ def test_clean_tokens_are_those_of_the_chosen_canvas():
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
 def test_the_corrupted_share_is_t_but_for_lucky_noise(t: float, stratified: bool):
-    rows = Rows(torch.randint(16, (4, 400), generator=generator()), torch.ones(4, dtype=int), torch.ones(4, dtype=int))
-    got = draw(rows, 256, 16, Objective(draws=40, time_range=(t, t + 1e-6), stratified=stratified), generator(2))
+    rows = TrainingBatch(
+        torch.randint(16, (4, 400), generator=generator()), torch.ones(4, dtype=int), torch.ones(4, dtype=int)
+    )
+    got = draw_batch(rows, 256, 16, Objective(draws=40, time_range=(t, t + 1e-6), stratified=stratified), generator(2))
     share = (got.noisy != got.clean).double().mean().item()
     wanted = t * (1 - 1 / 16)
     assert share == pytest.approx(wanted, abs=5 * math.sqrt(wanted * (1 - wanted) / got.noisy.numel()))
@@ -310,7 +314,7 @@ def test_a_draw_is_a_function_of_its_generator():
 
 @torch.no_grad()
 def test_the_fill_is_trained_by_both_parts(network: Network):
-    rows = Rows(torch.tensor([[7, 8, 9, 5, 6, EOS, EOS, EOS, EOS]]), torch.tensor([3]), torch.tensor([1]))
+    rows = TrainingBatch(torch.tensor([[7, 8, 9, 5, 6, EOS, EOS, EOS, EOS]]), torch.tensor([3]), torch.tensor([1]))
     drawn = controlled(rows, network.config, [0], [])
     assert drawn.clean[0].tolist() == [5, 6, EOS, EOS, EOS, EOS]
     logits = F.log_softmax(network.logits(network.denoise(drawn.noisy, prefix(network, rows, 3), None)), -1)
@@ -324,7 +328,7 @@ def test_the_fill_is_trained_by_both_parts(network: Network):
     assert (moved.canvas - got.canvas).item() == pytest.approx(float(logits[0, 5, EOS] - logits[0, 5, 4]) / 6, rel=1e-3)
 
 
-def prefix(network: Network, rows: Rows, length: int):  # type: ignore[no-untyped-def]
+def prefix(network: Network, rows: TrainingBatch, length: int):  # type: ignore[no-untyped-def]
     return network.read(rows.tokens[:, :length], network.empty_cache(1))[1]
 
 
@@ -341,7 +345,7 @@ def test_the_loss_of_a_network_that_knows_nothing_is_that_of_guessing(small: Mod
     network.norm.weight.fill_(1e-3)
     rows = clean_rows(small, SHAPES)
     options = Objective(draws=4, time_range=(0.99, 1.0), self_conditioning=conditioned)
-    loss = losses(network, rows, draw(rows, 6, 16, options, generator()), options)
+    loss = losses(network, rows, draw_batch(rows, 6, 16, options, generator()), options)
     assert loss.canvas.item() == pytest.approx(math.log(16), abs=1e-3)
     assert loss.causal.item() == pytest.approx(math.log(16), abs=1e-3)
 
@@ -357,7 +361,7 @@ def test_eight_rows_are_learnt_by_heart(small: ModelConfig):
     optimizers, options = build_optimizers(network, config), Objective(stratified=True)
     for step in range(STEPS):
         set_rates(optimizers, config.factor(step, STEPS))
-        loss = losses(network, rows, draw(rows, 6, 16, options, generator(step)), options)
+        loss = losses(network, rows, draw_batch(rows, 6, 16, options, generator(step)), options)
         (loss.canvas + loss.causal).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
@@ -365,7 +369,7 @@ def test_eight_rows_are_learnt_by_heart(small: ModelConfig):
             optimizer.zero_grad()
     many = Objective(draws=20, stratified=True)
     with torch.no_grad():
-        learnt = losses(network, rows, draw(rows, 6, 16, many, generator(99)), many)
+        learnt = losses(network, rows, draw_batch(rows, 6, 16, many, generator(99)), many)
     assert learnt.canvas.item() < 0.1
     assert learnt.causal.item() < 0.02
     assert learnt.accuracy.item() > 0.97
@@ -395,5 +399,5 @@ def test_a_bad_objective_is_refused_by_name(field: str, value: object):
 @settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_lengths_are_prompt_and_whole_canvases(prompt: int, canvases: int):
-    rows = Rows(torch.zeros(1, 40, dtype=torch.long), torch.tensor([prompt]), torch.tensor([canvases]))
+    rows = TrainingBatch(torch.zeros(1, 40, dtype=torch.long), torch.tensor([prompt]), torch.tensor([canvases]))
     assert rows.lengths(6).tolist() == [prompt + 6 * canvases]

@@ -13,7 +13,7 @@ from blockpress.config import PRESETS, Sampling
 from blockpress.errors import TrainingError
 from blockpress.text import Tokenizer
 from blockpress.train import recipes
-from blockpress.train.recipes import RECIPES, Recipe, recipe
+from blockpress.train.recipes import RECIPES, TrainingRecipe, recipe
 
 
 @pytest.mark.parametrize("name", ["sudoko", "", "Sudoku"])
@@ -49,13 +49,13 @@ def test_the_sudoku_recipe_asks_for_its_pool_by_its_seed(tmp_path: Path, monkeyp
     from blockpress import sudoku
 
     asked = []
-    monkeypatch.setattr(recipes, "sudoku_pool", lambda *a: asked.append(a) or sudoku.pool(4, 2))
+    monkeypatch.setattr(recipes, "sudoku_pool", lambda *a: asked.append(a) or sudoku.puzzle_pool(4, 2))
     built = recipe("sudoku")
     rows = built.source(built.config, built.seed, 3, tmp_path).rows(0, 2, 0.0)
     assert rows.tokens.shape == (2, 180)
     assert asked == [(built.seed, recipes.SUDOKU_POOL, 3, tmp_path / "sudoku-pool.npz")]
 
 
-def test_micro_batches_must_divide_the_rows(copy_recipe: Callable[..., Recipe]):
+def test_micro_batches_must_divide_the_rows(copy_recipe: Callable[..., TrainingRecipe]):
     with pytest.raises(TrainingError, match="micro is 3"):
         copy_recipe(rows=4, micro=3)

@@ -21,8 +21,8 @@ from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndCo
 from blockpress.diffusion.denoise import Step
 from blockpress.errors import ConfigError
 from blockpress.model import Network
-from blockpress.train.objective import Draw, Objective, Rows, draw, losses
-from blockpress.train.recipes import Recipe
+from blockpress.train.objective import Draw, Objective, TrainingBatch, draw_batch, losses
+from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.rollouts import Rollouts
 from blockpress.train.trainer import Trainer
 
@@ -34,12 +34,12 @@ ALL = torch.arange(len(SHAPES))
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-def clean_rows(config: ModelConfig, seed: int) -> Rows:
+def clean_rows(config: ModelConfig, seed: int) -> TrainingBatch:
     generator = torch.Generator().manual_seed(seed)
     lengths = [prompt + canvases * config.canvas_length for prompt, canvases in SHAPES]
     tokens = torch.randint(config.vocab_size, (len(SHAPES), max(lengths)), generator=generator)
     prompts, canvases = (torch.tensor(column) for column in zip(*SHAPES, strict=True))
-    return Rows(tokens * (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]), prompts, canvases)
+    return TrainingBatch(tokens * (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]), prompts, canvases)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class Watched:
         self.rollouts = Rollouts(network, objective, EASY, len(SHAPES), seed=11)
         self.canvases: dict[int, list[Tensor]] = defaultdict(list)
         self.contexts: dict[int, tuple[list[int], int]] = {}
-        self.rows: list[Rows] = []
+        self.rows: list[TrainingBatch] = []
         self.lasts: dict[int, int] = {}
         config, generator = network.config, torch.Generator().manual_seed(0)
         for step in range(steps):
@@ -71,7 +71,7 @@ class Watched:
                     rows.tokens[slot // objective.on_policy, :start].tolist(),
                     int(self.rollouts.chosen[self.rollouts.slots(ALL)][slot]),
                 )  # fmt: skip
-            drawn = draw(rows, config.canvas_length, config.vocab_size, objective, generator, visited)
+            drawn = draw_batch(rows, config.canvas_length, config.vocab_size, objective, generator, visited)
             found = losses(network, rows, drawn, objective)
             assert found.logits is not None
             self.rollouts.advance(network, ALL, found.logits)
@@ -136,7 +136,7 @@ def test_a_state_is_read_under_the_signal_that_the_sampler_carries(network: Netw
     rows = rollouts.rows(clean_rows(network.config, 4), 4)
     visited = rollouts.visited(ALL)
     assert visited.signal.abs().sum() > 0
-    drawn = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    drawn = draw_batch(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
     got = losses(network, rows, drawn, objective)
     assert got.logits is not None
     for slot, start in enumerate(visited.starts.tolist()):
@@ -151,7 +151,7 @@ def test_states_stand_behind_the_corrupted_draws_of_their_row(network: Network):
     rollouts = Rollouts(network, objective, EASY, len(SHAPES), seed=5)
     rows = rollouts.rows(clean_rows(network.config, 0), 0)
     visited = rollouts.visited(ALL)
-    drawn = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    drawn = draw_batch(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
     assert drawn.visited is not None
     assert drawn.visited.tolist() == [1, 2, 4, 5, 7, 8]
     assert drawn.conditioned.tolist() == [0, 3, 6]
@@ -167,7 +167,7 @@ def test_without_a_causal_loss_nothing_behind_the_canvases_is_read(network: Netw
     rollouts = Rollouts(network, Objective(draws=2, on_policy=2), EASY, len(SHAPES), seed=5)
     rows = rollouts.rows(clean_rows(network.config, 0), 0)
     visited = rollouts.visited(ALL) if on_policy else None
-    drawn: Draw = draw(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
+    drawn: Draw = draw_batch(rows, 6, 16, objective, torch.Generator().manual_seed(1), visited)
     whole = losses(network, rows, drawn, replace(objective, causal_weight=1.0))
     part = losses(network, rows.part(ALL, int(drawn.starts.max())), drawn, objective)
     assert part.causal == 0 < whole.causal
@@ -185,14 +185,14 @@ def test_a_bad_objective_is_refused_by_name(field: str, value: int):
 # ---------------------------------------------------------------------------------------------------------- in a run
 
 
-def on_policy(copy_recipe: Callable[..., Recipe], **changes: object) -> Recipe:
+def on_policy(copy_recipe: Callable[..., TrainingRecipe], **changes: object) -> TrainingRecipe:
     objective = Objective(draws=3, on_policy=2, ages=3, groups=2, causal_weight=0.0)
     settings = {"objective": objective, "generation": GenerationConfig(sampling=EASY)} | changes
     return copy_recipe(**settings)
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_goes_on_to_the_bit(copy_recipe: Callable[..., Recipe], tmp_path: Path, stop: int):
+def test_a_resumed_run_goes_on_to_the_bit(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path, stop: int):
     whole = Trainer(on_policy(copy_recipe), tmp_path / "whole")
     list(whole.run())
     first = Trainer(on_policy(copy_recipe), tmp_path)
@@ -233,7 +233,7 @@ parallel.leave()
 """
 
 
-def test_processes_share_the_slots(copy_recipe: Callable[..., Recipe], tmp_path: Path):
+def test_processes_share_the_slots(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,11 +17,11 @@ import blockpress
 from blockpress.config import PRESETS
 from blockpress.errors import TrainingError
 from blockpress.train import trainer as trainer_module
-from blockpress.train.objective import Objective, Rows
-from blockpress.train.recipes import Recipe
+from blockpress.train.objective import Objective, TrainingBatch
+from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.trainer import STATE, Trainer
 
-Recipes = Callable[..., Recipe]
+Recipes = Callable[..., TrainingRecipe]
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
@@ -270,9 +270,9 @@ def test_rows_of_one_length_share_a_micro_batch_and_are_cut_to_it(copy_recipe: R
     short, long = 1, trainer_module.BUCKET // 6
 
     class Mixed:
-        def rows(self, step: int, count: int, progress: float) -> Rows:
+        def rows(self, step: int, count: int, progress: float) -> TrainingBatch:
             canvases = torch.tensor([long, short] * (count // 2))
-            return Rows(torch.full((count, 5 + 6 * long), 7), torch.full((count,), 5), canvases)
+            return TrainingBatch(torch.full((count, 5 + 6 * long), 7), torch.full((count,), 5), canvases)
 
     trainer = Trainer(copy_recipe(source=lambda *_: Mixed()), tmp_path)
     seen = []

@@ -14,7 +14,7 @@ import sys
 import torch
 
 from blockpress.bench.gpu import PARTS, check
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.report import GpuReport
 
 NO_GPU = "no CUDA device here: run this on a machine with a GPU, or `check` with TRITON_INTERPRET=1 on the CPU"
 
@@ -29,15 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if chosen.command == "check" and interpreted:
         torch.set_num_threads(1)
-        return int(not check.run(chosen.part or PARTS, torch.device("cpu"), chosen.only))
+        return int(not check.run_checks(chosen.part or PARTS, torch.device("cpu"), chosen.only))
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
     if chosen.command == "check":
-        return int(not check.run(chosen.part or PARTS, torch.device("cuda"), chosen.only))
+        return int(not check.run_checks(chosen.part or PARTS, torch.device("cuda"), chosen.only))
     reports = []
     for part in chosen.part or PARTS:
-        report = Report(part=part)
+        report = GpuReport(part=part)
         importlib.import_module(f"blockpress.bench.gpu.{part}").bench(report)
         torch.cuda.empty_cache()
         reports.append(report)

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blockpress.bench.gpu.check import Check, distance
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.check import KernelCheck, distance
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.timing import DEVICE, captured
 from blockpress.ops.attention import plain
 
 if TYPE_CHECKING:
-    from blockpress.ops.kernels.attention import Spans, Tile
+    from blockpress.ops.kernels.attention import AttentionTile, SpanTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class AttentionShape:
     """A layer's heads, and its pages."""
 
     heads: int = 4
@@ -39,7 +39,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Span:
+class SpanCase:
     """`count` rows behind, or (causal) at the end of, `stop` context tokens."""
 
     count: int
@@ -47,19 +47,19 @@ class Span:
     causal: bool
 
 
-SLIDING = Shape(heads=16, kv_heads=8, dim=256, page=256, window=1024, dtype=torch.bfloat16)
-FULL = Shape(heads=16, kv_heads=2, dim=512, page=256, dtype=torch.bfloat16)
-CANVAS = [Span(8, stop, causal=False) for stop in (0, 1, 7, 8, 9, 40)]
+SLIDING = AttentionShape(heads=16, kv_heads=8, dim=256, page=256, window=1024, dtype=torch.bfloat16)
+FULL = AttentionShape(heads=16, kv_heads=2, dim=512, page=256, dtype=torch.bfloat16)
+CANVAS = [SpanCase(8, stop, causal=False) for stop in (0, 1, 7, 8, 9, 40)]
 CAUSAL = [
-    Span(count, stop, causal=True) for count, stop in ((1, 1), (1, 9), (7, 7), (8, 8), (8, 16), (3, 17), (20, 41))
+    SpanCase(count, stop, causal=True) for count, stop in ((1, 1), (1, 9), (7, 7), (8, 8), (8, 16), (3, 17), (20, 41))
 ]
-MIXED = [CAUSAL[6], CANVAS[4], Span(0, 5, causal=False), CAUSAL[1], CANVAS[0], Span(33, 21, causal=False)]
+MIXED = [CAUSAL[6], CANVAS[4], SpanCase(0, 5, causal=False), CAUSAL[1], CANVAS[0], SpanCase(33, 21, causal=False)]
 SETS = {"canvases": CANVAS, "causal": CAUSAL, "mixed": MIXED, "reversed": MIXED[::-1]}
 
 
-def checks() -> list[Check]:
+def checks() -> list[KernelCheck]:
     """Lengths around a page's, windows, key heads, head sizes, parts of keys and rounding; the published sizes once."""
-    small, found = Shape(), []
+    small, found = AttentionShape(), []
     for label, spans in SETS.items():
         for window in (None, 1, 9, 30) if label != "reversed" else (9,):
             found.append(_case(f"{label} window={window}", replace(small, window=window), spans, 2e-6, parts=2))
@@ -73,35 +73,42 @@ def checks() -> list[Check]:
     for dim in (16, 64, 128, 256, 512):
         shape = replace(small, dim=dim, page=32, dtype=torch.bfloat16)
         found.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64)))
-    found.append(Check(name="rows of no span", limit=0, error=_uncovered))
-    found.append(Check(name="pages written", limit=0, error=_written))
-    large = [Span(256, 5000, causal=False), Span(512, 3000, causal=True), Span(1, 2049, causal=True)]
+    found.append(KernelCheck(name="rows of no span", limit=0, error=_uncovered))
+    found.append(KernelCheck(name="pages written", limit=0, error=_written))
+    large = [SpanCase(256, 5000, causal=False), SpanCase(512, 3000, causal=True), SpanCase(1, 2049, causal=True)]
     for label, shape in (("sliding", SLIDING), ("full", FULL)):
         found.append(_case(f"published {label}", shape, large, 8e-3, large=True))
     return found
 
 
 def _case(
-    name: str, shape: Shape, spans: Sequence[Span], limit: float, parts: int | None = None, large: bool = False
-) -> Check:
-    return Check(name=name, limit=limit, error=partial(_apart, shape, spans, parts), large=large)
+    name: str,
+    shape: AttentionShape,
+    spans: Sequence[SpanCase],
+    limit: float,
+    parts: int | None = None,
+    large: bool = False,
+) -> KernelCheck:
+    return KernelCheck(name=name, limit=limit, error=partial(_apart, shape, spans, parts), large=large)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class AttentionInputs:
     """A flat batch, the pages behind it, and for each span the keys and values that lie in its pages."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     pages: tuple[Tensor, Tensor]
-    spans: Spans
+    spans: SpanTable
     contexts: list[tuple[Tensor, Tensor]]
 
 
-def draw(shape: Shape, spans: Sequence[Span], device: torch.device, extra: int = 3) -> Batch:
+def draw_inputs(
+    shape: AttentionShape, spans: Sequence[SpanCase], device: torch.device, extra: int = 3
+) -> AttentionInputs:
     """Random rows, `extra` of them of no span, and contexts in pages of a random order; on a CPU always the same."""
-    from blockpress.ops.kernels.attention import Spans
+    from blockpress.ops.kernels.attention import SpanTable
 
     if device.type == "cpu":
         torch.manual_seed(len(spans) + shape.page)
@@ -130,11 +137,11 @@ def draw(shape: Shape, spans: Sequence[Span], device: torch.device, extra: int =
     columns = [firsts, [span.count for span in spans], [span.stop for span in spans]]
     first, count, stop = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
     causal = torch.tensor([span.causal for span in spans], device=device)
-    on_device = Spans(first=first, count=count, stop=stop, causal=causal, table=table.to(device))
-    return Batch(query=query, key=key, value=value, pages=(keys, values), spans=on_device, contexts=contexts)
+    on_device = SpanTable(first=first, count=count, stop=stop, causal=causal, table=table.to(device))
+    return AttentionInputs(query=query, key=key, value=value, pages=(keys, values), spans=on_device, contexts=contexts)
 
 
-def truth(shape: Shape, spans: Sequence[Span], batch: Batch) -> Tensor:
+def truth(shape: AttentionShape, spans: Sequence[SpanCase], batch: AttentionInputs) -> Tensor:
     """`ops.attention.plain`, span by span, in float32; rows of no span see nothing."""
     out = torch.zeros(batch.query.shape, device=batch.query.device)
     start = 0
@@ -150,7 +157,7 @@ def truth(shape: Shape, spans: Sequence[Span], batch: Batch) -> Tensor:
     return out
 
 
-def _mask(span: Span, window: int | None) -> Tensor:
+def _mask(span: SpanCase, window: int | None) -> Tensor:
     """Who sees whom, one pair after another: the words of `ops.kernels.attention`, not its sums."""
     first = span.stop - span.count if span.causal else span.stop
     keys = span.stop if span.causal else span.stop + span.count
@@ -165,10 +172,10 @@ def _mask(span: Span, window: int | None) -> Tensor:
     return mask
 
 
-def _apart(shape: Shape, spans: Sequence[Span], parts: int | None, device: torch.device) -> float:
+def _apart(shape: AttentionShape, spans: Sequence[SpanCase], parts: int | None, device: torch.device) -> float:
     from blockpress.ops.kernels.attention import attend, choose_tile
 
-    batch = draw(shape, spans, device)
+    batch = draw_inputs(shape, spans, device)
     tile = choose_tile(len(batch.query), shape.heads, shape.kv_heads, shape.dim, shape.dtype)
     tile = replace(tile, parts=parts or tile.parts)
     got = attend(batch.query, batch.key, batch.value, batch.pages, batch.spans, window=shape.window, tile=tile)
@@ -177,17 +184,17 @@ def _apart(shape: Shape, spans: Sequence[Span], parts: int | None, device: torch
 
 def _uncovered(device: torch.device) -> float:
     """How many values of rows of no span are not 0, with parts and without."""
-    from blockpress.ops.kernels.attention import Tile, attend
+    from blockpress.ops.kernels.attention import AttentionTile, attend
 
-    batch = draw(Shape(), MIXED, device, extra=5)
-    tiles: list[Tile] = [Tile(rows=32, keys=32, parts=parts) for parts in (1, 3)]
+    batch = draw_inputs(AttentionShape(), MIXED, device, extra=5)
+    tiles: list[AttentionTile] = [AttentionTile(rows=32, keys=32, parts=parts) for parts in (1, 3)]
     outs = [attend(batch.query, batch.key, batch.value, batch.pages, batch.spans, tile=tile) for tile in tiles]
     return float(sum((out[-5:] != 0).sum() for out in outs))
 
 
 def _written(device: torch.device) -> float:
     """How many values of the pages are not as copying one row after another leaves them."""
-    from blockpress.ops.kernels.attention import write
+    from blockpress.ops.kernels.attention import write_kv
 
     key, value = (torch.randn(2, 9, 24, device=device).transpose(0, 1) for _ in range(2))
     places = torch.tensor([12, -1, 0, 1, 19, -1, 3, 7, 8], device=device)
@@ -197,25 +204,32 @@ def _written(device: torch.device) -> float:
         if place >= 0:
             for whole, part in zip(wanted, (key, value), strict=True):
                 whole[:, place // 5, place % 5] = part[row]
-    write(key, value, (pages[0], pages[1]), places)
+    write_kv(key, value, (pages[0], pages[1]), places)
     return float(sum((got != want).sum() for got, want in zip(pages, wanted, strict=True)))
 
 
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """One canvas, and 16 of them, behind contexts of several lengths; then prefill; then other partings of the keys."""
     for label, shape in (("sliding", SLIDING), ("full", FULL)):
         for canvases, stops in ((1, (256, 2048, 32768, 131072)), (16, (2048, 32768))):
             for stop in stops:
                 _measure(
-                    report, f"{label} canvases={canvases} context={stop}", shape, [Span(256, stop, False)] * canvases
+                    report,
+                    f"{label} canvases={canvases} context={stop}",
+                    shape,
+                    [SpanCase(256, stop, False)] * canvases,
                 )
-        _measure(report, f"{label} prefill 512 of 8192", shape, [Span(512, 8192, True)])
-        _measure(report, f"{label} tokens=32 context=2048", shape, [Span(1, 2048, True)] * 32)
+        _measure(report, f"{label} prefill 512 of 8192", shape, [SpanCase(512, 8192, True)])
+        _measure(report, f"{label} tokens=32 context=2048", shape, [SpanCase(1, 2048, True)] * 32)
         for parts in (1, 2, 3, 4, 8):
-            _measure(report, f"{label} canvases=1 context=2048 parts={parts}", shape, [Span(256, 2048, False)], parts)
+            _measure(
+                report, f"{label} canvases=1 context=2048 parts={parts}", shape, [SpanCase(256, 2048, False)], parts
+            )
 
 
-def _measure(report: Report, name: str, shape: Shape, spans: Sequence[Span], parts: int | None = None) -> None:
+def _measure(
+    report: GpuReport, name: str, shape: AttentionShape, spans: Sequence[SpanCase], parts: int | None = None
+) -> None:
     from blockpress.ops.kernels.attention import attend, choose_tile
 
     floor = _floor_us(shape, spans)
@@ -235,9 +249,9 @@ def _measure(report: Report, name: str, shape: Shape, spans: Sequence[Span], par
     report.add(f"{name} median", 1000 * taken.median, "us", floor)
 
 
-def _filled(shape: Shape, spans: Sequence[Span]) -> Batch:
-    """Random rows over random pages, one after another: what `draw` makes, without a loop over tokens."""
-    from blockpress.ops.kernels.attention import Spans
+def _filled(shape: AttentionShape, spans: Sequence[SpanCase]) -> AttentionInputs:
+    """Random rows over random pages, one after another: what `draw_inputs` makes, without a loop over tokens."""
+    from blockpress.ops.kernels.attention import SpanTable
 
     device = torch.device("cuda")
 
@@ -251,17 +265,17 @@ def _filled(shape: Shape, spans: Sequence[Span]) -> Batch:
     first, count, stop = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
     causal = torch.tensor([span.causal for span in spans], device=device)
     table = torch.randperm(needed * len(spans), device=device).int().view(len(spans), needed)
-    return Batch(
+    return AttentionInputs(
         query=normal(rows, shape.heads, shape.dim) * (3 / shape.dim**0.5),
         key=normal(rows, shape.kv_heads, shape.dim),
         value=normal(rows, shape.kv_heads, shape.dim),
         pages=(pages[0], pages[1]),
-        spans=Spans(first=first, count=count, stop=stop, causal=causal, table=table),
+        spans=SpanTable(first=first, count=count, stop=stop, causal=causal, table=table),
         contexts=[],
     )
 
 
-def _floor_us(shape: Shape, spans: Sequence[Span]) -> float:
+def _floor_us(shape: AttentionShape, spans: Sequence[SpanCase]) -> float:
     """Two products of every query head with what its row sees, or the bytes of keys and values, whichever is longer.
 
     >>> round(_floor_us(FULL, [Span(256, 2048, False)]), 1), round(_floor_us(SLIDING, [Span(256, 2048, False)]), 1)

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.steps import CONTEXT
 from blockpress.bench.gpu.timing import DEVICE, timed
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER
-from blockpress.costs import WIDTHS, Rows, floor_seconds, forward
+from blockpress.costs import WIDTHS, BatchShape, floor_seconds, forward
 
 BATCHES = (1, 4)
 TEMPERATURE = 0.6
 
 
 @torch.inference_mode()
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """Eager, then compiled, in batches of canvases behind the same context as our steps."""
     try:
         model = build(replace(PRESETS["diffusiongemma-26B-A4B"](), vision=None), torch.device("cuda"))
@@ -35,9 +35,9 @@ def bench(report: Report) -> None:
         report.note(f"no baseline: {type(reason).__name__}: {str(reason)[:300]}")
         return
     for batch in BATCHES:
-        parts = forward(PRESETS["diffusiongemma-26B-A4B"](), WIDTHS["bf16"], Rows(canvases=(CONTEXT,) * batch))
+        parts = forward(PRESETS["diffusiongemma-26B-A4B"](), WIDTHS["bf16"], BatchShape(canvases=(CONTEXT,) * batch))
         floor = 1000 * floor_seconds(parts, DEVICE)
-        work = step(model, batch, CONTEXT)
+        work = baseline_step(model, batch, CONTEXT)
         for how, run in (("eager", work), ("compiled", torch.compile(work))):
             try:
                 taken = timed(run, warmups=2, repeats=5)
@@ -63,7 +63,7 @@ def build(config: ModelConfig, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def step(model: Any, batch: int, context: int) -> Callable[[], torch.Tensor]:
+def baseline_step(model: Any, batch: int, context: int) -> Callable[[], torch.Tensor]:
     """A denoising step over a filled cache; call it in inference mode."""
     from transformers import DynamicCache
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.timing import DEVICE, captured, timed
 
 SHAPES = {
@@ -34,7 +34,7 @@ ROTATED = 1 << 29
 """Bytes of weights that are rotated: several times the largest cache."""
 
 
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """A copy; a large product in bfloat16 and fp8; the model's products at 256 rows."""
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
@@ -47,7 +47,7 @@ def bench(report: Report) -> None:
             _products(report, f"{math} {name} M=256", math, 256, rows, columns, size)
 
 
-def _products(report: Report, name: str, math: str, tokens: int, rows: int, columns: int, size: int) -> None:
+def _products(report: GpuReport, name: str, math: str, tokens: int, rows: int, columns: int, size: int) -> None:
     """One shape: the time of a product, over the longer of its two floors."""
     count = max(1, min(64, ROTATED // (rows * columns * size)))
     try:

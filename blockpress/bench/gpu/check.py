@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class KernelCheck:
     """`error(device)` must not be above `limit`. `large`: too slow for the interpreter, so left out on a CPU."""
 
     name: str
@@ -53,7 +53,7 @@ def different(got: Tensor, wanted: Tensor) -> float:
     return float((got.cpu() != wanted.cpu()).sum())
 
 
-def run(parts: Iterable[str], device: torch.device, only: str = "") -> bool:
+def run_checks(parts: Iterable[str], device: torch.device, only: str = "") -> bool:
     """Run the checks of these parts whose names contain `only`, a line of JSON each; whether all passed."""
     # With this, torch fills what it leaves uninitialised with NaN; kernels without a repeatable version may only warn.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -68,12 +68,12 @@ def run(parts: Iterable[str], device: torch.device, only: str = "") -> bool:
     return all(results)
 
 
-def _checks(part: str) -> list[Check]:
+def _checks(part: str) -> list[KernelCheck]:
     module = importlib.import_module(f"blockpress.bench.gpu.{part}")
     return module.checks() if hasattr(module, "checks") else []
 
 
-def _passes(part: str, check: Check, device: torch.device) -> bool:
+def _passes(part: str, check: KernelCheck, device: torch.device) -> bool:
     line: dict[str, object] = {"part": part, "name": check.name}
     begun = time.perf_counter()
     try:

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpress.bench.gpu.check import Check, different, distance
-from blockpress.bench.gpu.report import Report
-from blockpress.bench.gpu.routed import BYTES, KINDS, PUBLISHED, ROUTINGS, Shape, hidden_rows, routing, weight
+from blockpress.bench.gpu.check import KernelCheck, different, distance
+from blockpress.bench.gpu.report import GpuReport
+from blockpress.bench.gpu.routed import BYTES, KINDS, PUBLISHED, ROUTINGS, ExpertShape, hidden_rows, routing, weight
 from blockpress.bench.gpu.timing import captured, layer_floor_ms
 from blockpress.ops import experts as plain
 from blockpress.ops.geglu import geglu
@@ -27,9 +27,9 @@ from blockpress.ops.packed import E4M3, Codes
 from blockpress.ops.weight import Packed
 
 LAYERS = 30
-SMALL = Shape(experts=6, hidden=128, size=64, top_k=2)
-ODD = Shape(experts=5, hidden=96, size=96, top_k=3)
-LONG = Shape(experts=2, hidden=64, size=704, top_k=1)
+SMALL = ExpertShape(experts=6, hidden=128, size=64, top_k=2)
+ODD = ExpertShape(experts=5, hidden=96, size=96, top_k=3)
+LONG = ExpertShape(experts=2, hidden=64, size=704, top_k=1)
 """The published size of an expert, eleven times 64, which no tile of 128 divides."""
 
 OFTEN = ("bfloat16", "e4m3", "int4 g32", "nvfp4")
@@ -39,7 +39,7 @@ LIMIT, FP8_LIMIT, FP8_PLAIN_LIMIT = 8e-3, 1e-2, 6e-2
 """Rounding of bfloat16; the same where the plain version rounds activations to fp8 too; and where it does not."""
 
 
-def checks() -> list[Check]:
+def checks() -> list[KernelCheck]:
     """Routing; every kind of weight under every routing, small; sizes that tiles do not divide; the published sizes."""
     found = _routing_checks()
     for kind in KINDS:
@@ -55,34 +55,34 @@ def checks() -> list[Check]:
         for tokens in (1, 16, 256, 512, 1024):
             found += [_case(kind, how, PUBLISHED, tokens, limit, large=True) for how in ROUTINGS]
     plain_fp8 = partial(_mixed, "e4m3", "uniform", SMALL, 17, rounds=False)
-    found += [Check(name="e4m3 against unrounded activations", limit=FP8_PLAIN_LIMIT, error=plain_fp8)]
+    found += [KernelCheck(name="e4m3 against unrounded activations", limit=FP8_PLAIN_LIMIT, error=plain_fp8)]
     for tokens in (1, 40):
-        found += [Check(name=f"bfloat16 in float32 tokens={tokens}", limit=1e-6, error=partial(_exact, tokens))]
+        found += [KernelCheck(name=f"bfloat16 in float32 tokens={tokens}", limit=1e-6, error=partial(_exact, tokens))]
     for kind, shape, limit in (("bfloat16", SMALL, LIMIT), ("bfloat16", ODD, LIMIT), ("e4m3", SMALL, FP8_LIMIT)):
         error = partial(_mixed, kind, "skewed", shape, 19, descriptor=True)
-        found += [Check(name=f"{kind} descriptor {shape.hidden}", limit=limit, error=error)]
+        found += [KernelCheck(name=f"{kind} descriptor {shape.hidden}", limit=limit, error=error)]
     return found
 
 
-def _routing_checks() -> list[Check]:
+def _routing_checks() -> list[KernelCheck]:
     found = []
-    shape = Shape(experts=13, hidden=0, size=0, top_k=5)
+    shape = ExpertShape(experts=13, hidden=0, size=0, top_k=5)
     for how in ROUTINGS:
         for tokens, tile in ((1, 16), (40, 16), (250, 32)):
             error = partial(_arranged, how, tokens, tile, shape)
-            found += [Check(name=f"routing sorted {how} tokens={tokens} tile={tile}", limit=0, error=error)]
+            found += [KernelCheck(name=f"routing sorted {how} tokens={tokens} tile={tile}", limit=0, error=error)]
     for experts, top in ((4, 2), (37, 5), (128, 8)):
         error = partial(_routed, experts, top)
-        found += [Check(name=f"routing chosen {experts} experts top {top}", limit=1e-6, error=error)]
-    return [*found, *(Check(name=f"routing ties {top}", limit=0, error=partial(_ties, top)) for top in (1, 3))]
+        found += [KernelCheck(name=f"routing chosen {experts} experts top {top}", limit=1e-6, error=error)]
+    return [*found, *(KernelCheck(name=f"routing ties {top}", limit=0, error=partial(_ties, top)) for top in (1, 3))]
 
 
-def _case(kind: str, how: str, shape: Shape, tokens: int, limit: float, large: bool = False) -> Check:
+def _case(kind: str, how: str, shape: ExpertShape, tokens: int, limit: float, large: bool = False) -> KernelCheck:
     name = f"{kind} {how} {shape.experts}x{shape.hidden}x{shape.size} tokens={tokens}"
-    return Check(name=name, limit=limit, error=partial(_mixed, kind, how, shape, tokens), large=large)
+    return KernelCheck(name=name, limit=limit, error=partial(_mixed, kind, how, shape, tokens), large=large)
 
 
-def _weights(kind: str, shape: Shape, device: torch.device, seed: int) -> tuple[Tensor | Packed, Tensor | Packed]:
+def _weights(kind: str, shape: ExpertShape, device: torch.device, seed: int) -> tuple[Tensor | Packed, Tensor | Packed]:
     first = weight(kind, (shape.experts, 2 * shape.size, shape.hidden), device, seed)
     return first, weight(kind, (shape.experts, shape.hidden, shape.size), device, seed + 1)
 
@@ -90,7 +90,7 @@ def _weights(kind: str, shape: Shape, device: torch.device, seed: int) -> tuple[
 def _mixed(
     kind: str,
     how: str,
-    shape: Shape,
+    shape: ExpertShape,
     tokens: int,
     device: torch.device,
     *,
@@ -104,12 +104,12 @@ def _mixed(
     gate_up, down = _weights(kind, shape, device, seed)
     x = hidden_rows(tokens, shape.hidden, device, seed + 2, torch.bfloat16)
     weights, chosen = routing(how, tokens, shape, device, seed + 3)
-    tiles = kernels.choose_tiles(kernels.kind_of(gate_up), chosen.numel(), shape.experts)  # type: ignore[arg-type]
+    tiles = kernels.choose_tiles(kernels.packing_of(gate_up), chosen.numel(), shape.experts)  # type: ignore[arg-type]
     if descriptor:
-        tiles = kernels.Tiles(
+        tiles = kernels.ExpertTiles(
             gate_up=replace(tiles.gate_up, descriptor=True), down=replace(tiles.down, descriptor=True)
         )
-    got = kernels.mix(x, weights, chosen, gate_up, down, tiles)
+    got = kernels.moe_forward(x, weights, chosen, gate_up, down, tiles)
     if isinstance(gate_up, Codes) and isinstance(down, Codes) and rounds:
         return distance(got, rounded_loop(x, weights, chosen, gate_up, down))
     floats = [w.float() if isinstance(w, Tensor) else w.unpack(torch.float32) for w in (gate_up, down)]
@@ -142,11 +142,11 @@ def _exact(tokens: int, device: torch.device) -> float:
     gate_up, down = (weight.float() for weight in _weights("bfloat16", SMALL, device, tokens))  # type: ignore[union-attr]
     x = hidden_rows(tokens, SMALL.hidden, device, 5, torch.float32)
     weights, chosen = routing("uniform", tokens, SMALL, device, tokens)
-    got = kernels.mix(x, weights, chosen, gate_up, down)
+    got = kernels.moe_forward(x, weights, chosen, gate_up, down)
     return distance(got, plain.loop(x, weights, chosen, gate_up, down))
 
 
-def _arranged(how: str, tokens: int, tile: int, shape: Shape, device: torch.device) -> float:
+def _arranged(how: str, tokens: int, tile: int, shape: ExpertShape, device: torch.device) -> float:
     """How many entries differ from a stable sort and the tiles counted one by one."""
     from blockpress.ops.kernels.routing import arrange
 
@@ -184,7 +184,7 @@ def _ties(top: int, device: torch.device) -> float:
     return different(chosen, torch.arange(top, dtype=torch.int32).expand(5, top))
 
 
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """Every kind of weight at 256 tokens, uniform and skewed; then larger batches; then other tiles."""
     device = torch.device("cuda")
     for kind in OFTEN:
@@ -198,7 +198,7 @@ def bench(report: Report) -> None:
 
 
 def _measure(
-    report: Report, kind: str, how: str, tokens: int, stack: list, label: str = "", tiles: object = None
+    report: GpuReport, kind: str, how: str, tokens: int, stack: list, label: str = "", tiles: object = None
 ) -> None:
     from blockpress.ops.kernels import experts as kernels
 
@@ -209,7 +209,7 @@ def _measure(
 
     def run() -> None:
         for (gate_up, down), (weights, chosen) in zip(stack, routes, strict=True):
-            kernels.mix(x, weights, chosen, gate_up, down, tiles)  # type: ignore[arg-type]
+            kernels.moe_forward(x, weights, chosen, gate_up, down, tiles)  # type: ignore[arg-type]
 
     floor = layer_floor_ms(tokens, touched, BYTES[kind], "fp8" if kind == "e4m3" else "bfloat16")
     name = f"{kind} {how} M={tokens}{label}"

@@ -26,7 +26,7 @@ EXPERTS = {"bf16": "bfloat16", "fp8": "e4m3", "int4": "int4 g32", "nvfp4": "nvfp
 """Of each width what `routed.weight` calls its experts."""
 
 
-def widths(name: str) -> WeightFormats:
+def formats_named(name: str) -> WeightFormats:
     """What the floor is counted with."""
     if name == "fp8":
         base = WIDTHS["bf16"]

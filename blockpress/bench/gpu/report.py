@@ -45,7 +45,7 @@ class Figure:
 
 
 @dataclass(kw_only=True)
-class Report:
+class GpuReport:
     """The figures of one run, part by part."""
 
     part: str

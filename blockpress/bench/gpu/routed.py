@@ -28,7 +28,7 @@ BYTES = {"bfloat16": 2.0, "e4m3": 1.0, "int4 row": 0.5, "int4 g32": 0.5625, "int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ExpertShape:
     """Sizes of a layer's experts."""
 
     experts: int
@@ -37,7 +37,7 @@ class Shape:
     top_k: int
 
 
-PUBLISHED = Shape(experts=128, hidden=2816, size=704, top_k=8)
+PUBLISHED = ExpertShape(experts=128, hidden=2816, size=704, top_k=8)
 
 
 def weight(kind: str, shape: tuple[int, int, int], device: torch.device, seed: int) -> Tensor | Packed:
@@ -67,12 +67,12 @@ def weight(kind: str, shape: tuple[int, int, int], device: torch.device, seed: i
         return Nibbles(packed=packed, scale=scales(spread / 4.6, *sizes, dtype=torch.bfloat16), group=group)
     if kind == "nvfp4":
         inner, outer = codes(0x80 - 8, experts, rows, columns // 16, low=0x60), scales(spread / 300, experts, rows)
-        return Float4(packed=packed, scale=inner, kind="e4m3", group=16, outer=outer)
+        return Float4(packed=packed, scale=inner, kind="e4m3", group=16, global_scale=outer)
     assert kind == "mxfp4", kind
     return Float4(packed=packed, scale=codes(125, experts, rows, columns // 32, low=121), kind="e8m0", group=32)
 
 
-def routing(how: str, tokens: int, shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+def routing(how: str, tokens: int, shape: ExpertShape, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """Weights [tokens, k] in float32, and choices [tokens, k]."""
     draw = torch.Generator(device=device).manual_seed(seed)
     odds = torch.rand(tokens, shape.experts, device=device, generator=draw)

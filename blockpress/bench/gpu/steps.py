@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from blockpress.bench.gpu.filled import EXPERTS, filled, widths
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.filled import EXPERTS, filled, formats_named
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.timing import DEVICE, Timing, captured, timed
 from blockpress.config import PRESETS, ModelConfig
-from blockpress.costs import Rows, context_bytes, floor_seconds, forward
+from blockpress.costs import BatchShape, context_bytes, floor_seconds, forward
 from blockpress.model import Cache, Network
 from blockpress.ops.vocabulary import SampleStats
 
@@ -34,7 +34,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @torch.inference_mode()
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """Every width, every batch; a batch that fails ends its width, not the run."""
     config = replace(PRESETS["diffusiongemma-26B-A4B"](), vision=None)
     for form in EXPERTS:
@@ -50,9 +50,9 @@ def bench(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def _measure(report: Report, network: Network, form: str, batch: int) -> None:
-    work = step(network, batch, CONTEXT)
-    parts = forward(network.config, widths(form), Rows(canvases=(CONTEXT,) * batch))
+def _measure(report: GpuReport, network: Network, form: str, batch: int) -> None:
+    work = denoise_step(network, batch, CONTEXT)
+    parts = forward(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
     floor = 1000 * floor_seconds(parts, DEVICE)
     _add(report, f"{form} B={batch} eager", timed(work, warmups=2, repeats=5), batch, floor, network.config)
     try:
@@ -64,14 +64,14 @@ def _measure(report: Report, network: Network, form: str, batch: int) -> None:
     _add(report, f"{form} B={batch} graph", graph, batch, floor, network.config)
 
 
-def _measure_engine(report: Report, network: Network, form: str, batch: int) -> None:
+def _measure_engine(report: GpuReport, network: Network, form: str, batch: int) -> None:
     """The same canvases through the engine, which captures its own graph."""
     try:
         taken, eager = engine_steps(network, batch, CONTEXT)
     except ImportError as reason:  # a bare machine may lack what texts are read with
         report.note(f"{form} B={batch} engine: {reason}")
         return
-    parts = forward(network.config, widths(form), Rows(canvases=(CONTEXT,) * batch))
+    parts = forward(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
     _add(report, f"{form} B={batch} engine", taken, batch, 1000 * floor_seconds(parts, DEVICE), network.config)
     if eager is not None:
         report.note(f"{form} B={batch} engine: nothing was captured: {eager}")
@@ -103,14 +103,14 @@ def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, st
     return Timing(median=statistics.median(taken), least=min(taken)), core.stats.eager
 
 
-def _add(report: Report, name: str, taken: Timing, batch: int, floor: float, config: ModelConfig) -> None:
+def _add(report: GpuReport, name: str, taken: Timing, batch: int, floor: float, config: ModelConfig) -> None:
     tokens = 1000 * batch * config.canvas_length / (STEPS + 1)
     report.add(name, taken.least, "ms", floor)
     report.add(f"{name} median", taken.median, "ms", floor)
     report.add(f"{name} S={STEPS}", tokens / taken.least, "tokens/s", tokens / floor)
 
 
-def step(network: Network, batch: int, context: int) -> Callable[[], SampleStats]:
+def denoise_step(network: Network, batch: int, context: int) -> Callable[[], SampleStats]:
     """A denoising step of `batch` canvases behind random contexts; call it in inference mode."""
     config, device = network.config, network.device
     draw = torch.Generator(device=device).manual_seed(batch)
@@ -134,12 +134,12 @@ def step(network: Network, batch: int, context: int) -> Callable[[], SampleStats
 def _see(device: torch.device) -> Callable[..., SampleStats]:
     """The vocabulary's kernels on a GPU, the plain version elsewhere."""
     if device.type == "cuda":
-        from blockpress.ops.kernels.vocabulary import see as on_gpu
+        from blockpress.ops.kernels.vocabulary import sample_from_hidden as on_gpu
 
         return on_gpu
-    from blockpress.ops.vocabulary import see
+    from blockpress.ops.vocabulary import sample_from_hidden
 
-    return see
+    return sample_from_hidden
 
 
 def _context(network: Network, batch: int, context: int, draw: torch.Generator) -> Cache:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from blockpress.ops.kernels import attention, belief, four_bits, head, products, routing
-from blockpress.ops.kernels.experts import Tile, choose_tiles
+from blockpress.ops.kernels import attention, four_bits, head, probabilities, products, routing
+from blockpress.ops.kernels.experts import ExpertTile, choose_tiles
 
 HIDDEN, SIZE, EXPERTS, TOP = 2816, 704, 128, 8
 ROWS = 256
 FLOATS = ["peak", "rest", "moment", "coarse", "temperature", "entropy", "highest", "mass", "rough", "parts", "share"]
-"""Arguments that are float32 in every kernel; in `belief.multiply`, `share` is what the product became."""
+"""Arguments that are float32 in every kernel; in `probabilities.multiply`, `share` is what the product became."""
 
 WHOLE = ["ids", "edges", "best", "order", "amount", "kept", "chosen", "firsts", "counts", "stops", "table", "places"]
 STRIDED = ["query", "key", "value", "key_pages", "value_pages"]
@@ -69,7 +69,7 @@ def _experts() -> Iterator[Variant]:
             yield from _four_bits(kind, group, tiles.gate_up, tiles.down)
 
 
-def _gate_up(kind: str, tile: Tile, descriptor: bool) -> Variant:
+def _gate_up(kind: str, tile: ExpertTile, descriptor: bool) -> Variant:
     code = "bf16" if kind == "bfloat16" else "fp8e4nv"
     types = {"x": f"*{code}", "x_scale": "*fp32", "order": "*i32", "work": "*i32", "weight": f"*{code}"}
     types |= {"weight_scale": "*bf16", "hidden": f"*{code}", "hidden_scale": "*fp32"}
@@ -77,7 +77,7 @@ def _gate_up(kind: str, tile: Tile, descriptor: bool) -> Variant:
     return _described("gate_up", kind, products.gate_up_kernel, types, constants, tile, code)
 
 
-def _down(kind: str, tile: Tile, descriptor: bool, group: int) -> Variant:
+def _down(kind: str, tile: ExpertTile, descriptor: bool, group: int) -> Variant:
     code = "bf16" if kind == "bfloat16" else "fp8e4nv"
     types = {"hidden": f"*{code}", "hidden_scale": "*fp32", "order": "*i32", "work": "*i32", "share": "*fp32"}
     types |= {"weight": f"*{code}", "weight_scale": "*bf16", "out": "*bf16"}
@@ -86,7 +86,7 @@ def _down(kind: str, tile: Tile, descriptor: bool, group: int) -> Variant:
 
 
 def _described(
-    name: str, kind: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: Tile, code: str
+    name: str, kind: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: ExpertTile, code: str
 ) -> Variant:
     how = "pointer"
     if constants["DESCRIPTOR"]:
@@ -95,7 +95,7 @@ def _described(
     return Variant(name=label, kernel=kernel, types=types, constants=constants, warps=tile.warps, stages=tile.stages)
 
 
-def _four_bits(kind: str, group: int, gate_up: Tile, down: Tile) -> Iterator[Variant]:
+def _four_bits(kind: str, group: int, gate_up: ExpertTile, down: ExpertTile) -> Iterator[Variant]:
     scale, outer = ("*bf16", 0) if kind == "int4" else ("*u8", int(kind == "nvfp4"))
     types = {"x": "*bf16", "hidden": "*bf16", "order": "*i32", "work": "*i32", "share": "*fp32", "out": "*bf16"}
     types |= {"weight": "*i32", "scale": scale, "outer": "*fp32"}
@@ -110,32 +110,42 @@ def _four_bits(kind: str, group: int, gate_up: Tile, down: Tile) -> Iterator[Var
         )  # fmt: skip
 
 
-def _constants(tile: Tile) -> dict[str, int]:
+def _constants(tile: ExpertTile) -> dict[str, int]:
     return {"HIDDEN": HIDDEN, "SIZE": SIZE, "ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": tile.depth}
 
 
 def _vocabulary() -> Iterator[Variant]:
     """In bfloat16."""
     for rows in (ROWS, 32):
-        width = head.shape(rows, torch.bfloat16)
+        width = head.launch_shape(rows, torch.bfloat16)
         for name, flags in {
-            "exact": {"COARSE": True, "DENIED": False},
-            "exact, denied": {"COARSE": True, "DENIED": True},
-            "no signal": {"COARSE": False, "DENIED": False},
+            "exact": {"COARSE": True, "BANNED": False},
+            "exact, banned": {"COARSE": True, "BANNED": True},
+            "no signal": {"COARSE": False, "BANNED": False},
         }.items():
             constants = {"CAPPED": True, "EVEN": True, "TILE": head.TILE, **flags}
             yield _variant(f"head multiply {rows} rows {name}", head.multiply, constants, width)
     tile = {"CAPPED": True, "TILE": head.TILE}
-    yield _variant("head choose", head.choose, {**tile, "COARSE": True, "TILES": 2048}, {"num_warps": 8})
-    yield _variant("belief spread", belief.spread, {"CAPPED": True, "SPAN": belief.SPAN}, {"num_warps": 4})
+    yield _variant("head choose", head.sample_kernel, {**tile, "COARSE": True, "TILES": 2048}, {"num_warps": 8})
+    yield _variant(
+        "belief spread", probabilities.softmax_weights, {"CAPPED": True, "SPAN": probabilities.SPAN}, {"num_warps": 4}
+    )
     for rows in (ROWS, 32):
         yield _variant(
-            f"belief multiply {rows} rows", belief.multiply, {"EVEN": True}, belief.shape(rows, torch.bfloat16)
+            f"belief multiply {rows} rows",
+            probabilities.multiply,
+            {"EVEN": True},
+            probabilities.launch_shape(rows, torch.bfloat16),
         )
-    yield _variant("belief gather", belief.gather, {"COLUMNS": belief.COLUMNS}, {})
-    picked = {"GROUP": belief.GROUP, "KEPT": belief.KEPT}
-    yield _variant("belief pick", belief.pick, {**tile, **picked}, {"num_warps": 8})
-    yield _variant("belief weigh", belief.weigh, {"KEPT": belief.KEPT, "COLUMNS": belief.COLUMNS, "AT_ONCE": 16}, {})
+    yield _variant("belief gather", probabilities.reduce_split_k, {"COLUMNS": probabilities.COLUMNS}, {})
+    picked = {"GROUP": probabilities.GROUP, "KEPT": probabilities.KEPT}
+    yield _variant("belief pick", probabilities.select_top, {**tile, **picked}, {"num_warps": 8})
+    yield _variant(
+        "belief weigh",
+        probabilities.weighted_sum,
+        {"KEPT": probabilities.KEPT, "COLUMNS": probabilities.COLUMNS, "AT_ONCE": 16},
+        {},
+    )
 
 
 def _attention() -> Iterator[Variant]:
@@ -168,14 +178,14 @@ def _variant(
     shape = dict(shape)
     warps, stages = shape.pop("num_warps", 4), shape.pop("num_stages", 3)
     known = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WHOLE, "*i32") | {"seen": "*bf16"}
-    known |= {"uniform": "*fp64", "argmax": "*i64", "sample": "*i64", "denied": "*i8", "causals": "*i8"}
+    known |= {"uniform": "*fp64", "argmax": "*i64", "sample": "*i64", "banned": "*i8", "causals": "*i8"}
     known |= dict.fromkeys(("highests", "totals"), "*fp32") | dict.fromkeys(("cap", "least", "dropped"), "fp32")
     known |= dict.fromkeys(
         ["n", "vocab", "width", "count", "tiles", "stretches", "tokens", "heads", "window", "rows", "table_row"], "i32"
     )
     if constants.get("PARTED"):
         known |= {"seen": "*fp32"}
-    if kernel is belief.multiply:
+    if kernel is probabilities.multiply:
         known |= {"share": "*bf16"}
     constants = constants | shape
     strides = {name for name in kernel.arg_names if name.rpartition("_")[0] in STRIDED} - set(STRIDED)

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpress.bench.gpu.check import Check, distance
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.check import KernelCheck, distance
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.timing import DEVICE, captured
 from blockpress.ops.vocabulary import SampleStats, SignalKind
 
@@ -29,14 +29,14 @@ MARGIN, NEAR = 1e-6, 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`spread`: standard deviation of the products. `denied`: how many ids some rows must not take."""
+    """`spread`: standard deviation of the products. `banned`: how many ids some rows must not take."""
 
     rows: int = 5
     vocab: int = 300
     width: int = 64
     cap: float | None = 30.0
     spread: float = 4.0
-    denied: int = 0
+    banned: int = 0
     ties: bool = False
     dtype: torch.dtype = torch.float32
     signal: SignalKind = "exact"
@@ -50,7 +50,7 @@ class Given:
     weight: Tensor
     temperature: Tensor
     uniform: Tensor
-    denied: tuple[Tensor, Tensor] | None
+    banned: tuple[Tensor, Tensor] | None
     scale: Tensor
     scaled: Tensor
 
@@ -60,34 +60,34 @@ SIZES = (1, 2, 16, 127, 128, 129, 4095, 4096, 4097)
 """Vocabularies around the edges of a record's tile and of a sum's."""
 
 
-def checks() -> list[Check]:
-    """Sizes, caps, types, kinds of signal, denied ids, ties, sure rows, broken rows; then the published size."""
+def checks() -> list[KernelCheck]:
+    """Sizes, caps, types, kinds of signal, banned ids, ties, sure rows, broken rows; then the published size."""
     cases = {f"vocab={vocab}": Case(vocab=vocab) for vocab in SIZES}
     cases |= {f"rows={rows}": Case(rows=rows, vocab=200) for rows in (0, 1, 17, 130)}
     bf16 = Case(dtype=torch.bfloat16)
     cases |= {
         "no cap": Case(cap=None, vocab=1000),
         "width=40": Case(width=40),
-        "denied": Case(denied=7, vocab=400),
+        "banned": Case(banned=7, vocab=400),
         "ties": Case(ties=True),
         "flat": Case(spread=0.0),
         "sure": Case(spread=20.0, vocab=1000),
         "bfloat16": replace(bf16, vocab=4500),
-        "bfloat16 denied": replace(bf16, denied=7),
+        "bfloat16 banned": replace(bf16, banned=7),
         "bfloat16 no cap": replace(bf16, cap=None),
         "no signal": replace(bf16, signal=None),
     }
     for dtype in (torch.float32, torch.bfloat16):
         for spread in (1.0, 12.0):
-            case = Case(rows=6, vocab=4500, signal="sparse", dtype=dtype, spread=spread, denied=3)
+            case = Case(rows=6, vocab=4500, signal="sparse", dtype=dtype, spread=spread, banned=3)
             cases[f"sparse {str(dtype)[6:]} spread={spread:.0f}"] = case
-    found = [Check(name=name, limit=1, error=partial(_apart, case)) for name, case in cases.items()]
-    found.append(Check(name="sure rows keep the digits of their entropy", limit=1e-4, error=_sure))
-    found.append(Check(name="a broken row stays alone", limit=0, error=_broken))
-    found.append(Check(name="rows in blocks", limit=0, error=_in_blocks))
+    found = [KernelCheck(name=name, limit=1, error=partial(_apart, case)) for name, case in cases.items()]
+    found.append(KernelCheck(name="sure rows keep the digits of their entropy", limit=1e-4, error=_sure))
+    found.append(KernelCheck(name="a broken row stays alone", limit=0, error=_broken))
+    found.append(KernelCheck(name="rows in blocks", limit=0, error=_in_blocks))
     for kind in ("exact", "sparse"):
         case = replace(PUBLISHED, signal=kind)
-        found.append(Check(name=f"published {kind}", limit=1, error=partial(_apart, case), large=True))
+        found.append(KernelCheck(name=f"published {kind}", limit=1, error=partial(_apart, case), large=True))
     return found
 
 
@@ -98,7 +98,7 @@ def _apart(case: Case, device: torch.device) -> float:
     "exact"; "sparse" differs from the unrounded one by a rounding of each share and by the mass that it drops, but for
     rows that it does not cover, which are as the reference rounds them.
     """
-    given = draw(case, device)
+    given = draw_case(case, device)
     seen = _see(case, given)
     assert len(seen.argmax) == case.rows
     if not case.rows:
@@ -121,7 +121,7 @@ def _apart(case: Case, device: torch.device) -> float:
     return float(torch.cat((worst, apart[None])).max())  # a NaN is the largest
 
 
-def draw(case: Case, device: torch.device) -> Given:
+def draw_case(case: Case, device: torch.device) -> Given:
     """Random inputs, fresh ones on a GPU and the same ones for everybody on a CPU, and the logits of the truth."""
     if device.type == "cpu":
         torch.manual_seed(case.rows + case.vocab)
@@ -135,35 +135,35 @@ def draw(case: Case, device: torch.device) -> Given:
     temperature = torch.rand(n, device=device) * 0.4 + 0.4
     product = (hidden @ weight.T).float()
     scaled = (product if case.cap is None else torch.tanh(product / case.cap) * case.cap) / temperature[:, None]
-    denied = None
-    if case.denied:
-        ids = torch.randperm(vocab, device=device)[: case.denied]
+    banned = None
+    if case.banned:
+        ids = torch.randperm(vocab, device=device)[: case.banned]
         ids[0] = scaled[0].argmax() if scaled[0].argmax() not in ids else ids[0]
-        no = torch.rand(n, case.denied, device=device) < 0.5
+        no = torch.rand(n, case.banned, device=device) < 0.5
         no[0] = True
-        denied = (ids, no)
+        banned = (ids, no)
         scaled[:, ids] = scaled[:, ids].masked_fill(no, float("-inf"))
     return Given(
         hidden=hidden,
         weight=weight,
         temperature=temperature,
         uniform=torch.rand(n, device=device, dtype=torch.float64),
-        denied=denied,
+        banned=banned,
         scale=torch.tensor(width**0.5, device=device, dtype=case.dtype),
         scaled=scaled,
     )
 
 
 def _see(case: Case, given: Given) -> SampleStats:
-    from blockpress.ops.kernels.vocabulary import see
+    from blockpress.ops.kernels.vocabulary import sample_from_hidden
 
-    return see(
+    return sample_from_hidden(
         given.hidden,
         given.weight,
         cap=case.cap,
         temperature=given.temperature,
         uniform=given.uniform,
-        denied=given.denied,
+        banned=given.banned,
         signal=case.signal,
         scale=given.scale,
     )
@@ -192,7 +192,7 @@ def _entropy(given: Given, seen: SampleStats) -> float:
 
 def _sure(device: torch.device) -> float:
     """The largest relative error of entropies from 1e-2 down to 1e-9 nat: one token towers over 999 equal ones."""
-    from blockpress.ops.kernels.vocabulary import see
+    from blockpress.ops.kernels.vocabulary import sample_from_hidden
 
     ahead = torch.tensor([10.0, 15.0, 20.0, 25.0, 30.0], device=device)
     weight = torch.zeros(1000, 16, device=device)
@@ -201,7 +201,9 @@ def _sure(device: torch.device) -> float:
     hidden[:, 0] = ahead
     uniform = torch.full((5,), 0.5, device=device, dtype=torch.float64)
     ones, scale = torch.ones(5, device=device), torch.ones((), device=device)
-    got = see(hidden, weight, cap=None, temperature=ones, uniform=uniform, signal=None, scale=scale).entropy
+    got = sample_from_hidden(
+        hidden, weight, cap=None, temperature=ones, uniform=uniform, signal=None, scale=scale
+    ).entropy
     log_p = torch.log_softmax((hidden.double() @ weight.T.double()), -1)
     wanted = -(log_p.exp() * log_p).sum(-1)
     return float(((got.double() - wanted) / wanted).abs().max())
@@ -210,7 +212,7 @@ def _sure(device: torch.device) -> float:
 def _broken(device: torch.device) -> float:
     """How many values of other rows change where one row is NaN; and whether that row's entropy says so."""
     case = Case(rows=20)
-    given = draw(case, device)
+    given = draw_case(case, device)
     before = _see(case, given)
     given.hidden[7, 3] = torch.nan
     after = _see(case, given)
@@ -226,8 +228,8 @@ def _in_blocks(device: torch.device) -> float:
     """How many tokens and entropies change when the rows go through in blocks of 16, the last one smaller."""
     from blockpress.ops.kernels import vocabulary
 
-    case = Case(rows=37, denied=3)
-    given = draw(case, device)
+    case = Case(rows=37, banned=3)
+    given = draw_case(case, device)
     whole, block = _see(case, given), vocabulary.BLOCK
     try:
         vocabulary.BLOCK = 16 * case.vocab * 4
@@ -239,7 +241,7 @@ def _in_blocks(device: torch.device) -> float:
     return float((whole.argmax != parts.argmax).sum() + (whole.sample != parts.sample).sum() + signal)
 
 
-def bench(report: Report) -> None:
+def bench(report: GpuReport) -> None:
     """Every kind of signal at 256 to 8,192 rows, of flat rows and of sure ones; then the products alone."""
     for rows in (256, 512, 1024, 4096):
         for kind in (None, "exact", "sparse"):
@@ -254,7 +256,7 @@ def bench(report: Report) -> None:
     _time(report, "cuBLAS soft embedding rows=256", lambda: share @ given.weight, floor)
 
 
-def _measure(report: Report, name: str, case: Case) -> None:
+def _measure(report: GpuReport, name: str, case: Case) -> None:
     given = _filled(case)
     products = 1 if case.signal in (None, "sparse") else 2
     _time(report, name, lambda: _see(case, given), _floor_ms(case, products))
@@ -262,7 +264,7 @@ def _measure(report: Report, name: str, case: Case) -> None:
     torch.cuda.empty_cache()
 
 
-def _time(report: Report, name: str, work: Callable[[], object], floor: float) -> None:
+def _time(report: GpuReport, name: str, work: Callable[[], object], floor: float) -> None:
     try:
         taken = captured(work)
     except Exception as reason:  # a case that does not fit must not end the other figures
@@ -282,7 +284,7 @@ def _filled(case: Case) -> Given:
         weight=weight,
         temperature=torch.full((case.rows,), 0.6, device=device),
         uniform=torch.rand(case.rows, device=device, dtype=torch.float64),
-        denied=None,
+        banned=None,
         scale=torch.tensor(case.width**0.5, device=device, dtype=case.dtype),
         scaled=hidden[:, :0].float(),
     )

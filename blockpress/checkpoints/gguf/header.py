@@ -28,7 +28,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from blockpress.checkpoints.gguf.types import Kind, kind_of
+from blockpress.checkpoints.gguf.types import GgmlType, ggml_type
 from blockpress.errors import CheckpointError, DamagedFile
 
 MAGIC = b"GGUF"
@@ -51,7 +51,7 @@ class StoredBlocks:
 
     name: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: GgmlType
     start: int
     bytes: int
 
@@ -157,13 +157,13 @@ class _Reading:
             end = _padded(end + size, alignment)
         return found
 
-    def entry(self) -> tuple[str, tuple[int, ...], Kind, int]:
+    def entry(self) -> tuple[str, tuple[int, ...], GgmlType, int]:
         name = self.text("a tensor's name", MOST_NAME)
         dims = self.number("I", f"the axes of {name}")
         if not 1 <= dims <= MOST_DIMS:
             raise self.damaged(f"the tensor {name} has {dims} axes")
         shape = tuple(reversed([self.number("Q", f"the shape of {name}") for _ in range(dims)]))
-        kind = kind_of(self.number("I", f"the type of {name}"), name)
+        kind = ggml_type(self.number("I", f"the type of {name}"), name)
         if shape[-1] % kind.values or not all(shape):
             raise self.damaged(f"the tensor {name} of type {kind.name} has the shape {list(shape)}")
         return name, shape, kind, self.number("Q", f"the offset of {name}")
@@ -229,5 +229,5 @@ def _padded(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
-def _bytes(shape: tuple[int, ...], kind: Kind) -> int:
+def _bytes(shape: tuple[int, ...], kind: GgmlType) -> int:
     return math.prod(shape) // kind.values * kind.bytes

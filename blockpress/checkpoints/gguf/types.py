@@ -29,7 +29,7 @@ OURS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class GgmlType:
     """How a tensor is stored: blocks of `bytes` bytes with `values` values; floats have one value a block.
 
     Of `dtype` and `layout` one is None.
@@ -42,7 +42,7 @@ class Kind:
     layout: Layout | None = None
 
 
-def kind_of(code: int, tensor: str) -> Kind:
+def ggml_type(code: int, tensor: str) -> GgmlType:
     """The kind of a type's code; `tensor` is for the error.
 
     Raises:
@@ -50,9 +50,9 @@ def kind_of(code: int, tensor: str) -> Kind:
     """
     if code in PLAIN:
         name, dtype = PLAIN[code]
-        return Kind(name=name, values=1, bytes=dtype.itemsize, dtype=dtype)
+        return GgmlType(name=name, values=1, bytes=dtype.itemsize, dtype=dtype)
     layout = LAYOUTS[OURS[code]] if code in OURS else _others(code, tensor)
-    return Kind(name=layout.name, values=layout.values, bytes=layout.bytes, layout=layout)
+    return GgmlType(name=layout.name, values=layout.values, bytes=layout.bytes, layout=layout)
 
 
 def _others(code: int, tensor: str) -> Layout:

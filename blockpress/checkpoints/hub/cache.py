@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpress.checkpoints.files import CONFIG, INDEX, SINGLE, read_object
-from blockpress.checkpoints.identify import Kind, kind_of
+from blockpress.checkpoints.identify import CheckpointInfo, identify
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Kept:
     revision: str
     refs: tuple[str, ...]
     path: Path
-    kind: Kind
+    kind: CheckpointInfo
     bytes: int
     last_used: float
     missing: str | None
@@ -234,10 +234,10 @@ def _entries(repo: CachedRepoInfo, revision: CachedRevisionInfo) -> Iterator[Kep
     used = max((file.blob_last_accessed for file in revision.files), default=repo.last_accessed)
     for name, path, size in places:
         try:
-            kind = kind_of(path)
+            kind = identify(path)
             lacks = None if path.is_file() else missing(snapshot)
         except DamagedFile as error:  # it must not hide the rest, nor itself
-            kind, lacks = Kind(family="unreadable", format="?"), error.message
+            kind, lacks = CheckpointInfo(family="unreadable", format="?"), error.message
         except CheckpointError:  # a kind of file that only others read
             continue
         if kind.runs or kind.family == "unreadable":

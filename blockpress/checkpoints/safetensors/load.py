@@ -2,7 +2,7 @@
 
 The network is built without memory (`build.py`) and every weight is read, cast, moved and put into its place before the
 next one is touched: peak memory is the weights and one tensor. Names, shapes and types are compared first, on the
-files' headers (`plan.py`), so that a checkpoint that does not fit fails in milliseconds.
+files' headers (`mapping.py`), so that a checkpoint that does not fit fails in milliseconds.
 
 Packed weights stay packed (`formats.py`). Experts that are stored one by one are read straight into their stacks.
 
@@ -34,9 +34,9 @@ from blockpress.checkpoints.build import (
 )
 from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.checkpoints.gguf import load_gguf_network
-from blockpress.checkpoints.index import opened
+from blockpress.checkpoints.index import open_safetensors
 from blockpress.checkpoints.names import published_name
-from blockpress.checkpoints.safetensors.mapping import Slot, Target, plan
+from blockpress.checkpoints.safetensors.mapping import Slot, Target, map_tensors
 from blockpress.checkpoints.safetensors.packed import Field
 from blockpress.config import ModelConfig
 from blockpress.errors import UnexpectedWeights
@@ -87,7 +87,7 @@ def load_network(
     place = choose_device(device)
     types = choose_types(dtype, compute_dtype, config, place)
     network = without_memory(lambda: Network(config))
-    targets = plan(network, checkpoint.tensors, checkpoint.quantization)
+    targets = map_tensors(network, checkpoint.tensors, checkpoint.quantization)
     own, products = packable(network), multiplied(network)
     sizes = (one.memory(types.size(matrix=one.ours in own, product=one.ours in products)) for one in targets)
     with room_for(sum(sizes), place):
@@ -109,7 +109,7 @@ def _fill(network: Network, targets: list[Target], types: Types, device: torch.d
     total, done = sum(job[2].stored.bytes for job in jobs), 0
     progress(done, total)
     for (_, file), group in groupby(jobs, key=lambda job: (job[0].target.tie, job[2].stored.file)):
-        with opened(file) as shard:
+        with open_safetensors(file) as shard:
             for filling, slot, part in group:
                 # No name holds the tensor that was read, or two of them would be in memory when the next one is.
                 _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)

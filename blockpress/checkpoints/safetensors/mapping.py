@@ -22,9 +22,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from blockpress.checkpoints.build import packable
-from blockpress.checkpoints.index import Stored
+from blockpress.checkpoints.index import StoredTensor
 from blockpress.checkpoints.names import is_derived, is_quantised, is_vision, our_name, published_name
-from blockpress.checkpoints.safetensors.packed import ASIDE, PARTS, Recipe, read_recipe
+from blockpress.checkpoints.safetensors.packed import ASIDE, PARTS, PackedRecipe, read_recipe
 from blockpress.config import Family
 from blockpress.config.quantization import Quantization
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
@@ -51,10 +51,10 @@ class Target:
     experts: int | None = None
     halves: int = 1
     tie: bool = False
-    recipes: dict[Slot, Recipe] = field(default_factory=dict)
+    recipes: dict[Slot, PackedRecipe] = field(default_factory=dict)
 
     @property
-    def first(self) -> Recipe:
+    def first(self) -> PackedRecipe:
         return next(iter(self.recipes.values()))
 
     def memory(self, itemsize: int) -> int:
@@ -89,7 +89,9 @@ class _Place:
         return self.ours.rpartition(".")[0]
 
 
-def plan(network: Network, tensors: Mapping[str, Stored], quantization: Quantization | None) -> list[Target]:
+def map_tensors(
+    network: Network, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
+) -> list[Target]:
     """Targets that fill the network first, then those that are compared.
 
     A checkpoint without the causal pass's own scalars is one where they are the canvas's.
@@ -121,14 +123,14 @@ def plan(network: Network, tensors: Mapping[str, Stored], quantization: Quantiza
 
 
 def _collect(
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     wanted: Mapping[str, tuple[int, ...]],
     family: Family,
     quantization: Quantization | None,
-) -> tuple[dict[str, tuple[_Place, dict[str, Stored]]], list[str]]:
+) -> tuple[dict[str, tuple[_Place, dict[str, StoredTensor]]], list[str]]:
     """The parts of every matrix by the published name that they share, and the tensors that have no place."""
     modules = {name[: dot.start()] for name in wanted for dot in re.finditer(r"\.", name)}
-    matrices: dict[str, tuple[_Place, dict[str, Stored]]] = {}
+    matrices: dict[str, tuple[_Place, dict[str, StoredTensor]]] = {}
     left = []
     for name, stored in tensors.items():
         if is_vision(name) or is_derived(name):

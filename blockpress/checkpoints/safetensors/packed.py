@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
-from blockpress.checkpoints.index import FLOATS, Stored
+from blockpress.checkpoints.index import FLOATS, StoredTensor
 from blockpress.checkpoints.safetensors import scales
 from blockpress.config.quantization import Quantization, Scheme
 from blockpress.errors import CheckpointError, MissingWeights, ShapeMismatch, UnexpectedWeights
@@ -56,12 +56,12 @@ class Field:
     """A stored tensor and what it becomes: `convert` gives the layout's tensor `name`; where that is "", it checks."""
 
     name: str
-    stored: Stored
+    stored: StoredTensor
     convert: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PackedRecipe:
     """How one matrix is read. Matrices of the same `form` may be stacked; `build` is None for plain floats."""
 
     name: str
@@ -77,10 +77,10 @@ class _Matrix:
     name: str
     rows: int
     columns: int
-    parts: Mapping[str, Stored]
+    parts: Mapping[str, StoredTensor]
     quantization: Quantization
 
-    def part(self, name: str, codes: tuple[str, ...], *shapes: tuple[int, ...]) -> Stored:
+    def part(self, name: str, codes: tuple[str, ...], *shapes: tuple[int, ...]) -> StoredTensor:
         """The part of that name, which has one of the types and, where given, one of the shapes."""
         if name not in self.parts:
             raise MissingWeights(
@@ -130,8 +130,8 @@ class _Matrix:
 
 
 def read_recipe(
-    name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], quantization: Quantization | None
-) -> Recipe:
+    name: str, parts: Mapping[str, StoredTensor], shape: tuple[int, ...], quantization: Quantization | None
+) -> PackedRecipe:
     """How the tensors of one weight are read.
 
     Args:
@@ -175,7 +175,7 @@ def read_recipe(
     return reader(matrix)
 
 
-def _plain(stored: Stored, name: str, shape: tuple[int, ...]) -> Recipe:
+def _plain(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> PackedRecipe:
     if stored.dtype not in FLOATS:
         raise ShapeMismatch(
             f"the tensor {stored.name} is stored as {stored.dtype}", hint=f"weights are stored as {', '.join(FLOATS)}"
@@ -185,10 +185,10 @@ def _plain(stored: Stored, name: str, shape: tuple[int, ...]) -> Recipe:
             f"the tensor {stored.name} has the shape {list(stored.shape)}, the config asks for {list(shape)}",
             hint="the sizes differ: do config and weights come from the same save?",
         )
-    return Recipe(name=name, form="plain", fields=(Field(name="weight", stored=stored, convert=_same),))
+    return PackedRecipe(name=name, form="plain", fields=(Field(name="weight", stored=stored, convert=_same),))
 
 
-def _fp8(m: _Matrix) -> Recipe:
+def _fp8(m: _Matrix) -> PackedRecipe:
     codes = m.part("weight", ("F8_E4M3",), (m.rows, m.columns))
     m.only("weight", "weight_scale")
     if m.part("weight_scale", ("F8_E8M0", "U8", *scales.TYPES)).dtype in ("F8_E8M0", "U8"):
@@ -196,12 +196,12 @@ def _fp8(m: _Matrix) -> Recipe:
         scale = m.part("weight_scale", ("F8_E8M0", "U8"), (m.rows, m.divided(32)))
         fields = [Field(name="codes", stored=codes, convert=_same)]
         fields += [Field(name="scale", stored=scale, convert=partial(scales.from_e8m0, scale.name))]
-        return Recipe(name=m.name, form="mxfp8", fields=tuple(fields), build=partial(Codes, group=32))
+        return PackedRecipe(name=m.name, form="mxfp8", fields=tuple(fields), build=partial(Codes, group=32))
     scheme = m.scheme(lambda s: (s.kind, s.bits) == ("float", 8), "e4m3")
     return _codes(m, Field(name="codes", stored=codes, convert=_same), scheme, "fp8")
 
 
-def _int8(m: _Matrix) -> Recipe:
+def _int8(m: _Matrix) -> PackedRecipe:
     codes = m.part("weight", ("I8",), (m.rows, m.columns))
     m.only("weight", "weight_scale", "weight_zero_point")
     # What is called naive-quantized has fewer bits in a byte of its own.
@@ -209,7 +209,7 @@ def _int8(m: _Matrix) -> Recipe:
     return _codes(m, Field(name="codes", stored=codes, convert=_same), scheme, "int8")
 
 
-def _packed_integers(m: _Matrix) -> Recipe:
+def _packed_integers(m: _Matrix) -> PackedRecipe:
     words = m.part("weight_packed", ("I32",))
     m.only("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     scheme = m.scheme(lambda s: s.kind == "int" and words.shape == (m.rows, _words(m.columns, s.bits)), _shaped(words))
@@ -223,14 +223,14 @@ def _packed_integers(m: _Matrix) -> Recipe:
         return recipe
     shape = m.part("weight_shape", ("I64", "I32"), (2,))
     check = Field(name="", stored=shape, convert=partial(scales.check_shape, shape.name, (m.rows, m.columns)))
-    return Recipe(name=m.name, form=recipe.form, fields=(*recipe.fields, check), build=recipe.build)
+    return PackedRecipe(name=m.name, form=recipe.form, fields=(*recipe.fields, check), build=recipe.build)
 
 
-def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool = False) -> Recipe:
+def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool = False) -> PackedRecipe:
     """Codes under scales of whatever grid the scheme says, and zero points where it is not symmetric."""
     shapes, height, group = _grid(m, scheme)
     scale = m.part("weight_scale", scales.TYPES, *shapes)
-    spread = partial(scales.spread, rows=m.rows, height=height)
+    spread = partial(scales.expand_scales, rows=m.rows, height=height)
     fields = [main, Field(name="scale", stored=scale, convert=lambda t: spread(scales.checked(scale.name, t)))]
     has_zero = "weight_zero_point" in m.parts
     if has_zero or not scheme.symmetric:
@@ -242,7 +242,7 @@ def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool
             fields += [Field(name="zero", stored=zero, convert=spread)]
     form = f"{what}, {group} columns under a scale of {scale.dtype}{', with zero points' * (len(fields) > 2)}"
     layout: Any = Nibbles if main.name == "packed" else Codes
-    return Recipe(name=m.name, form=form, fields=tuple(fields), build=partial(layout, group=group))
+    return PackedRecipe(name=m.name, form=form, fields=tuple(fields), build=partial(layout, group=group))
 
 
 def _grid(m: _Matrix, scheme: Scheme) -> tuple[list[tuple[int, ...]], int, int]:
@@ -265,7 +265,7 @@ def _grid(m: _Matrix, scheme: Scheme) -> tuple[list[tuple[int, ...]], int, int]:
     return (each, 1, m.columns) if by_row else (one, 0, m.columns)
 
 
-def _float4(m: _Matrix) -> Recipe:
+def _float4(m: _Matrix) -> PackedRecipe:
     """NVFP4 of compressed-tensors, or MXFP4: which of them, the scales' type says."""
     if m.part("weight_scale", ("F8_E4M3", "F8_E8M0", "U8")).dtype == "F8_E4M3":
         m.only("weight_packed", "weight_scale", "weight_global_scale")
@@ -276,15 +276,15 @@ def _float4(m: _Matrix) -> Recipe:
     packed = m.part("weight_packed", ("U8",), (m.rows, m.columns // 2))
     fields = [Field(name="packed", stored=packed, convert=_same)]
     fields += [Field(name="scale", stored=scale, convert=partial(scales.e8m0_codes, scale.name))]
-    return Recipe(name=m.name, form="mxfp4", fields=tuple(fields), build=partial(Float4, kind="e8m0", group=32))
+    return PackedRecipe(name=m.name, form="mxfp4", fields=tuple(fields), build=partial(Float4, kind="e8m0", group=32))
 
 
-def _modelopt(m: _Matrix) -> Recipe:
+def _modelopt(m: _Matrix) -> PackedRecipe:
     m.only("weight", "weight_scale", "weight_scale_2")
     return _nvfp4(m, "weight", "weight_scale_2", divides=False)
 
 
-def _nvfp4(m: _Matrix, main: str, outer_name: str, divides: bool) -> Recipe:
+def _nvfp4(m: _Matrix, main: str, outer_name: str, divides: bool) -> PackedRecipe:
     m.scheme(lambda s: (s.kind, s.bits, s.group) == ("float", 4, 16), "nvfp4")
     groups = m.divided(16)
     packed = m.part(main, ("U8",), (m.rows, m.columns // 2))
@@ -296,10 +296,10 @@ def _nvfp4(m: _Matrix, main: str, outer_name: str, divides: bool) -> Recipe:
         Field(name="outer", stored=outer, convert=lambda t: scales.checked(outer.name, t).reshape(1).expand(m.rows)),
     )
     build = partial(Float4, kind="e4m3", group=16, divides=divides)
-    return Recipe(name=m.name, form=f"nvfp4, outer scale in {outer_name}", fields=fields, build=build)
+    return PackedRecipe(name=m.name, form=f"nvfp4, outer scale in {outer_name}", fields=fields, build=build)
 
 
-_READERS: Mapping[tuple[str, str], Callable[[_Matrix], Recipe]] = {
+_READERS: Mapping[tuple[str, str], Callable[[_Matrix], PackedRecipe]] = {
     ("weight", "F8_E4M3"): _fp8,
     ("weight", "I8"): _int8,
     ("weight", "U8"): _modelopt,
@@ -313,7 +313,7 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _shaped(stored: Stored) -> str:
+def _shaped(stored: StoredTensor) -> str:
     return f"integers packed to the shape {list(stored.shape)}"
 
 

@@ -22,7 +22,7 @@ from blockpress.checkpoints.atomic import SHARD_BYTES, in_shards, staged, write_
 from blockpress.checkpoints.build import choose_dtype
 from blockpress.checkpoints.checkpoint import Checkpoint, opened_at
 from blockpress.checkpoints.files import CONFIG, GENERATION
-from blockpress.checkpoints.index import Stored, opened
+from blockpress.checkpoints.index import StoredTensor, open_safetensors
 from blockpress.checkpoints.names import is_vision, published_name
 from blockpress.checkpoints.safetensors.vision import vision_tensors
 from blockpress.config import GenerationConfig, ModelConfig
@@ -174,8 +174,8 @@ def _check_kept(config: ModelConfig, kept: Mapping[str, Tensor]) -> None:
         raise MissingWeights(f"kept lacks {missing[0]}", hint="kept must hold all of the tower: see vision_tensors")
 
 
-def _read(tensor: Stored) -> Tensor:
-    with opened(tensor.file) as shard:
+def _read(tensor: StoredTensor) -> Tensor:
+    with open_safetensors(tensor.file) as shard:
         found: Tensor = shard.get_tensor(tensor.name)
         return found
 

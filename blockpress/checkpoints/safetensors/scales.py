@@ -37,7 +37,7 @@ def checked(name: str, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return scale
 
 
-def spread(values: Shaped[Tensor, "*grid"], rows: int, height: int) -> Shaped[Tensor, "rows groups"]:
+def expand_scales(values: Shaped[Tensor, "*grid"], rows: int, height: int) -> Shaped[Tensor, "rows groups"]:
     """One row of scales or zero points for every row of the matrix; one stands for `height` rows (0: for all)."""
     if height == 0:
         return values.reshape(1, 1).expand(rows, 1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockpress.checkpoints.build import choose_device, choose_types, hold, room_for, without_memory
 from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.checkpoints.files import checkpoint_directory, read_object
-from blockpress.checkpoints.index import FLOATS, Stored, opened
+from blockpress.checkpoints.index import FLOATS, StoredTensor, open_safetensors
 from blockpress.checkpoints.names import is_derived, is_vision
 from blockpress.config import ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER, PictureSettings, VisionConfig
@@ -97,7 +97,7 @@ def load_vision(
     tensors = sorted(stored.values(), key=lambda tensor: tensor.file)
     with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * types.storage.itemsize, to):
         for file, group in groupby(tensors, key=lambda tensor: tensor.file):
-            with opened(file) as shard:
+            with open_safetensors(file) as shard:
                 for tensor in group:
                     fresh = shard.get_tensor(tensor.name).to(device=to, dtype=types.storage, copy=True)
                     place[tensor.name.removeprefix(ENCODER)] = fresh
@@ -156,7 +156,7 @@ def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[st
     return dict(MINIMAL_TOWER), tensors
 
 
-def _check(stored: Mapping[str, Stored], wanted: Shapes) -> None:
+def _check(stored: Mapping[str, StoredTensor], wanted: Shapes) -> None:
     """Every tensor of the tower there, of its shape and stored as floats, and no other."""
     missing, left = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing:

@@ -12,7 +12,7 @@ from ctypes import c_int64, c_void_p
 from jaxtyping import Float
 from torch import Tensor
 
-from blockpress.ops.attention import Span
+from blockpress.ops.attention import AttentionSpan
 from blockpress.ops.cpu import bridge
 
 
@@ -32,7 +32,7 @@ class _Span(ctypes.Structure):
     ]
 
 
-def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Float[Tensor, "heads rows dim"]:
+def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[AttentionSpan]) -> Float[Tensor, "heads rows dim"]:
     """`spans.look`, without copies of keys and values; the result lies in memory as [rows, heads, dim]."""
     heads, rows, dim = query.shape
     query = query if query.stride(2) == 1 else query.contiguous()
@@ -41,7 +41,7 @@ def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Flo
     listed = (_Span * len(spans))()
     for place, span in zip(listed, spans, strict=True):
         place.start, place.stop, place.first = span.start, span.stop, len(pieces)
-        for key, value in span.seen:
+        for key, value in span.kv:
             if key.stride(2) != 1 or value.stride(2) != 1:
                 key, value = key.contiguous(), value.contiguous()
                 kept += [key, value]
@@ -53,7 +53,7 @@ def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[Span]) -> Flo
             mask = span.mask if span.mask.stride(-1) == 1 else span.mask.contiguous()
             kept.append(mask)
             place.mask, place.mask_row = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0
-    kv = spans[0].seen[0][0].shape[0] if spans else heads
+    kv = spans[0].kv[0][0].shape[0] if spans else heads
     asked = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
     bridge.call("attend", query.dtype, *asked, listed, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
     return out.transpose(0, 1)

@@ -93,13 +93,13 @@ def _scaled(weight: Codes | Nibbles) -> Matrix | None:
     kind = _NIBBLES if isinstance(weight, Nibbles) else _INT8 if codes.dtype == torch.int8 else _E4M3
     halves = 0 if scale.dtype == torch.float32 else 1 if scale.shape[-1] > 1 else 2
     made = Matrix(data=codes.data_ptr(), kind=kind, scale=scale.data_ptr(), halves=halves)
-    made.zero = None if weight.zero is None else weight.zero.data_ptr()
+    made.zero = None if weight.zero_point is None else weight.zero_point.data_ptr()
     return made
 
 
 def _float4(weight: Float4) -> Matrix:
     made = Matrix(data=weight.packed.data_ptr(), kind=_E2M1, scale=weight.scale.data_ptr(), divides=weight.divides)
-    made.outer = None if weight.outer is None else weight.outer.data_ptr()
+    made.outer = None if weight.global_scale is None else weight.global_scale.data_ptr()
     made.table = scale_table(weight.kind, weight.device).data_ptr()  # kept by its cache
     return made
 

@@ -16,25 +16,25 @@ from blockpress.ops.cpu import bridge
 from blockpress.ops.weight import Weight
 
 
-class Experts(ctypes.Structure):
+class StackedExperts(ctypes.Structure):
     """The weights of all experts; `native/forward.cpp` declares the same."""
 
     _fields_ = [("gate_up", bridge.Matrix), ("down", bridge.Matrix), ("count", c_int64), ("size", c_int64)]
 
 
-def stacked(gate_up: Weight, down: Weight) -> Experts | None:
+def stacked(gate_up: Weight, down: Weight) -> StackedExperts | None:
     """Stacks [experts, 2 * size, hidden] and [experts, hidden, size] for C++; None where it cannot read them."""
     wide, narrow = bridge.matrix(gate_up), bridge.matrix(down)
     if wide is None or narrow is None:
         return None
-    return Experts(wide, narrow, down.shape[0], down.shape[2])
+    return StackedExperts(wide, narrow, down.shape[0], down.shape[2])
 
 
-def mix(
+def moe_forward(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
-    experts: Experts,
+    experts: StackedExperts,
 ) -> Float[Tensor, "tokens hidden"]:
     """`experts.loop`, its sum rounded once."""
     (tokens, k), hidden = chosen.shape, x.shape[1]

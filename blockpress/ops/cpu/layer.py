@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from blockpress.ops.cpu import bridge
-from blockpress.ops.cpu.experts import Experts
+from blockpress.ops.cpu.experts import StackedExperts
 
 
 class Before(ctypes.Structure):
@@ -38,7 +38,7 @@ class After(ctypes.Structure):
 
     _fields_ = [
         *((name, bridge.Matrix) for name in ("out", "gate", "up", "down", "router")),
-        ("experts", Experts),
+        ("experts", StackedExperts),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "mlp_after", "experts_norm", "experts_after")),
         *((name, c_void_p) for name in ("feed_after", "router_scale", "expert_scale")),
         *((name, c_void_p) for name in ("canvas_scalar", "causal_scalar")),

@@ -3,8 +3,9 @@
     routing.py       top-k of the router's scores; tokens sorted by expert, and the tiles of them that products work on
     products.py      the two products of the experts, in bfloat16 and in fp8
     four_bits.py     the same for weights of 4 bits: int4 and e2m1
-    experts.py       what `ops.experts.mix` is here: routing, products, the sum over a token's experts
-    vocabulary.py    what `ops.vocabulary.see` is here; head.py the logits and their statistics, belief.py the signal
+    experts.py       what `ops.experts.moe_forward` is here: routing, products, the sum over a token's experts
+    vocabulary.py    what `ops.vocabulary.sample_from_hidden` is here; head.py the logits and their statistics,
+                     probabilities.py the self-conditioning embedding
     attention.py     spans of a flat batch over pages
     jit.py           how a kernel is declared; interpreter.py    how it runs where there is no GPU
 

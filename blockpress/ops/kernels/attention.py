@@ -5,8 +5,8 @@
 
     a table   [7, 8, 3]   positions 0 .. P-1 lie in page 7, P .. 2P-1 in page 8, 2P .. 3P-1 in page 3
 
-    causal    the span's keys lie in its pages already (`write`); row i is at position stop - count + i, and sees up to
-              itself, `window` tokens in all where the layer has a window
+    causal    the span's keys lie in its pages already (`write_kv`); row i is at position stop - count + i, and sees
+              up to itself, `window` tokens in all where the layer has a window
     canvas    every row sees the last window - 1 of `stop` context tokens, and all rows of the span
 
 Lengths, tables and spans are read on the device, and the grid depends on the number of rows and slots alone: one
@@ -52,7 +52,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spans:
+class SpanTable:
     """The spans of a flat batch, on the device. Tables are of one kind of layer; where no row looks, any page will do.
 
     Args:
@@ -70,7 +70,7 @@ class Spans:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class AttentionTile:
     """Rows (query heads of one key head among them) and keys of a program, how keys are parted, warps and stages."""
 
     rows: int
@@ -90,7 +90,7 @@ class Tile:
 Pages = Float[Tensor, "kv_heads pages page dim"]
 
 
-def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Tile:
+def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> AttentionTile:
     """The tile for a flat batch of so many rows: the largest whose queries, keys and values fit, parted to fill a GPU.
 
     >>> choose_tile(256, 16, 2, 512, torch.bfloat16)
@@ -106,7 +106,7 @@ def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.d
     programs = cdiv(packed, rows) * kv_heads
     parts = max(1, min(4, PROCESSORS // programs))
     warps, stages = 8 if rows >= 64 else 4, 2 if dim > 256 else 3
-    return Tile(rows=rows, keys=keys, parts=parts, warps=warps, stages=stages, joined=dim > 256)
+    return AttentionTile(rows=rows, keys=keys, parts=parts, warps=warps, stages=stages, joined=dim > 256)
 
 
 def attend(
@@ -114,10 +114,10 @@ def attend(
     key: Float[Tensor, "rows kv_heads dim"],
     value: Float[Tensor, "rows kv_heads dim"],
     pages: tuple[Pages, Pages],
-    spans: Spans,
+    spans: SpanTable,
     *,
     window: int | None = None,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> Float[Tensor, "rows heads dim"]:
     """What the rows of every span see, at scale 1. All strides are free, but the last axis is dense.
 
@@ -151,7 +151,7 @@ def attend(
     return out
 
 
-def write(
+def write_kv(
     key: Float[Tensor, "rows kv_heads dim"],
     value: Float[Tensor, "rows kv_heads dim"],
     pages: tuple[Pages, Pages],
@@ -192,7 +192,7 @@ def write_kernel(
 
 
 @kernel
-def look(query, key, value, visible, highest, total, mixed):
+def attend_tile(query, key, value, visible, highest, total, mixed):
     """One tile of keys [dim, keys] and values [keys, dim]: the running maximum, sum and mixture, with it seen too."""
     scores = tl.dot(query, key, input_precision="ieee") * LOG2E
     scores = tl.where(visible, scores, float("-inf"))
@@ -267,14 +267,14 @@ def attend_kernel(
         visible = position[None, :] <= newest[:, None]
         if WINDOWED:  # as an unsigned number, a distance into the future is a long way back
             visible = (newest[:, None] - position[None, :]).to(tl.uint32, bitcast=True) < reach
-        highest, total, mixed = look(q, k, v, visible, highest, total, mixed)
+        highest, total, mixed = attend_tile(q, k, v, visible, highest, total, mixed)
     for step in range(tl.maximum(start, context), end):
         row = (step - context) * KEYS + at
         there = row < count
         row_k, row_v = (first + row).to(tl.int64) * key_row, (first + row).to(tl.int64) * value_row
         k = tl.load(key + row_k[None, :] + column[:, None], mask=there[None, :], other=0.0)
         v = tl.load(value + row_v[:, None] + column[None, :], mask=there[:, None], other=0.0)
-        highest, total, mixed = look(q, k, v, there[None, :], highest, total, mixed)
+        highest, total, mixed = attend_tile(q, k, v, there[None, :], highest, total, mixed)
 
     place = token * heads + head
     if PARTED:

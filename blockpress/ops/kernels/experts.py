@@ -6,7 +6,7 @@
     int4, e2m1   bfloat16 (wgmma)      as they are, columns reordered      none
 
 Nothing is repacked at load: all layouts are read as `ops/packed.py` lays them. What else there is (zero points, int8,
-GGUF's blocks) is not for these kernels: `suits` says so, and the caller goes on with the plain version.
+GGUF's blocks) is not for these kernels: `supports` says so, and the caller goes on with the plain version.
 
 Invariant: no step waits for the host and no shape depends on the routing, so that a step can be captured as a graph.
 
@@ -34,7 +34,7 @@ FP8_GROUP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class ExpertTile:
     """What one program works on: rows of the weight, tokens, and columns at a time; and how it is compiled."""
 
     rows: int
@@ -50,17 +50,17 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class ExpertTiles:
     """The tiles of both products; their tokens are the same, since they share a work list."""
 
-    gate_up: Tile
-    down: Tile
+    gate_up: ExpertTile
+    down: ExpertTile
 
     def __post_init__(self) -> None:
         assert self.gate_up.tokens == self.down.tokens, "one work list serves both products"
 
 
-def choose_tiles(kind: str, assignments: int, experts: int) -> Tiles:
+def choose_tiles(kind: str, assignments: int, experts: int) -> ExpertTiles:
     """Tiles for so many assignments: as few tokens as most experts have, so that a weight is read once.
 
     The choice is a guess from counted bytes and compiled resources until it is measured on a device.
@@ -72,30 +72,30 @@ def choose_tiles(kind: str, assignments: int, experts: int) -> Tiles:
     tokens = 16 if each <= 8 else 32 if each <= 24 else 64 if each <= 64 else 128
     if kind == "bfloat16":
         depth = 64 if tokens > 32 else 128
-        return Tiles(
-            gate_up=Tile(rows=64, tokens=tokens, depth=depth, stages=4 if tokens < 128 else 3),
-            down=Tile(rows=128, tokens=tokens, depth=64, stages=4),
+        return ExpertTiles(
+            gate_up=ExpertTile(rows=64, tokens=tokens, depth=depth, stages=4 if tokens < 128 else 3),
+            down=ExpertTile(rows=128, tokens=tokens, depth=64, stages=4),
         )
     if kind == "e4m3":
-        return Tiles(
-            gate_up=Tile(rows=FP8_GROUP, tokens=tokens, depth=128, stages=4, warps=8 if tokens == 128 else 4),
-            down=Tile(rows=64 if tokens == 128 else 128, tokens=tokens, depth=FP8_GROUP, stages=4),
+        return ExpertTiles(
+            gate_up=ExpertTile(rows=FP8_GROUP, tokens=tokens, depth=128, stages=4, warps=8 if tokens == 128 else 4),
+            down=ExpertTile(rows=64 if tokens == 128 else 128, tokens=tokens, depth=FP8_GROUP, stages=4),
         )
-    return Tiles(
-        gate_up=Tile(rows=64, tokens=min(tokens, 64), depth=128, stages=4),
-        down=Tile(rows=64, tokens=min(tokens, 64), depth=64, stages=4),
+    return ExpertTiles(
+        gate_up=ExpertTile(rows=64, tokens=min(tokens, 64), depth=128, stages=4),
+        down=ExpertTile(rows=64, tokens=min(tokens, 64), depth=64, stages=4),
     )
 
 
-def kind_of(weight: Tensor | Packed) -> str | None:
+def packing_of(weight: Tensor | Packed) -> str | None:
     """Which kernels read the weight: bfloat16 (any float), e4m3, int4, nvfp4, mxfp4; None: none of them."""
     if isinstance(weight, Tensor):
         return "bfloat16" if weight.is_contiguous() else None
     if isinstance(weight, Codes):
         whole = weight.codes.dtype == E4M3 and weight.scale.shape[-1] == 1 and weight.codes.shape[-1] % 16 == 0
-        return "e4m3" if whole and weight.zero is None else None
+        return "e4m3" if whole and weight.zero_point is None else None
     if isinstance(weight, Nibbles):
-        fits = weight.zero is None and _reads_words(weight.shape[-1], weight.group, weight.scale.shape[-1])
+        fits = weight.zero_point is None and _reads_words(weight.shape[-1], weight.group, weight.scale.shape[-1])
         return "int4" if fits else None
     if isinstance(weight, Float4):
         kind = {("e4m3", 16): "nvfp4", ("e8m0", 32): "mxfp4"}.get((weight.kind, weight.group))
@@ -107,23 +107,23 @@ def _reads_words(columns: int, group: int, groups: int) -> bool:
     return columns % 8 == 0 and (groups == 1 or group in (16, 32, 64))
 
 
-def suits(x: Float[Tensor, "tokens hidden"], gate_up: Tensor | Packed, down: Tensor | Packed) -> bool:
+def supports(x: Float[Tensor, "tokens hidden"], gate_up: Tensor | Packed, down: Tensor | Packed) -> bool:
     """Whether `mix` may be called: on a CUDA device, in bfloat16 without gradients, with weights that it can read."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or len(x) == 0 or torch.is_grad_enabled():
         return False
     if any(isinstance(weight, Tensor) and weight.dtype != x.dtype for weight in (gate_up, down)):
         return False
-    kind = kind_of(gate_up)
-    return kind is not None and kind == kind_of(down)
+    kind = packing_of(gate_up)
+    return kind is not None and kind == packing_of(down)
 
 
-def mix(
+def moe_forward(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
-    tiles: Tiles | None = None,
+    tiles: ExpertTiles | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
     """What `ops.experts.loop` gives, but for rounding: sums stay in float32 from the products to the end.
 
@@ -132,8 +132,8 @@ def mix(
     Args:
         tiles: None: chosen by the number of tokens.
     """
-    kind = kind_of(gate_up)
-    assert kind is not None and kind == kind_of(down), "weights that no kernel here reads"
+    kind = packing_of(gate_up)
+    assert kind is not None and kind == packing_of(down), "weights that no kernel here reads"
     experts, top_k = gate_up.shape[0], chosen.shape[1]
     tiles = tiles or choose_tiles(kind, chosen.numel(), experts)
     plan = arrange(chosen, experts, tiles.gate_up.tokens)
@@ -143,10 +143,10 @@ def mix(
         _codes(x.contiguous(), share, plan, gate_up, down, out, tiles)
     else:
         _four_bits(x, share, plan, gate_up, down, out, tiles, kind)
-    return combine(out, top_k)
+    return sum_over_experts(out, top_k)
 
 
-def combine(out: Float[Tensor, "assignments hidden"], top_k: int) -> Float[Tensor, "tokens hidden"]:
+def sum_over_experts(out: Float[Tensor, "assignments hidden"], top_k: int) -> Float[Tensor, "tokens hidden"]:
     """The sum of each token's rows, in the order of its choices."""
     tokens, hidden = len(out) // top_k, out.shape[1]
     y = torch.empty(tokens, hidden, dtype=out.dtype, device=out.device)
@@ -165,7 +165,9 @@ def quantise(x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens h
     return codes, scale
 
 
-def _codes(x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any, out: Tensor, tiles: Tiles) -> None:
+def _codes(
+    x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any, out: Tensor, tiles: ExpertTiles
+) -> None:
     """Both products in bfloat16, or in fp8 where the weights are Codes."""
     (_, hidden, size), assignments, fp8 = down.shape, len(out), isinstance(down, Codes)
     first, second = (gate_up.codes, down.codes) if fp8 else (gate_up, down)
@@ -189,7 +191,7 @@ def _codes(x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any,
 
 
 def _four_bits(
-    x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any, out: Tensor, tiles: Tiles, kind: str
+    x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any, out: Tensor, tiles: ExpertTiles, kind: str
 ) -> None:
     """Both products with weights of 4 bits."""
     (_, hidden, size), assignments = down.shape, len(out)
@@ -215,12 +217,12 @@ def _parts(weight: Nibbles | Float4) -> tuple[Tensor, Tensor, Tensor, int, int]:
     words, group = weight.packed.view(torch.int32), weight.group if weight.scale.shape[-1] > 1 else 0
     if isinstance(weight, Nibbles):
         return words, weight.scale, weight.scale, group, 0
-    if weight.outer is None:
+    if weight.global_scale is None:
         return words, weight.scale, weight.scale, weight.group, 0
-    return words, weight.scale, weight.outer, weight.group, 2 if weight.divides else 1
+    return words, weight.scale, weight.global_scale, weight.group, 2 if weight.divides else 1
 
 
-def _source(weight: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+def _source(weight: Tensor, tile: ExpertTile) -> Tensor | TensorDescriptor:
     """The weight as a kernel takes it: a pointer, or a descriptor of [experts * rows, columns]."""
     if not tile.descriptor:
         return weight

@@ -3,7 +3,7 @@
     multiply   hidden @ weight^T, 128 rows by 128 tokens a program --> the product as it is rounded, and a record a tile
     choose     the records of a row --> argmax, entropy, and the tile and the token that its uniform number falls on
 
-    a record   peak     the largest scaled logit x of the tile, -inf where all are denied
+    a record   peak     the largest scaled logit x of the tile, -inf where all are banned
                best     its token, counted in the tile; the first of equals
                rest     sum of e^(x - peak) over the others: kept apart from the 1 of the peak, so that an entropy far
                         below 1e-3 nat keeps its digits
@@ -11,7 +11,7 @@
                coarse   the sum over e^(x' - peak'), x' the logits rounded to the weight's type (the signal's sum)
 
 The product is kept as it is rounded, 2 bytes a logit in bfloat16: all that follows is a function of it, so whoever
-needs a logit again gets the same one. A denied token's product is stored as -inf.
+needs a logit again gets the same one. A banned token's product is stored as -inf.
 
 The sample comes from sums in float64 over the tiles of 128, each of which is a float32 sum, and then from a float64 sum
 in the tile. The truth (`ops.vocabulary.sample`) sums float32 weights in float64: both agree but where the uniform lies
@@ -35,7 +35,7 @@ TILE = 128
 """Tokens of a record: a program's columns."""
 
 
-def shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, warps and stages of `multiply`."""
     wide = dtype.itemsize == 2
     return {
@@ -75,7 +75,7 @@ def multiply(
     coarse,
     temperature,
     ids,
-    denied,
+    banned,
     edges,
     n,
     vocab,
@@ -83,7 +83,7 @@ def multiply(
     count,
     cap,
     CAPPED: tl.constexpr,
-    DENIED: tl.constexpr,
+    BANNED: tl.constexpr,
     COARSE: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -114,9 +114,9 @@ def multiply(
             b = tl.load(right + start, mask=(start + inner < width)[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     z = total.to(product.dtype.element_ty).to(tl.float32)
-    if DENIED:
+    if BANNED:
         for at in range(tl.load(edges + tile), tl.load(edges + tile + 1)):
-            no = tl.load(denied + tl.minimum(row, n - 1) * count + at) != 0
+            no = tl.load(banned + tl.minimum(row, n - 1) * count + at) != 0
             z = tl.where((token == tl.load(ids + at))[None, :] & no[:, None], float("-inf"), z)
     here, real = row < n, (token < vocab)[None, :]
     tl.store(
@@ -142,7 +142,7 @@ def multiply(
 
 
 @kernel
-def choose(
+def sample_kernel(
     product,
     peak,
     best,

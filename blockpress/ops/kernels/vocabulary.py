@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.hardware import multiprocessors
-from blockpress.ops.kernels import belief, head
+from blockpress.ops.kernels import head, probabilities
 from blockpress.ops.kernels.jit import cdiv, power
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 
@@ -34,14 +34,14 @@ BLOCK = 1 << 29
 """Most bytes of the product: 1,024 rows of 262,144 tokens in bfloat16."""
 
 
-def see(
+def sample_from_hidden(
     hidden: Float[Tensor, "rows hidden"],
     weight: Float[Tensor, "vocab hidden"],
     *,
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"],
-    denied: BannedTokens | None = None,
+    banned: BannedTokens | None = None,
     signal: SignalKind = "exact",
     scale: Tensor,
 ) -> SampleStats:
@@ -60,11 +60,11 @@ def see(
         entropy=hidden.new_empty(n, dtype=torch.float32),
         signal=None if signal is None else torch.empty_like(hidden),
     )
-    tile_denied = None if denied is None or not len(denied[0]) else _by_tile(denied, vocab)
+    tile_banned = None if banned is None or not len(banned[0]) else _by_tile(banned, vocab)
     step = max(1, BLOCK // (vocab * weight.element_size()))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        read = _read(hidden[rows], weight, cap, temperature[rows], rows, tile_denied, signal)
+        read = _read(hidden[rows], weight, cap, temperature[rows], rows, tile_banned, signal)
         _choose(read, uniform[rows], found.argmax[rows], found.sample[rows], found.entropy[rows])
         if found.signal is not None:
             believe = _sparse if signal == "sparse" else _dense
@@ -72,14 +72,14 @@ def see(
     return found
 
 
-TileDenied = tuple[Int[Tensor, " ids"], Int[Tensor, " edges"], Bool[Tensor, "_all ids"]]
+TileBans = tuple[Int[Tensor, " ids"], Int[Tensor, " edges"], Bool[Tensor, "_all ids"]]
 
 
-def _by_tile(denied: BannedTokens, vocab: int) -> TileDenied:
+def _by_tile(banned: BannedTokens, vocab: int) -> TileBans:
     """The ids in order, where those of each tile begin and end, and the rows' denials in that order."""
-    ids, order = denied[0].sort()
+    ids, order = banned[0].sort()
     starts = torch.arange(cdiv(vocab, head.TILE) + 1, device=ids.device) * head.TILE
-    return ids.int(), torch.searchsorted(ids, starts.to(ids.dtype)).int(), denied[1][:, order]
+    return ids.int(), torch.searchsorted(ids, starts.to(ids.dtype)).int(), banned[1][:, order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _read(
     cap: float | None,
     temperature: Tensor,
     rows: slice,
-    denied: TileDenied | None,
+    banned: TileBans | None,
     signal: SignalKind,
 ) -> _Read:
     """The product and its records."""
@@ -135,9 +135,9 @@ def _read(
         rounded=signal is not None,
     )
     ids, edges, no = (
-        (None, None, None) if denied is None else (*denied[:2], denied[2][rows].contiguous().view(torch.int8))
+        (None, None, None) if banned is None else (*banned[:2], banned[2][rows].contiguous().view(torch.int8))
     )
-    shape = head.shape(n, weight.dtype)
+    shape = head.launch_shape(n, weight.dtype)
     head.multiply[(cdiv(n, shape["ROWS"]), tiles)](
         hidden,
         weight,
@@ -155,7 +155,7 @@ def _read(
         vocab,
         width,
         0 if ids is None else len(ids),
-        DENIED=ids is not None,
+        BANNED=ids is not None,
         COARSE=read.rounded,
         EVEN=width % shape["INNER"] == 0,
         TILE=head.TILE,
@@ -168,7 +168,7 @@ def _read(
 def _choose(read: _Read, uniform: Tensor, argmax: Tensor, sample: Tensor, entropy: Tensor) -> None:
     """The rows' tokens and entropies, and the sums that the signal needs."""
     n, tiles = read.peak.shape
-    head.choose[(n,)](
+    head.sample_kernel[(n,)](
         read.product,
         read.peak,
         read.best,
@@ -203,7 +203,7 @@ def _dense(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
 def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, order: Tensor, amount: Tensor) -> None:
     """The signal of the first `amount` rows of `order` from all tokens."""
     n, (vocab, width) = len(signal), weight.shape
-    belief.spread[(n, cdiv(vocab, belief.SPAN))](
+    probabilities.softmax_weights[(n, cdiv(vocab, probabilities.SPAN))](
         read.product,
         order,
         amount,
@@ -212,17 +212,17 @@ def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, orde
         read.temperature,
         vocab,
         **read.capped,
-        SPAN=belief.SPAN,
+        SPAN=probabilities.SPAN,
     )
-    shape = belief.shape(n, weight.dtype)
+    shape = probabilities.launch_shape(n, weight.dtype)
     blocks, columns = cdiv(n, shape["ROWS"]), cdiv(width, shape["COLUMNS"])
-    stretches = belief.stretches(blocks * columns, _processors(weight.device))
+    stretches = probabilities.split_k(blocks * columns, _processors(weight.device))
     parts = weight.new_empty(stretches, n, width, dtype=torch.float32)
     even = vocab % shape["INNER"] == 0
-    belief.multiply[(blocks, columns, stretches)](
+    probabilities.multiply[(blocks, columns, stretches)](
         read.product, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
     )
-    belief.gather[(n, cdiv(width, belief.COLUMNS))](
+    probabilities.reduce_split_k[(n, cdiv(width, probabilities.COLUMNS))](
         parts,
         signal,
         order,
@@ -231,17 +231,17 @@ def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, orde
         n,
         width,
         stretches,
-        COLUMNS=belief.COLUMNS,
+        COLUMNS=probabilities.COLUMNS,
     )
 
 
 def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
     """The signal from the likely tokens; of rows that have too many, from all."""
     n, (vocab, width) = len(signal), weight.shape
-    chosen = signal.new_empty(n, belief.KEPT, dtype=torch.int32)
-    share = signal.new_empty(n, belief.KEPT, dtype=torch.float32)
+    chosen = signal.new_empty(n, probabilities.KEPT, dtype=torch.int32)
+    share = signal.new_empty(n, probabilities.KEPT, dtype=torch.float32)
     kept = signal.new_empty(n, dtype=torch.int32)
-    belief.pick[(n,)](
+    probabilities.select_top[(n,)](
         read.product,
         read.peak,
         read.rest,
@@ -253,16 +253,25 @@ def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
         kept,
         vocab,
         read.peak.shape[1],
-        least=belief.LEAST,
-        dropped=belief.DROPPED,
+        least=probabilities.LEAST,
+        dropped=probabilities.DROPPED,
         TILE=head.TILE,
-        GROUP=belief.GROUP,
-        KEPT=belief.KEPT,
+        GROUP=probabilities.GROUP,
+        KEPT=probabilities.KEPT,
         **read.capped,
         num_warps=8,
     )
-    belief.weigh[(n, cdiv(width, belief.COLUMNS))](
-        chosen, share, kept, weight, signal, scale, width, KEPT=belief.KEPT, COLUMNS=belief.COLUMNS, AT_ONCE=16
+    probabilities.weighted_sum[(n, cdiv(width, probabilities.COLUMNS))](
+        chosen,
+        share,
+        kept,
+        weight,
+        signal,
+        scale,
+        width,
+        KEPT=probabilities.KEPT,
+        COLUMNS=probabilities.COLUMNS,
+        AT_ONCE=16,
     )
     crowded = kept == 0
     order = crowded.int().argsort(descending=True, stable=True).int()

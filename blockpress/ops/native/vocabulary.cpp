@@ -9,7 +9,7 @@
 // `largest` looks for the maximum among the products (cap and temperature keep their order), `measure` computes every
 // logit once, adds up, and keeps the belief's weights: float32 ones over the products, where a belief is wanted at all,
 // those of bfloat16 beside them. `gather` and `believe` share the weights out. A product of -inf, even under a cap, is a
-// denied token. A row whose maximum is no finite number is answered with NaN.
+// banned token. A row whose maximum is no finite number is answered with NaN.
 //
 // bfloat16 has 65,536 values: with many rows to read, scaled logits and weights come from tables that the caller has
 // made (three a temperature), and no tanh, quotient or exp is left. Whoever calls has a version in torch:
@@ -59,7 +59,7 @@ inline uint32_t lanes(I mask) {
 
 inline F held(F d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
 
-// tanh to 2 ulp (Cephes tanhf); -inf of -inf: a denied token. Few logits are large enough for the second form.
+// tanh to 2 ulp (Cephes tanhf); -inf of -inf: a banned token. Few logits are large enough for the second form.
 inline F tangent(F z) {
     F size = (F)((I)z & 0x7fffffff);
     F s = z * z, p = all(-5.70498872745e-3f);
@@ -142,7 +142,7 @@ template <bool CAPPED> struct Computed<float, CAPPED> {
         top = scaled(most)[0];
         return CAPPED ? top * factor : top;
     }
-    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a denied token
+    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a banned token
     F weight(const float *, F d) const { return exponential_above(held(d)); }
     F belief(const float *, F) const { return F{}; } // that of the weights
 };
@@ -194,12 +194,12 @@ struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 
     F belief(const bf16 *from, F) const { return entries(beliefs, from); }
 };
 
-// The last values of a row, filled up with denied tokens.
+// The last values of a row, filled up with banned tokens.
 template <class T> struct Tail {
     T values[W];
     Tail(const T *from, int64_t count) {
-        const uint32_t denied = sizeof(T) == 2 ? 0xff80u : 0xff800000u;
-        for (int i = 0; i < W; ++i) std::memcpy(values + i, &denied, sizeof(T));
+        const uint32_t banned = sizeof(T) == 2 ? 0xff80u : 0xff800000u;
+        for (int i = 0; i < W; ++i) std::memcpy(values + i, &banned, sizeof(T));
         std::memcpy(values, from, count * sizeof(T));
     }
 };

@@ -9,12 +9,22 @@
     native.py    the same in C++ (`ops/native/vocabulary.cpp`)
 
 Invariant: both versions round where the truth rounds and give its tokens; memory does not grow with rows x vocabulary.
-Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary_see.py
+Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary_step.py
 """
 
-from blockpress.ops.vocabulary.causal import TokenScores, judge
+from blockpress.ops.vocabulary.causal import TargetScores, score_targets
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
-from blockpress.ops.vocabulary.step import see
+from blockpress.ops.vocabulary.step import sample_from_hidden
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 
-__all__ = ["TILE", "BannedTokens", "SampleStats", "SignalKind", "TokenScores", "entropy", "judge", "sample", "see"]
+__all__ = [
+    "TILE",
+    "BannedTokens",
+    "SampleStats",
+    "SignalKind",
+    "TargetScores",
+    "entropy",
+    "sample",
+    "sample_from_hidden",
+    "score_targets",
+]

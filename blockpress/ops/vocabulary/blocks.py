@@ -6,7 +6,7 @@ A block is of at most BUFFER bytes, whatever the vocabulary, and there is one bu
 blocks read the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
 
 Invariant: what is read from a row does not depend on its block, but for the order of sums in the products.
-Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blockpress.ops.linear import lookup
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
-from blockpress.ops.vocabulary.passes import Belief, BlockStats, Sparse
+from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, Sparse
 from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
@@ -67,17 +67,17 @@ def _buffer(rows: int, vocab: int, like: Tensor) -> Tensor:
     return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(rows, vocab)  # numpy asks for them
 
 
-def pass_over(
+def block_stats(
     product: Float[Tensor, "rows vocab"],
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
-    belief: Belief = None,
+    belief: Probabilities = None,
     *,
     native: bool = True,
 ) -> BlockStats:
-    """`passes.pass_over`, in C++ where that is allowed and can be."""
-    version = in_native.pass_over if native and in_native.serves(product) else passes.pass_over
+    """`passes.block_stats`, in C++ where that is allowed and can be."""
+    version = in_native.block_stats if native and in_native.supports(product) else passes.block_stats
     return version(product, cap, temperature, uniform, belief)
 
 
@@ -86,7 +86,7 @@ def combine_sparse(
 ) -> Float[Tensor, "rows hidden"]:
     """The sum of the embedding rows of every sparse belief, each with its share; 0 for a row without one."""
     floats = weight.values if isinstance(weight, HalfFloats) else weight
-    if native and isinstance(floats, Tensor) and in_native.serves(floats):
+    if native and isinstance(floats, Tensor) and in_native.supports(floats):
         return in_native.combine_sparse(sparse, floats).to(dtype)
     rows, places = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
         as_tuple=True

@@ -1,11 +1,11 @@
 """What the causal pass says of tokens, from its hidden states: how likely each is, and what it would have written.
 
     products of a block --capped, all of them--> log of the sum of exp --> log-probabilities of tokens and of the best
-                        --denied ones out-->     greedy
+                        --banned ones out-->     greedy
 
-Invariant: what `judge` gives for a row is log_softmax of `Network.logits` in float32; only a block of products exists
-at a time.
-Run it:  python -m pytest tests/ops/test_vocabulary_judge.py
+Invariant: what `score_targets` gives for a row is log_softmax of `Network.logits` in float32; only a block of products
+exists at a time.
+Run it:  python -m pytest tests/ops/test_vocabulary_causal.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from blockpress.ops.vocabulary.blocks import pass_over, products
+from blockpress.ops.vocabulary.blocks import block_stats, products
 from blockpress.ops.vocabulary.passes import scaled_logits
 from blockpress.ops.vocabulary.types import BannedTokens
 from blockpress.ops.weight import Packed
@@ -26,22 +26,22 @@ from blockpress.ops.weight import Packed
 class Logprobs:
     """Of n positions the log-probabilities of their own tokens, of the greedy ones, and of the `top` likeliest."""
 
-    own: Float32[Tensor, " n"]
+    target: Float32[Tensor, " n"]
     greedy: Float32[Tensor, " n"]
     top_ids: Int[Tensor, "n top"]
     top: Float32[Tensor, "n top"]
 
 
 @dataclass(frozen=True)
-class TokenScores:
-    """Of n positions the likeliest token that is not denied, and the log-probabilities where they were wanted."""
+class TargetScores:
+    """Of n positions the likeliest token that is not banned, and the log-probabilities where they were wanted."""
 
     greedy: Int[Tensor, " n"]
     logprobs: Logprobs | None
 
 
 @torch.no_grad()
-def judge(
+def score_targets(
     hidden: Float[Tensor, "n hidden"],
     weight: Float[Tensor, "vocab hidden"] | Packed,
     *,
@@ -49,9 +49,9 @@ def judge(
     tokens: Int[Tensor, " n"],
     top: int | None,
     wide: bool,
-    denied: BannedTokens | None = None,
+    banned: BannedTokens | None = None,
     native: bool = True,
-) -> TokenScores:
+) -> TargetScores:
     """The greedy token of n >= 0 positions, and log p at temperature 1 of it, of one token more and of the best.
 
     Args:
@@ -59,7 +59,7 @@ def judge(
         cap: the softcap of the logits; None: none.
         top: how many alternatives are told, best first; None: no log-probabilities at all, which costs less.
         wide: whether the cap is computed in float32 (DiffusionGemma) or in the weight's dtype (Gemma 4).
-        denied: ids, and for each position which of them is not its greedy token. Log-probabilities know none of it.
+        banned: ids, and for each position which of them is not its greedy token. Log-probabilities know none of it.
         native: whether the version in C++ may be used where there is one.
     """
     n = len(hidden)
@@ -74,18 +74,18 @@ def judge(
         late = cap if wide else None
         if logprobs is not None:
             one = torch.ones(len(product), device=hidden.device)
-            total = pass_over(product, late, one, native=native).total[:, None]
+            total = block_stats(product, late, one, native=native).total[:, None]
             values, logprobs.top_ids[rows] = _best(product, logprobs.top_ids.shape[1])
             logprobs.top[rows] = scaled_logits(values, late, one) - total
-            logprobs.own[rows] = (scaled_logits(product.gather(-1, tokens[rows, None]), late, one) - total)[:, 0]
-        if denied is not None:
-            ids, where = denied
+            logprobs.target[rows] = (scaled_logits(product.gather(-1, tokens[rows, None]), late, one) - total)[:, 0]
+        if banned is not None:
+            ids, where = banned
             product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
         largest = product.max(-1, keepdim=True)
         greedy[rows] = largest.indices[:, 0]
         if logprobs is not None:
             logprobs.greedy[rows] = (scaled_logits(largest.values, late, one) - total)[:, 0]
-    return TokenScores(greedy, logprobs)
+    return TargetScores(greedy, logprobs)
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:

@@ -3,8 +3,8 @@
 The products are read where they lie, and a whole belief is written over them. Many rows of bfloat16 are read through a
 table of the scaled logits of all 65,536 values, made by torch here: to the last bit what the truth computes.
 
-Invariant: `pass_over` and `in_torch.pass_over` give the same `BlockStats`.
-Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+Invariant: `block_stats` and `in_torch.block_stats` give the same `BlockStats`.
+Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.ops import compiled
-from blockpress.ops.vocabulary.passes import MOST, Belief, BlockStats, Sparse, scaled_logits
+from blockpress.ops.vocabulary.passes import MOST, BlockStats, Probabilities, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
 
 FEW = 1 << 19
@@ -26,7 +26,7 @@ FEW = 1 << 19
 LARGEST = 84.0
 """The largest logit whose exp, and that of its negative, is a normal float32, and so are sums of 64 of them."""
 
-_BELIEFS: dict[Belief, int] = {None: 0, "whole": 1, "sparse": 2}
+_BELIEFS: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2}
 
 
 class Block(ctypes.Structure):
@@ -42,17 +42,17 @@ class Block(ctypes.Structure):
     ]
 
 
-def serves(product: Tensor) -> bool:
+def supports(product: Tensor) -> bool:
     """Whether this version can read these products here."""
     return product.dtype in (torch.bfloat16, torch.float32) and product.device.type == "cpu" and _library() is not None
 
 
-def pass_over(
+def block_stats(
     product: Float[Tensor, "rows vocab"],
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
-    belief: Belief = None,
+    belief: Probabilities = None,
 ) -> BlockStats:
     """See `passes.BlockStats`; a whole belief takes the place of the products."""
     library = _library()

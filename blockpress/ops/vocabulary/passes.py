@@ -1,7 +1,7 @@
 """What is read from a block of products of the head, and the version in torch: the truth over a few rows at a time.
 
-Invariant: a product of -inf is a denied token, under a cap too: its logit is -inf.
-Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+Invariant: a product of -inf is a banned token, under a cap too: its logit is -inf.
+Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blockpress.ops.vocabulary import plain
 
-Belief = Literal["whole", "sparse"] | None
+Probabilities = Literal["whole", "sparse"] | None
 """The probabilities that a signal is made of: all of them, the largest alone, or none."""
 
 MOST = 256
@@ -41,15 +41,15 @@ class Sparse:
 class BlockStats:
     """What is read from a block; entropies and `total`, the log of the sum of exp(scaled), in nats.
 
-    `belief` are probabilities rounded to the products' dtype, written over the products. With `sparse`, only the rows
-    of count -1 have them there; what the others hold then is no use. Without a belief the products are left alone.
+    `probabilities` are rounded to the products' dtype and written over the products. With "sparse", only the rows of
+    count -1 have them there, and the other rows hold nothing of use. Without probabilities the products are left alone.
     """
 
     argmax: Int[Tensor, " rows"]
     sample: Int[Tensor, " rows"] | None
     entropy: Float32[Tensor, " rows"]
     total: Float32[Tensor, " rows"]
-    belief: Float[Tensor, "rows vocab"] | None
+    probabilities: Float[Tensor, "rows vocab"] | None
     sparse: Sparse | None
 
 
@@ -64,12 +64,12 @@ def scaled_logits(
     return scaled.masked_fill_(product.isneginf(), float("-inf"))
 
 
-def pass_over(
+def block_stats(
     product: Float[Tensor, "rows vocab"],
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
-    belief: Belief = None,
+    belief: Probabilities = None,
 ) -> BlockStats:
     """Read a block in slices of rows, so that few of them are float32 at a time; beliefs take the products' place.
 
@@ -97,7 +97,7 @@ def _few(
     cap: float | None,
     temperature: Float32[Tensor, " few"],
     uniform: Float64[Tensor, " few"] | None,
-    belief: Belief,
+    belief: Probabilities,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     scaled = scaled_logits(product, cap, temperature)
     sample = None if uniform is None else plain.sample(scaled[None], uniform[None])[0]

@@ -3,7 +3,7 @@
 They stand by themselves so that both versions, `step.py` and `ops/kernels/vocabulary.py`, can name them.
 
 Invariant: no operation here, and no import of another module of `ops`.
-Run it:  python -m pytest tests/ops/test_vocabulary_see.py
+Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Nvfp4:
 
     def encode(self, weight: Float[Tensor, "out in"], peak: float | None = None) -> Encoded:
         rows, columns = weight.shape
-        outer = outer_scale(float(weight.abs().amax()) if peak is None else peak)
+        outer = global_scale(float(weight.abs().amax()) if peak is None else peak)
         packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
         scales = torch.empty(rows, columns // GROUP, dtype=E4M3)
         values = torch.empty(rows, columns, dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ class Nvfp4:
         return {"weight_packed": packed, "weight_scale": inner, "weight_global_scale": torch.tensor([size / spread])}
 
 
-def outer_scale(peak: float) -> Float32[Tensor, " one"]:
+def global_scale(peak: float) -> Float32[Tensor, " one"]:
     """448 * 6 / peak, and 1 where there is nothing to scale."""
     scale = TOP_SCALE * TOP / torch.tensor([peak], dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.nan_to_num(scale, nan=1.0, posinf=1.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blockpress.bench.gpu import PARTS, baseline, check, filled, steps
-from blockpress.bench.gpu.report import Report
+from blockpress.bench.gpu.report import GpuReport
 from blockpress.config import PRESETS, ModelConfig
 
 HIDDEN = ("jaxtyping", "typer", "rich", "jinja2", "PIL", "huggingface_hub", "beartype", "hypothesis", "pytest")
@@ -58,7 +58,7 @@ def test_a_check_fails_by_nan_by_excess_and_by_raising(capsys: pytest.CaptureFix
         (lambda device: 0.1, True), (lambda device: 0.3, False), (lambda device: float("nan"), False), (raises, False),
     ]  # fmt: skip
     for error, passes in errors:
-        assert check._passes("part", check.Check(name="one", limit=0.2, error=error), cpu) is passes
+        assert check._passes("part", check.KernelCheck(name="one", limit=0.2, error=error), cpu) is passes
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["passed"] for line in lines] == [passes for _, passes in errors]
     assert lines[-1]["raised"] == "ValueError: no"
@@ -66,7 +66,7 @@ def test_a_check_fails_by_nan_by_excess_and_by_raising(capsys: pytest.CaptureFix
 
 def test_a_figure_is_printed_at_once_and_again_in_the_table() -> None:
     out = io.StringIO()
-    report = Report(part="experts", out=out)
+    report = GpuReport(part="experts", out=out)
     report.add("bf16", 0.5, "ms", floor=0.25)
     assert json.loads(out.getvalue()) == {
         "part": "experts", "name": "bf16", "value": 0.5, "unit": "ms", "floor": 0.25, "share": 0.5,
@@ -83,7 +83,7 @@ def small() -> ModelConfig:
 def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
     network = filled.filled(small, form, torch.device("cpu"))
     with torch.inference_mode():
-        seen = steps.step(network, 2, 5)()
+        seen = steps.denoise_step(network, 2, 5)()
     assert seen.signal is not None and seen.signal.shape == (2 * small.canvas_length, small.hidden_size)
     assert bool(seen.entropy.isfinite().all()) and float(seen.signal.float().std()) > 0
 
@@ -91,5 +91,5 @@ def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
 def test_the_baseline_is_whole(small: ModelConfig) -> None:
     pytest.importorskip("transformers")
     with torch.inference_mode():
-        drawn = baseline.step(baseline.build(small, torch.device("cpu")), 2, 5)()
+        drawn = baseline.baseline_step(baseline.build(small, torch.device("cpu")), 2, 5)()
     assert drawn.shape == (2, small.canvas_length) and int(drawn.max()) < small.vocab_size

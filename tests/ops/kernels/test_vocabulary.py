@@ -47,7 +47,7 @@ def told(read, weight, scale, signal, order, amount):
     print(int(amount), len(signal))
     whole(read, weight, scale, signal, order, amount)
 vocabulary._dense_rows = told
-case = Case(rows=6, vocab=4500, signal="sparse", spread=12.0, denied=3)
+case = Case(rows=6, vocab=4500, signal="sparse", spread=12.0, banned=3)
 _see(case, draw(case, torch.device("cpu")))
 """
     done = interpreted("-c", code)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from blockpress.cli.checks import DRIFT, Check
+from blockpress.cli.checks import DRIFT, DoctorCheck
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -30,7 +30,7 @@ ROUNDED = 2e-2  # relative; a bfloat16 has eight bits
 _REPORT = "report this line; until then BLOCKPRESS_NATIVE=0 leaves the C++ out"
 
 
-def native() -> Iterator[Check]:
+def native() -> Iterator[DoctorCheck]:
     """Which operations run in C++."""
     from blockpress.ops import compiled
 
@@ -38,13 +38,13 @@ def native() -> Iterator[Check]:
     built = [name for name in names if compiled.library(name) is not None]
     missing = [name for name in names if name not in built]
     if not missing:
-        yield Check("native", "ok", f"{', '.join(built)} in C++")
+        yield DoctorCheck("native", "ok", f"{', '.join(built)} in C++")
         return
     detail = f"{', '.join(missing)} by torch alone" + (f"; {', '.join(built)} in C++" if built else "")
-    yield Check("native", "warn", detail, "install g++ (or unset BLOCKPRESS_NATIVE): these steps would be faster")
+    yield DoctorCheck("native", "warn", detail, "install g++ (or unset BLOCKPRESS_NATIVE): these steps would be faster")
 
 
-def agreement(device: str) -> Iterator[Check]:
+def agreement(device: str) -> Iterator[DoctorCheck]:
     """The fast operations on random numbers, on that device."""
     import torch
 
@@ -58,7 +58,7 @@ def agreement(device: str) -> Iterator[Check]:
             yield _integers(draw)
 
 
-def engine(lm: LM, puzzle: str) -> Check:
+def engine(lm: LM, puzzle: str) -> DoctorCheck:
     """The engine's answer to a puzzle, beside the poem's: the same tokens."""
     from blockpress import sudoku
     from blockpress.decoding import Done, SequenceState
@@ -83,10 +83,10 @@ def engine(lm: LM, puzzle: str) -> Check:
     detail = f"{'the same' if same else 'other'} tokens as the poem, {slow.usage.steps} steps"
     # Elsewhere than in float32 on a CPU the order of a sum may decide between two tokens.
     exact = lm.network.device.type == "cpu" and str(lm.network.dtype) == "torch.float32"
-    return Check("engine", "ok" if same else "fail" if exact else "warn", detail, "" if same else _REPORT)
+    return DoctorCheck("engine", "ok" if same else "fail" if exact else "warn", detail, "" if same else _REPORT)
 
 
-def _vocabulary(draw: Generator, device: str) -> Check:
+def _vocabulary(draw: Generator, device: str) -> DoctorCheck:
     import torch
 
     from blockpress.ops import compiled, vocabulary
@@ -97,7 +97,7 @@ def _vocabulary(draw: Generator, device: str) -> Check:
     heat = torch.linspace(0.4, 0.8, rows, device=device)
     uniform = torch.rand(rows, generator=draw, dtype=torch.float64).to(device)
     scale = torch.tensor(hidden**0.5, device=device)
-    seen = vocabulary.see(x, weight, cap=cap, temperature=heat, uniform=uniform, scale=scale)
+    seen = vocabulary.sample_from_hidden(x, weight, cap=cap, temperature=heat, uniform=uniform, scale=scale)
     logits = torch.tanh(x @ weight.T / cap) * cap / heat[:, None]
     signal = torch.softmax(logits, -1) @ weight * scale
     same = torch.equal(seen.argmax, logits.argmax(-1))
@@ -108,7 +108,7 @@ def _vocabulary(draw: Generator, device: str) -> Check:
     return _told("vocabulary", f"one pass in {path}", max(gaps), same)
 
 
-def _experts(draw: Generator, device: str) -> Iterator[Check]:
+def _experts(draw: Generator, device: str) -> Iterator[DoctorCheck]:
     import torch
 
     from blockpress.ops import experts, grouped
@@ -122,37 +122,39 @@ def _experts(draw: Generator, device: str) -> Iterator[Check]:
     weights, chosen = experts.route(scores, 4, torch.ones(count, device=device))
     for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
         x, gate_up, down = (tensor.to(dtype) for tensor in (given, whole, narrow))
-        fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.mix, experts.loop))
+        fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.loop))
         in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
-        path = "C++" if in_cpp else "matrix tiles in C++" if grouped.fits(x, gate_up, down) else "grouped products"
+        path = "C++" if in_cpp else "matrix tiles in C++" if grouped.supports(x, gate_up, down) else "grouped products"
         yield _told("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
 
 
-def _spans(draw: Generator, device: str) -> Check:
+def _spans(draw: Generator, device: str) -> DoctorCheck:
     import torch
 
     from blockpress.ops import attention
-    from blockpress.ops.attention import Span
-    from blockpress.ops.spans import look
+    from blockpress.ops.attention import AttentionSpan
+    from blockpress.ops.spans import varlen_attention
 
     heads, dim, sizes = 4, 16, ((12, 30), (1, 7), (12, 41), (1, 19))
     query = torch.randn(heads, sum(rows for rows, _ in sizes), dim, generator=draw).to(device)
     spans, alone, start = [], [], 0
     for rows, keys in sizes:
         key, value = torch.randn(2, 2, keys, dim, generator=draw).to(device)
-        spans.append(Span(start=start, stop=start + rows, seen=((key, value),)))
+        spans.append(AttentionSpan(start=start, stop=start + rows, kv=((key, value),)))
         part = query[None, :, start : start + rows]
         alone.append(attention.plain(part, key[None], value[None], None)[0])
         start += rows
-    return _told("spans", f"{len(sizes)} requests in one batch", _gap(look(query, spans), torch.cat(alone, dim=1)))
+    return _told(
+        "spans", f"{len(sizes)} requests in one batch", _gap(varlen_attention(query, spans), torch.cat(alone, dim=1))
+    )
 
 
-def _layers(draw: Generator, device: str) -> Iterator[Check]:
+def _layers(draw: Generator, device: str) -> Iterator[DoctorCheck]:
     import torch
 
     from blockpress.config import PRESETS
     from blockpress.model import Network
-    from blockpress.model.fused import fused
+    from blockpress.model.fused import fused_layer
     from blockpress.model.layers import Layer
 
     layer = Network(PRESETS["tiny"]()).eval().layers[0]
@@ -166,12 +168,12 @@ def _layers(draw: Generator, device: str) -> Iterator[Check]:
         x = torch.randn(1, 24, layer.input_layernorm.weight.numel(), generator=draw).to(device, dtype)
         turns = torch.ones(1, 1, 24, layer.self_attn.dim, device=device, dtype=dtype)
         given = (x, (turns, turns * 0), lambda query, key, value: query)
-        path = "two calls of C++" if fused(layer, x, 0) is not None else "module by module"
+        path = "two calls of C++" if fused_layer(layer, x, 0) is not None else "module by module"
         gap = _gap(layer(*given, causal=False), layer.by_modules(*given, causal=False))
         yield _told("layers", f"{path}, {str(dtype)[6:]}", gap, limit=limit)
 
 
-def _integers(draw: Generator) -> Check:
+def _integers(draw: Generator) -> DoctorCheck:
     import torch
 
     from blockpress.ops import integers
@@ -179,13 +181,13 @@ def _integers(draw: Generator) -> Check:
     from blockpress.ops.linear import linear
 
     x, weight = torch.randn(256, 512, generator=draw), torch.randn(512, 512, generator=draw)
-    held = integers.rounded(weight)
-    same = torch.equal(linear(x, held), integers.product(x, held))
+    held = integers.quantized(weight)
+    same = torch.equal(linear(x, held), integers.matmul(x, held))
     path = "torch" if bridge.library() is None else "C++"
     times = {kind: _fastest(lambda kind=kind: linear(x, kind)) for kind in (weight, held)}  # type: ignore[misc]
     speed = f"{times[weight] / times[held]:.1f} times as fast as float32, for --compute-dtype int8"
     detail = f"{path}: {'the same' if same else 'other'} bits as the plain one, {speed}"
-    return Check("integers", "ok" if same else "fail", detail, "" if same else _REPORT)
+    return DoctorCheck("integers", "ok" if same else "fail", detail, "" if same else _REPORT)
 
 
 def _fastest(action: Callable[[], object]) -> float:
@@ -203,7 +205,7 @@ def _gap(fast: Tensor, slow: Tensor) -> float:
     return float((fast.double() - slow.double()).norm() / slow.double().norm())
 
 
-def _told(name: str, path: str, gap: float, same: bool = True, limit: float = DRIFT) -> Check:
+def _told(name: str, path: str, gap: float, same: bool = True, limit: float = DRIFT) -> DoctorCheck:
     good = same and gap <= limit
     detail = f"{path}: differs by {gap:.1e} from the plain one" + ("" if same else ", and takes other tokens")
-    return Check(name, "ok" if good else "fail", detail, "" if good else _REPORT)
+    return DoctorCheck(name, "ok" if good else "fail", detail, "" if good else _REPORT)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, final
 
 import tokenizers
 
-__all__ = ["Speller", "TextChunk", "is_lossless", "piece_for_display", "speller_for"]
+__all__ = ["IncrementalDetokenizer", "TextChunk", "detokenizer_for", "is_lossless", "piece_for_display"]
 
 _BYTE_TOKEN = re.compile(r"<0x([+0-9A-Fa-f][0-9A-Fa-f])>")
 
@@ -30,14 +30,14 @@ class TextChunk(NamedTuple):
     """Settled text, and how many ids had been fed when its last token came."""
 
     text: str
-    place: int
+    token_index: int
 
 
-class Speller(Protocol):
+class IncrementalDetokenizer(Protocol):
     """Takes kept tokens one by one and hands out settled text. One speller serves one stream."""
 
     def push(self, token: int, place: int) -> list[TextChunk]:
-        """Take the token that was fed as number `place` (from 1); return the units that are settled by it."""
+        """Take the token that was fed as number `token_index` (from 1); return the units that are settled by it."""
         ...
 
     def flush(self) -> list[TextChunk]:
@@ -45,7 +45,7 @@ class Speller(Protocol):
         ...
 
 
-def speller_for(backend: tokenizers.Tokenizer) -> Speller:
+def detokenizer_for(backend: tokenizers.Tokenizer) -> IncrementalDetokenizer:
     """A fresh speller for this tokenizer's decoder.
 
     Decoders that can rewrite any part of their text at the end (suffix marks, CTC, patterns over the joined text) get a

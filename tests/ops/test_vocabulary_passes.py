@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockpress.ops.vocabulary import native, passes
-from blockpress.ops.vocabulary.passes import Belief
+from blockpress.ops.vocabulary.passes import Probabilities
 from blockpress.ops.vocabulary.plain import TILE
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 256, 257, 300, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(native._library() is None, reason="no C++ compil
 
 
 def block(vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Rows of products: of any size; tokens denied; what tanh and exp part by; equal ones; and three broken ones."""
+    """Rows of products: of any size; tokens banned; what tanh and exp part by; equal ones; and three broken ones."""
     draw = torch.Generator().manual_seed(seed + vocab)
     some = torch.randn(4, vocab, generator=draw) * torch.tensor([[1.0], [6.0], [20.0], [60.0]])
-    denied = some[1:3].masked_fill(torch.rand(2, vocab, generator=draw) < 0.4, -math.inf)
-    denied[:, int(torch.randint(vocab, (1,), generator=draw))] = 3.0
+    banned = some[1:3].masked_fill(torch.rand(2, vocab, generator=draw) < 0.4, -math.inf)
+    banned[:, int(torch.randint(vocab, (1,), generator=draw))] = 3.0
     edges = torch.tensor([18.7499, 18.75, -18.75, 276.0, -276.0, 1e-40, -0.0, 1e30, -1e30, 3e38, -3e38, -70.0, 4.0])
     edge = edges[torch.randint(len(edges), (1, vocab), generator=draw)]
     last = some[1:2].sort().values
@@ -37,7 +37,7 @@ def block(vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     broken[0, vocab // 2] = math.nan
     broken[1, -1] = math.inf
     broken[2] = -math.inf
-    return torch.cat((some, denied, edge, last, equal, broken)).to(dtype)
+    return torch.cat((some, banned, edge, last, equal, broken)).to(dtype)
 
 
 def logits(product: Tensor, cap: float | None) -> Tensor:
@@ -47,12 +47,12 @@ def logits(product: Tensor, cap: float | None) -> Tensor:
 
 
 def read(
-    product: Tensor, cap: float | None, belief: Belief, tables: bool, uniform: Tensor | None = None
+    product: Tensor, cap: float | None, belief: Probabilities, tables: bool, uniform: Tensor | None = None
 ) -> passes.BlockStats:
     temperature = torch.full((len(product),), TEMPERATURE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FEW", 0 if tables else 1 << 60)
-        return native.pass_over(product, cap, temperature, uniform, belief)
+        return native.block_stats(product, cap, temperature, uniform, belief)
 
 
 def limits(scaled: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def limits(scaled: Tensor) -> Tensor:
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
 @pytest.mark.parametrize(("dtype", "tables"), KINDS)
 def test_a_pass_reads_what_float64_shows(
-    vocab: int, cap: float | None, belief: Belief, dtype: torch.dtype, tables: bool
+    vocab: int, cap: float | None, belief: Probabilities, dtype: torch.dtype, tables: bool
 ) -> None:
     product = block(vocab, dtype)
     if cap is None:
@@ -80,7 +80,7 @@ def test_a_pass_reads_what_float64_shows(
     if belief is None:
         assert torch.equal(product.view(torch.uint8), before.view(torch.uint8))
     else:
-        assert got.belief is not None and got.belief[~good].isnan().all()
+        assert got.probabilities is not None and got.probabilities[~good].isnan().all()
     for row in good.nonzero()[:, 0].tolist():
         one, limit = scaled[row], float(limits(scaled)[row])
         log_p = one.log_softmax(-1)
@@ -102,10 +102,10 @@ def test_a_pass_reads_what_float64_shows(
 
 def check(got: passes.BlockStats, row: int, p: Tensor, limit: float) -> None:
     """A belief in float32; what is far below the smallest float may be 0."""
-    assert got.belief is not None
+    assert got.probabilities is not None
     if got.sparse is None or got.sparse.counts[row] < 0:
-        torch.testing.assert_close(got.belief[row].double(), p, rtol=limit * 1.01, atol=1e-36)
-        assert bool((got.belief[row][p == 0] == 0).all())
+        torch.testing.assert_close(got.probabilities[row].double(), p, rtol=limit * 1.01, atol=1e-36)
+        assert bool((got.probabilities[row][p == 0] == 0).all())
         return
     count = int(got.sparse.counts[row])
     ids, shares = got.sparse.ids[row, :count], got.sparse.shares[row, :count]
@@ -115,10 +115,10 @@ def check(got: passes.BlockStats, row: int, p: Tensor, limit: float) -> None:
 
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
 @pytest.mark.parametrize(("dtype", "tables"), KINDS)
-def test_equal_logits_are_counted_and_drawn_exactly(belief: Belief, dtype: torch.dtype, tables: bool) -> None:
+def test_equal_logits_are_counted_and_drawn_exactly(belief: Probabilities, dtype: torch.dtype, tables: bool) -> None:
     for vocab in (1, 9, 300, TILE, 3 * TILE + 11):
         for cap in (30.0, None):
-            for step in (1, 2):  # 2: every second token is denied, and never drawn
+            for step in (1, 2):  # 2: every second token is banned, and never drawn
                 product = torch.full((64, vocab), -math.inf, dtype=dtype)
                 product[:, step // 2 :: step] = 0.7
                 open_ = int((product[0] > 0).sum())
@@ -135,7 +135,7 @@ def test_equal_logits_are_counted_and_drawn_exactly(belief: Belief, dtype: torch
 
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
 @pytest.mark.parametrize(("dtype", "tables"), KINDS)
-def test_the_first_of_the_largest_is_found(belief: Belief, dtype: torch.dtype, tables: bool) -> None:
+def test_the_first_of_the_largest_is_found(belief: Probabilities, dtype: torch.dtype, tables: bool) -> None:
     for vocab, places in ((5, [4]), (300, [255, 256]), (300, [270, 299]), (2 * TILE + 5, [TILE, 2 * TILE + 4])):
         product = torch.randn(1, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
         product[0, places] = 9.0
@@ -145,7 +145,7 @@ def test_the_first_of_the_largest_is_found(belief: Belief, dtype: torch.dtype, t
 
 
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
-def test_a_weight_that_rounds_to_that_of_the_maximum_is_no_maximum(belief: Belief) -> None:
+def test_a_weight_that_rounds_to_that_of_the_maximum_is_no_maximum(belief: Probabilities) -> None:
     most = torch.tensor(0.01)
     product = torch.full((1, 600), -50.0)
     product[0, 300], product[0, 500] = torch.nextafter(most, -most), most  # exp(-1e-9) is 1 in float32

@@ -37,13 +37,13 @@ GROUP = 32
 """Tiles that are picked from together: one comparison passes over all 4,096 tokens of them."""
 
 SPAN = 4096
-"""Tokens of a program of `spread`."""
+"""Tokens of a program of `softmax_weights`."""
 
 COLUMNS = 1024
-"""Features of a program of `gather` and `weigh`."""
+"""Features of a program of `reduce_split_k` and `weighted_sum`."""
 
 
-def shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, warps and stages of `multiply`."""
     wide = dtype.itemsize == 2
     return {
@@ -55,7 +55,7 @@ def shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def stretches(tiles: int, processors: int) -> int:
+def split_k(tiles: int, processors: int) -> int:
     """Into how many stretches the vocabulary is cut, at most 8: so many that the last wave of programs is fullest.
 
     >>> stretches(22, 132), stretches(88, 132), stretches(704, 132)
@@ -65,7 +65,9 @@ def stretches(tiles: int, processors: int) -> int:
 
 
 @kernel
-def spread(product, order, amount, highest, rough, temperature, vocab, cap, CAPPED: tl.constexpr, SPAN: tl.constexpr):
+def softmax_weights(
+    product, order, amount, highest, rough, temperature, vocab, cap, CAPPED: tl.constexpr, SPAN: tl.constexpr
+):
     """Logits of the listed rows become probabilities in place: e^(x' - max') / sum, x' rounded to the weight's type.
 
     Predicted on an H200, 256 rows, 262,144 tokens: 75 us over a floor of 62 (268 MB).
@@ -129,7 +131,7 @@ def multiply(
 
 
 @kernel
-def gather(
+def reduce_split_k(
     parts,
     signal,
     order,
@@ -155,7 +157,7 @@ def gather(
 
 
 @kernel
-def pick(
+def select_top(
     product,
     peak,
     rest,
@@ -205,7 +207,7 @@ def pick(
 
 
 @kernel
-def weigh(
+def weighted_sum(
     chosen,
     share,
     kept,

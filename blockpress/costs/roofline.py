@@ -11,7 +11,7 @@ operations. A read wants the last layer's keys and values alone.
 
 Invariant: a floor is never above what the best program takes: work that a program may leave out is not counted.
 
-Run it:  python -m pytest blockpress/costs/floors.py tests/test_floors.py
+Run it:  python -m pytest blockpress/costs/roofline.py tests/test_roofline.py
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ WIDTHS: Mapping[str, WeightFormats] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class BatchShape:
     """What one forward works on. canvases: the tokens of context behind which each stands. reads: (context, tokens) of
     each prompt's chunk or commit. heard: (context, tokens) of those of which the head tells the next token."""
 
     canvases: tuple[int, ...] = ()
     reads: tuple[tuple[int, int], ...] = ()
-    heard: tuple[tuple[int, int], ...] = ()
+    logit_rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """One part of a forward: operations, bytes that must be read, and the type of its products."""
 
     flops: float
@@ -86,8 +86,8 @@ def distinct(experts: int, chosen: int, tokens: int) -> float:
 
 
 def forward(
-    config: ModelConfig, widths: WeightFormats, rows: Rows, *, touched: float | None = None, soft: bool = True
-) -> dict[str, Work]:
+    config: ModelConfig, widths: WeightFormats, rows: BatchShape, *, touched: float | None = None, soft: bool = True
+) -> dict[str, Cost]:
     """Operations and bytes of the parts of one forward.
 
     Args:
@@ -113,7 +113,7 @@ def forward(
     self-conditioning     9.1 GFLOP   0.036 GB
     """
     canvas = len(rows.canvases) * config.canvas_length
-    headed = canvas + sum(tokens for _, tokens in rows.heard)
+    headed = canvas + sum(tokens for _, tokens in rows.logit_rows)
     every = headed + sum(tokens for _, tokens in rows.reads)
     # The rows that pass a whole layer: all of them but in the last, where a read stops at its keys and values.
     through = [every] * (len(config.layers) - 1) + [headed]
@@ -132,18 +132,18 @@ def forward(
     parts |= _attention(config, rest, rows)
     parts |= {
         "router": _product(routed * sparse, rest, through),
-        "experts": Work(2 * sum(through) * config.top_k_experts * expert, sum(met) * expert * widths.experts.size,
+        "experts": Cost(2 * sum(through) * config.top_k_experts * expert, sum(met) * expert * widths.experts.size,
                         widths.experts.math),
         "dense MLP": _product(gated, widths.dense, through),
         "head": _product(vocabulary, widths.embedding, [headed], beside=headed * logits),
-        "sampling": Work(0, headed * logits, rest.math),
+        "sampling": Cost(0, headed * logits, rest.math),
         "soft embedding": _product(vocabulary, widths.embedding, [canvas * soft], beside=canvas * soft * logits),
         "self-conditioning": _product(gated, widths.dense, [canvas]),
     }  # fmt: skip
     return {name: work for name, work in parts.items() if work.flops or work.bytes}
 
 
-def floor_seconds(parts: Mapping[str, Work], device: Device) -> float:
+def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     """The floor of a forward: its parts one after another, each as long as its bytes or its operations take.
 
     Source: reference kernels, section 1, at a context of 2,048 tokens, in milliseconds for 1, 2, 4, 8, 16 canvases.
@@ -175,12 +175,12 @@ def floor_seconds(parts: Mapping[str, Work], device: Device) -> float:
     return sum(max(work.bytes / device.bandwidth, _time(work, device)) for work in parts.values())
 
 
-def byte_seconds(parts: Mapping[str, Work], device: Device) -> float:
+def byte_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     """How long the bytes alone take: the floor of a forward whose operations cost nothing."""
     return sum(work.bytes for work in parts.values()) / device.bandwidth
 
 
-def arithmetic_seconds(parts: Mapping[str, Work], device: Device) -> float:
+def arithmetic_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     """How long the operations alone take."""
     return sum(_time(work, device) for work in parts.values())
 
@@ -209,27 +209,27 @@ def throughput(
     [1225, 4209]
     """
     if mode == "autoregressive":
-        rows = Rows(heard=((context, 1),) * users)
+        rows = BatchShape(logit_rows=((context, 1),) * users)
         return users / floor_seconds(forward(config, widths, rows), device)
     length = config.canvas_length
-    alone = Rows(canvases=(context,) * users)
-    first = Rows(canvases=(context,) * users, reads=((max(0, context - length), length),) * users)
+    alone = BatchShape(canvases=(context,) * users)
+    first = BatchShape(canvases=(context,) * users, reads=((max(0, context - length), length),) * users)
     each, begin = (floor_seconds(forward(config, widths, rows), device) for rows in (alone, first))
     return users * length / (begin + (steps - 1) * each)
 
 
-def _time(work: Work, device: Device) -> float:
+def _time(work: Cost, device: Device) -> float:
     return work.flops / device.rate(work.math) if work.flops else 0.0
 
 
-def _product(weights: int, width: Width, through: Iterable[int], beside: float = 0.0) -> Work:
+def _product(weights: int, width: Width, through: Iterable[int], beside: float = 0.0) -> Cost:
     """A matrix of so many weights, one for each entry of `through`: how many rows pass it."""
     counts = list(through)
     read = weights * width.size * sum(count > 0 for count in counts)
-    return Work(2.0 * weights * sum(counts), read + beside, width.math)
+    return Cost(2.0 * weights * sum(counts), read + beside, width.math)
 
 
-def _projections(config: ModelConfig, width: Width, every: int, through: list[int]) -> Work:
+def _projections(config: ModelConfig, width: Width, every: int, through: list[int]) -> Cost:
     """Queries and output for the rows that pass the layer, keys and values for all."""
     flops = size = 0.0
     for layer, count in zip(config.layers, through, strict=True):
@@ -237,22 +237,22 @@ def _projections(config: ModelConfig, width: Width, every: int, through: list[in
         key = config.hidden_size * layer.kv_heads * layer.head_dim * (2 if config.has_value(layer) else 1)
         flops += 2.0 * (count * query + every * key)
         size += (query * (count > 0) + key * (every > 0)) * width.size
-    return Work(flops, size, width.math)
+    return Cost(flops, size, width.math)
 
 
-def _attention(config: ModelConfig, width: Width, rows: Rows) -> dict[str, Work]:
+def _attention(config: ModelConfig, width: Width, rows: BatchShape) -> dict[str, Cost]:
     """Scores and sums of values, and the keys and values that are read for them, by kind of layer."""
     totals: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(config.layers):
         last = index == len(config.layers) - 1
         looks = [_canvas(config, layer, context) for context in rows.canvases]
-        looks += [_causal(config, layer, *read) for read in (rows.heard if last else rows.heard + rows.reads)]
+        looks += [_causal(config, layer, *read) for read in (rows.logit_rows if last else rows.logit_rows + rows.reads)]
         name = "attention sliding" if layer.sliding else "attention full"
         pairs, keys = totals.get(name, (0.0, 0.0))
         pairs += 4.0 * config.num_heads * layer.head_dim * sum(pair for pair, _ in looks)
         keys += 2.0 * layer.kv_heads * layer.head_dim * width.size * sum(key for _, key in looks)
         totals[name] = (pairs, keys)
-    return {name: Work(flops, size, width.math) for name, (flops, size) in sorted(totals.items(), reverse=True)}
+    return {name: Cost(flops, size, width.math) for name, (flops, size) in sorted(totals.items(), reverse=True)}
 
 
 def _canvas(config: ModelConfig, layer: LayerConfig, context: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Denied ids: never the argmax, never drawn, and no other logit is touched."""
+"""Banned ids: never the argmax, never drawn, and no other logit is touched."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from blockpress.diffusion import TokenMask
 from blockpress.ops import vocabulary
 
 
-def test_denied_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
+def test_banned_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)) * 3
     edits = TokenMask.of([{0: {0}}, {}, {2: range(99), 6: (1, 4)}], 5)
     assert edits is not None
     rows = torch.tensor([2, 1])  # row 0 has settled
     edited = edits(rows, logits[1:])
-    denied = torch.zeros(2, 5, 7, dtype=torch.bool)
-    denied[0, :, 2] = denied[0, [1, 4], 6] = True
-    assert torch.equal(edited.isneginf(), denied)
-    assert torch.equal(edited[~denied], logits[1:][~denied])
+    banned = torch.zeros(2, 5, 7, dtype=torch.bool)
+    banned[0, :, 2] = banned[0, [1, 4], 6] = True
+    assert torch.equal(edited.isneginf(), banned)
+    assert torch.equal(edited[~banned], logits[1:][~banned])
     for u in (0.0, 0.3, 0.999999):
         drawn = vocabulary.sample(edited, torch.full((2, 5), u, dtype=torch.float64))
-        assert not denied.gather(-1, drawn[..., None]).any()
+        assert not banned.gather(-1, drawn[..., None]).any()
     assert vocabulary.entropy(edited).isfinite().all()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shape:
+class SubjectOptions:
     """What the caller says about the network."""
 
     model: str | None
@@ -44,7 +44,7 @@ class Shape:
         return [*self.given, *(name for name, value in rest.items() if value is not None)]
 
 
-def open_subject(asked: Shape, device: str) -> Subject:
+def open_subject(asked: SubjectOptions, device: str) -> Subject:
     """The one network that is named. Raises RequestError: none, or two."""
     given = asked.given
     if len(given) != 1:

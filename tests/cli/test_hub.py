@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 from blockpress.checkpoints import resolve
 from blockpress.checkpoints.hub import cache as cached
-from blockpress.cli.units import size
+from blockpress.cli.units import format_bytes
 from blockpress.config import ModelConfig
 from tests.builders.gguf_files import wide, write_gguf
 from tests.builders.hub_server import Hub, Repository, in_its_place
@@ -194,7 +194,7 @@ class TestRemove:
         model.files["config.json"] += b"\n"
         call("pull", NAME)
         done = call("rm", NAME, "--revision", old[:8], "--yes")
-        assert done.code == 0 and done.out == f"removed {NAME} at {old[:12]}: {size(before)} freed\n"
+        assert done.code == 0 and done.out == f"removed {NAME} at {old[:12]}: {format_bytes(before)} freed\n"
         assert resolve(NAME).name == model.commit and (resolve(NAME) / "model.safetensors").is_file()
         assert call("show", f"{NAME}@{old}").code == 2
 
@@ -204,7 +204,7 @@ class TestRemove:
         call("pull", NAME)
         refused = call("rm", NAME)
         assert refused.code == 2 and "--yes" in refused.err and "frees" in refused.err
-        monkeypatch.setattr("blockpress.cli.keep.terminal.is_terminal", lambda stream: True)
+        monkeypatch.setattr("blockpress.cli.hub.terminal.is_terminal", lambda stream: True)
         assert call("rm", NAME, stdin="n\n").code == 2 and call("rm", NAME, stdin="").code == 2
         assert cached.home_of(NAME).exists()
         done = call("rm", NAME, stdin="y\n")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockpress import costs
 from blockpress.config import PRESETS
-from blockpress.costs import DEVICES, WIDTHS, Rows
+from blockpress.costs import DEVICES, WIDTHS, BatchShape
 from blockpress.errors import RequestError
 
 PUBLISHED, TINY = PRESETS["diffusiongemma-26B-A4B"](), PRESETS["tiny"]()
@@ -42,7 +42,7 @@ TOKENS = {
 @pytest.mark.parametrize(("device", "form"), STEPS, ids="-".join)
 def test_steps_are_those_of_the_reference(device: str, form: str) -> None:
     for power, expected in enumerate(STEPS[device, form]):
-        parts = costs.forward(PUBLISHED, WIDTHS[form], Rows(canvases=(L,) * 2**power))
+        parts = costs.forward(PUBLISHED, WIDTHS[form], BatchShape(canvases=(L,) * 2**power))
         assert 1000 * costs.floor_seconds(parts, DEVICES[device]) == pytest.approx(expected, rel=0.009)
 
 
@@ -55,7 +55,7 @@ def test_single_tokens_are_those_of_the_reference(form: str) -> None:
 
 def test_a_commit_beside_a_step_costs_less_than_alone() -> None:
     def floor(**rows: tuple[object, ...]) -> float:
-        parts = costs.forward(PUBLISHED, WIDTHS["bf16"], Rows(**rows))  # type: ignore[arg-type]
+        parts = costs.forward(PUBLISHED, WIDTHS["bf16"], BatchShape(**rows))  # type: ignore[arg-type]
         return 1000 * costs.floor_seconds(parts, DEVICES["h200"])
 
     step, commit = floor(canvases=(L,)), floor(reads=((L - 256, 256),))
@@ -65,21 +65,25 @@ def test_a_commit_beside_a_step_costs_less_than_alone() -> None:
 
 
 rows = st.builds(
-    Rows,
+    BatchShape,
     canvases=st.lists(st.integers(0, 200), max_size=4).map(tuple),
     reads=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 60)), max_size=4).map(tuple),
     heard=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 12)), max_size=4).map(tuple),
 )
 
 
-def totals(which: Rows) -> tuple[float, float]:
+def totals(which: BatchShape) -> tuple[float, float]:
     parts = costs.forward(TINY, WIDTHS["bf16"], which).values()
     return sum(work.flops for work in parts), sum(work.bytes for work in parts)
 
 
 @given(rows, rows)
-def test_together_is_the_same_work_and_fewer_bytes(one: Rows, other: Rows) -> None:
-    both = Rows(canvases=one.canvases + other.canvases, reads=one.reads + other.reads, heard=one.heard + other.heard)
+def test_together_is_the_same_work_and_fewer_bytes(one: BatchShape, other: BatchShape) -> None:
+    both = BatchShape(
+        canvases=one.canvases + other.canvases,
+        reads=one.reads + other.reads,
+        logit_rows=one.logit_rows + other.logit_rows,
+    )
     apart = [totals(one), totals(other)]
     flops, size = totals(both)
     assert flops == pytest.approx(apart[0][0] + apart[1][0])
@@ -88,8 +92,8 @@ def test_together_is_the_same_work_and_fewer_bytes(one: Rows, other: Rows) -> No
 
 @given(st.integers(0, 100), st.integers(1, 60), st.integers(1, 60))
 def test_a_chunked_prefill_is_the_same_arithmetic(context: int, first: int, second: int) -> None:
-    whole = totals(Rows(reads=((context, first + second),)))
-    chunks = [totals(Rows(reads=((context, first),))), totals(Rows(reads=((context + first, second),)))]
+    whole = totals(BatchShape(reads=((context, first + second),)))
+    chunks = [totals(BatchShape(reads=((context, first),))), totals(BatchShape(reads=((context + first, second),)))]
     assert chunks[0][0] + chunks[1][0] == pytest.approx(whole[0])
 
 
@@ -98,16 +102,16 @@ def test_a_causal_layer_counts_the_pairs_of_its_mask() -> None:
     seen = [min(context + i + 1, window) for i in range(tokens)]
     layer = TINY.layers[0]
     config = replace(TINY, layers=(layer, layer))  # a read stops before the attention of the last
-    work = costs.forward(config, WIDTHS["bf16"], Rows(reads=((context, tokens),)))["attention sliding"]
+    work = costs.forward(config, WIDTHS["bf16"], BatchShape(reads=((context, tokens),)))["attention sliding"]
     assert work.flops == 4 * TINY.num_heads * layer.head_dim * sum(seen)
 
 
 def test_nothing_costs_nothing() -> None:
-    assert costs.forward(TINY, WIDTHS["fp8"], Rows()) == {}
+    assert costs.forward(TINY, WIDTHS["fp8"], BatchShape()) == {}
 
 
 def test_a_sparse_soft_embedding_and_idle_experts_are_left_out() -> None:
-    step = Rows(canvases=(L,))
+    step = BatchShape(canvases=(L,))
     parts = costs.forward(PUBLISHED, WIDTHS["fp8"], step, soft=False, touched=84)
     assert "soft embedding" not in parts
     assert parts["experts"].bytes == pytest.approx(22.84e9 * 84 / 128, rel=1e-3)
@@ -118,7 +122,7 @@ def test_an_unknown_rate_is_refused_by_name() -> None:
         DEVICES["h200"].rate("float32")
 
 
-def test_floors_and_rooflines_know_no_torch() -> None:
+def test_roofline_and_rooflines_know_no_torch() -> None:
     code = "import sys, blockpress.bench.chart, blockpress.bench.panels as p; p.roofline(p.costs.DEVICES['h100']); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True

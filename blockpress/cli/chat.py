@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class ChatSession:
     """A model and how it is asked. `chat`: by its chat template; else prompts are given as they are.
 
     `shown`: parts of a message, images and videos, that stand before the text of a chat's first message.
@@ -97,7 +97,7 @@ class ChatView:
             self._released += [Text(self._tail, style="dim")] if self._tail else []
             self._tail = ""
         if isinstance(event, ToolCallEvent | MalformedToolCallEvent):
-            self._released.append(Text(without_controls(described(event)), style="dim"))
+            self._released.append(Text(without_controls(event_text(event)), style="dim"))
         self._view.see(event)
 
     def finish(self, verdict: str) -> None:
@@ -151,10 +151,10 @@ class Aside:
             print(file=sys.stderr, flush=True)
             self._open = False
         if isinstance(event, ToolCallEvent | MalformedToolCallEvent):
-            note(without_controls(described(event)))
+            note(without_controls(event_text(event)))
 
 
-def described(event: ToolCallEvent | MalformedToolCallEvent) -> str:
+def event_text(event: ToolCallEvent | MalformedToolCallEvent) -> str:
     """A call as the model wrote it, and why it could not be read."""
     if isinstance(event, ToolCallEvent):
         return write_call(event.call.name, event.call.arguments)

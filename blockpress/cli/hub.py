@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockpress.cli import options, terminal
-from blockpress.cli.bar import byte_bars
-from blockpress.cli.units import ago, size
+from blockpress.cli.progress import byte_bars
+from blockpress.cli.units import format_age, format_bytes
 from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
 
 if TYPE_CHECKING:
@@ -92,12 +92,12 @@ def ls(json: options.Json = False) -> None:
     """
     from blockpress.checkpoints import shipped
     from blockpress.checkpoints.hub.cache import cache_directory, kept
-    from blockpress.checkpoints.identify import kind_of
+    from blockpress.checkpoints.identify import identify
 
     rows: list[dict[str, Any]] = []
     for name, path in shipped().items():
         on_disk = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        rows += [_row(name, path, asdict(kind_of(path)), on_disk, source="shipped")]
+        rows += [_row(name, path, asdict(identify(path)), on_disk, source="shipped")]
     for entry in kept():
         rows += [
             _row(entry.name, entry.path, asdict(entry.kind), entry.bytes, source="cache")
@@ -144,12 +144,12 @@ def rm(
         )
     what = wanted.repo + ("" if commit is None else f" at {commit[:12]}")
     if not yes:
-        _ask(f"Remove {what} from the cache? This frees {size(cached.bytes_of(wanted.repo, commit))}.")
+        _ask(f"Remove {what} from the cache? This frees {format_bytes(cached.bytes_of(wanted.repo, commit))}.")
     freed = cached.remove(wanted.repo, commit)
     if json:
         options.print_json({"removed": wanted.repo, "revision": commit, "freed": freed})
     else:
-        print(f"removed {what}: {size(freed)} freed")
+        print(f"removed {what}: {format_bytes(freed)} freed")
 
 
 def _named(name: str, revision: str | None) -> HubName:
@@ -192,8 +192,8 @@ def _warn_of_memory(plan: Plan) -> None:
     device, free = max(free_memory().items(), key=lambda item: item[1])
     if weights > free:
         terminal.note(
-            f"blockpress: the weights take {size(weights)}, and this machine has {size(free)} free on {device}: "
-            "it will not run here as it is"
+            f"blockpress: the weights take {format_bytes(weights)}, and this machine has {format_bytes(free)} free on "
+            f"{device}: it will not run here as it is"
         )
 
 
@@ -205,7 +205,7 @@ def _say_pulled(name: str, path: Path, files: int, count: int, json: bool) -> No
         said = {"model": name, "path": str(path), "files_fetched": files, "bytes_fetched": count, "missing": lacks}
         options.print_json(said)
         return
-    done = f"{files} file{'s' * (files != 1)} fetched, {size(count)}" if files else "already there"
+    done = f"{files} file{'s' * (files != 1)} fetched, {format_bytes(count)}" if files else "already there"
     print(f"{name}: {done}; {path}" + (f"\nnot a whole model yet: {lacks}" if lacks else ""))
 
 
@@ -213,7 +213,7 @@ def _say_pulled(name: str, path: Path, files: int, count: int, json: bool) -> No
 def _bars(plan: Plan) -> Iterator[Callable[[RemoteFile, int], None]]:
     """A bar a file on a terminal, and one line a file otherwise; both on stderr."""
     if not terminal.is_terminal(sys.stderr):
-        yield lambda file, done: terminal.note(f"{file.path}  {size(file.size)}") if done == file.size else None
+        yield lambda file, done: terminal.note(f"{file.path}  {format_bytes(file.size)}") if done == file.size else None
         return
     with byte_bars() as bars:
         tasks = {file.path: bars.add_task(file.path, total=file.size, start=False) for file in plan.left}
@@ -249,9 +249,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         revision = row["source"] if row["revision"] is None else row["revision"][:12]
         revision += f" ({', '.join(row['refs'])})" if row["refs"] else ""
-        used = "" if row["last_used"] is None else ago(time.time() - row["last_used"])
+        used = "" if row["last_used"] is None else format_age(time.time() - row["last_used"])
         partial = f"   partial: {row['missing']}" if row["missing"] else ""
-        cells += [(row["name"], row["format"], size(row["bytes"]), revision, used + partial)]
+        cells += [(row["name"], row["format"], format_bytes(row["bytes"]), revision, used + partial)]
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 

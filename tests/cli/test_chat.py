@@ -16,8 +16,8 @@ import pytest
 import blockpress
 from blockpress.chat import MalformedToolCall, ToolCall
 from blockpress.checkpoints import save_checkpoint
-from blockpress.cli.talk import Aside, ChatView
-from blockpress.cli.told import ended, event_to_dict, reply_to_dict
+from blockpress.cli.chat import Aside, ChatView
+from blockpress.cli.serialize import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Done, MalformedToolCallEvent, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 
@@ -120,7 +120,7 @@ def test_what_is_said_aside(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert told(EVENTS) == wanted
     assert told([ReasoningDelta(0, "a"), DONE]) == "a\n"
     assert told([Text(0, "a"), DONE]) == ""
-    monkeypatch.setattr("blockpress.cli.talk.is_terminal", lambda stream: True)
+    monkeypatch.setattr("blockpress.cli.chat.is_terminal", lambda stream: True)
     assert told(EVENTS[:2]) == "\x1b[2mI a\x1b[0m\x1b[2mdd.\nAll\\x1b of\x1b[0m"
 
 

@@ -42,13 +42,13 @@ class Case:
     temperature: Tensor
     uniform: Tensor
     scale: Tensor
-    denied: tuple[Tensor, Tensor] | None = None
+    banned: tuple[Tensor, Tensor] | None = None
 
     def see(
         self, version: str = "torch", signal: vocabulary.SignalKind = "exact", **other: object
     ) -> vocabulary.SampleStats:
         arguments = {**vars(self), **other}
-        return vocabulary.see(
+        return vocabulary.sample_from_hidden(
             arguments.pop("hidden"), arguments.pop("weight"), signal=signal, native=version != "torch", **arguments
         )
 
@@ -77,8 +77,8 @@ def full(c: Case) -> Tensor:
     """The scaled logits as `Network.logits`, the temperature and `TokenMask` make them."""
     product = linear(c.hidden, c.weight).float()
     scaled = (product if c.cap is None else torch.tanh(product / c.cap) * c.cap) / c.temperature[:, None]
-    if c.denied is not None:
-        scaled[:, c.denied[0]] = scaled[:, c.denied[0]].masked_fill(c.denied[1], -math.inf)
+    if c.banned is not None:
+        scaled[:, c.banned[0]] = scaled[:, c.banned[0]].masked_fill(c.banned[1], -math.inf)
     return scaled
 
 
@@ -129,7 +129,7 @@ def test_beliefs_are_rounded_as_the_truth_rounds_them(version: str, dtype: torch
     c = case(3 * TILE + 7, rows=8, dtype=dtype, spread=4.0)
     product = linear(c.hidden, c.weight)
     want = torch.softmax(full(c).to(dtype), dim=-1, dtype=torch.float32).to(dtype)
-    got = blocks.pass_over(product, c.cap, c.temperature, c.uniform, "whole", native=version != "torch").belief
+    got = blocks.block_stats(product, c.cap, c.temperature, c.uniform, "whole", native=version != "torch").probabilities
     assert got is not None
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     apart = (got.view(bits).long() - want.view(bits).long()).abs()[want > 1e-30]
@@ -147,17 +147,17 @@ def test_the_lowest_of_equal_tokens_is_the_argmax(version: str) -> None:
         assert c.see(version).argmax[0] == first
 
 
-def test_denied_tokens_are_not_seen(version: str) -> None:
+def test_banned_tokens_are_not_seen(version: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for cap in (30.0, None):
             c = case(TILE + 50, rows=4, dtype=dtype, cap=cap)
             ids = torch.cat((full(c).argmax(-1).unique(), torch.tensor([TILE + 49])))
             where = torch.tensor([[True], [True], [False], [True]]).expand(4, len(ids))
-            c = Case(**{**vars(c), "denied": (ids, where)})
+            c = Case(**{**vars(c), "banned": (ids, where)})
             got = c.see(version)
             same(c, got, truth(c))
-            denied = got.argmax[:, None] == ids
-            assert not (denied & where).any() and denied[2].any()
+            banned = got.argmax[:, None] == ids
+            assert not (banned & where).any() and banned[2].any()
 
 
 def test_what_is_broken_stays_in_its_row(version: str) -> None:
@@ -168,7 +168,7 @@ def test_what_is_broken_stays_in_its_row(version: str) -> None:
         where = torch.zeros(4, 500, dtype=torch.bool)
         where[2] = True
         for signal in ("exact", "sparse"):
-            got = c.see(version, signal, denied=(everything, where))
+            got = c.see(version, signal, banned=(everything, where))
             assert got.signal is not None
             assert got.entropy.isnan().tolist() == [False, True, True, False]
             assert got.signal.isnan().all(-1).tolist() == [False, True, True, False]
@@ -202,7 +202,7 @@ def test_the_largest_uniform_number_draws_a_possible_token(version: str, dtype: 
         impossible = torch.arange(vocab // 2, vocab)
         where = torch.ones(8, len(impossible), dtype=torch.bool)
         uniform = torch.full((8,), 1 - 2.0**-53, dtype=torch.float64)
-        drawn = c.see(version, uniform=uniform, denied=(impossible, where)).sample
+        drawn = c.see(version, uniform=uniform, banned=(impossible, where)).sample
         assert bool((drawn < vocab // 2).all()) and bool((drawn > vocab // 4).all())
 
 
@@ -233,7 +233,7 @@ def test_rows_do_not_touch_whatever_their_block(version: str, monkeypatch: pytes
 def test_packed_weights_give_what_their_floats_give(version: str, dtype: torch.dtype) -> None:
     c = case(700, dtype=dtype)
     codes = torch.randint(-127, 128, (700, HIDDEN), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-    packed = Codes(codes=codes, scale=torch.full((700, 1), 2.0**-8, dtype=dtype), zero=None, group=HIDDEN)
+    packed = Codes(codes=codes, scale=torch.full((700, 1), 2.0**-8, dtype=dtype), zero_point=None, group=HIDDEN)
     for signal in ("exact", "sparse"):
         got, want = (c.see(version, signal, weight=weight) for weight in (packed, packed.unpack(dtype)))
         assert torch.equal(got.argmax, want.argmax) and torch.equal(got.sample, want.sample)
@@ -248,13 +248,13 @@ def test_a_sparse_belief_leaves_out_no_more_than_it_may(version: str, dtype: tor
     for seed, spread in enumerate((0.0, 1.0, 2.0, 5.0, 12.0, 30.0)):
         c = case(TILE + 77, rows=6, dtype=dtype, cap=cap, spread=spread, seed=seed)
         product = linear(c.hidden, c.weight)
-        seen = blocks.pass_over(product, c.cap, c.temperature, c.uniform, "sparse", native=version != "torch")
+        seen = blocks.block_stats(product, c.cap, c.temperature, c.uniform, "sparse", native=version != "torch")
         belief = torch.softmax(full(c).to(dtype).double(), dim=-1)
-        assert seen.sparse is not None and seen.belief is not None
+        assert seen.sparse is not None and seen.probabilities is not None
         for row, count in enumerate(seen.sparse.counts.tolist()):
             kinds.add(count > 0)
             if count < 0:
-                torch.testing.assert_close(seen.belief[row].double(), belief[row], rtol=2e-2, atol=1e-6)
+                torch.testing.assert_close(seen.probabilities[row].double(), belief[row], rtol=2e-2, atol=1e-6)
                 continue
             ids = seen.sparse.ids[row, :count]
             assert len(ids.unique()) == count and belief[row, ids].sum() > 1 - 2.0**-9

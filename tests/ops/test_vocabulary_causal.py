@@ -1,4 +1,4 @@
-"""`judge` against log_softmax of full logits, as both families round them."""
+"""`score_targets` against log_softmax of full logits, as both families round them."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def test_it_gives_the_log_softmax_of_full_logits(
     tokens = torch.randint(vocab, (9,), generator=draw)
     top = min(vocab, 5)
     monkeypatch.setattr(blocks, "BUFFER", 4 * vocab * 4)  # several blocks
-    got = vocabulary.judge(hidden, weight, cap=cap, tokens=tokens, top=top, wide=wide, native=version != "torch")
+    got = vocabulary.score_targets(
+        hidden, weight, cap=cap, tokens=tokens, top=top, wide=wide, native=version != "torch"
+    )
     full = logits(hidden, weight, cap, wide)
     want = full.double().log_softmax(-1)
     assert got.logprobs is not None
-    torch.testing.assert_close(got.logprobs.own.double(), want.gather(-1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got.logprobs.target.double(), want.gather(-1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(full.gather(-1, got.greedy[:, None])[:, 0], full.amax(-1))
     torch.testing.assert_close(got.logprobs.top.double(), want.topk(top, dim=-1).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.logprobs.top.double(), want.gather(-1, got.logprobs.top_ids), rtol=1e-5, atol=1e-5)
@@ -58,7 +62,7 @@ def test_it_gives_the_log_softmax_of_full_logits(
 def test_equal_tokens_come_in_their_order(version: str) -> None:
     hidden, weight = torch.ones(1, 4), torch.ones(6, 4)
     weight[[1, 4]] = 2.0
-    got = vocabulary.judge(
+    got = vocabulary.score_targets(
         hidden, weight, cap=30.0, tokens=torch.tensor([1]), top=2, wide=True, native=version != "torch"
     )
     assert got.logprobs is not None
@@ -67,11 +71,11 @@ def test_equal_tokens_come_in_their_order(version: str) -> None:
 
 def test_nothing_to_judge(version: str) -> None:
     none = torch.empty(0, dtype=torch.long)
-    got = vocabulary.judge(
+    got = vocabulary.score_targets(
         torch.empty(0, 4), torch.ones(6, 4), cap=None, tokens=none, top=3, wide=True, native=version != "torch"
     )
     told = got.logprobs
-    assert told is not None and told.own.shape == told.greedy.shape == got.greedy.shape == (0,)
+    assert told is not None and told.target.shape == told.greedy.shape == got.greedy.shape == (0,)
     assert told.top_ids.shape == told.top.shape == (0, 3)
 
 
@@ -85,10 +89,10 @@ def test_what_is_denied_is_not_greedy_and_keeps_its_probability(
     weight = (torch.randn(700, HIDDEN, generator=draw) * HIDDEN**-0.5).to(dtype)
     monkeypatch.setattr(blocks, "BUFFER", 4 * 700 * 4)  # several blocks
     given = {"cap": 30.0, "tokens": torch.zeros(9, dtype=torch.long), "wide": True, "native": version != "torch"}
-    free = vocabulary.judge(hidden, weight, top=2, **given)
+    free = vocabulary.score_targets(hidden, weight, top=2, **given)
     ids = free.greedy.unique()
     where = (ids == free.greedy[:, None]) & (torch.arange(9) % 2 == 0)[:, None]
-    got = vocabulary.judge(hidden, weight, top=top, denied=(ids, where), **given)
+    got = vocabulary.score_targets(hidden, weight, top=top, banned=(ids, where), **given)
     full = logits(hidden, weight, 30.0, True)
     full[:, ids] = full[:, ids].masked_fill(where, float("-inf"))
     assert torch.equal(got.greedy, full.argmax(-1))
@@ -96,7 +100,7 @@ def test_what_is_denied_is_not_greedy_and_keeps_its_probability(
     if got.logprobs is None:
         assert top is None
         return
-    assert free.logprobs is not None and torch.equal(got.logprobs.own, free.logprobs.own)
+    assert free.logprobs is not None and torch.equal(got.logprobs.target, free.logprobs.target)
     assert torch.equal(got.logprobs.top_ids, free.logprobs.top_ids) and torch.equal(got.logprobs.top, free.logprobs.top)
     want = logits(hidden, weight, 30.0, True).double().log_softmax(-1).gather(-1, got.greedy[:, None])[:, 0]
     torch.testing.assert_close(got.logprobs.greedy.double(), want, rtol=1e-5, atol=1e-5)
@@ -110,7 +114,7 @@ torch.set_num_threads(1)
 rows, native, blocks.BUFFER = int(sys.argv[1]), sys.argv[2] == "native", 1 << 24
 vocabulary.judge(
     torch.zeros(rows, 8), torch.zeros(262_144, 8), cap=30.0, tokens=torch.zeros(rows, dtype=torch.long), top=5, wide=True,
-    denied=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
+    banned=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
 )
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
