@@ -126,7 +126,7 @@ def count_solutions(puzzle: str, limit: int = 2) -> int:
 def _candidates(grid: str) -> tuple[int, int]:
     """(candidates, placed): what the givens of `grid` leave possible, and the givens themselves."""
     if len(grid) != CELLS or not (grid.isascii() and grid.isdigit()):
-        raise PuzzleError(f"{grid[:99]!r} is not a grid of 81 digits", hint="read it with blockpress.sudoku.parse")
+        raise PuzzleError(f"{grid[:99]!r} is not a grid of 81 digits", hint="read it with sudoku.parse_puzzle")
     candidates, placed = FULL, 0
     for cell, character in enumerate(grid):
         if character != "0":

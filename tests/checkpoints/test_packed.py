@@ -100,7 +100,7 @@ def test_experts_alone_may_be_packed_as_nvidia_has_it(tmp_path: Path) -> None:
     made = write(tmp_path, FORMS["modelopt nvfp4"], packs=lambda base: ".experts." in base)
     packed = all_packed(load_network(made.folder))
     assert set(packed) == {f"layers.{n}.experts.{which}" for n in (0, 1) for which in ("gate_up_proj", "down_proj")}
-    outer = packed["layers.0.experts.gate_up_proj"].outer
+    outer = packed["layers.0.experts.gate_up_proj"].global_scale
     assert all(len(row.unique()) == 2 for row in outer), "gate and up have outer scales of their own"
 
 

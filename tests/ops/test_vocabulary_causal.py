@@ -112,7 +112,7 @@ from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import blocks
 torch.set_num_threads(1)
 rows, native, blocks.BUFFER = int(sys.argv[1]), sys.argv[2] == "native", 1 << 24
-vocabulary.judge(
+vocabulary.score_targets(
     torch.zeros(rows, 8), torch.zeros(262_144, 8), cap=30.0, tokens=torch.zeros(rows, dtype=torch.long), top=5, wide=True,
     banned=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
 )

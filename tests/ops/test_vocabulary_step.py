@@ -285,7 +285,7 @@ from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import blocks
 torch.set_num_threads(1)
 rows, signal, native, blocks.BUFFER = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "native", 1 << 24
-seen = vocabulary.see(
+seen = vocabulary.sample_from_hidden(
     torch.zeros(rows, 8, dtype=torch.bfloat16), torch.zeros(262_144, 8, dtype=torch.bfloat16), cap=30.0,
     temperature=torch.ones(rows), uniform=torch.zeros(rows, dtype=torch.float64),
     scale=torch.ones((), dtype=torch.bfloat16), signal=signal, native=native,

@@ -2,9 +2,9 @@
 
 Figures: 30 layers' distinct weights in turn, in one captured graph, so that no weight is in a cache; a layer's time is
 the graph's over 30. The floor is the longer of two times, that of the bytes of the experts that were chosen and that of
-the operations (`costs.floors`).
+the operations (`costs.roofline`).
 
-Invariant: what is measured is what `ops.experts.mix` calls.
+Invariant: what is measured is what `ops.experts.moe_forward` calls.
 Run it:  make check-gpu; make bench-gpu PART=experts
 """
 

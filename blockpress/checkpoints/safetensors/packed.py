@@ -236,10 +236,11 @@ def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool
     if has_zero or not scheme.symmetric:
         if packed_zero and scheme.strategy in ("group", "channel"):
             zero = m.part("weight_zero_point", ("I32",), (_words(m.rows, scheme.bits), m.columns // group))
-            fields += [Field(name="zero", stored=zero, convert=partial(scales.zeros, bits=scheme.bits, count=m.rows))]
+            convert = partial(scales.zeros, bits=scheme.bits, count=m.rows)
+            fields += [Field(name="zero_point", stored=zero, convert=convert)]
         else:
             zero = m.part("weight_zero_point", ("I8",), *shapes)
-            fields += [Field(name="zero", stored=zero, convert=spread)]
+            fields += [Field(name="zero_point", stored=zero, convert=spread)]
     form = f"{what}, {group} columns under a scale of {scale.dtype}{', with zero points' * (len(fields) > 2)}"
     layout: Any = Nibbles if main.name == "packed" else Codes
     return PackedRecipe(name=m.name, form=form, fields=tuple(fields), build=partial(layout, group=group))
@@ -293,7 +294,11 @@ def _nvfp4(m: _Matrix, main: str, outer_name: str, divides: bool) -> PackedRecip
     fields = (
         Field(name="packed", stored=packed, convert=_same),
         Field(name="scale", stored=scale, convert=partial(scales.e4m3_codes, scale.name)),
-        Field(name="outer", stored=outer, convert=lambda t: scales.checked(outer.name, t).reshape(1).expand(m.rows)),
+        Field(
+            name="global_scale",
+            stored=outer,
+            convert=lambda t: scales.checked(outer.name, t).reshape(1).expand(m.rows),
+        ),
     )
     build = partial(Float4, kind="e4m3", group=16, divides=divides)
     return PackedRecipe(name=m.name, form=f"nvfp4, outer scale in {outer_name}", fields=fields, build=build)

@@ -33,7 +33,7 @@ class _Span(ctypes.Structure):
 
 
 def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[AttentionSpan]) -> Float[Tensor, "heads rows dim"]:
-    """`spans.look`, without copies of keys and values; the result lies in memory as [rows, heads, dim]."""
+    """`spans.varlen_attention`, without copies of keys and values; the result lies in memory as [rows, heads, dim]."""
     heads, rows, dim = query.shape
     query = query if query.stride(2) == 1 else query.contiguous()
     out, kept = query.new_empty(rows, heads, dim), []

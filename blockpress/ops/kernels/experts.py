@@ -1,4 +1,4 @@
-"""`ops.experts.mix` on a GPU: sort the tokens by expert, two products, the sum over each token's experts.
+"""`ops.experts.moe_forward` on a GPU: sort the tokens by expert, two products, the sum over each token's experts.
 
     weights      products              activations                         bytes beside the weights
     bfloat16     bfloat16              as they are                         none
