@@ -448,7 +448,8 @@ def test_a_rule_of_ones_own_is_not_left_out_of_the_file_in_silence(rule: str):
 
 
 def test_boundary_values_are_allowed():
-    Sampling(steps=1, t_min=0.5, t_max=0.5, stability=0, confidence=0)
+    sampling = Sampling(steps=1, t_min=0.5, t_max=0.5, stability=0, confidence=0)
+    assert (sampling.steps, sampling.t_min, sampling.stability, sampling.confidence) == (1, sampling.t_max, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------- generation_config.json

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from blockpress import engine, errors, sudoku
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 MOST_LINES = 350
 MOST_FUNCTION_LINES = 50
 MOST_KERNEL_LINES = 80
@@ -68,7 +70,8 @@ def test_no_operation_imports_itself_by_way_of_others() -> None:
     """Imports for types and those inside of functions count too."""
     graph = grimp.build_graph("blockpress", cache_dir=None)
     operations = graph.find_descendants("blockpress.ops")
-    TopologicalSorter({each: graph.find_modules_directly_imported_by(each) for each in operations}).prepare()
+    imported = {each: graph.find_modules_directly_imported_by(each) for each in operations}
+    assert operations <= set(TopologicalSorter(imported).static_order()), "or a CycleError that names the circle"
 
 
 def test_one_public_name_has_one_meaning() -> None:
@@ -177,3 +180,71 @@ def test_an_older_name_still_works_and_says_the_newer_one(module: ModuleType, ol
     with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
         found = getattr(module, old)
     assert found is getattr(module, new) and old not in dir(module)
+
+
+def called(node: ast.AST) -> set[str]:
+    """What a piece of code calls, by the last part of its name: `assert_close` of `torch.testing.assert_close`."""
+    functions = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
+    names = {each.id for each in functions if isinstance(each, ast.Name)}
+    return names | {each.attr for each in functions if isinstance(each, ast.Attribute)}
+
+
+def can_fail(node: ast.AST, comparing: set[str]) -> bool:
+    """Whether a piece of code asserts something, by itself or by a function that does; a method's name has to say so."""
+    calls = called(node)
+    named = {name for name in calls if re.match(r"(check|assert)(_|$)", name)}
+    return any(isinstance(each, ast.Assert) for each in ast.walk(node)) or bool(
+        named | calls & (comparing | {"raises", "warns"})
+    )
+
+
+def comparing(module: ast.Module, path: Path) -> set[str]:
+    """The functions that a module of tests defines, or takes from another one, and that assert something."""
+    found = {name for node in module.body if isinstance(node, ast.ImportFrom) for name in comparing_names(node, path)}
+    waiting = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    while more := {name for name, node in waiting.items() if name not in found and can_fail(node, found)}:
+        found |= more
+    return found
+
+
+def comparing_names(node: ast.ImportFrom, path: Path) -> set[str]:
+    folder = path.parents[node.level - 1] if node.level else ROOT
+    source = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+    if not (source.is_relative_to(ROOT / "tests") and source.is_file()):
+        return set()
+    return {each.asname or each.name for each in node.names if each.name in comparing_in(source)}
+
+
+@cache
+def comparing_in(source: Path) -> set[str]:
+    return comparing(tree(source), source)
+
+
+@pytest.mark.parametrize(
+    ("code", "compares"),
+    [
+        ("def test(): assert 1 == one()", True),
+        ("def test():\n  with pytest.raises(ValueError): one()", True),
+        ("def test(): torch.testing.assert_close(one(), 1)", True),
+        ("def test(): scheduler.check()", True),
+        ("def test(): scheduler.checked()", False),
+        ("def test(): load(folder)", False),
+        ("def close(a): assert a\ndef both(a): close(a)\ndef test(): both(1)", True),
+        ("def test(): close(1)", False),
+        ("from tests.builders.files import refusal\ndef test(): refusal(folder)", True),
+        ("from tests.builders.files import same\ndef test(): same({}, {})", False),
+        ("from .builders.files import refusal as error\ndef test(): error(folder)", True),
+    ],
+)
+def test_a_test_that_cannot_fail_is_seen(code: str, compares: bool) -> None:
+    assert ("test" in comparing(ast.parse(code), ROOT / "tests" / "test_it.py")) is compares
+
+
+def test_every_test_can_fail() -> None:
+    """One that only calls what it is named for proves that nothing was raised, and would pass without a result."""
+    assert [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in TESTS
+        for node in functions(path)
+        if node.name.startswith("test_") and not can_fail(node, comparing_in(path))
+    ] == []

@@ -54,11 +54,14 @@ def test_commands_are_found_in_blocks_and_sentences() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in CURRENT if snippets(page)], ids=name)
-def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_snippets_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
     for line, code in snippets(page):  # one namespace a page: a later snippet goes on from an earlier one
         exec(compile("\n" * line + code, str(page), "exec"), names)
+        assert bool(capsys.readouterr().out.strip()) == ("print(" in code), f"{page}:{line} prints nothing"
 
 
 @pytest.mark.parametrize("page", [page for page in CURRENT if HELP.search(read(page))], ids=name)

@@ -54,6 +54,7 @@ def test_threads_take_part() -> None:
     """Parts that wait for each other end only if two threads have them at once."""
     both = threading.Barrier(2, timeout=20)
     parallel(2, 2, lambda i: both.wait())
+    assert not both.broken
 
 
 def test_a_worker_that_is_put_aside_holds_up_its_own_part_alone() -> None:

@@ -243,7 +243,8 @@ for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
 def test_both_types_run_compiled_and_plain(tmp_path: Path):
     """Traced as for the compiler, but run by torch: code of its own would take minutes to build. In a process without
     the checks of shapes, which the compiler would trace as well."""
-    subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], check=True)
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_word_the_type_is_the_fast_one(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
