@@ -13,7 +13,7 @@ import pytest
 
 from blockpress.checkpoints import save_checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
-from tests import speech
+from tests import chat_tokenizer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -34,8 +34,8 @@ def test_all_examples_are_listed() -> None:
 @pytest.fixture
 def asked(tmp_path: Path, tiny: ModelConfig, random_network: Any) -> dict[str, list[str]]:
     """What an example is called with: the chat needs a model that talks, if only in random words."""
-    network = random_network(replace(tiny, vocab_size=speech.TOKENIZER.vocab_size, context_length=2048), seed=3)
-    save_checkpoint(tmp_path / "talker", network, generation=GenerationConfig(), tokenizer=speech.TOKENIZER)
+    network = random_network(replace(tiny, vocab_size=chat_tokenizer.TOKENIZER.vocab_size, context_length=2048), seed=3)
+    save_checkpoint(tmp_path / "talker", network, generation=GenerationConfig(), tokenizer=chat_tokenizer.TOKENIZER)
     return {"05_chat.py": [str(tmp_path / "talker"), "What is the time?"]}
 
 

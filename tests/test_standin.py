@@ -20,7 +20,7 @@ from blockpress.train import parallel
 from blockpress.train.objective import Objective
 from blockpress.train.trainer import Trainer
 
-from .engine.play import prompts, row
+from .engine.driver import prompts, row
 from .engine.special import CONFIG, SHORT, damped
 from .standin import CUDA, Card, OnCard, plain_torch, standin
 from .train.conftest import make_copy_recipe

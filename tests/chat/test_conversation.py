@@ -37,7 +37,7 @@ from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
-from tests.speech import TOKENIZER, VOCABULARY, backend, ids
+from tests.chat_tokenizer import TOKENIZER, VOCABULARY, backend, ids
 
 VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)

@@ -27,7 +27,7 @@ from blockpress.errors import BlockpressError, MediaError, RequestError
 from blockpress.model import Network
 from blockpress.multimodal import expand, insert_placeholders, prepare_images
 from blockpress.text import Tokenizer
-from tests import speech
+from tests import chat_tokenizer
 
 PICTURE_TOKENS = ["<|image>", "<image|>", "<|video|>"]
 TEMPLATE = ChatTemplate.own().source
@@ -38,7 +38,7 @@ SHORT = Sampling(steps=4)
 def lm(tmp_path_factory: pytest.TempPathFactory, tiny: ModelConfig, random_network: Any) -> LM:
     """A model that was saved and loaded: its tower has 48 positions, so that a video's frames fit it too."""
     folder = tmp_path_factory.mktemp("seeing")
-    backend = speech.backend()
+    backend = chat_tokenizer.backend()
     backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS])
     ids = {name: backend.token_to_id(name) for name in ("<|image|>", *PICTURE_TOKENS)}
     with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
@@ -148,7 +148,7 @@ def test_rows_with_and_without_pictures_in_every_order(lm: LM, mode: Any):
 
 def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
     """A frame is an image, so none is needed; and a typed `<|video|>` beside a picture is text."""
-    backend = speech.backend()
+    backend = chat_tokenizer.backend()
     backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS[:2]])
     tokenizer = Tokenizer(backend, chat_template=TEMPLATE)
     other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
@@ -240,7 +240,7 @@ def test_a_model_that_sees_nothing_says_so():
         path=lm.path,
         network=Network(replace(lm.config, vision=None)),
         generation=lm.generation,
-        tokenizer=speech.TOKENIZER,
+        tokenizer=chat_tokenizer.TOKENIZER,
     )
     with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] is of type 'image'"):
         blind.chat(showing(image(1)))

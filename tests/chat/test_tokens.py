@@ -16,7 +16,7 @@ from blockpress.decoding import Committed, Denoised, Event, Reply
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Cache
-from tests.speech import TOKENIZER, ids
+from tests.chat_tokenizer import TOKENIZER, ids
 
 from .test_conversation import (
     EOS,

@@ -21,7 +21,7 @@ from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 
-from .. import speech
+from .. import chat_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def untrained(workspace: Path, random_network: Callable[..., object]) -> Path:
 def seeing(workspace: Path, random_network: Callable[..., Any]) -> Path:
     """A checkpoint that chats and sees, with random weights, whose answers end early."""
     path, tiny = workspace / "cli-seeing", PRESETS["tiny"]()
-    backend, names = speech.backend(), ["<|image>", "<image|>", "<|video|>"]
+    backend, names = chat_tokenizer.backend(), ["<|image>", "<image|>", "<|video|>"]
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
     ids = {name: backend.token_to_id(name) for name in ("<|image|>", *names)}
     with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):

@@ -21,7 +21,7 @@ from blockpress.cli.serialize import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Done, MalformedToolCallEvent, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 
-from ..speech import TOKENIZER, VOCABULARY
+from ..chat_tokenizer import TOKENIZER, VOCABULARY
 from .conftest import Call, Screen
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -27,7 +27,7 @@ from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig,
 from blockpress.decoding import Committed, Done, ReasoningDelta, Reply, Text, ToolCallEvent, Usage
 from blockpress.text.builder import write_digits_tokenizer
 
-from .. import speech
+from .. import chat_tokenizer
 from .conftest import Call, Screen
 
 PROMPT = sudoku.layout(PUZZLE)
@@ -264,8 +264,10 @@ def test_pictures_that_cannot_be_shown(
 def talker(workspace: Path, random_network: Callable[..., Any]) -> Path:
     """A checkpoint with a chat template that sees nothing."""
     path = workspace / "cli-blind" / "cli-talker"
-    config = replace(PRESETS["tiny"](), vocab_size=len(speech.VOCABULARY), canvas_length=8, vision=None)
-    save_checkpoint(path, random_network(config, seed=2), generation=GenerationConfig(), tokenizer=speech.TOKENIZER)
+    config = replace(PRESETS["tiny"](), vocab_size=len(chat_tokenizer.VOCABULARY), canvas_length=8, vision=None)
+    save_checkpoint(
+        path, random_network(config, seed=2), generation=GenerationConfig(), tokenizer=chat_tokenizer.TOKENIZER
+    )
     return path
 
 

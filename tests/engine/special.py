@@ -21,7 +21,7 @@ from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops.attention import plain
 
 from ..conftest import make_random_network
-from .play import row
+from .driver import row
 
 LAYERS = (
     LayerConfig(kind="sliding_attention", head_dim=16, kv_heads=2),

@@ -24,7 +24,7 @@ from blockpress.engine.attention import PagedAttention, TritonPagedAttention, bu
 from blockpress.engine.kv_cache import KVCache
 from blockpress.ops import vocabulary
 
-from .play import AnySampling, play, prompts, reply, row
+from .driver import AnySampling, play, prompts, reply, row
 from .special import CONFIG, SHORT, InTorch, damped, on_paper, poison, special
 
 row_of = partial(row, CONFIG)

@@ -12,7 +12,7 @@ from blockpress.engine.batch import Batch
 from blockpress.engine.request import Request
 from blockpress.engine.scheduler import ScheduledRequest
 
-from .paper import PAGE, ask
+from .simulator import PAGE, ask
 
 SHARES = st.tuples(st.integers(1, 20), st.booleans(), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 

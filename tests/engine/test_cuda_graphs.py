@@ -13,7 +13,7 @@ from blockpress.engine.canvas_state import StepFeatures
 from blockpress.engine.cuda_graphs import SIZES, CapturedGraph, GraphKey, why_not_capturable
 from blockpress.model import Network
 
-from .play import play, prompts, reply
+from .driver import play, prompts, reply
 from .special import CONFIG, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 MEMORY = 1 << 23

@@ -20,7 +20,7 @@ from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.model import Network
 
-from .play import AnySampling, play, poem, reply, row
+from .driver import AnySampling, play, poem, reply, row
 from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)

@@ -15,7 +15,7 @@ from blockpress.decoding import Denoised, Failed
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
-from .play import AnySampling, play, poem, prompts, reply, row
+from .driver import AnySampling, play, poem, prompts, reply, row
 from .special import CONFIG as CAPTURED
 from .special import asked, damped, on_paper
 

@@ -13,7 +13,7 @@ from blockpress.engine.block_tables import BlockTables
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.engine.sizing import DROPPED
-from tests.engine.paper import KINDS, PAGE, ask, prints, small
+from tests.engine.simulator import KINDS, PAGE, ask, prints, small
 
 SUN, MOON = HashedImageSpan(2, 3, b"sun"), HashedImageSpan(2, 3, b"moon")
 TEXT = list(range(10, 30))

@@ -22,7 +22,7 @@ from blockpress.engine.cuda_graphs import CudaGraphs
 from blockpress.engine.denoising import FIELDS, CanvasBatch, begin_step, finish_step, packed_entry, padding_entry
 from blockpress.model import Network
 
-from .play import play, poem, prompts, reply, row
+from .driver import play, poem, prompts, reply, row
 from .special import BANNED, CONFIG, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 OPTIONS = EngineOptions(memory=1 << 23, max_running=5)

@@ -17,7 +17,7 @@ from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
 from ..conftest import make_random_network
-from .play import AnySampling, play, poem, prompts, reply, row
+from .driver import AnySampling, play, poem, prompts, reply, row
 from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192, num_experts=8)  # so many that they are grouped

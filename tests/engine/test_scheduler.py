@@ -16,7 +16,7 @@ from blockpress import engine
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.errors import Overloaded, RequestError
-from tests.engine.paper import KINDS, PAGE, STOP, Paper, ask, drawn, small
+from tests.engine.simulator import KINDS, PAGE, STOP, Simulator, ask, drawn, small
 
 TEXT = list(range(10, 50))
 
@@ -25,8 +25,8 @@ class Show:
     """Requests by name, and the lines that are drawn of their forwards."""
 
     def __init__(self, pages: int = 40, **options: int | bool) -> None:
-        self.paper = Paper(small(), EngineOptions(**options), dict.fromkeys(KINDS["both"], pages))  # type: ignore[arg-type]
-        self.scheduler = self.paper.scheduler
+        self.simulator = Simulator(small(), EngineOptions(**options), dict.fromkeys(KINDS["both"], pages))  # type: ignore[arg-type]
+        self.scheduler = self.simulator.scheduler
         self.names: dict[Request, str] = {}
 
     def ask(
@@ -39,7 +39,7 @@ class Show:
 
     def forward(self, finished: str = "") -> str:
         """One forward; the canvases or tokens of the named requests are finished in it."""
-        works = self.paper.forward()
+        works = self.simulator.forward()
         for work in works:
             request = work.request
             request.step += work.canvas
@@ -231,7 +231,7 @@ def written(speaks: str, prompt: int, pages: int) -> list[int]:
     request = show.ask("A", TEXT[:prompt], speaks)
     lengths = []
     while request.row.finish_reason is None:
-        (work,) = show.paper.forward()
+        (work,) = show.simulator.forward()
         assert STOP != 5
         request.row.draft([5] * (PAGE if work.canvas else 1), 1)
         list(request.row.commit())

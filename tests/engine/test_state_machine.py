@@ -1,6 +1,6 @@
 """Requests come, are cancelled, fail and end at random over pools that are too small, and nothing is lost.
 
-The heart: whatever was reused, evicted, dropped or read again, every token sees exactly its own context (`paper.py`).
+The heart: whatever was reused, evicted, dropped or read again, every token sees exactly its own context (`simulator.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.errors import Overloaded, RequestError
-from tests.engine.paper import KINDS, PAGE, Paper, ask, is_judged, small
+from tests.engine.simulator import KINDS, PAGE, Simulator, ask, is_judged, small
 
 PICTURE = 63
 STEMS = [
@@ -45,7 +45,7 @@ class Crowd(RuleBasedStateMachine):
     )
     def begin(self, kinds: str, counts: tuple[int, int], options: EngineOptions, window: int) -> None:
         pages = {kind: counts[kind == "full_attention"] for kind in KINDS[kinds]}
-        self.paper = Paper(small(window), options, pages)
+        self.simulator = Simulator(small(window), options, pages)
         self.live: list[Request] = []
         self.submitted: list[Request] = []
 
@@ -67,13 +67,13 @@ class Crowd(RuleBasedStateMachine):
 
     def offer(self, request: Request, waits: int) -> None:
         """It is taken, unless the queue is full or no pool could ever hold its prompt."""
-        scheduler, prompt = self.paper.scheduler, len(request.context)
+        scheduler, prompt = self.simulator.scheduler, len(request.context)
         full = scheduler.stats.pages.get("full_attention")
         lacking = PAGE if request.num_logit_tokens and request.mode == "diffusion" else 0
         if full is not None and prompt + lacking > full.total * PAGE:
             with pytest.raises(RequestError, match="memory"):
                 scheduler.submit(request)
-        elif waits >= self.paper.options.max_waiting:
+        elif waits >= self.simulator.options.max_waiting:
             with pytest.raises((Overloaded, RequestError)):
                 scheduler.submit(request)
         else:
@@ -90,7 +90,7 @@ class Crowd(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
         request = self.live[which % len(self.live)]
-        self.paper.scheduler.cancel(request)
+        self.simulator.scheduler.cancel(request)
         assert request.state == "ended"
 
     @precondition(lambda self: self.live)
@@ -109,39 +109,39 @@ class Crowd(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def fail(self, which: int) -> None:
         """A forward in which one request's numbers turn out to be none: its part is never booked."""
-        works = self.paper.scheduler.schedule()
+        works = self.simulator.scheduler.schedule()
         for work in works:
-            self.paper.write(work)
+            self.simulator.write(work)
         bad = works[which % len(works)].request
         for work in works:
-            self.paper.look(work)
-        self.paper.scheduler.end(bad, spoilt=True)
+            self.simulator.look(work)
+        self.simulator.scheduler.end(bad, spoilt=True)
         for work in works:
             if not is_judged(work):
-                self.paper.scheduler.mark_computed(work)
+                self.simulator.scheduler.mark_computed(work)
             if work.request is not bad:
-                self.paper.take(work, random.Random(which))
+                self.simulator.take(work, random.Random(which))
 
     def forward(self, chance: random.Random, ending: float) -> None:
         oldest = min((one for one in self.live if one.state != "ended"), key=lambda one: one.number, default=None)
-        works = self.paper.forward()
+        works = self.simulator.forward()
         if oldest is not None:
             assert works[0].request is oldest, "the oldest does not go on"
         for work in works:
-            self.paper.take(work, chance, ending)
+            self.simulator.take(work, chance, ending)
 
     @invariant()
     def sound(self) -> None:
-        if hasattr(self, "paper"):
+        if hasattr(self, "simulator"):
             self.live = [one for one in self.live if one.state != "ended"]
-            self.paper.scheduler.check()
-            stats = self.paper.scheduler.stats
+            self.simulator.scheduler.check()
+            stats = self.simulator.scheduler.stats
             assert stats.running + stats.waiting == len(self.live)
             assert (stats.submitted, stats.ended) == (len(self.submitted), len(self.submitted) - len(self.live))
 
     def teardown(self) -> None:
         """Everything is answered, and nothing is left allocated."""
-        if not hasattr(self, "paper"):
+        if not hasattr(self, "simulator"):
             return
         chance = random.Random(0)
         for _ in range(5000):
@@ -149,9 +149,9 @@ class Crowd(RuleBasedStateMachine):
                 break
             self.forward(chance, ending=0.5)
         assert {one.state for one in self.submitted} <= {"ended"}
-        assert self.paper.scheduler.schedule() == []
-        self.paper.scheduler.check()
-        stats = self.paper.scheduler.stats
+        assert self.simulator.scheduler.schedule() == []
+        self.simulator.scheduler.check()
+        stats = self.simulator.scheduler.stats
         assert (stats.running, stats.waiting) == (0, 0)
         assert [pages.held for pages in stats.pages.values()] == [0] * len(stats.pages)
 
@@ -162,8 +162,8 @@ TestCrowd.settings = settings(max_examples=60, stateful_step_count=40)
 
 def test_the_crowd_is_crowded() -> None:
     """What the machine is for does happen in such pools: pauses, evictions, reuse; otherwise it would prove nothing."""
-    paper, chance = (
-        Paper(small(), EngineOptions(max_running=4, chunk=6), dict.fromkeys(KINDS["both"], 12)),
+    simulator, chance = (
+        Simulator(small(), EngineOptions(max_running=4, chunk=6), dict.fromkeys(KINDS["both"], 12)),
         random.Random(1),
     )
     requests = [ask(STEMS[number % 2][: 9 + 5 * (number % 5)]) for number in range(24)]
@@ -183,13 +183,13 @@ def test_the_crowd_is_crowded() -> None:
 def test_the_same_crowd_makes_the_same_plans(reuse: bool) -> None:
     def plans() -> list[tuple[int, int, int, bool]]:
         options = EngineOptions(max_running=3, chunk=6, reuse_prefixes=reuse)
-        paper, chance, made = Paper(small(), options, dict.fromkeys(KINDS["both"], 12)), random.Random(2), []
+        simulator, chance, made = Simulator(small(), options, dict.fromkeys(KINDS["both"], 12)), random.Random(2), []
         for number in range(12):
-            paper.scheduler.submit(ask(STEMS[0][: 3 * number + 1]))
-        while paper.scheduler.running or paper.scheduler.waiting:
-            for work in paper.forward():
+            simulator.scheduler.submit(ask(STEMS[0][: 3 * number + 1]))
+        while simulator.scheduler.running or simulator.scheduler.waiting:
+            for work in simulator.forward():
                 made.append((work.request.number, work.start, work.stop, work.canvas))
-                paper.take(work, chance)
+                simulator.take(work, chance)
         return made
 
     assert plans() == plans()

@@ -19,7 +19,7 @@ from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
 from blockpress.ops.vocabulary import TILE, blocks
 
-from .play import play, poem, prompts, reply, row
+from .driver import play, poem, prompts, reply, row
 from .special import CONFIG, damped
 
 SEVERAL_TILES = replace(CONFIG, vocab_size=TILE + 37)

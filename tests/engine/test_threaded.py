@@ -19,7 +19,7 @@ from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import EngineError, Overloaded, RequestError
 from blockpress.model import Network
 
-from .play import play, poem, prompts, reply, row
+from .driver import play, poem, prompts, reply, row
 from .special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)

@@ -26,7 +26,7 @@ from blockpress.quantize.synthetic import synthesize
 
 from ..conftest import make_random_network
 from ..standin import Card, Tally, plain_torch
-from .play import AnySampling, play, prompts, reply, row
+from .driver import AnySampling, play, prompts, reply, row
 from .special import CONFIG, SHORT, damped, special
 
 GREEDY = AutoregressiveSampling()

@@ -1,4 +1,4 @@
-"""Requests played through a core: who arrives when, who is cancelled when, and what each was told."""
+"""Requests driven through a core: who arrives when, who is cancelled when, and what events each gets."""
 
 from __future__ import annotations
 

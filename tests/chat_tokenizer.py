@@ -1,4 +1,4 @@
-"""A small model's way to talk: one sign, one token, the control tokens of a chat, and our own template."""
+"""The tokenizer of a small chat model: a token for each character, the control tokens of a chat, and our own template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCABULARY = [*CONTROLS, "<|image|>", "\n", *map(chr, range(32, 127))]
 
 
 def backend() -> tokenizers.Tokenizer:
-    """One sign, one token, and the control tokens of a chat."""
+    """A token for each character, and the control tokens of a chat."""
     tokenizer = tokenizers.Tokenizer(WordLevel({p: n for n, p in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = Fuse()

@@ -1,4 +1,4 @@
-"""An engine on paper: plans are carried out on dicts instead of tensors, and every look at a page is checked.
+"""A simulated engine: plans are carried out on dicts instead of tensors, and every look at a page is checked.
 
 What a page holds at a place is a print: a hash of the whole context up to that token, pictures included, which is what
 keys and values depend on. A forward that sees another print than its request's own would have given other tokens.
@@ -52,7 +52,7 @@ def ask(
     return request
 
 
-class Paper:
+class Simulator:
     """Carries out what a scheduler plans, as a core would."""
 
     def __init__(self, config: ModelConfig, options: EngineOptions, pages: Mapping[LayerKind, int]) -> None:
