@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # stay in one process, or every process would make what the file makes once.
 WORKERS ?= 0
 
-.PHONY: demo test check format readme clean format-check lint types contracts check-gpu bench-gpu
+.PHONY: demo test test-fast check format readme clean format-check lint types contracts check-gpu bench-gpu
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -32,6 +32,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.developing
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# What loads no oracle, interprets no kernel and takes no ten seconds: for while you write.
+test-fast: WORKERS = 2
+test-fast: override PYTEST_ARGS += -m "not parity and not interpreter and not slow"
+test-fast: test
 
 check: format-check lint types contracts test
 

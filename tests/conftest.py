@@ -17,6 +17,7 @@ from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 
 from .standin import Card, standin
+from .time_limit import build_native_code, limited_to
 
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
@@ -32,6 +33,14 @@ os.environ.setdefault("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
 GEMMA = Path(__file__).parents[1] / "../shared/data/gemma4-tokenizer"
 
 RandomNetwork = Callable[..., Network]
+
+
+pytest_runtest_call = limited_to(10)
+
+
+def pytest_sessionstart() -> None:
+    if os.environ.get("CI"):
+        build_native_code()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

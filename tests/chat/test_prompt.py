@@ -137,6 +137,7 @@ def test_our_own_template(gemma: Tokenizer, name: str):
     assert len(prompt.media) == wanted.count("<|image|>")
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", TABLE)
 def test_transformers_renders_our_template_the_same(name: str):
     theirs = pytest.importorskip("transformers.utils.chat_template_utils")

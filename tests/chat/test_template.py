@@ -65,6 +65,7 @@ ORACLE = {
 }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ORACLE)
 def test_transformers_renders_the_same(name: str):
     theirs = pytest.importorskip("transformers.utils.chat_template_utils")

@@ -39,6 +39,7 @@ def test_a_name_comes_back_from_its_published_one(preset: Callable[[], ModelConf
     assert not any(is_vision(name) or is_derived(name) or is_quantised(name) for name in written)
 
 
+@pytest.mark.parity
 def test_the_large_model_has_the_names_and_shapes_of_the_reference() -> None:
     config = PRESETS["diffusiongemma-26B-A4B"]()
     data = config.to_dict() | {"vision_config": TOWER}

@@ -24,6 +24,8 @@ from tests.builders.files import bits, figures, same, tensors_of
 from tests.conftest import RandomNetwork
 from tests.parity.oracle import build, to_bfloat16
 
+pytestmark = pytest.mark.parity
+
 
 def sliding(dim: int, kv: int) -> LayerConfig:
     return LayerConfig(kind="sliding_attention", head_dim=dim, kv_heads=kv)

@@ -31,6 +31,7 @@ from blockpress.errors import (
 from blockpress.multimodal import prepare_images
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "config",
     [
@@ -49,6 +50,7 @@ def test_names_and_shapes_are_the_reference_s(config: dict[str, Any]) -> None:
     assert vision_tensors(config, 20) == expected | {PROJECTION: (20, width)}
 
 
+@pytest.mark.parity
 def test_the_minimal_tower_is_small_repeatable_and_sees() -> None:
     config, tensors = minimal_vision(3, 192)
     assert sum(tensor.numel() for tensor in tensors.values()) < 3000

@@ -84,6 +84,7 @@ def test_spans_are_seen_as_pages_are() -> None:
     compare(InTorch(), max_tokens=29)
 
 
+@pytest.mark.interpreter
 def test_the_kernels_see_what_pages_hold() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -19,6 +19,8 @@ from blockpress.model import vision
 from blockpress.model.vision import VisionTower
 from blockpress.ops import attention
 
+pytestmark = pytest.mark.parity
+
 FLOAT32 = 5e-5  # large heads at scale 1 make sharp attention: the fused product then differs by 1.6e-5
 TEXT = 20
 BASE = {

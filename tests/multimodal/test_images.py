@@ -64,6 +64,7 @@ def assert_equal_to_theirs(image: Image.Image, cut: PictureSettings, budget: int
     assert ours.soft_tokens == soft == len(patches) // cut.pooling**2 <= budget
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(
     "size",
@@ -74,6 +75,7 @@ def test_every_budget_is_the_reference_s(size: tuple[int, int], budget: int) -> 
     assert_equal_to_theirs(noise(*size), PUBLISHED, budget)
 
 
+@pytest.mark.parity
 @settings(max_examples=60)
 @given(SIDES, SIDES, st.sampled_from(BUDGETS[:2]), st.integers(0, 9))
 def test_any_size_is_the_reference_s(width: int, height: int, budget: int, seed: int) -> None:
@@ -81,6 +83,7 @@ def test_any_size_is_the_reference_s(width: int, height: int, budget: int, seed:
     assert_equal_to_theirs(noise(width, min(height, 1 + 90_000 // width), seed=seed), SMALL, budget)
 
 
+@pytest.mark.parity
 @given(
     st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from(BUDGETS), st.sampled_from([(16, 3), (4, 2), (8, 1)])
 )
@@ -95,6 +98,7 @@ def test_any_size_fits_its_budget_as_the_reference_fits_it(
     assert 1 <= rows * columns <= budget
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_kind_of_pixel_becomes_what_the_reference_makes_of_it(mode: str) -> None:
     base = noise(60, 45, "RGBA")
@@ -127,6 +131,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
         assert np.asarray(open_image(file))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_photograph_stands_upright_as_the_reference_loads_it(turn: int) -> None:
     exif = Image.Exif()

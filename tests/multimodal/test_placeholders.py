@@ -49,6 +49,7 @@ def their_video(seconds: tuple[float, ...], soft: int) -> str:
     return Gemma4Processor.replace_video_token(PROCESSOR, inputs, 0).replace("<|video|>", "<|image|>")
 
 
+@pytest.mark.parity
 def test_the_ids_are_those_of_the_reference_s_text(gemma: Tokenizer) -> None:
     written = "Compare \n\n<|image|>\n\n and <|image|><|image|>, then <|video|>: <|video|>"
     soft, films = [280, 7, 64], [film(0, 1.2, 59.9, 60.5), film(0.0)]
@@ -67,6 +68,7 @@ def test_the_ids_are_those_of_the_reference_s_text(gemma: Tokenizer) -> None:
     _check_runs(prompt.ids, prompt.image_spans)
 
 
+@pytest.mark.parity
 @given(st.lists(st.floats(0, 61), min_size=1, max_size=9))
 def test_the_timeline_is_the_reference_s(seconds: list[float]) -> None:
     text, _ = insert_placeholders("<|video|>", [], [film(*seconds)])

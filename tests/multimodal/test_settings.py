@@ -31,6 +31,7 @@ def test_the_published_tower_is_read() -> None:
     assert (TOWER.standardize, TOWER.clipped, TOWER.rope_theta, TOWER.positions) == (True, False, 100.0, 10_240)
 
 
+@pytest.mark.parity
 def test_the_defaults_are_the_reference_s() -> None:
     theirs = Gemma4VisionConfig()
     assert VisionConfig.from_dict({}) == VisionConfig.from_dict(theirs.to_dict())

@@ -52,6 +52,7 @@ def greys(read: video.Video) -> list[float]:
     return [float(frame.patches.mean() * 255 / 4) for frame in read.frames]
 
 
+@pytest.mark.parity
 @given(st.integers(1, 5000), st.floats(1, 240), st.sampled_from([0.5, 1.0, 2.0]))
 def test_frames_are_chosen_as_the_reference_chooses_them(total: int, rate: float, per_second: float) -> None:
     wanted = PictureSettings(patch_size=4, pooling=2, frames_per_second=per_second)
@@ -62,6 +63,7 @@ def test_frames_are_chosen_as_the_reference_chooses_them(total: int, rate: float
     assert sample_frames(total, rate, wanted) == theirs.tolist()
 
 
+@pytest.mark.parity
 @given(st.integers(1, 5000), st.integers(1, 100))
 def test_a_number_of_frames_is_spaced_as_the_reference_spaces_it(total: int, count: int) -> None:
     wanted = PictureSettings(patch_size=4, pooling=2, video_frames=count)
@@ -83,6 +85,7 @@ def test_one_frame_a_second(format: str, codec: str, tmp_path: Path) -> None:
         assert all(frame.soft_tokens <= 70 for frame in read.frames)
 
 
+@pytest.mark.parity
 def test_the_pixels_are_the_reference_s(tmp_path: Path) -> None:
     """The same decoder, the same frames; resized by the rule of images, since frames are images to this model."""
     (tmp_path / "film.mp4").write_bytes(film(25))

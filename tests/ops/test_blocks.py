@@ -15,6 +15,8 @@ from blockpress.ops import blocks, linear
 from blockpress.ops.blocks import LAYOUTS, Blocks
 from blockpress.ops.weight import Packed
 
+pytestmark = pytest.mark.parity
+
 NAMES = sorted(LAYOUTS)
 
 

@@ -21,6 +21,8 @@ from .oracle import (
     widened,
 )
 
+pytestmark = pytest.mark.parity
+
 WHOLE, LAYER, SAME_ROUNDING = 1.3, 1.1, 0.6
 cases = pytest.mark.parametrize("name", CASES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from blockpress.checkpoints.build import Types, hold
@@ -10,6 +11,8 @@ from .checkpoints import CASES, OPS, compared
 from .conftest import Report
 from .oracle import distance, kinds, network_like, our_figures, their_figures, to_bfloat16
 from .test_bfloat16 import by_token, cases, geometric_mean, group
+
+pytestmark = pytest.mark.parity
 
 CLOSER = 0.001
 

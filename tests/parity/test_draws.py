@@ -19,6 +19,8 @@ from blockpress.ops.nucleus import keep_top_k, keep_top_p
 
 from .siblings import CASES, TINY, checkpoint, prompts
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.mark.parametrize("vocab", [5, 64, 5000])
 @pytest.mark.parametrize(

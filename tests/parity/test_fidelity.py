@@ -27,6 +27,8 @@ from .checkpoints import CASES, OPS, compared, oracle, own_distances, proportion
 from .conftest import Report
 from .oracle import distance, kinds, layer_calls, network_like, our_figures, our_layer
 
+pytestmark = pytest.mark.parity
+
 FLOAT32, LAYER = 1e-5, 3e-6
 cases = pytest.mark.parametrize("name", CASES)
 ops = pytest.mark.parametrize("op", OPS)

@@ -22,6 +22,8 @@ from .oracle import _head, build, network_like
 from .siblings import CASES, checkpoint, prompts
 from .test_sibling import their_logits
 
+pytestmark = pytest.mark.parity
+
 TOP = 3
 
 

@@ -17,6 +17,7 @@ from .conftest import Report
 from .oracle import SHIPPED, TEMPERATURE, distance, load_shipped
 
 pytestmark = [
+    pytest.mark.parity,
     pytest.mark.skipif(not SHIPPED.is_dir(), reason="blockpress/models/sudoku-nano is not there yet"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
 ]

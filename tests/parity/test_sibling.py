@@ -32,6 +32,8 @@ from .conftest import Report
 from .oracle import distance
 from .siblings import CASES, TINY, Theirs, checkpoint, prompts
 
+pytestmark = pytest.mark.parity
+
 LIMIT, TOKENS = 1e-5, 14
 cases = pytest.mark.parametrize("name", CASES)
 

@@ -35,6 +35,8 @@ from .checkpoints import TINY
 from .conftest import Report
 from .oracle import build, distance, network_like
 
+pytestmark = pytest.mark.parity
+
 FLOAT32 = 1e-5
 IMAGE, BEGIN, END = 60, 61, 62
 VISION = SMALLEST | {"position_embedding_size": 48}  # the smallest tower's own 16 would allow squares only

@@ -28,7 +28,10 @@ from .oracle import SHIPPED, build, full, load_shipped, network_like, sliding, t
 from .recording import FORGIVEN, NEAR, OurRow, Recording, Tally, compare, record, replay
 
 # The oracle's `generate` imports the compiler, and torch then warns of parts of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
 
 # Canvases of 16 behind a window of 12; an image id outside the vocabulary, since `generate` needs one.
 SMALL = replace(PRESETS["tiny"](), canvas_length=16, sliding_window=12, image_id=64)

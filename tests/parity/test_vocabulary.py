@@ -18,6 +18,8 @@ from blockpress.diffusion import KeyedDraws
 from blockpress.diffusion.noise import philox
 from blockpress.ops import vocabulary
 
+pytestmark = pytest.mark.parity
+
 SIZES = [1, 2, 4095, 4096, 4097, 10_000]
 LARGEST = 1 - 2.0**-53
 

@@ -32,6 +32,8 @@ from tests.builders.files import change_json, change_tensors, figures, same, sna
 from tests.conftest import RandomNetwork
 from tests.quantize.oracle import restore
 
+pytestmark = pytest.mark.parity
+
 LINEAR = ("self_attn", "mlp", "experts", "self_conditioning")
 SMALLER = [format_named(name) for name in FORMATS]
 named = pytest.mark.parametrize("form", SMALLER, ids=lambda form: form.name)

@@ -18,6 +18,8 @@ from blockpress.quantize.encoders.fp4 import to_e2m1
 from blockpress.quantize.encoders.layout import TILE
 from tests.quantize.oracle import restore, scheme_of
 
+pytestmark = pytest.mark.parity
+
 PLAIN: dict[str, Format] = {
     "fp8": Fp8(),
     "int8": Int8Rows(search=False),

@@ -18,6 +18,8 @@ from tests.builders.files import figures, same, snapshot, tensors_of
 from tests.quantize.oracle import restore
 from tests.quantize.test_convert import as_plain, modules_of
 
+pytestmark = pytest.mark.parity
+
 named = pytest.mark.parametrize(
     "form", [None, *(format_named(name) for name in FORMATS)], ids=lambda f: f.name if f else "bf16"
 )

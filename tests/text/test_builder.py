@@ -29,6 +29,7 @@ def test_decoding_joins_without_spaces_and_leaves_controls_out():
     assert tokenizer.decode([2, 10, 15], skip_special_tokens=False) == "<bos>5<|image|>"
 
 
+@pytest.mark.parity
 def test_transformers_reads_the_files(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     write_digits_tokenizer(tmp_path / "new")

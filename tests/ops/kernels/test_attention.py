@@ -17,6 +17,8 @@ from blockpress.model.masks import canvas_mask, causal_mask
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.interpreter
+
 SMALL = [check.name for check in checks() if not check.large]
 
 

@@ -17,6 +17,8 @@ from blockpress.bench.gpu.experts import checks
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.interpreter
+
 SMALL = [check.name for check in checks() if not check.large]
 REPORT = re.compile(
     r"^(?P<name>.*?) +(?P<registers>\d+) +(?P<spills>\d+) +\d+ +(?P<programs>\d+) +(?P<wgmma>\d+) +(?P<sync>\d+)$"

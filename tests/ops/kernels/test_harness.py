@@ -27,12 +27,14 @@ PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name.split("
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("command", ["check", "bench"])
 def test_without_a_gpu_one_line_and_status_2(command: str, interpreted: Run) -> None:
     done = interpreted("-m", "blockpress.bench.gpu", command, interpret=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
 
 
+@pytest.mark.interpreter
 def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
     pytest.importorskip("triton")
     arguments = ["check", "--part", "experts", "--only", "bfloat16 uniform 6x128x64 tokens=1"]
@@ -42,6 +44,7 @@ def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
     assert [json.loads(line)["passed"] for line in done.stdout.splitlines()[:-1]][:1] == [True]
 
 
+@pytest.mark.interpreter
 def test_the_parts_import_on_a_bare_machine(interpreted: Run) -> None:
     names = [f"blockpress.bench.gpu.{part}" for part in PARTS]
     code = f"{BARE}import importlib\nfor name in {names}: importlib.import_module(name)\nprint('triton' in sys.modules)"
@@ -88,6 +91,7 @@ def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
     assert bool(seen.entropy.isfinite().all()) and float(seen.signal.float().std()) > 0
 
 
+@pytest.mark.parity
 def test_the_baseline_is_whole(small: ModelConfig) -> None:
     pytest.importorskip("transformers")
     with torch.inference_mode():

@@ -15,6 +15,8 @@ from blockpress.bench.gpu.vocabulary import checks
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.interpreter
+
 SMALL = [check.name for check in checks() if not check.large]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
