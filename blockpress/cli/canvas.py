@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, Group
@@ -87,6 +88,31 @@ def one_token_a_cell(lm: LM) -> bool:
     return lm.tokenizer is not None and len(lm.tokenizer.encode(grid, add_special=False)) == len(grid)
 
 
+def sudoku_cells(lm: LM, event: Denoised) -> tuple[list[str], list[State]]:
+    """The sign and the state of each of the 81 cells after a step; a sign that is no digit is a question mark."""
+    assert lm.tokenizer is not None
+    places = [cell + cell // SIDE for cell in range(SIDE * SIDE)]
+    tokens, marks = event.argmax.tolist(), states(event)
+    pieces = [lm.tokenizer.token(tokens[place]) if place < len(tokens) else "?" for place in places]
+    signs = [piece if len(piece) == 1 and piece.isdecimal() else "?" for piece in pieces]
+    return signs, [marks[place] if place < len(marks) else State.NOISE for place in places]
+
+
+def text_cells(lm: LM, tokens: Sequence[int], marks: Sequence[State]) -> list[tuple[int, State]]:
+    """The tokens of a canvas that are text: those before the first stop id that is not noise."""
+    stops = lm.generation.stop_ids
+    cells = list(zip(tokens, marks, strict=False))
+    return list(takewhile(lambda cell: cell[1] is State.NOISE or cell[0] not in stops, cells))
+
+
+def piece_of(lm: LM, token: int) -> str:
+    """A token as a screen may show it: line ends are line ends, whatever else is not printable is spelled out."""
+    if lm.tokenizer is None:
+        return f"<{token}>"
+    text = lm.tokenizer.decode([token])
+    return text if text and not text.strip("\n") else lm.tokenizer.token(token)
+
+
 class SudokuView:
     """A puzzle and its canvas, cell by cell. For models with `one_token_a_cell`."""
 
@@ -100,10 +126,7 @@ class SudokuView:
 
     def see(self, event: Event) -> None:
         if isinstance(event, Denoised):
-            places = [cell + cell // SIDE for cell in range(len(self._puzzle))]
-            tokens, marks = event.argmax.tolist(), states(event)
-            self._signs = [self._sign(tokens[place]) if place < len(tokens) else "?" for place in places]
-            self._states = [marks[place] if place < len(marks) else State.NOISE for place in places]
+            self._signs, self._states = sudoku_cells(self._lm, event)
 
     def finish(self, verdict: str) -> None:
         """The run is over; `verdict` says in words how it went."""
@@ -144,11 +167,6 @@ class SudokuView:
             return [Text(part) for part in self.meter.now()]
         style = "bold red" if State.CONFLICT in self._states else "bold green"
         return [Text(self._verdict, style=style), *(Text(part) for part in self.meter.result())]
-
-    def _sign(self, token: int) -> str:
-        assert self._lm.tokenizer is not None
-        piece = self._lm.tokenizer.token(token)
-        return piece if len(piece) == 1 and piece.isdecimal() else "?"
 
 
 class TextView:
@@ -194,20 +212,12 @@ class TextView:
 
     def _canvas(self) -> Text:
         text = Text(self._tail)
-        for token, state in zip(self._tokens, self._states, strict=False):
+        for token, state in text_cells(self._lm, self._tokens, self._states):
             if state is State.NOISE:
                 text.append("·", style=state.style)
-                continue
-            if token in self._lm.generation.stop_ids:
-                break
-            text.append(self._piece(token), style=text_style(state))
+            else:
+                text.append(piece_of(self._lm, token), style=text_style(state))
         return text
-
-    def _piece(self, token: int) -> str:
-        tokenizer = self._lm.tokenizer
-        if tokenizer is None:
-            return f"<{token}>"
-        return "\n" if tokenizer.decode([token]) == "\n" else tokenizer.token(token)
 
 
 def text_style(state: State) -> str:

@@ -22,6 +22,7 @@ from blockpress.decoding import Done, Event, MalformedToolCallEvent, ReasoningDe
 from blockpress.decoding import Text as FinalText
 
 if TYPE_CHECKING:
+    from blockpress.cli.record import CanvasRecording
     from blockpress.config import AutoregressiveSampling
     from blockpress.lm import LM
     from blockpress.lm.arguments import Mode
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class ChatSession:
     """A model and how it is asked. `chat`: by its chat template; else prompts are given as they are.
 
-    `shown`: parts of a message, images and videos, that stand before the text of a chat's first message.
+    `shown`: parts of a message, images and videos, that stand before the text of a chat's first message. `record`: what
+    an answer is recorded by.
     """
 
     lm: LM
@@ -45,6 +47,7 @@ class ChatSession:
     thinking_budget: int | None = None
     shown: tuple[dict[str, Any], ...] = ()
     soft_tokens: int | None = None
+    record: CanvasRecording | None = None
 
     @property
     def mode(self) -> Mode:
@@ -53,6 +56,10 @@ class ChatSession:
 
     def stream(self, text: str, before: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
         """The events of the answer to `text`; `before`: the messages of a chat so far."""
+        events = self._stream(text, before)
+        return events if self.record is None else self.record.watch(text, events)
+
+    def _stream(self, text: str, before: Sequence[dict[str, Any]]) -> Iterator[Event]:
         if not self.chat:
             return self.lm.stream(
                 text, self.max_tokens, self.seed, self.sampling, mode=self.mode, logprobs=self.logprobs

@@ -36,6 +36,10 @@ ComputeDtype = Annotated[
         "Default: auto, --dtype or what is faster here.",
     ),
 ]
+Record = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.svg", help="Write the canvas, step by step, to a picture that a browser plays."),
+]
 Steps = Annotated[
     int | None, typer.Option(help="Most denoising steps a canvas. Default: the model's own, usually 48.", metavar="N")
 ]

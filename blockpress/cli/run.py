@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from blockpress.cli import media, options
+from blockpress.cli.animate import check_file
 from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from blockpress.checkpoints import Checkpoint
     from blockpress.cli.chat import ChatSession
@@ -136,6 +138,7 @@ def run(
     compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
     fast: options.Fast = False,
+    record: options.Record = None,
 ) -> None:
     """Answer a prompt.
 
@@ -143,20 +146,23 @@ def run(
     canvas is shown while it settles. Otherwise text goes to standard output as soon as it is final, thoughts and what
     it cost to standard error. Sampling options default to the model's generation_config.json.
 
+    With --record, what the canvases went through is written to an SVG that plays in a browser.
+
     \b
     Examples:
       blockpress run sudoku-nano "$(blockpress sudoku --random 1 --puzzle-only)"
       blockpress run ./my-checkpoint "Once upon a time" --raw --max-tokens 100 --seed 3
       blockpress run ./my-checkpoint "What is this?" --image photo.jpg --thinking-budget 500
+      blockpress run ./my-checkpoint "Why is the sky blue?" --record sky.svg
     """
     changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
-    limits = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
+    limits, file = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}, check_file(record)
     _check(limits, thinking_budget, raw, json, events, chat | shown)
-    text = None if prompt is None and _may_talk(raw or json or events) else _prompt(prompt)
+    text = None if prompt is None and _may_talk(raw or json or events or record is not None) else _prompt(prompt)
     how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
-    _answer(_open(model, mode, changes, chat, shown, limits, raw, how), text, json, events, fast)
+    _answer(_open(model, mode, changes, chat, shown, limits, raw, file, how), text, json, events, fast)
 
 
 def _check(
@@ -187,20 +193,33 @@ def _open(
     shown: dict[str, Any],
     limits: dict[str, Any],
     raw: bool,
+    record: Path | None,
     how: dict[str, Any],
 ) -> ChatSession:
     """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options, `limits` as
-    fields of `ChatSession`, `how` its weights are loaded."""
+    fields of `ChatSession`, where to `record`, `how` its weights are loaded."""
     parts = media.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
+        from blockpress.lm.arguments import check_mode
+
         media.check_model(found, chat, shown)
+        if record is not None and check_mode(mode, found.config) == "autoregressive":
+            raise RequestError(
+                f"--record is {str(record)!r}, and the mode autoregressive has no canvas",
+                hint="leave out --record, or choose a model and a --mode that have canvases",
+            )
 
     with waiting(f"loading {model}"):
         from blockpress.cli.chat import ChatSession
+        from blockpress.cli.record import CanvasRecording
+        from blockpress.config import Sampling
 
         lm, sampling = options.open_in_mode(model, mode, changes, check=check, max_running=1, **how)
     budget, thinking = chat["--thinking-budget"], chat["--thinking"]
+    recording = None
+    if record is not None and isinstance(sampling, Sampling):
+        recording = CanvasRecording(record, lm, sampling, model)
     return ChatSession(
         lm=lm,
         sampling=sampling,
@@ -210,6 +229,7 @@ def _open(
         thinking_budget=budget,
         shown=parts,
         soft_tokens=shown["--soft-tokens"],
+        record=recording,
         **limits,
     )
 

@@ -11,17 +11,21 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockpress.cli import options
+from blockpress.cli.animate import check_file
 from blockpress.cli.terminal import console, is_terminal, note, waiting
+from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from blockpress.cli.puzzles import Puzzles
     from blockpress.config import Sampling
     from blockpress.decoding import Event
@@ -37,7 +41,7 @@ class Answer:
     """What became of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch.
 
     entropy: how unsure the model was in its last step, the mean over the canvas, in nats a token. settled: it was sure
-    enough to stop by itself.
+    enough to stop by itself. events: of its canvas, in their order.
     """
 
     puzzle: str
@@ -48,6 +52,7 @@ class Answer:
     seconds: float
     entropy: float
     settled: bool
+    events: Sequence[Event] = field(default=(), repr=False)
 
     @property
     def grid(self) -> str | None:
@@ -141,6 +146,7 @@ def sudoku(
     compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
     fast: options.Fast = False,
+    record: options.Record = None,
 ) -> None:
     """Solve sudokus on a canvas of noise.
 
@@ -150,23 +156,28 @@ def sudoku(
 
     With --json there is one object a puzzle, then a summary. "seconds" of a puzzle is its share of its batch's time.
 
+    With --record, what the canvas went through is written to an SVG that plays in a browser, several puzzles (up to
+    nine) one after another.
+
     \b
     Examples:
       blockpress sudoku --random 1
       blockpress sudoku --random 100 --givens 36 --seed 7 --json | tail -1
       blockpress sudoku --file puzzles.txt > answers.txt
+      blockpress sudoku --random 1 --record sudoku.svg
       blockpress sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
     """
     from blockpress.cli.puzzles import read_puzzles
 
     options.positive(batch, "--batch")
     asked = read_puzzles(puzzle, file, random, givens, seed)
+    recording = _recording(record, asked.count)
     if asked.seed is not None and not json:
         again = "" if givens is None else f" --givens {givens}"
         note(f"seed {asked.seed} (the same again: --random {asked.count}{again} --seed {asked.seed})")
     if puzzle_only:
         unused = {"--steps": steps, "--batch": batch, "--dtype": dtype, "--compute-dtype": compute_dtype}
-        options.refuse("--puzzle-only", unused)
+        options.refuse("--puzzle-only", {**unused, "--record": record})
         _print_puzzles(asked, json)
         return
     with waiting(f"loading {model}"):
@@ -174,9 +185,21 @@ def sudoku(
             model, {"steps": steps}, dtype=dtype, compute_dtype=compute_dtype, device=device
         )
     if not json and batch is None and asked.count <= SHOWN and is_terminal(sys.stdout):
-        _show(lm, asked, sampling, noise_seed, fast)
-        return
-    _print_answers(lm, asked, sampling, noise_seed, batch or BATCH, json, model)
+        answers = _show(lm, asked, sampling, noise_seed, fast)
+    else:
+        answers = _print_answers(lm, asked, sampling, noise_seed, batch or BATCH, json, model)
+    kept = [done for done in answers if recording is not None]
+    if recording is not None:
+        from blockpress.cli.record import CanvasRecording
+
+        CanvasRecording(recording, lm, sampling, model).write_sudokus(kept, asked.seed)
+
+
+def _recording(record: str | None, count: int) -> Path | None:
+    """Where to record. Raises RequestError: no place for an SVG, or more puzzles than anybody would watch."""
+    if record is not None and count > SHOWN:
+        raise RequestError(f"--record is given with {count} puzzles", hint=f"it takes up to {SHOWN} of them")
+    return check_file(record)
 
 
 def answer(
@@ -192,7 +215,9 @@ def answer(
 
     begun, watched, replies, last = time.perf_counter(), 0.0, {}, {}
     prompts = [layout(grid) for grid in grids]
+    events: list[list[Event]] = [[] for _ in grids]
     for event in lm.stream(prompts, lm.config.canvas_length, noise_seed, sampling):
+        events[event.row].append(event)
         if isinstance(event, Denoised):
             last[event.row] = event
         elif isinstance(event, Done):
@@ -212,12 +237,13 @@ def answer(
             seconds=seconds,
             entropy=float(last[row].entropy.mean()),
             settled=last[row].settled,
+            events=events[row],
         )
         for row, grid in enumerate(grids)
     ]
 
 
-def _show(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, fast: bool) -> None:
+def _show(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, fast: bool) -> Iterator[Answer]:
     from blockpress.cli.canvas import SudokuView, TextView, one_token_a_cell, shown
 
     screen, solved, cells = console(sys.stdout), 0, one_token_a_cell(lm)
@@ -230,21 +256,23 @@ def _show(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, fast: boo
             done = answer(lm, [grid], sampling, noise_seed, watch)[0]
             view.finish(done.verdict)
         solved += done.solved
+        yield done
     if asked.count > 1:
         note(f"{solved} of {asked.count} solved")
 
 
 def _print_answers(
     lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, batch: int, json: bool, model: str
-) -> None:
+) -> Iterator[Answer]:
     solved, steps, seconds = 0, 0, 0.0
     for number, done in enumerate(_progress(_in_batches(lm, asked, sampling, noise_seed, batch), asked.count), 1):
         solved, steps, seconds = solved + done.solved, steps + done.steps, seconds + done.seconds
         if json:
             options.print_json(done.to_dict())
-            continue
-        print(("\n" if number > 1 else "") + done.text, flush=True)
-        note(done.verdict if asked.count == 1 else f"puzzle {number}: {done.verdict}")
+        else:
+            print(("\n" if number > 1 else "") + done.text, flush=True)
+            note(done.verdict if asked.count == 1 else f"puzzle {number}: {done.verdict}")
+        yield done
     if json:
         options.print_json(
             {

@@ -162,17 +162,15 @@ TestCrowd.settings = settings(max_examples=60, stateful_step_count=40)
 
 def test_the_crowd_is_crowded() -> None:
     """What the machine is for does happen in such pools: pauses, evictions, reuse; otherwise it would prove nothing."""
-    simulator, chance = (
-        Simulator(small(), EngineOptions(max_running=4, chunk=6), dict.fromkeys(KINDS["both"], 12)),
-        random.Random(1),
-    )
+    simulator = Simulator(small(), EngineOptions(max_running=4, chunk=6), dict.fromkeys(KINDS["both"], 12))
+    chance = random.Random(1)
     requests = [ask(STEMS[number % 2][: 9 + 5 * (number % 5)]) for number in range(24)]
     for request in requests:
-        paper.scheduler.submit(request)
-    while paper.scheduler.running or paper.scheduler.waiting:
-        for work in paper.forward():
-            paper.take(work, chance, ending=0.05)
-    stats = paper.scheduler.stats
+        simulator.scheduler.submit(request)
+    while simulator.scheduler.running or simulator.scheduler.waiting:
+        for work in simulator.forward():
+            simulator.take(work, chance, ending=0.05)
+    stats = simulator.scheduler.stats
     assert stats.preemptions > 3
     assert stats.reused_tokens > 40
     assert all(pages.evicted > 10 for pages in stats.pages.values())
