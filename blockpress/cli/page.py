@@ -20,7 +20,7 @@ from blockpress.cli.canvas import piece_of, text_cells
 from blockpress.cli.grid import State
 from blockpress.cli.terminal import without_controls
 from blockpress.decoding import Committed, Denoised, Event, Reply
-from blockpress.text.pieces import speller_for
+from blockpress.text.detokenizer import detokenizer_for
 
 if TYPE_CHECKING:
     from blockpress.lm import LM
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLUMNS = 72
 
 
-class Cell(NamedTuple):
+class DrawnCell(NamedTuple):
     """A token: its place in characters, its text on one line, its state (None: committed). Noise has no text."""
 
     column: int
@@ -50,11 +50,11 @@ class Page:
         self._starts = [min(start, len(self.pieces)) for start in accumulate(counts, initial=0)]
         self.canvases = len(counts)
 
-    def finished(self) -> list[Cell]:
+    def finished(self) -> list[DrawnCell]:
         """The answer."""
         return [self._cell(number, token, None) for number, token in enumerate(self._tokens)]
 
-    def canvas(self, event: Denoised, states: Sequence[State]) -> list[Cell]:
+    def canvas(self, event: Denoised, states: Sequence[State]) -> list[DrawnCell]:
         """What is committed, and a canvas with a state for each position.
 
         Positions that the answer will not have stand after those that it will have, a character each.
@@ -70,11 +70,11 @@ class Page:
                 cells.append(_fitted(right, row + down, 1, piece_of(self._lm, token), state))
         return cells
 
-    def _cell(self, number: int, token: int, state: State | None) -> Cell:
+    def _cell(self, number: int, token: int, state: State | None) -> DrawnCell:
         final, (column, row, width) = self.pieces[number], self._places[number]
         if state is State.NOISE:  # it leaves the space free that a word begins with
             indent = max(0, min(len(final) - len(final.lstrip(" ")), width - 1))
-            return Cell(column + indent, row, width - indent, "", state)
+            return DrawnCell(column + indent, row, width - indent, "", state)
         return _fitted(column, row, width, final if token == self._tokens[number] else piece_of(self._lm, token), state)
 
 
@@ -83,10 +83,10 @@ def final_pieces(lm: LM, reply: Reply) -> list[str]:
     tokens = list(takewhile(lambda token: token not in lm.generation.stop_ids, reply.tokens))
     if lm.tokenizer is None:
         return [piece_of(lm, token) for token in tokens]
-    speller, pieces = speller_for(lm.tokenizer.backend), [""] * len(tokens)
+    speller, pieces = detokenizer_for(lm.tokenizer.backend), [""] * len(tokens)
     chunks = [chunk for place, token in enumerate(tokens, 1) for chunk in speller.push(token, place)]
     for chunk in [*chunks, *speller.flush()]:
-        pieces[chunk.place - 1] += chunk.text
+        pieces[chunk.token_index - 1] += chunk.text
     if reply.text and reply.finish_reason == "stop" and len(tokens) == len(reply.tokens):
         # A stop text ended it, which may begin inside of the last token.
         _, found, more = "".join(pieces).rpartition(reply.text)
@@ -125,8 +125,8 @@ def spelled(piece: str) -> str:
     return without_controls(piece).replace("\n", "↵").replace("\t", "    ")
 
 
-def _fitted(column: int, row: int, width: int, piece: str, state: State | None) -> Cell:
+def _fitted(column: int, row: int, width: int, piece: str, state: State | None) -> DrawnCell:
     text = "" if state is State.NOISE else spelled(piece)
     if cell_len(text) > width:
         text = set_cell_size(text, width - 1) + "…" if width else ""
-    return Cell(column, row, width, text, state)
+    return DrawnCell(column, row, width, text, state)

@@ -22,9 +22,9 @@ from rich.cells import cell_len, set_cell_size
 from blockpress.cli.animate import Frame, animation, escaped, save
 from blockpress.cli.canvas import one_token_a_cell, states, sudoku_cells
 from blockpress.cli.grid import SIDE, State, final_states
-from blockpress.cli.page import COLUMNS, Cell, Page, final_pieces
+from blockpress.cli.page import COLUMNS, DrawnCell, Page, final_pieces
+from blockpress.cli.serialize import ended
 from blockpress.cli.terminal import without_controls
-from blockpress.cli.told import ended
 from blockpress.decoding import Denoised, Done, Event, Reply
 from blockpress.sudoku import layout
 
@@ -190,7 +190,7 @@ class CanvasRecording:
         reply = _reply(events)
         page = Page(self._lm, reply, events)
         shots: list[Shot] = []
-        pages: list[list[Cell]] = []
+        pages: list[list[DrawnCell]] = []
         for event in events:
             if isinstance(event, Denoised):
                 before = f"canvas {event.canvas + 1}, " if page.canvases > 1 else ""
@@ -255,7 +255,7 @@ def _grid(left: int) -> Iterator[str]:
         yield f'<path class="{look}" d="{down}{across}"/>'
 
 
-def _drawn(cells: Sequence[Cell]) -> list[str]:
+def _drawn(cells: Sequence[DrawnCell]) -> list[str]:
     marks = []
     for column, row, width, text, state in cells:
         x, y = MARGIN + column * ADVANCE, TOP + 18 + row * LINE

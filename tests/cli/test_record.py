@@ -335,7 +335,7 @@ def test_the_picture_of_the_readme_is_what_its_command_says() -> None:
     frames = check_that_it_plays_by_itself(text).frames
     assert command and 'src="docs/sudoku.svg"' in readme and len(text) < 150_000
     assert f"puzzle: {command[1]} givens, --seed {command[2]}" in [mark.text for mark in frames[0]]
-    puzzle = sudoku.generate(int(command[2]), int(command[1])).puzzle
+    puzzle = sudoku.generate_puzzle(int(command[2]), int(command[1])).puzzle
     assert all(len(grid(frame, RIGHT)) == 81 for frame in frames)
     answer = "".join(grid(frames[-1], RIGHT)[cell][1] for cell in range(81))
     assert sudoku.is_solved(answer) and sudoku.agrees(puzzle, answer)
