@@ -24,9 +24,10 @@ from blockpress.cli.units import format_age, format_bytes
 from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
 
 if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
     from blockpress.checkpoints.hub.cache import HubName
     from blockpress.checkpoints.hub.download import Plan
-    from blockpress.checkpoints.hub.selection import RemoteFile
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model on the hub, as owner/name.")]
 Patterns = list[str]
@@ -58,13 +59,15 @@ def pull(
       blockpress pull google/diffusiongemma-26B-A4B-it
       blockpress pull someone/diffusiongemma-GGUF --file diffusiongemma-Q4_K_M.gguf
     """
+    from huggingface_hub import is_offline_mode
+
     from blockpress.checkpoints.hub import download as hub
 
     wanted = _named(name, revision)
     if file is not None and wanted.file is not None:
         raise RequestError(f"--file is given with {name!r}", hint="leave out --file, or the file in NAME")
     file = file or wanted.file
-    if hub.offline():
+    if is_offline_mode():
         options.refuse("HF_HUB_OFFLINE", {"--include": include or None, "--exclude": exclude or None})
         path = _already_there(name, wanted, file)
         _say_pulled(name, path, 0, 0, json)
@@ -91,14 +94,14 @@ def ls(json: options.Json = False) -> None:
       blockpress ls --json
     """
     from blockpress.checkpoints import shipped
-    from blockpress.checkpoints.hub.cache import cache_directory, kept
+    from blockpress.checkpoints.hub.cache import cache_directory, list_cached
     from blockpress.checkpoints.identify import identify
 
     rows: list[dict[str, Any]] = []
     for name, path in shipped().items():
         on_disk = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         rows += [_row(name, path, asdict(identify(path)), on_disk, source="shipped")]
-    for entry in kept():
+    for entry in list_cached():
         rows += [
             _row(entry.name, entry.path, asdict(entry.kind), entry.bytes, source="cache")
             | {"revision": entry.revision, "refs": list(entry.refs), "last_used": entry.last_used}
@@ -145,7 +148,8 @@ def rm(
     what = wanted.repo + ("" if commit is None else f" at {commit[:12]}")
     if not yes:
         _ask(f"Remove {what} from the cache? This frees {format_bytes(cached.bytes_of(wanted.repo, commit))}.")
-    freed = cached.remove(wanted.repo, commit)
+    with _quiet_library():
+        freed = cached.remove(wanted.repo, commit)
     if json:
         options.print_json({"removed": wanted.repo, "revision": commit, "freed": freed})
     else:
@@ -210,7 +214,7 @@ def _say_pulled(name: str, path: Path, files: int, count: int, json: bool) -> No
 
 
 @contextmanager
-def _bars(plan: Plan) -> Iterator[Callable[[RemoteFile, int], None]]:
+def _bars(plan: Plan) -> Iterator[Callable[[RepoFile, int], None]]:
     """A bar a file on a terminal, and one line a file otherwise; both on stderr."""
     if not terminal.is_terminal(sys.stderr):
         yield lambda file, done: terminal.note(f"{file.path}  {format_bytes(file.size)}") if done == file.size else None
@@ -218,7 +222,7 @@ def _bars(plan: Plan) -> Iterator[Callable[[RemoteFile, int], None]]:
     with byte_bars() as bars:
         tasks = {file.path: bars.add_task(file.path, total=file.size, start=False) for file in plan.left}
 
-        def report(file: RemoteFile, done: int) -> None:
+        def report(file: RepoFile, done: int) -> None:
             bars.start_task(tasks[file.path])
             bars.update(tasks[file.path], completed=done)
 

@@ -37,6 +37,7 @@ class Repository:
     files: dict[str, bytes]
     refuse: tuple[int, str] | None = None  # status and X-Error-Code
     claims: dict[str, str] = field(default_factory=dict)  # sha256 other than the content's
+    xet: set[str] = field(default_factory=set)  # files that the listing says are in the chunk store
 
     @property
     def commit(self) -> str:
@@ -50,22 +51,14 @@ class Repository:
     def etag(self, path: str) -> str:
         return self.sha256(path) or git_name(self.files[path])
 
-    def siblings(self) -> list[dict[str, Any]]:
-        listed = []
-        for path, content in sorted(self.files.items()):
-            entry: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": git_name(content)}
-            if sha256 := self.sha256(path):
-                entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
-            listed.append(entry)
-        return listed
-
     def tree(self) -> list[dict[str, Any]]:
-        """The other listing, which `snapshot_download` asks for."""
         entries = []
         for path, content in sorted(self.files.items()):
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_name(content)}
             if sha256 := self.sha256(path):
                 entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+            if path in self.xet:
+                entry["xetHash"] = "ab" * 32
             entries.append(entry)
         return entries
 
@@ -81,7 +74,8 @@ class Request:
 class Hub:
     """The server's state. `cut[path]` is how many bytes of that file the next answers give before the line breaks.
 
-    `resets` makes it break by a reset instead of an early end, which HTTP clients tell apart.
+    `resets` makes it break by a reset instead of an early end, which HTTP clients tell apart. `redirects` sends those who
+    ask for a file of LFS to another host, as the real hub does.
     """
 
     def __init__(self) -> None:
@@ -89,6 +83,7 @@ class Hub:
         self.requests: list[Request] = []
         self.cut: dict[str, list[int]] = {}
         self.resets = False
+        self.redirects = False
         self.url = ""
 
     def of(self, ending: str, method: str = "GET") -> list[Request]:
@@ -114,7 +109,7 @@ def serving() -> Iterator[Hub]:
             asked = Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"))
             hub.requests.append(asked)
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision/)?(.+))?", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            file = re.fullmatch(r"(?:/elsewhere)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             if not (match := api or file):
                 return self.refuse(404, "")
             repository = hub.repositories.get(match[1])
@@ -127,18 +122,21 @@ def serving() -> Iterator[Hub]:
             if match[2] not in (None, "main", "v1", repository.commit):
                 return self.refuse(404, "RevisionNotFound")
             if api:
-                data = {"id": match[1], "sha": repository.commit, "siblings": repository.siblings()}
-                content = json.dumps(data).encode()
+                content = json.dumps({"id": match[1], "sha": repository.commit, "siblings": []}).encode()
                 return self.give(content, {"Content-Type": "application/json"}, body)
             if match[3] not in repository.files:
                 return self.refuse(404, "EntryNotFound")
-            self.give_file(repository, match[3], body)
+            elsewhere = hub.url.replace("127.0.0.1", "localhost") + "/elsewhere" + path
+            to = elsewhere if hub.redirects and repository.sha256(match[3]) and "/elsewhere" not in path else None
+            self.give_file(repository, match[3], body, to)
 
-        def give_file(self, repository: Repository, path: str, body: bool) -> None:
+        def give_file(self, repository: Repository, path: str, body: bool, to: str | None) -> None:
             content, etag = repository.files[path], repository.etag(path)
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
             if repository.sha256(path):
                 headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+            if to is not None:
+                return self.give(b"", headers | {"Location": to}, body, 302)
             status = 200
             if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
                 start = int(asked[1])

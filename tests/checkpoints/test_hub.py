@@ -6,19 +6,20 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import RepoFile, constants, snapshot_download, try_to_load_from_cache
 
 from blockpress import load
 from blockpress.checkpoints import load_network, resolve
 from blockpress.checkpoints.hub import cache as cached
 from blockpress.checkpoints.hub.cache import HubName
 from blockpress.checkpoints.hub.download import check_room, fetch, plan
-from blockpress.checkpoints.hub.selection import RemoteFile, choose
+from blockpress.checkpoints.hub.selection import select_files
 from blockpress.errors import CheckpointError, HubError, ModelNotFound, RequestError
 from tests.builders.files import figures
 from tests.builders.hub_server import Hub, Repository, git_name, in_its_place
@@ -95,11 +96,12 @@ class TestWhole:
         assert plan(NAME).left == () and str(pull()) == path
         assert all(request.path.startswith("/api/") for request in hub.requests)
 
-    def test_a_second_pull_asks_one_question(self, hub: Hub, model: Repository) -> None:
+    def test_a_second_pull_asks_for_the_commit_and_its_files(self, hub: Hub, model: Repository) -> None:
         pull()
         hub.requests.clear()
         pull()
-        assert [request.path for request in hub.requests] == [f"/api/models/{NAME.repo}/revision/main"]
+        api = f"/api/models/{NAME.repo}"
+        assert [request.path for request in hub.requests] == [f"{api}/revision/main", f"{api}/tree/{model.commit}"]
 
     def test_a_new_commit_takes_the_name_when_it_is_whole(self, hub: Hub, model: Repository) -> None:
         old = pull()
@@ -144,22 +146,31 @@ class TestWhole:
     def test_a_token_goes_to_the_hub_and_nowhere_else(
         self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from blockpress.checkpoints.hub.download import _headers
-
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        hub.redirects = True
         pull()
-        assert {r.authorization for r in hub.requests if "agent" not in r.path} == {"Bearer hf_secret"}
-        assert "authorization" in _headers(f"{hub.url}/a/b")
-        assert "authorization" not in _headers("https://cdn.example/blob") | _headers(f"{hub.url}.example/x")
+        asked = [request for request in hub.requests if "agent" not in request.path]
+        elsewhere = [request for request in asked if request.path.startswith("/elsewhere")]
+        assert elsewhere and {request.authorization for request in elsewhere} == {None}
+        assert {request.authorization for request in asked if request not in elsewhere} == {"Bearer hf_secret"}
+
+    def test_several_pulls_at_once_fetch_every_file_once(self, hub: Hub, model: Repository) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            paths = set(pool.map(lambda _: pull(), range(4)))
+        assert paths == {resolve(NAME.repo)}
+        assert all(len(hub.of(f"/{file.name}")) == 1 for file in paths.pop().iterdir())
 
 
 class TestCut:
+    @pytest.mark.parametrize("redirects", [False, True], ids=["from the hub", "from elsewhere"])
     @pytest.mark.parametrize("resets", [False, True], ids=["ended early", "reset"])
-    def test_a_broken_line_is_continued_where_it_broke(self, hub: Hub, model: Repository, resets: bool) -> None:
-        shard, hub.resets = shard_of(model), resets
+    def test_a_broken_line_is_continued_where_it_broke(
+        self, hub: Hub, model: Repository, resets: bool, redirects: bool
+    ) -> None:
+        shard, hub.resets, hub.redirects = shard_of(model), resets, redirects
         hub.cut[shard] = [10_500, 4_200]
         path = pull()
-        ranges = [request.range for request in hub.of(shard)]
+        ranges = [request.range for request in hub.of(shard) if request.path.startswith("/elsewhere") == redirects]
         if resets:  # what the reset overtook is lost
             assert len(ranges) == 3 and ranges[0] is None
         else:
@@ -169,7 +180,7 @@ class TestCut:
     def test_a_stopped_pull_is_continued_by_the_next(self, hub: Hub, model: Repository) -> None:
         shard = shard_of(model)
 
-        def stop(file: RemoteFile, done: int) -> None:
+        def stop(file: RepoFile, done: int) -> None:
             if file.path == shard and done >= 7_000:
                 raise KeyboardInterrupt
 
@@ -200,7 +211,7 @@ class TestCut:
             with pytest.raises(CheckpointError, match=r"not complete: 1 of \d+ shards are missing") as caught:
                 resolve(name)
             assert f"blockpress pull {NAME.repo}" in caught.value.hint
-        (entry,) = cached.kept()
+        (entry,) = cached.list_cached()
         assert entry.missing is not None and "1 of" in entry.missing
 
     def test_progress_ends_at_every_files_size(self, model: Repository) -> None:
@@ -218,8 +229,8 @@ class TestDamaged:
     ) -> None:
         damaged = shard_of(model) if what == "shard" else what
         true = model.files[damaged]
-        etag, listed = model.etag(damaged), model.siblings()
-        monkeypatch.setattr(model, "siblings", lambda: listed)
+        etag, listed = model.etag(damaged), model.tree()
+        monkeypatch.setattr(model, "tree", lambda: listed)
         monkeypatch.setattr(model, "etag", lambda path: etag if path == damaged else Repository.etag(model, path))
         commit = model.commit
         monkeypatch.setattr(Repository, "commit", property(lambda self: commit))
@@ -232,24 +243,25 @@ class TestDamaged:
         model.files[damaged] = true
         assert (pull() / damaged).read_bytes() == true
 
-    def test_damage_on_the_librarys_own_way_is_found_too(
+    def test_damage_on_the_librarys_own_way_is_found_too(self, model: Repository) -> None:
+        """The faster protocol brings the file itself; what it brings is checked all the same."""
+        shard = shard_of(model)
+        model.xet.add(shard)
+        model.claims[shard] = "ab" * 32
+        assert shard in refused().message
+        assert "ab" * 32 not in blobs() and not os.path.lexists(plan(NAME).path / shard)
+        del model.claims[shard]
+        assert (pull() / shard).read_bytes() == model.files[shard]
+
+    def test_a_file_shorter_than_the_hub_says_is_refused_and_removed(
         self, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The faster protocol brings the file itself; what it brings is checked all the same."""
-        from blockpress.checkpoints.hub import download as ours
-
-        shard = shard_of(model)
-        model.claims[shard] = "ab" * 32
-        monkeypatch.setattr(ours, "_has_xet", lambda: True)
-        real = __import__("huggingface_hub").get_hf_file_metadata
-
-        def with_xet(*args: object, **kwargs: object) -> SimpleNamespace:
-            found = real(*args, **kwargs)
-            return SimpleNamespace(etag=found.etag, location=found.location, size=found.size, xet_file_data=object())
-
-        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", with_xet)
-        assert shard in refused().message
-        assert "ab" * 32 not in blobs() and not (plan(NAME).path / shard).exists()
+        shard, commit, listed = shard_of(model), model.commit, model.tree()
+        monkeypatch.setattr(model, "tree", lambda: listed)
+        monkeypatch.setattr(Repository, "commit", property(lambda self: commit))
+        size, model.files[shard] = len(model.files[shard]), model.files[shard][:-10]
+        assert f"{size - 10:,} bytes" in (said := refused().message) and f"the hub says {size:,} bytes" in said
+        assert not any(name.endswith(".incomplete") for name in blobs())
 
     def test_a_file_of_another_size_is_fetched_anew(self, model: Repository) -> None:
         path = pull()
@@ -334,7 +346,7 @@ class TestRefused:
         check_room(needed)
 
     def test_a_disk_that_fills_up_is_said(self, model: Repository) -> None:
-        def full(file: RemoteFile, done: int) -> None:
+        def full(file: RepoFile, done: int) -> None:
             if done:
                 raise OSError(28, os.strerror(28))
 
@@ -342,14 +354,12 @@ class TestRefused:
             fetch(plan(NAME), full)
 
 
-def remote(*paths: str) -> list[RemoteFile]:
-    return [
-        RemoteFile(path=path, size=number + 1, git_name=git_name(path.encode())) for number, path in enumerate(paths)
-    ]
+def remote(*paths: str) -> list[RepoFile]:
+    return [RepoFile(path=path, size=number + 1, oid=git_name(path.encode())) for number, path in enumerate(paths)]
 
 
 def chosen(*paths: str, **arguments: object) -> set[str]:
-    return {file.path for file in choose("me/x", remote(*paths), **arguments)}  # type: ignore[arg-type]
+    return {file.path for file in select_files("me/x", remote(*paths), **arguments)}  # type: ignore[arg-type]
 
 
 class TestChoice:
@@ -367,13 +377,13 @@ class TestChoice:
 
     def test_several_are_listed_with_their_sizes(self) -> None:
         files = [
-            RemoteFile(path=f"some-{mix}.gguf", size=size)
+            RepoFile(path=f"some-{mix}.gguf", size=size, oid="")
             for mix, size in (("Q4_K_M", 16_800_000_000), ("Q8_0", 27_000_000_000))
         ]
         with pytest.raises(HubError, match="2 GGUF files") as caught:
-            choose("me/x", files)
+            select_files("me/x", files)
         assert "some-Q4_K_M.gguf (16.8 GB)" in caught.value.hint and "--file" in caught.value.hint
-        assert [file.path for file in choose("me/x", files, file="some-Q8_0.gguf")] == ["some-Q8_0.gguf"]
+        assert [file.path for file in select_files("me/x", files, file="some-Q8_0.gguf")] == ["some-Q8_0.gguf"]
 
     @pytest.mark.parametrize("file", ["other.gguf", "config.json", "big-00001-of-00002.gguf"])
     def test_a_file_that_cannot_be_meant_is_refused(self, file: str) -> None:
@@ -417,3 +427,46 @@ def test_resolving_never_connects(hub: Hub) -> None:
         resolve("me/some-model@v1")
     assert "blockpress pull me/some-model --revision v1" in caught.value.hint
     assert hub.requests == []
+
+
+class TestRemoved:
+    def test_what_lies_in_the_librarys_shared_store_goes_too(self, hub: Hub, model: Repository) -> None:
+        """The faster protocol keeps files once for all repositories, under `blobs/` of the whole cache."""
+        store = pytest.importorskip("huggingface_hub.utils._shared_blobs", reason="older libraries have no such store")
+        pull()
+        (blob,) = (file for name, file in blobs().items() if name == model.etag(shard_of(model)))
+        size = blob.stat().st_size
+        assert store.publish_blob_to_shared_store(
+            blob_path=str(blob), xet_hash="ab" * 32, cache_dir=str(cached.cache_directory()), expected_size=size
+        )
+        assert blob.is_symlink()
+        stored = blob.resolve()
+        whole = sum(file.stat().st_size for file in blobs().values())
+        assert cached.bytes_of(NAME.repo) == cached.remove(NAME.repo) == whole
+        assert not stored.exists() and not cached.home_of(NAME.repo).exists()
+
+    def test_copies_of_the_repository_with_the_same_commit_stay(self, hub: Hub, model: Repository) -> None:
+        copies = [HubName(repo=f"you/copy-{number}") for number in range(4)]
+        for name in (NAME, *copies):
+            hub.repositories[name.repo] = model
+            pull(name)
+        cached.remove(NAME.repo, model.commit)
+        assert not cached.home_of(NAME.repo).exists()
+        assert all(resolve(copy.repo).is_dir() for copy in copies)
+
+    def test_what_there_is_no_right_to_is_said(self, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        pull()
+
+        def denied(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(shutil, "rmtree", denied)
+        with pytest.raises(CheckpointError, match="cannot be removed") as caught:
+            cached.remove(NAME.repo)
+        assert "rights" in caught.value.hint and resolve(NAME.repo).is_dir()
+
+    def test_leftovers_without_a_snapshot_are_counted_and_go(self, hub: Hub, model: Repository) -> None:
+        hub.cut = {path: [1_000 if path == "config.json" else 0] + [0] * 20 for path in model.files}
+        model.files = {"config.json": b" " * 2_000, "model.safetensors": b"s" * 3_000}
+        refused()
+        assert cached.remove(NAME.repo) == 1_000 and not cached.home_of(NAME.repo).exists()

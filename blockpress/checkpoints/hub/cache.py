@@ -7,17 +7,16 @@
 
 Invariant: nothing here opens a connection, and nothing outside the cache's directory is ever removed.
 
-Run it:  python -c "from blockpress.checkpoints.hub.cache import kept; print(kept())"
+Run it:  python -c "from blockpress.checkpoints.hub.cache import list_cached; print(list_cached())"
 Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from blockpress.checkpoints.identify import CheckpointInfo, identify
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound
 
 if TYPE_CHECKING:
-    from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
+    from huggingface_hub import CachedRepoInfo, CachedRevisionInfo, DeleteCacheStrategy
 
 MAIN = "main"
 _COMMIT = re.compile(r"[0-9a-f]{6,40}")
@@ -65,7 +64,7 @@ class HubName:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class CachedModel:
     """One cached model: a snapshot, or one GGUF file of it. Bytes on disk; `missing` says what it lacks to be whole."""
 
     name: str
@@ -119,9 +118,7 @@ def locate(name: HubName) -> Located | None:
     index = read_object(snapshot / INDEX) if is_sharded else None
     reason = missing(snapshot, index)
     if reason is not None:
-        raise CheckpointError(
-            f"the download of {name.repo} is not complete: {reason}", hint=f"run `{_pull(name)}` again: it goes on"
-        )
+        raise _incomplete(name, reason)
     ggufs = _ggufs(snapshot)
     if (snapshot / CONFIG).is_file() and not (ggufs and not _has_weights(snapshot)):
         return Located(path=snapshot, index=index)
@@ -168,7 +165,7 @@ def missing(snapshot: Path, index: Mapping[str, Any] | None = None) -> str | Non
     return f"{len(lost)} of {len(names)} shards are missing ({lost[0]}{' and others' * (len(lost) > 1)})"
 
 
-def kept() -> list[Kept]:
+def list_cached() -> list[CachedModel]:
     """Every cached model of a family that blockpress runs, sorted by name; partial downloads among them."""
     from huggingface_hub import scan_cache_dir
 
@@ -189,14 +186,12 @@ def bytes_of(repo: str, commit: str | None = None) -> int:
 
     Blobs that another commit needs stay, and downloads that were cut go with the last commit.
     """
-    snapshots = home_of(repo) / "snapshots"
-    others = [entry for entry in snapshots.glob("*") if commit is not None and entry.name != commit]
-    blobs = {entry for entry in (home_of(repo) / "blobs").glob("*") if entry.is_file()}
-    if not others:
-        return sum(blob.stat().st_size for blob in blobs)
-    stay = {os.path.realpath(file) for entry in others for file in entry.rglob("*")}
-    go = {os.path.realpath(file) for file in (snapshots / str(commit)).rglob("*") if file.is_file()}
-    return sum(os.path.getsize(file) for file in go - stay)
+    deletion = _deletion(repo, commit)
+    freed = 0 if deletion is None else deletion.expected_freed_size
+    if _goes_as_a_whole(repo, commit):
+        uncounted = (home_of(repo) / "blobs").glob("*" if deletion is None else "*.incomplete")
+        freed += sum(blob.lstat().st_size for blob in uncounted)
+    return freed
 
 
 def remove(repo: str, commit: str | None = None) -> int:
@@ -205,26 +200,42 @@ def remove(repo: str, commit: str | None = None) -> int:
     Raises:
         ModelNotFound: the cache does not hold it. CheckpointError: its files cannot be removed.
     """
-    from huggingface_hub import scan_cache_dir
-
-    home, freed = home_of(repo), 0
-    commits = [entry.name for entry in (home / "snapshots").glob("*")] if home.is_dir() else []
-    if not home.is_dir() or (commit is not None and commit not in commits):
+    home = home_of(repo)
+    if not (home if commit is None else home / "snapshots" / commit).is_dir():
         raise ModelNotFound(f"the cache does not hold {repo}", hint="`blockpress ls` lists what it holds")
-    freed = bytes_of(repo, commit)
-    if commit is None or commits == [commit]:
-        try:
-            shutil.rmtree(home)
-        except OSError as error:  # rights, or a link that leads out of the cache
-            raise CheckpointError(
-                f"{str(home)!r} cannot be removed: {error}", hint="check its rights; of a link, remove what it leads to"
-            ) from error
-    else:
-        scan_cache_dir(cache_directory()).delete_revisions(commit).execute()
+    if home.is_symlink():
+        raise CheckpointError(f"{str(home)!r} is a link, and cannot be removed", hint="remove what it leads to")
+    freed, deletion = bytes_of(repo, commit), _deletion(repo, commit)
+    place = home if _goes_as_a_whole(repo, commit) else home / "snapshots" / str(commit)
+    try:
+        if deletion is not None:
+            deletion.execute()
+        if place.is_dir():  # the library's scan passes it over, or has no right to remove it, which it only logs
+            shutil.rmtree(place)
+    except OSError as error:
+        raise CheckpointError(f"{str(place)!r} cannot be removed: {error}", hint="check its rights") from error
     return freed
 
 
-def _entries(repo: CachedRepoInfo, revision: CachedRevisionInfo) -> Iterator[Kept]:
+def _goes_as_a_whole(repo: str, commit: str | None) -> bool:
+    """Whether no other commit is there."""
+    return commit is None or [entry.name for entry in (home_of(repo) / "snapshots").glob("*")] == [commit]
+
+
+def _deletion(repo: str, commit: str | None) -> DeleteCacheStrategy | None:
+    """The library's plan to remove a repository or one of its commits; None where its scan finds no whole snapshot."""
+    from huggingface_hub import scan_cache_dir
+
+    scan = scan_cache_dir(cache_directory())
+    found = [entry for entry in scan.repos if entry.repo_type == "model" and entry.repo_id == repo]
+    if not found:
+        return None
+    commits = [revision.commit_hash for revision in found[0].revisions] if commit is None else [commit]
+    # Of this repository alone: a copy of it has commits of the same name.
+    return replace(scan, repos=frozenset(found)).delete_revisions(*commits)
+
+
+def _entries(repo: CachedRepoInfo, revision: CachedRevisionInfo) -> Iterator[CachedModel]:
     snapshot = Path(revision.snapshot_path)
     places: list[tuple[str, Path, int]] = []
     if (snapshot / CONFIG).is_file() and not (_ggufs(snapshot) and not _has_weights(snapshot)):
@@ -241,7 +252,7 @@ def _entries(repo: CachedRepoInfo, revision: CachedRevisionInfo) -> Iterator[Kep
         except CheckpointError:  # a kind of file that only others read
             continue
         if kind.runs or kind.family == "unreadable":
-            yield Kept(
+            yield CachedModel(
                 name=name,
                 revision=revision.commit_hash,
                 refs=tuple(sorted(revision.refs)),
@@ -260,13 +271,16 @@ def _say_what_there_is(name: HubName, home: Path) -> None:
         return
     whole = [commit[:12] for commit in commits if missing(home / "snapshots" / commit) is None]
     if not whole:
-        reason = missing(home / "snapshots" / commits[0])
-        raise CheckpointError(
-            f"the download of {name.repo} is not complete: {reason}", hint=f"run `{_pull(name)}` again: it goes on"
-        )
+        raise _incomplete(name, missing(home / "snapshots" / commits[0]))
     raise ModelNotFound(
         f"the cache does not hold revision {name.revision!r} of {name.repo}",
         hint=f"run `{_pull(name)}`, or take one that is there: {', '.join(f'{name.repo}@{c}' for c in whole)}",
+    )
+
+
+def _incomplete(name: HubName, reason: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"the download of {name.repo} is not complete: {reason}", hint=f"run `{_pull(name)}` again: it goes on"
     )
 
 

@@ -1,37 +1,40 @@
 """Fetching a model from the hub into huggingface_hub's own cache, so that other tools share what was fetched.
 
-    plan    one request: which files the model needs, their sizes and checksums, and what the cache holds of them
+    plan    two requests: which files the model needs, their sizes and checksums, and what the cache holds of them
     fetch   a file after the other, small ones first; a branch's name is moved to the new commit when all are there
 
-A file that the hub serves over plain HTTP goes to `blobs/ETAG.incomplete`, which a cut download leaves behind and the
-next one continues; huggingface_hub itself starts every file anew in each process. Where it has its faster protocol
-(xet), it fetches the file itself.
+A file that comes over plain HTTP goes to `blobs/ETAG.incomplete`, which a cut download leaves there and the next one
+continues; huggingface_hub itself starts every file anew in each process (ADR 0025 has what each of the two does, case
+by case). Where it has its faster protocol (xet), it fetches the file itself.
 
-Invariant: a file gets its name in the cache only when its checksum is the hub's.
+Invariant: a file that is not what the hub's checksum says does not stay in the cache.
 
 Run it:  blockpress pull google/diffusiongemma-26B-A4B-it
-Source: https://huggingface.co/docs/hub/api (siblings, lfs.sha256); git's object names for files outside LFS.
+Source: https://huggingface.co/docs/hub/api (tree, lfs.oid); git's object names for files outside LFS.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockpress.checkpoints.hub import cache as cached
 from blockpress.checkpoints.hub.cache import HubName, home_of
-from blockpress.checkpoints.hub.errors import translated
-from blockpress.checkpoints.hub.selection import RemoteFile, choose
+from blockpress.checkpoints.hub.errors import hub_errors
+from blockpress.checkpoints.hub.selection import select_files
 from blockpress.errors import HubError
 
-Progress = Callable[[RemoteFile, int], None]
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+Progress = Callable[["RepoFile", int], None]
 """Called with a file and how many of its bytes are on disk: first when it is begun, last when it is whole."""
 
 TIMEOUT = 10.0
@@ -47,8 +50,8 @@ class Plan:
 
     name: HubName
     commit: str
-    files: tuple[RemoteFile, ...]
-    left: tuple[RemoteFile, ...]
+    files: tuple[RepoFile, ...]
+    left: tuple[RepoFile, ...]
 
     @property
     def path(self) -> Path:
@@ -62,7 +65,7 @@ class Plan:
 
 
 def plan(name: HubName, *, include: Sequence[str] = (), exclude: Sequence[str] = (), file: str | None = None) -> Plan:
-    """Ask the hub for the files of a model, and compare with the cache.
+    """Ask the hub for the files of a model, and compare them with the cache.
 
     Args:
         include, exclude: patterns such as "*.json"; with `include` these files are taken, not what a model needs.
@@ -71,15 +74,15 @@ def plan(name: HubName, *, include: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
         HubError: no such repository or revision, no right to it, no connection, or nothing in it that we can run.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, RepoFile, constants
 
-    with translated(name):
-        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=TIMEOUT)
-    commit = info.sha
-    if not commit:
-        raise HubError(f"{constants.ENDPOINT} gave no commit for {name.repo}", hint="is HF_ENDPOINT a hub?")
-    remote = [RemoteFile.of(sibling) for sibling in info.siblings or ()]
-    files = choose(name.repo, remote, include=include, exclude=exclude, file=file)
+    with hub_errors(name):
+        commit = HfApi().model_info(name.repo, revision=name.revision, timeout=TIMEOUT).sha
+        if not commit:
+            raise HubError(f"{constants.ENDPOINT} gave no commit for {name.repo}", hint="is HF_ENDPOINT a hub?")
+        tree = HfApi().list_repo_tree(name.repo, revision=commit, recursive=True)
+        remote = [entry for entry in tree if isinstance(entry, RepoFile)]
+    files = select_files(name.repo, remote, include=include, exclude=exclude, file=file)
     snapshot = home_of(name.repo) / "snapshots" / commit
     left = tuple(wanted for wanted in files if not _is_whole(snapshot / wanted.path, wanted))
     return Plan(name=name, commit=commit, files=files, left=left)
@@ -106,66 +109,58 @@ def fetch(plan: Plan, progress: Progress = lambda file, done: None) -> Path:
         HubError: the connection broke for good, the disk is full, or a file is not what the hub says it is.
     """
     for file in plan.left:
-        report = _each_once(file, progress)
-        report(_size(_partial(plan.name.repo, file)))
-        with translated(plan.name, file.path):
-            _fetch_file(plan, file, report)
-        report(file.size)
+        meter = _meter(file, progress)
+        meter.report(_size(_partial(plan.name.repo, file)))
+        with hub_errors(plan.name, file.path):
+            _fetch_file(plan, file, meter)
+        meter.report(file.size)
     _name_commit(plan)
     return plan.path
 
 
-def offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids connections."""
-    from huggingface_hub import constants
+def _fetch_file(plan: Plan, file: RepoFile, meter: Any) -> None:
+    from huggingface_hub import hf_hub_download
 
-    return bool(constants.is_offline_mode())
-
-
-def _each_once(file: RemoteFile, progress: Progress) -> Callable[[int], None]:
-    last: int | None = None
-
-    def report(done: int) -> None:
-        nonlocal last
-        if done != last:
-            last = done
-            progress(file, done)
-
-    return report
-
-
-def _fetch_file(plan: Plan, file: RemoteFile, report: Callable[[int], None]) -> None:
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
-
-    repo, commit, token = plan.name.repo, plan.commit, get_token()
-    (home_of(repo) / "blobs").mkdir(parents=True, exist_ok=True)
-    metadata = get_hf_file_metadata(hf_hub_url(repo, file.path, revision=commit), token=token, timeout=TIMEOUT)
-    blob = home_of(repo) / "blobs" / str(metadata.etag)
-    if (plan.path / file.path).is_file():  # of another size, or it would not be asked for
+    repo, blob, link = plan.name.repo, _blob(plan.name.repo, file), plan.path / file.path
+    if _is_whole(link, file):  # by another process, since the plan was made
+        return
+    if link.is_file():  # of another size
         blob.unlink(missing_ok=True)
-        (plan.path / file.path).unlink()
-    if not blob.exists() and not (metadata.xet_file_data is not None and _has_xet()):
-        with _locked(repo, str(metadata.etag)):
-            _through_http(file, metadata.location, _partial(repo, file), report)
-            _check(repo, file, _partial(repo, file))
-            os.replace(_partial(repo, file), blob)
-    fresh = not blob.exists()
+        link.unlink()
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    if not (file.xet_hash and _has_xet()):
+        _through_http(plan, file, meter)
+    checked = blob.resolve() if blob.exists() else None
     # Links the blob into the snapshot; where there is none yet, the library fetches it first.
-    path = Path(
-        hf_hub_download(repo, file.path, revision=commit, cache_dir=cached.cache_directory(), tqdm_class=_meter(report))
-    )
-    if fresh:
+    hf_hub_download(repo, file.path, revision=plan.commit, cache_dir=cached.cache_directory(), tqdm_class=meter)
+    if link.resolve() != checked:
         try:
-            _check(repo, file, path)
+            _check(repo, file, link)
         except HubError:
-            path.unlink(missing_ok=True)
+            link.unlink(missing_ok=True)
             raise
 
 
-def _through_http(file: RemoteFile, url: str, partial: Path, report: Callable[[int], None]) -> None:
-    """Bring `partial` to the file's size, from where it stands."""
+def _through_http(plan: Plan, file: RepoFile, meter: Any) -> None:
+    """Bring a blob into the cache, unless it is there. One process a file: the lock is the library's own."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
+    repo, blob, partial = plan.name.repo, _blob(plan.name.repo, file), _partial(plan.name.repo, file)
+    lock = cached.cache_directory() / ".locks" / home_of(repo).name / f"{blob.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not blob.exists():
+            _resume(hf_hub_url(repo, file.path, revision=plan.commit), file, partial, meter)
+            _check(repo, file, partial)
+            os.replace(partial, blob)
+
+
+def _resume(url: str, file: RepoFile, partial: Path, meter: Any) -> None:
+    """Bring `partial` to what the address gives, from where it stands; redirected elsewhere, the token stays behind."""
     from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
     while True:
         if _size(partial) > file.size:
@@ -177,10 +172,10 @@ def _through_http(file: RemoteFile, url: str, partial: Path, report: Callable[[i
                     url,
                     out,
                     resume_size=before,
-                    headers=_headers(url),
+                    headers=build_hf_headers(),
                     expected_size=file.size,
                     displayed_filename=file.path,
-                    tqdm_class=_meter(report),
+                    tqdm_class=meter,
                 )
             return
         except errors.HfHubHTTPError:
@@ -189,49 +184,31 @@ def _through_http(file: RemoteFile, url: str, partial: Path, report: Callable[[i
             # The library resumes after some broken connections and not after others, such as a reset.
             if _size(partial) <= before:
                 raise
+        except OSError as error:
+            if error.errno is None:  # "Consistency check failed": another size, which `_check` says
+                return
+            raise
 
 
-def _headers(url: str) -> dict[str, str]:
-    """The caller's token for the hub itself, and for nobody else that a file's address leads to."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import build_hf_headers
-
-    home = url.startswith(constants.ENDPOINT.rstrip("/") + "/")
-    return dict(build_hf_headers(token=get_token() if home else False))
-
-
-def _check(repo: str, file: RemoteFile, path: Path) -> None:
+def _check(repo: str, file: RepoFile, path: Path) -> None:
     """Compare a fetched file with the hub's checksum, and remove what differs.
 
     Raises:
         HubError: another size or checksum.
     """
     size = path.stat().st_size
-    said, found = (file.sha256, _sha256(path)) if file.sha256 else (file.git_name, _git_name(path, size))
-    if size == file.size and (said is None or said == found):
+    expected = file.lfs.sha256 if file.lfs else file.blob_id
+    git = functools.partial(hashlib.sha1, f"blob {size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256" if file.lfs else git).hexdigest()
+    if found == expected:
         return
-    blob = path.resolve()
-    blob.unlink()
+    path.resolve().unlink()
     raise HubError(
         f"{file.path} of {repo} arrived damaged: {size:,} bytes with checksum {found[:12]}…, the hub says "
-        f"{file.size:,} bytes with {(said or 'none')[:12]}…",
+        f"{file.size:,} bytes with {expected[:12]}…",
         hint="the file was removed; pull again, and if it stays so, look for a proxy that changes downloads",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _git_name(path: Path, size: int) -> str:
-    """The name that git gives to a file's content."""
-
-    def start() -> Any:
-        return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, start).hexdigest()
 
 
 def _name_commit(plan: Plan) -> None:
@@ -246,40 +223,46 @@ def _name_commit(plan: Plan) -> None:
     ref.write_text(plan.commit, encoding="utf-8")
 
 
-@contextmanager
-def _locked(repo: str, etag: str) -> Iterator[None]:
-    """One process a file; the lock is the one that huggingface_hub takes."""
-    from huggingface_hub.utils import WeakFileLock
-
-    place = cached.cache_directory() / ".locks" / home_of(repo).name
-    place.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(place / f"{etag}.lock"):
-        yield
-
-
 def _has_xet() -> bool:
     from huggingface_hub import constants
 
     return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
-def _partial(repo: str, file: RemoteFile) -> Path:
-    return home_of(repo) / "blobs" / f"{file.sha256 or file.git_name or file.path.replace('/', '--')}.incomplete"
+def _blob(repo: str, file: RepoFile) -> Path:
+    """Where the cache keeps a file: by its checksum, which the hub gives as its ETag."""
+    return home_of(repo) / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
 
 
-def _is_whole(path: Path, file: RemoteFile) -> bool:
+def _partial(repo: str, file: RepoFile) -> Path:
+    blob = _blob(repo, file)
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _is_whole(path: Path, file: RepoFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.is_file() else 0
+    """Bytes of a file; 0 where there is none, or none any more, since another process has moved it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
-def _meter(report: Callable[[int], None]) -> type:
-    """A class that the library fills as it would a tqdm bar: it hands on how many bytes are there."""
+def _meter(file: RepoFile, progress: Progress) -> Any:
+    """A class that the library takes for a tqdm bar: it hands on how many bytes are there, each count once."""
 
     class Meter:
+        last: int | None = None
+
+        @classmethod
+        def report(cls, done: int) -> None:
+            if done != cls.last:
+                cls.last = done
+                progress(file, done)
+
         def __init__(self, *_: Any, initial: int = 0, total: int | None = None, **__: Any) -> None:
             self.n, self.total = initial, total
 
@@ -291,7 +274,7 @@ def _meter(report: Callable[[int], None]) -> type:
 
         def update(self, n: int | float | None = 1) -> None:
             self.n += int(n or 0)
-            report(self.n)
+            self.report(self.n)
 
         def update_transfer(self, n: int | float | None = 1) -> None:
             """Bytes off the network are not bytes of the file: the library compresses them."""

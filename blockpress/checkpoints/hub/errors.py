@@ -18,7 +18,7 @@ from blockpress.errors import HubError
 
 
 @contextmanager
-def translated(name: HubName, file: str = "") -> Iterator[None]:
+def hub_errors(name: HubName, file: str = "") -> Iterator[None]:
     """Raises HubError in the place of what huggingface_hub and its HTTP client raise."""
     from huggingface_hub import errors
 

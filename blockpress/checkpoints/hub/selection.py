@@ -10,44 +10,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING
 
 from blockpress.errors import HubError, RequestError
 
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite")
-_BESIDE = ("*.json", "*.jinja", "tokenizer*")
+_WITH_WEIGHTS = ("*.json", "*.jinja", "tokenizer*")
 _PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemoteFile:
-    """A file of a repository: its size in bytes, and its checksum, of one kind or the other."""
-
-    path: str
-    size: int
-    sha256: str | None = None
-    git_name: str | None = None
-
-    @classmethod
-    def of(cls, sibling: Any) -> RemoteFile:
-        """From an entry of `HfApi.model_info(files_metadata=True).siblings`."""
-        lfs = sibling.lfs
-        size = sibling.size if sibling.size is not None or lfs is None else lfs.size
-        if size is None:
-            raise HubError(f"the hub gives no size for {sibling.rfilename}", hint="is HF_ENDPOINT a whole hub?")
-        return cls(path=sibling.rfilename, size=size, sha256=lfs.sha256 if lfs else None, git_name=sibling.blob_id)
-
-
-def choose(
+def select_files(
     repo: str,
-    files: Sequence[RemoteFile],
+    files: Sequence[RepoFile],
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     file: str | None = None,
-) -> tuple[RemoteFile, ...]:
+) -> tuple[RepoFile, ...]:
     """The files to fetch, small ones first, so that a download that is cut can say what it lacks.
 
     Raises:
@@ -56,12 +38,13 @@ def choose(
     """
     if include and file is not None:
         raise RequestError("--include is given with --file", hint="--file takes one GGUF file by its name alone")
-    safe = [entry for entry in files if not _matches(entry.path, _NEVER)]
+    safe = _matching(files, ignore=_NEVER)
     if include:
-        chosen = [entry for entry in safe if _matches(entry.path, include)]
+        chosen = _matching(safe, allow=include)
     else:
-        chosen = _weights(repo, files, safe, file) + [entry for entry in safe if _is_beside(entry.path)]
-    chosen = [entry for entry in chosen if not _matches(entry.path, exclude)]
+        at_the_top = [entry for entry in safe if "/" not in entry.path]
+        chosen = _weights(repo, files, safe, file) + _matching(at_the_top, allow=_WITH_WEIGHTS)
+    chosen = _matching(chosen, ignore=exclude)
     if not chosen:
         asked = ", ".join([*(f"--include {p}" for p in include), *(f"--exclude {p}" for p in exclude)])
         raise HubError(f"{asked} leaves no file of {repo}", hint=f"it has {_named(files)}")
@@ -72,7 +55,7 @@ def choose(
     return tuple(sorted(chosen, key=lambda entry: (_is_weights(entry.path), entry.size, entry.path)))
 
 
-def _weights(repo: str, files: Sequence[RemoteFile], safe: Sequence[RemoteFile], file: str | None) -> list[RemoteFile]:
+def _weights(repo: str, files: Sequence[RepoFile], safe: Sequence[RepoFile], file: str | None) -> list[RepoFile]:
     """One copy of the weights: `file`, or the safetensors that `transformers` would read, or the only GGUF file."""
     ggufs = [entry for entry in safe if entry.path.endswith(".gguf") and not _base(entry.path).startswith("mmproj")]
     if file is not None:
@@ -92,7 +75,7 @@ def _weights(repo: str, files: Sequence[RemoteFile], safe: Sequence[RemoteFile],
     )
 
 
-def _gguf_named(repo: str, files: Sequence[RemoteFile], file: str) -> RemoteFile:
+def _gguf_named(repo: str, files: Sequence[RepoFile], file: str) -> RepoFile:
     found = next((entry for entry in files if entry.path == file), None)
     if not file.endswith(".gguf"):
         raise RequestError(f"--file is {file!r}", hint="--file names a GGUF file; for others there is --include")
@@ -104,23 +87,24 @@ def _gguf_named(repo: str, files: Sequence[RemoteFile], file: str) -> RemoteFile
     return found
 
 
-def _is_beside(path: str) -> bool:
-    return "/" not in path and _matches(path, _BESIDE)
+def _matching(
+    files: Sequence[RepoFile], allow: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> list[RepoFile]:
+    """By the rules of the `hf` command's --include and --exclude."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    patterns = None if allow is None else list(allow)
+    return list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=list(ignore), key=lambda f: f.path))
 
 
 def _is_weights(path: str) -> bool:
     return path.endswith((".safetensors", ".gguf"))
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    """As the `hf` command has it: a pattern that ends in / is a directory."""
-    return any(fnmatch(path, pattern + "*" if pattern.endswith("/") else pattern) for pattern in patterns)
-
-
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _named(files: Sequence[RemoteFile]) -> str:
+def _named(files: Sequence[RepoFile]) -> str:
     names = [entry.path for entry in files]
     return (", ".join(names[:8]) or "no files") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
