@@ -1,50 +1,76 @@
-"""Panels as SVG, written by hand: axes, curves, the crossing, and the figures as text for whoever cannot see them.
+"""Panels drawn by matplotlib, as one SVG: curves on logarithmic axes, where they cross, and all figures as text.
 
-Both axes are logarithmic, users in powers of 2, tokens a second in powers of 10. Colours follow the reader's: dark text
-on light paper, light on dark.
+Users are in powers of 2, tokens a second in powers of 10. Text stays text in the file, so that it can be searched and
+read aloud, and the description in its metadata holds every figure.
 
-Invariant: the same panels give the same bytes, and every figure stands in the file as text.
-Run it:  python -m pytest tests/bench/test_chart.py
+Invariant: the same panels give the same bytes. matplotlib is imported when something is drawn, and only here.
+Run it:  blockpress bench --sweep --device h200 --out sweep.svg
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from html import escape
+import textwrap
+from collections.abc import Sequence
+from importlib.util import find_spec
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
 from blockpress.bench.panels import Panel, crossover_table
+from blockpress.errors import RequestError
 
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 70, 24, 58, 46
-STYLE = """\
-  svg { font: 13px sans-serif } .title { font-weight: bold; font-size: 15px }
-  .paper { fill: #ffffff } text { fill: #1f2328 } .grid { stroke: #d0d7de; stroke-width: 1 }
-  .curve { fill: none; stroke-width: 2.5 } .dashed { stroke-dasharray: 5 5 }
-  .a { stroke: #0b5fff } .b { stroke: #c2410c } .mark { fill: none; stroke: #1f2328; stroke-width: 1.5 }
-  @media (prefers-color-scheme: dark) {
-    .paper { fill: #0d1117 } text { fill: #e6edf3 } .grid { stroke: #3d444d }
-    .a { stroke: #79b0ff } .b { stroke: #ffa657 } .mark { stroke: #e6edf3 }
-  }
-"""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0b5fff", "#c2410c")
+PANEL_INCHES = (5.6, 4.0)
+NOTE_WIDTH = 85
+"""Characters of a note that fit in a line above its panel."""
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "blockpress",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+}
+"""Over matplotlib's own defaults, whatever somebody's matplotlibrc says. The salt keeps the file's ids the same."""
+
+
+def check_matplotlib() -> None:
+    """Raises RequestError: matplotlib is not installed. For callers that measure for long before they draw."""
+    if find_spec("matplotlib") is None:
+        raise RequestError(
+            "--sweep draws with matplotlib, which is not installed", hint="pip install 'blockpress[bench]'"
+        )
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels, one below the other, as one SVG document."""
-    height = HEIGHT * len(panels)
-    body = [line for place, panel in enumerate(panels) for line in _panel(panel, place)]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
-            f'height="{height}" aria-labelledby="title desc">',
-            '<title id="title">Throughput against users</title>',
-            f'<desc id="desc">{escape(described(panels))}</desc>',
-            f"<style>\n{STYLE}</style>",
-            f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
-            *body,
-            "</svg>\n",
-        ]
-    )
+    """The panels, two in a row, as one SVG document.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib import style
+
+    out = StringIO()
+    metadata = {"Title": "Throughput against users", "Description": described(panels), "Date": None}
+    with style.context(["default", STYLE]):
+        figure(panels).savefig(out, format="svg", metadata=metadata)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def figure(panels: Sequence[Panel]) -> Figure:
+    """The panels as a figure of matplotlib, to be saved in a format of choice."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with style.context(["default", STYLE]):
+        drawing = Figure(figsize=(columns * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained")
+        for place, panel in enumerate(panels):
+            _draw(drawing.add_subplot(rows, columns, place + 1), panel)
+    return drawing
 
 
 def described(panels: Sequence[Panel]) -> str:
@@ -63,56 +89,28 @@ def crossed(panel: Panel) -> str:
         return f"diffusion is faster up to {most} users and more"
     users = panel.crossing[0]
     least = panel.curves[0].points[0][0]
-    return f"token by token is faster from {users:.0f} users on" if users > least else "token by token is faster"
+    return f"autoregressive is faster from {users:.0f} users on" if users > least else "autoregressive is faster"
 
 
-def _panel(panel: Panel, place: int) -> Iterator[str]:
-    scale = _Scale(panel)
-    yield f'<g transform="translate(0 {place * HEIGHT})">'
-    yield f'<text class="title" x="{LEFT}" y="22">{escape(panel.title)}</text>'
-    yield f'<text x="{LEFT}" y="41">{escape(panel.note)}</text>'
-    yield from scale.axes()
+def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator
+
+    users = [count for count, _ in panel.curves[0].points]
     for index, curve in enumerate(panel.curves):
-        kind = f"curve {'ab'[index % 2]}{' dashed' if curve.dashed else ''}"
-        points = " ".join(f"{scale.x(users):.1f},{scale.y(speed):.1f}" for users, speed in curve.points)
-        yield f'<polyline class="{kind}" points="{points}"/>'
-        if not curve.dashed:
-            users, speed = curve.points[len(curve.points) // 3]
-            yield f'<text x="{scale.x(users):.1f}" y="{scale.y(speed) - 10:.1f}">{escape(curve.name)}</text>'
+        line, marker = ("--", "") if curve.dashed else ("-", ".")
+        axes.plot(*zip(*curve.points, strict=True), line, marker=marker, color=COLOURS[index % 2], label=curve.name)
     if panel.crossing is not None:
-        x, y = scale.x(panel.crossing[0]), scale.y(panel.crossing[1])
-        yield f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
-        yield f'<text x="{x:.1f}" y="{y + 24:.1f}" text-anchor="middle">{panel.crossing[0]:.0f} users</text>'
-    yield "</g>"
-
-
-class _Scale:
-    """From users and tokens a second to places in a panel."""
-
-    def __init__(self, panel: Panel) -> None:
-        speeds = [speed for curve in panel.curves for _, speed in curve.points]
-        self.users = [users for users, _ in panel.curves[0].points]
-        self.low, self.high = math.floor(math.log10(min(speeds))), math.ceil(math.log10(max(speeds)))
-        self.high = max(self.high, self.low + 1)
-
-    def x(self, users: float) -> float:
-        first, last = math.log2(self.users[0]), math.log2(self.users[-1])
-        share = (math.log2(users) - first) / (last - first) if last > first else 0.5
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, speed: float) -> float:
-        share = (math.log10(speed) - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def axes(self) -> Iterator[str]:
-        left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
-        for power in range(self.low, self.high + 1):
-            y = self.y(10**power)
-            yield f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
-            yield f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10**power:,}</text>'
-        for users in self.users:
-            x = self.x(users)
-            yield f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>'
-            yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{users}</text>'
-        yield f'<text x="{right}" y="{bottom + 36}" text-anchor="end">users at once</text>'
-        yield f'<text x="{left}" y="{bottom + 36}">tokens a second, all users together</text>'
+        axes.plot(*panel.crossing, "o", markersize=10, color="black", fillstyle="none")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(users, [str(count) for count in users])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+    axes.set_xlabel("users at once")
+    axes.set_ylabel("tokens/s, all users together")
+    axes.grid(color="#d0d7de", linewidth=0.6)
+    note = [*textwrap.wrap(panel.note, NOTE_WIDTH), crossed(panel)]
+    axes.set_title(panel.title, loc="left", weight="bold", pad=8 + 10 * len(note))
+    axes.annotate("\n".join(note), (0, 1), (0, 5), "axes fraction", "offset points", fontsize="small")
+    axes.legend(loc="best")

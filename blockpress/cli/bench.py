@@ -71,9 +71,9 @@ AgainstDtype = Annotated[
 ]
 Rounds = Annotated[int | None, typer.Option(metavar="N", help="Rounds of --against. Default: 3.")]
 Sweep = Annotated[
-    bool, typer.Option("--sweep", help="Throughput against users, diffusion and token by token, as SVG to --out.")
+    bool, typer.Option("--sweep", help="Throughput against users, diffusion and token by token, drawn to --out.")
 ]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="The SVG of --sweep.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="The SVG of --sweep, which needs the extra bench.")]
 Devices = Annotated[
     list[str] | None,
     typer.Option(

@@ -33,7 +33,7 @@ def sweep(
 ) -> None:
     """A panel for every device, this machine's measured, the cards' computed; SVG to a file, the figures printed."""
     from blockpress import costs
-    from blockpress.bench.chart import crossed, svg
+    from blockpress.bench.chart import check_matplotlib, crossed, svg
     from blockpress.bench.panels import CARD_USERS, STEPS, USERS, crossover_table, roofline
 
     if out is None:
@@ -48,6 +48,7 @@ def sweep(
                 f"{name} is given with --device {devices[0]} alone",
                 hint="cards are computed with the published model; add --device cpu to measure yours",
             )
+    check_matplotlib()
     panels = []
     for device in devices:
         if device in CARDS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.text import Text
 
 from blockpress import costs
-from blockpress.bench.chart import crossed, svg
+from blockpress.bench.chart import crossed, figure, svg
 from blockpress.bench.panels import Curve, Panel, crossing, crossover_table, roofline
 
-SPACE = "{http://www.w3.org/2000/svg}"
+SVG, DC = "{http://www.w3.org/2000/svg}", "{http://purl.org/dc/elements/1.1/}"
 
 
 def panel(first: list[float], second: list[float]) -> Panel:
@@ -35,20 +37,52 @@ def test_the_picture_holds_the_figures(case: str) -> None:
     drawn, between = CASES[case]
     text = svg([drawn, drawn])
     root = ET.fromstring(text)
-    said = "".join(root.find(f"{SPACE}desc").itertext())  # type: ignore[union-attr]
+    said = next(root.iter(f"{DC}description")).text or ""
     for row in crossover_table(drawn)[1:]:
         assert "\t".join(row) in said
     assert "a <machine> & its like" in said and crossed(drawn) in said
-    for line in root.iter(f"{SPACE}polyline"):
-        places = [tuple(map(float, place.split(","))) for place in line.get("points", "").split()]
-        assert len(places) == len(drawn.curves[0].points)
-        assert all(0 <= x <= 640 and 0 <= y <= 360 for x, y in places)
-    assert len(list(root.iter(f"{SPACE}circle"))) == (0 if between is None else 2)
-    assert svg([drawn, drawn]) == text
+    labels = [label.text for label in root.iter(f"{SVG}text")]
+    for label in (
+        drawn.title,
+        drawn.note,
+        crossed(drawn),
+        "users at once",
+        "tokens/s, all users together",
+        "diffusion",
+    ):
+        assert labels.count(label) == 2, label
+    assert all(labels.count(str(users)) >= 2 for users, _ in drawn.curves[0].points)
     if between is None:
         assert drawn.crossing is None
     else:
         assert drawn.crossing is not None and between[0] <= drawn.crossing[0] <= between[1]
+
+
+def test_the_same_panels_give_the_same_bytes() -> None:
+    panels = [panel for panel, _ in CASES.values()]
+    text = svg(panels)
+    with rc_context({"font.size": 30, "axes.facecolor": "black", "svg.hashsalt": None}):  # somebody's matplotlibrc
+        assert svg(panels) == text
+    assert "dc:date" not in text
+
+
+@pytest.mark.parametrize(
+    "panels", [[roofline(costs.DEVICES["rtx5090"])], [panel for panel, _ in CASES.values()]], ids=len
+)
+def test_no_text_overlaps_another_or_leaves_the_picture(panels: list[Panel]) -> None:
+    drawing = figure(panels)
+    drawing.draw_without_rendering()
+    boxes = []
+    for axes in drawing.axes:
+        low, high = axes.get_ylim()
+        unseen = [label for label in axes.get_yticklabels() if not low <= label.get_position()[1] <= high]
+        texts = [text for text in axes.findobj(Text) if text.get_text() and text.get_visible()]
+        boxes += [text.get_window_extent() for text in texts if text not in unseen]
+    assert len(boxes) > 12 * len(panels)
+    for index, box in enumerate(boxes):
+        assert drawing.bbox.x0 <= box.x0 and box.x1 <= drawing.bbox.x1
+        assert drawing.bbox.y0 <= box.y0 and box.y1 <= drawing.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:index])
 
 
 def test_the_crossing_is_on_both_lines() -> None:

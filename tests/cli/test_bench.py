@@ -115,6 +115,15 @@ def test_without_transformers_it_is_said(call: Call, monkeypatch: pytest.MonkeyP
     assert done.code == 2 and "needs a transformers" in done.err and "pip install" in done.err
 
 
+def test_without_matplotlib_a_sweep_is_refused_before_it_measures(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("blockpress.cli.sweep._measured", lambda *_: pytest.fail("it measures"))
+    done = call("bench", "--preset", "tiny", "--sweep", "--out", tmp_path / "x.svg")
+    assert done.code == 2 and "matplotlib" in done.err and "pip install 'blockpress[bench]'" in done.err
+
+
 def test_a_sweep_is_drawn_and_told(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "sweep.svg"
     given = ["bench", "--preset", "tiny", "--sweep", "--out", out, "--device", "cpu", "--device", "h200", "--json"]
