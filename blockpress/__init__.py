@@ -4,7 +4,7 @@
     lm = blockpress.load("sudoku-nano")
     print(lm.generate(puzzle).text)
 
-This is the narrow door; names are imported when they are first used, so that `import blockpress` costs nothing.
+These are the public names; each is imported when it is first used, so that `import blockpress` costs nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from blockpress.errors import BlockpressError
     from blockpress.lm import LM, load
 
-# Torch's OpenMP reads this once, when torch is imported. After each operation its threads would spin for a while, on
-# the cores that the pool in ops/native/pool.cpp works on: steps took 1.2 times as long.
+# Torch's OpenMP reads this once, when torch is imported. Otherwise its threads would spin after each operation, on the
+# cores that the pool in ops/native/pool.cpp uses: steps took 1.2 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
@@ -89,7 +89,7 @@ _RENAMED = {
     "Called": "ToolCallEvent",
     "Thought": "ReasoningDelta",
 }
-"""Names of version 0.1 that go with version 0.3."""
+"""Names of version 0.1, to be removed in version 0.3."""
 
 
 def __getattr__(name: str) -> Any:

@@ -10,16 +10,16 @@
     │   ├── UnexpectedWeights    a tensor that nothing in the model takes
     │   └── ShapeMismatch        a tensor of another shape than the config asks for
     ├── TextError                text, token ids or a template that the tokenizer cannot take
-    ├── RequestError             a call's argument
+    ├── RequestError             an argument of a call
     │   ├── MediaError           an image or video that cannot be read, or does not fit its prompt
     │   ├── PromptTooLong        the prompt leaves no room in the context
-    │   └── Overloaded           the engine's queue is full; the same request may be asked again later
-    ├── EngineError              a request that the engine could not finish, through no fault of its own
+    │   └── Overloaded           the engine's queue is full; the same request may be sent again later
+    ├── EngineError              a valid request that the engine could not finish
     ├── PuzzleError              a sudoku that is malformed or contradicts itself
     └── TrainingError            a recipe, a resume point or a run that went wrong
 
-Invariant: an error says which thing is wrong (its name and its value) and, in `hint`, what to do about it.
-`assert` is for our own mistakes and never reaches this tree.
+Invariant: an error names what is wrong (with its value) and, in `hint`, says what to do about it.
+`assert` is for our own mistakes, which are not part of this tree.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ __all__ = [
 
 
 class BlockpressError(Exception):
-    """The root: `message` says what is wrong and with which value, `hint` what to do.
+    """The root: `message` says what is wrong, with its value, and `hint` what to do.
 
-    `str(error)` is both on one line, which is also what the commands print before they exit with code 2.
+    `str(error)` is both on one line, which the commands print before they exit with code 2.
     """
 
     def __init__(self, message: str, *, hint: str) -> None:
@@ -61,7 +61,7 @@ class BlockpressError(Exception):
         self.hint = " ".join(hint.split())
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A worker process hands its error back by pickle, which knows positional arguments only.
+        # A worker process returns its error by pickle, which passes positional arguments only.
         return _rebuilt, (type(self), self.message, self.hint)
 
     def __str__(self) -> str:
@@ -121,11 +121,11 @@ class PromptTooLong(RequestError):
 
 
 class Overloaded(RequestError):
-    """The engine's queue is full; nothing is wrong with the request, which may be asked again later."""
+    """The engine's queue is full; nothing is wrong with the request, which may be sent again later."""
 
 
 class EngineError(BlockpressError):
-    """A forward failed, or gave no numbers: the request ends, every other one goes on."""
+    """A forward failed, or gave NaN or infinity: the request ends, all others go on."""
 
 
 class PuzzleError(BlockpressError):
@@ -137,10 +137,10 @@ class TrainingError(BlockpressError):
 
 
 def renamed(module: str, older: Mapping[str, Any], exported: list[str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` for names that it has given up: each still works, with a DeprecationWarning.
+    """A module's `__getattr__` for its former names: each still works, with a DeprecationWarning.
 
     Args:
-        older: what each older name stands for, a class or a function; such names last for two minor versions.
+        older: the class or function that each former name stands for; such names last for two minor versions.
     """
 
     def getattribute(name: str) -> Any:

@@ -45,7 +45,7 @@ class EngineStepper:
     def page_bytes(self) -> int:
         """Of the pages that requests hold."""
         pages, each = self.core.scheduler.stats.pages, _token_bytes(self.core.network)
-        return sum(count.held * self.core.store.page * each[kind] for kind, count in pages.items())
+        return sum(count.held * self.core.kv_cache.page * each[kind] for kind, count in pages.items())
 
     def submit(self, request: Request) -> None:
         self.core.submit(request)

@@ -1,7 +1,7 @@
-"""The answer to one prompt while it grows (`SequenceState`), how its tokens are read (`OutputProcessor`), and what
-is told of it (events, `Reply`).
+"""The state of one answer while it grows (`SequenceState`), how its tokens become output (`OutputProcessor`), and what
+the caller gets (events, `Reply`).
 
-Invariant: whatever is special about one answer lives here or in its turn, never in the loop that writes it.
+Invariant: everything specific to one answer is kept here or in its output processor, never in the loop that writes it.
 """
 
 from blockpress.decoding.events import (

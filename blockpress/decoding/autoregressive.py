@@ -1,16 +1,15 @@
 """The same weights as a language model: prompt -> prefill -> (next token -> causal pass -> text)*
 
-Gemma 4 knows nothing else; DiffusionGemma's weights run this way too, and that is what its diffusion is measured
-against. Who watches gets the events of `generate`, but for `Denoised`: a token is a canvas of one, committed as soon
-as it is chosen.
+Gemma 4 decodes only this way; DiffusionGemma's weights also run this way, which is the baseline for its diffusion. The
+caller gets the events of `generate` except `Denoised`: a token is a canvas of one, committed as soon as it is chosen.
 
     forward   1: the prompt    2: t1    3: t2    ...        each forward reads one token and chooses the next
     token        t1               t2       t3
 
-What is special to a row (limits, stops, thinking budget, banned tokens) is the row's own matter, as in `generate`.
+Everything specific to one row (limits, stops, thinking budget, banned tokens) is kept in the row, as in `generate`.
 
 Invariant: a row's events are a function of (weights, prompt, seed, sampling), never of the other rows; `forwards` in
-its usage counts the forwards that read tokens of the row, the prompt's included.
+its usage counts the forwards that read tokens of the row, including the prompt's.
 Run it:  python -m pytest tests/decoding/test_autoregressive.py
 """
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from blockpress.config import AutoregressiveSampling
 from blockpress.decoding import Cancel, Done, Event, SequenceState
 from blockpress.decoding.generate import images_of, pad
-from blockpress.decoding.scoring import Last, TokenScores, causal_forward, score_tokens
+from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward, score_tokens
 from blockpress.diffusion import KeyedDraws, TokenMask
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
@@ -42,15 +41,15 @@ def generate_autoregressive(
     sampling: AutoregressiveSampling = GREEDY,
     cancel: Cancel | None = None,
 ) -> Iterator[Event]:
-    """Answer every row's prompt, token by token; events come in the order of time, tagged with their row's index.
+    """Answer every row's prompt, token by token. Events come in chronological order, tagged with their row's index.
 
     Args:
-        rows: prompts with their seeds, stop rules and limits, made with `canvas_length=1`; each row's index is its own.
-        sampling: how a token is chosen. Its stop texts are the matter of the rows' turns.
-        cancel: asked before every forward; once it is set, every row still under way ends as "cancelled".
+        rows: prompts with their seeds, stop rules and limits, made with `canvas_length=1`; no two share an index.
+        sampling: how a token is chosen. Its stop texts are left to the rows' output processors.
+        cancel: checked before every forward; once it is set, every unfinished row ends as "cancelled".
     """
     live, forwards = list(rows), Counter[int]()
-    fresh, images = [row.prompt for row in live], images_of(live)
+    new_tokens, images = [row.prompt for row in live], images_of(live)
     cache = network.empty_cache(len(live))
     last = torch.empty(len(live), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
     while True:
@@ -58,50 +57,52 @@ def generate_autoregressive(
             for row in live:
                 yield from with_usage(row.cancel(), forwards)
             return
-        last, cache = extend_cache(network, fresh, cache, last, images)
-        forwards.update(row.index for row, tokens in zip(live, fresh, strict=True) if tokens)
+        last, cache = extend_cache(network, new_tokens, cache, last, images)
+        forwards.update(row.index for row, tokens in zip(live, new_tokens, strict=True) if tokens)
         for row, token in zip(live, sample_next(network, live, last, sampling).tolist(), strict=True):
             row.draft([token], steps=0)
-        told, asked = score_proposals(network, live, last, cache)
-        forwards.update(row.index for row, tokens in zip(live, asked, strict=True) if len(tokens) > 1)
-        for row, judged in zip(live, told, strict=True):
-            yield from with_usage(row.commit(judged.logprobs), forwards)
-        going = [place for place, row in enumerate(live) if row.finish_reason is None]
-        if not going:
+        scores, proposals = score_proposals(network, live, last, cache)
+        forwards.update(row.index for row, tokens in zip(live, proposals, strict=True) if len(tokens) > 1)
+        for row, token_scores in zip(live, scores, strict=True):
+            yield from with_usage(row.commit(token_scores.logprobs), forwards)
+        unfinished = [i for i, row in enumerate(live) if row.finish_reason is None]
+        if not unfinished:
             return
-        live, fresh, images = [live[place] for place in going], [live[place].new_tokens for place in going], None
-        if len(going) < len(last):
-            kept = torch.tensor(going, device=network.device)
-            cache, last = cache.select(kept), last[kept]
+        live, new_tokens, images = [live[i] for i in unfinished], [live[i].new_tokens for i in unfinished], None
+        if len(unfinished) < len(last):
+            selected = torch.tensor(unfinished, device=network.device)
+            cache, last = cache.select(selected), last[selected]
 
 
 def extend_cache(
-    network: Network, fresh: Sequence[list[int]], cache: Cache, last: Tensor, images: Images | None = None
+    network: Network, tokens: Sequence[list[int]], cache: Cache, last: Tensor, images: Images | None = None
 ) -> tuple[Tensor, Cache]:
-    """The causal pass over one list of tokens a row: the hidden state of each row's last token, [rows, 1, hidden].
+    """The causal pass over one list of tokens per row.
 
-    A row without tokens, which chooses its next token once more, keeps the hidden state that it had in `last`.
+    Returns:
+        the hidden state of each row's last token, [rows, 1, hidden], and the extended cache. A row without tokens,
+        which chooses its next token again, keeps its hidden state in `last`.
     """
-    if not any(fresh):
+    if not any(tokens):
         return last, cache
-    padded, counts = pad(network, fresh)
+    padded, counts = pad(network, tokens)
     hidden, cache = network.read(padded, cache, counts, images)
-    place = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-    return torch.where((counts > 0)[:, None, None], hidden.gather(1, place), last), cache
+    index = (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+    return torch.where((counts > 0)[:, None, None], hidden.gather(1, index), last), cache
 
 
 def sample_next(
-    network: Network, rows: Sequence[SequenceState], last: Last, sampling: AutoregressiveSampling
+    network: Network, rows: Sequence[SequenceState], last: LastHidden, sampling: AutoregressiveSampling
 ) -> Int[Tensor, " rows"]:
-    """The next token of each row, from the hidden state of its last one; on a GPU nobody waits for it here.
+    """The next token of each row, from the hidden state of its last token; on a GPU this does not wait for it.
 
-    A draw is keyed by (seed, number of the token, how often it was begun again), so it is the row's own.
+    A draw is keyed by (seed, number of the token, how often it was redone), so it does not depend on other rows.
     """
     logits = network.logits(last)
-    every = torch.arange(len(rows), device=network.device)
-    edits = TokenMask.of([row.banned_ids for row in rows], 1, network.device)
-    if edits is not None:
-        logits = edits(every, logits)
+    all_rows = torch.arange(len(rows), device=network.device)
+    token_mask = TokenMask.of([row.banned_ids for row in rows], 1, network.device)
+    if token_mask is not None:
+        logits = token_mask(all_rows, logits)
     if sampling.temperature == 0:
         return logits[:, 0].argmax(-1)
     scaled = logits / sampling.temperature
@@ -111,28 +112,29 @@ def sample_next(
         scaled = keep_top_p(scaled, sampling.top_p)
     seeds, numbers = [row.seed for row in rows], [row.canvas_number for row in rows]
     draws = KeyedDraws(seeds, numbers, length=1, vocab=network.config.vocab_size, device=network.device)
-    return draws.sample(every, 0, scaled)[:, 0]
+    return draws.sample(all_rows, 0, scaled)[:, 0]
 
 
 def score_proposals(
     network: Network, rows: Sequence[SequenceState], last: Tensor, cache: Cache
 ) -> tuple[list[TokenScores], list[list[int]]]:
-    """What the causal pass says of what each row is about to commit, and those tokens; nothing where a row tells none.
+    """The causal pass's scores of the tokens that each row is about to commit, and those tokens; none for a row without
+    `logprobs`.
 
-    It costs no forward but where a turn puts tokens of its own in place of the drawn one: the second of them follows
-    from the first.
+    It costs a forward only if an output processor replaces the drawn token with several: the second follows from the
+    first.
     """
-    asked = [[] if row.logprobs is None else row.proposal for row in rows]
-    states, _ = causal_forward(network, [tokens[:-1] for tokens in asked], last, cache)
-    return score_tokens(network, states, rows, asked), asked
+    proposals = [[] if row.logprobs is None else row.proposal for row in rows]
+    states, _ = causal_forward(network, [tokens[:-1] for tokens in proposals], last, cache)
+    return score_tokens(network, states, rows, proposals), proposals
 
 
 def with_usage(events: Iterator[Event], forwards: Counter[int]) -> Iterator[Event]:
-    """The events, the usage in a reply counted in tokens: no canvases, no steps, the forwards of the row."""
+    """The events, with the usage in a reply counted in tokens: no canvases, no steps, the forwards of the row."""
     for event in events:
         if isinstance(event, Done):
-            usage, made = event.reply.usage, forwards[event.row]
-            each = usage.completion_tokens / made if made else 0.0
-            usage = replace(usage, canvases=0, steps=0, forwards=made, tokens_per_forward=each)
+            usage, count = event.reply.usage, forwards[event.row]
+            per_forward = usage.completion_tokens / count if count else 0.0
+            usage = replace(usage, canvases=0, steps=0, forwards=count, tokens_per_forward=per_forward)
             event = replace(event, reply=replace(event.reply, usage=usage))
         yield event

@@ -1,6 +1,6 @@
-"""What is told about an answer: events while it grows, its usage, the reply.
+"""What the caller gets for a prompt: events while the answer grows, its usage, the reply.
 
-Invariant: events are values that nobody changes; the texts of a row's events, joined, are its reply's.
+Invariant: events are immutable; the texts of a row's events, joined, are its reply's.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What was read and returned (tokens), and what was computed for it.
+    """Tokens read and returned, and what was computed for them.
 
     steps: denoising steps over all canvases. forwards: runs of the network after prefill, steps and commits.
-    tokens_per_forward: returned tokens a forward. reasoning_tokens: of the returned ones, those inside thoughts, the
-    control tokens around them left out. thought_cut: whether the budget closed a thought. empty_retries: canvases that
-    were written again because they ended the answer before it began; their steps are counted, their tokens are not.
-    checks: how often the causal pass checked a settled canvas. rounds: how often it had part of one denoised again. A
-    check is a forward; where it agrees with all of a canvas, it is the commit as well.
+    tokens_per_forward: returned tokens per forward. reasoning_tokens: returned tokens inside thoughts, without the
+    control tokens around them. thought_cut: whether the budget closed a thought. empty_retries: canvases that were
+    written again because they ended the answer before it began; their steps are counted, their tokens are not.
+    checks: verifications of settled canvases by the causal pass. rounds: how often one led to a redo of part of a
+    canvas. A verification is a forward; where it accepts the whole canvas, it is also the commit.
     """
 
     prompt_tokens: int
@@ -44,9 +44,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """What the causal pass thinks of a token behind the ones before it: natural logarithms, at temperature 1.
+    """The log-probability of a token given those before it, by the causal pass: natural logarithm, temperature 1.
 
-    top: the likeliest tokens there with theirs, the best first, as many as were asked for.
+    top: the likeliest tokens at this position with their log-probabilities, best first, as many as were requested.
     """
 
     token: int
@@ -56,10 +56,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Reply:
-    """The whole answer. `text` is None where the model has no tokenizer; `tokens` ends with the stop id if one came.
+    """The whole answer. `text` is None if the model has no tokenizer; `tokens` ends with the stop id if there was one.
 
-    Of a chat also: the thought (None without one), the tool calls, and what began like a call and is none.
-    logprobs: one for each of `tokens`, in their order; None where they were not asked for.
+    For a chat also the thought (None without one), the tool calls, and the malformed ones.
+    logprobs: one for each of `tokens`, in order; None if they were not requested.
     """
 
     text: str | None
@@ -73,9 +73,9 @@ class Reply:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a message of a chat's history, its calls numbered: what the next `chat` takes.
+        """The answer as a message of a chat's history, with its calls numbered: what the next `chat` takes.
 
-        A broken call has no form there and is left out.
+        A malformed call cannot be represented there and is left out.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or ""}
         if self.thinking is not None:
@@ -94,10 +94,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Denoised:
-    """One step of one row: what the canvas looked like and what the step made of it. Entropies in nats.
+    """One denoising step of one row, with entropies in nats.
 
-    attempt: how many times this canvas has been begun again. checks: how many times the causal pass has checked it and
-    has had the rest of it denoised again.
+    changed: positions whose argmax differs from the previous step's. attempt: how many times this canvas has been restarted because the answer was empty. checks: how many verifications
+    have had the rest of it redone.
     """
 
     row: int
@@ -114,9 +114,9 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Committed:
-    """A canvas is finished: its returned tokens, their log-probabilities if asked for, and the steps that it took.
+    """A canvas is finished: its returned tokens, their log-probabilities if requested, and the number of steps it took.
 
-    A stop text that begins in one canvas and ends in the next takes tokens back: `Reply.tokens` has the last word.
+    A stop text that spans two canvases removes tokens of the first one later; `Reply.tokens` is final.
     """
 
     row: int
@@ -128,7 +128,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that will not change any more."""
+    """Text that is final."""
 
     row: int
     text: str
@@ -136,7 +136,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """Text of a chat's thought that will not change any more."""
+    """Text of a chat's thought that is final."""
 
     row: int
     text: str
@@ -144,7 +144,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True)
 class ToolCallEvent:
-    """A tool call is whole."""
+    """A tool call is complete."""
 
     row: int
     call: ToolCall
@@ -152,7 +152,7 @@ class ToolCallEvent:
 
 @dataclass(frozen=True)
 class MalformedToolCallEvent:
-    """A tool call was begun and cannot be read."""
+    """A tool call was started but cannot be parsed."""
 
     row: int
     call: MalformedToolCall
@@ -168,7 +168,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The row ended with an error of its own; what was told before stands, and no `Done` follows."""
+    """The row ended with an error of its own; earlier events remain valid, and no `Done` follows."""
 
     row: int
     error: BlockpressError

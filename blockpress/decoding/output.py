@@ -1,6 +1,6 @@
-"""How an answer's tokens are read: as one text, or by somebody who knows more about them.
+"""How an answer's tokens become output: as one text, or by a processor that knows more about them.
 
-Invariant: a turn belongs to one row and is told each of its returned tokens once, in order.
+Invariant: an output processor belongs to one row and is given each of its returned tokens once, in order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from blockpress.chat import Piece, TextDelta
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Text of a growing list of tokens; `text.StreamDecoder` is one."""
+    """Decodes a growing list of tokens into text; `text.StreamDecoder` is one."""
 
     @property
     def stopped(self) -> str | None: ...
@@ -28,9 +28,9 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class OutputProcessor(Protocol):
-    """What is special about an answer: how its tokens are read, and where it goes another way than the model would.
+    """What is specific to one answer: how its tokens become output, and where it departs from what the model wrote.
 
-    `TextOutputProcessor` reads them as one text; `chat.ChatOutputProcessor` knows thoughts and tool calls.
+    `TextOutputProcessor` makes one text of them; `chat.ChatOutputProcessor` knows thoughts and tool calls.
     """
 
     @property
@@ -40,17 +40,17 @@ class OutputProcessor(Protocol):
 
     @property
     def has_text(self) -> bool:
-        """Whether the tokens become text at all."""
+        """Whether the tokens are decoded to text at all."""
         ...
 
     @property
     def tokens_used(self) -> int:
-        """How many of the taken tokens the answer needs; fewer than all behind a stop text."""
+        """How many of the taken tokens belong to the answer; fewer than all if a stop text cut it."""
         ...
 
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
-        """Ids that the next canvas must not hold, and at which places."""
+        """Ids that the next canvas must not hold, and at which positions."""
         ...
 
     @property
@@ -59,25 +59,25 @@ class OutputProcessor(Protocol):
         ...
 
     def cut(self, tokens: list[int]) -> list[int]:
-        """The tokens of a canvas that count. Where they are not all, the answer goes on behind them, with a canvas."""
+        """The tokens of a canvas that count; if some are dropped, the answer continues after them with a new canvas."""
         ...
 
     def should_retry(self, tokens: list[int]) -> bool:
-        """Whether a canvas that ended the answer, with these tokens, is to be written once more."""
+        """Whether a canvas that ended the answer, with these tokens, should be written again."""
         ...
 
     def take(self, tokens: list[int]) -> list[Piece]:
-        """Tokens that are returned; what they say that is newly certain."""
+        """Take returned tokens; gives the output that is now final."""
         ...
 
     def finish(self) -> list[Piece]:
-        """No more tokens come; the rest of what they say."""
+        """No more tokens follow; gives the rest of the output."""
         ...
 
 
 @final
 class TextOutputProcessor:
-    """An answer that is one text, or, without a decoder, tokens alone."""
+    """An answer that is one text, or just tokens if there is no decoder."""
 
     def __init__(self, decoder: Decoder | None) -> None:
         self._decoder = decoder

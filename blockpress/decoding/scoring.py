@@ -1,13 +1,13 @@
-"""What the causal pass thinks of tokens: which it would have written, and how likely it holds those that stand there.
+"""Scores of tokens under the causal pass: the tokens that it would have written, and the log-probabilities of both.
 
     context ... c      tokens   t0   t1   t2
-    state behind       c        t0   t1              each speaks of the token below the next place
-    speaks of          t0       t1   t2
+    hidden state of    c        t0   t1              each predicts the token after it
+    predicts           t0       t1   t2
 
-Log-probabilities are the model's own: at temperature 1, whatever a row is banned. What it would have written is the
-best of what the row is not banned, as token by token.
+Log-probabilities are the model's own: at temperature 1, ignoring the row's banned ids. The token that it would have
+written is the likeliest one that the row has not banned, as in autoregressive decoding.
 
-Invariant: memory does not grow with tokens times vocabulary: `ops/vocabulary` holds a block of products at a time.
+Invariant: memory does not grow with tokens times vocabulary: `ops/vocabulary` holds one block of logits at a time.
 Run it:  python -m pytest tests/decoding/test_scoring.py
 """
 
@@ -27,18 +27,18 @@ from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
 from blockpress.ops.transfer import to_device, to_host
 
-Last = Float[Tensor, "rows 1 hidden"]
+LastHidden = Float[Tensor, "rows 1 hidden"]
 """The hidden state of the last token of each row's context."""
 States = Float[Tensor, "rows states hidden"]
-"""Hidden states that speak of tokens: at place i that of the token before token i."""
+"""Hidden states that predict tokens: at position i, the state of the token before token i."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the causal pass says of some tokens of a row, place by place.
+    """The causal pass's scores of some tokens of a row, one entry per position.
 
-    expected: what it would have written there. said, instead: the log-probabilities of the tokens and of the expected
-    ones; nothing where the row does not tell any.
+    greedy_ids: the tokens that it would have written. logprobs, greedy_logprobs: the log-probabilities of the row's
+    tokens and of the greedy ones; empty for a row without `logprobs`.
     """
 
     greedy_ids: list[int]
@@ -46,81 +46,84 @@ class TokenScores:
     greedy_logprobs: list[TokenLogprob]
 
 
-def causal_forward(network: Network, asked: Sequence[list[int]], last: Last, cache: Cache) -> tuple[States, Cache]:
-    """The causal pass over tokens that may yet be taken back: one list a row, which may be empty.
+def causal_forward(
+    network: Network, drafts: Sequence[list[int]], last: LastHidden, cache: Cache
+) -> tuple[States, Cache]:
+    """The causal pass over drafts, tokens that may still be rejected: one list per row, which may be empty.
 
     Args:
-        last: of the context that the cache holds.
+        last: the hidden state of the last token in the cache.
 
     Returns:
-        the states that speak of them, `last` first, and behind the tokens that of the last of them: 1 + longest a row;
-        and the cache with all the tokens.
+        the hidden states that predict them, starting with `last` and ending with the state after the last token,
+        [rows, 1 + longest draft, hidden]; and the cache with all the tokens.
     """
-    if not any(asked):
+    if not any(drafts):
         return last, cache
-    padded, counts = pad(network, asked)
+    padded, counts = pad(network, drafts)
     hidden, cache = network.read(padded, cache, counts)
     return torch.cat((last, hidden), dim=1), cache
 
 
 def score_tokens(
-    network: Network, states: States, rows: Sequence[SequenceState], asked: Sequence[list[int]]
+    network: Network, states: States, rows: Sequence[SequenceState], drafts: Sequence[list[int]]
 ) -> list[TokenScores]:
-    """What the causal pass says of one list of tokens a row, given the states that speak of them (`causal_forward`)."""
-    if not any(asked):
-        return [TokenScores([], [], []) for _ in asked]
-    config, tokens = network.config, [token for own in asked for token in own]
+    """Score one list of tokens per row, given the hidden states that predict them (`causal_forward`)."""
+    if not any(drafts):
+        return [TokenScores([], [], []) for _ in drafts]
+    config, tokens = network.config, [token for draft in drafts for token in draft]
     tops = [row.logprobs for row in rows if row.logprobs is not None]
-    found = vocabulary.score_targets(
-        torch.cat([states[row, : len(own)] for row, own in enumerate(asked)]),
+    result = vocabulary.score_targets(
+        torch.cat([states[row, : len(draft)] for row, draft in enumerate(drafts)]),
         network.embed_tokens.weight,
         cap=config.softcap,
         tokens=to_device(torch.tensor(tokens), network.device),
         top=min(max(tops), config.vocab_size) if tops else None,
         wide=config.has_canvas,
-        banned=_banned(rows, asked, network.device),
+        banned=_banned(rows, drafts, network.device),
     )
-    columns = [found.greedy[:, None]]
-    if found.logprobs is not None:
-        told = found.logprobs
-        columns += [told.target[:, None], told.greedy[:, None], told.top_ids, told.top]
-    table = to_host(
-        torch.cat([column.double() for column in columns], dim=1)
-    ).tolist()  # waited for once; ids are exact
-    expected, said, instead = [int(line[0]) for line in table], [], []
+    columns = [result.greedy[:, None]]
+    if result.logprobs is not None:
+        parts = result.logprobs
+        columns += [parts.target[:, None], parts.greedy[:, None], parts.top_ids, parts.top]
+    # One copy, waited for once; float64 holds ids exactly.
+    table = to_host(torch.cat([column.double() for column in columns], dim=1)).tolist()
+    greedy_ids, logprobs, greedy_logprobs = [int(line[0]) for line in table], [], []
     for token, (greedy, *line) in zip(tokens, table if tops else [], strict=bool(tops)):
-        own, best, *top = line
+        logprob, greedy_logprob, *top = line
         ids, values = map(int, top[: len(top) // 2]), top[len(top) // 2 :]
         pairs = tuple(zip(ids, values, strict=True))
-        said.append(TokenLogprob(token, own, pairs))
-        instead.append(TokenLogprob(int(greedy), best, pairs))
-    return _a_row_each(rows, asked, TokenScores(expected, said, instead))
+        logprobs.append(TokenLogprob(token, logprob, pairs))
+        greedy_logprobs.append(TokenLogprob(int(greedy), greedy_logprob, pairs))
+    return _split_by_row(rows, drafts, TokenScores(greedy_ids, logprobs, greedy_logprobs))
 
 
 def _banned(
-    rows: Sequence[SequenceState], asked: Sequence[list[int]], device: torch.device
+    rows: Sequence[SequenceState], drafts: Sequence[list[int]], device: torch.device
 ) -> vocabulary.BannedTokens | None:
-    """The rows' banned ids for the tokens that are asked about, every one a row of its own."""
-    edits = TokenMask.of([row.banned_ids for row in rows], max(map(len, asked)), device)
-    if edits is None:
+    """The rows' banned ids, one entry for each token of the drafts."""
+    token_mask = TokenMask.of([row.banned_ids for row in rows], max(map(len, drafts)), device)
+    if token_mask is None:
         return None
-    return edits.ids, torch.cat([edits.banned[row, : len(own)] for row, own in enumerate(asked)])
+    return token_mask.ids, torch.cat([token_mask.banned[row, : len(draft)] for row, draft in enumerate(drafts)])
 
 
-def _a_row_each(rows: Sequence[SequenceState], asked: Sequence[list[int]], every: TokenScores) -> list[TokenScores]:
-    """Cut what was found for all tokens into what each row asked for."""
-    found, start = [], 0
-    for row, own in zip(rows, asked, strict=True):
-        part, top, start = slice(start, start + len(own)), row.logprobs, start + len(own)
-        told = [[], []] if top is None else [_shortened(x[part], top) for x in (every.logprobs, every.greedy_logprobs)]
-        found.append(TokenScores(every.greedy_ids[part], *told))
-    return found
+def _split_by_row(rows: Sequence[SequenceState], drafts: Sequence[list[int]], scores: TokenScores) -> list[TokenScores]:
+    """Split the scores of all tokens into those of each row's draft, with as many alternatives as the row wants."""
+    result, start = [], 0
+    for row, draft in zip(rows, drafts, strict=True):
+        part, top, start = slice(start, start + len(draft)), row.logprobs, start + len(draft)
+        logprobs = (
+            [[], []] if top is None else [_with_top(x[part], top) for x in (scores.logprobs, scores.greedy_logprobs)]
+        )
+        result.append(TokenScores(scores.greedy_ids[part], *logprobs))
+    return result
 
 
-def _shortened(said: Sequence[TokenLogprob], top: int) -> list[TokenLogprob]:
-    return [TokenLogprob(each.token, each.logprob, each.top[:top]) for each in said]
+def _with_top(logprobs: Sequence[TokenLogprob], top: int) -> list[TokenLogprob]:
+    return [TokenLogprob(scored.token, scored.logprob, scored.top[:top]) for scored in logprobs]
 
 
-def gather_last_hidden(states: States, kept: Int[Tensor, " rows"]) -> Last:
-    """Of what `causal_forward` gave: the state behind the first `kept` tokens of each row."""
-    return states.gather(1, kept[:, None, None].expand(-1, 1, states.shape[-1]))
+def gather_last_hidden(states: States, num_kept: Int[Tensor, " rows"]) -> LastHidden:
+    """The hidden state after the first `num_kept` tokens of each row's draft, out of those of `causal_forward`."""
+    return states.gather(1, num_kept[:, None, None].expand(-1, 1, states.shape[-1]))

@@ -1,19 +1,19 @@
-"""Diffusion that the causal pass looks at: it checks settled canvases, and gives log-probabilities.
+"""Diffusion with a causal pass over each settled canvas, which verifies it and gives log-probabilities.
 
-    canvas     the cat sat in a hat.       settled
-    expected   the cat sat on a mat.       what the causal pass would have written behind each token before
-    agreed     the cat sat                 up to the first disagreement
-    pins       the cat sat on              and there the causal pass's own token
-    again      the cat sat on ? ????       the rest is denoised again, under fresh draws, at most `checks` times
+    canvas     the cat sat in a hat.       settled: the draft
+    greedy     the cat sat on a mat.       what the causal pass would have written after each prefix
+    accepted   the cat sat                 up to the first disagreement
+    pins       the cat sat on              plus the causal pass's own token there
+    redo       the cat sat on ? ????       the rest is denoised again, with new draws, at most `checks` times
 
-The pass that checks is the commit, too: where it agrees with all that counts, nothing is read twice. A canvas that
-ends in agreement is what the same weights write token by token, greedily; every check proves at least one token more.
-Why the first disagreement is pinned: docs/adr/0014-verified-decoding.md.
+The verification is also the commit: where it accepts the whole draft, nothing is read twice. A canvas that ends in full
+agreement is what the same weights write by greedy autoregressive decoding; every verification settles at least one more
+token. Why the first disagreement is pinned: docs/adr/0014-verified-decoding.md.
 
-`verify_draft` and `apply_verification` are the policy. They know neither pages nor batches: whoever runs the passes
-calls them.
+`verify_draft` and `apply_verification` are the policy. They know nothing of pages or batches; this loop and the engine
+both call them.
 
-Invariant: without checks and log-probabilities the events are those of `generate`, one by one.
+Invariant: without verification and log-probabilities the events are exactly those of `generate`.
 Run it:  python -m pytest tests/decoding/test_verified.py
 """
 
@@ -28,7 +28,7 @@ from blockpress.config import Sampling
 from blockpress.decoding import Cancel, Event, SequenceState, common_prefix
 from blockpress.decoding.autoregressive import extend_cache
 from blockpress.decoding.generate import denoise_canvases, images_of
-from blockpress.decoding.scoring import Last, TokenScores, causal_forward, gather_last_hidden, score_tokens
+from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward, gather_last_hidden, score_tokens
 from blockpress.diffusion import Denoiser, Draws, KeyedDraws
 from blockpress.model import Cache, Network
 
@@ -39,76 +39,80 @@ def generate_verified(
     rows: Sequence[SequenceState],
     sampling: Sampling,
     cancel: Cancel | None = None,
-    keyed: Callable[..., Draws] = KeyedDraws,
-    denoiser: Callable[[Network, Cache], Denoiser] | None = None,
+    make_draws: Callable[..., Draws] = KeyedDraws,
+    make_denoiser: Callable[[Network, Cache], Denoiser] | None = None,
 ) -> Iterator[Event]:
-    """Answer every row's prompt as `generate` does, the causal pass looking at each settled canvas before its commit.
+    """Answer every row's prompt as `generate` does, with a causal pass over each settled canvas before its commit.
 
     Args:
-        sampling: `checks` says how often at most a canvas is checked.
-        rows, cancel, keyed, denoiser: as in `generate`; a row's `logprobs` are told.
+        sampling: `checks` is the most verifications per canvas.
+        rows, cancel, make_draws, make_denoiser: as in `generate`; rows with `logprobs` get log-probabilities.
     """
     live = list(rows)
     last, cache = prefill_verified(network, live)
     while True:
-        if not (yield from denoise_canvases(network, live, cache, sampling, cancel, keyed, denoiser)):
+        if not (yield from denoise_canvases(network, live, cache, sampling, cancel, make_draws, make_denoiser)):
             return
-        asked = [row.proposal if needs_causal_pass(row, sampling.checks) else [] for row in live]
-        states, seen = causal_forward(network, asked, last, cache)
-        for row, tokens, judged in zip(live, asked, score_tokens(network, states, live, asked), strict=True):
-            yield from apply_verification(row, judged, sampling.checks) if tokens else row.commit()
-        going = [place for place, row in enumerate(live) if row.finish_reason is None]
-        if not going:
+        proposals = [row.proposal if needs_causal_pass(row, sampling.checks) else [] for row in live]
+        states, extended = causal_forward(network, proposals, last, cache)
+        for row, tokens, scores in zip(live, proposals, score_tokens(network, states, live, proposals), strict=True):
+            yield from apply_verification(row, scores, sampling.checks) if tokens else row.commit()
+        unfinished = [i for i, row in enumerate(live) if row.finish_reason is None]
+        if not unfinished:
             return
-        kept = torch.tensor([row.num_kept for row in live], device=network.device)
-        last, cache = gather_last_hidden(states, kept), seen.until(cache.lengths + kept)
-        if len(going) < len(live):
-            chosen = torch.tensor(going, device=network.device)
-            live, last, cache = [live[place] for place in going], last[chosen], cache.select(chosen)
-        last, cache = extend_cache(
-            network, [row.new_tokens for row in live], cache, last
-        )  # what a check has not committed
+        num_kept = torch.tensor([row.num_kept for row in live], device=network.device)
+        last, cache = gather_last_hidden(states, num_kept), extended.until(cache.lengths + num_kept)
+        if len(unfinished) < len(live):
+            selected = torch.tensor(unfinished, device=network.device)
+            live, last, cache = [live[i] for i in unfinished], last[selected], cache.select(selected)
+        # What the verification has not committed already.
+        last, cache = extend_cache(network, [row.new_tokens for row in live], cache, last)
 
 
-def prefill_verified(network: Network, rows: Sequence[SequenceState]) -> tuple[Last, Cache]:
-    """The context of every row's prompt, and the hidden state of its last token."""
-    nothing = torch.zeros(len(rows), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
-    return extend_cache(network, [row.prompt for row in rows], network.empty_cache(len(rows)), nothing, images_of(rows))
+def prefill_verified(network: Network, rows: Sequence[SequenceState]) -> tuple[LastHidden, Cache]:
+    """The hidden state of the last token of every row's prompt, and the KV cache of the prompts."""
+    zeros = torch.zeros(len(rows), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
+    return extend_cache(network, [row.prompt for row in rows], network.empty_cache(len(rows)), zeros, images_of(rows))
 
 
 def needs_causal_pass(row: SequenceState, checks: int) -> bool:
-    """Whether the causal pass must read a row's proposal before it is known what becomes of its draft."""
+    """Whether a causal pass must read a row's proposal before its draft can be committed."""
     return bool(row.proposal) and (row.checks < checks or row.logprobs is not None)
 
 
-def apply_verification(row: SequenceState, judged: TokenScores, checks: int) -> Iterator[Event]:
-    """The causal pass has read a row's proposal: what it says makes of the draft a commit, or a canvas denoised again.
+def apply_verification(row: SequenceState, scores: TokenScores, checks: int) -> Iterator[Event]:
+    """Commit a row's draft or have the canvas redone, by the causal pass's scores of the row's proposal.
 
-    Afterwards `row.num_kept` of the tokens that it read are context, and `row.new_tokens` are still to be read. Where
-    the canvas is denoised again both are empty, `row.pins` hold from its first noise on, and `row.canvas_number` keys
-    its draws.
+    Afterwards the first `row.num_kept` of the tokens that it read are context, and `row.new_tokens` are yet to be read.
+    If the canvas is redone, the one is 0 and the other empty, `row.pins` hold from its first noise on, and a new
+    `row.canvas_number` keys its draws.
     """
-    check, proposal, said = row.checks < checks, row.proposal, judged.logprobs
-    row.count_causal_pass(check=check)
-    if check:
-        # A turn may put a token of its own behind the canvas's (the end of a thought); nobody may overrule that.
-        own = common_prefix(proposal, row.drafted)
-        found = verify_draft(proposal[:own], judged.greedy_ids[:own], row.pins, row.stop_ids, row.max_draft_tokens)
-        if found.num_accepted < own:
-            row.correct(found.tokens)
-            said = [*said[: found.num_accepted], *judged.greedy_logprobs[found.num_accepted : found.num_accepted + 1]]
-            if not found.finished or row.proposal != found.tokens:
-                row.redo(found.pins)
+    verify, proposal, logprobs = row.checks < checks, row.proposal, scores.logprobs
+    row.count_causal_pass(verification=verify)
+    if verify:
+        # The output processor may append a token of its own (the end of a thought), which is never verified.
+        length = common_prefix(proposal, row.draft_tokens)
+        verification = verify_draft(
+            proposal[:length], scores.greedy_ids[:length], row.pins, row.stop_ids, row.max_draft_tokens
+        )
+        if verification.num_accepted < length:
+            row.correct(verification.tokens)
+            logprobs = [
+                *logprobs[: verification.num_accepted],
+                *scores.greedy_logprobs[verification.num_accepted : verification.num_accepted + 1],
+            ]
+            if not verification.finished or row.proposal != verification.tokens:
+                row.redo(verification.pins)
                 return
-    yield from row.commit(said)
+    yield from row.commit(logprobs)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check makes of a settled canvas.
+    """The outcome of verifying a settled canvas.
 
-    agreed: its tokens that stand, from the first on. tokens: these, and behind them the causal pass's own where it
-    disagreed. pins: what the next round must hold. finished: nothing is open; `tokens` are to be committed.
+    num_accepted: how many of its first tokens are accepted. tokens: these, then the causal pass's own token if it
+    disagreed. pins: the tokens that a redo must hold. finished: `tokens` can be committed; nothing is left to redo.
     """
 
     num_accepted: int
@@ -119,28 +123,30 @@ class Verification:
 
 def verify_draft(
     tokens: Sequence[int],
-    expected: Sequence[int],
-    pinned: Mapping[int, int],
+    greedy_ids: Sequence[int],
+    pins: Mapping[int, int],
     stop_ids: Container[int],
-    most: int,
+    max_tokens: int,
 ) -> Verification:
-    """Compare a settled canvas with what the causal pass would have written at each of its places.
+    """Compare a settled canvas with what the causal pass would have written at each of its positions.
 
     Args:
-        tokens: those that count: up to the first stop id, the limits of the answer, and what its turn keeps.
-        expected: for each of them the causal pass's argmax behind the tokens before it.
-        pinned: places that are not compared: a pin stands, be it the caller's or of an earlier check.
-        most: places of a canvas that can count; behind so many tokens nothing is open.
+        tokens: those that count: up to the first stop id or the answer's limits, as the output processor cuts them.
+        greedy_ids: for each of them, the causal pass's argmax after the tokens before it.
+        pins: positions that are not compared: a pin stands, whether the caller's or from an earlier verification.
+        max_tokens: how many positions of the canvas can count; once so many are accepted, nothing is left to redo.
 
-    >>> verdict([5, 6, 7, 8], [5, 6, 9, 8], {}, {1}, 4)
-    Verification(agreed=2, tokens=[5, 6, 9], pins={0: 5, 1: 6, 2: 9}, finished=False)
-    >>> verdict([5, 6, 7, 8], [5, 6, 1, 8], {}, {1}, 4)
-    Verification(agreed=2, tokens=[5, 6, 1], pins={0: 5, 1: 6, 2: 1}, finished=True)
-    >>> verdict([5, 1], [5, 1], {0: 5}, {1}, 4).finished
+    >>> verify_draft([5, 6, 7, 8], [5, 6, 9, 8], {}, {1}, 4)
+    Verification(num_accepted=2, tokens=[5, 6, 9], pins={0: 5, 1: 6, 2: 9}, finished=False)
+    >>> verify_draft([5, 6, 7, 8], [5, 6, 1, 8], {}, {1}, 4)
+    Verification(num_accepted=2, tokens=[5, 6, 1], pins={0: 5, 1: 6, 2: 1}, finished=True)
+    >>> verify_draft([5, 1], [5, 1], {0: 5}, {1}, 4).finished
     True
     """
-    places = zip(tokens, expected, strict=True)
-    agreed = next((i for i, (own, best) in enumerate(places) if i not in pinned and own != best), len(tokens))
-    stands = [*tokens[:agreed], *expected[agreed : agreed + 1]]
-    closed = agreed == len(tokens) or expected[agreed] in stop_ids or len(stands) == most
-    return Verification(agreed, stands, {**pinned, **dict(enumerate(stands))}, closed)
+    pairs = zip(tokens, greedy_ids, strict=True)
+    num_accepted = next(
+        (i for i, (token, greedy) in enumerate(pairs) if i not in pins and token != greedy), len(tokens)
+    )
+    accepted = [*tokens[:num_accepted], *greedy_ids[num_accepted : num_accepted + 1]]
+    finished = num_accepted == len(tokens) or greedy_ids[num_accepted] in stop_ids or len(accepted) == max_tokens
+    return Verification(num_accepted, accepted, {**pins, **dict(enumerate(accepted))}, finished)

@@ -1,4 +1,4 @@
-"""The canvas: noise, schedule, acceptance, settling and the loop. It knows no model."""
+"""The canvas: noise, schedule, acceptance, settling and the loop. It knows nothing of models."""
 
 from blockpress.diffusion.accept import Accept, EntropyBound
 from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise

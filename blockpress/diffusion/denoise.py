@@ -1,12 +1,15 @@
 """The loop: a canvas of noise becomes text.
 
     canvas = noise
-    repeat   reading = denoiser(canvas, signal, temperature)      argmax, sample, entropy, next signal
-             canvas, settled = update(reading, noise)             sample where accepted, fresh noise elsewhere
+    repeat   output = denoiser(canvas, signal, temperature)       argmax, sample, entropy, next signal
+             canvas, settled = update(output, noise)              sample where accepted, new noise elsewhere
                                                                   settled rows leave with their argmax
 
-Invariant: no model in here. A denoiser is a callable that gives a reading; the plain one computes it from full logits,
-faster ones never hold them. Rows do not touch: what a row becomes does not depend on the others.
+`signal` is the self-conditioning embedding: the expected token embedding of each position under the last step's
+probabilities.
+
+Invariant: no model in here. A denoiser is a callable that returns a `DenoiserOutput`; the plain one computes it from
+full logits, faster ones never hold them. Rows are independent: the result of one does not depend on the others.
 Source: reference model, section 2.
 """
 
@@ -32,7 +35,7 @@ from blockpress.shapes import Accepted, Canvas, Entropy, Logits, Signal
 
 @runtime_checkable
 class Draws(Protocol):
-    """Random tokens for the rows of a batch; `KeyedDraws`, or recorded ones in tests."""
+    """The random tokens of a batch's rows: `KeyedDraws`, or recorded ones in tests."""
 
     def noise(self, rows: Int[Tensor, " rows"], step: int) -> Canvas: ...
 
@@ -41,7 +44,7 @@ class Draws(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """One denoising step for some rows of a batch. `signal` is None at the first step, `edits` where there are none."""
+    """One denoising step for some rows of a batch. `signal` is None at step 1, `token_mask` if nothing is banned."""
 
     def __call__(
         self,
@@ -51,13 +54,13 @@ class Denoiser(Protocol):
         signal: Signal | None,
         temperature: Float32[Tensor, ""],
         draws: Draws,
-        edits: TokenMask | None,
+        token_mask: TokenMask | None,
     ) -> DenoiserOutput: ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did to the rows that were still under way; `rows` are their places in the batch."""
+    """The outcome of one step for the rows that were not settled before it; `rows` are their indices in the batch."""
 
     number: int
     rows: Int[Tensor, " rows"]
@@ -76,13 +79,13 @@ def denoise(
     schedule: Schedule,
     accept: Accept,
     settle: Settle,
-    edits: TokenMask | None = None,
+    token_mask: TokenMask | None = None,
     pins: Pins | None = None,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
     A row's result is the argmax of its last step: the one in which it settled, or step `schedule.steps`. `Step.canvas`
-    is what the step read. `edits` and `pins` hold for all steps, by the places of the rows in the batch.
+    is what the step read. `token_mask` and `pins` hold for all steps; their rows are those of the batch.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
@@ -92,18 +95,18 @@ def denoise(
     unchanged = torch.zeros_like(rows)
     signal, previous = None, torch.full_like(canvas, -1)
     for number in range(1, schedule.steps + 1):
-        reading = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, edits)
+        output = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, token_mask)
         if pins is not None:
-            reading = pins(rows, reading)
+            output = pins(rows, output)
         noise = draws.noise(rows, number)
         if pins is not None:
             noise = pins.hold(rows, noise)
-        done = update(reading, noise, previous, unchanged, accept, settle)
-        yield Step(number, rows, canvas, reading.argmax, done.accepted, reading.entropy, done.changed, done.settled)
+        result = update(output, noise, previous, unchanged, accept, settle)
+        yield Step(number, rows, canvas, output.argmax, result.accepted, output.entropy, result.changed, result.settled)
         if number == schedule.steps:
             return
-        live = (~done.settled).nonzero()[:, 0]
+        live = (~result.settled).nonzero()[:, 0]
         if not len(live):
             return
-        rows, canvas, unchanged = rows[live], done.canvas[live], done.unchanged[live]
-        previous, signal = reading.argmax[live], reading.signal[live]
+        rows, canvas, unchanged = rows[live], result.canvas[live], result.unchanged[live]
+        previous, signal = output.argmax[live], output.signal[live]

@@ -5,7 +5,7 @@ Philox4x32-10 with the seed as key and the other four as counter:
     counter   position | step | canvas | purpose          key   seed, low and high 32 bits
 
 so a row draws the same numbers alone or in any batch, on any device, in any order. Step 0 is the first canvas; the
-purpose parts the noise that fills a canvas from the uniform that samples a token.
+purpose separates the noise that fills a canvas from the uniform that samples a token.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); Triton's `tl.philox` has the same order.
 """
 
@@ -30,7 +30,7 @@ LOW = 0xFFFFFFFF
 Words = Int[Tensor, "..."]
 Fractions = Float64[Tensor, "..."]
 Steps = int | Int[Tensor, " rows"]
-"""The number of the step that the rows are at: of all of them, or one by one."""
+"""The number of the step: one for all rows, or one per row."""
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
@@ -57,14 +57,14 @@ def _multiply(word: Words, factor: int) -> tuple[Words, Words]:
 
 
 def _fraction(first: Words, second: Words) -> Fractions:
-    """A number in [0, 1) of the upper 53 bits of two words."""
+    """A number in [0, 1) from the upper 53 bits of two words."""
     return ((first << 21) | (second >> 11)).double() * 2.0**-53
 
 
 class KeyedDraws:
     """The draws of some rows on one canvas each.
 
-    seeds: one whole number a row, taken modulo 2^64. canvases: the number of the canvas that each row writes, from 0.
+    seeds: one integer per row, taken modulo 2^64. canvases: the number of the canvas that each row writes, from 0.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class KeyedDraws:
         length: int,
         vocab: int,
     ) -> KeyedDraws:
-        """The same from tensors: the low and the high 32 bits of the seeds, in int64, and the canvases' numbers."""
+        """The same from int64 tensors: the low and high 32 bits of the seeds, and the numbers of the canvases."""
         draws = cls.__new__(cls)
         draws._hold(low, high, canvases, length, vocab)
         return draws
@@ -101,22 +101,22 @@ class KeyedDraws:
         self._position = torch.arange(length, dtype=torch.int64, device=canvases.device)[None]
 
     def noise(self, rows: Int[Tensor, " rows"], step: Steps) -> Canvas:
-        """Uniform random tokens for the rows: the first canvas at step 0, what is not accepted after a later step."""
+        """Uniform random tokens for the rows: the first canvas at step 0, positions not accepted at a later step."""
         return self._token(self._words(rows, step, NOISE)[0])
 
     def uniform(self, rows: Int[Tensor, " rows"], step: Steps) -> Float64[Tensor, "rows canvas"]:
-        """One uniform number in [0, 1) with 53 random bits for every position."""
+        """One uniform number in [0, 1) per position, with 53 random bits."""
         first, second, _, _ = self._words(rows, step, SAMPLE)
         return _fraction(first, second)
 
     def sample(self, rows: Int[Tensor, " rows"], step: Steps, scaled: Logits) -> Canvas:
-        """A token a position from softmax(scaled)."""
+        """One token per position, drawn from softmax(scaled)."""
         return vocabulary.sample(scaled, self.uniform(rows, step))
 
     def of_step(
         self, number: Int[Tensor, " rows"]
     ) -> tuple[Int[Tensor, "rows canvas"], Int[Tensor, "rows canvas"], Float64[Tensor, "rows canvas"]]:
-        """What a step of every row may need, in one pass: `noise` of step 0, `noise` and `uniform` of step `number`."""
+        """All draws that a step may need, in one pass: `noise` of step 0, `noise` and `uniform` of step `number`."""
         kind = torch.arange(3, device=number.device)[:, None, None]
         step, purpose = number[:, None] * (kind > 0), (kind == 2) * SAMPLE
         first, second, _, _ = philox((self._position, step, self._canvas, purpose), self._key)

@@ -1,6 +1,6 @@
-"""What a denoiser makes of a canvas: all that the loop ever sees of a network.
+"""What a denoiser returns for a canvas: all that the loop ever gets from a network.
 
-Invariant: four values a position and no logits, so that a denoiser need never hold a row of the vocabulary.
+Invariant: four values per position and no logits, so a denoiser never has to hold a row of the vocabulary.
 Run it:  python -m pytest tests/diffusion
 """
 
@@ -14,7 +14,8 @@ from blockpress.shapes import Canvas, Entropy, Signal
 
 @dataclass(frozen=True)
 class DenoiserOutput:
-    """What a denoiser makes of a canvas: best and drawn tokens, entropy in nats, and the signal for its next step."""
+    """What a denoiser returns: the likeliest and the sampled tokens, entropies in nats, and `signal`, the
+    self-conditioning embedding for the next step."""
 
     argmax: Canvas
     sample: Canvas
@@ -22,8 +23,8 @@ class DenoiserOutput:
     signal: Signal
 
     @classmethod
-    def of(cls, seen: SampleStats, canvases: int) -> DenoiserOutput:
-        """What one pass over the vocabulary found at the places of so many canvases, one canvas behind the other."""
-        assert seen.signal is not None, "the signal was not asked for"
-        each = (seen.argmax, seen.sample, seen.entropy, seen.signal)
-        return cls(*(found.unflatten(0, (canvases, -1)) for found in each))
+    def of(cls, stats: SampleStats, num_canvases: int) -> DenoiserOutput:
+        """From one pass over the vocabulary for the positions of `num_canvases` canvases, one canvas after another."""
+        assert stats.signal is not None, "the signal was not computed"
+        values = (stats.argmax, stats.sample, stats.entropy, stats.signal)
+        return cls(*(value.unflatten(0, (num_canvases, -1)) for value in values))

@@ -1,14 +1,14 @@
-"""What must be written where: places of a canvas that hold a given token from the first noise to the last step.
+"""Pinned tokens: positions of a canvas that hold a given token from the first noise to the last step.
 
-    pins     place   0    1    2    3         7 pinned at place 1
-    noise            4    7    9    2         the canvas holds it before the first step
-    argmax           5    7    5    1         whatever the network would rather have there
-    entropy        0.3  0.0  1.1  0.2         a pin is sure: it leaves nothing open, and fills no bound
+    position       0    1    2    3         7 pinned at position 1
+    noise          4    7    9    2         the canvas holds it before the first step
+    argmax         5    7    5    1         whatever the network would prefer there
+    entropy      0.3  0.0  1.1  0.2         a pin is certain, so it uses up none of the entropy bound
 
-A pin is what a belief in one token alone would be: its argmax and its sample are the token, its entropy is 0, and its
-signal is the token's embedding. It counts as a sure place does in the mean entropy by which a canvas settles.
+A pin acts like a probability of 1 for one token: its argmax and its sample are the token, its entropy is 0, and its
+self-conditioning embedding is the token's own. It counts in the mean entropy by which a canvas settles.
 
-Invariant: a row's pins are its own; a row without any is read to the last bit as it was.
+Invariant: pins affect their own row only; the output of a row without pins is unchanged to the last bit.
 Run it:  python -m pytest tests/diffusion/test_pins.py
 """
 
@@ -25,15 +25,16 @@ from blockpress.diffusion.output import DenoiserOutput
 from blockpress.ops.transfer import to_device
 from blockpress.shapes import Canvas, Signal
 
-OPEN = -1
-"""Stands in `Pins.tokens` where nothing is pinned."""
+UNPINNED = -1
+"""The value in `Pins.tokens` at positions without a pin."""
 
 
 @dataclass(frozen=True)
 class Pins:
-    """Row b must hold `tokens[b, i]` at place i where that is not `OPEN`; `signal` is what a pin's signal is.
+    """Row b must hold `tokens[b, i]` at position i where that is not `UNPINNED`.
 
-    tokens: [batch, canvas]. signal: [batch, canvas, hidden], of no meaning where nothing is pinned.
+    tokens: [batch, canvas]. signal: the pins' self-conditioning embeddings, [batch, canvas, hidden]; meaningless where
+    nothing is pinned.
     """
 
     tokens: Canvas
@@ -47,21 +48,21 @@ class Pins:
         embed: Callable[[Canvas], Signal],
         device: torch.device | str = "cpu",
     ) -> Pins | None:
-        """From one mapping a row, place of a canvas of `length` to the token that it must hold.
+        """From one mapping per row: position in a canvas of `length` to the token that it must hold.
 
         Args:
-            embed: the signal of tokens, as an expected embedding would be if they were certain: `Network.embed`.
+            embed: the self-conditioning embedding of tokens that are certain: `Network.embed`.
 
         Returns:
-            None where no row pins anything.
+            None if no row has pins.
         """
         if not any(pinned):
             return None
-        tokens = to_device(torch.tensor([[row.get(place, OPEN) for place in range(length)] for row in pinned]), device)
+        tokens = to_device(torch.tensor([[row.get(i, UNPINNED) for i in range(length)] for row in pinned]), device)
         return cls(tokens, embed(tokens.clamp(min=0)))
 
     def hold(self, rows: Int[Tensor, " rows"], canvas: Canvas) -> Canvas:
-        """The canvas of some rows of the batch, with their pins in it.
+        """The canvas of some rows of the batch, with their pins put in.
 
         >>> pins = Pins.of([{}, {1: 7}], 3, lambda tokens: torch.zeros(*tokens.shape, 2))
         >>> pins.hold(torch.tensor([1]), torch.tensor([[4, 5, 6]])).tolist()
@@ -69,16 +70,16 @@ class Pins:
         """
         return torch.where(self.positions(rows), self.tokens[rows], canvas)
 
-    def __call__(self, rows: Int[Tensor, " rows"], reading: DenoiserOutput) -> DenoiserOutput:
-        """The reading of some rows of the batch, sure of their pins."""
+    def __call__(self, rows: Int[Tensor, " rows"], output: DenoiserOutput) -> DenoiserOutput:
+        """The denoiser's output for some rows of the batch, made certain at their pins."""
         pinned = self.positions(rows)
         return DenoiserOutput(
-            argmax=self.hold(rows, reading.argmax),
-            sample=self.hold(rows, reading.sample),
-            entropy=reading.entropy.masked_fill(pinned, 0.0),
-            signal=torch.where(pinned[..., None], self.signal[rows], reading.signal),
+            argmax=self.hold(rows, output.argmax),
+            sample=self.hold(rows, output.sample),
+            entropy=output.entropy.masked_fill(pinned, 0.0),
+            signal=torch.where(pinned[..., None], self.signal[rows], output.signal),
         )
 
     def positions(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "rows canvas"]:
-        """Which places of some rows of the batch are pinned."""
-        return self.tokens[rows] != OPEN
+        """Which positions of some rows of the batch are pinned."""
+        return self.tokens[rows] != UNPINNED

@@ -29,7 +29,7 @@ class Schedule:
         return cls(steps=sampling.steps, t_min=sampling.t_min, t_max=sampling.t_max)
 
     def temperature(self, step: int) -> Float32[Tensor, ""]:
-        """Of step 1 to `steps`; float32 and in the reference's order of operations, so that logits match to the bit.
+        """Of step 1 to `steps`, in float32 and in the reference's order of operations, so that logits match to the bit.
 
         >>> schedule = Schedule(steps=4, t_min=0.4, t_max=0.8)
         >>> [round(schedule.temperature(step).item(), 2) for step in (1, 2, 3, 4)]

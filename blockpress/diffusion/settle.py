@@ -1,4 +1,4 @@
-"""When a canvas is finished: its argmax has stopped changing and the network is sure of it."""
+"""When a canvas is finished: its argmax has stopped changing and the network is certain of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from blockpress.shapes import Entropy
 
 @runtime_checkable
 class Settle(Protocol):
-    """Which rows are finished. `unchanged`: for how many steps in a row each row's argmax has stayed the same.
+    """Which rows are finished. `unchanged`: for how many consecutive steps each row's argmax has stayed the same.
 
-    A row's answer must not depend on the other rows.
+    A row's result must not depend on the other rows.
     """
 
     def __call__(self, unchanged: Int[Tensor, " batch"], entropy: Entropy, /) -> Bool[Tensor, " batch"]: ...
@@ -23,9 +23,9 @@ class Settle(Protocol):
 
 @dataclass(frozen=True)
 class StableAndConfident:
-    """Settle where the argmax agreed with the last `stability` steps and the mean entropy is below `confidence`.
+    """Settle when the argmax has not changed for `stability` steps and the mean entropy is below `confidence`.
 
-    `confidence` is in nats a token. Each is one for all rows, or one a row.
+    `confidence` is in nats per token. Each is one for all rows, or one per row.
     """
 
     stability: int | Int[Tensor, " batch"]
@@ -35,6 +35,6 @@ class StableAndConfident:
         """Which rows are finished.
 
         Args:
-            unchanged: for each row, how many steps in a row have left its argmax canvas as it was.
+            unchanged: for each row, how many consecutive steps have left its argmax canvas unchanged.
         """
         return (unchanged >= self.stability) & (entropy.mean(-1) < self.confidence)

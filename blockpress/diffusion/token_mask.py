@@ -1,12 +1,12 @@
-"""What may not be written where: token ids that some places of a row's canvas must not take.
+"""Banned tokens: ids that some positions of a row's canvas must not take.
 
-    id 1 banned at places 0 and 2           place   0    1    2    3
-    of a canvas of 4                        logit  -inf  x   -inf  x
+    id 1 banned at positions 0 and 2        position   0    1    2    3
+    of a canvas of 4                        logit    -inf   x  -inf   x
 
-A denoiser applies the edits to its logits before it reads anything from them, so the argmax, the sample, the entropy
-and the signal all agree that those tokens cannot be.
+A denoiser applies the mask to its logits before it computes anything from them, so that the argmax, the sample, the
+entropy and the self-conditioning embedding all give those tokens probability 0.
 
-Invariant: a row's edits are its own; a row without any reads its logits to the last bit as they were.
+Invariant: a mask affects its own row only; the logits of a row without banned ids are unchanged to the last bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blockpress.shapes import Logits
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Banned ids: row b must not take `ids[i]` at the places where `banned[b, :, i]` is true."""
+    """Row b must not take `ids[i]` at the positions where `banned[b, :, i]` is true."""
 
     ids: Int[Tensor, " ids"]
     banned: Bool[Tensor, "batch canvas ids"]
@@ -33,23 +33,23 @@ class TokenMask:
     def of(
         cls, banned: Sequence[Mapping[int, Container[int]]], length: int, device: torch.device | str = "cpu"
     ) -> TokenMask | None:
-        """From one mapping a row, id to the places of a canvas of `length` that it must not take.
+        """From one mapping per row: id to the positions of a canvas of `length` where it is banned.
 
-        None where no row denies anything.
+        None if no row bans anything.
         """
         ids = sorted({token for row in banned for token in row})
         if not ids:
             return None
-        places = [[[place in row.get(token, ()) for token in ids] for place in range(length)] for row in banned]
-        return cls(to_device(torch.tensor(ids), device), to_device(torch.tensor(places), device))
+        mask = [[[i in row.get(token, ()) for token in ids] for i in range(length)] for row in banned]
+        return cls(to_device(torch.tensor(ids), device), to_device(torch.tensor(mask), device))
 
     def __call__(self, rows: Int[Tensor, " rows"], logits: Logits) -> Logits:
         """The logits of some rows of the batch, -inf where an id is banned.
 
-        >>> edits = TokenMask.of([{}, {1: {0, 2}}], 3)
-        >>> edits(torch.tensor([1]), torch.zeros(1, 3, 2))[0].tolist()
+        >>> token_mask = TokenMask.of([{}, {1: {0, 2}}], 3)
+        >>> token_mask(torch.tensor([1]), torch.zeros(1, 3, 2))[0].tolist()
         [[0.0, -inf], [0.0, 0.0], [0.0, -inf]]
         """
-        edited = logits.clone()
-        edited[..., self.ids] = logits[..., self.ids].masked_fill(self.banned[rows], float("-inf"))
-        return edited
+        masked = logits.clone()
+        masked[..., self.ids] = logits[..., self.ids].masked_fill(self.banned[rows], float("-inf"))
+        return masked

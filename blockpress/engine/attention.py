@@ -46,11 +46,11 @@ class PagedAttention(Protocol):
     def write_kv(self) -> Callable[..., None]: ...
 
 
-def kernels_for(store: KVCache) -> PagedAttention | None:
+def kernels_for(kv_cache: KVCache) -> PagedAttention | None:
     """The kernels, where they can read these pages: on a GPU with Triton, heads of a power of two."""
-    if store.device.type != "cuda" or not kernels.available():
+    if kv_cache.device.type != "cuda" or not kernels.available():
         return None
-    if any(dim < 16 or dim & (dim - 1) for dim in store.dims):
+    if any(dim < 16 or dim & (dim - 1) for dim in kv_cache.dims):
         return None
     from blockpress.ops.kernels import attention
 
@@ -58,10 +58,10 @@ def kernels_for(store: KVCache) -> PagedAttention | None:
 
 
 def build_attention(
-    store: KVCache,
+    kv_cache: KVCache,
     batch: Batch,
     windows: Windows,
-    runs: Mapping[Part, Tensor],
+    image_runs: Mapping[Part, Tensor],
     device: torch.device,
     attention: PagedAttention | None,
 ) -> Sequence[Attend]:
@@ -76,19 +76,21 @@ def build_attention(
     places = {}
     for kind in windows:
         listed = [
-            place for part in causal for place in store.slot_mapping(part.request.tables[kind], part.first, part.end)
+            place for part in causal for place in kv_cache.slot_mapping(part.request.tables[kind], part.first, part.end)
         ]
         places[kind] = to_device(torch.tensor(listed, dtype=torch.long), device)
-    if attention is not None and not runs:
+    if attention is not None and not image_runs:
         spans = {kind: _spans(batch, kind, device, attention) for kind in windows}
         return [
-            TritonPagedAttention(attention, store.pages(layer), spans[kind], windows[kind], places[kind])
-            for layer, kind in enumerate(store.kinds)
+            TritonPagedAttention(attention, kv_cache.pages(layer), spans[kind], windows[kind], places[kind])
+            for layer, kind in enumerate(kv_cache.kinds)
         ]
-    masks = {kind: [_mask(part, windows[kind], runs.get(part), device) for part in batch.parts] for kind in windows}
+    masks = {
+        kind: [_mask(part, windows[kind], image_runs.get(part), device) for part in batch.parts] for kind in windows
+    }
     return [
-        TorchPagedAttention(store, layer, batch, windows[kind], places[kind], masks[kind])
-        for layer, kind in enumerate(store.kinds)
+        TorchPagedAttention(kv_cache, layer, batch, windows[kind], places[kind], masks[kind])
+        for layer, kind in enumerate(kv_cache.kinds)
     ]
 
 
@@ -105,9 +107,15 @@ class TritonPagedAttention:
         pages: tuple[Tensor, Tensor],
         spans: Any,
         window: int | None,
-        places: Int[Tensor, " read"] | None = None,
+        slot_mapping: Int[Tensor, " read"] | None = None,
     ) -> None:
-        self.attention, self.pages, self.spans, self.window, self.slot_mapping = attention, pages, spans, window, places
+        self.attention, self.pages, self.spans, self.window, self.slot_mapping = (
+            attention,
+            pages,
+            spans,
+            window,
+            slot_mapping,
+        )
 
     def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
         """Write the causal rows, then look; where there are fewer queries than keys, those of the last rows."""
@@ -144,30 +152,30 @@ class TorchPagedAttention:
 
     def __init__(
         self,
-        store: KVCache,
+        kv_cache: KVCache,
         layer: int,
         batch: Batch,
         window: int | None,
-        places: Int[Tensor, " read"],
+        slot_mapping: Int[Tensor, " read"],
         masks: Sequence[Bool[Tensor, "_queries _seen"] | None],
     ) -> None:
-        self.store, self.layer, self.batch, self.window = store, layer, batch, window
-        self.slot_mapping, self.masks = places, masks
+        self.kv_cache, self.layer, self.batch, self.window = kv_cache, layer, batch, window
+        self.slot_mapping, self.masks = slot_mapping, masks
 
     def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
         """Write the causal rows, then look; where there are fewer queries than keys, those of the last rows."""
         read, gone = self.batch.num_causal, key.shape[2] - query.shape[2]
         key, value = key[0], value[0]
         if read:
-            self.store.write(self.layer, self.slot_mapping, key[:, :read], value[:, :read])
-        kind = self.store.kinds[self.layer]
+            self.kv_cache.write(self.layer, self.slot_mapping, key[:, :read], value[:, :read])
+        kind = self.kv_cache.kinds[self.layer]
         spans = []
         for part, mask in zip(self.batch.parts, self.masks, strict=True):
             if part.start < gone:
                 continue
             stop = part.first if part.canvas else part.end
             seen = [
-                self.store.view(self.layer, part.request.tables[kind], oldest_visible(part.first, self.window), stop)
+                self.kv_cache.view(self.layer, part.request.tables[kind], oldest_visible(part.first, self.window), stop)
             ]
             if part.canvas:
                 seen.append((key[:, part.start : part.stop], value[:, part.start : part.stop]))

@@ -60,18 +60,18 @@ class Batch:
     canvases: tuple[Part, ...]
 
     @classmethod
-    def of(cls, works: Sequence[ScheduledRequest], canvas: int) -> Batch:
-        """From what the scheduler plans; a canvas has `canvas` tokens.
+    def of(cls, scheduled: Sequence[ScheduledRequest], canvas_length: int) -> Batch:
+        """From what the scheduler plans; a canvas has `canvas_length` tokens.
 
         An autoregressive request whose context ends here needs logits for its last token, a verified one for every
         token of the draft that is read.
         """
         sizes: list[tuple[str, Request, int, int]] = []
-        for work in works:
+        for work in scheduled:
             sizes.append(("kv_only", work.request, work.start, work.stop - work.num_logit_tokens))
             sizes.append(("with_logits", work.request, work.stop - work.num_logit_tokens, work.stop))
             if work.canvas:
-                sizes.append(("canvases", work.request, work.stop, work.stop + canvas))
+                sizes.append(("canvases", work.request, work.stop, work.stop + canvas_length))
         parts: dict[str, list[Part]] = {"kv_only": [], "with_logits": [], "canvases": []}
         row = 0
         for kind, found in parts.items():

@@ -41,14 +41,14 @@ class FreeRuns:
         self._starts = {stop: start for start, stop in self._stops.items()}
         self.count = total
 
-    def take(self, most: int, behind: int | None = None) -> list[int]:
-        """At most `most` ids of one run, at least one: from the id after `behind` on, if that is free."""
+    def take(self, most: int, after: int | None = None) -> list[int]:
+        """At most `most` ids of one run, at least one: from the id after `after` on, if that is free."""
         assert self.count, "no id is free"
-        start = self._choose() if behind is None or behind + 1 not in self._stops else behind + 1
+        start = self._choose() if after is None or after + 1 not in self._stops else after + 1
         stop = self._stops[start]
         count = min(most, stop - start)
         at = start
-        if start != 0 and (behind is None or start != behind + 1):
+        if start != 0 and (after is None or start != after + 1):
             at = min(start + (stop - start) // 2, stop - count)
         self._remove(start)
         self._add(start, at)
@@ -56,11 +56,11 @@ class FreeRuns:
         self.count -= count
         return list(range(at, at + count))
 
-    def longest(self, behind: int | None) -> int:
-        """How many ids `take` could give at most: of the run after `behind` if that is free, else of the longest."""
+    def longest(self, after: int | None) -> int:
+        """How many ids `take` could give at most: of the run after `after` if that is free, else of the longest."""
         if not self._stops:
             return 0
-        start = self._choose() if behind is None or behind + 1 not in self._stops else behind + 1
+        start = self._choose() if after is None or after + 1 not in self._stops else after + 1
         return self._stops[start] - start
 
     def put(self, page: int) -> None:
@@ -120,8 +120,8 @@ class BlockPool:
         """Whether its contents are known by a digest."""
         return page in self._digests
 
-    def allocate(self, count: int, behind: int | None = None) -> list[int] | None:
-        """That many pages, held once each, after `behind` where these are free; None where there are too few.
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """That many pages, held once each, after `after` where these are free; None where there are too few.
 
         Reusable pages are given up for a run in one piece even while as many others are free: what is in one piece is
         seen without a copy at every step of its request.
@@ -130,10 +130,10 @@ class BlockPool:
             return None
         pages: list[int] = []
         while len(pages) < count:
-            if self._reusable and self._free.longest(behind) < count - len(pages):
-                self._evict(count - len(pages), behind)
-            pages += self._free.take(count - len(pages), behind)
-            behind = pages[-1]
+            if self._reusable and self._free.longest(after) < count - len(pages):
+                self._evict(count - len(pages), after)
+            pages += self._free.take(count - len(pages), after)
+            after = pages[-1]
         for page in pages:
             assert not self._holders[page] and page not in self._digests
             self._holders[page] = 1
@@ -183,16 +183,16 @@ class BlockPool:
         assert set(self._reusable) <= set(self._digests) and not set(free) & set(self._digests)
         assert list(self._reusable.values()) == sorted(self._reusable.values())
 
-    def _evict(self, count: int, behind: int | None) -> None:
+    def _evict(self, count: int, after: int | None) -> None:
         """Free about `count` reusable pages that lie side by side, at least one.
 
-        The oldest one and its neighbours, as far as these are of the older half; or, where the page after `behind` is
+        The oldest one and its neighbours, as far as these are of the older half; or, where the page after `after` is
         of that half, it and those that follow.
         """
         oldest = next(iter(self._reusable))
         half = (self._reusable[oldest] + self._releases) // 2
-        follows = behind is not None and self._reusable.get(behind + 1, half + 1) <= half
-        start = behind + 1 if behind is not None and follows else oldest
+        follows = after is not None and self._reusable.get(after + 1, half + 1) <= half
+        start = after + 1 if after is not None and follows else oldest
         stop, most = start + 1, max(count, self.total // _BATCH)
         while stop - start < most and self._reusable.get(stop, half + 1) <= half:
             stop += 1

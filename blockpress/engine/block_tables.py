@@ -102,7 +102,7 @@ class BlockTables:
                 table += pages
         return True
 
-    def wrote(self, request: Request, stop: int) -> None:
+    def mark_written(self, request: Request, stop: int) -> None:
         """The tokens up to `stop` are in pages now: publish whole pages, drop what the window has passed."""
         before, request.num_computed_tokens = request.num_computed_tokens, stop
         if self._options.reuse_prefixes:

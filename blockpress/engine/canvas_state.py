@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.diffusion.pins import OPEN
+from blockpress.diffusion.pins import UNPINNED
 from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops.transfer import to_device
@@ -58,7 +58,7 @@ class CanvasState:
         self.argmax = torch.zeros(shape, dtype=torch.long, device=self._device)
         self.signal = torch.zeros((*shape, config.hidden_size), dtype=network.dtype, device=self._device)
         self.unchanged = torch.zeros(count + 1, dtype=torch.long, device=self._device)
-        self.pins = torch.full(shape, OPEN, device=self._device)
+        self.pins = torch.full(shape, UNPINNED, device=self._device)
         self.ids: Int[Tensor, " ids"] = torch.empty(0, dtype=torch.long, device=self._device)
         self.banned: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
         self._column: dict[int, int] = {}
@@ -89,11 +89,11 @@ class CanvasState:
     def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
         if pins:
             self.pins[slot] = to_device(
-                torch.tensor([pins.get(place, OPEN) for place in range(self.length)]), self._device
+                torch.tensor([pins.get(place, UNPINNED) for place in range(self.length)]), self._device
             )
             self._pinned.add(slot)
         elif slot in self._pinned:
-            self.pins[slot] = OPEN
+            self.pins[slot] = UNPINNED
             self._pinned.discard(slot)
 
     def _gather_ids(self) -> None:

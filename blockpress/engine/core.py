@@ -71,10 +71,10 @@ class EngineCore:
         memory = _free(network.device) // 2 if options.memory is None else options.memory
         counts = plan_pages(config, dtype, options, memory)
         self.scheduler = Scheduler(config, options, counts)
-        self.store = KVCache(config, counts, page_length(config), network.dtype, network.device)
-        self.runner = Runner(network, options, self.store, self._sample)
+        self.kv_cache = KVCache(config, counts, page_length(config), network.dtype, network.device)
+        self.runner = Runner(network, options, self.kv_cache, self._sample)
         self._cancelled: list[Request] = []
-        self._ran = self._failures = 0
+        self._forwards = self._failures = 0
         self._strategies = strategies(network)
 
     def submit(self, request: Request) -> None:
@@ -100,9 +100,9 @@ class EngineCore:
         captured = self.runner.captured
         return EngineStats(
             scheduler=self.scheduler.stats,
-            forwards=self._ran,
+            forwards=self._forwards,
             failures=self._failures,
-            page_bytes=self.store.nbytes,
+            page_bytes=self.kv_cache.nbytes,
             captures=0 if captured is None else captured.captures,
             replays=0 if captured is None else captured.replays,
             eager=self.runner.eager,
@@ -123,7 +123,7 @@ class EngineCore:
         cancelled, self._cancelled = self._cancelled, []
         events = [(request, event) for request in cancelled for event in self._cancel(request)]
         works = self.scheduler.schedule()
-        self._ran += bool(works)
+        self._forwards += bool(works)
         with self.runner.placed():
             events += self._answered(works)
         return StepRecord(scheduled=works, events=events)
@@ -208,7 +208,7 @@ class EngineCore:
     def _fail(self, request: Request, error: Exception) -> list[Event]:
         """End one request with an error of its own; what it has in pages is not trusted."""
         self._failures += 1
-        self.scheduler.end(request, spoilt=True)
+        self.scheduler.end(request, discard=True)
         self._forget(request)
         if not isinstance(error, BlockpressError):
             said = " ".join(f"{type(error).__name__}: {error}".split())

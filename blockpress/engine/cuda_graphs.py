@@ -61,7 +61,7 @@ class GraphKey:
 
     canvases: int
     width: int
-    rules: StepFeatures
+    features: StepFeatures
 
     @classmethod
     def of(cls, canvases: int, pages: int, most: int, features: StepFeatures) -> GraphKey:
@@ -86,12 +86,18 @@ class CudaGraphs:
         self,
         network: Network,
         slots: CanvasState,
-        store: KVCache,
+        kv_cache: KVCache,
         signal: SoftEmbedding,
         attention: PagedAttention,
         record: Record | None = None,
     ) -> None:
-        self.network, self.slots, self.store, self.signal, self.attention = network, slots, store, signal, attention
+        self.network, self.slots, self.kv_cache, self.signal, self.attention = (
+            network,
+            slots,
+            kv_cache,
+            signal,
+            attention,
+        )
         self.failed: str | None = None
         self.captures = self.replays = 0
         self._record = record or GraphRecorder()
@@ -112,7 +118,7 @@ class CudaGraphs:
         graph.fill([[*packed_entry(part), *self._tables(part, key.width)] for part in parts])
         graph.replay()
         self.replays += 1
-        done, own = graph.finished, slice(len(parts))
+        done, own = graph.outputs, slice(len(parts))
         return StepOutputs(
             argmax=done.argmax[own].clone(),
             accepted=done.accepted[own].clone(),
@@ -143,7 +149,7 @@ class CudaGraphs:
         return graph
 
     def _capture(self, key: GraphKey) -> CapturedGraph:
-        for old in [old for old in self._graphs if 0 < old.rules.banned < key.rules.banned]:
+        for old in [old for old in self._graphs if 0 < old.features.banned < key.features.banned]:
             del self._graphs[old]  # ids have moved to a wider table, and nobody asks for it again
         if len(self._graphs) >= KEPT:
             del self._graphs[next(iter(self._graphs))]
@@ -163,7 +169,7 @@ class CudaGraphs:
         """The whole step, from its numbers on."""
         network, length = self.network, self.slots.length
         canvases = CanvasBatch.of(numbers)
-        begun = begin_step(network, self.slots, canvases, key.rules)
+        begun = begin_step(network, self.slots, canvases, key.features)
         positions = (canvases.context[:, None] + torch.arange(length, device=numbers.device)).flatten()[None]
         first = torch.arange(0, key.canvases * length, length, dtype=torch.int32, device=numbers.device)
         spans = {
@@ -178,11 +184,11 @@ class CudaGraphs:
         }
         windows = network.windows()
         attends = [
-            TritonPagedAttention(self.attention, self.store.pages(layer), spans[kind], windows[kind])
-            for layer, kind in enumerate(self.store.kinds)
+            TritonPagedAttention(self.attention, self.kv_cache.pages(layer), spans[kind], windows[kind])
+            for layer, kind in enumerate(self.kv_cache.kinds)
         ]
         hidden = network.run(begun.x, positions, attends, causal=False)[0]
-        return finish_step(network, self.slots, canvases, key.rules, begun, hidden, self.signal)
+        return finish_step(network, self.slots, canvases, key.features, begun, hidden, self.signal)
 
 
 class CapturedGraph:
@@ -192,7 +198,7 @@ class CapturedGraph:
     """
 
     replay: Callable[[], None]
-    finished: StepOutputs
+    outputs: StepOutputs
 
     def __init__(self, canvases: int, nobody: Sequence[int], device: torch.device) -> None:
         self._padding = torch.tensor(nobody)
@@ -203,7 +209,7 @@ class CapturedGraph:
 
     def record(self, record: Record, work: GraphBody) -> None:
         """Record work that reads `numbers`."""
-        self.replay, self.finished = record(work)
+        self.replay, self.outputs = record(work)
 
     def fill(self, entries: Sequence[Sequence[int]]) -> None:
         """What the next replay reads. The last copy is done by then: the step that it was for has been waited for."""

@@ -146,7 +146,7 @@ class StepOutputs:
     host_words: Int64[Tensor, "canvases told"]
 
 
-def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, rules: StepFeatures) -> StepInputs:
+def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, features: StepFeatures) -> StepInputs:
     """Embed and condition the canvases; those at step 1 are noise without a signal."""
     config, at = network.config, canvases.slot
     draws = KeyedDraws.from_words(
@@ -154,13 +154,13 @@ def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, rule
     )
     first, noise, uniform = draws.of_step(canvases.number)
     pins, every = None, torch.arange(len(at), device=at.device)
-    if rules.pinned:
+    if features.pinned:
         tokens = slots.pins.index_select(0, at)
         pins = Pins(tokens, network.embed(tokens.clamp(min=0)))
         first, noise = pins.hold(every, first), pins.hold(every, noise)
     canvas, signal = slots.canvas.index_select(0, at), slots.signal.index_select(0, at)
     argmax, unchanged = slots.argmax.index_select(0, at), slots.unchanged.index_select(0, at)
-    if rules.begins:
+    if features.begins:
         fresh = canvases.number == 1
         canvas = torch.where(fresh[:, None], first, canvas)
         signal = signal.masked_fill(fresh[:, None, None], 0)
@@ -173,8 +173,8 @@ def finish_step(
     network: Network,
     slots: CanvasState,
     canvases: CanvasBatch,
-    rules: StepFeatures,
-    begun: StepInputs,
+    features: StepFeatures,
+    inputs: StepInputs,
     hidden: Float[Tensor, "rows hidden"],
     signal: SoftEmbedding,
     requests: Sequence[Request] = (),
@@ -189,16 +189,16 @@ def finish_step(
         network.embed_tokens.weight,
         cap=network.config.softcap,
         temperature=canvases.temperature[:, None].expand(-1, length).flatten(),
-        uniform=begun.uniform.flatten(),
-        banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if rules.banned else None,
+        uniform=inputs.uniform.flatten(),
+        banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if features.banned else None,
         signal=signal,
         scale=network.embed_scale(),
     )
     reading = DenoiserOutput.of(seen, count)
-    if begun.pins is not None:
-        reading = begun.pins(torch.arange(count, device=at.device), reading)
+    if inputs.pins is not None:
+        reading = inputs.pins(torch.arange(count, device=at.device), reading)
     accept, settle = custom_rules(canvases, requests)
-    done = update(reading, begun.noise, begun.argmax, begun.unchanged, accept, settle)
+    done = update(reading, inputs.noise, inputs.argmax, inputs.unchanged, accept, settle)
     flags = torch.stack((done.settled, done.settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
     told = torch.cat((flags.long(), reading.argmax), dim=1)
     slots.canvas.index_copy_(0, at, done.canvas)

@@ -57,7 +57,7 @@ class RequestProgress:
 class Strategy(Protocol):
     """One way to decode, for all requests that go this way."""
 
-    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
+    def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         """What each request wants of the states that its part of a forward has heard; nothing here waits for them.
 
         A forward may be run again: so may this.
@@ -100,7 +100,7 @@ class Diffusion:
 
     num_tracked = 0
 
-    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
+    def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
     def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
@@ -123,7 +123,7 @@ class Verified:
     def num_tracked(self) -> int:
         return len(self._last)
 
-    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
+    def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
     def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
@@ -168,12 +168,12 @@ class Autoregressive:
     def num_tracked(self) -> int:
         return len(self._last.keys() | self._forwards.keys())
 
-    def sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
+    def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         """The next token of those whose context has been read."""
-        ready = [work.request for work in works if reads_to_end(work) and not reads_draft(work)]
+        ready = [work.request for work in scheduled if reads_to_end(work) and not reads_draft(work)]
         for request in ready:
-            if request in heard:
-                self._last[request] = heard[request][-1:].clone()
+            if request in hidden:
+                self._last[request] = hidden[request][-1:].clone()
         alike: dict[AutoregressiveSampling, list[Request]] = {}
         for request in ready:
             assert isinstance(request.sampling, AutoregressiveSampling)

@@ -71,22 +71,22 @@ class Runner:
     canvases had moved on to their next step already.
     """
 
-    def __init__(self, network: Network, options: EngineOptions, store: KVCache, ask: Sampler) -> None:
-        self.network, self.options, self.store, self.sampler = network, options, store, ask
+    def __init__(self, network: Network, options: EngineOptions, kv_cache: KVCache, sampler: Sampler) -> None:
+        self.network, self.options, self.kv_cache, self.sampler = network, options, kv_cache, sampler
         self.slots = CanvasState(network, options.max_running)
-        self.attention = kernels_for(store)
+        self.attention = kernels_for(kv_cache)
         self.stepped = False
         self.captured: CudaGraphs | None = None
-        self._obstacle = (
-            "it is not on a GPU" if store.device.type != "cuda" else why_not_capturable(network, self.attention)
+        self._why_eager = (
+            "it is not on a GPU" if kv_cache.device.type != "cuda" else why_not_capturable(network, self.attention)
         )
-        if self._obstacle is None and self.attention is not None:
-            self.captured = CudaGraphs(network, self.slots, store, options.soft_embedding, self.attention)
+        if self._why_eager is None and self.attention is not None:
+            self.captured = CudaGraphs(network, self.slots, kv_cache, options.soft_embedding, self.attention)
 
     @property
     def eager(self) -> str | None:
         """Why no forward is captured; None where forwards of canvases alone are."""
-        return self._obstacle if self.captured is None else self.captured.failed
+        return self._why_eager if self.captured is None else self.captured.failed
 
     @torch.inference_mode()
     def run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
@@ -96,7 +96,7 @@ class Runner:
 
     def placed(self) -> AbstractContextManager[object]:
         """Streams, events and kernels are the current GPU's, which need not be the network's: in here it is."""
-        return torch.cuda.device(self.store.device) if self.store.device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.kv_cache.device) if self.kv_cache.device.type == "cuda" else nullcontext()
 
     def _run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
         self.stepped = False
@@ -115,7 +115,7 @@ class Runner:
         }
         hidden = {request: heard[rows] for request, rows in own.items()}
         asked = self.sampler(works, hidden)
-        sound, told, answers = self._told(heard, done, asked)
+        sound, told, answers = self._to_host(heard, done, asked)
         steps = {} if done is None else self._steps(batch, done, told)
         outcomes = []
         for work in works:
@@ -141,8 +141,8 @@ class Runner:
         canvases = None
         if batch.canvases:
             canvases = CanvasBatch.of(to_device(torch.tensor([packed_entry(part) for part in batch.canvases]), device))
-        x, runs = self._read(batch)
-        attends = build_attention(self.store, batch, network.windows(), runs, device, self.attention)
+        x, runs = self._embed(batch)
+        attends = build_attention(self.kv_cache, batch, network.windows(), runs, device, self.attention)
         positions, causal = batch.positions(device), batch.causal(device)
         begun: StepInputs | None = None
         if canvases is not None:
@@ -157,7 +157,7 @@ class Runner:
         signal = self.options.soft_embedding
         return heard, finish_step(network, self.slots, canvases, rules, begun, states, signal, requests)
 
-    def _read(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
+    def _embed(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
         """The input of the causal rows: embeddings, with pictures in their places; and parts with pictures."""
         network, device = self.network, self.network.device
         causal, runs = (*batch.kv_only, *batch.with_logits), {}
@@ -172,7 +172,7 @@ class Runner:
                     runs[part] = marks[0]
         return x, runs
 
-    def _told(
+    def _to_host(
         self, heard: Tensor, done: StepOutputs | None, asked: SampledTokens
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
         """Whether the states heard are sound, row by row, what the step tells, and what was asked of the states.

@@ -166,21 +166,23 @@ class Scheduler:
         assert works or not (self._running or self._queue), "no request can go on"
         return works
 
-    def mark_computed(self, work: ScheduledRequest) -> None:
+    def mark_computed(self, scheduled: ScheduledRequest) -> None:
         """The forward ran: the work's tokens are in pages. Nothing happens where its request has ended since."""
-        if work.request.state == "running":
-            assert work.start == work.request.num_computed_tokens, "another work of this request came in between"
-            self._tables.wrote(work.request, work.stop)
+        if scheduled.request.state == "running":
+            assert scheduled.start == scheduled.request.num_computed_tokens, (
+                "another work of this request came in between"
+            )
+            self._tables.mark_written(scheduled.request, scheduled.stop)
 
-    def accept_draft(self, work: ScheduledRequest, kept: int) -> None:
-        """The forward has read a draft, of which the first `kept` tokens stand; the others leave the context."""
-        request = work.request
+    def accept_draft(self, scheduled: ScheduledRequest, num_accepted: int) -> None:
+        """The forward has read a draft, of which the first `num_accepted` tokens stand; the others leave the context."""
+        request = scheduled.request
         if request.state != "running":
             return
         base = len(request.context) - request.num_draft_tokens
-        del request.context[base + kept :]
+        del request.context[base + num_accepted :]
         request.num_draft_tokens = 0
-        self.mark_computed(replace(work, stop=base + kept, canvas=False))
+        self.mark_computed(replace(scheduled, stop=base + num_accepted, canvas=False))
 
     def commit(self, request: Request, tokens: list[int], draft: bool = False) -> None:
         """What was written joins the context and is read by the next plan; without tokens it is begun again.
@@ -198,7 +200,7 @@ class Scheduler:
         capacity = self._tables.capacity(request)
         assert capacity is None or len(request.context) <= capacity, "the row wrote more than its room"
 
-    def end(self, request: Request, spoilt: bool = False) -> None:
+    def end(self, request: Request, discard: bool = False) -> None:
         """A request is answered or given up: its pages and its slot are free. Nothing where it has ended already.
 
         Args:
@@ -207,7 +209,7 @@ class Scheduler:
         if request.state in ("new", "ended"):
             return
         (self._running if request.state == "running" else self._queue).remove(request)
-        self._tables.release(request, spoilt)
+        self._tables.release(request, discard)
         if request.slot is not None:
             heapq.heappush(self._slots, request.slot)
         request.slot, request.state = None, "ended"

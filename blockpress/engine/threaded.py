@@ -35,7 +35,7 @@ class ThreadedEngine:
         self._changed = threading.Condition()
         self._closing = False
         self._broken: BlockpressError | None = None
-        self._told: dict[Request, Deliver] = {}
+        self._deliveries: dict[Request, Deliver] = {}
         self._worker = threading.Thread(target=self._work, name="blockpress-engine", daemon=True)
         self._worker.start()
 
@@ -125,7 +125,7 @@ class ThreadedEngine:
             broken = EngineError(f"the engine broke: {_said(error)}", hint="make a new one, and report this line")
             with self._changed:
                 self._broken = broken
-                self._inbox.extend(self._told.items())
+                self._inbox.extend(self._deliveries.items())
                 waiting = {request: deliver for request, deliver in self._inbox if deliver is not None}
             for request, deliver in waiting.items():
                 self._deliver(request, deliver, broken)
@@ -143,20 +143,20 @@ class ThreadedEngine:
                 continue
             try:
                 self.core.submit(request)
-                self._told[request] = deliver
+                self._deliveries[request] = deliver
             except BlockpressError as error:
                 self._deliver(request, deliver, error)
             except Exception as error:  # one request's, and no reason to give up those behind it
                 refused = EngineError(f"a request was not taken: {_said(error)}", hint="submit each request once")
                 self._deliver(request, deliver, refused)
         if closing:
-            for request in self._told:
+            for request in self._deliveries:
                 self.core.cancel(request)
         return self.core.busy or not closing
 
     def _tell(self, request: Request, event: Event) -> None:
         ended = isinstance(event, Done | Failed)
-        deliver = self._told.pop(request) if ended else self._told[request]
+        deliver = self._deliveries.pop(request) if ended else self._deliveries[request]
         self._deliver(request, deliver, event)
 
     def _deliver(self, request: Request, deliver: Deliver, event: Event | BlockpressError) -> None:

@@ -19,7 +19,7 @@ from blockpress.lm.arguments import as_list, check_logprobs, is_integer
 def make_sequences(
     prompts: list[list[int]],
     seed: int | Sequence[int],
-    turn: Callable[[list[int]], OutputProcessor],
+    make_processor: Callable[[list[int]], OutputProcessor],
     canvas: int,
     config: ModelConfig,
     *,
@@ -54,7 +54,7 @@ def make_sequences(
                 canvas_length=canvas,
                 room=config.context_length - len(ids),
                 max_tokens=max_tokens,
-                turn=turn(ids),
+                processor=make_processor(ids),
                 logprobs=logprobs,
             )
         )

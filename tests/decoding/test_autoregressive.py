@@ -226,14 +226,14 @@ class Told:
 def test_banned_tokens_are_never_written(network: Network) -> None:
     free = answers(network, [PROMPTS[0]])[0]
     banned = {token: range(9) for token in set(free)}
-    found = replies(generate_autoregressive(network, rows([PROMPTS[0]], turn=Told(banned))))[0].tokens
+    found = replies(generate_autoregressive(network, rows([PROMPTS[0]], processor=Told(banned))))[0].tokens
     assert len(found) == 10 and not set(found) & set(free)
 
 
 def test_a_token_that_ended_too_early_is_drawn_again_from_the_same_context(network: Network) -> None:
     """Greedily it comes again, without another forward; the next one is taken."""
     first = answers(network, [PROMPTS[0]])[0][0]
-    made = rows([PROMPTS[0]], stop_ids=(first,), turn=Told({}, again=2))
+    made = rows([PROMPTS[0]], stop_ids=(first,), processor=Told({}, again=2))
     reply = replies(generate_autoregressive(network, made))[0]
     assert (reply.tokens, reply.finish_reason) == ([first], "stop")
     assert (reply.usage.empty_retries, reply.usage.forwards) == (2, 1)
@@ -243,7 +243,7 @@ def test_a_row_that_draws_again_waits_while_the_others_go_on(network: Network) -
     free = answers(network, PROMPTS)
     stop = free[1][0]
     turns = [None, Told({}, again=3), None, None]
-    made = [rows([p], turn=t, stop_ids=(stop,) if t else ())[0] for p, t in zip(PROMPTS, turns, strict=True)]
+    made = [rows([p], processor=t, stop_ids=(stop,) if t else ())[0] for p, t in zip(PROMPTS, turns, strict=True)]
     for index, row in enumerate(made):
         row.index = index
     found = replies(generate_autoregressive(network, made))
@@ -252,7 +252,7 @@ def test_a_row_that_draws_again_waits_while_the_others_go_on(network: Network) -
 
 
 def test_tokens_put_in_place_of_the_own_are_read_together(network: Network) -> None:
-    reply = replies(generate_autoregressive(network, rows([PROMPTS[0]], turn=Told({}, cut_at=2))))[0]
+    reply = replies(generate_autoregressive(network, rows([PROMPTS[0]], processor=Told({}, cut_at=2))))[0]
     free = greedy(network, PROMPTS[0], (), 2)
     assert reply.tokens == [*free, 2, 3, *greedy(network, [*PROMPTS[0], *free, 2, 3], (), 6)]
     assert (reply.usage.completion_tokens, reply.usage.forwards) == (10, 9)

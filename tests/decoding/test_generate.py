@@ -391,7 +391,7 @@ def test_every_canvas_gets_its_rows_seeds_and_numbers():
         return KeyedDraws(seeds, canvases, **size)
 
     network = Scripted([answer(""), answer("1."), answer("")])
-    list(generate(network, rows_for(3, max_tokens=30), Sampling(), keyed=keyed))
+    list(generate(network, rows_for(3, max_tokens=30), Sampling(), make_draws=keyed))
     assert asked == [
         ([0, 1, 2], [0, 0, 0], CANVAS, VOCAB),
         ([0, 2], [1, 1], CANVAS, VOCAB),

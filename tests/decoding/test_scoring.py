@@ -125,7 +125,7 @@ def test_a_denied_id_is_not_expected_and_keeps_its_probability(network: Network)
     free = rows(PROMPTS[:1])
     states, _ = causal_forward(network, [[1, 2, 3]], *prefill_verified(network, free))
     (plain,) = score_tokens(network, states, free, [[1, 2, 3]])
-    told = rows(PROMPTS[:1], turn=Told({plain.greedy_ids[1]: {1}}))
+    told = rows(PROMPTS[:1], processor=Told({plain.greedy_ids[1]: {1}}))
     (judged,) = score_tokens(network, states, told, [[1, 2, 3]])
     assert judged.logprobs == plain.logprobs and judged.greedy_ids[::2] == plain.greedy_ids[::2]
     assert judged.greedy_ids[1] == plain.logprobs[1].top[1][0] != plain.greedy_ids[1]
@@ -193,7 +193,7 @@ def test_a_row_that_tells_none_beside_one_that_does(network: Network, mode: str)
 def test_tokens_that_a_turn_put_there_are_told_like_others(network: Network, mode: str) -> None:
     """A turn cuts the third token, or a canvas behind its beginning, and writes two of its own."""
     turn = Told({}, cut_at=2 if mode == "autoregressive" else 0)
-    (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, turn=turn), mode))
+    (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, processor=turn), mode))
     place = 2 if mode == "autoregressive" else 0
     assert reply.tokens[place : place + 2] == [2, 3] and len(reply.tokens) == 10
     check_equal(reply.logprobs, truth(network, PROMPTS[0], reply.tokens, 2))
@@ -203,7 +203,7 @@ def test_a_forward_for_the_second_of_them_is_counted(network: Network, monkeypat
     """Token by token, what a turn puts behind its own first token is read once more, before it is committed."""
     reads, read = [], network.read
     monkeypatch.setattr(network, "read", lambda *given: reads.append(given) or read(*given))
-    made = rows(PROMPTS[:1], "autoregressive", turn=Told({}, cut_at=2))
+    made = rows(PROMPTS[:1], "autoregressive", processor=Told({}, cut_at=2))
     (reply,) = replies(answer(network, made, "autoregressive"))
     assert reply.usage.forwards == len(reads) == 10
 
@@ -228,7 +228,7 @@ class Stopping(Told):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("begins", "ends"), [(2, 4), (5, 8), (0, 9)])
 def test_a_stop_text_takes_them_back_with_the_tokens(network: Network, mode: str, begins: int, ends: int) -> None:
-    (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, turn=Stopping(begins, ends)), mode))
+    (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, processor=Stopping(begins, ends)), mode))
     assert (len(reply.tokens), reply.finish_reason) == (begins, "stop")
     check_equal(reply.logprobs, truth(network, PROMPTS[0], reply.tokens, 2))
 

@@ -156,8 +156,8 @@ def test_no_two_canvases_share_draws_and_pins_hold_from_the_first_noise_on(netwo
         return KeyedDraws(seeds, canvases, **size)
 
     turn = Told({}, again=2)
-    made = [*rows(PROMPTS[:1], stop_ids=(greedy(network)[0][0],), turn=turn), *rows()[1:]]
-    events = list(generate_verified(network, made, ALL, keyed=keyed))
+    made = [*rows(PROMPTS[:1], stop_ids=(greedy(network)[0][0],), processor=turn), *rows()[1:]]
+    events = list(generate_verified(network, made, ALL, make_draws=keyed))
     assert len(asked) == len(set(asked)) and all(0 <= number < 2**32 for _, number in asked)
     begun = Counter(event.row for event in events if isinstance(event, Denoised) and event.step == 1)
     assert begun == Counter(seed for seed, _ in asked)
@@ -278,7 +278,7 @@ def test_a_spent_budget_commits_what_is_there() -> None:
 def test_an_empty_canvas_is_begun_again_from_the_same_context(network: Network) -> None:
     """The causal pass wants to stop at once, and so does what comes after it."""
     stop = greedy(network)[0][0]
-    made = rows(PROMPTS[:1], stop_ids=(stop,), turn=Told({}, again=2))
+    made = rows(PROMPTS[:1], stop_ids=(stop,), processor=Told({}, again=2))
     (reply,) = replies(list(generate_verified(network, made, ALL)))
     assert (reply.tokens, reply.usage.empty_retries) == ([stop], 2)
     assert reply.usage.checks >= 3 and reply.usage.canvases == 1
@@ -298,7 +298,7 @@ class Closing(Told):
 def test_a_token_that_the_turn_puts_there_is_not_compared() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing(right)
-    made = rows([[3]], max_tokens=CANVAS + 1, turn=Closing(right[0]), logprobs=0)
+    made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[0]), logprobs=0)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2]
     assert (reply.usage.checks, reply.usage.rounds) == (1, 0)
@@ -308,7 +308,7 @@ def test_a_correction_that_the_turn_would_cut_is_denoised_once_more() -> None:
     """What the turn puts behind it has not been read yet, so it has no log-probability."""
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing([*right[:-1], 0])
-    made = rows([[3]], max_tokens=CANVAS + 1, turn=Closing(right[-1]), logprobs=0)
+    made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[-1]), logprobs=0)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2] == [said.token for said in reply.logprobs or []]
     assert (reply.usage.checks, reply.usage.rounds) == (2, 1)
@@ -317,7 +317,7 @@ def test_a_correction_that_the_turn_would_cut_is_denoised_once_more() -> None:
 def test_banned_tokens_are_not_put_in_by_a_check(network: Network) -> None:
     free = greedy(network)[0]
     banned = {token: range(CANVAS) for token in set(free[:4])}
-    (reply,) = replies(list(generate_verified(network, rows(PROMPTS[:1], turn=Told(banned)), ALL)))
+    (reply,) = replies(list(generate_verified(network, rows(PROMPTS[:1], processor=Told(banned)), ALL)))
     assert len(reply.tokens) == 16 and not set(reply.tokens) & set(banned)
     assert reply.usage.rounds > 0
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpress.config import PRESETS
-from blockpress.decoding.generate import commit_tokens, plain_denoiser
+from blockpress.decoding.denoisers import plain_denoiser
+from blockpress.decoding.generate import commit_tokens
 from blockpress.diffusion import DenoiserOutput, KeyedDraws, Pins, TokenMask
 
 from ..conftest import make_random_network

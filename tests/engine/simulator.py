@@ -103,12 +103,12 @@ class Simulator:
         request, row = work.request, work.request.row
         base, agreed = len(request.context) - request.num_draft_tokens, chance.randint(0, request.num_draft_tokens)
         assert work.start == base, "a proposal is read in one forward, behind all of the context"
-        row.count_causal_pass(check=True)
+        row.count_causal_pass(verification=True)
         again = agreed < request.num_draft_tokens and row.checks < 3 and chance.random() < 0.5
         if again:
             row.redo({})
         elif agreed < request.num_draft_tokens:
-            row.correct([*row.drafted[:agreed], 7, *row.drafted[agreed + 1 :]])
+            row.correct([*row.draft_tokens[:agreed], 7, *row.draft_tokens[agreed + 1 :]])
         events = [] if again else list(row.commit())
         assert again or events
         self.scheduler.accept_draft(work, row.num_kept)

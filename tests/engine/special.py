@@ -46,7 +46,7 @@ def special(index: int, prompt: list[int], sampling: Sampling, **changes: Any) -
     """Every other row denies something, and of three two hold pins in their first canvas."""
     turn = TextOutputProcessor(None)
     turn.banned_ids = BANNED[index % len(BANNED)]
-    one = row(CONFIG, index, prompt, sampling, turn=turn, **changes)
+    one = row(CONFIG, index, prompt, sampling, processor=turn, **changes)
     one.pins = PINNED[index % len(PINNED)]
     return one
 
@@ -64,8 +64,8 @@ def alone(network: Network, index: int, prompt: list[int], sampling: Sampling) -
 
 def poison(core: EngineCore) -> EngineCore:
     """NaN in all pages, as if nothing had ever been written there."""
-    for layer in range(len(core.store.kinds)):
-        for part in core.store.pages(layer):
+    for layer in range(len(core.kv_cache.kinds)):
+        for part in core.kv_cache.pages(layer):
             part.fill_(torch.nan)
     return core
 
@@ -148,6 +148,6 @@ def on_paper(network: Network, options: EngineOptions, attention: PagedAttention
     runner = core.runner
     runner.attention = attention or InTorch()
     runner.captured = CudaGraphs(
-        network, runner.slots, core.store, options.soft_embedding, runner.attention, OnPaper(core)
+        network, runner.slots, core.kv_cache, options.soft_embedding, runner.attention, OnPaper(core)
     )
     return core

@@ -96,7 +96,7 @@ def test_the_kernels_see_what_pages_hold() -> None:
 
 def test_kernels_are_for_gpus_alone() -> None:
     """And for heads that they can read: of powers of two, from 16 on."""
-    store = EngineCore(damped(), OPTIONS).store
+    store = EngineCore(damped(), OPTIONS).kv_cache
     assert store.dims == {16, 32} and kernels_for(store) is None
     pytest.importorskip("triton")
     for dims, found in (({256, 512}, True), ({8, 16}, False), ({96}, False)):

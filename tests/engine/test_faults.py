@@ -150,7 +150,7 @@ def test_free_memory_of_any_device_is_known():
 def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypatch: pytest.MonkeyPatch):
     """The forward fails behind the step: another run would take one step more, so the canvases fail by name."""
     core = EngineCore(network, ROOM)
-    told_by, calls = core.runner._told, list[int]()
+    told_by, calls = core.runner._to_host, list[int]()
 
     def failing(*given: Any) -> Any:
         calls.append(1)

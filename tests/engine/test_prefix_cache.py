@@ -154,7 +154,7 @@ def read(tables: BlockTables, request: Request, part: int = 5) -> None:
     while request.num_pending_tokens:
         stop = min(request.num_computed_tokens + part, len(request.context))
         assert tables.extend(request, stop)
-        tables.wrote(request, stop)
+        tables.mark_written(request, stop)
 
 
 def test_a_second_request_takes_over_what_the_first_one_read():
@@ -216,7 +216,7 @@ def test_full_pages_follow_one_another_however_a_prompt_is_read():
     for stop in range(PAGE, len(TEXT) + 1, PAGE):
         for request in requests:
             assert tables.extend(request, stop)
-            tables.wrote(request, stop)
+            tables.mark_written(request, stop)
             assert len(request.tables["sliding_attention"]) == stop // PAGE
     starts = [request.tables["full_attention"][0] for request in requests]
     assert [request.tables["full_attention"] for request in requests] == [[*range(at, at + 5)] for at in starts]

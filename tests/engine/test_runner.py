@@ -105,8 +105,8 @@ def spoil(core: EngineCore, request: Request, what: str) -> None:
     if what == "signal":
         core.runner.slots.signal[request.slot] = torch.nan
         return
-    for layer, kind in enumerate(core.store.kinds):
-        for part in core.store.pages(layer):
+    for layer, kind in enumerate(core.kv_cache.kinds):
+        for part in core.kv_cache.pages(layer):
             part[:, [page for page in request.tables[kind] if page >= 0]] = torch.nan
 
 
@@ -189,7 +189,7 @@ def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
     requests = [Request(row(CONFIG, i, [5], SHORT), SHORT) for i in range(3)]
     for i, (request, ids) in enumerate(zip(requests, spaces, strict=True)):
         request.slot = i
-        request.row._turn.banned_ids = {token: {token % 12} for token in ids}
+        request.row._processor.banned_ids = {token: {token % 12} for token in ids}
         rules = slots.begin([request])
         at.append((slots.ids.data_ptr(), rules.banned))
         requests[i - 1].slot = None if i == 1 else requests[i - 1].slot  # the first ends when the second has begun
@@ -200,7 +200,7 @@ def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
         assert int(slots.banned[i].sum()) == len(ids)
     assert [width for _, width in at] == [LEAST_IDS, 16, 32]
     requests[2].slot, other = None, Request(row(CONFIG, 3, [5], SHORT), SHORT)
-    other.slot, other.row._turn.banned_ids = 2, {40: {1}}
+    other.slot, other.row._processor.banned_ids = 2, {40: {1}}
     assert slots.begin([other]).banned == 32 and slots.ids.data_ptr() == at[2][0]
     assert int(slots.banned[2].sum()) == 1
     free = Request(row(CONFIG, 4, [5], SHORT), SHORT)
@@ -236,7 +236,7 @@ def test_no_value_of_the_device_decides_what_a_forward_does():
     assert rules == StepFeatures(begins=True, pinned=True, banned=16)
     heard, done = runner._forward(batch, rules)
     assert done is not None and done.host_words.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
-    graphs = CudaGraphs(runner.network, runner.slots, core.store, "exact", Blank(), there_alone)  # type: ignore[arg-type]
+    graphs = CudaGraphs(runner.network, runner.slots, core.kv_cache, "exact", Blank(), there_alone)  # type: ignore[arg-type]
     finished = graphs.step(batch.canvases, rules)
     assert graphs.failed is None and finished is not None and finished.host_words.is_meta
     graphs.prepare(3)

@@ -146,8 +146,8 @@ def test_the_next_page_in_memory_is_given_up_if_it_is_old_enough():
     """Behind page 1, of 0 to 7: 2 is of the older half, and taken; behind page 5, 6 is not, and the oldest is."""
     pool = filled(8)
     pool.retain(1), pool.retain(5)
-    assert pool.allocate(1, behind=1) == [2]
-    assert pool.allocate(1, behind=5) == [0]
+    assert pool.allocate(1, after=1) == [2]
+    assert pool.allocate(1, after=5) == [0]
     pool.check()
 
 

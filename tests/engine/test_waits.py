@@ -245,8 +245,8 @@ def play_spoilt(core: EngineCore, requests: Sequence[Request], spoilt: Request) 
 
 
 def spoil(core: EngineCore, request: Request) -> None:
-    for layer, kind in enumerate(core.store.kinds):
+    for layer, kind in enumerate(core.kv_cache.kinds):
         part: Tensor
-        for part in core.store.pages(layer):
+        for part in core.kv_cache.pages(layer):
             for page in request.tables[kind]:
                 part[:, page] = torch.nan

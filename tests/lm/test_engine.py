@@ -172,7 +172,7 @@ def test_closing_gives_the_memory_back_and_the_model_can_be_asked_again(alone: l
         assert lm.generate(PROMPTS[0], max_tokens=40, seed=3) == alone[0]
         shared = lm.engine._made[1]  # type: ignore[index]
         assert isinstance(shared, SharedCore) and shared._core is not None
-        store = weakref.ref(shared._core.store)
+        store = weakref.ref(shared._core.kv_cache)
         stream = lm.stream(PROMPTS[1], max_tokens=40)
         next(stream)
         del shared

@@ -1,7 +1,7 @@
 """Trajectories: what `transformers` drew and decided while it generated, replayed in our loop and compared.
 
     theirs   noise -> [read, sampled, accepted, argmax, renoise] -> ... -> argmax canvas       recorded by `record`
-    ours     the same noise, samples and renoise tokens, injected through `generate(keyed=)`    run by `replay`
+    ours     the same noise, samples and renoise tokens, injected through `generate(make_draws=)`    run by `replay`
 
 Invariant: a difference is forgiven only where the decision that made it was a near-tie: its margin, in the oracle's own
 numbers, below 1e-5; and of such only one in 100,000 decisions. Behind a forgiven one the row is not compared further.
@@ -222,7 +222,7 @@ def replay(
     network.denoise = spy
     try:
         seen, place = 0, 0
-        for event in generate(network, rows, sampling, keyed=keyed):
+        for event in generate(network, rows, sampling, make_draws=keyed):
             if isinstance(event, Denoised):
                 place = place + 1 if len(reads) == seen else 0
                 seen = len(reads)

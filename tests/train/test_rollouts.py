@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.decoding.generate import plain_denoiser
+from blockpress.decoding.denoisers import plain_denoiser
 from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident, denoise
 from blockpress.diffusion.denoise import Step
 from blockpress.errors import ConfigError

@@ -1,6 +1,6 @@
 """The vocabulary's kernels: right against full logits, and fast over their floors.
 
-Checks compute what `generate.plain_denoiser` does, from full logits: the product rounded to the weight's type, cap and
+Checks compute what `denoisers.plain_denoiser` does, from full logits: the product rounded to the weight's type, cap and
 temperature in float32, argmax, `ops.vocabulary.sample`, entropy in float64, and the rounded soft embedding. A token may
 be another one only where the deciding margin is below 1e-6 of the row's mass (sample) or 1e-5 (argmax): exponentials
 on a GPU are not those of the host.
