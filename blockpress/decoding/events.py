@@ -96,8 +96,8 @@ class Reply:
 class Denoised:
     """One denoising step of one row, with entropies in nats.
 
-    changed: positions whose argmax differs from the previous step's. attempt: how many times this canvas has been restarted because the answer was empty. checks: how many verifications
-    have had the rest of it redone.
+    changed: positions whose argmax differs from the previous step's. attempt: how many times this canvas has been
+    restarted because the answer was empty. checks: how many verifications have had the rest of it redone.
     """
 
     row: int

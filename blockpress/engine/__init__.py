@@ -1,18 +1,18 @@
-"""Many requests at once: who takes part in a forward, where their keys and values lie, what comes of it.
+"""Many requests at once: which take part in a forward, where their keys and values are stored, what follows from it.
 
-    options, request          what an engine may use; one answer under way                      no tensors
+    options, request          limits of an engine; one request and its progress                 no tensors
     sizing                    bytes into pages of each kind of layer                            no tensors
-    block_pool                page ids: who holds them, which are free, which reusable          no tensors
-    prefix_cache              what a page holds, as a digest: equal digests, equal contents     no tensors
-    block_tables              a request's pages: taken, let go, shared                          no tensors
+    block_pool                page ids: held, free or reusable                                  no tensors
+    prefix_cache              a digest of a page's contents: equal digests, equal contents      no tensors
+    block_tables              a request's pages: allocated, dropped, shared                     no tensors
     scheduler                 which tokens and canvases the next forward runs                   no tensors
     kv_cache, canvas_state    keys and values of all pages; canvases between two forwards
-    batch, attention          the rows of a forward, and what they look at: pages, in torch or through kernels
-    denoising, cuda_graphs    a denoising step as tensors alone; the same as a CUDA graph
-    runner, modes             one forward; how each way to decode goes on after it
-    core, threaded            plan, run, advance, book; the same on a thread, for callers who wait
+    batch, attention          the rows of a forward; their paged attention, in torch or by kernels
+    denoising, cuda_graphs    a denoising step in tensor operations only; the same as a CUDA graph
+    runner, modes             one forward; how each decoding mode continues after it
+    core, threaded            schedule, run, advance, update; the same on a thread, for blocking and async callers
 
-Invariant: a request's tokens are those that `generate` gives for it alone, whoever shares its forwards and pages.
+Invariant: a request's tokens are those that `generate` gives for it alone, whatever shares its forwards and pages.
 """
 
 from blockpress.engine.core import EngineCore

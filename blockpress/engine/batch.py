@@ -1,12 +1,12 @@
 """What one forward runs: the rows of all requests in one flat batch.
 
     rows    0 1 2 3 4 | 5 | 6 7 8 9 ...  | ...
-            kv_only  with_logits  canvases         kv_only: needed for their keys and values alone
+            kv_only  with_logits  canvases         kv_only: needed only for their keys and values
             causal pass           denoising
 
-A request may take part twice: what it commits is read in the same forward as the first step of its next canvas.
+A request may take part twice: the tokens it commits are read in the same forward as the first step of its next canvas.
 
-Invariant: every row is in one part, and parts of one kind stand side by side.
+Invariant: every row is in exactly one part, and parts of one kind are adjacent.
 Run it:  python -m pytest tests/engine/test_batch.py
 """
 
@@ -26,7 +26,7 @@ from blockpress.ops.transfer import to_device
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Rows start to stop of the flat batch: tokens of one request from position `first` on, or its canvas there."""
+    """Rows [start, stop) of the flat batch: tokens of one request from position `first` on, or its canvas there."""
 
     request: Request
     first: int
@@ -36,19 +36,19 @@ class Part:
 
     @property
     def tokens(self) -> list[int]:
-        """What a causal part reads."""
+        """The tokens that a causal part reads."""
         return self.request.context[self.first : self.end]
 
     @property
     def end(self) -> int:
-        """The position behind the last token."""
+        """The position after the last token."""
         return self.first + self.stop - self.start
 
     @property
-    def pictures(self) -> dict[int, Tensor]:
-        """The pictures that a causal part shows, by the row of the part at which their features begin."""
-        shown = self.request.row.images
-        return {start - self.first: shown[start] for start in shown if self.first <= start < self.end}
+    def images(self) -> dict[int, Tensor]:
+        """The image features in a causal part, by the row of the part at which they begin."""
+        images = self.request.row.images
+        return {start - self.first: images[start] for start in images if self.first <= start < self.end}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,26 +61,26 @@ class Batch:
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledRequest], canvas_length: int) -> Batch:
-        """From what the scheduler plans; a canvas has `canvas_length` tokens.
+        """From a schedule; a canvas has `canvas_length` tokens.
 
         An autoregressive request whose context ends here needs logits for its last token, a verified one for every
-        token of the draft that is read.
+        token of its draft.
         """
         sizes: list[tuple[str, Request, int, int]] = []
-        for work in scheduled:
-            sizes.append(("kv_only", work.request, work.start, work.stop - work.num_logit_tokens))
-            sizes.append(("with_logits", work.request, work.stop - work.num_logit_tokens, work.stop))
-            if work.canvas:
-                sizes.append(("canvases", work.request, work.stop, work.stop + canvas_length))
+        for item in scheduled:
+            sizes.append(("kv_only", item.request, item.start, item.stop - item.num_logit_tokens))
+            sizes.append(("with_logits", item.request, item.stop - item.num_logit_tokens, item.stop))
+            if item.canvas:
+                sizes.append(("canvases", item.request, item.stop, item.stop + canvas_length))
         parts: dict[str, list[Part]] = {"kv_only": [], "with_logits": [], "canvases": []}
         row = 0
-        for kind, found in parts.items():
+        for kind, same_kind in parts.items():
             for name, request, first, stop in sizes:
                 if name == kind and stop > first:
                     end = row + stop - first
-                    found.append(Part(request=request, first=first, start=row, stop=end, canvas=kind == "canvases"))
+                    same_kind.append(Part(request=request, first=first, start=row, stop=end, canvas=kind == "canvases"))
                     row = end
-        return cls(**{kind: tuple(found) for kind, found in parts.items()})
+        return cls(**{kind: tuple(same_kind) for kind, same_kind in parts.items()})
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -88,12 +88,12 @@ class Batch:
 
     @property
     def num_kv_only(self) -> int:
-        """How many rows are needed for their keys and values alone."""
+        """How many rows are needed only for their keys and values."""
         return self.kv_only[-1].stop if self.kv_only else 0
 
     @property
     def num_causal(self) -> int:
-        """How many rows are of the causal pass."""
+        """How many rows belong to the causal pass."""
         return self.with_logits[-1].stop if self.with_logits else self.num_kv_only
 
     @property
@@ -101,10 +101,10 @@ class Batch:
         return self.canvases[-1].stop if self.canvases else self.num_causal
 
     def positions(self, device: torch.device) -> Int[Tensor, "1 rows"]:
-        """The place of every row in its request."""
-        places = [torch.arange(part.first, part.first + part.stop - part.start) for part in self.parts]
-        return to_device(torch.cat(places)[None], device)
+        """The position of every row in its request."""
+        positions = [torch.arange(part.first, part.first + part.stop - part.start) for part in self.parts]
+        return to_device(torch.cat(positions)[None], device)
 
     def causal(self, device: torch.device) -> Bool[Tensor, " rows"]:
-        """Which rows are of the causal pass: the first `num_causal`."""
+        """Which rows belong to the causal pass: the first `num_causal`."""
         return torch.arange(self.num_rows, device=device) < self.num_causal

@@ -1,18 +1,18 @@
-"""Page ids of one kind of layer: who holds them, which are free, and which hold something that may be wanted again.
+"""Page ids of one kind of layer: which are held, which are free, and which hold contents that may be needed again.
 
-    free       nobody holds it, and what is in it means nothing
-    held       by one request or by several that begin alike
-    reusable   nobody holds it, but its contents are known by a digest; those of longest ago go first
+    free       not held, contents meaningless
+    held       by one request, or by several with the same prefix
+    reusable   not held, but its contents have a digest; least recently released pages are evicted first
 
       allocate --> held --release, without a digest--> free <--+
-                   |  ^                                        | evict, where room is needed
+                   |  ^                                        | evict, when room is needed
            release |  | retain                                 |
                    v  |                                        |
                  reusable -------------------------------------+
 
-Ids that follow one another are handed out where there are some: tensors behind them can be seen without a copy.
+Consecutive ids are preferred: their tensors can be read as a view, without a copy.
 
-Invariant: every page is free, held or reusable, one of the three; a digest belongs to one page at most.
+Invariant: every page is exactly one of free, held or reusable; a digest belongs to at most one page.
 Run it:  python -m pytest tests/engine/test_sizing.py
 """
 
@@ -26,13 +26,13 @@ _BATCH = 32
 
 @final
 class FreeRuns:
-    """Free ids as runs [start, stop), no two of them side by side.
+    """Free ids as runs [start, stop), no two of them adjacent.
 
     A new request begins in the middle of the longest run, so that both it and its neighbour can grow:
 
     >>> runs = FreeRuns(8)
     >>> first = runs.take(2); second = runs.take(1)
-    >>> first, second, runs.take(1, behind=1), runs.take(2, behind=5)
+    >>> first, second, runs.take(1, after=1), runs.take(2, after=5)
     ([0, 1], [5], [2], [6, 7])
     """
 
@@ -42,7 +42,7 @@ class FreeRuns:
         self.count = total
 
     def take(self, most: int, after: int | None = None) -> list[int]:
-        """At most `most` ids of one run, at least one: from the id after `after` on, if that is free."""
+        """At most `most` ids of one run, at least one: those that follow id `after`, if that run is free."""
         assert self.count, "no id is free"
         start = self._choose() if after is None or after + 1 not in self._stops else after + 1
         stop = self._stops[start]
@@ -57,14 +57,14 @@ class FreeRuns:
         return list(range(at, at + count))
 
     def longest(self, after: int | None) -> int:
-        """How many ids `take` could give at most: of the run after `after` if that is free, else of the longest."""
+        """The most ids that `take` could give: of the run that follows id `after` if free, else of the longest."""
         if not self._stops:
             return 0
         start = self._choose() if after is None or after + 1 not in self._stops else after + 1
         return self._stops[start] - start
 
     def put(self, page: int) -> None:
-        """One more free id, joined to its neighbours."""
+        """Free an id and join it to its neighbours."""
         start = self._starts.get(page, page)
         stop = self._stops.get(page + 1, page + 1)
         for old in {start, page + 1} & self._stops.keys():
@@ -73,7 +73,7 @@ class FreeRuns:
         self.count += 1
 
     def ids(self) -> Iterable[int]:
-        """All of them."""
+        """All free ids."""
         return (page for start, stop in self._stops.items() for page in range(start, stop))
 
     def _choose(self) -> int:
@@ -94,18 +94,18 @@ class BlockPool:
     def __init__(self, total: int) -> None:
         self.total = total
         self.evicted = 0
-        """Reusable pages that were given up so far."""
+        """Reusable pages evicted so far."""
         self._free = FreeRuns(total)
         self._holders = [0] * total
         self._digests: dict[int, bytes] = {}
         self._pages: dict[bytes, int] = {}
         self._reusable: dict[int, int] = {}
-        """The release in which each became reusable, the oldest first."""
+        """The number of the release that made each page reusable, oldest first."""
         self._releases = 0
 
     @property
     def available(self) -> int:
-        """Pages that can be handed out: the free and the reusable ones."""
+        """Pages that can be allocated: the free and the reusable ones."""
         return self._free.count + len(self._reusable)
 
     @property
@@ -113,18 +113,18 @@ class BlockPool:
         return len(self._reusable)
 
     def holders(self, page: int) -> int:
-        """How many requests hold it."""
+        """How many requests hold a page."""
         return self._holders[page]
 
     def published(self, page: int) -> bool:
-        """Whether its contents are known by a digest."""
+        """Whether a page's contents have a digest."""
         return page in self._digests
 
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
-        """That many pages, held once each, after `after` where these are free; None where there are too few.
+        """`count` pages, held once each, following page `after` if those are free; None if there are too few.
 
-        Reusable pages are given up for a run in one piece even while as many others are free: what is in one piece is
-        seen without a copy at every step of its request.
+        Reusable pages are evicted for one contiguous run even while enough others are free: contiguous pages are read
+        without a copy at every step of their request.
         """
         if count > self.available:
             return None
@@ -140,14 +140,14 @@ class BlockPool:
         return pages
 
     def retain(self, page: int) -> None:
-        """One more holder of a page that is held or reusable."""
+        """Add a holder to a page that is held or reusable."""
         assert self._holders[page] or page in self._reusable, f"page {page} is free"
         self._reusable.pop(page, None)
         self._holders[page] += 1
 
     def release(self, page: int) -> None:
-        """One holder less. The last one leaves it reusable where its contents are known, and free otherwise."""
-        assert self._holders[page], f"nobody holds page {page}"
+        """Remove a holder. Without holders a page is reusable if its contents have a digest, and free otherwise."""
+        assert self._holders[page], f"page {page} is not held"
         self._holders[page] -= 1
         if self._holders[page]:
             return
@@ -158,23 +158,23 @@ class BlockPool:
             self._free.put(page)
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Make its contents known. Where another page of these contents is known already, this one is not."""
-        assert self._holders[page], f"nobody holds page {page}"
+        """Give a page's contents their digest; no effect if another page has it already."""
+        assert self._holders[page], f"page {page} is not held"
         if digest not in self._pages and page not in self._digests:
             self._pages[digest], self._digests[page] = page, digest
 
     def find(self, digest: bytes) -> int | None:
-        """The page of these contents, if one is known."""
+        """The page with these contents, if there is one."""
         return self._pages.get(digest)
 
     def withdraw(self, digest: bytes) -> None:
-        """Nobody may take over the page of these contents any more; who holds it keeps it."""
+        """Let no further request reuse the page with these contents; its holders keep it."""
         page = self._pages.get(digest)
         if page is not None:
             self._forget(page)
 
     def check(self) -> None:
-        """Raises AssertionError where a page is in two states, or lost."""
+        """Raises AssertionError if a page is in two states, or lost."""
         free = list(self._free.ids())
         held = [page for page, count in enumerate(self._holders) if count]
         assert sorted([*free, *held, *self._reusable]) == list(range(self.total)), "a page is lost, or there twice"
@@ -184,10 +184,10 @@ class BlockPool:
         assert list(self._reusable.values()) == sorted(self._reusable.values())
 
     def _evict(self, count: int, after: int | None) -> None:
-        """Free about `count` reusable pages that lie side by side, at least one.
+        """Free about `count` adjacent reusable pages, at least one.
 
-        The oldest one and its neighbours, as far as these are of the older half; or, where the page after `after` is
-        of that half, it and those that follow.
+        The oldest one and its neighbours, as far as these are in the older half; or, if the page that follows `after`
+        is in that half, it and its successors.
         """
         oldest = next(iter(self._reusable))
         half = (self._reusable[oldest] + self._releases) // 2
@@ -203,7 +203,7 @@ class BlockPool:
         self.evicted += stop - start
 
     def _forget(self, page: int) -> None:
-        """Its contents are not known any more; if nobody holds it, it is free."""
+        """Drop a page's digest; if it is not held, it becomes free."""
         del self._pages[self._digests.pop(page)]
         if self._reusable.pop(page, None) is not None:
             self._free.put(page)

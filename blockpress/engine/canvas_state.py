@@ -1,14 +1,14 @@
-"""Where canvases wait between two forwards: a row of a few tensors for each request that runs.
+"""The state of canvases between two forwards: one row ("slot") of a few tensors per running request.
 
-    slot     canvas    what the next step reads                 signal      what the last step believed
-             argmax    of the last step, to see what changed    unchanged   steps in a row that it has stayed the same
-             pins      the tokens that it must hold, or OPEN    banned      which of `ids` each place must not take
-    spare    the last row, for entries of a padded batch that are nobody's
+    slot     canvas    what the next step reads                 signal      self-conditioning embedding of the last step
+             argmax    of the last step, to detect changes      unchanged   consecutive steps without a change
+             pins      tokens that it must hold, or UNPINNED    banned      which of `ids` each position must not take
+    padding  the last row, for padding entries of a batch
 
-`ids` joins what all running requests deny, filled up with ids that nobody denies: so the tensors keep their shapes
-while requests come and go, and a captured step keeps its addresses.
+`ids` is the union of what all running requests ban, padded with ids that none bans: so the tensors keep their shapes
+while requests come and go, and the addresses in a captured step stay valid.
 
-Invariant: a slot is its request's from the first step of its first canvas to its end; a pause does not touch it.
+Invariant: a slot belongs to its request from the first step of its first canvas to its end, preemption included.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
@@ -29,15 +29,15 @@ from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops.transfer import to_device
 
-LEAST_IDS = 8
+MIN_IDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFeatures:
-    """What the canvases of a forward ask for beyond the common: a forward without rules does not pay for them.
+    """Optional features that the canvases of a forward need: a forward without them does not pay for them.
 
-    begins: some canvas is at its first step. pinned: some place of some canvas is. banned: how many `ids` there are,
-    0 where no canvas denies any. own: some canvas brings a rule of its own for accepting or settling.
+    begins: some canvas is at its first step. pinned: some canvas has pins. banned: the number of `ids`, 0 if no canvas
+    bans any. custom: some canvas has a custom rule for accepting or settling.
     """
 
     begins: bool = True
@@ -67,20 +67,20 @@ class CanvasState:
         self._pinned: set[int] = set()
 
     def begin(self, requests: Sequence[Request]) -> StepFeatures:
-        """Take in the rules of canvases whose next step is their first; what the step of all these has to heed."""
-        fresh = [request for request in requests if request.step == 0]
-        for request in fresh:
+        """Write the pins and banned ids of canvases whose next step is their first; returns what the step needs."""
+        starting = [request for request in requests if request.step == 0]
+        for request in starting:
             slot = slot_of(request)
             self._owner[slot], self._bans[slot] = request, dict(request.row.banned_ids)
             self._pin(slot, request.row.pins)
-        if any(token not in self._column for request in fresh for token in self._bans[slot_of(request)]):
+        if any(token not in self._column for request in starting for token in self._bans[slot_of(request)]):
             self._gather_ids()
         elif len(self.ids):
-            for request in fresh:
-                self._deny(slot_of(request))
+            for request in starting:
+                self._ban(slot_of(request))
         slots = [slot_of(request) for request in requests]
         return StepFeatures(
-            begins=bool(fresh),
+            begins=bool(starting),
             pinned=any(slot in self._pinned for slot in slots),
             banned=len(self.ids) if any(self._bans[slot] for slot in slots) else 0,
             custom=any(has_custom_rules(request) for request in requests),
@@ -88,20 +88,18 @@ class CanvasState:
 
     def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
         if pins:
-            self.pins[slot] = to_device(
-                torch.tensor([pins.get(place, UNPINNED) for place in range(self.length)]), self._device
-            )
+            self.pins[slot] = to_device(torch.tensor([pins.get(i, UNPINNED) for i in range(self.length)]), self._device)
             self._pinned.add(slot)
         elif slot in self._pinned:
             self.pins[slot] = UNPINNED
             self._pinned.discard(slot)
 
     def _gather_ids(self) -> None:
-        """Join what the requests that still run deny; wider tensors only where it does not fit these."""
+        """The union of what the running requests ban; new tensors only if it does not fit the present ones."""
         for slot in [slot for slot, owner in self._owner.items() if owner.slot != slot]:
             del self._owner[slot], self._bans[slot]
         ids = sorted({token for banned in self._bans.values() for token in banned})
-        width = min(self._vocab, max(LEAST_IDS, len(self.ids), 1 << (len(ids) - 1).bit_length()))
+        width = min(self._vocab, max(MIN_IDS, len(self.ids), 1 << (len(ids) - 1).bit_length()))
         known = set(ids)
         ids += islice((other for other in numbers() if other not in known), width - len(ids))
         self._column = {token: column for column, token in enumerate(ids)}
@@ -110,25 +108,25 @@ class CanvasState:
             self.banned = torch.zeros(*self.pins.shape, width, dtype=torch.bool, device=self._device)
         self.ids.copy_(to_device(torch.tensor(ids), self._device))
         for slot in self._owner:
-            self._deny(slot)
+            self._ban(slot)
 
-    def _deny(self, slot: int) -> None:
+    def _ban(self, slot: int) -> None:
         if not self._bans[slot]:
             self.banned[slot] = False
             return
         mask = torch.zeros(self.length, len(self.ids), dtype=torch.bool)
-        for token, places in self._bans[slot].items():
-            mask[:, self._column[token]] = torch.tensor([place in places for place in range(self.length)])
+        for token, positions in self._bans[slot].items():
+            mask[:, self._column[token]] = torch.tensor([i in positions for i in range(self.length)])
         self.banned[slot] = to_device(mask, self._device)
 
 
 def has_custom_rules(request: Request) -> bool:
-    """Whether a request accepts or settles by a rule of its own."""
+    """Whether a request has a custom rule for accepting or settling."""
     sampling = request.sampling
     return isinstance(sampling, Sampling) and not (sampling.accept is None and sampling.settle is None)
 
 
 def slot_of(request: Request) -> int:
-    """The slot of a request that runs."""
-    assert request.slot is not None, "a request that runs has a slot"
+    """The slot of a running request."""
+    assert request.slot is not None, "a running request has a slot"
     return request.slot

@@ -1,14 +1,14 @@
-"""The engine's heart: requests go in, and each `step` is one forward for all of them.
+"""The core of the engine: requests are submitted, and each `step` is one forward for all of them.
 
-    step:   plan     who takes part, with which tokens          scheduler, without tensors
-            run      one forward, waited for once               runner
-            advance  what came of it, for each way to decode    modes
-            book     pages, contexts, ends                      here and in the scheduler
+    step:   schedule   which requests take part, with which tokens       scheduler, without tensors
+            run        one forward, waited for once                      runner
+            advance    how each request continues, by decoding mode      modes
+            update     pages, contexts, ended requests                   here and in the scheduler
 
-Synchronous, single-threaded and deterministic; `threaded.py` puts it on a thread of its own.
+Synchronous, single-threaded and deterministic; `threaded.py` runs it on a thread of its own.
 
-Invariant: a request's events are a function of (weights, prompt, seed, sampling), never of what runs beside it; an
-error in one request is an event of that request, and every other one goes on.
+Invariant: a request's events are a function of (weights, prompt, seed, sampling), never of what runs next to it; an
+error in one request is an event of that request, and all others go on.
 Run it:  python -m pytest tests/engine/test_same_tokens.py
 """
 
@@ -36,11 +36,11 @@ from blockpress.model import Network
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """An engine's figures.
+    """Statistics of an engine.
 
     scheduler: requests and pages. forwards: run so far. failures: requests that ended with an error of their own.
-    page_bytes: what all pages take once they have been used. captures, replays: graphs of a GPU, made and run; eager:
-    why none is made, None where they are.
+    page_bytes: bytes of all pages once they have been used. captures, replays: CUDA graphs captured and run; eager: why
+    none are captured, None if they are.
     """
 
     scheduler: SchedulerStats
@@ -54,8 +54,8 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one `step` did. works: the parts of its forward, in order of arrival; none where nothing ran. events: what
-    each request is told, in the same order."""
+    """What one `step` did. scheduled: the requests' parts of its forward, in order of arrival; empty if nothing ran.
+    events: each request's events, in the same order."""
 
     scheduled: Sequence[ScheduledRequest]
     events: Sequence[tuple[Request, Event]]
@@ -78,10 +78,10 @@ class EngineCore:
         self._strategies = strategies(network)
 
     def submit(self, request: Request) -> None:
-        """Take a request into the queue.
+        """Add a request to the queue.
 
         Raises:
-            Overloaded: the queue is full. RequestError: a request that could never be answered.
+            Overloaded: the queue is full. RequestError: the request could never be answered.
         """
         request.image_spans = tuple(
             HashedImageSpan(start, len(features), _digest(features))
@@ -90,13 +90,13 @@ class EngineCore:
         self.scheduler.submit(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request before the next forward; one that has ended is left as it is."""
+        """End a request before the next forward; no effect if it has ended already."""
         if request.state not in ("new", "ended"):
             self._cancelled.append(request)
 
     @property
     def stats(self) -> EngineStats:
-        """What the engine is doing, and what it has done so far."""
+        """The current state and the counts so far."""
         captured = self.runner.captured
         return EngineStats(
             scheduler=self.scheduler.stats,
@@ -110,63 +110,65 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something left to do."""
+        """Whether any request is running, waiting or to be cancelled."""
         return bool(self._cancelled or self.scheduler.running or self.scheduler.waiting)
 
     @property
     def num_tracked(self) -> int:
-        """Of how many requests something is kept for their next forward, beside pages and slots: of none once idle."""
+        """The number of requests with state for their next forward, apart from pages and slots; 0 once idle."""
         return sum(strategy.num_tracked for strategy in self._strategies.values())
 
     def step(self) -> StepRecord:
-        """One forward, and what came of it."""
+        """Run one forward and update all requests."""
         cancelled, self._cancelled = self._cancelled, []
         events = [(request, event) for request in cancelled for event in self._cancel(request)]
-        works = self.scheduler.schedule()
-        self._forwards += bool(works)
-        with self.runner.placed():
-            events += self._answered(works)
-        return StepRecord(scheduled=works, events=events)
+        scheduled = self.scheduler.schedule()
+        self._forwards += bool(scheduled)
+        with self.runner.on_device():
+            events += self._advance(scheduled)
+        return StepRecord(scheduled=scheduled, events=events)
 
     @torch.inference_mode()
-    def _answered(self, works: Sequence[ScheduledRequest]) -> list[tuple[Request, Event]]:
-        outcomes = self._run(works)
-        found: dict[Request, RequestProgress | Exception] = {}
+    def _advance(self, scheduled: Sequence[ScheduledRequest]) -> list[tuple[Request, Event]]:
+        outcomes = self._run(scheduled)
+        progress: dict[Request, RequestProgress | Exception] = {}
         for kind, strategy in self._strategies.items():
-            own = [
-                one for one in outcomes if isinstance(one, RunnerOutput) and strategy_of(one.scheduled.request) == kind
+            outputs = [
+                out for out in outcomes if isinstance(out, RunnerOutput) and strategy_of(out.scheduled.request) == kind
             ]
-            sound = [one for one in own if one.is_finite]
-            made = strategy.advance(sound)
-            found |= {one.scheduled.request: progress for one, progress in zip(sound, made, strict=True)}
-            found |= {one.scheduled.request: _no_number() for one in own if not one.is_finite}
+            finite = [out for out in outputs if out.is_finite]
+            results = strategy.advance(finite)
+            progress |= {out.scheduled.request: result for out, result in zip(finite, results, strict=True)}
+            progress |= {out.scheduled.request: _not_finite() for out in outputs if not out.is_finite}
         events: list[tuple[Request, Event]] = []
         for outcome in outcomes:
             if isinstance(outcome, RunnerOutput):
-                request, told = outcome.scheduled.request, self._apply(outcome, found[outcome.scheduled.request])
+                request = outcome.scheduled.request
+                new_events = self._apply(outcome, progress[request])
             else:
-                request, told = outcome[0].request, self._fail(outcome[0].request, outcome[1])
-            events += [(request, event) for event in told]
+                request = outcome[0].request
+                new_events = self._fail(request, outcome[1])
+            events += [(request, event) for event in new_events]
         return events
 
-    def _sample(self, works: Sequence[ScheduledRequest], heard: Mapping[Request, Tensor]) -> SampledTokens:
-        """What the strategies ask of the states that a forward has heard, before anybody waits for it."""
-        asked: dict[Request, Tensor | Exception] = {}
+    def _sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
+        """Tokens that the strategies sample from a forward's hidden states, queued before the host waits for it."""
+        sampled: dict[Request, Tensor | Exception] = {}
         for kind, strategy in self._strategies.items():
-            asked |= strategy.sample([work for work in works if strategy_of(work.request) == kind], heard)
-        return asked
+            sampled |= strategy.sample([item for item in scheduled if strategy_of(item.request) == kind], hidden)
+        return sampled
 
     def _apply(self, outcome: RunnerOutput, progress: RequestProgress | Exception) -> Sequence[Event]:
-        """What a request's part of a forward makes of its pages and its context, or its end."""
-        request, work = outcome.scheduled.request, outcome.scheduled
+        """Update a request's pages and context after its part of a forward, or end it; gives its events."""
+        request, scheduled = outcome.scheduled.request, outcome.scheduled
         if isinstance(progress, Exception):
             return self._fail(request, progress)
         if outcome.denoised is not None:
             request.step = outcome.denoised.step
         if progress.num_verified is None:
-            self.scheduler.mark_computed(work)
+            self.scheduler.mark_computed(scheduled)
         else:
-            self.scheduler.accept_draft(work, progress.num_verified)
+            self.scheduler.accept_draft(scheduled, progress.num_verified)
         if progress.next_tokens is not None:
             if request.row.finish_reason is None:
                 self.scheduler.commit(request, progress.next_tokens, draft=progress.is_draft)
@@ -175,21 +177,23 @@ class EngineCore:
                 self._forget(request)
         return progress.events
 
-    def _run(self, works: Sequence[ScheduledRequest]) -> Sequence[RunnerOutput | tuple[ScheduledRequest, Exception]]:
-        """The forward; where it fails, request by request, so that the one at fault is found."""
-        if not works:
+    def _run(
+        self, scheduled: Sequence[ScheduledRequest]
+    ) -> Sequence[RunnerOutput | tuple[ScheduledRequest, Exception]]:
+        """The forward; if it fails, request by request, so that the failing one is found."""
+        if not scheduled:
             return []
         try:
-            return self.runner.run(works)
+            return self.runner.run(scheduled)
         except Exception as error:
-            failed = error.with_traceback(None)  # whose frames hold all that the forward had allocated
-        moved_on = self.runner.stepped
-        if len(works) == 1:
-            return [(works[0], failed)]
-        again = [work for work in works if not (moved_on and work.canvas)]
+            failed = error.with_traceback(None)  # its frames hold everything that the forward allocated
+        stepped = self.runner.stepped
+        if len(scheduled) == 1:
+            return [(scheduled[0], failed)]
+        retried = [item for item in scheduled if not (stepped and item.canvas)]
         return [
-            *((work, failed) for work in works if moved_on and work.canvas),
-            *(one for work in again for one in self._run([work])),
+            *((item, failed) for item in scheduled if stepped and item.canvas),
+            *(outcome for item in retried for outcome in self._run([item])),
         ]
 
     def _cancel(self, request: Request) -> Iterable[Event]:
@@ -206,33 +210,33 @@ class EngineCore:
         self._strategies[strategy_of(request)].forget(request)
 
     def _fail(self, request: Request, error: Exception) -> list[Event]:
-        """End one request with an error of its own; what it has in pages is not trusted."""
+        """End one request with an error of its own; its pages are not reused."""
         self._failures += 1
         self.scheduler.end(request, discard=True)
         self._forget(request)
         if not isinstance(error, BlockpressError):
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             error = EngineError(
-                f"the request could not be finished: {said}",
+                f"the request could not be finished: {reason}",
                 hint="ask again; if that does not help, restart the engine",
             )
         return [Failed(request.row.index, error)]
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free on a device; of a GPU also those that torch keeps of what was freed."""
+    """Free bytes on a device; on a GPU including freed memory that torch keeps."""
     if device.type != "cuda":
-        return free_memory()["cpu"]  # of another kind of device nothing is known: its memory may well be this one
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_memory()[f"cuda:{device.index or 0}"] + kept
+        return free_memory()["cpu"]  # nothing is known of other kinds of devices: they may well share this memory
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory()[f"cuda:{device.index or 0}"] + cached
 
 
 def _digest(features: Tensor) -> bytes:
-    """What a picture's features are known by: pages that show others are others."""
+    """A digest of an image's features: pages with other features get other digests."""
     return hashlib.sha256(features.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _no_number() -> EngineError:
+def _not_finite() -> EngineError:
     return EngineError(
         "the network's output holds NaN or infinity",
         hint="its weights may be damaged, or the type too narrow for them: load it in bfloat16 or float32",

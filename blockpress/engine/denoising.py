@@ -1,12 +1,12 @@
-"""One denoising step of many canvases as tensors alone, each canvas at a step of its own.
+"""One denoising step of many canvases in tensor operations only, each canvas at a step of its own.
 
-    numbers --Canvases--> where each canvas waits, its seed, its step, its limits
-    slots --begin--> rows of the stack      ... stack ...      hidden --finish--> slots, what the step did
+    numbers --CanvasBatch--> the slot of each canvas, its seed, its step, its limits
+    slots --begin_step--> rows of the stack      ... stack ...      hidden --finish_step--> slots, step outputs
 
-Between the numbers and what is told no value decides what the processor does: no shape depends on one, none is waited
-for. So one captured graph serves every step of as many canvases, and an eager forward runs the same lines.
+From the numbers to the outputs, no shape depends on a value and nothing waits for the device. So one captured graph
+serves every step of that many canvases, and an eager forward runs the same lines.
 
-Invariant: the slots change in the last lines of `finish_step`, and only those of its canvases.
+Invariant: slots change only in the last lines of `finish_step`, and only those of its canvases.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
@@ -48,11 +48,11 @@ Flat = Float[Tensor, "1 rows hidden"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CanvasBatch:
-    """Canvases as a step sees them, an entry each.
+    """The canvases of a step, one entry each.
 
-    slot: where it waits. context: tokens before it. rows: its length, or 0 for an entry that is nobody's. low, high: of
-    its seed. canvas: its number among the row's. number: the step, from 1. last: whether it may have no other.
-    stability, temperature, bound, confidence: as `Sampling` and `Schedule` have them.
+    slot: its row in `CanvasState`. context: tokens before it. rows: its length, or 0 for padding. low, high: the halves
+    of its seed. canvas: what keys its draws (`SequenceState.canvas_number`). number: the step, from 1. last: whether it
+    is the last one allowed. stability, temperature, bound, confidence: from `Sampling` and `Schedule`.
     """
 
     slot: Int[Tensor, " canvases"]
@@ -70,7 +70,7 @@ class CanvasBatch:
 
     @classmethod
     def of(cls, numbers: Numbers) -> CanvasBatch:
-        """From what `packed_entry` and `padding_entry` wrote; further columns are left alone."""
+        """From entries of `packed_entry` and `padding_entry`; further columns are ignored."""
         columns = numbers[:, :FIELDS].t().contiguous()
         whole, real = columns[:9], columns[9:].view(torch.float64).float()
         slot, context, rows, low, high, canvas, number, last, stability = whole
@@ -94,7 +94,7 @@ FIELDS = 12
 
 
 def packed_entry(part: Part) -> list[int]:
-    """A canvas's numbers, floats as the bits of their float64."""
+    """A canvas's numbers, with floats as the bits of their float64."""
     request, sampling, number = part.request, part.request.sampling, part.request.step + 1
     assert isinstance(sampling, Sampling), "only diffusion has canvases"
     seed = request.row.seed
@@ -110,9 +110,9 @@ def packed_entry(part: Part) -> list[int]:
     return [*whole, number, number == sampling.steps, sampling.stability, *map(_bits, real)]
 
 
-def padding_entry(spare: int) -> list[int]:
-    """The numbers of an entry that is nobody's, at the slot that is nobody's."""
-    return [spare, *[0] * 5, 1, 0, 0, *[_bits(1.0)] * 3]
+def padding_entry(padding_slot: int) -> list[int]:
+    """The numbers of a padding entry, at the padding slot."""
+    return [padding_slot, *[0] * 5, 1, 0, 0, *[_bits(1.0)] * 3]
 
 
 def _bits(value: float) -> int:
@@ -121,7 +121,7 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepInputs:
-    """What `finish_step` has to know of a step that was begun; `x` are the rows of the stack."""
+    """What `begin_step` hands on to `finish_step`; `x` are the rows of the stack."""
 
     x: Flat
     argmax: Int[Tensor, "canvases canvas"]
@@ -135,36 +135,36 @@ class StepInputs:
 class StepOutputs:
     """What a step did to its canvases.
 
-    host_words: what the host waits for, per canvas: settled, steps done, whether every number is finite, and the
-    argmax canvas, all integers.
+    host_words: what the host waits for, per canvas: whether it settled, whether it is finished, whether every number is
+    finite, and the argmax canvas, all as integers.
     """
 
     argmax: Int[Tensor, "canvases canvas"]
     accepted: Bool[Tensor, "canvases canvas"]
     entropy: Float32[Tensor, "canvases canvas"]
     changed: Bool[Tensor, "canvases canvas"]
-    host_words: Int64[Tensor, "canvases told"]
+    host_words: Int64[Tensor, "canvases words"]
 
 
 def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, features: StepFeatures) -> StepInputs:
-    """Embed and condition the canvases; those at step 1 are noise without a signal."""
+    """Embed and condition the canvases; those at step 1 are noise without a self-conditioning embedding."""
     config, at = network.config, canvases.slot
     draws = KeyedDraws.from_words(
         canvases.low, canvases.high, canvases.canvas, length=slots.length, vocab=config.vocab_size
     )
     first, noise, uniform = draws.of_step(canvases.number)
-    pins, every = None, torch.arange(len(at), device=at.device)
+    pins, all_rows = None, torch.arange(len(at), device=at.device)
     if features.pinned:
         tokens = slots.pins.index_select(0, at)
         pins = Pins(tokens, network.embed(tokens.clamp(min=0)))
-        first, noise = pins.hold(every, first), pins.hold(every, noise)
+        first, noise = pins.hold(all_rows, first), pins.hold(all_rows, noise)
     canvas, signal = slots.canvas.index_select(0, at), slots.signal.index_select(0, at)
     argmax, unchanged = slots.argmax.index_select(0, at), slots.unchanged.index_select(0, at)
     if features.begins:
-        fresh = canvases.number == 1
-        canvas = torch.where(fresh[:, None], first, canvas)
-        signal = signal.masked_fill(fresh[:, None, None], 0)
-        argmax, unchanged = argmax.masked_fill(fresh[:, None], -1), unchanged.masked_fill(fresh, 0)
+        first_step = canvases.number == 1
+        canvas = torch.where(first_step[:, None], first, canvas)
+        signal = signal.masked_fill(first_step[:, None, None], 0)
+        argmax, unchanged = argmax.masked_fill(first_step[:, None], -1), unchanged.masked_fill(first_step, 0)
     x = network.condition(canvas, signal).flatten(0, 1)[None]
     return StepInputs(x=x, argmax=argmax, unchanged=unchanged, noise=noise, uniform=uniform, pins=pins)
 
@@ -179,12 +179,12 @@ def finish_step(
     signal: SoftEmbedding,
     requests: Sequence[Request] = (),
 ) -> StepOutputs:
-    """Read the canvases' final hidden states, and put what the next step begins with into their slots.
+    """Compute a step from the canvases' final hidden states, and write the next step's canvases to their slots.
 
-    `requests` are those of the canvases; they may be left out where none has rules of its own.
+    `requests` are those of the canvases; they may be omitted if none has custom rules.
     """
     at, count, length = canvases.slot, len(canvases.slot), slots.length
-    seen = vocabulary.sample_from_hidden(
+    stats = vocabulary.sample_from_hidden(
         hidden,
         network.embed_tokens.weight,
         cap=network.config.softcap,
@@ -194,45 +194,51 @@ def finish_step(
         signal=signal,
         scale=network.embed_scale(),
     )
-    reading = DenoiserOutput.of(seen, count)
+    output = DenoiserOutput.of(stats, count)
     if inputs.pins is not None:
-        reading = inputs.pins(torch.arange(count, device=at.device), reading)
+        output = inputs.pins(torch.arange(count, device=at.device), output)
     accept, settle = custom_rules(canvases, requests)
-    done = update(reading, inputs.noise, inputs.argmax, inputs.unchanged, accept, settle)
-    flags = torch.stack((done.settled, done.settled | canvases.last, reading.entropy.isfinite().all(-1)), dim=1)
-    told = torch.cat((flags.long(), reading.argmax), dim=1)
-    slots.canvas.index_copy_(0, at, done.canvas)
-    slots.signal.index_copy_(0, at, reading.signal)
-    slots.argmax.index_copy_(0, at, reading.argmax)
-    slots.unchanged.index_copy_(0, at, done.unchanged)
+    result = update(output, inputs.noise, inputs.argmax, inputs.unchanged, accept, settle)
+    flags = torch.stack((result.settled, result.settled | canvases.last, output.entropy.isfinite().all(-1)), dim=1)
+    host_words = torch.cat((flags.long(), output.argmax), dim=1)
+    slots.canvas.index_copy_(0, at, result.canvas)
+    slots.signal.index_copy_(0, at, output.signal)
+    slots.argmax.index_copy_(0, at, output.argmax)
+    slots.unchanged.index_copy_(0, at, result.unchanged)
     return StepOutputs(
-        argmax=reading.argmax, accepted=done.accepted, entropy=reading.entropy, changed=done.changed, host_words=told
+        argmax=output.argmax,
+        accepted=result.accepted,
+        entropy=output.entropy,
+        changed=result.changed,
+        host_words=host_words,
     )
 
 
 def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Accept, Settle]:
-    """When each canvas accepts and settles: by its numbers, or by the rule that its request brings along."""
+    """When each canvas accepts and settles: by its numbers, or by the custom rule in its request."""
     accept: Accept = EntropyBound(canvases.bound[:, None])
     settle: Settle = StableAndConfident(canvases.stability, canvases.confidence)
     samplings = [request.sampling for request in requests if isinstance(request.sampling, Sampling)]
     if not samplings:
         return accept, settle
-    accepts, settles = [own.accept for own in samplings], [own.settle for own in samplings]
+    accepts, settles = [each.accept for each in samplings], [each.settle for each in samplings]
     return CustomRules("accept", accept, accepts), CustomRules("settle", settle, settles)
 
 
 @dataclass(frozen=True, eq=False)
 class CustomRules:
-    """A rule for all canvases but those that have one of their own; canvases that share a rule are asked together."""
+    """A common rule for all canvases except those with a custom one; canvases that share a rule are passed together."""
 
     name: str
     common: Callable[..., Tensor]
     custom: Sequence[Callable[..., Tensor] | None]
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        answer = self.common(*given)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        answer = self.common(*inputs)
         for rule in {id(rule): rule for rule in self.custom if rule is not None}.values():
-            rows = to_device(torch.tensor([row for row, own in enumerate(self.custom) if own is rule]), answer.device)
-            found = check_answer(self.name, rule(*(each[rows] for each in given)), answer[rows])
-            answer = answer.index_copy(0, rows, found)
+            rows = to_device(
+                torch.tensor([row for row, other in enumerate(self.custom) if other is rule]), answer.device
+            )
+            result = check_answer(self.name, rule(*(tensor[rows] for tensor in inputs)), answer[rows])
+            answer = answer.index_copy(0, rows, result)
         return answer

@@ -1,14 +1,14 @@
-"""How a request goes on after a forward: one strategy for each way to decode.
+"""How a request continues after a forward: one strategy per decoding mode.
 
     Diffusion        step, step, ... canvas finished                          -> commit, read it, next canvas
-    Verified         step, step, ... canvas finished -> read it as a draft    -> commit what stands, or denoise again
+    Verified         step, step, ... canvas finished -> read it as a draft    -> commit what is accepted, or redo
     Autoregressive   context read -> next token                               -> commit, read it, next token
 
-A strategy turns outcomes into events and says what joins the context; queue, pages and batches are not its matter.
-Verified decoding and log-probabilities read a draft before it is committed: what the causal pass does not agree with is
-taken back out of the context.
+A strategy turns runner outputs into events and decides what joins the context; it knows nothing of queue, pages and
+batches. Verified decoding and log-probabilities read a draft before it is committed: tokens that the verification
+rejects are removed from the context.
 
-Invariant: what is kept of a request between two forwards is gone once it is forgotten; a failure is one request's.
+Invariant: no state of a request remains after `forget`; a failure affects one request only.
 Run it:  python -m pytest tests/engine/test_same_tokens.py tests/engine/test_faults.py
 """
 
@@ -34,17 +34,17 @@ from blockpress.engine.runner import RunnerOutput, SampledTokens
 from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.model import Network
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestProgress:
-    """What a forward made of a request.
+    """How a request continues after a forward.
 
-    events: what is told. verified: how many tokens of the draft that the forward has read stand; None: it read none.
-    then: the tokens that join the context and are read next; None: nothing was finished. draft: whether these may yet
-    be taken back.
+    events: for the caller. num_verified: how many tokens of the draft that the forward read are accepted; None: it read
+    no draft. next_tokens: the tokens that join the context and are read next; None: nothing was finished. is_draft:
+    whether these may still be rejected.
     """
 
     events: Sequence[Event] = ()
@@ -55,31 +55,31 @@ class RequestProgress:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """One way to decode, for all requests that go this way."""
+    """One decoding mode, for all requests in it."""
 
     def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
-        """What each request wants of the states that its part of a forward has heard; nothing here waits for them.
+        """Tokens sampled from the hidden states of each request's logit rows; this must not wait for the device.
 
-        A forward may be run again: so may this.
+        It may be called again for the same requests, since a failed forward is run again.
         """
         ...
 
     def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
-        """What became of each request; an exception is that request's alone."""
+        """How each request continues; an exception concerns that request only."""
         ...
 
     def forget(self, request: Request) -> None:
-        """The request has ended."""
+        """Drop all state of a request that has ended."""
         ...
 
     @property
     def num_tracked(self) -> int:
-        """Of how many requests something is kept."""
+        """The number of requests with state in here."""
         ...
 
 
 def strategies(network: Network) -> dict[str, Strategy]:
-    """A strategy of each kind; `strategy_of` says which of them is a request's."""
+    """One strategy of each kind, by the name that `strategy_of` gives."""
     return {
         "diffusion": Diffusion(),
         "verified": Verified(network),
@@ -88,7 +88,7 @@ def strategies(network: Network) -> dict[str, Strategy]:
 
 
 def strategy_of(request: Request) -> str:
-    """Which strategy a request goes by."""
+    """The name of a request's strategy."""
     if isinstance(request.sampling, AutoregressiveSampling):
         return "autoregressive"
     return "verified" if request.sampling.checks or request.row.logprobs is not None else "diffusion"
@@ -96,7 +96,7 @@ def strategy_of(request: Request) -> str:
 
 @final
 class Diffusion:
-    """Canvases that are committed as they settle."""
+    """Canvases, committed as soon as they settle."""
 
     num_tracked = 0
 
@@ -112,12 +112,12 @@ class Diffusion:
 
 @final
 class Verified:
-    """Canvases that the causal pass reads before they are committed: to check them, or for log-probabilities."""
+    """Canvases that a causal pass reads before they are committed: for verification or log-probabilities."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._last: dict[Request, Tensor] = {}
-        """The hidden state of the last context token of each, [1, hidden]."""
+        """The hidden state of each request's last context token, [1, hidden]."""
 
     @property
     def num_tracked(self) -> int:
@@ -133,54 +133,54 @@ class Verified:
         self._last.pop(request, None)
 
     def _draft(self, outcome: RunnerOutput) -> Draft | RequestProgress:
-        """The draft that the forward has read, to be judged, or how a request goes on that has none."""
+        """The draft that the forward read, to be scored, or how the request continues if there was none."""
         request, row = outcome.scheduled.request, outcome.scheduled.request.row
         if reads_draft(outcome.scheduled):
             assert outcome.hidden is not None
             return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)))
         if outcome.hidden is not None:
-            self._last[request] = outcome.hidden[-1:].clone()  # a view would keep the whole forward's rows
+            self._last[request] = outcome.hidden[-1:].clone()  # a view would keep all rows of the forward alive
         return after_step(outcome)
 
-    def _apply(self, outcome: RunnerOutput, draft: Draft, judged: TokenScores) -> RequestProgress:
-        """The causal pass has read the draft: what it says of it decides what of it is context now."""
+    def _apply(self, outcome: RunnerOutput, draft: Draft, scores: TokenScores) -> RequestProgress:
+        """Commit or redo, by the scores of the draft."""
         request, row = outcome.scheduled.request, draft.row
-        events = [*apply_verification(row, judged, max_checks(request))]
+        events = [*apply_verification(row, scores, max_checks(request))]
         self._last[request] = draft.states[row.num_kept : row.num_kept + 1].clone()
         return RequestProgress(events=events, num_verified=row.num_kept, next_tokens=row.new_tokens)
 
 
 @final
 class Autoregressive:
-    """Token by token: a canvas of one, committed as soon as it is chosen.
+    """One token at a time: a canvas of one, committed as soon as it is chosen.
 
-    Where log-probabilities are told, and a turn puts tokens of its own after the chosen one, these are read as a draft,
-    for the second of them follows from the first.
+    If log-probabilities are reported and the output processor replaces the token with several, these are read as a
+    draft, since the log-probability of the second follows from the first.
     """
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._last: dict[Request, Tensor] = {}
         self._forwards = Counter[Request]()
-        """How many forwards have read a request's context to its end; a prompt in chunks is one."""
+        """The number of forwards that read each request's context to its end; a prompt in chunks counts once."""
 
     @property
     def num_tracked(self) -> int:
         return len(self._last.keys() | self._forwards.keys())
 
     def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
-        """The next token of those whose context has been read."""
-        ready = [work.request for work in scheduled if reads_to_end(work) and not reads_draft(work)]
+        """The next token of the requests whose context has been read."""
+        ready = [item.request for item in scheduled if reads_to_end(item) and not reads_draft(item)]
         for request in ready:
             if request in hidden:
                 self._last[request] = hidden[request][-1:].clone()
-        alike: dict[AutoregressiveSampling, list[Request]] = {}
+        by_sampling: dict[AutoregressiveSampling, list[Request]] = {}
         for request in ready:
             assert isinstance(request.sampling, AutoregressiveSampling)
-            alike.setdefault(request.sampling, []).append(request)
+            by_sampling.setdefault(request.sampling, []).append(request)
         tokens: dict[Request, Tensor | Exception] = {}
-        for sampling, some in alike.items():
-            tokens |= zip(some, apply_batched(some, partial(self._choose, sampling)), strict=True)
+        for sampling, requests in by_sampling.items():
+            tokens |= zip(requests, apply_batched(requests, partial(self._sample, sampling)), strict=True)
         return tokens
 
     def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
@@ -191,43 +191,43 @@ class Autoregressive:
         self._forwards.pop(request, None)
 
     def _draft(self, outcome: RunnerOutput) -> Draft | RequestProgress:
-        """What is to be committed, or how a request goes on that commits nothing yet."""
-        work, row = outcome.scheduled, outcome.scheduled.request.row
-        if not reads_to_end(work):
+        """The tokens to be scored and committed, or how the request continues if it commits nothing yet."""
+        scheduled, row = outcome.scheduled, outcome.scheduled.request.row
+        if not reads_to_end(scheduled):
             return RequestProgress()
-        states = self._last[work.request]
-        if reads_draft(work):
+        states = self._last[scheduled.request]
+        if reads_draft(scheduled):
             assert outcome.hidden is not None
-            self._forwards[work.request] += 1
+            self._forwards[scheduled.request] += 1
             return Draft(row, row.proposal, torch.cat((states, outcome.hidden)))
-        self._forwards[work.request] += work.start < work.stop
+        self._forwards[scheduled.request] += scheduled.start < scheduled.stop
         if isinstance(outcome.sampled, Exception):
             raise outcome.sampled
-        assert outcome.sampled is not None, "a token was asked for"
+        assert outcome.sampled is not None, "a token was to be sampled"
         row.draft(outcome.sampled, 0)
         proposal = row.proposal if row.logprobs is not None else []
         if len(proposal) > 1:
             return RequestProgress(next_tokens=proposal[:-1], is_draft=True)
         return Draft(row, proposal, states)
 
-    def _commit(self, outcome: RunnerOutput, draft: Draft, judged: TokenScores) -> RequestProgress:
-        """The chosen token joins the answer."""
+    def _commit(self, outcome: RunnerOutput, draft: Draft, scores: TokenScores) -> RequestProgress:
+        """Commit the chosen token."""
         row, verified = draft.row, 0 if reads_draft(outcome.scheduled) else None
         forwards = Counter({row.index: self._forwards[outcome.scheduled.request]})
         return RequestProgress(
-            events=[*with_usage(row.commit(judged.logprobs), forwards)],
+            events=[*with_usage(row.commit(scores.logprobs), forwards)],
             num_verified=verified,
             next_tokens=row.new_tokens,
         )
 
-    def _choose(self, sampling: AutoregressiveSampling, requests: Sequence[Request]) -> Sequence[Tensor]:
+    def _sample(self, sampling: AutoregressiveSampling, requests: Sequence[Request]) -> Sequence[Tensor]:
         last = torch.stack([self._last[request] for request in requests])
         return sample_next(self._network, [request.row for request in requests], last, sampling).split(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Tokens that a row is about to commit, and the states that speak of them: [tokens, hidden] or one more."""
+    """Tokens that a row is about to commit, and the hidden states that predict them: [tokens, hidden] or one more."""
 
     row: SequenceState
     tokens: list[int]
@@ -237,59 +237,61 @@ class Draft:
 def score_drafts(
     network: Network,
     outcomes: Sequence[RunnerOutput],
-    found: Sequence[Draft | RequestProgress | Exception],
-    end: Callable[[RunnerOutput, Draft, TokenScores], RequestProgress],
+    results: Sequence[Draft | RequestProgress | Exception],
+    finish: Callable[[RunnerOutput, Draft, TokenScores], RequestProgress],
 ) -> list[RequestProgress | Exception]:
-    """Let the causal pass judge all drafts at once, and `end` each; what is no draft stays as it is."""
-    drafts = [draft for draft in found if isinstance(draft, Draft)]
-    judged = dict(zip(drafts, apply_batched(drafts, partial(_scored, network)), strict=True))
+    """Score all drafts at once and `finish` each; results that are not drafts are passed on."""
+    drafts = [draft for draft in results if isinstance(draft, Draft)]
+    scores = dict(zip(drafts, apply_batched(drafts, partial(_score, network)), strict=True))
 
-    def one(pair: tuple[RunnerOutput, Draft | RequestProgress | Exception]) -> RequestProgress:
+    def finish_one(pair: tuple[RunnerOutput, Draft | RequestProgress | Exception]) -> RequestProgress:
         outcome, draft = pair
         if isinstance(draft, RequestProgress):
             return draft
         if isinstance(draft, Exception):
             raise draft
-        said = judged[draft]
-        if isinstance(said, Exception):
-            raise said
-        return end(outcome, draft, said)
+        draft_scores = scores[draft]
+        if isinstance(draft_scores, Exception):
+            raise draft_scores
+        return finish(outcome, draft, draft_scores)
 
-    return apply_each(zip(outcomes, found, strict=True), one)
+    return apply_each(zip(outcomes, results, strict=True), finish_one)
 
 
-def _scored(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
-    """What the causal pass says of each."""
+def _score(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
+    """The causal pass's scores of each draft."""
     if not any(draft.tokens for draft in drafts):
         return [TokenScores([], [], []) for _ in drafts]
     states = pad_sequence([draft.states for draft in drafts], batch_first=True)
     return score_tokens(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])
 
 
-def apply_batched(given: Sequence[Given], made: Callable[[Sequence[Given]], Sequence[Made]]) -> list[Made | Exception]:
-    """What `made` makes of all at once; where that fails, one by one, so that the one at fault is found."""
+def apply_batched(
+    items: Sequence[Item], function: Callable[[Sequence[Item]], Sequence[Result]]
+) -> list[Result | Exception]:
+    """`function` of all items at once; if that fails, of each alone, so that the failing one is found."""
     try:
-        return [*made(given)]
+        return [*function(items)]
     except Exception as error:
         failed = error.with_traceback(None)
-    if len(given) == 1:
+    if len(items) == 1:
         return [failed]
-    return [found for own in given for found in apply_batched([own], made)]
+    return [result for item in items for result in apply_batched([item], function)]
 
 
-def apply_each(given: Iterable[Given], one: Callable[[Given], Made]) -> list[Made | Exception]:
-    """`one` of every request's; what it raises, a turn's fault or a verification's, is that request's alone."""
-    found: list[Made | Exception] = []
-    for own in given:
+def apply_each(items: Iterable[Item], function: Callable[[Item], Result]) -> list[Result | Exception]:
+    """`function` of each item; an exception, such as an output processor's, takes the place of that item's result."""
+    results: list[Result | Exception] = []
+    for item in items:
         try:
-            found.append(one(own))
+            results.append(function(item))
         except Exception as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
 def after_step(outcome: RunnerOutput) -> RequestProgress:
-    """How a request goes on after its canvas's step, if there was one: another step, its draft read, or its commit."""
+    """How a request continues after its canvas's step, if there was one: another step, its draft read, or a commit."""
     request, row = outcome.scheduled.request, outcome.scheduled.request.row
     if outcome.denoised is None:
         return RequestProgress()
@@ -301,16 +303,16 @@ def after_step(outcome: RunnerOutput) -> RequestProgress:
     return RequestProgress(events=[outcome.denoised, *row.commit()], next_tokens=row.new_tokens)
 
 
-def reads_to_end(work: ScheduledRequest) -> bool:
+def reads_to_end(scheduled: ScheduledRequest) -> bool:
     """Whether the forward reads the request's context to its end."""
-    return work.stop == len(work.request.context)
+    return scheduled.stop == len(scheduled.request.context)
 
 
-def reads_draft(work: ScheduledRequest) -> bool:
-    """Whether the forward reads tokens that may yet be taken back."""
-    return work.request.num_draft_tokens > 0 and reads_to_end(work)
+def reads_draft(scheduled: ScheduledRequest) -> bool:
+    """Whether the forward reads a draft, tokens that may still be rejected."""
+    return scheduled.request.num_draft_tokens > 0 and reads_to_end(scheduled)
 
 
 def max_checks(request: Request) -> int:
-    """How many times at most the causal pass checks a canvas of a request."""
+    """The most verifications of one canvas of a request."""
     return request.sampling.checks if isinstance(request.sampling, Sampling) else 0

@@ -1,6 +1,7 @@
-"""What an engine may use: how many requests, how much memory, how large a forward.
+"""The limits of an engine: how many requests, how much memory, how large a forward.
 
-Invariant: options that exist are valid; none of them changes a token of an answer, but for `soft_embedding="sparse"`.
+Invariant: an `EngineOptions` that exists is valid; no option changes a token of an answer, except
+`soft_embedding="sparse"`.
 Run it:  python -m pytest tests/engine/test_sizing.py
 """
 
@@ -19,12 +20,13 @@ SoftEmbedding = Literal["exact", "sparse"]
 class EngineOptions:
     """Limits of an engine.
 
-    max_running: most requests in one forward. max_waiting: most requests in the queue; one more is refused as
+    max_running: most requests in one forward. max_waiting: most requests in the queue; further ones are refused as
     `Overloaded`. memory: bytes for pages; None: half of what is free on the device, at most what `max_running` full
-    contexts need. chunk: most tokens of one request's prefill in one forward, unless a picture is longer.
+    contexts need. chunk: most tokens of one request's prefill in one forward, unless an image is longer.
     prefill_tokens: most prefill tokens of all requests in one forward; canvases and commits always run.
-    reuse_prefixes: whether a request takes over pages that hold the beginning of its context already.
-    soft_embedding: "exact" as the reference rounds it, "sparse" without the least likely tokens.
+    reuse_prefixes: whether a request reuses pages that already hold the beginning of its context.
+    soft_embedding: the self-conditioning embedding, "exact" as the reference rounds it, or "sparse" without the least
+    likely tokens.
     """
 
     max_running: int = 32

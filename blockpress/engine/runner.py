@@ -1,17 +1,17 @@
-"""One forward: a plan without tensors goes in, what came of it comes out.
+"""One forward: a schedule without tensors goes in, an output per request comes out.
 
-    works --batch--> rows --embed, begin--> stack over pages --finish--> canvases of the next forward, what was done
+    schedule --batch--> rows --embed, begin_step--> stack over pages --finish_step--> next canvases, step outputs
 
-Each request has a slot, in which its canvas waits between two forwards. Every request is at a step of its own. On a
-GPU a forward of canvases alone is a captured graph (`cuda_graphs.py`).
+Each request has a slot, which holds its canvas between two forwards; each is at a step of its own. On a GPU a forward
+of canvases only is a captured graph (`cuda_graphs.py`).
 
-Before the rows run all inputs are sent; after them the processor waits for the device once, for the flags of every
-canvas, its argmax, whether what was heard is sound, and what was asked of it (the next token of an autoregressive
-request). A forward of a prompt alone is not waited for. What else waits: judging a proposal (`judge.judge`); without
-Triton experts that are not run all at once (`ops/grouped.py`) and the sparse signal (`ops/vocabulary/`).
+All inputs are sent before the forward. After it the host waits for the device once, for the flags and the argmax of
+every canvas, whether hidden states are finite, and the sampled tokens of autoregressive requests. A forward of prompts
+only is not waited for. What else waits: scoring drafts (`scoring.score_tokens`), and, without Triton, experts that are
+not run all at once (`ops/grouped.py`) and the sparse self-conditioning embedding (`ops/vocabulary/`).
 
-Invariant: a forward that failed can be run again, request by request: pages hold what a second run of the same works
-would write again, and where canvases have moved on, `stepped` says that they must not be run again.
+Invariant: a failed forward can be run again, request by request: a second run writes the same into the same pages, and
+if canvases have moved on to their next step, `stepped` says that they must not run again.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
@@ -44,9 +44,9 @@ from blockpress.shapes import Hidden
 class RunnerOutput:
     """What a forward did for one request.
 
-    denoised: the step, where there was one. canvas: its argmax, where the step was its last. hidden: the final hidden
-    states of the tokens that were heard. answer: what was asked of them, or why it could not be told. sound: False
-    where a number was none (NaN): then the answer means nothing.
+    denoised: the step, if there was one. canvas: its argmax, if the step was its last. hidden: the final hidden states
+    of its logit rows. sampled: the tokens sampled from them, or the exception of sampling. is_finite: False if a number
+    is NaN or infinite; then the rest is meaningless.
     """
 
     scheduled: ScheduledRequest
@@ -58,17 +58,17 @@ class RunnerOutput:
 
 
 SampledTokens = Mapping[Request, Tensor | Exception]
-"""Whole numbers on the device for some requests, in one dimension; an exception is that request's alone."""
+"""Sampled token ids on the device, 1-D, for some requests; an exception concerns that request only."""
 
 Sampler = Callable[[Sequence[ScheduledRequest], Mapping[Request, Tensor]], SampledTokens]
-"""Asks something of the hidden states that each request's part of a forward has heard, and waits for nothing."""
+"""Samples tokens from the hidden states of each request's logit rows, without waiting for the device."""
 
 
 class Runner:
-    """Runs forwards of one network over the pages of a store.
+    """Runs forwards of one network over the pages of a KV cache.
 
-    captured: None where every forward is eager; then `eager` says why. stepped: whether a forward failed whose
-    canvases had moved on to their next step already.
+    captured: None if every forward is eager; then `eager` says why. stepped: whether a forward failed after its
+    canvases had moved on to their next step.
     """
 
     def __init__(self, network: Network, options: EngineOptions, kv_cache: KVCache, sampler: Sampler) -> None:
@@ -85,132 +85,133 @@ class Runner:
 
     @property
     def eager(self) -> str | None:
-        """Why no forward is captured; None where forwards of canvases alone are."""
+        """Why no forward is captured; None if forwards of canvases only are."""
         return self._why_eager if self.captured is None else self.captured.failed
 
     @torch.inference_mode()
-    def run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
-        """One forward over all works; an outcome for each."""
-        with self.placed():
-            return self._run(works)
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
+        """One forward for all scheduled requests; an output for each."""
+        with self.on_device():
+            return self._run(scheduled)
 
-    def placed(self) -> AbstractContextManager[object]:
-        """Streams, events and kernels are the current GPU's, which need not be the network's: in here it is."""
+    def on_device(self) -> AbstractContextManager[object]:
+        """Makes the network's GPU the current one, which streams, events and kernels use."""
         return torch.cuda.device(self.kv_cache.device) if self.kv_cache.device.type == "cuda" else nullcontext()
 
-    def _run(self, works: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
+    def _run(self, scheduled: Sequence[ScheduledRequest]) -> list[RunnerOutput]:
         self.stepped = False
-        batch = Batch.of(works, self.network.config.canvas_length)
-        rules = self.slots.begin([part.request for part in batch.canvases])
-        done: StepOutputs | None = None
-        heard = torch.empty(0, self.network.config.hidden_size)
-        if self.captured is not None and batch.canvases and not (batch.num_causal or rules.custom):
-            done = self.captured.step(batch.canvases, rules)
-        if done is None and batch.num_rows:
-            heard, done = self._forward(batch, rules)
-        self.stepped = done is not None
-        own = {
+        batch = Batch.of(scheduled, self.network.config.canvas_length)
+        features = self.slots.begin([part.request for part in batch.canvases])
+        step: StepOutputs | None = None
+        logit_states = torch.empty(0, self.network.config.hidden_size)
+        if self.captured is not None and batch.canvases and not (batch.num_causal or features.custom):
+            step = self.captured.step(batch.canvases, features)
+        if step is None and batch.num_rows:
+            logit_states, step = self._forward(batch, features)
+        self.stepped = step is not None
+        logit_rows = {
             part.request: slice(part.start - batch.num_kv_only, part.stop - batch.num_kv_only)
             for part in batch.with_logits
         }
-        hidden = {request: heard[rows] for request, rows in own.items()}
-        asked = self.sampler(works, hidden)
-        sound, told, answers = self._to_host(heard, done, asked)
-        steps = {} if done is None else self._steps(batch, done, told)
-        outcomes = []
-        for work in works:
-            request = work.request
-            denoised, canvas, whole = steps.get(request, (None, None, True))
-            whole = whole and (request not in own or bool(sound[own[request]].all()))
-            outcomes.append(
+        hidden = {request: logit_states[rows] for request, rows in logit_rows.items()}
+        sampled = self.sampler(scheduled, hidden)
+        finite, words, tokens = self._to_host(logit_states, step, sampled)
+        steps = {} if step is None else self._steps(batch, step, words)
+        outputs = []
+        for item in scheduled:
+            request = item.request
+            denoised, canvas, is_finite = steps.get(request, (None, None, True))
+            is_finite = is_finite and (request not in logit_rows or bool(finite[logit_rows[request]].all()))
+            outputs.append(
                 RunnerOutput(
-                    scheduled=work,
+                    scheduled=item,
                     denoised=denoised,
                     canvas=canvas,
                     hidden=hidden.get(request),
-                    sampled=answers.get(request),
-                    is_finite=whole,
+                    sampled=tokens.get(request),
+                    is_finite=is_finite,
                 )
             )
         self.stepped = False
-        return outcomes
+        return outputs
 
-    def _forward(self, batch: Batch, rules: StepFeatures) -> tuple[Tensor, StepOutputs | None]:
-        """The rows one by one launched: the hidden states of what was heard, and what the step did, if there is one."""
+    def _forward(self, batch: Batch, features: StepFeatures) -> tuple[Tensor, StepOutputs | None]:
+        """An eager forward: the hidden states of the logit rows, and the outputs of the canvases' step, if any."""
         network, device = self.network, self.network.device
         canvases = None
         if batch.canvases:
             canvases = CanvasBatch.of(to_device(torch.tensor([packed_entry(part) for part in batch.canvases]), device))
-        x, runs = self._embed(batch)
-        attends = build_attention(self.kv_cache, batch, network.windows(), runs, device, self.attention)
+        x, image_runs = self._embed(batch)
+        attends = build_attention(self.kv_cache, batch, network.windows(), image_runs, device, self.attention)
         positions, causal = batch.positions(device), batch.causal(device)
-        begun: StepInputs | None = None
+        inputs: StepInputs | None = None
         if canvases is not None:
-            begun = begin_step(network, self.slots, canvases, rules)
-            x = torch.cat((x, begun.x), dim=1) if batch.num_causal else begun.x
+            inputs = begin_step(network, self.slots, canvases, features)
+            x = torch.cat((x, inputs.x), dim=1) if batch.num_causal else inputs.x
         hidden = network.run(x, positions, attends, causal=causal, skip=batch.num_kv_only)[0]
-        heard = hidden[: batch.num_causal - batch.num_kv_only]
-        if canvases is None or begun is None:
-            return heard, None
+        logit_states = hidden[: batch.num_causal - batch.num_kv_only]
+        if canvases is None or inputs is None:
+            return logit_states, None
         states = hidden[batch.num_causal - batch.num_kv_only :]
-        requests = [part.request for part in batch.canvases] if rules.custom else ()
+        requests = [part.request for part in batch.canvases] if features.custom else ()
         signal = self.options.soft_embedding
-        return heard, finish_step(network, self.slots, canvases, rules, begun, states, signal, requests)
+        return logit_states, finish_step(network, self.slots, canvases, features, inputs, states, signal, requests)
 
     def _embed(self, batch: Batch) -> tuple[Hidden, Mapping[Part, Tensor]]:
-        """The input of the causal rows: embeddings, with pictures in their places; and parts with pictures."""
+        """The embeddings of the causal rows, with image features put in; and for parts with images, which image each
+        token belongs to (-1: text)."""
         network, device = self.network, self.network.device
-        causal, runs = (*batch.kv_only, *batch.with_logits), {}
+        causal, image_runs = (*batch.kv_only, *batch.with_logits), {}
         tokens = [token for part in causal for token in part.tokens]
         x = network.embed(to_device(torch.tensor(tokens, dtype=torch.long), device)[None])
         for part in causal:
-            shown = part.pictures
-            if shown:
+            images = part.images
+            if images:
                 rows = slice(part.start, part.stop)
-                x[:, rows], marks = insert_images(x[:, rows], torch.tensor([part.stop - part.start]), [shown])
+                x[:, rows], marks = insert_images(x[:, rows], torch.tensor([part.stop - part.start]), [images])
                 if network.pictures_see_themselves:
-                    runs[part] = marks[0]
-        return x, runs
+                    image_runs[part] = marks[0]
+        return x, image_runs
 
     def _to_host(
-        self, heard: Tensor, done: StepOutputs | None, asked: SampledTokens
+        self, logit_states: Tensor, step: StepOutputs | None, sampled: SampledTokens
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
-        """Whether the states heard are sound, row by row, what the step tells, and what was asked of the states.
+        """Whether each logit row's state is finite, the step's `host_words`, and the sampled tokens, all on the host.
 
-        All of it comes in one go: here it is waited, unless there is nothing.
+        It is one copy, and the one wait of a forward; if there is nothing to copy, nothing waits.
         """
-        queued = {request: numbers for request, numbers in asked.items() if isinstance(numbers, Tensor)}
-        parts = [heard.isfinite().all(-1).long(), *queued.values()]
-        parts += [] if done is None else [done.host_words.flatten()]
+        queued = {request: ids for request, ids in sampled.items() if isinstance(ids, Tensor)}
+        parts = [logit_states.isfinite().all(-1).long(), *queued.values()]
+        parts += [] if step is None else [step.host_words.flatten()]
         parts = [part for part in parts if len(part)]
-        words = to_host(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
-        sizes = [len(heard), *map(len, queued.values())]
-        sound, *found = words[: sum(sizes)].split(sizes)
-        answers: dict[Request, list[int] | Exception] = {
-            request: failed for request, failed in asked.items() if isinstance(failed, Exception)
+        copied = to_host(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
+        sizes = [len(logit_states), *map(len, queued.values())]
+        finite, *ids_on_host = copied[: sum(sizes)].split(sizes)
+        tokens: dict[Request, list[int] | Exception] = {
+            request: failed for request, failed in sampled.items() if isinstance(failed, Exception)
         }
-        answers |= {request: numbers.tolist() for request, numbers in zip(queued, found, strict=True)}
-        told = words[sum(sizes) :]
-        return sound != 0, told if done is None else told.view(done.host_words.shape), answers
+        tokens |= {request: ids.tolist() for request, ids in zip(queued, ids_on_host, strict=True)}
+        words = copied[sum(sizes) :]
+        return finite != 0, words if step is None else words.view(step.host_words.shape), tokens
 
     def _steps(
-        self, batch: Batch, done: StepOutputs, told: Tensor
+        self, batch: Batch, outputs: StepOutputs, words: Tensor
     ) -> dict[Request, tuple[Denoised, list[int] | None, bool]]:
-        """Of every canvas the step, its argmax where it is done, and whether all its numbers are some."""
+        """For every canvas its step, its argmax if it is finished, and whether all its numbers are finite."""
         results = {}
         for i, part in enumerate(batch.canvases):
-            request, (settled, ended, sound, *argmax) = part.request, told[i].tolist()
+            request, (settled, ended, finite, *argmax) = part.request, words[i].tolist()
             denoised = Denoised(
                 row=request.row.index,
                 canvas=len(request.row.canvases),
                 step=request.step + 1,
-                argmax=done.argmax[i],
-                accepted=done.accepted[i],
-                entropy=done.entropy[i],
-                changed=done.changed[i],
+                argmax=outputs.argmax[i],
+                accepted=outputs.accepted[i],
+                entropy=outputs.entropy[i],
+                changed=outputs.changed[i],
                 settled=bool(settled),
                 attempt=request.row.attempt,
                 checks=request.row.checks,
             )
-            results[request] = (denoised, argmax if ended and sound else None, bool(sound))
+            results[request] = (denoised, argmax if ended and finite else None, bool(finite))
         return results

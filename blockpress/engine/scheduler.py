@@ -1,16 +1,16 @@
-"""Who takes part in the next forward, with which tokens: continuous batching, decided without a tensor.
+"""Which requests take part in the next forward, with which tokens: continuous batching, decided without tensors.
 
     queue                running, in order of arrival                  one forward
-    F E D   --admit-->   A  canvas under way                           A        ................
+    F E D   --admit-->   A  denoising a canvas                         A        ................
                          B  finished a canvas                          B ###### ................     commit, first step
                          C  prompt of three chunks                     C ####                        second chunk
-            <-preempt-   where pages run out, the youngest goes back   # read causally   . denoised
+            <-preempt-   when pages run out, the youngest goes back    # read causally   . denoised
 
-Every running request takes part in every forward, but for prompts that wait for their turn within `prefill_tokens`.
+Every running request takes part in every forward, except prompts that wait because `prefill_tokens` is used up.
 Prefill, commits and canvases share forwards, each request at a step of its own.
 
-Invariant: running requests are older than waiting ones, and the oldest can always go on: it may have the pages of all
-others. So every request ends, whatever the others do.
+Invariant: running requests are older than waiting ones, and the oldest can always continue: it can preempt all others.
+So every request finishes, whatever the others do.
 Run it:  python -m pytest tests/engine/test_scheduler.py tests/engine/test_state_machine.py
 """
 
@@ -32,12 +32,12 @@ from blockpress.multimodal.placeholders import ImageSpan, part_end
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """One request's part of a forward: its context tokens [start, stop) are read causally, perhaps none; where `canvas`
+    """One request's part of a forward: its context tokens [start, stop) are read causally, possibly none; if `canvas`
     is set, a denoising step runs after them. `num_logit_tokens`: for how many of these tokens, counted from the last,
     the hidden states are needed.
 
-    Its tables have pages for all tokens before `stop` that are seen. start == stop only where a canvas is denoised, or
-    an autoregressive request chooses its next token once more.
+    Its tables have pages for all visible tokens before `stop`. start == stop only if a canvas is denoised, or an
+    autoregressive request chooses its next token again.
     """
 
     request: Request
@@ -49,8 +49,8 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PageCounts:
-    """Pages of one kind of layer: all, those that requests hold, those that may be taken over, and how many were given
-    up so far for want of room."""
+    """Pages of one kind of layer: all, those held by requests, those that may be reused, and how many reusable ones
+    were evicted so far."""
 
     total: int
     held: int
@@ -60,8 +60,8 @@ class PageCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerStats:
-    """What is, and what has been: requests, preemptions for want of pages, tokens that were not read because pages held
-    them already."""
+    """Current and past counts: requests, preemptions for lack of pages, tokens not computed because cached pages held
+    them."""
 
     running: int
     waiting: int
@@ -74,7 +74,7 @@ class SchedulerStats:
 
 @final
 class Scheduler:
-    """Plans forwards for requests that come and go. `pages`: how many of each kind there are (`pages.plan_pages`)."""
+    """Schedules forwards for requests that come and go. `pages`: how many of each kind exist (`sizing.plan_pages`)."""
 
     def __init__(self, config: ModelConfig, options: EngineOptions, pages: Mapping[LayerKind, int]) -> None:
         self._config, self._options = config, options
@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue, preempted ones among them."""
+        """Requests in the queue, including preempted ones."""
         return len(self._queue)
 
     @property
@@ -116,25 +116,25 @@ class Scheduler:
         )
 
     def submit(self, request: Request) -> None:
-        """Put a request into the queue, its row's room cut to what the pages hold for it alone.
+        """Add a request to the queue, and limit its row's room to what the pages could hold if it were alone.
 
         Raises:
-            Overloaded: the queue is full. RequestError: its prompt can never fit the pages; names `memory`.
+            Overloaded: the queue is full. RequestError: its prompt can never fit into the pages; names `memory`.
         """
         assert request.state == "new", f"a request that is {request.state} was submitted before"
         capacity, prompt = self._tables.capacity(request), len(request.context)
-        # What is written last is not always read, and then needs no pages.
+        # The last tokens are not always read, and then need no pages.
         room = None if capacity is None else capacity - prompt + self._never_read(request)
-        least = 1 if request.mode == "autoregressive" else self._config.canvas_length
-        if room is not None and room < least:
+        minimum = 1 if request.mode == "autoregressive" else self._config.canvas_length
+        if room is not None and room < minimum:
             raise RequestError(
-                f"the prompt has {prompt} tokens, and the pages hold a context of {prompt + room - least}",
+                f"the prompt has {prompt} tokens, and the pages hold a context of {prompt + room - minimum}",
                 hint=f"raise the engine option memory (it is {self._options.memory}), or shorten the prompt",
             )
-        fresh = sum(one.state == "waiting" for one in self._queue)
-        if fresh >= self._options.max_waiting:
+        waiting = sum(other.state == "waiting" for other in self._queue)
+        if waiting >= self._options.max_waiting:
             raise Overloaded(
-                f"the queue is full: {fresh} requests wait, and max_waiting is {self._options.max_waiting}",
+                f"the queue is full: {waiting} requests wait, and max_waiting is {self._options.max_waiting}",
                 hint="ask again later, or raise the engine option max_waiting",
             )
         if room is not None:
@@ -144,38 +144,36 @@ class Scheduler:
         self._queue.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Take a request out of the queue or the batch; its pages and its slot are free at once."""
+        """Remove a request from the queue or the batch; its pages and its slot are free at once."""
         self.end(request)
 
     def schedule(self) -> list[ScheduledRequest]:
-        """What the next forward runs, in order of arrival; empty only where nothing is running or waiting."""
-        works: list[ScheduledRequest] = []
+        """What the next forward runs, in order of arrival; empty only if nothing is running or waiting."""
+        scheduled: list[ScheduledRequest] = []
         left = self._options.prefill_tokens
         for request in list(self._running):
             if request.state != "running":
-                break  # preempted for an older one, and so is whoever is younger
-            work, rest = self._part(request, request.num_computed_tokens, left)
-            if work is None or self._find_pages(request, work.stop):
+                break  # preempted for an older one, and so are all younger ones
+            part, rest = self._part(request, request.num_computed_tokens, left)
+            if part is None or self._find_pages(request, part.stop):
                 left = rest
-                works += [] if work is None else [work]
+                scheduled += [] if part is None else [part]
         while self._queue and len(self._running) < self._options.max_running:
-            work, left = self._admit(self._queue[0], left)
-            if work is None:
+            part, left = self._admit(self._queue[0], left)
+            if part is None:
                 break
-            works.append(work)
-        assert works or not (self._running or self._queue), "no request can go on"
-        return works
+            scheduled.append(part)
+        assert scheduled or not (self._running or self._queue), "no request can continue"
+        return scheduled
 
     def mark_computed(self, scheduled: ScheduledRequest) -> None:
-        """The forward ran: the work's tokens are in pages. Nothing happens where its request has ended since."""
+        """The forward ran: the scheduled tokens are in pages. No effect if the request has ended since."""
         if scheduled.request.state == "running":
-            assert scheduled.start == scheduled.request.num_computed_tokens, (
-                "another work of this request came in between"
-            )
+            assert scheduled.start == scheduled.request.num_computed_tokens, "another forward came in between"
             self._tables.mark_written(scheduled.request, scheduled.stop)
 
     def accept_draft(self, scheduled: ScheduledRequest, num_accepted: int) -> None:
-        """The forward has read a draft, of which the first `num_accepted` tokens stand; the others leave the context."""
+        """The forward has read a draft: its first `num_accepted` tokens stay in the context, the others are removed."""
         request = scheduled.request
         if request.state != "running":
             return
@@ -185,14 +183,12 @@ class Scheduler:
         self.mark_computed(replace(scheduled, stop=base + num_accepted, canvas=False))
 
     def commit(self, request: Request, tokens: list[int], draft: bool = False) -> None:
-        """What was written joins the context and is read by the next plan; without tokens it is begun again.
+        """Append tokens to the context, to be read by the next schedule; without tokens the canvas is restarted.
 
         Args:
-            draft: the tokens may yet be taken back, by `accept_draft`.
+            draft: whether `accept_draft` may still reject the tokens.
         """
-        assert request.state == "running" and not request.num_pending_tokens, (
-            "what it was written behind has not been read"
-        )
+        assert request.state == "running" and not request.num_pending_tokens, "the context has not been read"
         request.pending_start = len(request.context)
         request.context += tokens
         request.num_draft_tokens = len(tokens) if draft else 0
@@ -201,10 +197,10 @@ class Scheduler:
         assert capacity is None or len(request.context) <= capacity, "the row wrote more than its room"
 
     def end(self, request: Request, discard: bool = False) -> None:
-        """A request is answered or given up: its pages and its slot are free. Nothing where it has ended already.
+        """End a request: its pages and its slot become free. No effect if it has ended already.
 
         Args:
-            spoilt: whether what it has in pages must not be taken over by others.
+            discard: whether other requests must not reuse its pages.
         """
         if request.state in ("new", "ended"):
             return
@@ -216,7 +212,7 @@ class Scheduler:
         self._ended += 1
 
     def check(self) -> None:
-        """Raises AssertionError where an invariant does not hold; for tests."""
+        """Raises AssertionError if an invariant does not hold; for tests."""
         self._tables.check(self._running)
         numbers = [request.number for request in (*self._running, *self._queue)]
         assert numbers == sorted(set(numbers)), "running or waiting requests are out of order"
@@ -229,15 +225,15 @@ class Scheduler:
             assert (request.slot is not None) == (request.state == "preempted")
 
     def _never_read(self, request: Request) -> int:
-        """Tokens that it writes and never reads: the last token, or the last canvas where nobody judges it."""
+        """Tokens that it writes and never reads: the last token, or the last canvas if no causal pass scores it."""
         if request.mode == "autoregressive":
             return 1
         return 0 if request.num_logit_tokens else self._config.canvas_length
 
     def _part(self, request: Request, read: int, left: int) -> tuple[ScheduledRequest | None, int]:
-        """What a request can do in this forward after `read` computed tokens, and what is left of the prefill tokens.
+        """A request's part of this forward after `read` computed tokens, and what is left of the prefill tokens.
 
-        None where it needs more than is left; then nobody behind it gets any, so that prompts are read in turn.
+        None if it needs more than is left; then later requests get none either, so that prompts are read in order.
         """
         end = len(request.context)
         if read >= request.pending_start:
@@ -245,17 +241,17 @@ class Scheduler:
         elif left == 0:
             return None, 0
         else:
-            runs = [ImageSpan(one.start, one.length) for one in request.image_spans]
-            stop = part_end(read, min(read + min(self._options.chunk, left), request.pending_start), runs)
+            spans = [ImageSpan(span.start, span.length) for span in request.image_spans]
+            stop = part_end(read, min(read + min(self._options.chunk, left), request.pending_start), spans)
             if stop - read > left and left < self._options.prefill_tokens:
-                return None, 0  # a picture that is read as a whole, in a forward of which no other prompt has taken any
+                return None, 0  # an image is read as a whole, and needs a forward with all its prefill tokens left
             left = max(0, left - (stop - read))
         canvas = stop == end and request.mode == "diffusion" and not request.num_draft_tokens
-        heard = min(request.num_logit_tokens, stop - read) if stop == end else 0
-        return ScheduledRequest(request, read, stop, canvas, heard), left
+        num_logit_tokens = min(request.num_logit_tokens, stop - read) if stop == end else 0
+        return ScheduledRequest(request, read, stop, canvas, num_logit_tokens), left
 
     def _find_pages(self, request: Request, stop: int) -> bool:
-        """Pages for its tokens up to `stop`; the youngest are preempted where they run out. False: so was this one."""
+        """Allocate pages for its tokens up to `stop`; the youngest are preempted if they run out. False: it was one."""
         while not self._tables.extend(request, stop):
             youngest = self._running.pop()
             self._tables.release(youngest)
@@ -267,11 +263,11 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request, left: int) -> tuple[ScheduledRequest | None, int]:
-        """Take the first of the queue into the batch; None where pages or prefill tokens do not suffice."""
+        """Move the first request of the queue into the batch; None if pages or prefill tokens do not suffice."""
         found = self._tables.match(request)
         read = max((len(table) for table in found.values()), default=0) * self._tables.page
-        work, rest = self._part(request, read, left)
-        if work is None or not self._tables.has_room(request, found, self._running):
+        part, rest = self._part(request, read, left)
+        if part is None or not self._tables.has_room(request, found, self._running):
             return None, left
         self._queue.popleft()
         self._reused += self._tables.adopt(request, found)
@@ -279,6 +275,6 @@ class Scheduler:
             request.slot = heapq.heappop(self._slots)
         request.state = "running"
         self._running.append(request)
-        fits = self._tables.extend(request, work.stop)
-        assert fits, "room that was there is gone"
-        return work, rest
+        fits = self._tables.extend(request, part.stop)
+        assert fits, "pages that were free are gone"
+        return part, rest

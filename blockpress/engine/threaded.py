@@ -1,9 +1,9 @@
-"""The core on a thread of its own, for callers who wait: in an event loop (`stream`) or in a thread (`events`).
+"""The core on a thread of its own, for callers in an event loop (`stream`) or in a thread (`events`).
 
-    caller --submit, cancel--> inbox --> | worker: between two forwards the inbox is emptied | --events--> caller
+    caller --submit, cancel--> inbox --> | worker: empties the inbox between two forwards | --events--> caller
 
-Invariant: the core is touched by the worker alone; whatever happens to it, every request that was taken is told how it
-ended: by `Done`, by `Failed`, or by an error that is raised where its events are awaited.
+Invariant: only the worker touches the core; whatever happens, every accepted request's caller learns how it ended: by
+`Done`, by `Failed`, or by an error raised where its events are awaited.
 Run it:  python -m pytest tests/engine/test_threaded.py tests/engine/test_faults.py
 """
 
@@ -23,11 +23,11 @@ from blockpress.engine.request import Request
 from blockpress.errors import BlockpressError, EngineError
 
 Deliver = Callable[[Event | BlockpressError], None]
-"""Takes a request's events, from the worker's thread; an error is the last thing that it is given."""
+"""Receives a request's events, on the worker's thread; an error is the last thing that it receives."""
 
 
 class ThreadedEngine:
-    """Answers requests as they come. A context manager: leaving it ends what is under way."""
+    """Answers requests as they arrive. A context manager: leaving it cancels the unfinished ones."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
@@ -40,23 +40,23 @@ class ThreadedEngine:
         self._worker.start()
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """A request's events, as they come. Leaving the loop early cancels the request.
+        """A request's events, as they occur. Leaving the loop early cancels the request.
 
         Raises:
-            Overloaded: the queue is full. RequestError: a request that could never be answered. EngineError: closed.
+            Overloaded: the queue is full. RequestError: it could never be answered. EngineError: the engine is closed.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BlockpressError]()
 
         def deliver(event: Event | BlockpressError) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the caller's loop is gone, and nobody waits any more
+            except RuntimeError:  # the caller's loop has closed, and nothing waits for the events
                 self.cancel(request)
 
         self.submit(request, deliver)
         try:
             while True:
-                event = _raised(await events.get())
+                event = _raise_error(await events.get())
                 yield event
                 if isinstance(event, Done | Failed):
                     return
@@ -64,7 +64,7 @@ class ThreadedEngine:
             self.cancel(request)
 
     def events(self, request: Request) -> Iterator[Event]:
-        """The same for a caller who blocks: the request is submitted at once, its events are waited for one by one."""
+        """The same for a blocking caller: the request is submitted at once, its events are waited for one by one."""
         events = SimpleQueue[Event | BlockpressError]()
         self.submit(request, events.put)
 
@@ -72,7 +72,7 @@ class ThreadedEngine:
             try:
                 yield None
                 while True:
-                    event = _raised(events.get())
+                    event = _raise_error(events.get())
                     yield event
                     if isinstance(event, Done | Failed):
                         return
@@ -80,11 +80,11 @@ class ThreadedEngine:
                 self.cancel(request)
 
         waiting = wait()
-        next(waiting)  # begun, so that it cancels even where no event is ever asked for
+        next(waiting)  # started, so that it cancels even if no event is ever requested
         return cast("Iterator[Event]", waiting)
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        """Hand a request in from any thread; what becomes of it is delivered, a refusal too."""
+        """Submit a request from any thread; its events are delivered, or the error that refuses it."""
         with self._changed:
             if self._broken is not None:
                 raise self._broken
@@ -94,13 +94,13 @@ class ThreadedEngine:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """End a request between two forwards, from any thread; one that has ended is left as it is."""
+        """End a request between two forwards, from any thread; no effect if it has ended already."""
         with self._changed:
             self._inbox.append((request, None))
             self._changed.notify()
 
     def close(self) -> None:
-        """Cancel what is under way, and wait until it has ended."""
+        """Cancel unfinished requests, and wait until they have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -116,13 +116,13 @@ class ThreadedEngine:
         self.close()
 
     def _work(self) -> None:
-        """The worker: take what came in, run one forward, tell; until the engine is closed."""
+        """The worker: empty the inbox, run one forward, deliver its events; until the engine is closed."""
         try:
-            while self._take_in():
+            while self._empty_inbox():
                 for request, event in self.core.step().events:
-                    self._tell(request, event)
+                    self._deliver_event(request, event)
         except Exception as error:
-            broken = EngineError(f"the engine broke: {_said(error)}", hint="make a new one, and report this line")
+            broken = EngineError(f"the engine broke: {_one_line(error)}", hint="make a new one, and report this line")
             with self._changed:
                 self._broken = broken
                 self._inbox.extend(self._deliveries.items())
@@ -130,8 +130,8 @@ class ThreadedEngine:
             for request, deliver in waiting.items():
                 self._deliver(request, deliver, broken)
 
-    def _take_in(self) -> bool:
-        """Empty the inbox, waiting where there is nothing to do; False once closed and done."""
+    def _empty_inbox(self) -> bool:
+        """Submit and cancel what is in the inbox, waiting while there is nothing to do; False once closed and idle."""
         with self._changed:
             while not (self._inbox or self._closing or self.core.busy):
                 self._changed.wait()
@@ -146,32 +146,32 @@ class ThreadedEngine:
                 self._deliveries[request] = deliver
             except BlockpressError as error:
                 self._deliver(request, deliver, error)
-            except Exception as error:  # one request's, and no reason to give up those behind it
-                refused = EngineError(f"a request was not taken: {_said(error)}", hint="submit each request once")
+            except Exception as error:  # it concerns this request only, and those after it go on
+                refused = EngineError(f"a request was not taken: {_one_line(error)}", hint="submit each request once")
                 self._deliver(request, deliver, refused)
         if closing:
             for request in self._deliveries:
                 self.core.cancel(request)
         return self.core.busy or not closing
 
-    def _tell(self, request: Request, event: Event) -> None:
+    def _deliver_event(self, request: Request, event: Event) -> None:
         ended = isinstance(event, Done | Failed)
         deliver = self._deliveries.pop(request) if ended else self._deliveries[request]
         self._deliver(request, deliver, event)
 
     def _deliver(self, request: Request, deliver: Deliver, event: Event | BlockpressError) -> None:
-        """Tell a caller; one who cannot be told is left, and the others are told all the same."""
+        """Deliver to a caller; if that fails, its request is cancelled, and the others go on."""
         try:
             deliver(event)
         except Exception:
             self.cancel(request)
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _raised(event: Event | BlockpressError) -> Event:
+def _raise_error(event: Event | BlockpressError) -> Event:
     if isinstance(event, BlockpressError):
         raise event
     return event

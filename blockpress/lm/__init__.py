@@ -1,7 +1,6 @@
-"""A loaded model: `load` gives it, `LM` is it.
+"""A loaded model: `load` returns an `LM`.
 
-Invariant: whatever comes in is checked here, by name, before the first forward; nothing that is accepted is ignored.
-
+Invariant: every argument is checked here, by name, before the first forward; none that is accepted is ignored.
 Run it:  python -c "import blockpress; print(blockpress.load('sudoku-nano').generate('5' * 81))"
 """
 

@@ -1,6 +1,6 @@
-"""What callers may give as prompts, token ids and seeds, and how each form is recognised.
+"""The forms that prompts, token ids and seeds may have, and how each is recognised.
 
-Invariant: a value of a wrong kind is refused by the name of its argument, before any forward.
+Invariant: a value of a wrong type is refused by the name of its argument, before any forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AnySampling = Sampling | AutoregressiveSampling
 
 
 class ChatOptions(TypedDict, total=False):
-    """The options of `LM.chat`, where each is described."""
+    """The options of `LM.chat`; `LM.chat_requests` describes them."""
 
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool
@@ -40,24 +40,24 @@ class ChatOptions(TypedDict, total=False):
 
 
 def is_integer(value: object) -> bool:
-    """A whole number; True and False are none."""
+    """Whether it is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_batch(prompt: object) -> bool:
-    """A list of prompts, as against one text, one list of ids or one 1-D tensor."""
+    """Whether it is a list of prompts, rather than one text, one list of ids or one 1-D tensor."""
     if isinstance(prompt, Tensor):
         return prompt.ndim == 2
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(not is_token_id(x) for x in prompt)
 
 
 def is_token_id(value: object) -> bool:
-    """Anything that can stand for one token id."""
+    """Whether it can stand for one token id."""
     return value.ndim == 0 if isinstance(value, Tensor) else hasattr(value, "__index__")
 
 
 def as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
-    """Whole numbers from a list, a tuple or a 1-D tensor."""
+    """The integers of a list, a tuple or a 1-D tensor. Raises RequestError: it is something else."""
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise RequestError(
@@ -73,14 +73,14 @@ def as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
 
 
 def are_conversations(messages: object) -> TypeGuard[Sequence[Conversation]]:
-    """A list of conversations, as against one list of messages."""
+    """Whether it is a list of conversations, rather than one list of messages."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         return False
     return bool(messages) and isinstance(messages[0], list | tuple)
 
 
 def check_mode(mode: object, config: ModelConfig) -> Mode:
-    """How the model is to write; None: canvas by canvas where it can. Raises RequestError: a way that it has not."""
+    """The decoding mode; None: diffusion if the model has a canvas. Raises RequestError: the model has no such mode."""
     if mode is None:
         return "diffusion" if config.has_canvas else "autoregressive"
     if mode not in get_args(Mode):
@@ -95,10 +95,10 @@ def check_mode(mode: object, config: ModelConfig) -> Mode:
 def check_sampling(
     sampling: object, mode: object, generation: GenerationConfig, config: ModelConfig, *, has_text: bool
 ) -> AnySampling:
-    """How the answer is sampled in a mode; None: as the checkpoint says. "verified" makes checks of its own, if any.
+    """The sampling of a mode; None: the checkpoint's. In the mode "verified", `checks` of 0 become the default number.
 
     Raises:
-        RequestError: a mode that the model has not, a sampling of another kind, stop texts without a tokenizer.
+        RequestError: a mode that the model does not have, sampling of another type, stop texts without a tokenizer.
     """
     chosen = check_mode(mode, config)
     kind = AutoregressiveSampling if chosen == "autoregressive" else Sampling
@@ -118,7 +118,7 @@ def check_sampling(
 
 
 def check_logprobs(logprobs: object, config: ModelConfig) -> int | None:
-    """How many alternatives are told with each log-probability; None: neither. Raises RequestError."""
+    """How many alternatives are reported with each log-probability; None: neither. Raises RequestError."""
     if logprobs is None or (is_integer(logprobs) and 0 <= cast("int", logprobs) <= config.vocab_size):
         return cast("int | None", logprobs)
     raise RequestError(

@@ -1,15 +1,15 @@
-"""Requests of one call, answered: by the engine that the model keeps, or, slowly and plainly, by the reference loop.
+"""Runs the requests of one call: in the engine that the model keeps, or, slow and plain, in the reference loop.
 
-    thread 1    for event in ...  --step-->  +-------------+      a forward is of all requests, whoever runs it;
-    thread 2    for event in ...   waits     | one core    |      what it tells goes into the inbox of each call
+    thread 1    for event in ...  --step-->  +-------------+      a forward is for all requests, whichever thread runs
+    thread 2    for event in ...   waits     | one core    |      it; its events go into the inbox of each call
                                              +-------------+
     run_reference   `generate`, `generate_verified` or `generate_autoregressive`, all rows together to the last canvas
 
-There is no thread behind this: whoever waits for an event runs the next forward, for everybody. So a call that nobody
-reads does not run ahead, an error is raised where it happened, and pages that hold the beginning of a conversation are
-there when it goes on.
+There is no background thread: the caller that waits for an event runs the next forward, for all calls. So a call whose
+events are not read does not run ahead, an error is raised where it happened, and the pages of a conversation are still
+cached when it continues.
 
-Invariant: both give the same events, row by row. The core is touched under the lock alone.
+Invariant: both give the same events, row by row. The core is touched only under the lock.
 Run it:  python -m pytest tests/lm/test_model.py tests/lm
 """
 
@@ -35,19 +35,19 @@ Answer = Callable[[Network, Sequence[Request], Cancel | None], Iterator[Event]]
 
 @final
 class SharedCore:
-    """An engine core for all calls of a model, from any thread."""
+    """One engine core, shared by all calls of a model from any thread."""
 
     def __init__(self, network: Network, options: EngineOptions) -> None:
         self._core: EngineCore | None = EngineCore(network, options)
         self._lock = threading.Lock()
         self._inboxes: dict[Request, deque[Event]] = {}
-        self._left: deque[Request] = deque()
-        """Requests whose caller is gone. A deque, for a caller may go while the lock is held: whenever garbage is
-        collected, and by the thread that holds it."""
+        self._abandoned: deque[Request] = deque()
+        """Requests abandoned by their callers. A deque, since garbage collection may end a caller's generator while the
+        lock is held, even by the thread that holds it."""
 
     @property
     def stats(self) -> EngineStats:
-        """What the core is doing, and what it has done so far.
+        """The core's current state and counts so far.
 
         Raises:
             EngineError: it is closed.
@@ -56,13 +56,13 @@ class SharedCore:
             return self._open().stats
 
     def answer(self, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
-        """The events of all requests, in the order of time. Leaving the loop early ends them.
+        """The events of all requests, in chronological order. Leaving the loop early cancels the requests.
 
         Args:
-            cancel: asked before every forward; once it is set, every request still under way ends as "cancelled".
+            cancel: checked before every forward; once it is set, every unfinished request ends as "cancelled".
 
         Raises:
-            EngineError: a forward that failed, or that gave no numbers; or the model was closed meanwhile.
+            EngineError: a forward failed or gave NaN or infinity; or the model was closed meanwhile.
         """
         inbox, running = deque[Event](), len(requests)
         try:
@@ -82,10 +82,10 @@ class SharedCore:
                     yield event
         finally:
             if running:
-                self._left.extend(requests)
+                self._abandoned.extend(requests)
 
     def close(self) -> None:
-        """Let go of the core with its pages and graphs; calls under way end with an error."""
+        """Drop the core with its pages and graphs; unfinished calls end with an error."""
         with self._lock:
             self._core = None
             self._inboxes.clear()
@@ -96,11 +96,11 @@ class SharedCore:
         return self._core
 
     def _step(self, cancelled: Sequence[Request]) -> None:
-        """One forward for all, under the lock."""
+        """One forward for all calls; the caller holds the lock."""
         core = self._open()
-        while self._left:
-            core.cancel(gone := self._left.popleft())
-            self._inboxes.pop(gone, None)
+        while self._abandoned:
+            core.cancel(request := self._abandoned.popleft())
+            self._inboxes.pop(request, None)
         for request in cancelled:
             core.cancel(request)
         for request, event in core.step().events:
@@ -112,51 +112,51 @@ class SharedCore:
 
 @final
 class LazyEngine:
-    """The engine of a loaded model: made with the first call, kept for the next ones, until it is closed.
+    """The engine of a loaded model: created by the first call and kept for later ones, until it is closed.
 
-    Pages are of the weights that were read: where these have changed since, there is a new core.
+    Cached pages depend on the weights: if these have changed since, a new core is created.
     """
 
     def __init__(self, network: Network, options: EngineOptions) -> None:
         self._network, self.options = network, options
         self._lock = threading.Lock()
-        self._made: tuple[list[tuple[int, int]], SharedCore] | None = None
+        self._current: tuple[list[tuple[int, int]], SharedCore] | None = None
 
     def answer(self, network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
-        """The events of all requests, as `SharedCore.answer` tells them."""
-        assert network is self._network, "an engine is of one network"
+        """The events of all requests, as `SharedCore.answer` gives them."""
+        assert network is self._network, "an engine belongs to one network"
         if requests:
             yield from self._core().answer(requests, cancel)
 
     @property
     def stats(self) -> EngineStats | None:
-        """Of the core; None where there is none."""
-        made = self._made
-        return None if made is None else made[1].stats
+        """The core's; None if there is no core."""
+        current = self._current
+        return None if current is None else current[1].stats
 
     def close(self) -> None:
-        """Let go of the core; calls under way end with an error, and the next call makes another one."""
+        """Drop the core; unfinished calls end with an error, and the next call creates another one."""
         with self._lock:
-            made, self._made = self._made, None
-        if made is not None:
-            made[1].close()
+            current, self._current = self._current, None
+        if current is not None:
+            current[1].close()
 
     def _core(self) -> SharedCore:
-        # Where each parameter lies, and how often it was written.
+        # Identifies the weights: each parameter's address, and how often it was written.
         weights = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in self._network.parameters()]
         with self._lock:
-            if self._made is None or self._made[0] != weights:
-                self._made = weights, SharedCore(self._network, self.options)
-            return self._made[1]
+            if self._current is None or self._current[0] != weights:
+                self._current = weights, SharedCore(self._network, self.options)
+            return self._current[1]
 
 
 def run_reference(network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
-    """The same by the reference loop; the requests must be of one sampling."""
+    """The events of all requests, by the reference loop; the requests must share one sampling."""
     if not requests:
         return iter(())
     rows, sampling = [request.row for request in requests], requests[0].sampling
     assert all(request.sampling == sampling for request in requests)
     if isinstance(sampling, AutoregressiveSampling):
         return generate_autoregressive(network, rows, sampling, cancel)
-    looked_at = sampling.checks > 0 or rows[0].logprobs is not None
-    return (generate_verified if looked_at else generate)(network, rows, sampling, cancel)
+    verified = sampling.checks > 0 or rows[0].logprobs is not None
+    return (generate_verified if verified else generate)(network, rows, sampling, cancel)

@@ -1,7 +1,6 @@
-"""From a name to a model that answers.
+"""From a name to a loaded model.
 
-Invariant: what can be said from names and headers is said before the first weight is read.
-
+Invariant: every error that names and headers can show is raised before the first weight is read.
 Run it:  python -c "import blockpress; print(blockpress.load('sudoku-nano').config)"
 """
 
@@ -27,27 +26,27 @@ def load(
     memory: int | None = None,
     max_running: int = 32,
 ) -> LM:
-    """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, or the name of a
-    model that `blockpress pull` fetched from the hub, such as "owner/name" or "owner/name@revision"; or a checkpoint
-    that is open already (`checkpoints.open_checkpoint`).
+    """Load a model: a shipped name such as "sudoku-nano", the directory of a checkpoint, a GGUF file, the name of a
+    model that `blockpress pull` downloaded from the hub, such as "owner/name" or "owner/name@revision", or a checkpoint
+    that is already open (`checkpoints.open_checkpoint`).
 
-    Weights in fewer bits stay packed in memory. Nothing is fetched.
+    Quantized weights stay packed in memory. Nothing is downloaded.
 
     Args:
-        dtype: of the weights in memory, a torch dtype or its name ("float32", "bfloat16"); None: what the checkpoint's
-            config.json names. Where weights are packed it is the type of the others.
+        dtype: of the weights in memory, a torch dtype or its name ("float32", "bfloat16"); None: as in the checkpoint's
+            config.json. It does not apply to packed weights.
         compute_dtype: of activations and products: `dtype`, which rounds where the reference does, or "float32", for
-            which weights are widened a tile at a time where they are used; None or "auto": what is fast here. "int8":
-            on a processor the layers' products are made of integers, which rounds weights and activations (ADR 0022).
+            which weights are widened a tile at a time when they are used; None or "auto": what is fast here. "int8":
+            on a CPU the layers' products use 8-bit integers, which rounds weights and activations (ADR 0022).
         device: where the network runs, such as "cpu" or "cuda".
-        memory: bytes for the KV cache, which keeps what prompts begin with from call to call and gives up the oldest
-            first; None: half of what is free on the device when the first call comes.
-        max_running: most prompts that are answered at once; where there are more, the others wait their turn.
+        memory: bytes for the KV cache, which keeps prefixes from call to call and evicts the least recently used; None:
+            half of what is free on the device at the first call.
+        max_running: most prompts answered at once; further ones wait in a queue.
 
     Raises:
         CheckpointError, ConfigError: what is wrong with the files, and what to do.
-        RequestError: a type or a device that there is not, a compute_dtype that does not hold the weights, or int8
-            where integers are not multiplied; a limit of the engine that is none.
+        RequestError: an unknown type or device, a compute_dtype that cannot hold the weights, or int8 where it is not
+            supported; an invalid limit of the engine.
     """
     if not isinstance(name, str | Path | Checkpoint):
         raise RequestError(f"name is {name!r:.60}", hint="give a model's name, a checkpoint's directory or a GGUF file")
@@ -59,6 +58,6 @@ def load(
         generation=checkpoint.generation,
         tokenizer=checkpoint.tokenizer(),
         options=options,
-        # For the tower, of which a GGUF file has none; its header holds the whole vocabulary, and may go.
+        # For the vision tower. A GGUF file has none; its header holds the whole vocabulary and need not be kept.
         checkpoint=checkpoint if checkpoint.gguf is None else None,
     )

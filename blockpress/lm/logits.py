@@ -1,6 +1,6 @@
-"""The logits of both passes, for whoever wants to look inside a model: `LM.denoise_logits` and `LM.next_token_logits`.
+"""The logits of both passes, to look inside a model: `LM.denoise_logits` and `LM.next_token_logits`.
 
-Invariant: they are those of the reference loop, computed over the whole vocabulary; no engine takes part.
+Invariant: they are those of the reference loop, over the whole vocabulary; the engine is not involved.
 Run it:  python -m pytest tests/lm/test_model.py
 """
 
@@ -24,7 +24,7 @@ def denoise_logits(
     canvas_ids: Sequence[int] | Tensor,
     previous_logits: Float32[Tensor, "canvas vocab"] | None,
 ) -> Float32[Tensor, "canvas vocab"]:
-    """What one denoising step makes of a canvas after a prompt: softcapped float32 logits."""
+    """Softcapped float32 logits of one denoising step for a canvas after a prompt."""
     config = network.config
     canvas = check_ids(config, canvas_ids, "canvas_ids")
     prompt = check_ids(config, prompt_ids, "prompt_ids")

@@ -1,7 +1,7 @@
-"""The object that `blockpress.load` gives: text in, text out, and the logits for whoever wants to look inside.
+"""The object that `blockpress.load` returns: text in, text out, and the logits inside.
 
-Invariant: whatever comes in is checked here, by name, before the first forward; nothing that is accepted is ignored.
-An answer is a function of weights, prompt, seed and sampling, never of what the engine has kept of earlier calls.
+Invariant: every argument is checked here, by name, before the first forward; none that is accepted is ignored. An
+answer is a function of weights, prompt, seed and sampling, never of what the engine has cached from earlier calls.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from blockpress.text import StreamDecoder, Tokenizer
 class LM:
     """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside.
 
-    Calls share one engine, made for the first of them, which keeps what it has read: a conversation that goes on is
-    not read again. Several threads may ask at once. `close()`, or leaving `with load(...) as lm:`, frees its memory.
+    Calls share one engine, created by the first of them, which caches what it has read: a conversation that continues
+    is not read again. Several threads may use it. `close()`, or leaving `with load(...) as lm:`, frees its memory.
 
     Args:
-        checkpoint: what is open at `path` already. options: of the engine; without them its queue has no limit.
-        answer: what answers requests in place of that engine: `lm.execute.run_reference` does it slowly and plainly.
+        checkpoint: the open checkpoint at `path`. options: of the engine; without them its queue has no limit.
+        answer: runs requests in place of the engine, such as `lm.execute.run_reference`, the reference loop.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LM:
         return self.network.config
 
     def close(self) -> None:
-        """Give back what the engine holds; answers under way end with an `EngineError`, a later call begins anew."""
+        """Free what the engine holds; unfinished answers end with an `EngineError`, a later call starts afresh."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class LM:
         self.close()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt, with the ids that the model wants in front.
+        """The token ids of a prompt, including the ids that the model expects in front.
 
         Raises:
             TextError: the vocabulary has no token for some of the text.
@@ -99,7 +99,7 @@ class LM:
         return self._needs_tokenizer("decode").decode(as_list(ids, "ids"))
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too; it is meant as one
+    def generate(  # type: ignore[overload-overlap]  # a str is also a sequence of str; here it means one prompt
         self,
         prompt: Prompt,
         max_tokens: int | None = None,
@@ -139,19 +139,19 @@ class LM:
 
         Args:
             prompt: text, or token ids as a list or a 1-D tensor; or a list of such prompts.
-            max_tokens: most tokens to return; None: until a stop or the context's end.
+            max_tokens: most tokens to return; None: until a stop or the end of the context.
             seed: of the random draws; a list gives each prompt its own. The same seed gives the same answer.
-            sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as the
-                checkpoint's generation_config.json says.
-            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases checked by the causal pass,
-                `sampling.checks` times at most, or 4 where that is 0; or "autoregressive", token by token with the same
-                weights. None: diffusion where the model has a canvas.
-            logprobs: tell the log-probability of each returned token in the causal pass, at temperature 1, and this
-                many of the likeliest tokens in its place; None: neither. It costs the causal pass over the last canvas.
-            cancel: asked between steps (`is_set()`); a `threading.Event` will do.
+            sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as in
+                the checkpoint's generation_config.json.
+            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases verified by the causal pass,
+                at most `sampling.checks` times, or 4 if that is 0; or "autoregressive", one token at a time with the
+                same weights. None: diffusion if the model has a canvas.
+            logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
+                this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
+            cancel: checked between steps (`is_set()`), such as a `threading.Event`.
 
         Returns:
-            a `Reply`, or a list of them where `prompt` or `seed` is a list.
+            a `Reply`, or a list of them if `prompt` or `seed` is a list.
         """
         events = self.stream(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs, cancel=cancel)
         replies = {event.row: event.reply for event in events if isinstance(event, Done)}
@@ -169,12 +169,12 @@ class LM:
         logprobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> Iterator[Event]:
-        """The same as `generate`, as events: `Denoised` a step, `Committed` a canvas (or token), `Text`, and `Done`.
+        """As `generate`, but gives events: `Denoised` per step, `Committed` per canvas (or token), `Text`, and `Done`.
 
-        Arguments are checked at once, before the first event is asked for. Leaving the loop early ends the work.
+        Arguments are checked at once, before the first event is requested. Leaving the loop early cancels the answers.
         """
-        wanted = self.requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
-        return self.answer(self.network, wanted, cancel)
+        requests = self.requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
+        return self.answer(self.network, requests, cancel)
 
     def requests(
         self,
@@ -186,16 +186,16 @@ class LM:
         mode: Mode | None = None,
         logprobs: int | None = None,
     ) -> list[Request]:
-        """What `stream` would answer, checked, as requests for an engine that others use, too (`engine`)."""
+        """What `stream` would answer, checked, as requests for an engine that serves others too (`engine`)."""
         sampling = self._sampling(sampling, mode)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
-        def turn(prompt: list[int]) -> OutputProcessor:
+        def make_processor(prompt: list[int]) -> OutputProcessor:
             text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop)
             return TextOutputProcessor(text)
 
-        ids = [check_ids(self.config, self.encode(one) if isinstance(one, str) else one, "prompt") for one in prompts]
-        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, turn, sampling, logprobs)
+        ids = [check_ids(self.config, self.encode(p) if isinstance(p, str) else p, "prompt") for p in prompts]
+        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, make_processor, sampling, logprobs)
         return [Request(row, sampling) for row in rows]
 
     @overload
@@ -216,14 +216,14 @@ class LM:
         """Answer a conversation, or a list of them in one batch, in the form of the checkpoint's chat template.
 
         Args:
-            messages: in OpenAI's shape (`chat.messages.check_messages` has the fields); `Reply.message` gives an answer
-                back as one.
-            seed: as `generate` takes it.
-            options: `cancel`, as `generate` takes it, and those of `chat_requests`, where each is described.
+            messages: in OpenAI's format (`chat.messages.check_messages` has the fields); `Reply.message` is an answer
+                as such a message.
+            seed: as in `generate`.
+            options: `cancel`, as in `generate`, and those of `chat_requests`, which describes each.
 
         Returns:
-            a `Reply`, or a list of them where `messages` or `seed` is one. `finish_reason` is "tool_calls" where the
-            answer ended by itself and called a tool.
+            a `Reply`, or a list of them if `messages` or `seed` is one. `finish_reason` is "tool_calls" if the answer
+            ended by itself and called a tool.
         """
         replies = {e.row: e.reply for e in self.chat_stream(messages, seed=seed, **options) if isinstance(e, Done)}
         many = are_conversations(messages) or not is_integer(seed)
@@ -238,7 +238,7 @@ class LM:
     ) -> Iterator[Event]:
         """The same as `chat`, as events: those of `stream`, and thoughts and tool calls (`decoding.events`).
 
-        Arguments are checked at once, before the first event. Leaving the loop early ends the work.
+        Arguments are checked at once, before the first event. Leaving the loop early cancels the answers.
         """
         given: dict[str, Any] = {**options}
         cancel = given.pop("cancel", None)
@@ -259,33 +259,33 @@ class LM:
         mode: Mode | None = None,
         logprobs: int | None = None,
     ) -> list[Request]:
-        """What `chat_stream` would answer, checked, as requests for an engine that others use, too (`engine`).
+        """What `chat_stream` would answer, checked, as requests for an engine that serves others too (`engine`).
 
         Args:
-            tools: that the model may call, in OpenAI's shape.
+            tools: that the model may call, in OpenAI's format.
             thinking: whether the model is asked to think before it answers.
-            thinking_budget: most tokens of its thoughts; there the thought is closed and the answer begun.
-            max_tokens, sampling, mode, logprobs: as `generate` takes them; `sampling.stop` is looked for in the
-                answer alone, and `max_tokens` counts thoughts and calls, too.
-            retry_empty: write a canvas again that ends the answer before anything was said, at most three times, as
-                `usage.empty_retries` counts.
-            soft_tokens: most tokens that an image, or a frame of a video, becomes (70, 140, 280, 560 or 1120); None: as
-                the checkpoint says.
+            thinking_budget: most tokens of its thoughts; at that point the thought is closed and the answer starts.
+            max_tokens, sampling, mode, logprobs: as in `generate`; `sampling.stop` applies to the answer only, while
+                `max_tokens` also counts thoughts and calls.
+            retry_empty: rewrite a canvas that ends the answer before it contains anything, at most three times;
+                `usage.empty_retries` counts them.
+            soft_tokens: most tokens per image or video frame (70, 140, 280, 560 or 1120); None: as in the checkpoint.
         """
         check_options(thinking, thinking_budget, retry_empty, soft_tokens)
         sampling = self._sampling(sampling, mode)
         many = are_conversations(messages)
-        talks = messages if many else [messages]
-        asked = self._chat.encode_all(talks, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
+        conversations = messages if many else [messages]
+        encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
-        def turn(prompt: list[int]) -> OutputProcessor:
+        def make_processor(prompt: list[int]) -> OutputProcessor:
             return self._chat.output_processor(
                 prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
             )
 
-        rows = self._rows([one.ids for one in asked], max_tokens, seed, stop_ids, turn, sampling, logprobs)
-        self._show(rows, asked)
+        ids = [chat.ids for chat in encoded]
+        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs)
+        self._attach_images(rows, encoded)
         return [Request(row, sampling) for row in rows]
 
     @cached_property
@@ -299,12 +299,14 @@ class LM:
         return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
     @torch.inference_mode()
-    def _show(self, rows: list[SequenceState], asked: Sequence[EncodedChat]) -> None:
-        """Put the pictures' features into the rows; one question may have several rows, each with a seed of its own."""
-        shown = [zip(one.image_spans, self._tower(one.pictures), strict=True) if one.pictures else () for one in asked]
-        seen = [{span.start: features for span, features in pairs} for pairs in shown]
+    def _attach_images(self, rows: list[SequenceState], chats: Sequence[EncodedChat]) -> None:
+        """Put the images' features into the rows; one conversation may have several rows with different seeds."""
+        pairs = [
+            zip(chat.image_spans, self._tower(chat.pictures), strict=True) if chat.pictures else () for chat in chats
+        ]
+        images = [{span.start: features for span, features in each} for each in pairs]
         for row in rows:
-            row.images = seen[row.index if len(seen) > 1 else 0]
+            row.images = images[row.index if len(images) > 1 else 0]
 
     def _sampling(self, given: AnySampling | None, mode: Mode | None) -> AnySampling:
         return check_sampling(given, mode, self.generation, self.config, has_text=self.tokenizer is not None)
@@ -315,13 +317,13 @@ class LM:
         max_tokens: int | None,
         seed: int | Sequence[int],
         stop_ids: Sequence[int],
-        turn: Callable[[list[int]], OutputProcessor],
+        make_processor: Callable[[list[int]], OutputProcessor],
         sampling: AnySampling,
         logprobs: int | None,
     ) -> list[SequenceState]:
         canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
         limits = {"max_tokens": max_tokens, "logprobs": logprobs}
-        return make_sequences(ids, seed, turn, canvas, self.config, stop_ids=stop_ids, **limits)
+        return make_sequences(ids, seed, make_processor, canvas, self.config, stop_ids=stop_ids, **limits)
 
     def denoise_logits(
         self,
@@ -329,7 +331,7 @@ class LM:
         canvas_ids: Sequence[int] | Tensor,
         previous_logits: Float32[Tensor, "canvas vocab"] | None = None,
     ) -> Float32[Tensor, "canvas vocab"]:
-        """What one denoising step makes of a canvas behind a prompt: softcapped float32 logits.
+        """Softcapped float32 logits of one denoising step for a canvas after a prompt.
 
         Args:
             previous_logits: the last step's temperature-scaled logits, for self-conditioning; None: the first step.
@@ -337,7 +339,7 @@ class LM:
         return denoise_logits(self.network, prompt_ids, canvas_ids, previous_logits)
 
     def next_token_logits(self, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
-        """The causal pass as a language model: for every token, softcapped float32 logits of the one behind it."""
+        """The causal pass as a language model: for every token, softcapped float32 logits of the one after it."""
         return next_token_logits(self.network, ids)
 
     def _needs_tokenizer(self, what: str) -> Tokenizer:

@@ -1,6 +1,6 @@
-"""Prompts that were checked become rows: each with its seed, its limits and its room in the context.
+"""From checked prompts to rows (`SequenceState`), each with its seed, its limits and its room in the context.
 
-Invariant: a row is made only where its prompt and at least one canvas fit the model's context.
+Invariant: a row is created only if its prompt and at least one canvas fit into the model's context.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def make_sequences(
     stop_ids: Sequence[int],
     logprobs: int | None = None,
 ) -> list[SequenceState]:
-    """A row for each prompt, or for each seed where there is one prompt; `canvas` tokens are written at once.
+    """A row for each prompt, or for each seed if there is one prompt; `canvas` is the canvas length, 1 for
+    autoregressive decoding.
 
     Raises:
-        RequestError: max_tokens, seed or logprobs. PromptTooLong: no room for a canvas.
+        RequestError: max_tokens, seed or logprobs are invalid. PromptTooLong: no room for a canvas.
     """
     if max_tokens is not None and not (is_integer(max_tokens) and max_tokens >= 1):
         raise RequestError(
@@ -43,13 +44,13 @@ def make_sequences(
     if len(seeds) != len(prompts):
         raise RequestError(f"seed has {len(seeds)} entries", hint=f"give one for each of the {len(prompts)} prompts")
     rows = []
-    for index, (ids, own) in enumerate(zip(prompts, seeds, strict=True)):
+    for index, (ids, row_seed) in enumerate(zip(prompts, seeds, strict=True)):
         check_context_length(config, len(ids), canvas)
         rows.append(
             SequenceState(
                 index,
                 ids,
-                cast(int, own),
+                cast(int, row_seed),
                 stop_ids=stop_ids,
                 canvas_length=canvas,
                 room=config.context_length - len(ids),
@@ -62,20 +63,20 @@ def make_sequences(
 
 
 def check_ids(config: ModelConfig, ids: Sequence[int] | Tensor, name: str) -> list[int]:
-    """Token ids of the model's vocabulary, at least one. Raises RequestError."""
+    """Token ids in the model's vocabulary, at least one. Raises RequestError."""
     listed = as_list(ids, name)
     if not listed:
         raise RequestError(f"{name} is empty", hint="give at least one token")
-    for place, token in enumerate(listed):
+    for position, token in enumerate(listed):
         if not 0 <= token < config.vocab_size:
             raise RequestError(
-                f"{name} holds id {token} at place {place}", hint=f"ids go from 0 to {config.vocab_size - 1}"
+                f"{name} holds id {token} at position {position}", hint=f"ids go from 0 to {config.vocab_size - 1}"
             )
     return listed
 
 
 def check_context_length(config: ModelConfig, prompt: int, canvas: int) -> None:
-    """Raises PromptTooLong: a prompt of so many tokens leaves no room for a canvas."""
+    """Raises PromptTooLong: a prompt of `prompt` tokens leaves no room for a canvas."""
     if prompt + canvas > config.context_length:
         raise PromptTooLong(
             f"the prompt has {prompt} tokens, a canvas {canvas}, the model's context {config.context_length}",

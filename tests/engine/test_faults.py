@@ -158,7 +158,7 @@ def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypat
             raise MemoryError("no room for the copy back")
         return told_by(*given)
 
-    monkeypatch.setattr(core.runner, "_told", failing)
+    monkeypatch.setattr(core.runner, "_to_host", failing)
     canvases, token = [request(0), request(1)], request(2, AutoregressiveSampling())
     told = play(core, [*canvases, token])
     for one in canvases:

@@ -17,7 +17,7 @@ from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Failed
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Batch, Part
-from blockpress.engine.canvas_state import LEAST_IDS, CanvasState, StepFeatures
+from blockpress.engine.canvas_state import MIN_IDS, CanvasState, StepFeatures
 from blockpress.engine.cuda_graphs import CudaGraphs
 from blockpress.engine.denoising import FIELDS, CanvasBatch, begin_step, finish_step, packed_entry, padding_entry
 from blockpress.model import Network
@@ -198,7 +198,7 @@ def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
         places = {token: slots.banned[i, :, columns.index(token)].nonzero().flatten().tolist() for token in ids}
         assert places == {token: [token % 12] for token in ids}
         assert int(slots.banned[i].sum()) == len(ids)
-    assert [width for _, width in at] == [LEAST_IDS, 16, 32]
+    assert [width for _, width in at] == [MIN_IDS, 16, 32]
     requests[2].slot, other = None, Request(row(CONFIG, 3, [5], SHORT), SHORT)
     other.slot, other.row._processor.banned_ids = 2, {40: {1}}
     assert slots.begin([other]).banned == 32 and slots.ids.data_ptr() == at[2][0]
