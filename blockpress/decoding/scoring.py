@@ -113,10 +113,8 @@ def _split_by_row(rows: Sequence[SequenceState], drafts: Sequence[list[int]], sc
     result, start = [], 0
     for row, draft in zip(rows, drafts, strict=True):
         part, top, start = slice(start, start + len(draft)), row.logprobs, start + len(draft)
-        logprobs = (
-            [[], []] if top is None else [_with_top(x[part], top) for x in (scores.logprobs, scores.greedy_logprobs)]
-        )
-        result.append(TokenScores(scores.greedy_ids[part], *logprobs))
+        pair = [[], []] if top is None else [_with_top(x[part], top) for x in (scores.logprobs, scores.greedy_logprobs)]
+        result.append(TokenScores(scores.greedy_ids[part], *pair))
     return result
 
 

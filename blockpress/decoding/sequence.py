@@ -165,12 +165,8 @@ class SequenceState:
     def redo(self, pins: Mapping[int, int]) -> None:
         """Denoise the canvas again, with new draws; it holds the pins from its first noise on."""
         self._earlier_steps = self._draft.steps
-        self._draft, self._read_tokens, self.new_tokens, self.num_kept = (
-            FinishedCanvas([], self._earlier_steps),
-            [],
-            [],
-            0,
-        )
+        self._draft, self.num_kept = FinishedCanvas([], self._earlier_steps), 0
+        self._read_tokens, self.new_tokens = [], []
         self.pins, self._restarts, self._rounds = pins, self._restarts + 1, self._rounds + 1
 
     def commit(self, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
@@ -179,13 +175,8 @@ class SequenceState:
         `logprobs`: those of the proposal's tokens, if the row reports them.
         """
         canvas, read_tokens = self._draft, self._read_tokens
-        self._draft, self._earlier_steps, self._read_tokens, self.new_tokens, self.num_kept = (
-            FinishedCanvas([], 0),
-            0,
-            [],
-            [],
-            0,
-        )
+        self._draft, self._earlier_steps, self.num_kept = FinishedCanvas([], 0), 0, 0
+        self._read_tokens, self.new_tokens = [], []
         self.pins, self.checks = {}, 0
         end = self._end(canvas)
         valid = canvas.tokens[:end]

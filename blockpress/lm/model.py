@@ -44,8 +44,8 @@ from blockpress.text import StreamDecoder, Tokenizer
 class LM:
     """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside.
 
-    Calls share one engine, created by the first of them, which caches what it has read: a conversation that continues
-    is not read again. Several threads may use it. `close()`, or leaving `with load(...) as lm:`, frees its memory.
+    Calls, from any thread, share one engine, created by the first: it caches what it has read, so a conversation that
+    continues is not read again. `close()`, or leaving `with load(...) as lm:`, frees its memory.
 
     Args:
         checkpoint: the open checkpoint at `path`. options: of the engine; without them its queue has no limit.
