@@ -1,7 +1,7 @@
 """Files on disk: a checkpoint's directory becomes a network, and a network a checkpoint that `transformers` loads too.
 
-Invariant: nothing is read half and nothing is written half. A tensor that is missing, left over, of another shape or
-in a file cut short is an error that names it, before the first weight is read; a save takes its place only when whole.
+Invariant: loading and saving are all or nothing. A tensor that is missing, unexpected, of another shape or in a
+truncated file is an error that names it, before the first weight is read; a save replaces a checkpoint only when whole.
 
 Run it:  python -m pytest tests/checkpoints
 """

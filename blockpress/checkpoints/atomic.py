@@ -1,10 +1,10 @@
-"""How a checkpoint comes into its directory: all at once, or not at all.
+"""How a checkpoint is written into its directory: all at once, or not at all.
 
     directory/.saving-x/   everything is written here first, shard by shard, and flushed to the disk
     directory/             then the old weights go, the new files are renamed into place, config.json last
 
-Invariant: until the last byte is written, an older checkpoint in the directory is as it was; one that is cut off
-between the renames leaves a directory without config.json, which nobody loads, and never two checkpoints mixed.
+Invariant: until the last byte is written, an older checkpoint in the directory is unchanged. A save interrupted
+between the renames leaves a directory without config.json, which is never loaded, and never a mix of two checkpoints.
 A process that is killed leaves its .saving-* directory behind; it can be deleted.
 
 Run it:  python -m pytest tests/checkpoints/test_save.py tests/quantize/test_convert.py
@@ -29,12 +29,12 @@ from blockpress.checkpoints.files import CONFIG, HF_QUANT_CONFIG, INDEX, SINGLE
 from blockpress.errors import CheckpointError, RequestError
 
 SHARD_BYTES = 5_000_000_000
-"""Most bytes of a shard's tensors, where nobody says otherwise."""
+"""Default for the most bytes of tensors in one shard."""
 
 REPORT = "quantization.json"
 
-# What speaks of the weights in a directory and of no others: it goes with them.
-_OF_THE_WEIGHTS = (SINGLE, INDEX, REPORT, HF_QUANT_CONFIG)
+# Files that describe the weights next to them: they are removed together with those weights.
+_WEIGHT_FILES = (SINGLE, INDEX, REPORT, HF_QUANT_CONFIG)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -54,15 +54,15 @@ Piece = TypeVar("Piece", bound=Sized)
 
 @contextmanager
 def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A fresh directory whose files take the place of those in `folder`, if nothing goes wrong until then.
+    """A new directory whose files replace those in `folder` when the block ends without an error.
 
     Args:
-        replaces: names of files that go with the older checkpoint, even where no new one takes their place.
+        replaces: names of files to remove with the older checkpoint, even where no new file replaces them.
 
     Raises:
         CheckpointError: the directory cannot be written.
     """
-    staging, fresh = None, not folder.exists()
+    staging, is_new = None, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -71,10 +71,10 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
     except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-            if fresh:
-                with suppress(OSError):  # somebody else may have put a file there
+            if is_new:
+                with suppress(OSError):  # another process may have put a file there
                     folder.rmdir()
-        # safetensors has an error of its own for a disk that is full.
+        # safetensors raises its own error when the disk is full.
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
                 f"{str(folder)!r} cannot be written: {error}",
@@ -82,7 +82,7 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
             ) from error
         raise
     try:
-        _swap(staging, folder, {*_OF_THE_WEIGHTS, *replaces})
+        _swap(staging, folder, {*_WEIGHT_FILES, *replaces})
     except OSError as error:
         raise CheckpointError(
             f"the new files cannot be moved into {str(folder)!r}: {error}",
@@ -91,7 +91,7 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def check_disk_space(staging: Path, need: int) -> None:
-    """Raises CheckpointError: the disk under a directory that `staged` gave has less room than `need` bytes."""
+    """Raises CheckpointError: the disk of a directory that `staged` yielded has less than `need` bytes free."""
     free = shutil.disk_usage(staging).free
     if need > free:
         raise CheckpointError(
@@ -102,7 +102,7 @@ def check_disk_space(staging: Path, need: int) -> None:
 
 
 def in_shards(tensors: Iterable[Piece], shard_bytes: int) -> dict[str, list[Piece]]:
-    """The tensors of each file by its name: one file, or shards where there are more than `shard_bytes`.
+    """The tensors of each file by its name: one file, or shards where they exceed `shard_bytes`.
 
     Raises:
         RequestError: `shard_bytes` is no whole number from 1.
@@ -123,15 +123,15 @@ def in_shards(tensors: Iterable[Piece], shard_bytes: int) -> dict[str, list[Piec
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[Sized]]) -> None:
-    """Write the index that says in which shard a tensor is; of a single file there is none."""
+    """Write the index from tensor names to shards; a single file has none."""
     if len(shards) > 1:
-        places = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+        weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         total = sum(tensor.bytes for shard in shards.values() for tensor in shard)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as people read it. A figure that is no number, such as an infinite error, becomes null."""
+    """Write an object as indented JSON. A float that is not finite, such as an infinite error, becomes null."""
     file.write_text(json.dumps(_finite(value), indent=2) + "\n", encoding="utf-8")
 
 
@@ -144,8 +144,8 @@ def _finite(value: Any) -> Any:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the disk has the files: a rename may be on it before what was written."""
-    # Elsewhere a file that is open for reading, or a directory, cannot be flushed.
+    """Wait until the files are on disk: a rename may reach it before the data does."""
+    # Other systems cannot flush a directory, or a file that is open for reading.
     if os.name != "posix":
         return
     for path in (*folder.iterdir(), folder):
@@ -157,7 +157,7 @@ def _flush(folder: Path) -> None:
 
 
 def _swap(staging: Path, folder: Path, replaces: set[str]) -> None:
-    """Put the staged files into the place of the old ones; without config.json nobody takes the mixture for a model."""
+    """Replace the old files by the staged ones; config.json goes first and comes last, so no mixture is ever loaded."""
     (folder / CONFIG).unlink(missing_ok=True)
     for old in list(folder.iterdir()):
         if old.name in replaces or _SHARD.fullmatch(old.name):

@@ -1,13 +1,13 @@
-"""What loading has in common, whatever kind of file the weights come from: type, device, an empty network, its filling.
+"""What loading has in common for every kind of file: dtypes, device, an empty network, and setting its weights.
 
 Why: a network is built without memory (on torch's meta device) and gets its weights one by one, so that none is in
-memory twice. How one is read is for `load.py` (safetensors) and `gguf/load.py` to say.
+memory twice. `safetensors/load.py` and `gguf/load.py` read them.
 
-Weights have two types: that in which they lie in memory, and that in which products are made (`Types`); or the products
-of layers are made in integers, and their matrices lie in memory as those.
+Weights have two types: the one they are stored in while in memory, and the one products are computed in (`Types`). With
+int8, the layers' matrices are stored as integers and multiplied as integers.
 
-Invariant: a type, a device or a lack of room that ends a load is the caller's `RequestError`; sizes that no network can
-have are a `ConfigError`; an error of our own passes as it is.
+Invariant: a dtype, a device or a lack of memory that ends a load is the caller's `RequestError`; impossible sizes are a
+`ConfigError`; an error of our own is passed on unchanged.
 
 Run it:  python -m pytest tests/checkpoints/test_load.py tests/checkpoints/test_gguf.py
 """
@@ -40,14 +40,14 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES}
 """The types a network runs in, by the names that `config.json` and callers use."""
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {**DTYPES, "int8": torch.int8}
-"""The types that products are made in, by name: int8 beside those."""
+"""The types that products are computed in, by name: those and int8."""
 
 
 def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
-    """The type that a caller asked for, or the config's where `dtype` is None.
+    """The requested dtype, or the config's where `dtype` is None.
 
     Raises:
-        RequestError: not a type that a network runs in.
+        RequestError: not a dtype that a network runs in.
     """
     known = ", ".join(DTYPES)
     if dtype is None:
@@ -62,8 +62,8 @@ def choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.
 
 @dataclass(frozen=True, kw_only=True)
 class Types:
-    """The type that weights are stored in while they are in memory, and the one that is computed in: it, or a wider
-    one. `integers`: the layers' matrices are int8 codes in memory, and their products are made of those."""
+    """The type that weights are stored in while in memory, and the type that products are computed in: the same or a
+    wider one. `integers`: the layers' matrices are int8 codes in memory and are multiplied as integers."""
 
     storage: torch.dtype
     compute: torch.dtype
@@ -76,10 +76,10 @@ class Types:
         return (self.storage if matrix else self.compute).itemsize
 
     def held(self, weight: Weight, *, matrix: bool, product: bool = False) -> Weight:
-        """A weight of the stored type, or a packed one, as the network holds it.
+        """A weight of the storage type, or a packed one, as the network keeps it in memory.
 
-        A matrix as it is or, where it is a `product` and those are made in integers, rounded to them; what is small in
-        the wider type.
+        A matrix stays as it is or, where it is a `product` and those use integers, is quantised to int8; anything else
+        is widened to the compute type.
         """
         if product and self.integers:
             return quantized(weight)
@@ -94,19 +94,19 @@ def choose_types(
     config: ModelConfig,
     device: torch.device,
 ) -> Types:
-    """The types that a caller asked for; None: the config's, and what is fast on that device (as "auto" is).
+    """The requested types; None: the config's dtype, and the compute type that is fast on that device (as "auto").
 
     Raises:
-        RequestError: no such types, one to compute in that does not hold what is stored, or integers where they are not
-            multiplied.
+        RequestError: unknown types, a compute type that cannot represent the storage type, or int8 where integer
+            products are not available.
     """
     storage = choose_dtype(dtype, config)
     compute = COMPUTE_DTYPES.get(compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if compute_dtype is None or compute_dtype == "auto":
         fast = hardware.compute_dtype(storage, device)
         compute = fast if fast in (torch.float32, torch.int8) else storage
-    stored, asked = (str(kind).removeprefix("torch.") for kind in (storage, compute))
-    if compute is None or asked not in COMPUTE_DTYPES:
+    stored, requested = (str(kind).removeprefix("torch.") for kind in (storage, compute))
+    if compute is None or requested not in COMPUTE_DTYPES:
         raise RequestError(
             f"compute_dtype is {compute_dtype!r}",
             hint=f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, or auto for the fast one of this machine",
@@ -116,14 +116,14 @@ def choose_types(
         return Types(storage=storage, compute=torch.float32, integers=True)
     if compute not in (storage, torch.float32):
         raise RequestError(
-            f"compute_dtype is {asked}, which does not hold the weights in {stored}",
-            hint=f"give dtype {asked} instead to round the weights, or leave compute_dtype to auto",
+            f"compute_dtype is {requested}, which does not hold the weights in {stored}",
+            hint=f"give dtype {requested} instead to round the weights, or leave compute_dtype to auto",
         )
     return Types(storage=storage, compute=compute)
 
 
 def _check_integers(config: ModelConfig, device: torch.device) -> None:
-    """Raises RequestError: products of integers are not made there, or their sums would leave 32 bits."""
+    """Raises RequestError: that device has no integer products, or their sums would overflow 32 bits."""
     if device.type != "cpu":
         raise RequestError(
             f"compute_dtype is int8, and device is {str(device)!r}",
@@ -141,30 +141,30 @@ def _check_integers(config: ModelConfig, device: torch.device) -> None:
 
 
 def compute_name(dtype: str, device: str) -> str:
-    """The name of the type in which weights stored in `dtype` are computed on that device, unless told otherwise."""
+    """The name of the default compute type for weights stored in `dtype` on that device."""
     return str(hardware.compute_dtype(DTYPES[dtype], torch.device(device))).removeprefix("torch.")
 
 
 def choose_device(device: torch.device | str) -> torch.device:
-    """The device that a caller asked for.
+    """The requested device.
 
     Raises:
-        RequestError: torch knows none of that name, or cannot use it on this machine.
+        RequestError: torch does not know it, or cannot use it on this machine.
     """
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    # torch answers a device that it was not built for with an AssertionError.
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    # torch raises AssertionError for a device that it was not built for.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise RequestError(
             f"device {str(device)!r} cannot be used: {reason}", hint="give 'cpu', or a device of this machine"
         ) from error
-    return place
+    return chosen
 
 
 def without_memory(make: Callable[[], Made]) -> Made:
-    """What `make` gives, a network or a tower, with weights that have shapes and no memory.
+    """What `make` returns, a network or a vision tower, with weights that have shapes but no memory.
 
     Raises:
         ConfigError: no tensor can have these sizes.
@@ -180,7 +180,7 @@ def without_memory(make: Callable[[], Made]) -> Made:
 
 @contextmanager
 def room_for(size: int, device: torch.device) -> Iterator[None]:
-    """Say so where the device has no room for weights of `size` bytes.
+    """Report that the device has no room for weights of `size` bytes when memory runs out inside the block.
 
     Raises:
         RequestError: memory ran out.
@@ -188,7 +188,7 @@ def room_for(size: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # Of a CPU that is out of memory torch says so in the text alone.
+        # When a CPU runs out of memory, only the text of torch's error tells.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         raise RequestError(
@@ -198,7 +198,7 @@ def room_for(size: int, device: torch.device) -> Iterator[None]:
 
 
 def packable(network: nn.Module) -> set[str]:
-    """Weights of a network or a tower that may lie packed in memory."""
+    """Names of the weights of a network or a vision tower that may stay packed in memory."""
     names = set()
     for name, module in network.named_modules():
         if isinstance(module, Weighted):
@@ -209,22 +209,22 @@ def packable(network: nn.Module) -> set[str]:
 
 
 def multiplied(network: nn.Module) -> set[str]:
-    """Those of them that are multiplied as integers where products are made of those: a layer's and self-conditioning's
-    matrices. The embedding, which is the head, and the router stay floats."""
-    apart = ("embed_tokens.weight", "router.proj.weight")
-    return {name for name in packable(network) if not name.endswith(apart)}
+    """Those of them that are multiplied as integers with int8 products: the matrices of layers and self-conditioning.
+    The embedding, which is also the head, and the router stay floats."""
+    excluded = ("embed_tokens.weight", "router.proj.weight")
+    return {name for name in packable(network) if not name.endswith(excluded)}
 
 
 def hold(network: nn.Module, types: Types) -> None:
-    """Let all weights, which are of the stored type, lie as `types` has it."""
+    """Convert all weights, which are of the storage type, to what `types` keeps in memory."""
     if types.storage != types.compute or types.integers:
-        own, products = packable(network), multiplied(network)
+        matrices, products = packable(network), multiplied(network)
         for name, weight in network.state_dict().items():
-            put(network, name, types.held(weight, matrix=name in own, product=name in products))
+            put(network, name, types.held(weight, matrix=name in matrices, product=name in products))
 
 
 def put(network: nn.Module, name: str, weight: Weight) -> None:
-    """Let a weight, packed or not, take the place of the tensor of that name."""
+    """Replace the tensor of that name by a weight, packed or not."""
     owner, _, leaf = name.rpartition(".")
     module = network.get_submodule(owner)
     if not isinstance(weight, Tensor):

@@ -1,14 +1,14 @@
-"""A checkpoint as one thing, whether it is a directory of files or one GGUF file, opened once and handed on.
+"""A checkpoint as one object, whether it is a directory of files or one GGUF file, opened once and passed on.
 
     name --resolve--> path --Checkpoint--> config, quantization, generation, kind, tensors, tokenizer
                                 |
                                 +--> load_network, load_vision, survey, convert_checkpoint, blockpress.load
 
-Why: who loads a model, shows it or makes it smaller should not care how it is kept; and what each of them asks of it
-(a config, an index, a GGUF header of a big vocabulary, which takes most of a second) is not to be read again for each.
+Why: code that loads, describes or quantises a model should not care how it is stored; and what each needs (a config, an
+index, a GGUF header with a large vocabulary, which takes most of a second) should not be read again for each of them.
 
-Invariant: a file that says what the checkpoint is gets read when something of it is first asked for, and then never
-again; what cannot be read or meant is an error that names the file. Weights are read by who is handed the checkpoint.
+Invariant: each file that describes the checkpoint is read when it is first needed and never again; one that cannot be
+read or is invalid is an error that names it. Weights are read by whoever the checkpoint is passed to.
 
 Run it:  python -c "from blockpress.checkpoints import open_checkpoint; print(open_checkpoint('sudoku-nano').config)"
 """
@@ -45,9 +45,9 @@ from blockpress.text import Tokenizer
 @final
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What lies at `path`, a directory or a GGUF file. Making one reads nothing: see `open_checkpoint`, `opened_at`.
+    """The directory or GGUF file at `path`. Constructing one reads nothing: see `open_checkpoint`, `opened_at`.
 
-    `index` is what its index holds, where who found it has read that.
+    `index` is the content of its safetensors index, where finding the checkpoint has already read it.
     """
 
     path: Path
@@ -55,72 +55,72 @@ class Checkpoint:
 
     @cached_property
     def directory(self) -> Path:
-        """The directory. ModelNotFound, CheckpointError: it is none, or holds no config.json."""
+        """The directory. ModelNotFound, CheckpointError: it does not exist, or holds no config.json."""
         return checkpoint_directory(self.path)
 
     @cached_property
     def is_gguf(self) -> bool:
-        """Whether it is one file, of the name of a GGUF file."""
+        """Whether it is one file whose name ends in .gguf."""
         file = expanded(self.path)
         return file.suffix == SUFFIX and file.is_file()
 
     @cached_property
     def header(self) -> Header | None:
-        """The header of a GGUF file, whatever model it is of; None of a directory. Errors as `read_header`."""
+        """The header of a GGUF file, of any architecture; None for a directory. Errors as `read_header`."""
         return read_header(expanded(self.path)) if self.is_gguf else None
 
     @cached_property
     def gguf(self) -> Gguf | None:
-        """The GGUF file as one of ours; None of a directory. Errors as `open_gguf`."""
+        """The GGUF file as a model that we run; None for a directory. Errors as `open_gguf`."""
         return None if self.header is None else understand(self.header)
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """A directory's config.json as it stands. DamagedFile, CheckpointError: it cannot be read."""
+        """A directory's config.json as a JSON object. DamagedFile, CheckpointError: it cannot be read."""
         return read_object(self.directory / CONFIG)
 
     @cached_property
     def hf_quant_config(self) -> Mapping[str, Any] | None:
-        """What ModelOpt wrote beside config.json, as it stands; None: nothing."""
+        """The content of ModelOpt's hf_quant_config.json; None where there is no such file."""
         file = self.directory / HF_QUANT_CONFIG
         return read_object(file) if file.is_file() else None
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The shape of the network, whatever its weights are packed in.
+        """The shape of the network, however its weights are packed.
 
         Raises:
-            DamagedFile: config.json is not JSON. ConfigError: another family, or what the stack does not compute.
+            DamagedFile: config.json is not JSON. ConfigError: another family, or something the stack does not compute.
         """
         if self.gguf is not None:
             return self.gguf.config
         document = self.document
-        with _understood(self.directory / CONFIG):
+        with _config_errors(self.directory / CONFIG):
             return ModelConfig.from_dict(document)
 
     @cached_property
     def quantization(self) -> Quantization | None:
-        """How the weights are packed, by config.json or by the file that ModelOpt writes beside it; None: they are not,
-        or in the way of GGUF.
+        """How the weights are packed, by config.json or ModelOpt's hf_quant_config.json; None: they are not, or it is a
+        GGUF file.
 
         Raises:
-            ConfigError: in a way that is not read here.
+            ConfigError: a scheme that is not supported.
         """
         if self.is_gguf:
             return None
         text = self.document.get("text_config")
-        said, file = self.document.get("quantization_config"), CONFIG
-        said = text.get("quantization_config") if said is None and isinstance(text, dict) else said
-        if said is None:
-            said, file = self.hf_quant_config, HF_QUANT_CONFIG
-        if said is None:
+        section, file = self.document.get("quantization_config"), CONFIG
+        section = text.get("quantization_config") if section is None and isinstance(text, dict) else section
+        if section is None:
+            section, file = self.hf_quant_config, HF_QUANT_CONFIG
+        if section is None:
             return None
-        with _understood(self.directory / file):
-            return Quantization.from_dict(said)
+        with _config_errors(self.directory / file):
+            return Quantization.from_dict(section)
 
     @cached_property
     def generation(self) -> GenerationConfig:
-        """How it wants to be sampled, and where it stops. Errors as `load_generation`."""
+        """The checkpoint's own sampling settings and stop ids. Errors as `load_generation`."""
         return load_generation(self.directory, self.config) if self.gguf is None else self.gguf.generation
 
     @cached_property
@@ -130,7 +130,7 @@ class Checkpoint:
 
     @cached_property
     def kind(self) -> CheckpointInfo:
-        """Its family and format, of a checkpoint that nothing here runs as well. Errors as `identify`, `read_index`."""
+        """Its family and format, also for a model that we do not run. Errors as `identify`, `read_index`."""
         if self.header is not None:
             return gguf_kind(self.header)
         return config_kind(self.document, lambda: self.hf_quant_config, self._main_type)
@@ -140,13 +140,13 @@ class Checkpoint:
         return main_type(tensor.dtype for tensor in tensors if tensor.file == tensors[0].file)
 
     def checked(self) -> Checkpoint:
-        """Itself, once all that it says of itself has been read and found good. Errors as `open_checkpoint`."""
+        """Itself, after its configs have been read and found valid. Errors as `open_checkpoint`."""
         _ = load_config(self), self.generation
         return self
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether `tokenizer` gives one, as far as can be said without building it."""
+        """Whether `tokenizer` returns one, as far as that is known without building it."""
         if self.header is not None:
             return "tokenizer.ggml.tokens" in self.header.metadata
         return (self.directory / "tokenizer.json").is_file()
@@ -161,7 +161,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """The checkpoint that goes by that name on this machine: nothing is fetched, and no weight is read.
+    """The checkpoint of that name on this machine: nothing is downloaded, and no weight is read.
 
     Raises:
         ModelNotFound, CheckpointError: nothing there, or files that cannot be used.
@@ -171,18 +171,18 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(name: str | Path) -> Checkpoint:
-    """The same before any of it is checked. Raises ModelNotFound, CheckpointError: nothing there, or not the whole."""
-    found = find_model(name)
-    return Checkpoint(path=found.path, index=found.index)
+    """The same, with nothing checked yet. Raises ModelNotFound, CheckpointError: nothing there, or incomplete."""
+    located = find_model(name)
+    return Checkpoint(path=located.path, index=located.index)
 
 
-def opened_at(place: str | Path | Checkpoint) -> Checkpoint:
-    """The checkpoint of a directory or a GGUF file, which is opened now, or one that is open already."""
-    return place if isinstance(place, Checkpoint) else Checkpoint(path=Path(place))
+def opened_at(source: str | Path | Checkpoint) -> Checkpoint:
+    """A checkpoint for a directory or a GGUF file; one that is already open is returned as it is."""
+    return source if isinstance(source, Checkpoint) else Checkpoint(path=Path(source))
 
 
 def load_config(path: str | Path | Checkpoint) -> ModelConfig:
-    """Read a checkpoint's `config.json`, or what stands for it in a GGUF file.
+    """Read a checkpoint's `config.json`, or the same from a GGUF file's metadata.
 
     Raises:
         ModelNotFound, CheckpointError: no checkpoint there.
@@ -198,17 +198,17 @@ def load_generation(path: str | Path, config: ModelConfig) -> GenerationConfig:
     """Read a checkpoint's `generation_config.json`; without one, the defaults and `config`'s stop ids.
 
     Raises:
-        ModelNotFound, CheckpointError, DamagedFile: as `load_config`. ConfigError: a value that cannot be meant.
+        ModelNotFound, CheckpointError, DamagedFile: as `load_config`. ConfigError: an invalid value.
     """
     file = checkpoint_directory(path) / GENERATION
     data = read_object(file) if file.is_file() else {}
-    with _understood(file):
+    with _config_errors(file):
         return GenerationConfig.from_dict(data, config)
 
 
 @contextmanager
-def _understood(file: Path) -> Iterator[None]:
-    """A value of a type that nobody foresaw is the file's fault all the same."""
+def _config_errors(file: Path) -> Iterator[None]:
+    """Any exception from parsing a value is the file's fault: it becomes a ConfigError that names the file."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:

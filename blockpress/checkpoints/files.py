@@ -1,9 +1,9 @@
-"""The names of a checkpoint's files, and how a directory and an object in it are read, whatever they mean.
+"""The names of a checkpoint's files, and how a directory and a JSON object in it are read, whatever they mean.
 
-Why: all of the room speaks of these files. The module stands below the rest of it, so that no two of them need each
-other for a name.
+Why: every module of `checkpoints` uses these names. This one imports none of them, so that no two need each other for a
+name.
 
-Invariant: what cannot be read is an error of ours that names the file; nothing here knows what a file says.
+Invariant: what cannot be read is an error of ours that names the file; nothing here interprets a file's content.
 
 Run it:  python -m pytest tests/checkpoints/test_locate.py tests/checkpoints/test_load.py
 """
@@ -21,14 +21,14 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-"""Where ModelOpt says how it packed the weights; newer versions say so in config.json as well."""
+"""Where ModelOpt records how it packed the weights; newer versions record it in config.json as well."""
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a leading `~` written out."""
+    """The path with a leading `~` expanded."""
     return Path(os.path.expanduser(path))
 
 
@@ -67,7 +67,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(file)!r} cannot be read: {error.strerror}", hint="check the file's rights"
         ) from error
-    # RecursionError: brackets without end, which no checkpoint has.
+    # RecursionError: JSON nested too deeply, which no checkpoint has.
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{str(file)!r} is not JSON: {error}", hint="fetch the file again") from error
     if not isinstance(value, dict):

@@ -1,11 +1,11 @@
-"""What a checkpoint is, from its config or header alone: its family, and the format that its weights are in.
+"""What a checkpoint is, from its config or header alone: its family, and the format of its weights.
 
-This is the one place that names a format, and it is tolerant: it describes what it does not know instead of refusing
-it, so that `ls` and `show` can speak of a checkpoint that nothing here can run.
+This is the only module that names a format, and it is tolerant: it describes what it does not know instead of refusing
+it, so that `ls` and `show` can describe a checkpoint that nothing here can run.
 
-Weights that are not packed are named by how they are stored, which need not be the type that the config asks to run in.
+Weights that are not packed are named by their stored type, which need not be the type that the config asks to run in.
 
-Invariant: no weight is read, and nothing in a file makes `identify` raise but that it cannot be read or parsed at all.
+Invariant: no weight is read, and `identify` raises only for a file that cannot be read or parsed at all.
 
 Run it:  blockpress ls
 Source: `compressed_tensors` 0.20 `QuantizationConfig`, ModelOpt's `hf_quant_config`, the GGUF specification of ggml.
@@ -41,7 +41,7 @@ _GGUF_TYPES = {
 class CheckpointInfo:
     """A checkpoint's family (`model_type` or architecture) and format, such as "bf16", "nvfp4" or "Q4_K_M".
 
-    `method` is who packed the weights ("compressed-tensors", "modelopt", "gguf"), None where they are not packed.
+    `method` is what packed the weights ("compressed-tensors", "modelopt", "gguf"), None where they are not packed.
     """
 
     family: str
@@ -55,35 +55,37 @@ class CheckpointInfo:
 
 
 def identify(path: Path) -> CheckpointInfo:
-    """The kind of a checkpoint's directory or of a GGUF file that nobody has opened.
+    """The kind of a checkpoint's directory or of a GGUF file that is not open yet.
 
     Raises:
         DamagedFile: config.json is not JSON, or the file is no GGUF. CheckpointError: it cannot be read.
     """
     if path.is_file():
         return gguf_kind(read_header(path))
-    beside = path / HF_QUANT_CONFIG
+    file = path / HF_QUANT_CONFIG
     return config_kind(
-        read_object(path / CONFIG), lambda: read_object(beside) if beside.is_file() else None, lambda: _stored(path)
+        read_object(path / CONFIG), lambda: read_object(file) if file.is_file() else None, lambda: _stored_type(path)
     )
 
 
 def config_kind(
-    config: Mapping[str, Any], beside: Callable[[], Mapping[str, Any] | None], stored: Callable[[], str | None]
+    config: Mapping[str, Any],
+    read_hf_quant_config: Callable[[], Mapping[str, Any] | None],
+    read_main_type: Callable[[], str | None],
 ) -> CheckpointInfo:
     """The kind of a directory by its config.json.
 
     Args:
-        beside: gives what ModelOpt wrote beside it, asked where config.json does not say that weights are packed.
-        stored: gives the type of most tensors, as `main_type` names it, asked where nothing says so.
+        read_hf_quant_config: returns ModelOpt's file, called where config.json does not say that weights are packed.
+        read_main_type: returns the type of most tensors, as `main_type` names it, called where neither does.
     """
     family, quantised = str(config.get("model_type")), _quantised(config)
-    if quantised is None and (said := beside()) is not None:
-        config = {**config, "quantization_config": said}
+    if quantised is None and (hf_quant_config := read_hf_quant_config()) is not None:
+        config = {**config, "quantization_config": hf_quant_config}
         quantised = _quantised(config)
     if quantised is not None:
         return CheckpointInfo(family=family, format=format_name(config), method=_method(quantised))
-    return CheckpointInfo(family=family, format=stored() or format_name(config))
+    return CheckpointInfo(family=family, format=read_main_type() or format_name(config))
 
 
 def gguf_kind(header: Header) -> CheckpointInfo:
@@ -96,7 +98,7 @@ def gguf_kind(header: Header) -> CheckpointInfo:
 
 
 def main_type(codes: Iterable[str]) -> str | None:
-    """The type of most tensors, of types by safetensors' codes; None without one.
+    """The most frequent type, given safetensors' codes of types; None for no codes.
 
     >>> main_type(["F32", "BF16", "BF16"]), main_type(["F8_E4M3"]), main_type([])
     ('bf16', 'f8_e4m3', None)
@@ -133,7 +135,7 @@ def format_name(config: Mapping[str, Any]) -> str:
     return _method(quantised) if bits is None else f"{_method(quantised)} {bits} bits"
 
 
-def _stored(directory: Path) -> str | None:
+def _stored_type(directory: Path) -> str | None:
     """The type of most tensors of the first safetensors file; None without one."""
     file = next(iter(sorted(directory.glob("*.safetensors"))), None)
     if file is None:
@@ -156,11 +158,11 @@ def _group_name(group: Any) -> str:
 
 
 def _quantised(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of packed weights; ModelOpt's own file says it one level down, and leaves its name out."""
-    found = config.get("quantization_config") or _text(config).get("quantization_config")
-    inner = found.get("quantization") if isinstance(found, Mapping) and "quant_method" not in found else None
-    found = {"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else found
-    return found if isinstance(found, Mapping) else None
+    """A config's section on packed weights; ModelOpt's own file has it one level down, without the method's name."""
+    section = config.get("quantization_config") or _text(config).get("quantization_config")
+    inner = section.get("quantization") if isinstance(section, Mapping) and "quant_method" not in section else None
+    section = {"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else section
+    return section if isinstance(section, Mapping) else None
 
 
 def _method(quantised: Mapping[str, Any]) -> str:

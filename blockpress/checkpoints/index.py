@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint: which tensor lies where, and one tensor at a time out of them.
+"""The safetensors files of a checkpoint: which file holds which tensor, and reading one tensor at a time.
 
 Files are read with pread, not mapped into memory: mapped pages stay resident until the file is closed, which would
-hold a whole shard beside the weights, and a mapped file that somebody cuts short kills the process.
+keep a whole shard in memory as well as the weights, and truncating a mapped file kills the process.
 
 Invariant: the catalogue holds every tensor of every shard exactly once, and opens no file outside the directory.
 
@@ -53,22 +53,22 @@ class StoredTensor:
 def read_index(directory: Path, index: Mapping[str, Any] | None = None) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by its published name, in the order of the files; only headers are read.
 
-    `model.safetensors` counts where it is there, else the shards of `model.safetensors.index.json`, as in
+    `model.safetensors` is used where it exists, else the shards of `model.safetensors.index.json`, as in
     `transformers`.
 
     Args:
-        index: what model.safetensors.index.json holds, if it was read.
+        index: the content of model.safetensors.index.json, if it has been read already.
 
     Raises:
-        MissingWeights: no weights, a shard that is not there, or a tensor that the index puts where it is not.
-        DamagedFile: a file cut short or unreadable, or a tensor that two shards hold.
+        MissingWeights: no weights, a missing shard, or a tensor that is not in the shard that the index names.
+        DamagedFile: a truncated or unreadable file, or a tensor that two shards hold.
     """
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     if (directory / SINGLE).is_file():
         files = [SINGLE]
     elif (directory / INDEX).is_file():
-        places = _places(directory / INDEX, read_object(directory / INDEX) if index is None else index)
-        files = sorted(set(places.values()))
+        weight_map = _weight_map(directory / INDEX, read_object(directory / INDEX) if index is None else index)
+        files = sorted(set(weight_map.values()))
     else:
         raise MissingWeights(
             f"there are no weights in {str(directory)!r}: neither {SINGLE} nor {INDEX}",
@@ -87,7 +87,7 @@ def read_index(directory: Path, index: Mapping[str, Any] | None = None) -> dict[
                     hint="the shards come from different saves: fetch or save the checkpoint again",
                 )
             tensors[tensor.name] = tensor
-    for tensor_name, file in places.items():
+    for tensor_name, file in weight_map.items():
         if tensor_name not in tensors or tensors[tensor_name].file.name != file:
             raise MissingWeights(
                 f"{INDEX} puts the tensor {tensor_name} into {file}, which does not hold it",
@@ -98,10 +98,10 @@ def read_index(directory: Path, index: Mapping[str, Any] | None = None) -> dict[
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file; `get_tensor(name)` gives a tensor that owns its memory.
+    """An open safetensors file; `get_tensor(name)` returns a tensor that owns its memory.
 
     Raises:
-        DamagedFile: the file is cut short or no safetensors file. CheckpointError: it cannot be read at all.
+        DamagedFile: the file is truncated or no safetensors file. CheckpointError: it cannot be read at all.
     """
     try:
         with safe_open(file, framework="pt", backend="pread") as shard:
@@ -120,17 +120,17 @@ def _headers(file: Path) -> list[StoredTensor]:
         return [StoredTensor(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
 
 
-def _places(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """The index's map from a tensor's name to its shard's, which lies beside the index and nowhere else."""
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places:
+def _weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The index's map from a tensor's name to its shard's, which must be in the index's own directory."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise DamagedFile(f"{str(file)!r} has no weight_map", hint="fetch the file again")
-    for tensor, shard in places.items():
-        # Both separators on every system: a checkpoint is read wherever it is copied to.
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
-        if not plain:
+    for tensor, shard in weight_map.items():
+        # Both separators on every system: a checkpoint may be copied to another one.
+        valid = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
+        if not valid:
             raise DamagedFile(
                 f"{str(file)!r} puts the tensor {tensor} into {shard!r}",
                 hint="a shard must be a .safetensors file in the checkpoint's own directory",
             )
-    return places
+    return weight_map

@@ -1,7 +1,7 @@
-"""From what people type to a checkpoint's directory or GGUF file.
+"""From a name that a user types to a checkpoint's directory or GGUF file.
 
-Invariant: what comes back is a directory with a `config.json`, or a file that ends in `.gguf`; a name never leads
-outside the shipped models and the cache of huggingface_hub, and finding it never opens a connection.
+Invariant: the result is a directory with a `config.json`, or a file that ends in `.gguf`; a model's name is looked up
+in the shipped models and the cache of huggingface_hub only, and finding it never opens a connection.
 
 Run it:  python -c "from blockpress.checkpoints import shipped; print(shipped())"
 """
@@ -27,19 +27,19 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The checkpoint's directory, or the GGUF file, that goes by that name. Errors as `find_model`."""
+    """The checkpoint's directory, or the GGUF file, of that name. Errors as `find_model`."""
     return find_model(name).path
 
 
 def find_model(name: str | Path) -> Located:
-    """What goes by that name on this machine; nothing is fetched.
+    """The model of that name on this machine; nothing is downloaded.
 
     In this order: a checkpoint's directory, a GGUF file, a shipped model, and a model in the cache of huggingface_hub,
     as `owner/name`, `owner/name@revision` or `owner/name/FILE.gguf`.
 
     Raises:
-        CheckpointError: a file of another kind, a directory without config.json, or a download that is not complete.
-        ModelNotFound: nothing goes by that name; the hint says how to fetch it.
+        CheckpointError: a file of another kind, a directory without config.json, or an incomplete download.
+        ModelNotFound: no model of that name; the hint says how to download it.
     """
     path = expanded(name)
     if os.path.isfile(path / CONFIG) or (path.suffix == ".gguf" and os.path.isfile(path)):
@@ -47,13 +47,13 @@ def find_model(name: str | Path) -> Located:
     models = shipped()
     if str(name) in models:
         return Located(path=models[str(name)])
-    # isdir and isfile, unlike Path's methods, answer False for a name that no file can have.
+    # isdir and isfile, unlike Path's methods, return False for a name that no file can have.
     if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
         return Located(path=find_gguf(path) or checkpoint_directory(path))
     on_hub = HubName.parse(str(name))
-    found = None if on_hub is None else locate(on_hub)
-    if found is not None:
-        return found
+    located = None if on_hub is None else locate(on_hub)
+    if located is not None:
+        return located
     known = ", ".join(models) or "none"
     if on_hub is None:
         hint = f"shipped models: {known}; download one of the hub by `blockpress pull owner/name`, and give that name"

@@ -1,6 +1,6 @@
-"""Whether a path means a GGUF file: the file itself, or a directory that holds one and no other weights.
+"""Whether a path refers to a GGUF file: the file itself, or a directory that holds one and no other weights.
 
-Invariant: a directory with a config.json or safetensors is never taken for a GGUF file.
+Invariant: a directory with a config.json or safetensors is never treated as a GGUF file.
 
 Run it:  python -m pytest tests/checkpoints/test_gguf.py -k find
 """
@@ -15,18 +15,18 @@ SUFFIX = ".gguf"
 
 
 def find_gguf(path: str | Path) -> Path | None:
-    """The GGUF file that `path` means, or None where it means something else.
+    """The GGUF file that `path` refers to, or None where it is something else.
 
     Raises:
         CheckpointError: a directory with several GGUF files and no other checkpoint.
     """
-    place = Path(path).expanduser()
+    location = Path(path).expanduser()
     try:
-        if place.is_file():
-            return place if place.suffix == SUFFIX else None
-        if not place.is_dir() or (place / "config.json").exists() or any(place.glob("*.safetensors")):
+        if location.is_file():
+            return location if location.suffix == SUFFIX else None
+        if not location.is_dir() or (location / "config.json").exists() or any(location.glob("*.safetensors")):
             return None
-        files = sorted(place.glob(f"*{SUFFIX}"))
+        files = sorted(location.glob(f"*{SUFFIX}"))
     # A name that no file can have, or a directory that may not be read.
     except (OSError, ValueError):
         return None

@@ -1,13 +1,13 @@
-"""The header of a GGUF file: its metadata and where each tensor lies; and one tensor's bytes out of it.
+"""The header of a GGUF file: its metadata and the offset of each tensor; and reading one tensor's bytes.
 
     "GGUF" | version u32 | tensors u64 | keys u64 | keys: name, type, value | tensors: name, dims, type, offset | data
 
 The reader of the `gguf` package maps the whole file into memory and trusts its counts: one flipped byte in an array's
-length makes it allocate without end. So the header is read here, in 200 lines, and the package is asked only for block
+length makes it allocate without limit. So the header is read here, in 200 lines, and the package is used only for block
 layouts that `ops.blocks` does not have.
 
-Invariant: whatever the bytes, a header gives values that lie within the file or one error; it takes no more memory than
-a small multiple of `MOST_HEADER`. Every byte behind the header belongs to one tensor or is padding.
+Invariant: whatever the bytes, reading a header gives offsets within the file or one error, and takes no more memory
+than a small multiple of `MOST_HEADER`. Every byte after the header belongs to one tensor or is padding.
 
 Run it:  python -m pytest tests/checkpoints/test_gguf_damage.py
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -37,10 +37,10 @@ ALIGNMENT = 32
 MOST_HEADER = 1 << 28
 """Most bytes of a header; the largest published one (262,144 tokens, 514,906 merges) takes 16 MiB."""
 PIECE = 1 << 24
-"""Bytes that are compared at once."""
+"""Bytes that are read and compared at once."""
 MOST_TENSORS, MOST_KEYS, MOST_DIMS, MOST_NAME = 1 << 16, 1 << 16, 4, 1 << 16
 
-# The format's value types by their codes; 7 is a truth value, 8 a text, 9 an array.
+# The format's value types by their codes; 7 is a boolean, 8 a string, 9 an array.
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 _FLAG, _TEXT, _ARRAY = 7, 8, 9
 
@@ -56,18 +56,18 @@ class StoredBlocks:
     bytes: int
 
     def memory(self, itemsize: int) -> int:
-        """Bytes that it takes in a network whose floats have `itemsize`."""
+        """Bytes that it takes in a network whose floats take `itemsize` bytes."""
         return self.bytes if self.kind.dtype is None else math.prod(self.shape) * itemsize
 
     def pieces(self) -> Iterator[StoredBlocks]:
-        """The same bytes in runs of at most `PIECE`, in order."""
+        """The same bytes in pieces of at most `PIECE`, in order."""
         for start in range(0, self.bytes, PIECE):
             yield replace(self, start=self.start + start, bytes=min(PIECE, self.bytes - start))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a GGUF file says before its data. Arrays of numbers are numpy arrays, arrays of text lists."""
+    """What precedes the data of a GGUF file. Arrays of numbers are numpy arrays, arrays of strings are lists."""
 
     file: Path
     metadata: Mapping[str, Any]
@@ -78,21 +78,21 @@ def read_header(file: Path) -> Header:
     """Read the metadata and the list of tensors.
 
     Raises:
-        DamagedFile: it is no GGUF file, cut short, or says what cannot be.
-        CheckpointError: it cannot be read, or is of a kind of GGUF that is not supported.
+        DamagedFile: no GGUF file, a truncated one, or one with impossible values.
+        CheckpointError: it cannot be read, or is a version of GGUF that is not supported.
     """
     try:
         with file.open("rb") as stream:
-            return _Reading(file, stream).header()
+            return _HeaderReader(file, stream).header()
     except OSError as error:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint="check the file and its rights") from error
 
 
 def read_bytes(stream: BinaryIO, tensor: StoredBlocks, file: Path) -> UInt8[Tensor, " bytes"]:
-    """A tensor's bytes in memory of their own.
+    """A tensor's bytes in newly allocated memory.
 
     Raises:
-        DamagedFile: the file has become shorter since its header was read.
+        DamagedFile: the file was truncated after its header was read.
     """
     data = torch.empty(tensor.bytes, dtype=torch.uint8)
     view = data.numpy().data
@@ -109,13 +109,13 @@ def read_bytes(stream: BinaryIO, tensor: StoredBlocks, file: Path) -> UInt8[Tens
 
 
 @final
-class _Reading:
-    """A walk through a header. `left` counts down what it may still take, so that no length can lie."""
+class _HeaderReader:
+    """Parses a header front to back. `remaining` counts the bytes it may still take, so that no length is trusted."""
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self.file, self.stream = file, stream
         self.size = file.stat().st_size
-        self.left = min(self.size, MOST_HEADER)
+        self.remaining = min(self.size, MOST_HEADER)
 
     def header(self) -> Header:
         if self.take(4, "the magic number") != MAGIC:
@@ -143,19 +143,19 @@ class _Reading:
         if not isinstance(alignment, int) or alignment not in [1 << bit for bit in range(3, 17)]:
             raise self.damaged(f"general.alignment is {alignment!r}, not a power of two from 8 to 65536")
         start = _padded(self.stream.tell(), alignment)
-        end, found = start, {}
+        end, stored = start, {}
         for name, shape, kind, offset in entries:
             size = _bytes(shape, kind)
-            # Writers put the tensors one behind the other, and ggml demands it: it shows a wrong offset or size.
+            # Tensors follow each other without gaps, as ggml demands: this finds a wrong offset or size.
             if start + offset != end:
                 raise self.damaged(f"the tensor {name} is at {offset}, where the one before it ends at {end - start}")
             if end + size > self.size:
                 raise self.damaged(f"the tensor {name} ends at byte {end + size} of {self.size}")
-            if name in found:
+            if name in stored:
                 raise self.damaged(f"it has the tensor {name} twice")
-            found[name] = StoredBlocks(name=name, shape=shape, kind=kind, start=end, bytes=size)
+            stored[name] = StoredBlocks(name=name, shape=shape, kind=kind, start=end, bytes=size)
             end = _padded(end + size, alignment)
-        return found
+        return stored
 
     def entry(self) -> tuple[str, tuple[int, ...], GgmlType, int]:
         name = self.text("a tensor's name", MOST_NAME)
@@ -177,7 +177,7 @@ class _Reading:
         inner, count = self.number("I", f"the type of {name}"), self.number("Q", f"the length of {name}")
         if inner != _TEXT:
             return self.numbers(inner, count, name)
-        # A count that lies is found out where the header ends: the list grows text by text.
+        # A wrong count ends in an error at the end of the header: the list grows string by string.
         return [self.text(name) for _ in range(count)]
 
     def numbers(self, code: int, count: int, name: str) -> np.typing.NDArray[Any]:
@@ -205,9 +205,9 @@ class _Reading:
         return int(value)
 
     def take(self, count: int, what: str) -> bytes:
-        if count > self.left:
+        if count > self.remaining:
             raise self.damaged(f"the header ends within {what}")
-        self.left -= count
+        self.remaining -= count
         data = self.stream.read(count)
         if len(data) != count:
             raise self.damaged(f"the header ends within {what}")
@@ -221,7 +221,7 @@ class _Reading:
 
 
 def _plain(value: Any) -> Any:
-    """A Python value. Of a float32, the shortest decimal: 0.1 was meant by who wrote 0.1 into four bytes."""
+    """A Python value. For a float32 the shortest decimal: 0.1 stored in four bytes is read as 0.1."""
     return float(str(value)) if isinstance(value, np.floating) else value.item()
 
 

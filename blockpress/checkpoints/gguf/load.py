@@ -1,7 +1,7 @@
-"""A GGUF file becomes a network: header, plan, then tensor by tensor into a network without memory.
+"""Loads a GGUF file into a network: header, mapping of names, then tensor by tensor into a network without memory.
 
-Matrices stay packed as they are in the file and are unpacked in tiles where they are used (`ops.blocks`); floats,
-and whatever is no matrix, become tensors of the network's type. The file is read, not mapped: peak memory is the
+Matrices stay packed as they are in the file and are unpacked in tiles where they are used (`ops.blocks`); floats, and
+everything that is not a matrix, become tensors of the network's dtype. The file is read, not mapped: peak memory is the
 weights and one tensor.
 
 Invariant: every tensor of the network comes from the file, and every tensor of the file is in the network, equal to one
@@ -51,12 +51,12 @@ from blockpress.ops.weight import Weight
 from blockpress.text import Tokenizer
 
 Sources = dict[str, tuple[StoredBlocks, ...]]
-"""What the tensors of a network are stored as, by our names."""
+"""The stored tensors of each tensor of a network, by our names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gguf:
-    """An opened GGUF file: its configurations, and one weight after another by our names.
+    """An opened GGUF file: its configurations, and its weights one at a time by our names.
 
     The tokenizer is built on demand: a vocabulary of 262,144 pieces takes seconds.
     """
@@ -70,9 +70,9 @@ class Gguf:
         return vocabulary.read_tokenizer(self.header)
 
     def sources(self, ours: str) -> tuple[StoredBlocks, ...]:
-        """What a tensor of our network is stored as: one tensor, or gate and up apart.
+        """The stored tensors of one tensor of our network: one, or gate and up separately.
 
-        A file without the causal pass's own scalars is one where they are the canvas's.
+        In a file without scalars of the causal pass, those of the canvas are used for it.
 
         Raises:
             MissingWeights: the file does not hold it.
@@ -114,17 +114,17 @@ def open_gguf(path: str | Path) -> Gguf:
     """Read the header of a GGUF file and what follows from it.
 
     Raises:
-        DamagedFile, CheckpointError: no GGUF file, cut short, of types that nothing unpacks, or not readable.
-        ConfigError: another architecture, or a configuration that cannot be meant.
+        DamagedFile, CheckpointError: no GGUF file, truncated, of types that nothing unpacks, or not readable.
+        ConfigError: another architecture, or an invalid configuration.
     """
     return understand(read_header(Path(path)))
 
 
 def understand(header: Header) -> Gguf:
-    """What follows from a header that has been read.
+    """The configurations of a header that has been read.
 
     Raises:
-        CheckpointError: one part of a model. ConfigError: as `open_gguf`.
+        CheckpointError: one part of a split model. ConfigError: as `open_gguf`.
     """
     file = header.file
     try:
@@ -137,7 +137,7 @@ def understand(header: Header) -> Gguf:
             )
         config = metadata.read_config(header, _frequencies(header))
         return Gguf(header=header, config=config, generation=metadata.read_generation(header, config))
-    # A value of a type that nobody foresaw is the file's fault all the same.
+    # Any exception from parsing a value is the file's fault.
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"the metadata of {str(file)!r} is not understood: {error}", hint="fetch or convert the file again"
@@ -155,35 +155,35 @@ def load_gguf_network(
     """Read a GGUF file into a network, in eval mode and without gradients; matrices stay packed.
 
     Args:
-        path: the file, or what `open_gguf` gave.
+        path: the file, or the result of `open_gguf`.
         dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: float32 for
             a file of float32, else bfloat16.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
-            Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
-            used. int8: the products of layers are made of integers, all else is float32 (ADR 0022).
-        device: where the weights go, each as soon as it is read.
+            Where it is wider than `dtype`, matrices stay in memory as they are stored and are widened where they are
+            used. int8: layers multiply integers, all else is float32 (ADR 0022).
+        device: where each weight is put as soon as it is read.
         progress: called with bytes on disk.
 
     Raises:
         DamagedFile, CheckpointError, ConfigError: as `open_gguf`.
         MissingWeights, UnexpectedWeights, ShapeMismatch: tensors that do not fit the metadata.
-        RequestError: types or a device that there are not, or a device without room.
+        RequestError: unknown types or device, or a device without room.
     """
     file = path if isinstance(path, Gguf) else open_gguf(path)
-    place = choose_device(device)
-    types = choose_types(dtype, compute_dtype, file.config, place)
+    target_device = choose_device(device)
+    types = choose_types(dtype, compute_dtype, file.config, target_device)
     network = without_memory(lambda: Network(file.config))
     sources = _check(file, network)
-    own, products = packable(network), multiplied(network)
-    sizes = {ours: types.size(matrix=ours in own, product=ours in products) for ours in sources}
+    matrices, products = packable(network), multiplied(network)
+    sizes = {ours: types.size(matrix=ours in matrices, product=ours in products) for ours in sources}
     size = sum(s.memory(sizes[ours]) for ours, parts in sources.items() for s in parts)
-    with room_for(size, place):
-        _fill(file, network, sources, types, place, progress or (lambda done, total: None))
+    with room_for(size, target_device):
+        _fill(file, network, sources, types, target_device, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
 def _check(file: Gguf, network: Network) -> Sources:
-    """What every tensor of the network is stored as; names and shapes are compared before the first weight is read."""
+    """The stored tensors of every tensor of the network; names and shapes are checked before any weight is read."""
     sources, taken = {}, {FREQUENCIES, HEAD}
     for ours, tensor in network.state_dict().items():
         parts = sources[ours] = file.sources(ours)
@@ -198,10 +198,10 @@ def _check(file: Gguf, network: Network) -> Sources:
                     f"{list(wanted)} (outermost axis first)",
                     hint="fetch or convert the file again",
                 )
-    left = [name for name in file.header.tensors if name not in taken]
-    if left:
+    unused = [name for name in file.header.tensors if name not in taken]
+    if unused:
         raise UnexpectedWeights(
-            f"nothing in the model takes {len(left)} tensors: {', '.join(left[:3])}{' ...' * (len(left) > 3)}",
+            f"nothing in the model takes {len(unused)} tensors: {', '.join(unused[:3])}{' ...' * (len(unused) > 3)}",
             hint="the file is of another model, or its metadata and its tensors come from different ones",
         )
     return sources
@@ -210,14 +210,16 @@ def _check(file: Gguf, network: Network) -> Sources:
 def _fill(
     file: Gguf, network: Network, sources: Sources, types: Types, device: torch.device, progress: Progress
 ) -> None:
-    own, products = packable(network), multiplied(network)
+    matrices, products = packable(network), multiplied(network)
     total, done = sum(stored.bytes for parts in sources.values() for stored in parts), 0
     progress(done, total)
     with _opened(file.header.file) as stream:
         for ours in sorted(sources, key=lambda name: sources[name][0].start):
-            # No name holds the weight, or two of them would be in memory when the next one is read.
+            # No variable keeps the weight, or two of them would be in memory while the next one is read.
             weight = types.held(
-                file.weight(ours, stream, types.storage, ours in own), matrix=ours in own, product=ours in products
+                file.weight(ours, stream, types.storage, ours in matrices),
+                matrix=ours in matrices,
+                product=ours in products,
             )
             put(network, ours, weight.to(device))
             del weight
@@ -227,14 +229,14 @@ def _fill(
 
 
 def _compare_head(file: Gguf, stream: BinaryIO) -> None:
-    """Input embedding and head are one matrix. A file that writes both may be loaded where they are equal."""
+    """Input embedding and head are one matrix. A file that stores both is loaded only where they are equal."""
     head, embedding = file.header.tensors.get(HEAD), file.header.tensors[EMBEDDING]
     if head is None:
         return
     pairs = zip(head.pieces(), embedding.pieces(), strict=False)
     alike = (head.shape, head.kind.name) == (embedding.shape, embedding.kind.name)
-    here = file.header.file
-    if not alike or not all(torch.equal(*(read_bytes(stream, one, here) for one in pair)) for pair in pairs):
+    path = file.header.file
+    if not alike or not all(torch.equal(*(read_bytes(stream, piece, path) for piece in pair)) for pair in pairs):
         raise UnexpectedWeights(
             f"the tensor {HEAD} differs from {EMBEDDING}, to which it is tied",
             hint="the model has one embedding: take a file without output.weight",

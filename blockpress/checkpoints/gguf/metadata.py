@@ -1,14 +1,14 @@
 """A GGUF file's metadata as configurations: `ModelConfig` and `GenerationConfig`.
 
-    diffusion-gemma.*       the shape of the network, in llama.cpp's words (`attention.key_length_swa`, ...)
+    diffusion-gemma.*       the shape of the network, by llama.cpp's names (`attention.key_length_swa`, ...)
     diffusion.*             canvas length and sampler; the keys of the sampler are often left out
     tokenizer.ggml.*        ids of bos, eos and pad; the vocabulary gives the other stop ids
 
-A key whose other values would need maths that the stack does not have is refused by name; unknown keys are tolerated,
-as in config.json. The file does not say how much of a full layer's head is rotated: `rope_freqs.weight` does, whose
-entries divide the frequencies (1 for those that turn, 1e30 for those that do not).
+A key with a value that would need maths that the stack does not have is refused by name; unknown keys are tolerated, as
+in config.json. No key says how much of a full layer's head is rotated: `rope_freqs.weight` does, whose entries divide
+the frequencies (1 for those that rotate, 1e30 for those that do not).
 
-Invariant: what comes back is valid, and equals what the config.json says that the file was made from.
+Invariant: the result is valid, and equals that of the config.json that the file was made from.
 
 Run it:  python -m pytest tests/checkpoints/test_gguf_metadata.py
 Source: llama.cpp's Gemma 4 converter (`conversion/gemma.py`, `Gemma4Model`), its pull request 24423, and the header of
@@ -31,11 +31,11 @@ from blockpress.errors import ConfigError, RequestError
 ARCHITECTURE = "diffusion-gemma"
 
 _STOPS = ("<turn|>", "<|tool_response>")
-"""Control tokens that end an answer beside eos. A GGUF file has room for one eos; llama.cpp knows these by name too."""
+"""Control tokens that end an answer as eos does. GGUF has room for one eos; llama.cpp knows these by name too."""
 
 _IMAGE = "<|image|>"
 
-# Keys whose other values would need maths that the stack does not have. Value: what we implement.
+# Keys whose other values would need maths that the stack does not have, and the values that it implements.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (False,),
     "attention.scale": (1.0,),
@@ -101,10 +101,10 @@ def read_config(header: Header, frequencies: Tensor | None) -> ModelConfig:
 
 
 def read_generation(header: Header, config: ModelConfig) -> GenerationConfig:
-    """The sampler, as far as the file says, and the stop ids.
+    """The sampler settings that the file gives, and the stop ids.
 
     Raises:
-        ConfigError: a value that cannot be meant.
+        ConfigError: an invalid value.
     """
     given = {ours: _find(header, f"diffusion.eb_{theirs}") for theirs, ours in _SAMPLER.items()}
     try:
@@ -118,35 +118,35 @@ def check_architecture(header: Header) -> None:
     """Raises:
     ConfigError: the file holds another family of models.
     """
-    found = header.metadata.get("general.architecture")
-    if found != ARCHITECTURE:
+    architecture = header.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
         raise ConfigError(
-            f"GGUF key general.architecture is {_short(found)} in {str(header.file)!r}",
+            f"GGUF key general.architecture is {_short(architecture)} in {str(header.file)!r}",
             hint=f"blockpress runs {ARCHITECTURE!r}; other models are for llama.cpp",
         )
 
 
 def _layers(header: Header) -> tuple[LayerConfig, ...]:
-    """Kind and sizes of every layer: the window pattern says which are sliding, `_swa` keys are theirs."""
+    """Kind and sizes of every layer: the window pattern says which are sliding; `_swa` keys are for those."""
     count = _need(header, "block_count")
-    # A layer has tensors: a count that lies must not be counted up to.
+    # A layer has tensors: a wrong count must not make us build that many layers.
     if not isinstance(count, int) or not 1 <= count <= len(header.tensors):
         raise _wrong("block_count", count, f"from 1 to {len(header.tensors)}, the number of tensors")
     sliding = _pattern(header, count)
     heads = _kv_heads(header, count, sliding)
-    full, narrow = _need(header, "attention.key_length"), _need(header, "attention.key_length_swa")
+    full_dim, sliding_dim = _need(header, "attention.key_length"), _need(header, "attention.key_length_swa")
     for key, size in (
-        ("attention.value_length", full),
-        ("attention.value_length_swa", narrow),
-        ("rope.dimension_count", full),
-        ("rope.dimension_count_swa", narrow),
+        ("attention.value_length", full_dim),
+        ("attention.value_length_swa", sliding_dim),
+        ("rope.dimension_count", full_dim),
+        ("rope.dimension_count_swa", sliding_dim),
     ):
         if _find(header, key, size) != size:
             raise _wrong(key, _find(header, key), f"{size}, the size of a head")
     return tuple(
         LayerConfig(
             kind="sliding_attention" if local else "full_attention",
-            head_dim=narrow if local else full,
+            head_dim=sliding_dim if local else full_dim,
             kv_heads=number,
         )
         for local, number in zip(sliding, heads, strict=True)
@@ -165,7 +165,7 @@ def _pattern(header: Header, count: int) -> list[bool]:
 
 
 def _kv_heads(header: Header, count: int, sliding: Sequence[bool]) -> list[Any]:
-    """A list with a number for each layer; or one number for all, and another for the full ones."""
+    """A number for each layer: from a list, or from one number for all and another for the full ones."""
     key = "attention.head_count_kv"
     heads = _need(header, key)
     if isinstance(heads, int):
@@ -182,14 +182,14 @@ def _full_rope(header: Header, layers: Sequence[LayerConfig], frequencies: Tenso
     if frequencies is None or len(dims) != 1:
         return Rope(theta=theta, kind="proportional", partial=FULL_ROPE.partial)
     half = dims.pop() // 2
-    turning = int((frequencies == 1).sum())
-    still = frequencies[turning:]
-    if frequencies.shape != (half,) or bool((frequencies[:turning] != 1).any()) or bool((still < 1e20).any()):
+    rotated = int((frequencies == 1).sum())
+    rest = frequencies[rotated:]
+    if frequencies.shape != (half,) or bool((frequencies[:rotated] != 1).any()) or bool((rest < 1e20).any()):
         raise ConfigError(
             f"the tensor rope_freqs.weight of shape {list(frequencies.shape)} is not {half} entries, 1 and then 1e30",
             hint="other rotary embeddings are not computed; is the file of this family?",
         )
-    return Rope(theta=theta, kind="proportional", partial=turning / half)
+    return Rope(theta=theta, kind="proportional", partial=rotated / half)
 
 
 def _vocabulary(header: Header) -> int:
@@ -200,12 +200,12 @@ def _vocabulary(header: Header) -> int:
         "tokenizer.ggml.tokens": None if tokens is None else len(tokens),
         "token_embd.weight": None if embedding is None else embedding.shape[0],
     }
-    told = {name: count for name, count in counts.items() if count is not None}
-    if len(set(told.values())) != 1:
+    sizes = {name: count for name, count in counts.items() if count is not None}
+    if len(set(sizes.values())) != 1:
         raise ConfigError(
-            f"the size of the vocabulary is {told}", hint="all must agree: convert or fetch the file again"
+            f"the size of the vocabulary is {sizes}", hint="all must agree: convert or fetch the file again"
         )
-    return next(iter(told.values()))
+    return next(iter(sizes.values()))
 
 
 def _stop_ids(header: Header) -> tuple[int, ...]:
@@ -226,13 +226,13 @@ def _id_of(header: Header, piece: str) -> int | None:
 def _dtype(header: Header) -> str:
     """float32 where all of the file is, else bfloat16, in which the family is trained.
 
-    Not float16 for a float16 file: its weights fit, the activations of such models do not.
+    Not float16 for a float16 file: the weights fit its range, the activations of such models do not.
     """
     return "float32" if all(tensor.kind.name == "F32" for tensor in header.tensors.values()) else "bfloat16"
 
 
 def _find(header: Header, key: str, default: Any = None) -> Any:
-    """The value of a key, with the architecture's prefix or, for keys that have a name of their own, without."""
+    """The value of a key, with the architecture's prefix or, for `diffusion.` and `tokenizer.` keys, without."""
     metadata: Mapping[str, Any] = header.metadata
     names = [f"{ARCHITECTURE}.{key}", f"{ARCHITECTURE}.{key.removeprefix('diffusion.')}"]
     if key.startswith(("diffusion.", "tokenizer.")):
@@ -248,7 +248,7 @@ def _need(header: Header, key: str) -> Any:
 
 
 def _alike(header: Header, key: str) -> Any:
-    """A number, or a list that says the same number for every layer."""
+    """A number, given as one or as a list with the same number for every layer."""
     value = _need(header, key)
     if not isinstance(value, np.ndarray):
         return value

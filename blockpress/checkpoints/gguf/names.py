@@ -1,7 +1,7 @@
 """A tensor's name in our network, and its names in a GGUF file.
 
     ours                                            in the file
-    embed_tokens.weight                             token_embd.weight          (output.weight: a tie, seldom written)
+    embed_tokens.weight                             token_embd.weight          (output.weight: a tie, rarely written)
     norm.weight                                     output_norm.weight
     self_conditioning.gate_proj.weight              self_cond_gate.weight
     layers.N.self_attn.q_proj.weight                blk.N.attn_q.weight
@@ -75,7 +75,7 @@ def stored_names(ours: str) -> tuple[str, ...]:
 
 
 def stored_halves(ours: str) -> tuple[str, str] | None:
-    """The two names under which gate and up of a layer's experts may be stored apart; None for other tensors.
+    """The two names under which gate and up of a layer's experts may be stored separately; None for other tensors.
 
     >>> stored_halves("layers.0.experts.gate_up_proj")
     ('blk.0.ffn_gate_exps.weight', 'blk.0.ffn_up_exps.weight')

@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file, as the `Tokenizer` that the published tokenizer.json gives.
+"""The tokenizer inside a GGUF file, equal to the `Tokenizer` of the published tokenizer.json.
 
-The file keeps pieces, merges and a type for each piece. What tokenizer.json says beside that is the family's and the
-same for all of its models: spaces become `▁`, bytes stand in for what has no piece, and some pieces are *added tokens*,
-cut out of the text before any merge. The file marks only the control tokens among these; the others follow from what
-they are: pieces that no merge makes (`<table>`, `<unused0>`), and runs of newlines, tabs or `▁`. On Gemma 4's
-vocabulary that rule gives exactly the 6,414 of its tokenizer.json.
+The file stores pieces, merges and a type for each piece. The rest of tokenizer.json is the same for all models of the
+family: spaces become `▁`, text without a piece falls back to bytes, and some pieces are *added tokens*, split off the
+text before any merge. The file marks only the control tokens among these; the others are inferred: pieces that no merge
+makes (`<table>`, `<unused0>`), and runs of newlines, tabs or `▁`. On Gemma 4's vocabulary that rule gives exactly the
+6,414 of its tokenizer.json.
 
 Invariant: the same text gives the same ids as with the tokenizer.json that the file was made from.
 
@@ -73,7 +73,7 @@ def read_tokenizer(header: Header) -> Tokenizer | None:
     return Tokenizer(backend, config={**named, **flags}, chat_template=template)
 
 
-# As llama.cpp takes a file that does not say.
+# llama.cpp's defaults for a file without these keys.
 _FLAGS = {"add_bos_token": True, "add_eos_token": False}
 
 
@@ -83,7 +83,7 @@ def _backend(
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    # The library raises bare Exception, here for a merge of what is no piece.
+    # The library raises bare Exception, here for a merge whose result is not a piece.
     except Exception as error:
         raise _damaged(header, f"its merges do not fit its pieces: {error}") from error
     backend = tokenizers.Tokenizer(model)
@@ -96,12 +96,12 @@ def _backend(
 def _add_tokens(
     backend: tokenizers.Tokenizer, pieces: Sequence[str], merges: Sequence[tuple[str, str]], types: Sequence[int]
 ) -> None:
-    made = {left + right for left, right in merges}
+    merged = {left + right for left, right in merges}
     control, other = [], []
     for piece, kind in zip(pieces, types, strict=True):
         if kind in (_UNKNOWN, _CONTROL) or piece in _SHOWN:
             control.append(piece)
-        elif _RUN.fullmatch(piece) or (len(piece) > 1 and piece not in made and not _BYTE.fullmatch(piece)):
+        elif _RUN.fullmatch(piece) or (len(piece) > 1 and piece not in merged and not _BYTE.fullmatch(piece)):
             other.append(piece)
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in other])

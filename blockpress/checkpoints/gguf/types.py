@@ -1,6 +1,6 @@
-"""The types of GGUF tensors by their codes: plain floats, block layouts of ours, and those that the package unpacks.
+"""The types of GGUF tensors by their codes: plain floats, our block layouts, and those that the package unpacks.
 
-Invariant: a kind that exists can be read; the `gguf` package is imported here alone, and only for a type that
+Invariant: a `GgmlType` can always be read; the `gguf` package is imported only here, and only for a type that
 `ops.blocks` does not unpack.
 
 Run it:  python -m pytest tests/checkpoints/test_gguf.py -k other_types
@@ -32,7 +32,7 @@ OURS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "
 class GgmlType:
     """How a tensor is stored: blocks of `bytes` bytes with `values` values; floats have one value a block.
 
-    Of `dtype` and `layout` one is None.
+    Exactly one of `dtype` and `layout` is None.
     """
 
     name: str
@@ -43,7 +43,7 @@ class GgmlType:
 
 
 def ggml_type(code: int, tensor: str) -> GgmlType:
-    """The kind of a type's code; `tensor` is for the error.
+    """The type with that code; `tensor` is for the error message.
 
     Raises:
         DamagedFile: no type has that code. CheckpointError: a type that nothing unpacks, or that needs `gguf`.
@@ -67,13 +67,13 @@ def _others(code: int, tensor: str) -> Layout:
     values, size = gguf.GGML_QUANT_SIZES[kind]
 
     def unpack(blocks: UInt8[Tensor, "blocks bytes"]) -> Float32[Tensor, "blocks values"]:
-        found = gguf.quants.dequantize(blocks.cpu().contiguous().numpy(), kind)
-        return torch.from_numpy(found).to(blocks.device)
+        floats = gguf.quants.dequantize(blocks.cpu().contiguous().numpy(), kind)
+        return torch.from_numpy(floats).to(blocks.device)
 
     layout = Layout(name=kind.name, values=values, bytes=size, unpack=unpack)
     try:
         unpack(torch.zeros(1, size, dtype=torch.uint8))
-    # A whole number (I32), or a type that only llama.cpp's kernels know.
+    # An integer type (I32), or one that only llama.cpp's kernels know.
     except (NotImplementedError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"the tensor {tensor} is stored as {kind.name}, which nothing unpacks",

@@ -1,5 +1,5 @@
-"""Checkpoints of safetensors: names mapped to modules, packed formats, loading, saving and writing piece by piece.
+"""Checkpoints of safetensors: names mapped to modules, packed formats, loading, saving and streaming writes.
 
-Invariant: what each tensor of the network is read from is decided on the headers, before the first weight is read.
+Invariant: which stored tensors fill each tensor of the network is decided on the headers, before any weight is read.
 Run it:  python -m pytest tests/checkpoints
 """

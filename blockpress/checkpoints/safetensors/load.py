@@ -1,10 +1,10 @@
-"""A checkpoint becomes a network, tensor by tensor.
+"""Loads a checkpoint into a network, tensor by tensor.
 
-The network is built without memory (`build.py`) and every weight is read, cast, moved and put into its place before the
-next one is touched: peak memory is the weights and one tensor. Names, shapes and types are compared first, on the
-files' headers (`mapping.py`), so that a checkpoint that does not fit fails in milliseconds.
+The network is built without memory (`build.py`) and every weight is read, cast, moved and set before the next one is
+touched: peak memory is the weights and one tensor. Names, shapes and types are compared first, on the files' headers
+(`mapping.py`), so that a checkpoint that does not fit fails in milliseconds.
 
-Packed weights stay packed (`formats.py`). Experts that are stored one by one are read straight into their stacks.
+Packed weights stay packed (`packed.py`). Experts that are stored one by one are read directly into their stacks.
 
 Invariant: every tensor of the network comes from the checkpoint, and every tensor of the checkpoint is in the network,
 equal to one that is, or known by name to be outside it (vision, derived tables, scales of activations).
@@ -47,10 +47,10 @@ from blockpress.ops.weight import Weight
 
 @dataclass(kw_only=True)
 class _Filling:
-    """A target while it is read: the layout's tensors so far, and the stored tensors that are still to come."""
+    """A target while it is being read: the layout's tensors so far, and how many stored tensors remain."""
 
     target: Target
-    left: int
+    remaining: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -69,82 +69,84 @@ def load_network(
         path: the checkpoint's directory or GGUF file, or the checkpoint, if it is open.
         dtype: of the weights that are not packed: float32, bfloat16, float16 or their names; None: the config's.
         compute_dtype: of activations and products: `dtype`, or float32; None or "auto": the fast one of this machine.
-            Where it is wider than `dtype`, matrices lie in memory as they are stored and are widened where they are
-            used. int8: the products of layers are made of integers, all else is float32 (ADR 0022).
-        device: where the weights go, each as soon as it is read.
-        config: instead of what the checkpoint says.
+            Where it is wider than `dtype`, matrices stay in memory as they are stored and are widened where they are
+            used. int8: layers multiply integers, all else is float32 (ADR 0022).
+        device: where each weight is put as soon as it is read.
+        config: replaces the checkpoint's own.
         progress: called with bytes on disk.
 
     Raises:
-        MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile, CheckpointError: what the files are short of.
-        ConfigError: as `load_config`. RequestError: types or a device that there are not, or a device without room.
+        MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile, CheckpointError: what is wrong with the files.
+        ConfigError: as `load_config`. RequestError: unknown types or device, or a device without room.
     """
     checkpoint = opened_at(path)
     if checkpoint.gguf is not None:
         file = checkpoint.gguf if config is None else replace(checkpoint.gguf, config=config)
         return load_gguf_network(file, dtype=dtype, compute_dtype=compute_dtype, device=device, progress=progress)
     config = load_config(checkpoint) if config is None else config
-    place = choose_device(device)
-    types = choose_types(dtype, compute_dtype, config, place)
+    target_device = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, target_device)
     network = without_memory(lambda: Network(config))
     targets = map_tensors(network, checkpoint.tensors, checkpoint.quantization)
-    own, products = packable(network), multiplied(network)
-    sizes = (one.memory(types.size(matrix=one.ours in own, product=one.ours in products)) for one in targets)
-    with room_for(sum(sizes), place):
-        _fill(network, targets, types, place, progress or (lambda done, total: None))
+    matrices, products = packable(network), multiplied(network)
+    sizes = (
+        target.memory(types.size(matrix=target.ours in matrices, product=target.ours in products)) for target in targets
+    )
+    with room_for(sum(sizes), target_device):
+        _fill(network, targets, types, target_device, progress or (lambda done, total: None))
     return network.eval().requires_grad_(False)
 
 
 def _fill(network: Network, targets: list[Target], types: Types, device: torch.device, progress: Progress) -> None:
-    own, products = packable(network), multiplied(network)
-    fillings = [_Filling(target=t, left=sum(len(recipe.fields) for recipe in t.recipes.values())) for t in targets]
+    matrices, products = packable(network), multiplied(network)
+    fillings = [_Filling(target=t, remaining=sum(len(recipe.fields) for recipe in t.recipes.values())) for t in targets]
     jobs = [
         (filling, slot, part)
         for filling in fillings
         for slot, recipe in filling.target.recipes.items()
         for part in recipe.fields
     ]
-    # Ties come last, when what they are tied to is in its place; each file is opened once, and once more for ties.
+    # Tied tensors come last, when the tensor they are tied to is set; each file is opened once, and once more for ties.
     jobs.sort(key=lambda job: (job[0].target.tie, job[2].stored.file))
     total, done = sum(job[2].stored.bytes for job in jobs), 0
     progress(done, total)
     for (_, file), group in groupby(jobs, key=lambda job: (job[0].target.tie, job[2].stored.file)):
         with open_safetensors(file) as shard:
             for filling, slot, part in group:
-                # No name holds the tensor that was read, or two of them would be in memory when the next one is.
+                # No variable keeps the tensor, or two of them would be in memory while the next one is read.
                 _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)
-                filling.left -= 1
-                if not filling.left:
+                filling.remaining -= 1
+                if not filling.remaining:
                     ours = filling.target.ours
-                    _finish(network, filling, types, matrix=ours in own, product=ours in products)
+                    _finish(network, filling, types, matrix=ours in matrices, product=ours in products)
                 done += part.stored.bytes
                 progress(done, total)
 
 
-def _take(filling: _Filling, slot: Slot, part: Field, fresh: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Put a part's values where they belong: into the stack, or by themselves."""
+def _take(filling: _Filling, slot: Slot, part: Field, values: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Copy a part's values into the stack of experts, or keep them as a tensor of their own."""
     target, plain = filling.target, filling.target.first.build is None
     if not part.name:
         return
-    kind = dtype if plain else fresh.dtype
+    kind = dtype if plain else values.dtype
     if target.experts is None:
-        # copy: memory that torch allocates has one alignment, so that sums come out the same in every run.
-        filling.tensors[part.name] = fresh.to(device=device, dtype=kind, copy=not target.tie).contiguous()
+        # copy: memory allocated by torch is always aligned alike, so that sums are the same in every run.
+        filling.tensors[part.name] = values.to(device=device, dtype=kind, copy=not target.tie).contiguous()
         return
     expert, half = slot
-    rows = fresh.shape[0]
+    rows = values.shape[0]
     if part.name not in filling.tensors:
-        shape = (target.experts, target.halves * rows, *fresh.shape[1:])
+        shape = (target.experts, target.halves * rows, *values.shape[1:])
         filling.tensors[part.name] = torch.empty(shape, dtype=kind, device=device)
-    filling.tensors[part.name][expert, half * rows : (half + 1) * rows].copy_(fresh)
+    filling.tensors[part.name][expert, half * rows : (half + 1) * rows].copy_(values)
 
 
 def _finish(network: Network, filling: _Filling, types: Types, *, matrix: bool, product: bool) -> None:
-    """Make the weight of what was read, and put it into the network or compare it with what is there."""
+    """Build the weight from the tensors read, and set it in the network or compare it with its tied twin."""
     build = filling.target.first.build
-    read = filling.tensors["weight"] if build is None else build(**filling.tensors)
+    loaded = filling.tensors["weight"] if build is None else build(**filling.tensors)
     filling.tensors = {}
-    weight = types.held(read, matrix=matrix, product=product)
+    weight = types.held(loaded, matrix=matrix, product=product)
     if filling.target.tie:
         _compare(network, filling.target, weight)
     else:
@@ -153,8 +155,8 @@ def _finish(network: Network, filling: _Filling, types: Types, *, matrix: bool, 
 
 def _compare(network: Network, target: Target, weight: Weight) -> None:
     owner, _, leaf = target.ours.rpartition(".")
-    there = getattr(network.get_submodule(owner), leaf)
-    if not all(torch.equal(one, other) for one, other in zip(_parts(there), _parts(weight), strict=True)):
+    current = getattr(network.get_submodule(owner), leaf)
+    if not all(torch.equal(one, other) for one, other in zip(_parts(current), _parts(weight), strict=True)):
         twin = published_name(target.ours, network.config.family)
         raise UnexpectedWeights(
             f"the tensor {target.first.fields[0].stored.name} differs from {twin}, to which it is tied",

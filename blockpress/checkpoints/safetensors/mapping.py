@@ -1,15 +1,15 @@
-"""What is read for every tensor of a network, decided on the files' headers before a weight is touched.
+"""Which stored tensors fill each tensor of a network, decided on the files' headers before any weight is read.
 
     stored                                                          ours
     layers.N.self_attn.q_proj.{weight, weight_scale, ...}           layers.N.self_attn.q_proj.weight
     layers.N.experts.E.{gate_proj, up_proj}.{weight_packed, ...}    layers.N.experts.gate_up_proj, gate rows first
     layers.N.experts.E.down_proj.{weight_packed, ...}               layers.N.experts.down_proj
 
-A tensor may be stored under several names that are tied. One of them fills the network, the published one where it is
-there, the others must equal it.
+A tensor may be stored under several tied names. One of them fills the network, the published one where it exists; the
+others must equal it.
 
-Invariant: every tensor of the network has exactly one target that fills it, and every stored tensor has a place in a
-target, or is known by name to be of no use here (vision, derived tables, scales of activations).
+Invariant: every tensor of the network has exactly one target that fills it, and every stored tensor belongs to a
+target, or is known by name to be unused here (vision, derived tables, scales of activations).
 
 Run it:  python -m pytest tests/checkpoints/test_load.py
 """
@@ -36,14 +36,14 @@ _HALVES = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("dow
 _NARROW = re.compile(r"F[468](_|$)")
 
 Slot = tuple[int, int]
-"""A matrix in a stack: the expert, and the half of its rows; (0, 0) where there is no stack."""
+"""A matrix in a stack: the expert, and which half of its rows; (0, 0) where there is no stack."""
 
 
 @dataclass(kw_only=True)
 class Target:
     """What is read into one tensor of the network, `ours`, or, where `tie`, compared with it.
 
-    `home` is what the published names of its parts begin with; `experts` is None where it is stored whole.
+    `home` is the prefix of the published names of its parts; `experts` is None where it is stored as one tensor.
     """
 
     ours: str
@@ -58,7 +58,7 @@ class Target:
         return next(iter(self.recipes.values()))
 
     def memory(self, itemsize: int) -> int:
-        """Bytes that it takes in a network whose floats have `itemsize`; of a packed weight, those on disk."""
+        """Bytes that it takes in a network whose floats take `itemsize` bytes; for a packed weight, those on disk."""
         if self.tie:
             return 0
         plain = self.first.build is None
@@ -66,7 +66,7 @@ class Target:
         return sum(math.prod(f.stored.shape) * itemsize if plain else f.stored.bytes for f in fields)
 
     def missing(self) -> Iterator[str]:
-        """Published names of the matrices that a stack lacks."""
+        """Published names of the matrices that are missing in a stack."""
         part = self.first.fields[0].stored.name.rpartition(".")[2]
         names = ("gate_proj", "up_proj") if self.halves == 2 else ("down_proj",)
         for expert in range(self.experts or 0):
@@ -76,8 +76,8 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a stored tensor belongs: our tensor, its slot in a stack, what its name begins with, and its last part."""
+class _Destination:
+    """Where a stored tensor belongs: our tensor, its slot in a stack, its name's prefix, and its last part."""
 
     ours: str
     slot: Slot | None
@@ -92,32 +92,32 @@ class _Place:
 def map_tensors(
     network: Network, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
 ) -> list[Target]:
-    """Targets that fill the network first, then those that are compared.
+    """Targets that fill the network first, then those that are compared with it.
 
-    A checkpoint without the causal pass's own scalars is one where they are the canvas's.
+    In a checkpoint without scalars of the causal pass, those of the canvas are used for it.
 
     Raises:
-        MissingWeights, UnexpectedWeights, ShapeMismatch, CheckpointError: tensors that are not the network's.
+        MissingWeights, UnexpectedWeights, ShapeMismatch, CheckpointError: tensors that do not fit the network.
     """
     family = network.config.family
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     packed = packable(network)
-    matrices, left = _collect(tensors, wanted, family, quantization)
+    matrices, unused = _collect(tensors, wanted, family, quantization)
     targets: dict[str, dict[str, Target]] = {name: {} for name in wanted}
-    for place, parts in matrices.values():
-        target, shape = _target(place, wanted[place.ours])
-        target = targets[place.ours].setdefault(target.home, target)
-        how = quantization if place.ours in packed else None
-        target.recipes[place.slot or (0, 0)] = read_recipe(place.base, parts, shape, how)
-    for name, found in targets.items():
+    for destination, parts in matrices.values():
+        target, shape = _target(destination, wanted[destination.ours])
+        target = targets[destination.ours].setdefault(target.home, target)
+        packing = quantization if destination.ours in packed else None
+        target.recipes[destination.slot or (0, 0)] = read_recipe(destination.base, parts, shape, packing)
+    for name, candidates in targets.items():
         twin = targets.get(name.replace("causal_scalar", "layer_scalar"))
-        if not found and twin:
-            home, other = next(iter(twin.items()))
-            found[home] = Target(ours=name, home=home, recipes=other.recipes)
+        if not candidates and twin:
+            home, source = next(iter(twin.items()))
+            candidates[home] = Target(ours=name, home=home, recipes=source.recipes)
     _refuse_missing(targets, family)
-    if left:
+    if unused:
         raise UnexpectedWeights(
-            _listed("nothing in the model takes", left), hint=_other_save("config.json asks for less")
+            _listed("nothing in the model takes", unused), hint=_other_save("config.json asks for less")
         )
     return _ordered(targets, family)
 
@@ -127,11 +127,11 @@ def _collect(
     wanted: Mapping[str, tuple[int, ...]],
     family: Family,
     quantization: Quantization | None,
-) -> tuple[dict[str, tuple[_Place, dict[str, StoredTensor]]], list[str]]:
-    """The parts of every matrix by the published name that they share, and the tensors that have no place."""
+) -> tuple[dict[str, tuple[_Destination, dict[str, StoredTensor]]], list[str]]:
+    """The parts of every matrix by the published name that they share, and the tensors that belong nowhere."""
     modules = {name[: dot.start()] for name in wanted for dot in re.finditer(r"\.", name)}
-    matrices: dict[str, tuple[_Place, dict[str, StoredTensor]]] = {}
-    left = []
+    matrices: dict[str, tuple[_Destination, dict[str, StoredTensor]]] = {}
+    unused = []
     for name, stored in tensors.items():
         if is_vision(name) or is_derived(name):
             continue
@@ -139,61 +139,68 @@ def _collect(
             raise CheckpointError(
                 f"the checkpoint is quantised: the tensor {name} is stored as {stored.dtype}, and config.json has no "
                 "quantization_config",
-                hint="fetch config.json again: without it nobody knows what the bytes mean",
+                hint="fetch config.json again: without it the bytes have no meaning",
             )
-        place = _place(name, our_name(name, family))
-        if place is not None and place.part in ASIDE and _fits(place, wanted) and place.module in modules:
+        destination = _destination(name, our_name(name, family))
+        if (
+            destination is not None
+            and destination.part in ASIDE
+            and _has_expert(destination, wanted)
+            and destination.module in modules
+        ):
             continue
-        if place is not None and place.ours in wanted and _fits(place, wanted):
-            matrices.setdefault(place.base, (place, {}))[1][place.part] = stored
+        if destination is not None and destination.ours in wanted and _has_expert(destination, wanted):
+            matrices.setdefault(destination.base, (destination, {}))[1][destination.part] = stored
         elif is_quantised(name):
             raise CheckpointError(
                 f"nothing here reads the tensor {name} of a quantised checkpoint",
                 hint="take a checkpoint in compressed-tensors' layout or of ModelOpt, or a GGUF file",
             )
         else:
-            left.append(name)
-    return matrices, left
+            unused.append(name)
+    return matrices, unused
 
 
-def _place(published: str, ours: str | None) -> _Place | None:
-    """Where a tensor belongs by its name alone, `ours` without regard to experts and parts."""
+def _destination(published: str, ours: str | None) -> _Destination | None:
+    """Where a tensor belongs by its name alone; `ours` does not yet regard experts and parts."""
     if ours is None:
         return None
     module, _, part = ours.rpartition(".")
     if part not in PARTS and part not in ASIDE:
-        return _Place(ours=ours, slot=None, base=published, part="weight")
+        return _Destination(ours=ours, slot=None, base=published, part="weight")
     base = published.removesuffix("." + part)
-    if found := _EXPERT.fullmatch(module):
-        name, half = _HALVES[found[3]]
-        return _Place(ours=f"{found[1]}.{name}", slot=(int(found[2]), half), base=base, part=part)
-    return _Place(ours=f"{module}.weight", slot=None, base=base, part=part)
+    if match := _EXPERT.fullmatch(module):
+        name, half = _HALVES[match[3]]
+        return _Destination(ours=f"{match[1]}.{name}", slot=(int(match[2]), half), base=base, part=part)
+    return _Destination(ours=f"{module}.weight", slot=None, base=base, part=part)
 
 
-def _fits(place: _Place, wanted: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether there is an expert of that number, where the place is an expert's."""
-    return place.slot is None or (place.ours in wanted and place.slot[0] < wanted[place.ours][0])
+def _has_expert(destination: _Destination, wanted: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether an expert of that number exists, where the destination is an expert's."""
+    return destination.slot is None or (
+        destination.ours in wanted and destination.slot[0] < wanted[destination.ours][0]
+    )
 
 
-def _target(place: _Place, shape: tuple[int, ...]) -> tuple[Target, tuple[int, ...]]:
+def _target(destination: _Destination, shape: tuple[int, ...]) -> tuple[Target, tuple[int, ...]]:
     """An empty target for a matrix, and the matrix's shape."""
-    if place.slot is None:
-        return Target(ours=place.ours, home=place.base), shape
+    if destination.slot is None:
+        return Target(ours=destination.ours, home=destination.base), shape
     experts, rows, columns = shape
-    halves = 2 if place.ours.endswith("gate_up_proj") else 1
-    home = place.base.rsplit(".", 2)[0]
-    return Target(ours=place.ours, home=home, experts=experts, halves=halves), (rows // halves, columns)
+    halves = 2 if destination.ours.endswith("gate_up_proj") else 1
+    home = destination.base.rsplit(".", 2)[0]
+    return Target(ours=destination.ours, home=home, experts=experts, halves=halves), (rows // halves, columns)
 
 
 def _refuse_missing(targets: Mapping[str, Mapping[str, Target]], family: Family) -> None:
     missing = []
-    for name, found in targets.items():
-        missing += [] if found else [published_name(name, family)]
-        for target in found.values():
+    for name, candidates in targets.items():
+        missing += [] if candidates else [published_name(name, family)]
+        for target in candidates.values():
             missing += target.missing()
     if missing:
         raise MissingWeights(_listed("the checkpoint lacks", missing), hint=_other_save("config.json asks for more"))
-    for target in (target for found in targets.values() for target in found.values()):
+    for target in (target for candidates in targets.values() for target in candidates.values()):
         first = target.first
         for recipe in target.recipes.values():
             if recipe.form != first.form:
@@ -205,19 +212,19 @@ def _refuse_missing(targets: Mapping[str, Mapping[str, Target]], family: Family)
 
 def _ordered(targets: Mapping[str, Mapping[str, Target]], family: Family) -> list[Target]:
     first, ties = [], []
-    for name, found in targets.items():
+    for name, candidates in targets.items():
         published = published_name(name, family)
-        own = next((target for target in found.values() if published.startswith(target.home)), None)
-        own = own or next(iter(found.values()))
-        first.append(own)
-        for target in found.values():
-            if target is not own:
+        primary = next((target for target in candidates.values() if published.startswith(target.home)), None)
+        primary = primary or next(iter(candidates.values()))
+        first.append(primary)
+        for target in candidates.values():
+            if target is not primary:
                 target.tie = True
                 ties.append(target)
-                if target.first.form != own.first.form:
+                if target.first.form != primary.first.form:
                     raise UnexpectedWeights(
-                        f"{target.first.name} is stored as {target.first.form}, {own.first.name}, to which it is tied, "
-                        f"as {own.first.form}",
+                        f"{target.first.name} is stored as {target.first.form}, {primary.first.name}, to which it is "
+                        f"tied, as {primary.first.form}",
                         hint="the model has one stack and one embedding: a checkpoint that unties them cannot be run",
                     )
     return first + ties

@@ -1,4 +1,4 @@
-"""The stored tensors of one matrix, and what they become: plain floats, or a layout of `ops/packed.py`.
+"""The stored tensors of one matrix, and what is built from them: plain floats, or a layout of `ops/packed.py`.
 
     weight                float            plain
     weight                F8_E4M3          weight_scale                        Codes, e4m3 (fp8, mxfp8)
@@ -8,11 +8,11 @@
     weight_packed         U8               weight_scale, weight_global_scale   Float4, divided (compressed-tensors)
     weight_packed         U8               weight_scale U8                     Float4, mxfp4
 
-The tensors that are there decide, and `quantization_config` must agree: its scheme for the matrix, or, where its names
-do not reach the matrix, one of its schemes. Integers of 2, 3, 5, 6 and 7 bits take a byte each in memory.
+The stored tensors decide, and `quantization_config` must agree: its scheme for the matrix, or, where its names do not
+cover the matrix, one of its schemes. Integers of 2, 3, 5, 6 and 7 bits take a byte each in memory.
 
-Invariant: a matrix whose tensors lack one, have one too many, or differ from its scheme in type or shape is refused on
-the headers alone; a scale that no quantiser writes (NaN, infinite, negative, zero) is refused when it is read.
+Invariant: a matrix with a missing tensor, an extra one, or one that differs from its scheme in type or shape is refused
+on the headers alone; a scale that no quantiser writes (NaN, infinite, negative, zero) is refused when it is read.
 
 Run it:  python -m pytest tests/checkpoints/test_packed.py
 Source: `compressed_tensors` 0.20, its compressors; NVIDIA ModelOpt's unified Hugging Face export.
@@ -53,7 +53,7 @@ _AGREE = "quantization_config and weights must come from the same save"
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """A stored tensor and what it becomes: `convert` gives the layout's tensor `name`; where that is "", it checks."""
+    """A stored tensor and its use: `convert` returns the layout's tensor `name`; where that is "", it only checks."""
 
     name: str
     stored: StoredTensor
@@ -81,7 +81,7 @@ class _Matrix:
     quantization: Quantization
 
     def part(self, name: str, codes: tuple[str, ...], *shapes: tuple[int, ...]) -> StoredTensor:
-        """The part of that name, which has one of the types and, where given, one of the shapes."""
+        """The part of that name, which must have one of the types and, where given, one of the shapes."""
         if name not in self.parts:
             raise MissingWeights(
                 f"the checkpoint lacks 1 tensor: {self.name}.{name}", hint=f"a packed weight needs it: {_ANOTHER}"
@@ -106,22 +106,22 @@ class _Matrix:
             if name not in names:
                 raise UnexpectedWeights(
                     f"nothing in the model takes {self.name}.{name}",
-                    hint=f"beside it lies {', '.join(n for n in self.parts if n != name)}: {_ANOTHER}",
+                    hint=f"stored next to it: {', '.join(n for n in self.parts if n != name)}; {_ANOTHER}",
                 )
 
     def scheme(self, fits: Callable[[Scheme], bool], what: str) -> Scheme:
-        """What the config says of this matrix, which must be what the files hold."""
-        own = self.quantization.scheme_of(self.name)
-        known = self.quantization.schemes if own is None else (own,)
-        found = next((scheme for scheme in known if fits(scheme)), None)
-        if found is None:
+        """The config's scheme for this matrix, which must match what the files hold."""
+        listed = self.quantization.scheme_of(self.name)
+        known = self.quantization.schemes if listed is None else (listed,)
+        match = next((scheme for scheme in known if fits(scheme)), None)
+        if match is None:
             raise CheckpointError(
                 f"{self.name} is stored as {what}, quantization_config says {' or '.join(map(str, known))}", hint=_AGREE
             )
-        return found
+        return match
 
     def divided(self, group: int) -> int:
-        """The number of groups in a row."""
+        """The number of groups in a row. Raises ShapeMismatch: the columns are no multiple of `group`."""
         if self.columns % group:
             raise ShapeMismatch(
                 f"{self.name} has rows of {self.columns} columns, which groups of {group} do not divide", hint=_AGREE
@@ -138,12 +138,12 @@ def read_recipe(
         name: the published name, without the last part.
         parts: the stored tensors by the last part of their names.
         shape: of the weight, unpacked.
-        quantization: None where the config says nothing, or where a weight of this kind is never packed, as a stack
-            that is stored whole is not.
+        quantization: None where the config has none, or where a weight of this kind is never packed, such as a stack
+            stored as one tensor.
 
     Raises:
-        MissingWeights, UnexpectedWeights, ShapeMismatch: parts that are not those of one format, or not of the shape.
-        CheckpointError: the config says another format.
+        MissingWeights, UnexpectedWeights, ShapeMismatch: parts that do not form one format, or of another shape.
+        CheckpointError: the config names another format.
     """
     if len(shape) != 2:
         quantization = None
@@ -167,9 +167,9 @@ def read_recipe(
         raise MissingWeights(f"the checkpoint lacks 1 tensor: {name}.weight", hint=f"its scales are there: {_ANOTHER}")
     reader = _READERS.get(("weight_packed" if "weight_packed" in parts else "weight", main.dtype))
     if reader is None:
-        beside = next(part for part in parts if part != "weight")
+        companion = next(part for part in parts if part != "weight")
         raise ShapeMismatch(
-            f"the tensor {main.name} is stored as {main.dtype}, and {beside} beside it",
+            f"the tensor {main.name} is stored as {main.dtype}, and {companion} next to it",
             hint=f"no format packs weights so: {_ANOTHER}",
         )
     return reader(matrix)
@@ -204,7 +204,7 @@ def _fp8(m: _Matrix) -> PackedRecipe:
 def _int8(m: _Matrix) -> PackedRecipe:
     codes = m.part("weight", ("I8",), (m.rows, m.columns))
     m.only("weight", "weight_scale", "weight_zero_point")
-    # What is called naive-quantized has fewer bits in a byte of its own.
+    # The format naive-quantized stores fewer bits in a byte each.
     scheme = m.scheme(lambda s: s.kind == "int", "int8")
     return _codes(m, Field(name="codes", stored=codes, convert=_same), scheme, "int8")
 
@@ -227,47 +227,47 @@ def _packed_integers(m: _Matrix) -> PackedRecipe:
 
 
 def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool = False) -> PackedRecipe:
-    """Codes under scales of whatever grid the scheme says, and zero points where it is not symmetric."""
+    """Codes with scales on the scheme's grid, and zero points where it is not symmetric."""
     shapes, height, group = _grid(m, scheme)
     scale = m.part("weight_scale", scales.TYPES, *shapes)
-    spread = partial(scales.expand_scales, rows=m.rows, height=height)
-    fields = [main, Field(name="scale", stored=scale, convert=lambda t: spread(scales.checked(scale.name, t)))]
+    expand = partial(scales.expand_scales, rows=m.rows, height=height)
+    fields = [main, Field(name="scale", stored=scale, convert=lambda t: expand(scales.checked(scale.name, t)))]
     has_zero = "weight_zero_point" in m.parts
     if has_zero or not scheme.symmetric:
         if packed_zero and scheme.strategy in ("group", "channel"):
-            zero = m.part("weight_zero_point", ("I32",), (_words(m.rows, scheme.bits), m.columns // group))
-            convert = partial(scales.zeros, bits=scheme.bits, count=m.rows)
-            fields += [Field(name="zero_point", stored=zero, convert=convert)]
+            zero_point = m.part("weight_zero_point", ("I32",), (_words(m.rows, scheme.bits), m.columns // group))
+            convert = partial(scales.zero_points, bits=scheme.bits, count=m.rows)
+            fields += [Field(name="zero_point", stored=zero_point, convert=convert)]
         else:
-            zero = m.part("weight_zero_point", ("I8",), *shapes)
-            fields += [Field(name="zero_point", stored=zero, convert=spread)]
+            zero_point = m.part("weight_zero_point", ("I8",), *shapes)
+            fields += [Field(name="zero_point", stored=zero_point, convert=expand)]
     form = f"{what}, {group} columns under a scale of {scale.dtype}{', with zero points' * (len(fields) > 2)}"
     layout: Any = Nibbles if main.name == "packed" else Codes
     return PackedRecipe(name=m.name, form=form, fields=tuple(fields), build=partial(layout, group=group))
 
 
 def _grid(m: _Matrix, scheme: Scheme) -> tuple[list[tuple[int, ...]], int, int]:
-    """The shapes that scales may have, the rows that one stands for (0: all), and its columns."""
-    one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
-    each: list[tuple[int, ...]] = [(m.rows, 1), (m.rows,)]
+    """The shapes that scales may have, and the rows (0: all) and columns that one scale covers."""
+    per_tensor: list[tuple[int, ...]] = [(), (1,), (1, 1)]
+    per_row: list[tuple[int, ...]] = [(m.rows, 1), (m.rows,)]
     match scheme.strategy:
         case "tensor":
-            return one, 0, m.columns
+            return per_tensor, 0, m.columns
         case "channel":
-            return each, 1, m.columns
+            return per_row, 1, m.columns
         case "block" if scheme.block is not None:
             height, width = scheme.block
             return [(-(-m.rows // height), -(-m.columns // width))], height, min(width, m.columns)
         case "group" | "tensor_group" if scheme.group is not None:
             return [(m.rows, m.divided(scheme.group))], 1, scheme.group
-    # ModelOpt names the algorithm and leaves the grid to the tensors.
+    # ModelOpt names only the algorithm; the scales' shape gives the grid.
     stored = m.parts.get("weight_scale")
-    by_row = stored is not None and stored.shape in each and stored.shape not in one
-    return (each, 1, m.columns) if by_row else (one, 0, m.columns)
+    by_row = stored is not None and stored.shape in per_row and stored.shape not in per_tensor
+    return (per_row, 1, m.columns) if by_row else (per_tensor, 0, m.columns)
 
 
 def _float4(m: _Matrix) -> PackedRecipe:
-    """NVFP4 of compressed-tensors, or MXFP4: which of them, the scales' type says."""
+    """NVFP4 of compressed-tensors, or MXFP4: the scales' type tells which."""
     if m.part("weight_scale", ("F8_E4M3", "F8_E8M0", "U8")).dtype == "F8_E4M3":
         m.only("weight_packed", "weight_scale", "weight_global_scale")
         return _nvfp4(m, "weight_packed", "weight_global_scale", divides=True)
@@ -285,23 +285,23 @@ def _modelopt(m: _Matrix) -> PackedRecipe:
     return _nvfp4(m, "weight", "weight_scale_2", divides=False)
 
 
-def _nvfp4(m: _Matrix, main: str, outer_name: str, divides: bool) -> PackedRecipe:
+def _nvfp4(m: _Matrix, main: str, global_name: str, divides: bool) -> PackedRecipe:
     m.scheme(lambda s: (s.kind, s.bits, s.group) == ("float", 4, 16), "nvfp4")
     groups = m.divided(16)
     packed = m.part(main, ("U8",), (m.rows, m.columns // 2))
     scale = m.part("weight_scale", ("F8_E4M3",), (m.rows, groups))
-    outer = m.part(outer_name, ("F32",), (), (1,))
+    global_scale = m.part(global_name, ("F32",), (), (1,))
     fields = (
         Field(name="packed", stored=packed, convert=_same),
         Field(name="scale", stored=scale, convert=partial(scales.e4m3_codes, scale.name)),
         Field(
             name="global_scale",
-            stored=outer,
-            convert=lambda t: scales.checked(outer.name, t).reshape(1).expand(m.rows),
+            stored=global_scale,
+            convert=lambda t: scales.checked(global_scale.name, t).reshape(1).expand(m.rows),
         ),
     )
     build = partial(Float4, kind="e4m3", group=16, divides=divides)
-    return PackedRecipe(name=m.name, form=f"nvfp4, outer scale in {outer_name}", fields=fields, build=build)
+    return PackedRecipe(name=m.name, form=f"nvfp4, global scale in {global_name}", fields=fields, build=build)
 
 
 _READERS: Mapping[tuple[str, str], Callable[[_Matrix], PackedRecipe]] = {
@@ -314,7 +314,7 @@ _READERS: Mapping[tuple[str, str], Callable[[_Matrix], PackedRecipe]] = {
 
 
 def _words(count: int, bits: int) -> int:
-    """int32 that so many integers of so many bits take, one after another without a gap."""
+    """The number of int32 words for `count` integers of `bits` bits, packed without gaps."""
     return -(-count * bits // 32)
 
 

@@ -1,6 +1,6 @@
-"""A network becomes a checkpoint in the published layout, which `transformers` loads as it is.
+"""Saves a network as a checkpoint in the published layout, which `transformers` loads as it is.
 
-Invariant: what was saved loads to the same values, and it comes into its directory as `staging.py` says: all at once.
+Invariant: what was saved loads to the same values, and it is written as `atomic.py` says: all at once.
 
 Run it:  python -m pytest tests/checkpoints/test_save.py
 """
@@ -31,7 +31,7 @@ from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.packed import HalfFloats
 
-# What an image passes on its way to the tower; it is of use wherever the tower is.
+# Settings of the image preprocessing; they are copied together with the tower.
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -44,7 +44,7 @@ class Savable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """One tensor to be written; `make` gives it when its shard's turn has come."""
+    """One tensor to be written; `make` returns it when its shard is written."""
 
     name: str
     bytes: int
@@ -66,20 +66,20 @@ def save_checkpoint(
 ) -> None:
     """Write `network` as a checkpoint: safetensors, config.json, generation_config.json and the tokenizer's files.
 
-    Other files in the directory stay. Memory beside the network: the copies of one shard, and none where the network
-    lies on the CPU in the type that is stored.
+    Other files in the directory stay. Memory in addition to the network: the copies of one shard, and none where the
+    network is on the CPU in the stored dtype.
 
     Args:
-        directory: made if absent; an older checkpoint in it is replaced.
+        directory: created if absent; an older checkpoint in it is replaced.
         kept_from: a checkpoint whose vision tensors and image processor are copied, byte for byte.
         kept: vision tensors by published name instead, written as they are.
-        dtype: that the weights are stored in; None: that in which they lie in memory.
-        run_dtype: that `config.json` names, in which the checkpoint is run; None: that in which it is stored.
+        dtype: of the stored weights; None: the one they have in memory.
+        run_dtype: the one that `config.json` names, to run the checkpoint in; None: the stored one.
         shard_bytes: most bytes of a shard's tensors; one tensor that is larger has a shard of its own.
-        config: that is written, such as the network's with a vision tower; None: the network's own.
+        config: written to config.json, such as the network's with a vision tower; None: the network's own.
 
     Raises:
-        RequestError: an argument that cannot be meant, or packed weights in the network.
+        RequestError: an invalid argument, or packed weights in the network.
         MissingWeights, UnexpectedWeights, ShapeMismatch: vision tensors that are not those of the config's tower.
         CheckpointError: `kept_from` or `directory` cannot be used.
     """
@@ -88,7 +88,7 @@ def save_checkpoint(
     run = stored if run_dtype is None else choose_dtype(run_dtype, network.config)
     source = None if kept_from is None else opened_at(kept_from)
     config = network.config if config is None else config
-    shards = in_shards(_own(network, stored) + _vision(config, source, kept), shard_bytes)
+    shards = in_shards(_text_pieces(network, stored) + _vision_pieces(config, source, kept), shard_bytes)
     with staged(Path(directory)) as staging:
         _write_weights(staging, shards)
         if tokenizer is not None:
@@ -97,7 +97,7 @@ def save_checkpoint(
         write_json(staging / GENERATION, generation.to_dict())
         write_json(staging / CONFIG, _config(config, run))
         for file in staging.glob("*.safetensors"):
-            # The library lets nobody else read what it writes.
+            # The library makes its files readable for their owner only.
             shutil.copymode(staging / CONFIG, file)
 
 
@@ -111,7 +111,7 @@ def _refuse_packed(network: Network) -> None:
                 )
 
 
-def _own(network: Network, dtype: torch.dtype) -> list[_Piece]:
+def _text_pieces(network: Network, dtype: torch.dtype) -> list[_Piece]:
     family = network.config.family
     return [
         _Piece(
@@ -124,11 +124,13 @@ def _own(network: Network, dtype: torch.dtype) -> list[_Piece]:
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # The format refuses tensors that share memory, and a scalar may be one for both passes.
+    # The format refuses tensors that share memory, and both passes may share one scalar.
     return tensor.detach().to("cpu", dtype, copy=tensor.ndim < 2).contiguous()
 
 
-def _vision(config: ModelConfig, kept_from: Checkpoint | None, kept: Mapping[str, Tensor] | None) -> list[_Piece]:
+def _vision_pieces(
+    config: ModelConfig, kept_from: Checkpoint | None, kept: Mapping[str, Tensor] | None
+) -> list[_Piece]:
     """The vision tensors to be written, or none for a config without a tower."""
     if kept_from is not None and kept is not None:
         raise RequestError("kept_from and kept are both given", hint="vision tensors come from one of the two")
@@ -176,13 +178,13 @@ def _check_kept(config: ModelConfig, kept: Mapping[str, Tensor]) -> None:
 
 def _read(tensor: StoredTensor) -> Tensor:
     with open_safetensors(tensor.file) as shard:
-        found: Tensor = shard.get_tensor(tensor.name)
-        return found
+        values: Tensor = shard.get_tensor(tensor.name)
+        return values
 
 
 def _write_weights(folder: Path, shards: Mapping[str, list[_Piece]]) -> None:
     for name, shard in shards.items():
-        # `transformers` refuses files whose metadata do not say that the tensors are torch's.
+        # `transformers` refuses files without this metadata.
         save_file({piece.name: piece.make() for piece in shard}, folder / name, metadata={"format": "pt"})
     write_index(folder, shards)
 

@@ -1,9 +1,9 @@
-"""Stored scales, zero points and packed integers, brought into the shape and the type that the layouts take.
+"""Stored scales, zero points and packed integers, converted to the shape and the type of the layouts.
 
-Every function takes a tensor as it was read, and the name under which it is stored where it may be at fault.
+Every function takes a tensor as it was read, and its stored name where an error may have to name it.
 
-Invariant: what leaves here has one entry for every row of its matrix, and no scale is NaN, infinite, negative or (but
-for e4m3, where the quantiser itself rounds the scale of a group of tiny values to it) zero.
+Invariant: the results have one entry for every row of the matrix, and no scale is NaN, infinite, negative or zero
+(except in e4m3, where the quantiser itself rounds the scale of a group of tiny values to zero).
 
 Run it:  python -m pytest tests/checkpoints/test_packed.py
 Source: `compressed_tensors` 0.20, `pack_to_int32` and `decompress_mx_scale`; OCP microscaling formats 1.0.
@@ -18,9 +18,9 @@ from torch import Tensor
 from blockpress.errors import DamagedFile, ShapeMismatch
 
 TYPES = ("F32", "BF16", "F16")
-"""The types of scales that are not of one byte."""
+"""The types of scales wider than one byte."""
 
-# Values that are taken apart at once; every one of their bits is a byte meanwhile.
+# Values that are unpacked at once; meanwhile each of their bits takes a byte.
 _TILE = 1 << 20
 
 
@@ -38,7 +38,7 @@ def checked(name: str, scale: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 def expand_scales(values: Shaped[Tensor, "*grid"], rows: int, height: int) -> Shaped[Tensor, "rows groups"]:
-    """One row of scales or zero points for every row of the matrix; one stands for `height` rows (0: for all)."""
+    """One row of scales or zero points for every row of the matrix; a stored one covers `height` rows (0: all)."""
     if height == 0:
         return values.reshape(1, 1).expand(rows, 1)
     if values.ndim == 1:
@@ -53,7 +53,7 @@ def e4m3_codes(name: str, scale: Shaped[Tensor, "rows groups"]) -> UInt8[Tensor,
         DamagedFile: one is NaN or negative.
     """
     codes = scale.contiguous().view(torch.uint8)
-    # Above 0x7e lie NaN and everything with a sign.
+    # Codes above 0x7e are NaN or negative.
     if codes.max() > 0x7E:
         wrong = codes.max().view(torch.float8_e4m3fn).float().item()
         raise DamagedFile(f"the tensor {name} holds a scale of {wrong}", hint=_AGAIN)
@@ -79,7 +79,7 @@ def from_e8m0(name: str, scale: Shaped[Tensor, "rows groups"]) -> BFloat16[Tenso
 
 
 def check_shape(name: str, wanted: tuple[int, int], stored: Int[Tensor, " two"]) -> Int[Tensor, " two"]:
-    """Raises ShapeMismatch where the shape that a packed weight says of itself is not the config's."""
+    """Raises ShapeMismatch where the shape stored with a packed weight is not the config's."""
     if tuple(stored.tolist()) != wanted:
         raise ShapeMismatch(
             f"the tensor {name} says {stored.tolist()}, the config asks for {list(wanted)}",
@@ -89,28 +89,28 @@ def check_shape(name: str, wanted: tuple[int, int], stored: Int[Tensor, " two"])
 
 
 def nibbles(words: Int32[Tensor, "rows words"], count: int) -> UInt8[Tensor, "rows bytes"]:
-    """Integers of 4 bits as they are, two in a byte; `count` of them, an even number, are those of the row."""
+    """4-bit integers as they are, two in a byte; the first `count`, an even number, belong to the row."""
     return words.contiguous().view(torch.uint8)[:, : count // 2].contiguous()
 
 
 def integers(words: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[Tensor, "rows columns"]:
-    """The first `count` integers of every row: `bits` each from the lowest bit on, each plus half of their range."""
+    """The first `count` integers of every row, stored in `bits` bits from the lowest on, plus half the range."""
     raw = words.contiguous().view(torch.uint8)
     if bits == 8:
         return (raw[:, :count] ^ 128).view(torch.int8)
     out = torch.empty(len(raw), count, dtype=torch.int8)
-    places = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8)
     values = (1 << torch.arange(bits)).to(torch.uint8)
     step = max(1, _TILE // max(1, count))
     for start in range(0, len(raw), step):
-        each = (raw[start : start + step, :, None] >> places) & 1
-        codes = each.flatten(1)[:, : count * bits].unflatten(1, (count, bits))
+        bit_planes = (raw[start : start + step, :, None] >> shifts) & 1
+        codes = bit_planes.flatten(1)[:, : count * bits].unflatten(1, (count, bits))
         out[start : start + step] = ((codes * values).sum(-1, dtype=torch.int32) - (1 << (bits - 1))).to(torch.int8)
     return out
 
 
-def zeros(words: Int32[Tensor, "words groups"], bits: int, count: int) -> Int8[Tensor, "rows groups"]:
-    """Zero points, which are packed along the rows."""
+def zero_points(words: Int32[Tensor, "words groups"], bits: int, count: int) -> Int8[Tensor, "rows groups"]:
+    """Zero points, which are packed along the rows axis."""
     return integers(words.t(), bits, count).t().contiguous()
 
 

@@ -1,13 +1,13 @@
 """Safetensors files of any size, read and written piece by piece.
 
-    header      every tensor's type, shape and place; written first, since it follows from the shapes alone
-    tensors     each filled in pieces, in any order, at its own place in the file; read in slices of its first axis
+    header      every tensor's type, shape and offsets; written first, since it follows from the shapes alone
+    tensors     each filled in pieces, in any order, at its own offset; read in slices of its first axis
 
-The library writes a file from tensors that are all in memory, and reads a slice out of the whole tensor: without
+The library writes a file from tensors that are all in memory, and reads a slice through the whole tensor: without
 mapping the file, one expert of the published model costs it the 1 GB of its stack.
 
 Invariant: a writer that ends without an error has filled every byte of every tensor exactly once; a reader reads the
-bytes that are asked for and no others.
+requested bytes and no others.
 
 Run it:  python -m pytest tests/checkpoints/test_stream.py
 Source: https://huggingface.co/docs/safetensors (the header; the data has no holes).
@@ -41,7 +41,7 @@ CODES: dict[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-"""The format's own names of types."""
+"""The format's names of dtypes."""
 
 _TYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -67,7 +67,7 @@ class Slot:
 
 
 class StreamReader:
-    """Slices of the tensors of one file, whose header the catalogue has checked. A context manager."""
+    """Reads slices of one file's tensors; its header was checked by `read_index`. A context manager."""
 
     def __init__(self, file: Path) -> None:
         self._file = file.open("rb")
@@ -82,10 +82,10 @@ class StreamReader:
         self._file.close()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` of the tensor's first axis, in memory of their own; None: to its end.
+        """Rows `start` to `stop` of the tensor's first axis, in newly allocated memory; None: to its end.
 
         Raises:
-            DamagedFile: the file was cut short since its header was read. CheckpointError: it cannot be read.
+            DamagedFile: the file was truncated after its header was read. CheckpointError: it cannot be read.
         """
         entry = self._entries[name]
         slot = Slot(name=name, code=entry["dtype"], shape=tuple(entry["shape"]))
@@ -107,8 +107,8 @@ class StreamReader:
 
 
 @dataclass
-class _Place:
-    """Where a tensor lies: its file, and the bytes of it that are still to come."""
+class _Extent:
+    """A tensor's range in its file, from the first byte that is not written yet."""
 
     file: BinaryIO
     start: int
@@ -117,54 +117,54 @@ class _Place:
 
 @dataclass
 class StreamWriter:
-    """Takes pieces of the tensors in `slots`; see `streamed`, which makes and finishes it."""
+    """Writes tensors in pieces; see `streamed`, which creates and finishes it."""
 
-    places: dict[str, _Place] = field(default_factory=dict)
+    extents: dict[str, _Extent] = field(default_factory=dict)
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Append a piece to the tensor of that name: rows that follow those it has already, or all of it."""
-        place = self.places[name]
+        """Append a piece to the tensor of that name: the rows that follow those already written, or all of it."""
+        extent = self.extents[name]
         data = piece.detach().contiguous().flatten().view(torch.uint8).numpy()
-        assert place.start + len(data) <= place.end, f"{name} is given more bytes than it has room for"
-        place.file.seek(place.start)
-        place.file.write(data.data)
-        place.start += len(data)
+        assert extent.start + len(data) <= extent.end, f"{name} is given more bytes than it has room for"
+        extent.file.seek(extent.start)
+        extent.file.write(data.data)
+        extent.start += len(data)
 
 
 @contextmanager
 def streamed(folder: Path, slots: Iterable[Slot], shard_bytes: int = SHARD_BYTES) -> Iterator[StreamWriter]:
-    """A writer of one file, or of shards and their index where there is more than `shard_bytes`.
+    """A writer of one file, or of shards and their index where `slots` exceed `shard_bytes`.
 
     Raises:
-        RequestError: `shard_bytes` is no whole number from 1.
+        RequestError: `shard_bytes` is not a whole number of at least 1.
     """
     shards = in_shards(slots, shard_bytes)
     writer = StreamWriter()
     with ExitStack() as files:
         for name, shard in shards.items():
             file = files.enter_context((folder / name).open("wb"))
-            writer.places |= _begin(file, shard)
+            writer.extents |= _begin(file, shard)
         yield writer
-    unfilled = [name for name, place in writer.places.items() if place.start != place.end]
+    unfilled = [name for name, extent in writer.extents.items() if extent.start != extent.end]
     assert not unfilled, f"{len(unfilled)} tensors are not whole, {unfilled[0]} among them"
     write_index(folder, shards)
 
 
-def _begin(file: BinaryIO, shard: list[Slot]) -> dict[str, _Place]:
-    """Write the header, make room for the data, and say where each tensor goes."""
-    places: dict[str, _Place] = {}
+def _begin(file: BinaryIO, shard: list[Slot]) -> dict[str, _Extent]:
+    """Write the header, reserve space for the data, and return the extent of each tensor."""
+    extents: dict[str, _Extent] = {}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # The widest values first, so that each tensor begins at a multiple of its values' size, as readers that map want.
+    # The widest values first, so that each tensor is aligned to its values' size, as readers that map files need.
     for slot in sorted(shard, key=lambda slot: -slot.itemsize):
-        assert slot.name not in places, f"two tensors are called {slot.name}"
+        assert slot.name not in extents, f"two tensors are called {slot.name}"
         start, end = end, end + slot.bytes
         header[slot.name] = {"dtype": slot.code, "shape": list(slot.shape), "data_offsets": [start, end]}
-        places[slot.name] = _Place(file=file, start=start, end=end)
+        extents[slot.name] = _Extent(file=file, start=start, end=end)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for place in places.values():
-        place.start, place.end = place.start + 8 + len(text), place.end + 8 + len(text)
+    for extent in extents.values():
+        extent.start, extent.end = extent.start + 8 + len(text), extent.end + 8 + len(text)
     file.truncate(8 + len(text) + end)
-    return places
+    return extents

@@ -1,10 +1,10 @@
 """The vision tower on disk: its tensors by name and shape, its loader, and the smallest tower there is.
 
-A model of our own that never sees an image carries a minimal tower, since `transformers` invents one of 167 million
-parameters for a checkpoint without.
+A model of our own that never sees an image carries a minimal tower, since `transformers` creates one of 167 million
+parameters for a checkpoint without one.
 
-Invariant: the names and shapes are those of the state dict that `transformers` builds from the same config, and a tower
-that is loaded has every tensor of its config from the checkpoint.
+Invariant: the names and shapes are those of the state dict that `transformers` builds from the same config, and every
+tensor of a loaded tower comes from the checkpoint.
 
 Run it:  python -m pytest tests/checkpoints/test_vision.py
 Source: `Gemma4VisionModel`, `DiffusionGemmaMultimodalEmbedder`, `Gemma4VisionConfig` of `transformers` 5.23.
@@ -36,7 +36,7 @@ ENCODER = "model.encoder."
 TOWER = ENCODER + "vision_tower."
 PROJECTION = ENCODER + "embed_vision.embedding_projection.weight"
 
-# What newer saves write, and what older ones did: the same fields, without a part of their own.
+# The file of newer saves; and those of older ones, with the same fields but no section of their own.
 _PROCESSOR, _PREPROCESSOR, _VIDEO = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -59,12 +59,12 @@ def load_vision(
     """Read a checkpoint's vision tower, in eval mode and without gradients; the text weights are not touched.
 
     Args:
-        path: the checkpoint's directory, or the checkpoint, if it is open. config: instead of what it says.
+        path: the checkpoint's directory, or the checkpoint, if it is open. config: replaces the checkpoint's own.
         dtype, compute_dtype, device: as in `load_network`; give those of the network that it is for.
 
     Raises:
         CheckpointError: the checkpoint has no tower. MissingWeights, UnexpectedWeights, ShapeMismatch, DamagedFile:
-            what the files are short of. ConfigError: `vision_config` is not understood. RequestError: dtype or device.
+            what is wrong with the files. ConfigError: an invalid `vision_config`. RequestError: dtype or device.
     """
     checkpoint = opened_at(path)
     config = load_config(checkpoint) if config is None else config
@@ -72,11 +72,11 @@ def load_vision(
         raise CheckpointError(
             f"vision is not read in the family {config.family}", hint="leave images out, or use DiffusionGemma"
         )
-    # Before the tensors: what has no tower may be a file.
+    # Before `checkpoint.tensors`: a checkpoint without a tower may be a GGUF file, which has none.
     if config.vision is None:
         raise _without_tower(checkpoint.path)
-    to = choose_device(device)
-    types = choose_types(dtype, compute_dtype, config, to)
+    target_device = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, target_device)
     if types.integers and compute_dtype not in (None, "auto"):
         raise RequestError(
             "compute_dtype is int8, and the vision tower is computed in floats", hint="give compute_dtype float32"
@@ -86,31 +86,31 @@ def load_vision(
     if not stored:
         raise _without_tower(checkpoint.path)
     sizes = VisionConfig.from_dict(config.vision)
-    # A layer has tensors: a number that lies must not be counted up to.
+    # A layer has tensors: a wrong number must not make us build that many layers.
     if sizes.num_layers > len(stored):
         raise MissingWeights(
             f"the vision tower has {len(stored)} tensors, vision_config asks for {sizes.num_layers} layers", hint=_AGREE
         )
     tower = without_memory(lambda: VisionTower(sizes, config.hidden_size))
     _check(stored, {ENCODER + name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()})
-    place = {}
+    state = {}
     tensors = sorted(stored.values(), key=lambda tensor: tensor.file)
-    with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * types.storage.itemsize, to):
+    with room_for(sum(math.prod(tensor.shape) for tensor in tensors) * types.storage.itemsize, target_device):
         for file, group in groupby(tensors, key=lambda tensor: tensor.file):
             with open_safetensors(file) as shard:
                 for tensor in group:
-                    fresh = shard.get_tensor(tensor.name).to(device=to, dtype=types.storage, copy=True)
-                    place[tensor.name.removeprefix(ENCODER)] = fresh
-    tower.load_state_dict(place, assign=True)
+                    values = shard.get_tensor(tensor.name).to(device=target_device, dtype=types.storage, copy=True)
+                    state[tensor.name.removeprefix(ENCODER)] = values
+    tower.load_state_dict(state, assign=True)
     hold(tower, types)
     return tower.eval().requires_grad_(False)
 
 
 def load_picture_settings(path: str | Path, config: ModelConfig) -> PictureSettings:
-    """How the checkpoint wants its pictures: processor_config.json, else preprocessor_config.json, else the defaults.
+    """The checkpoint's image settings: processor_config.json, else preprocessor_config.json, else the defaults.
 
     Raises:
-        CheckpointError: no tower, so no pictures. DamagedFile: not JSON. ConfigError: another processor than we have.
+        CheckpointError: no tower, so no images. DamagedFile: not JSON. ConfigError: a processor that we do not have.
     """
     if config.vision is None:
         raise _without_tower(path)
@@ -129,11 +129,11 @@ def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes
     """Names and shapes of a tower's tensors as they are stored.
 
     Args:
-        vision_config: `vision_config` of a `config.json`, of the kind `gemma4_vision`.
-        text_hidden: features of the stack that the soft tokens are projected to.
+        vision_config: `vision_config` of a `config.json`, of the type `gemma4_vision`.
+        text_hidden: hidden size of the stack that the soft tokens are projected to.
 
     Raises:
-        ConfigError: another kind of tower, or a size that is no whole number of at least 1 or that no tensor can have.
+        ConfigError: another type of tower, or a size that is not a whole number of at least 1, or impossibly large.
 
     >>> sum(torch.Size(shape).numel() for shape in vision_tensors(MINIMAL_TOWER, 192).values())
     2672
@@ -146,7 +146,7 @@ def vision_tensors(vision_config: Mapping[str, Any], text_hidden: int) -> Shapes
 def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A tower of one layer and 8 features: its `vision_config`, and its bfloat16 tensors by published name.
 
-    It has never seen an image: what it says about one means nothing. The same seed gives the same tensors.
+    It is untrained, so its output for an image means nothing. The same seed gives the same tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -157,12 +157,14 @@ def minimal_vision(seed: int, text_hidden: int) -> tuple[dict[str, Any], dict[st
 
 
 def _check(stored: Mapping[str, StoredTensor], wanted: Shapes) -> None:
-    """Every tensor of the tower there, of its shape and stored as floats, and no other."""
-    missing, left = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    """Check that every tensor of the tower is stored as floats of its shape, and that there is no other."""
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing:
         raise MissingWeights(f"the vision tower lacks {len(missing)} tensors, such as {missing[0]}", hint=_AGREE)
-    if left:
-        raise UnexpectedWeights(f"the vision tower does not take {len(left)} tensors, such as {left[0]}", hint=_AGREE)
+    if unexpected:
+        raise UnexpectedWeights(
+            f"the vision tower does not take {len(unexpected)} tensors, such as {unexpected[0]}", hint=_AGREE
+        )
     for name, shape in wanted.items():
         if stored[name].shape != shape:
             raise ShapeMismatch(
