@@ -1,5 +1,5 @@
-"""Smaller checkpoints: what becomes what (`recipe`), encoders, and conversion piece by piece; and synthetic ones.
+"""Quantisation of checkpoints: the recipe, the encoders, conversion piece by piece; and synthetic checkpoints.
 
-Invariant: memory does not grow with the checkpoint, and what is written is read by others to the same values.
+Invariant: memory does not grow with the checkpoint, and other engines read what is written to the same values.
 Run it:  python -m pytest tests/quantize
 """

@@ -1,9 +1,9 @@
-"""A checkpoint becomes a smaller one: tensor by tensor, expert by expert, whatever its size.
+"""Quantises a checkpoint: tensor by tensor, expert by expert, whatever its size.
 
-    headers -> outline -> slots of the new files -> for each stored tensor: read a piece, encode it, write it
+    headers -> recipe -> slots of the new files -> for each stored tensor: read a piece, encode it, write it
 
-Invariant: memory holds one matrix (of an expert, or of a dense layer) and what it becomes, never more; the new
-checkpoint takes its place only when it is whole, and an older one in that place is as it was until then.
+Invariant: memory holds one matrix (of an expert, or of a dense layer) and its encoded form, never more; the new
+checkpoint appears in the target only when it is whole, and an older one there is unchanged until then.
 
 Run it:  blockpress quantize sudoku-nano ./smaller --format int4
 """
@@ -32,20 +32,20 @@ from blockpress.errors import CheckpointError, DamagedFile, RequestError, Unexpe
 from blockpress.quantize.encoders import ErrorSum, Format, WeightError, quantization_config
 from blockpress.quantize.recipe import Entry, Module, QuantizationRecipe, make_recipe
 
-BESIDE = (
+COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "LICENSE",
 )  # fmt: skip
-"""Files that a smaller checkpoint takes over as they are; a model card is not: its figures are the original's."""
+"""Files that are copied unchanged; a model card is not, since its figures are the original's."""
 
-# Values that are read at once of a tensor that is copied.
+# Values per read of a tensor that is copied.
 _COPIED = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorError:
-    """What became of one stored tensor: its name, its kind (attention, experts ...) and its error."""
+    """The quantisation error of one stored tensor, with its name and kind (attention, experts ...)."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class TensorError:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A finished conversion. Sizes in bytes of tensors, without the files' headers."""
+    """The report of a finished conversion. Sizes are bytes of tensors, without the files' headers."""
 
     format: str
     bytes_before: int
@@ -65,11 +65,11 @@ class Converted:
     notes: tuple[str, ...]
 
     def worst(self, count: int = 10) -> list[TensorError]:
-        """The tensors of the largest relative error, the worst first."""
+        """The `count` tensors of the largest relative error, the worst first."""
         return sorted(self.tensors, key=lambda tensor: -tensor.error.relative)[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON knows it, every tensor listed."""
+        """The report as JSON values, every tensor listed."""
         return asdict(self)
 
 
@@ -83,70 +83,71 @@ def convert_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
-    """Write the checkpoint in `source`, which may be open, to `target` with its linear layers in fewer bits.
+    """Write the checkpoint `source`, a path or an open checkpoint, to `target` with its linear layers quantised.
 
     `target` gets the weights, config.json with a `quantization_config`, the files that go with the model (tokenizer,
     template, processor, generation config), and `quantization.json`, the report.
 
     Args:
-        keep: patterns of names of linear layers that stay as they are, such as `*.self_attn.*`.
-        experts_only: make the experts smaller and nothing else.
+        keep: patterns of names of linear layers that are not quantised, such as `*.self_attn.*`.
+        experts_only: quantise the experts and nothing else.
         progress: called with (bytes read, bytes to read).
 
     Raises:
-        RequestError: `target` is `source`, or nothing would become smaller.
-        CheckpointError: a checkpoint that is quantised already, values that are not finite, a disk without room, and
-            whatever else is wrong with the files.
+        RequestError: `target` is `source`, or nothing would be quantised.
+        CheckpointError: a checkpoint that is quantised already, values that are not finite, a full disk, and anything
+            else that is wrong with the files.
         ConfigError: as `load_config`.
     """
     checkpoint = _plain_source(opened_at(source))
     if Path(target).resolve() == checkpoint.directory.resolve():
         raise RequestError(f"the target {str(target)!r} is the checkpoint itself", hint="give another directory")
     stored = _single_names(checkpoint.tensors, load_config(checkpoint).family)
-    plan = make_recipe({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
-    if not any(entry.smaller for entry in plan.entries):
+    recipe = make_recipe({name: (t.dtype, t.shape) for name, t in stored.items()}, form, keep, experts_only)
+    if not any(entry.smaller for entry in recipe.entries):
         raise RequestError(
             f"nothing of {str(checkpoint.path)!r} would become smaller in {form.name}",
-            hint="; ".join(plan.notes[:2]) or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
+            hint="; ".join(recipe.notes[:2])
+            or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
         )
-    run = _Conversion(plan, stored, progress or (lambda done, total: None))
-    with staged(Path(target), replaces=BESIDE) as staging:
-        check_disk_space(staging, sum(slot.bytes for slot in plan.slots()))
-        with streamed(staging, plan.slots(), shard_bytes) as writer:
-            run.convert(writer)
-        _copy_beside(checkpoint.directory, staging)
-        result = run.result()
+    conversion = _Conversion(recipe, stored, progress or (lambda done, total: None))
+    with staged(Path(target), replaces=COPIED_FILES) as staging:
+        check_disk_space(staging, sum(slot.bytes for slot in recipe.slots()))
+        with streamed(staging, recipe.slots(), shard_bytes) as writer:
+            conversion.convert(writer)
+        _copy_files(checkpoint.directory, staging)
+        result = conversion.result()
         write_json(staging / REPORT, result.to_dict())
-        packed = {"quantization_config": quantization_config(form, plan.ignore)}
+        packed = {"quantization_config": quantization_config(form, recipe.ignore)}
         write_json(staging / CONFIG, {**checkpoint.document, **packed})
     return result
 
 
-def _copy_beside(source: Path, target: Path) -> None:
-    for name in BESIDE:
+def _copy_files(source: Path, target: Path) -> None:
+    for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 class _Conversion:
-    """Goes through the stored tensors in the order of their files."""
+    """One run over the stored tensors, in the recipe's order; it collects their errors."""
 
     def __init__(
-        self, plan: QuantizationRecipe, stored: Mapping[str, StoredTensor], progress: Callable[[int, int], None]
+        self, recipe: QuantizationRecipe, stored: Mapping[str, StoredTensor], progress: Callable[[int, int], None]
     ) -> None:
-        self.plan, self.stored, self.progress = plan, stored, progress
+        self.recipe, self.stored, self.progress = recipe, stored, progress
         self.tensors: list[TensorError] = []
         self.kinds: dict[str, ErrorSum] = {}
-        self.peaks: dict[str, float] = {}
+        self.amaxes: dict[str, float] = {}
         self.done, self.total = 0, sum(tensor.bytes for tensor in stored.values())
 
     def convert(self, writer: StreamWriter) -> None:
         self.progress(0, self.total)
         with ExitStack() as files:
-            # A file each stays open: a layer's tensors, and those under one outer scale, may lie in several.
+            # All files stay open: a layer's tensors, and fused layers under one global scale, may be in several.
             names = {tensor.file for tensor in self.stored.values()}
             self.shards = {file: files.enter_context(StreamReader(file)) for file in names}
-            for entry in self.plan.entries:
+            for entry in self.recipe.entries:
                 if entry.smaller:
                     self._encode(entry, writer)
                 else:
@@ -154,13 +155,13 @@ class _Conversion:
 
     def result(self) -> Converted:
         return Converted(
-            format=self.plan.form.name,
+            format=self.recipe.form.name,
             bytes_before=self.total,
-            bytes_after=sum(slot.bytes for slot in self.plan.slots()),
+            bytes_after=sum(slot.bytes for slot in self.recipe.slots()),
             tensors=tuple(self.tensors),
             kinds={kind: errors.result() for kind, errors in self.kinds.items()},
-            ignore=self.plan.ignore,
-            notes=self.plan.notes,
+            ignore=self.recipe.ignore,
+            notes=self.recipe.notes,
         )
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -168,10 +169,10 @@ class _Conversion:
 
     def _encode(self, entry: Entry, writer: StreamWriter) -> None:
         errors = ErrorSum()
-        for matrix, modules, peak in self._matrices(entry):
+        for matrix, modules, amax in self._matrices(entry):
             for module in modules:
                 weight = matrix[module.start : module.start + module.rows]
-                encoded = self.plan.form.encode(weight, peak)
+                encoded = self.recipe.form.encode(weight, amax)
                 for part, tensor in encoded.tensors.items():
                     writer.write(f"{module.name}.{part}", tensor)
                 errors.add(weight, encoded.values)
@@ -180,25 +181,25 @@ class _Conversion:
         self.kinds.setdefault(entry.kind, ErrorSum()).join(errors)
 
     def _matrices(self, entry: Entry) -> Iterator[tuple[Tensor, Sequence[Module], float]]:
-        """Matrices of a tensor, one in memory at a time, with their modules and the peak of what shares their scale."""
+        """A tensor's matrices, one in memory at a time, with their modules and the amax over their fused layers."""
         if len(entry.shape) == 2:
-            peak = max(self._peak(name) for name in self.plan.fused_with(entry))
-            yield self._read(entry.name), entry.modules, peak
+            amax = max(self._amax(name) for name in self.recipe.fused_with(entry))
+            yield self._read(entry.name), entry.modules, amax
             return
         for expert in range(entry.shape[0]):
             matrix = self._read(entry.name, expert, expert + 1)[0]
-            yield matrix, _of(entry, expert), amax_of(matrix, f"{entry.name}[{expert}]")
+            yield matrix, _expert_modules(entry, expert), amax_of(matrix, f"{entry.name}[{expert}]")
 
-    def _peak(self, name: str) -> float:
-        if name not in self.peaks:
-            self.peaks[name] = amax_of(self._read(name), name)
-        return self.peaks[name]
+    def _amax(self, name: str) -> float:
+        if name not in self.amaxes:
+            self.amaxes[name] = amax_of(self._read(name), name)
+        return self.amaxes[name]
 
     def _copy(self, entry: Entry, writer: StreamWriter) -> None:
         if len(entry.shape) == 3 and entry.modules:
             for expert in range(entry.shape[0]):
                 matrix = self._read(entry.name, expert, expert + 1)[0]
-                for module in _of(entry, expert):
+                for module in _expert_modules(entry, expert):
                     writer.write(module.name + ".weight", matrix[module.start : module.start + module.rows])
                 self._advance(matrix)
         elif not entry.shape:
@@ -218,33 +219,33 @@ class _Conversion:
 
 
 def amax_of(weight: Tensor, name: str) -> float:
-    """The largest magnitude.
+    """The largest magnitude of the weight.
 
     Raises:
         CheckpointError: a value that is not finite.
     """
-    peak = float(weight.abs().amax()) if weight.numel() else 0.0
-    if not math.isfinite(peak):
+    amax = float(weight.abs().amax()) if weight.numel() else 0.0
+    if not math.isfinite(amax):
         raise CheckpointError(
             f"the tensor {name} holds values that are not finite", hint="no format has a code for them: save it again"
         )
-    return peak
+    return amax
 
 
 def add_to_report(folder: str | Path, key: str, value: Mapping[str, Any]) -> None:
-    """Put what was measured on a finished checkpoint beside the errors of its weights."""
+    """Add measurements on a finished checkpoint to the report of its weights' errors, under `key`."""
     file = Path(folder) / REPORT
     write_json(file, read_object(file) | {key: value})
 
 
-def _of(entry: Entry, expert: int) -> Sequence[Module]:
-    """The modules of one expert: they lie in order, as many for each."""
-    each = len(entry.modules) // entry.shape[0]
-    return entry.modules[expert * each : (expert + 1) * each]
+def _expert_modules(entry: Entry, expert: int) -> Sequence[Module]:
+    """The modules of one expert: they are in order, the same number for each expert."""
+    count = len(entry.modules) // entry.shape[0]
+    return entry.modules[expert * count : (expert + 1) * count]
 
 
 def _plain_source(source: Checkpoint) -> Checkpoint:
-    """The same. Raises CheckpointError: it is no directory of files, or quantised already."""
+    """`source` itself. Raises CheckpointError: it is a GGUF file, or quantised already."""
     if source.is_gguf:
         raise _quantised(f"{str(source.path)!r} is a GGUF file, and only safetensors are made smaller")
     kind = source.kind
@@ -258,20 +259,20 @@ def _quantised(what: str) -> CheckpointError:
 
 
 def _single_names(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
-    """The catalogue without ties: a second name of a weight that is made smaller would say what it was before.
+    """The stored tensors without ties: a second name of a quantised weight would keep its original values.
 
     Raises:
-        CheckpointError: a weight that is no plain float, so quantised already.
-        UnexpectedWeights: a tie that differs from what it is tied to. DamagedFile: a tensor without values.
+        CheckpointError: a weight that is not stored as floats, so quantised already.
+        UnexpectedWeights: a tie that differs from its twin. DamagedFile: a tensor without values.
     """
     for name, tensor in stored.items():
         if is_quantised(name) or tensor.dtype not in FLOATS:
             raise _quantised(f"the tensor {name} is stored as {tensor.dtype}")
         if not all(tensor.shape):
             raise DamagedFile(f"the tensor {name} has the shape {list(tensor.shape)}", hint="fetch the file again")
-    own = {name: our_name(name, family) for name in stored}
-    first = {ours: stored[name] for name, ours in own.items() if ours and published_name(ours, family) == name}
-    ties = {name: first[ours] for name, ours in own.items() if ours in first and first[ours].name != name}
+    our_names = {name: our_name(name, family) for name in stored}
+    first = {ours: stored[name] for name, ours in our_names.items() if ours and published_name(ours, family) == name}
+    ties = {name: first[ours] for name, ours in our_names.items() if ours in first and first[ours].name != name}
     for name, tied in ties.items():
         if not _same(stored[name], tied):
             raise UnexpectedWeights(

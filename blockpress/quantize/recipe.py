@@ -1,14 +1,14 @@
-"""Which weights of a checkpoint are made smaller, under which names, and what stays as it is.
+"""Which weights of a checkpoint are quantised, under which names, and which stay as they are.
 
-    smaller     the linear layers of attention, of the dense MLP and of self-conditioning, and the experts
-    as it is    embedding (and head), router, norms, scalars, vision; whatever `keep` names; rows that do not fit
+    quantised   the linear layers of attention, of the dense MLP and of self-conditioning, and the experts
+    as it is    embedding (and head), router, norms, scalars, vision; what `keep` names; rows that do not fit
 
-Experts that are stored as two stacks are written one by one, as the published quantised checkpoints have them:
+Experts that are stored as two stacks are written one by one, as in the published quantised checkpoints:
 
     model.decoder.layers.3.experts.gate_up_proj [128, 1408, 2816]
         -> model.decoder.layers.3.experts.E.{gate_proj, up_proj}.*      gate is the first half of the rows
 
-Invariant: every tensor of the checkpoint has one entry, and the entries' slots are the whole quantised checkpoint.
+Invariant: every tensor of the checkpoint has one entry, and the entries' slots make up the whole quantised checkpoint.
 
 Run it:  python -m pytest tests/quantize/test_convert.py
 Source: the published checkpoints in compressed-tensors' layout; NVIDIA's recipe for `experts_only`.
@@ -27,25 +27,25 @@ from blockpress.checkpoints.names import our_name
 from blockpress.checkpoints.safetensors.stream import CODES, Slot
 from blockpress.quantize.encoders import Format, scale_dtype
 
-# Names in our network, so that a stack is known under every name under which it is published.
+# Names in our network, so that every published name of a tensor matches.
 _LINEAR = re.compile(
     r"(?:layers\.\d+\.(?:self_attn\.[qkvo]|(?:mlp|(?P<expert>experts)\.\d+)\.(?:gate|up|down))"
     r"|self_conditioning\.(?:gate|up|down))_proj\.weight"
 )
 _STACK = re.compile(r"layers\.\d+\.experts\.(?P<which>gate_up|down)_proj")
 
-# What readers would take for a linear layer to be quantised, wherever it lies.
+# For `ignore`: what readers would otherwise take for quantised linear layers.
 UNTOUCHED = ("lm_head", r"re:.*\.router\.proj$", r"re:.*\.vision_tower\..*", r"re:.*\.embed_vision\..*")
 
-# Layers that other engines run as one, and therefore under one outer scale.
+# Fused layers: other engines run them as one matrix, so they share one global scale.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One linear layer that is written: its name, and where it lies in what was stored.
+    """One linear layer that is written: its name, and its rows `start` to `start + rows` of a stored matrix.
 
-    `expert` is its place in a stack, None where it is a matrix of its own; `rows` are those of the expert's matrix.
+    `expert` is its index in a stack, None where it is stored as a matrix of its own.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One stored tensor: `modules` are what it is written as, none where it is copied; `smaller` where in few bits."""
+    """One stored tensor: `modules` is what it is written as, empty where it is copied; `smaller`: it is quantised."""
 
     name: str
     code: str
@@ -69,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationRecipe:
-    """The whole of a quantised checkpoint before a weight of it is read. `notes` say what stayed, and why."""
+    """The layout of a quantised checkpoint, before any weight is read. `notes` say what is not quantised, and why."""
 
     form: Format
     entries: tuple[Entry, ...]
@@ -81,14 +81,14 @@ class QuantizationRecipe:
         return [slot for entry in self.entries for slot in self.slots_of(entry)]
 
     def fused_with(self, entry: Entry) -> tuple[str, ...]:
-        """Stored tensors that share an outer scale with this one, itself among them."""
-        home, _, own = entry.name.removesuffix(".weight").rpartition(".")
-        group = next((names for names in _FUSED if own in names), ())
-        names = tuple(f"{home}.{name}.weight" for name in group if f"{home}.{name}.weight" in self._smaller)
+        """The fused layers of this one, itself among them: stored tensors that share its global scale."""
+        home, _, leaf = entry.name.removesuffix(".weight").rpartition(".")
+        group = next((names for names in _FUSED if leaf in names), ())
+        names = tuple(f"{home}.{name}.weight" for name in group if f"{home}.{name}.weight" in self._quantised)
         return names or (entry.name,)
 
     @cached_property
-    def _smaller(self) -> frozenset[str]:
+    def _quantised(self) -> frozenset[str]:
         return frozenset(entry.name for entry in self.entries if entry.smaller)
 
     def slots_of(self, entry: Entry) -> Iterator[Slot]:
@@ -110,12 +110,12 @@ def make_recipe(
     keep: Sequence[str] = (),
     experts_only: bool = False,
 ) -> QuantizationRecipe:
-    """Decide on every tensor.
+    """Decide for every tensor whether it is quantised.
 
     Args:
-        tensors: of the checkpoint, by published name: the format's name of the type, and the shape.
-        keep: patterns with `*` and `?`; what a linear layer's name matches as a whole stays as it is. A stack of
-            experts stays where the name of the stack or of any of its experts' layers does.
+        tensors: of the checkpoint, by published name: safetensors' code of the type, and the shape.
+        keep: patterns with `*` and `?`; a linear layer whose whole name matches one stays as it is. A stack of experts
+            stays where its own name or that of any of its experts' layers matches.
         experts_only: keep every linear layer that is not an expert's.
     """
     entries, notes, unmatched = [], [], set(keep)
@@ -125,11 +125,11 @@ def make_recipe(
             names = [name.removesuffix(".weight"), *(module.name for module in entry.modules)]
             hit = {pattern for pattern in keep if any(fnmatch.fnmatchcase(n, pattern) for n in names)}
             unmatched -= hit
-            fits = form.fits(entry.modules[0].columns)
+            supported = form.supports(entry.modules[0].columns)
             wanted = not hit and not (experts_only and entry.kind != "experts")
-            if wanted and not fits:
+            if wanted and not supported:
                 notes.append(f"{name} stays as it is: rows of {entry.modules[0].columns} do not fit {form.name}")
-            entry = replace(entry, smaller=wanted and fits)
+            entry = replace(entry, smaller=wanted and supported)
         entries.append(entry)
     notes += [f"nothing is called {pattern}: --keep has no effect" for pattern in sorted(unmatched)]
     final = tuple(_joined(entries))
@@ -139,17 +139,17 @@ def make_recipe(
 
 def _entry(name: str, code: str, shape: tuple[int, ...]) -> Entry:
     ours = our_name(name) or ""
-    if (found := _LINEAR.fullmatch(ours)) and len(shape) == 2:
+    if (match := _LINEAR.fullmatch(ours)) and len(shape) == 2:
         linear = Module(name=name.removesuffix(".weight"), rows=shape[0], columns=shape[1])
-        return Entry(name=name, code=code, shape=shape, kind=_kind(name, found), modules=(linear,))
-    if (found := _STACK.fullmatch(ours)) and len(shape) == 3:
-        modules = tuple(_experts(name.rpartition(".")[0], found["which"], shape))
+        return Entry(name=name, code=code, shape=shape, kind=_kind(name, match), modules=(linear,))
+    if (match := _STACK.fullmatch(ours)) and len(shape) == 3:
+        modules = tuple(_experts(name.rpartition(".")[0], match["which"], shape))
         return Entry(name=name, code=code, shape=shape, kind="experts", modules=modules)
     return Entry(name=name, code=code, shape=shape, kind="kept")
 
 
-def _kind(name: str, found: re.Match[str]) -> str:
-    if found["expert"]:
+def _kind(name: str, match: re.Match[str]) -> str:
+    if match["expert"]:
         return "experts"
     if ".self_attn." in name:
         return "attention"
@@ -161,13 +161,13 @@ def _experts(home: str, which: str, shape: tuple[int, ...]) -> Iterator[Module]:
     names = ("gate_proj", "up_proj") if which == "gate_up" else ("down_proj",)
     size = rows // len(names)
     for expert in range(count):
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             full = f"{home}.{expert}.{name}"
-            yield Module(name=full, rows=size, columns=columns, expert=expert, start=place * size)
+            yield Module(name=full, rows=size, columns=columns, expert=expert, start=index * size)
 
 
 def _joined(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """A layer's stacks are written one by one both, or neither: no reader takes half a layer's experts stacked."""
+    """Split both of a layer's stacks into experts, or neither: no reader takes half of a layer's experts stacked."""
     known = list(entries)
     split = {_home(entry) for entry in known if entry.smaller and len(entry.shape) == 3}
     for entry in known:

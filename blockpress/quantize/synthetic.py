@@ -1,7 +1,7 @@
-"""A checkpoint of random values in the shape of a preset, in any format: what speed and memory are measured on.
+"""A checkpoint of random values in the shape of a preset, in any format, to measure speed and memory on.
 
-Random bytes are taken for ranks of a normal distribution and looked up as codes of the format, so that 25 billion
-weights are drawn in the bits in which they are stored. There are 256 (in 4 bits 16) different values a matrix.
+Random bytes are used as ranks of a normal distribution and mapped to codes of the format, so that 25 billion weights
+are drawn directly in their stored form. A matrix has 256 (in 4 bits 16) different values.
 
     linear layers, router    mean 0, standard deviation 1/sqrt(inputs): activations keep their size
     embedding                standard deviation 1/sqrt(hidden)
@@ -31,15 +31,15 @@ from blockpress.checkpoints.safetensors.stream import StreamWriter, streamed
 from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ModelNotFound, RequestError
 from blockpress.model import Network
-from blockpress.quantize.convert import BESIDE
+from blockpress.quantize.convert import COPIED_FILES
 from blockpress.quantize.encoders import Format, Fp8, quantization_config
 from blockpress.quantize.encoders.layout import quantiles
 from blockpress.quantize.recipe import Entry, QuantizationRecipe, make_recipe
 
 MARK = "synthetic"
-"""The key of config.json that says that the weights are random."""
+"""The key of config.json that marks the weights as random."""
 
-# Values of a plain tensor that are drawn at once.
+# Values of a plain tensor that are drawn at a time.
 _PIECE = 1 << 24
 
 _CARD = """# Random weights
@@ -64,37 +64,37 @@ def synthesize(
     Args:
         preset: a key of `blockpress.config.PRESETS`.
         form: of the linear layers; None: all in bfloat16.
-        layers: only the first so many.
+        layers: only the first `layers` layers; None: all.
         progress: called with (bytes written, bytes to write).
 
     Returns:
-        bytes of tensors.
+        The bytes of all tensors.
 
     Raises:
-        ModelNotFound: no such preset. RequestError: a seed or a number of layers that cannot be meant.
-        CheckpointError: the target cannot be written, or the disk has no room.
+        ModelNotFound: no such preset. RequestError: an invalid seed or number of layers.
+        CheckpointError: the target cannot be written, or the disk is full.
     """
     if not isinstance(seed, int) or seed < 0:
         raise RequestError(f"seed is {seed!r}", hint="seed must be a whole number of at least 0")
     config = _config(preset, layers)
-    plan = _outline(config, form)
-    slots = plan.slots()
+    recipe = _recipe(config, form)
+    slots = recipe.slots()
     total, done = sum(slot.bytes for slot in slots), 0
     generation = GenerationConfig(stop_ids=config.eos_ids).to_dict()
-    told = config.to_dict() | {MARK: {"preset": preset, "seed": seed, "by": "blockpress synthesize"}}
+    document = config.to_dict() | {MARK: {"preset": preset, "seed": seed, "by": "blockpress synthesize"}}
     if form is not None:
-        told |= {"quantization_config": quantization_config(form, plan.ignore)}
-    with staged(Path(target), replaces=BESIDE) as staging:
+        document |= {"quantization_config": quantization_config(form, recipe.ignore)}
+    with staged(Path(target), replaces=COPIED_FILES) as staging:
         check_disk_space(staging, total)
         with streamed(staging, slots, shard_bytes) as writer:
-            for entry in plan.entries:
-                done += _draw(entry, plan, seed, writer)
+            for entry in recipe.entries:
+                done += _draw(entry, recipe, seed, writer)
                 if progress is not None:
                     progress(done, total)
         card = _CARD.format(preset=preset, seed=seed, layers=len(config.layers), form=form.name if form else "bf16")
         (staging / "README.md").write_text(card, encoding="utf-8")
         write_json(staging / GENERATION, generation)
-        write_json(staging / CONFIG, told)
+        write_json(staging / CONFIG, document)
     return total
 
 
@@ -109,30 +109,30 @@ def _config(preset: str, layers: int | None) -> ModelConfig:
     return replace(config, dtype="bfloat16", vision=None)
 
 
-def _outline(config: ModelConfig, form: Format | None) -> QuantizationRecipe:
+def _recipe(config: ModelConfig, form: Format | None) -> QuantizationRecipe:
     with torch.device("meta"):
         state = Network(config).state_dict()
     tensors = {published_name(name, config.family): ("BF16", tuple(tensor.shape)) for name, tensor in state.items()}
     if form is not None:
         return make_recipe(tensors, form)
     entries = tuple(Entry(name=n, code=code, shape=shape, kind="kept") for n, (code, shape) in tensors.items())
-    # Without a smaller entry no format is ever asked.
+    # Without a quantised entry the format is never used.
     return QuantizationRecipe(form=Fp8(), entries=entries, ignore=(), notes=())
 
 
-def _draw(entry: Entry, plan: QuantizationRecipe, seed: int, writer: StreamWriter) -> int:
-    """Write one entry; the bytes of it."""
+def _draw(entry: Entry, recipe: QuantizationRecipe, seed: int, writer: StreamWriter) -> int:
+    """Write one entry; returns its bytes."""
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(entry.name.encode())]))
     if entry.smaller:
         for module in entry.modules:
-            tensors = plan.form.draw(module.rows, module.columns, module.columns**-0.5, rng)
+            tensors = recipe.form.draw(module.rows, module.columns, module.columns**-0.5, rng)
             for part, tensor in tensors.items():
                 writer.write(f"{module.name}.{part}", tensor)
     else:
-        for slot in plan.slots_of(entry):
+        for slot in recipe.slots_of(entry):
             for piece in _plain(slot.shape, rng):
                 writer.write(slot.name, piece)
-    return sum(slot.bytes for slot in plan.slots_of(entry))
+    return sum(slot.bytes for slot in recipe.slots_of(entry))
 
 
 def _plain(shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from blockpress.checkpoints.atomic import REPORT, staged
 from blockpress.checkpoints.safetensors.stream import StreamReader
 from blockpress.config import GenerationConfig
 from blockpress.errors import CheckpointError
-from blockpress.quantize.convert import BESIDE, convert_checkpoint
+from blockpress.quantize.convert import COPIED_FILES, convert_checkpoint
 from blockpress.quantize.encoders import format_named
 from blockpress.quantize.synthetic import synthesize
 
@@ -35,7 +35,7 @@ def test_files_of_the_older_checkpoint_go(single: Path, tmp_path: Path) -> None:
     convert_checkpoint(single, older(tmp_path / "smaller"), format_named("fp8"))
     for folder, own in ((tmp_path / "random", set()), (tmp_path / "smaller", {REPORT})):
         left = {file.name for file in folder.iterdir()}
-        assert left & {*BESIDE, REPORT, "hf_quant_config.json"} - {"generation_config.json"} == own
+        assert left & {*COPIED_FILES, REPORT, "hf_quant_config.json"} - {"generation_config.json"} == own
         assert "notes.txt" in left and "model-00001-of-00002.safetensors" not in left
 
 

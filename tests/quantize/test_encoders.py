@@ -101,9 +101,9 @@ def test_e2m1_rounds_ties_to_even_as_compressed_tensors_does() -> None:
 def test_tiles_do_not_show(form: Format) -> None:
     rows = 2 * TILE // 256 + 3
     original = weight(4, rows=rows)
-    # nvfp4's outer scale is that of the whole, whatever the part.
-    peak = float(original.abs().max())
-    whole, part = form.encode(original, peak), form.encode(original[-5:].clone(), peak)
+    # nvfp4's global scale is that of the whole, whatever the part.
+    amax = float(original.abs().max())
+    whole, part = form.encode(original, amax), form.encode(original[-5:].clone(), amax)
     assert torch.equal(whole.values[-5:], part.values)
     for name, tensor in part.tensors.items():
         if tensor.shape[0] == 5:
@@ -141,11 +141,11 @@ def test_the_search_gains_what_it_costs_time_for() -> None:
     assert relative(Int8Rows(), original) <= relative(PLAIN["int8"], original)
 
 
-def test_the_outer_scale_of_nvfp4_is_that_of_compressed_tensors() -> None:
+def test_the_global_scale_of_nvfp4_is_that_of_compressed_tensors() -> None:
     original = weight(6, dtype=torch.float32)
     theirs = generate_gparam(original.min(), original.max())
     assert torch.equal(Nvfp4().encode(original).tensors["weight_global_scale"], theirs)
-    shared = Nvfp4().encode(original, peak=2 * float(original.abs().max()))
+    shared = Nvfp4().encode(original, amax=2 * float(original.abs().max()))
     assert torch.equal(shared.tensors["weight_global_scale"], theirs / 2)
     assert torch.equal(restore(Nvfp4(), shared.tensors), shared.values)
 
@@ -181,4 +181,9 @@ def test_formats_are_found_by_name_and_refused_by_name() -> None:
         with pytest.raises(RequestError) as caught:
             format_named(*arguments)
         assert str(arguments[-1]) in caught.value.message
-    assert not Nvfp4().fits(24) and Nvfp4().fits(704) and Int4Groups().fits(704) and not Int4Groups(group=128).fits(704)
+    assert (
+        not Nvfp4().supports(24)
+        and Nvfp4().supports(704)
+        and Int4Groups().supports(704)
+        and not Int4Groups(group=128).supports(704)
+    )

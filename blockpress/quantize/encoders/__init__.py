@@ -1,6 +1,6 @@
-"""Smaller weights: encoders that turn a weight [out, in] into few bits, and what that costs in error.
+"""Encoders that quantise a weight [out, in], and the error of that.
 
-Invariant: an encoder is a pure function of the weight; what it writes, compressed-tensors reads to the same values.
+Invariant: an encoder is a pure function of the weight; compressed-tensors decodes what it writes to the same values.
 
 Run it:  python -m pytest tests/quantize
 """
@@ -36,7 +36,7 @@ FORMATS: dict[str, Callable[..., Format]] = {"fp8": Fp8, "int8": Int8Rows, "nvfp
 
 
 def format_named(name: str, group: int | None = None) -> Format:
-    """The format of that name; `group` is the number of columns under one scale, for int4 alone.
+    """The format of that name; `group` is the number of columns per scale, for int4 only.
 
     Raises:
         RequestError: no such format, or a group that it does not take.

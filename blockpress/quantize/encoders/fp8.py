@@ -1,10 +1,10 @@
-"""fp8: e4m3 with a scale for each row (output channel); readers quantise activations token by token.
+"""fp8: e4m3 with a scale for each row (output channel); readers quantise activations per token.
 
     value[r, c] = weight[r, c] * weight_scale[r]        weight_scale[r] = largest magnitude of row r / 448
 
-A float keeps its relative precision down to 2^-6 of the largest, so that no clip is worth searching for.
+A float keeps its relative precision down to 2^-6 of the largest value, so searching for a clip is not worth it.
 
-Invariant: no code is a NaN (0x7f, 0xff), since a value is held within 448 before it is rounded.
+Invariant: no code is NaN (0x7f, 0xff), since values are clamped to 448 before they are rounded.
 
 Run it:  python -m pytest tests/quantize/test_encoders.py
 Source: OCP 8-bit floating point specification 1.0 (e4m3); compressed-tensors' preset FP8_DYNAMIC.
@@ -40,13 +40,13 @@ class Fp8:
             "input_activations": arguments(8, "float", "token", dynamic=True),
         }
 
-    def fits(self, columns: int) -> bool:
+    def supports(self, columns: int) -> bool:
         return columns >= 1
 
     def layout(self, rows: int, columns: int, scales: torch.dtype) -> Shapes:
         return {"weight": (E4M3, (rows, columns)), "weight_scale": (scales, (rows, 1))}
 
-    def encode(self, weight: Float[Tensor, "out in"], peak: float | None = None) -> Encoded:
+    def encode(self, weight: Float[Tensor, "out in"], amax: float | None = None) -> Encoded:
         rows, columns = weight.shape
         kind = scale_dtype(weight.dtype)
         codes = torch.empty(rows, columns, dtype=E4M3)
@@ -58,9 +58,9 @@ class Fp8:
             codes[tile], scales[tile], values[tile] = code, scale, code.to(kind) * scale
         return Encoded(tensors={"weight": codes, "weight_scale": scales}, values=values)
 
-    def draw(self, rows: int, columns: int, spread: float, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, rows: int, columns: int, std: float, rng: np.random.Generator) -> dict[str, Tensor]:
         levels = torch.from_numpy(64 * quantiles(256)).to(E4M3)
         bytes_ = rng.bytes(rows * columns).translate(levels.view(torch.uint8).numpy().tobytes())
         codes = torch.frombuffer(bytearray(bytes_), dtype=torch.uint8).view(E4M3).view(rows, columns)
-        scale = torch.full((rows, 1), spread / float(levels.float().std(correction=0)), dtype=torch.bfloat16)
+        scale = torch.full((rows, 1), std / float(levels.float().std(correction=0)), dtype=torch.bfloat16)
         return {"weight": codes, "weight_scale": scale}

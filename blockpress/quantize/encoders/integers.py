@@ -1,12 +1,12 @@
 """int8 with a scale for each row, and int4 with a scale for each group of columns.
 
-    int8   value[r, c] = weight[r, c] * weight_scale[r]                codes -128 to 127; readers take int8 activations
+    int8   value[r, c] = weight[r, c] * weight_scale[r]                codes -128 to 127; readers use int8 activations
     int4   value[r, c] = nibble[r, c] * weight_scale[r, c // group]    codes -8 to 7; activations stay as they are
 
-Eight int4 codes, each plus 8, lie in one int32, the first in the lowest bits. An integer's step is as wide for small
-values as for large ones, so a scale that clips the largest a little may lower the squared error: a few are tried.
+Eight int4 codes, each plus 8, are packed in one int32, the first in the lowest bits. Integers have the same step for
+small and large values, so a scale that clips the largest a little may lower the squared error: a few are tried.
 
-Invariant: with the search the squared error of a row (a group) is never above that of the widest scale tried, which
+Invariant: with the search, the squared error of a row (a group) is never above that of the widest scale tried, which
 clips nothing.
 
 Run it:  python -m pytest tests/quantize/test_encoders.py
@@ -28,7 +28,7 @@ from blockpress.quantize.encoders.layout import Encoded, Shapes, arguments, quan
 
 CLIPS_8 = (1.0, 0.97, 0.94, 0.9)
 CLIPS_4 = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
-"""Shares of the scale that clips nothing: the ones that are tried."""
+"""The scales that are tried, as fractions of the one that clips nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class Int8Rows:
             "input_activations": arguments(8, "int", "token", dynamic=True),
         }
 
-    def fits(self, columns: int) -> bool:
+    def supports(self, columns: int) -> bool:
         return columns >= 1
 
     def layout(self, rows: int, columns: int, scales: torch.dtype) -> Shapes:
         return {"weight": (torch.int8, (rows, columns)), "weight_scale": (scales, (rows, 1))}
 
-    def encode(self, weight: Float[Tensor, "out in"], peak: float | None = None) -> Encoded:
+    def encode(self, weight: Float[Tensor, "out in"], amax: float | None = None) -> Encoded:
         rows, columns = weight.shape
         kind = scale_dtype(weight.dtype)
         codes = torch.empty(rows, columns, dtype=torch.int8)
@@ -64,11 +64,11 @@ class Int8Rows:
             codes[tile], scales[tile], values[tile] = code.to(torch.int8), scale, code.to(kind) * scale
         return Encoded(tensors={"weight": codes, "weight_scale": scales}, values=values)
 
-    def draw(self, rows: int, columns: int, spread: float, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, rows: int, columns: int, std: float, rng: np.random.Generator) -> dict[str, Tensor]:
         levels = np.rint(40 * quantiles(256)).astype(np.int8)
         bytes_ = rng.bytes(rows * columns).translate(levels.tobytes())
         codes = torch.frombuffer(bytearray(bytes_), dtype=torch.int8).view(rows, columns)
-        return {"weight": codes, "weight_scale": torch.full((rows, 1), spread / levels.std(), dtype=torch.bfloat16)}
+        return {"weight": codes, "weight_scale": torch.full((rows, 1), std / levels.std(), dtype=torch.bfloat16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Int4Groups:
     def scheme(self) -> dict[str, Any]:
         return {"weights": arguments(4, "int", "group", group_size=self.group)}
 
-    def fits(self, columns: int) -> bool:
+    def supports(self, columns: int) -> bool:
         return columns % self.group == 0
 
     def layout(self, rows: int, columns: int, scales: torch.dtype) -> Shapes:
@@ -101,7 +101,7 @@ class Int4Groups:
             "weight_shape": (torch.int64, (2,)),
         }
 
-    def encode(self, weight: Float[Tensor, "out in"], peak: float | None = None) -> Encoded:
+    def encode(self, weight: Float[Tensor, "out in"], amax: float | None = None) -> Encoded:
         rows, columns = weight.shape
         kind = scale_dtype(weight.dtype)
         packed = torch.empty(rows, columns // 8, dtype=torch.int32)
@@ -119,21 +119,21 @@ class Int4Groups:
         tensors = {"weight_packed": packed, "weight_scale": scales, "weight_shape": shape}
         return Encoded(tensors=tensors, values=values)
 
-    def draw(self, rows: int, columns: int, spread: float, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, rows: int, columns: int, std: float, rng: np.random.Generator) -> dict[str, Tensor]:
         levels = np.rint(4 * quantiles(16)).clip(-7, 7)
         pairs = np.array([int(high + 8) << 4 | int(low + 8) for high in levels for low in levels], dtype=np.uint8)
         bytes_ = rng.bytes(rows * columns // 2).translate(pairs.tobytes())
         packed = torch.frombuffer(bytearray(bytes_), dtype=torch.int32).view(rows, columns // 8)
-        scale = torch.full((rows, columns // self.group), spread / levels.std(), dtype=torch.bfloat16)
+        scale = torch.full((rows, columns // self.group), std / levels.std(), dtype=torch.bfloat16)
         return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
 
 
 def best_scale(x: Float32[Tensor, "a b"], axis: int, top: int, kind: torch.dtype, clips: tuple[float, ...]) -> Tensor:
-    """Of the scales that are tried along an axis, the one of the lowest squared error, rounded to `kind`.
+    """The scale along an axis with the lowest squared error of those tried, rounded to `kind`.
 
     Args:
         top: the largest code; the smallest is -top - 1.
-        clips: shares of `largest magnitude / top`, the first of them 1.
+        clips: fractions of `largest magnitude / top` to try, the first of them 1.
     """
     widest = x.abs().amax(axis, keepdim=True) / top
     best = safe(widest.to(kind))
@@ -141,8 +141,8 @@ def best_scale(x: Float32[Tensor, "a b"], axis: int, top: int, kind: torch.dtype
     for clip in clips if len(clips) > 1 else ():
         scale = safe((widest * clip).to(kind))
         wide = scale.float()
-        missed = (x / wide).round_().clamp_(-top - 1, top).mul_(wide).sub_(x)
-        error = missed.square_().sum(axis, keepdim=True)
+        difference = (x / wide).round_().clamp_(-top - 1, top).mul_(wide).sub_(x)
+        error = difference.square_().sum(axis, keepdim=True)
         if least is None:
             least = error
             continue
@@ -161,6 +161,6 @@ def pack(codes: Int8[Tensor, "rows columns"]) -> Tensor:
 
 
 def nibble_pairs(nibbles: Int8[Tensor, "rows columns"]) -> Tensor:
-    """Pairs of values 0 to 15 as bytes, the first of a pair in the low half: uint8 [rows, columns / 2]."""
+    """Pairs of values 0 to 15 as bytes, the first of a pair in the low nibble: uint8 [rows, columns / 2]."""
     pairs = nibbles.contiguous().view(torch.int16)
     return ((pairs >> 4) | pairs).to(torch.uint8)

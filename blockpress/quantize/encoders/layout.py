@@ -1,7 +1,7 @@
-"""What a format of smaller weights is, and the `quantization_config` that says so to every reader.
+"""The interface of a quantisation format, and the `quantization_config` that describes it to every reader.
 
-A weight [out, in] becomes a few named tensors, in the layout of compressed-tensors, in which the published quantised
-checkpoints are. A format is a frozen value; it works on rows in tiles that stay in a core's cache.
+A weight [out, in] becomes a few named tensors in the layout of compressed-tensors, like the published quantised
+checkpoints. A format is a frozen value; it works on tiles of rows that stay in a core's cache.
 
 Invariant: `Encoded.values` are, bit for bit, what compressed-tensors restores from `Encoded.tensors`.
 
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A weight in fewer bits: its tensors by the last part of their names, and the values that a reader restores."""
+    """A quantised weight: its tensors by the last part of their names, and the values that a reader restores."""
 
     tensors: dict[str, Tensor]
     values: Float[Tensor, "out in"]
@@ -37,61 +37,62 @@ class Encoded:
 
 @runtime_checkable
 class Format(Protocol):
-    """A way to store a weight [out, in] in fewer bits."""
+    """A way to quantise a weight [out, in]."""
 
     @property
     def name(self) -> str:
-        """What people call it: fp8, int8, int4, nvfp4."""
+        """Our name: fp8, int8, int4, nvfp4."""
         ...
 
     @property
     def compression(self) -> str:
-        """What compressed-tensors calls it."""
+        """compressed-tensors' name."""
         ...
 
     @property
     def scheme(self) -> dict[str, Any]:
-        """`weights` and, where a reader is to quantise them too, `input_activations` of its config group."""
+        """`weights` of its config group and, where readers should quantise activations too, `input_activations`."""
         ...
 
-    def fits(self, columns: int) -> bool:
-        """Whether rows of so many columns can be stored."""
+    def supports(self, columns: int) -> bool:
+        """Whether rows of `columns` columns can be stored."""
         ...
 
     def layout(self, rows: int, columns: int, scales: torch.dtype) -> Shapes:
-        """Type and shape of every tensor that a weight [rows, columns] becomes."""
+        """Dtype and shape of every tensor that a weight [rows, columns] is stored as; `scales` is their dtype."""
         ...
 
-    def encode(self, weight: Float[Tensor, "out in"], peak: float | None = None) -> Encoded:
-        """The weight in this format. `peak`: the largest magnitude of it and of what shares its outer scale."""
+    def encode(self, weight: Float[Tensor, "out in"], amax: float | None = None) -> Encoded:
+        """Quantise the weight. `amax`: the largest magnitude of it and its fused layers; None: its own."""
         ...
 
-    def draw(self, rows: int, columns: int, spread: float, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The tensors of a weight of normal values with mean 0 and the standard deviation `spread`, drawn as codes."""
+    def draw(self, rows: int, columns: int, std: float, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Tensors of a random weight, normal with mean 0 and standard deviation `std`, drawn as codes."""
         ...
 
 
 def scale_dtype(weight: torch.dtype) -> torch.dtype:
-    """The type of scales beside a weight that was stored so: its own; float32 where float16 could not hold them."""
+    """The dtype of the scales of a weight stored in `weight`: bfloat16 for bfloat16, else float32 (float16 is too
+    narrow for them)."""
     return torch.bfloat16 if weight == torch.bfloat16 else torch.float32
 
 
 def row_tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with at most `TILE` values each, at least a row."""
+    """Slices of rows with at most `TILE` values each, but at least one row."""
     step = max(1, TILE // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def safe(scale: Tensor) -> Tensor:
-    """`scale`, with 1 in the place of 0: the codes of a row of zeros are zeros under any scale."""
+    """`scale` with 0 replaced by 1: the codes of a row of zeros are zeros under any scale."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def quantization_config(form: Format, ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a `config.json` whose linear layers are in that format, but for those in `ignore`.
+    """The `quantization_config` of a `config.json` whose linear layers are in that format, except those in `ignore`.
 
     Args:
-        ignore: names of modules as they are in the checkpoint; one that begins with `re:` is a regular expression.
+        ignore: names of modules as in the checkpoint; one that begins with `re:` is a regular expression.
     """
     group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, **form.scheme}
     return {
@@ -106,7 +107,7 @@ def quantization_config(form: Format, ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def arguments(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
-    """One `QuantizationArgs`: symmetric, and static where `more` says nothing else."""
+    """One `QuantizationArgs`: symmetric, and static unless `more` overrides that."""
     static = {"dynamic": False, "group_size": None, "block_structure": None, "actorder": None}
     return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy} | static | more
 
