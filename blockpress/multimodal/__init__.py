@@ -1,9 +1,9 @@
-"""What people show: images and videos become patches for the vision tower, and places in the prompt. No torch.
+"""Images and videos: patches for the vision tower, and placeholders in the prompt. No torch.
 
     images, videos --prepare--> pictures
-    text, pictures --lay_out--> text, pictures in its order --tokenizer--> ids --expand--> ids and runs
+    text, pictures --insert_placeholders--> text, pictures in its order --tokenizer--> ids --expand--> ids and spans
 
-Invariant: a file that is damaged, too large or of no place in the prompt is refused before anything is computed.
+Invariant: a file that is damaged, too large or without a placeholder in the prompt is refused before any computation.
 
 Run it:  python -m pytest tests/multimodal
 """

@@ -1,8 +1,8 @@
-"""An image becomes patches: opened, checked, made upright RGB, resized to its budget, cut into squares.
+"""From an image to patches: opened, checked, converted to upright RGB, resized to its budget, cut into squares.
 
     file --open_image--> RGB pixels --fitted_size--> resized --cut--> patches [n, 3 * patch^2], positions [n, 2]
 
-A picture keeps its aspect ratio. Its sides become multiples of `pooling * patch_size` pixels, and it has at most
+An image keeps its aspect ratio. Its sides become multiples of `pooling * patch_size` pixels, and it has at most
 `max_soft_tokens * pooling^2` patches, so that `pooling x pooling` patches make one soft token each.
 
 Invariant: the patches of an 8-bit image equal those of the reference processor, bit for bit. An image is measured
@@ -32,7 +32,7 @@ MOST_PIXELS = 80_000_000
 """Pixels of the largest image that is decoded: 240 MB as RGB, and more than a camera of 2026 takes by default."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What is decoded. A format that runs a program (EPS) or describes a scene is not among them."""
+"""The formats that are decoded. Those that run a program (EPS) or describe a scene are not among them."""
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _NARROW = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -44,8 +44,8 @@ _SCALED: NDArray[np.float32] = (np.arange(256, dtype=np.float64) * (1 / 255)).as
 class ProcessedImage:
     """An image, or a frame of a video, as the vision tower reads it.
 
-    `patches`: [n, 3 * patch^2] float32 from 0 to 1, row by row of the image; within a patch row by row, RGB together.
-    `positions`: [n, 2] int64, column and row of each patch. `soft_tokens`: tokens of the prompt that it takes.
+    `patches`: [n, 3 * patch^2] float32 from 0 to 1, in row-major order; within a patch row-major too, RGB interleaved.
+    `positions`: [n, 2] int64, column and row of each patch. `soft_tokens`: the prompt tokens that it takes.
     """
 
     patches: NDArray[np.float32]
@@ -59,7 +59,7 @@ def prepare_images(
     """Each image as the tower reads it.
 
     Args:
-        max_soft_tokens: the budget of an image instead of the settings' own: 70, 140, 280, 560 or 1120.
+        max_soft_tokens: the budget of an image, 70, 140, 280, 560 or 1120; None: the settings' own.
 
     Raises:
         MediaError: an image that cannot be read (its number is in the message), or another budget.
@@ -75,7 +75,7 @@ def prepare_images(
 
 
 def checked_budget(max_soft_tokens: int) -> int:
-    """The budget itself, where the model was trained with it."""
+    """The budget itself. Raises MediaError: the model was not trained with it."""
     if not is_count(max_soft_tokens) or max_soft_tokens not in BUDGETS:
         known = ", ".join(map(str, BUDGETS))
         raise MediaError(f"max_soft_tokens is {max_soft_tokens!r}", hint=f"max_soft_tokens must be one of {known}")
@@ -83,7 +83,7 @@ def checked_budget(max_soft_tokens: int) -> int:
 
 
 def open_image(source: Source | Image.Image) -> Image.Image:
-    """The image as upright RGB of 8 bits: of an animation the first frame, transparency on white.
+    """The image as upright 8-bit RGB: the first frame of an animation, transparency blended onto white.
 
     Args:
         source: a path, the file's bytes, a data: URL, or an image of Pillow.
@@ -94,14 +94,14 @@ def open_image(source: Source | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _checked_rgb(source)
     with open_media(source, "image") as file, warnings.catch_warnings():
-        # Pillow only warns of an image of 90 to 180 million pixels; `_checked_rgb` refuses it. What else a decoder
-        # remarks about a file that it reads all the same is nothing to act on.
+        # Pillow only warns of an image of 90 to 180 million pixels; `_checked_rgb` refuses it. Any other warning about
+        # a file that is decoded all the same can be ignored.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise _too_large(str(error)) from error
-        # Decoders answer a damaged file with many kinds of exception: whichever, it is the file's fault.
+        # Decoders raise many kinds of exception for a damaged file: whichever, it is the file's fault.
         except Exception as error:
             raise MediaError(
                 "the image is not of a known format, or its header is damaged",
@@ -123,7 +123,7 @@ def fitted_size(height: int, width: int, settings: PictureSettings, max_soft_tok
     most = max_soft_tokens * settings.pooling**2 * settings.patch_size**2
     factor = math.sqrt(most / (height * width))
     rows, columns = math.floor(factor * height / side), math.floor(factor * width / side)
-    # Both cannot be 0: a budget is many sides squared.
+    # Both cannot be 0: a budget is many times side * side.
     if rows == 0:
         rows, columns = 1, min(math.floor(width / height), max_soft_tokens)
     elif columns == 0:
@@ -176,7 +176,7 @@ def _checked_rgb(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN:
-        # Pillow would clip 16 bits at 255 and show nearly everything white.
+        # Pillow would clip 16-bit values at 255, which turns nearly everything white.
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if "A" not in image.getbands() and image.info.get("transparency") is None:

@@ -1,10 +1,10 @@
 """Pictures in a prompt: one placeholder in the text becomes as many tokens as the picture has soft tokens.
 
     text    "Look: <|image|>!"                                       one placeholder a picture
-    ids     ... <|image|> ...              --expand-->  ... <|image> <|image|> x n <image|> ...     the run: the n
-    video   "<|video|>"                    --write_videos-->  "00:00 <|image|> 00:01 <|image|>"     a frame a second
+    ids     ... <|image|> ...              --expand-->  ... <|image> <|image|> x n <image|> ...     the span: the n
+    video   "<|video|>"                    --timestamp-->  "00:00 <|image|> 00:01 <|image|>"        a frame a second
 
-Invariant: the k-th placeholder belongs to the k-th picture, and there are as many of one as of the other.
+Invariant: the k-th placeholder belongs to the k-th picture, and there are as many placeholders as pictures.
 
 Run it:  python -m pytest tests/multimodal/test_placeholders.py
 Source: `Gemma4Processor` of `transformers` 5.23.
@@ -28,7 +28,7 @@ _EITHER = re.compile("|".join(map(re.escape, (IMAGE, VIDEO))))
 
 
 class ImageSpan(NamedTuple):
-    """The soft tokens of one picture: their first place in the prompt, and how many there are."""
+    """The soft tokens of one picture: the position of the first in the prompt, and their number."""
 
     start: int
     length: int
@@ -40,7 +40,7 @@ class ImageSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpandedPrompt:
-    """Token ids in which every picture has its place, and those places in order."""
+    """Token ids with the soft tokens of every picture, and their spans in order."""
 
     ids: list[int]
     image_spans: list[ImageSpan]
@@ -56,34 +56,34 @@ def insert_placeholders(
     """
     _check_number("image", text.count(IMAGE), len(images))
     _check_number("video", text.count(VIDEO), len(videos))
-    left, films = iter(images), iter(videos)
+    image_iter, video_iter = iter(images), iter(videos)
     pictures: list[ProcessedImage] = []
 
     def write(mark: re.Match[str]) -> str:
         if mark[0] == IMAGE:
-            pictures.append(next(left))
+            pictures.append(next(image_iter))
             return IMAGE
-        film = next(films)
-        pictures.extend(film.frames)
-        return timestamp(film.seconds)
+        video = next(video_iter)
+        pictures.extend(video.frames)
+        return timestamp(video.seconds)
 
     return _EITHER.sub(write, text), pictures
 
 
 def timestamp(seconds: Sequence[float]) -> str:
-    """What stands for a video in the text: each frame's minute and second, and its placeholder.
+    """The text that replaces a video's placeholder: each frame's minute and second, and a placeholder for it.
 
-    >>> timeline([0, 1.5, 61])
+    >>> timestamp([0, 1.5, 61])
     '00:00 <|image|> 00:01 <|image|> 01:01 <|image|>'
     """
     return " ".join(f"{int(second // 60):02d}:{int(second % 60):02d} {IMAGE}" for second in seconds)
 
 
 def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) -> ExpandedPrompt:
-    """Room for every picture: each placeholder becomes a begin token, the picture's soft tokens, and an end token.
+    """Replace each placeholder by a begin token, the picture's soft tokens, and an end token.
 
     Args:
-        ids: a prompt with one `<|image|>` a picture. soft_tokens: of each picture, in that order.
+        ids: a prompt with one `<|image|>` a picture. soft_tokens: the number for each picture, in that order.
 
     Raises:
         MediaError: another number of placeholders than of pictures. ConfigError: a model without such tokens.
@@ -92,37 +92,37 @@ def expand(ids: Sequence[int], soft_tokens: Sequence[int], config: ModelConfig) 
         return ExpandedPrompt(list(ids), [])
     tokens = PictureTokens.of(config)
     _check_number("image", sum(token == tokens.image for token in ids), len(soft_tokens))
-    left = iter(soft_tokens)
-    longer: list[int] = []
-    runs: list[ImageSpan] = []
+    remaining = iter(soft_tokens)
+    expanded: list[int] = []
+    spans: list[ImageSpan] = []
     for token in ids:
         if token != tokens.image:
-            longer.append(token)
+            expanded.append(token)
             continue
-        run = ImageSpan(len(longer) + 1, next(left))
-        runs.append(run)
-        longer += [tokens.begin, *[tokens.image] * run.length, tokens.end]
-    return ExpandedPrompt(longer, runs)
+        span = ImageSpan(len(expanded) + 1, next(remaining))
+        spans.append(span)
+        expanded += [tokens.begin, *[tokens.image] * span.length, tokens.end]
+    return ExpandedPrompt(expanded, spans)
 
 
-def part_end(start: int, stop: int, runs: Sequence[ImageSpan]) -> int:
-    """Where a part of a prefill from `start` on ends that was to end at `stop`: never inside a run, whose tokens see
-    each other in both directions.
+def part_end(start: int, stop: int, spans: Sequence[ImageSpan]) -> int:
+    """Where a prefill chunk from `start` on should end instead of at `stop`: never inside a span, whose tokens attend
+    to each other in both directions.
 
-    >>> part_end(0, 4, [Run(3, 3)]), part_end(3, 7, [Run(3, 3)])  # before the run that would be cut
+    >>> part_end(0, 4, [ImageSpan(3, 3)]), part_end(3, 7, [ImageSpan(3, 3)])  # before the span that would be cut
     (3, 7)
-    >>> part_end(1, 3, [Run(1, 6)])  # a part that begins with the run holds all of it
+    >>> part_end(1, 3, [ImageSpan(1, 6)])  # a chunk that begins with the span holds all of it
     7
     """
-    split = next((run for run in runs if run.start < stop < run.stop), None)
+    split = next((span for span in spans if span.start < stop < span.stop), None)
     if split is None:
         return stop
     return split.start if split.start > start else split.stop
 
 
-def _check_number(kind: str, places: int, given: int) -> None:
-    if places == given:
+def _check_number(kind: str, placeholders: int, given: int) -> None:
+    if placeholders == given:
         return
-    what = f"{given} {kind}{'s' * (given != 1)} for {places} place{'s' * (places != 1)} in the prompt"
+    what = f"{given} {kind}{'s' * (given != 1)} for {placeholders} placeholder{'s' * (placeholders != 1)} in the prompt"
     mark = IMAGE if kind == "image" else VIDEO
     raise MediaError(f"there {'is' if given == 1 else 'are'} {what}", hint=f"write {mark} once for every {kind}")

@@ -1,7 +1,7 @@
 """Where media come from: a file, bytes in memory, or a data: URL. Never the network.
 
-Invariant: what is opened is the bytes that the caller named and nothing else; whoever serves strangers passes bytes or
-`from_data_url`, so that no text of theirs is taken for a path.
+Invariant: only the source that the caller named is opened. A server passes bytes or `from_data_url`, so that no text
+from a client is used as a path.
 
 Run it:  python -m pytest tests/multimodal/test_images.py
 Source: RFC 2397 (data: URLs).
@@ -27,10 +27,10 @@ def open_media(source: Source, kind: str) -> BinaryIO:
     """The media file as a binary stream, which the caller closes.
 
     Args:
-        kind: what the file should hold, "image" or "video", for the messages.
+        kind: what the file should hold, "image" or "video", for error messages.
 
     Raises:
-        MediaError: no such file, another kind of URL, an empty file, or no source at all.
+        MediaError: no such file, another kind of URL, an empty file, or a value that is no source.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
@@ -52,7 +52,7 @@ def open_media(source: Source, kind: str) -> BinaryIO:
 
 
 def from_data_url(url: str) -> bytes:
-    """The bytes in a data: URL, base64 or percent-encoded.
+    """The bytes in a data: URL, base64 or percent-encoded. Raises MediaError: it is not one, or not valid base64.
 
     >>> from_data_url("data:text/plain;base64,aGk=")
     b'hi'

@@ -1,10 +1,10 @@
-"""A video becomes frames: one a second, each a picture of its own with a small budget.
+"""From a video to frames: one a second, each a picture of its own with a small budget.
 
-Decoding is PyAV's, which is an extra: `pip install 'blockpress[video]'`. No other module imports it.
+PyAV decodes; it is an extra: `pip install 'blockpress[video]'`. No other module imports it.
 
-Invariant: frames are those that the reference takes for the same rate: of `total` frames `count`, numbered
-`i * total // count`, at `number / frame rate` seconds. A video is counted before its first frame is decoded, and only
-the frames that are taken are kept.
+Invariant: the frames are those that the reference samples at the same rate: `count` of `total` frames, with the numbers
+`i * total // count`, at `number / frame rate` seconds. Frames are counted before the first is decoded, and only sampled
+frames are kept.
 
 Run it:  python -m pytest tests/multimodal/test_video.py
 Source: `Gemma4VideoProcessor`, `default_sample_indices_fn`, `read_video_pyav` of `transformers` 5.23.
@@ -33,7 +33,7 @@ _CONTAINERS = "mov,matroska,webm,avi,ogg,mpegts,mpeg"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
-    """The frames that are shown to the model, and the second at which each stands."""
+    """The frames that are shown to the model, and the time of each in seconds."""
 
     frames: tuple[ProcessedImage, ...]
     seconds: tuple[float, ...]
@@ -44,24 +44,24 @@ def prepare_videos(
 ) -> list[Video]:
     """Each video as the tower reads it; `max_soft_tokens` is the budget of a frame. Errors as `read_video`."""
     budget = checked_budget(settings.video_soft_tokens if max_soft_tokens is None else max_soft_tokens)
-    read = []
+    prepared = []
     for number, video in enumerate(videos, 1):
         try:
-            read.append(read_video(video, settings, budget))
+            prepared.append(read_video(video, settings, budget))
         except MediaError as error:
             raise MediaError(f"video {number} of {len(videos)}: {error.message}", hint=error.hint) from error
-    return read
+    return prepared
 
 
 def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) -> Video:
-    """The frames of a video, by the settings' rate.
+    """The frames of a video, sampled at the settings' rate.
 
     Args:
         source: a path, the file's bytes or a data: URL.
 
     Raises:
-        MediaError: PyAV is not installed; nothing there, no video, a damaged one, none with frames, or one that is
-            longer than `LONGEST` seconds.
+        MediaError: PyAV is not installed; no such file, not a video, a damaged one, one without frames, or one longer
+            than `LONGEST` seconds.
     """
     av = _pyav()
     with open_media(source, "video") as file:
@@ -72,8 +72,8 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
             frames = tuple(to_patches(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
         except MediaError:
             raise
-        # Of a damaged file FFmpeg's errors and PyAV's own have many types; whichever, it is the file's fault: FFmpeg's
-        # lack of memory too, which is the room that a size in the file asks for.
+        # FFmpeg and PyAV raise many types for a damaged file; whichever, it is the file's fault. So is FFmpeg's
+        # MemoryError, for an allocation of the size that the file states.
         except Exception as error:
             if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
                 raise
@@ -86,9 +86,9 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
 
 
 def sample_frames(total: int, rate: float, settings: PictureSettings) -> list[int]:
-    """Numbers of the frames that are taken of `total`, which are shown at `rate` a second.
+    """The numbers of the sampled frames out of `total`, which are shown at `rate` a second.
 
-    >>> sampled(75, 25.0, PictureSettings(patch_size=16, pooling=3))
+    >>> sample_frames(75, 25.0, PictureSettings(patch_size=16, pooling=3))
     [0, 25, 50]
     """
     if settings.video_frames is not None:
@@ -99,7 +99,7 @@ def sample_frames(total: int, rate: float, settings: PictureSettings) -> list[in
 
 
 def _measure(av: Any, file: BinaryIO) -> tuple[int, float]:
-    """Number of frames and frames a second, from the packets alone."""
+    """The number of frames and the frames per second, from the packets, without decoding."""
     with _container(av, file) as container:
         if not container.streams.video:
             raise MediaError("the file has no video in it", hint="give a video; is the file whole?")
@@ -128,7 +128,7 @@ def _pick(av: Any, file: BinaryIO, numbers: Sequence[int]) -> Iterator[Image.Ima
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
                 checked_pixels(frame.width, frame.height)
-                # Phones store every video lying on its side, with the angle to turn it by.
+                # Phones store videos rotated, together with the angle to turn them back by.
                 yield frame.to_image().convert("RGB").rotate(frame.rotation, expand=True)
             if number >= numbers[-1]:
                 return

@@ -113,16 +113,16 @@ def test_no_part_ends_inside_a_run(length: int, size: int, data: st.DataObject) 
 
 def test_the_numbers_must_agree() -> None:
     for images, videos, message in (
-        ([], [film(0)], "there are 0 images for 1 place"),
-        ([picture()] * 2, [film(0)], "there are 2 images for 1 place"),
-        ([picture()], [], "there are 0 videos for 1 place"),
-        ([picture()], [film(0)] * 2, "there are 2 videos for 1 place"),
+        ([], [film(0)], "there are 0 images for 1 placeholder"),
+        ([picture()] * 2, [film(0)], "there are 2 images for 1 placeholder"),
+        ([picture()], [], "there are 0 videos for 1 placeholder"),
+        ([picture()], [film(0)] * 2, "there are 2 videos for 1 placeholder"),
     ):
         with pytest.raises(MediaError, match=message):
             insert_placeholders("<|image|> <|video|>", images, videos)
-    with pytest.raises(MediaError, match="there is 1 image for 2 places"):
+    with pytest.raises(MediaError, match="there is 1 image for 2 placeholders"):
         expand([IMAGE, IMAGE], [3], CONFIG)
-    with pytest.raises(MediaError, match="there are 0 images for 1 place"):
+    with pytest.raises(MediaError, match="there are 0 images for 1 placeholder"):
         expand([5, IMAGE], [], CONFIG)
 
 
