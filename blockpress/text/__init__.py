@@ -1,6 +1,6 @@
-"""Token ids to text and back: the tokenizer, and the decoder that gives text as soon as it will not change any more.
+"""Token ids to text and back: the tokenizer, and the stream decoder that returns text as soon as it is final.
 
-Why: the model knows numbers, people know text. What is said in a conversation is the matter of `chat`.
+Why: the model reads token ids, people read text. The structure of a conversation belongs to `chat`.
 
 Invariant: no import of torch or transformers.
 Run it:  python -m pytest tests/text

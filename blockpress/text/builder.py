@@ -1,9 +1,9 @@
 """The tokenizer of our own small models, built in code: one character, one token.
 
-Why: the shipped sudoku models speak in digits and line ends only. A vocabulary of sixteen ids, made here and nowhere
-else, keeps the training data, the shipped files and the tests on the same numbers.
+Why: the shipped sudoku models use digits and newlines only. A vocabulary of sixteen ids, defined only here, keeps the
+training data, the shipped files and the tests on the same ids.
 
-Invariant: ids are fixed for ever: 0 `<pad>`, 1 `<eos>`, 2 `<bos>`, 3 `<unk>`, 4 line end, 5 to 14 the digits 0 to 9, 15
+Invariant: ids never change: 0 `<pad>`, 1 `<eos>`, 2 `<bos>`, 3 `<unk>`, 4 newline, 5 to 14 the digits 0 to 9, 15
 `<|image|>`.
 
 Run: python -c "from blockpress.text.builder import digits_tokenizer as t; print(t().encode('53').ids)"  ->  [2, 10, 8]
@@ -24,20 +24,20 @@ DIGITS_VOCABULARY: tuple[str, ...] = ("<pad>", "<eos>", "<bos>", "<unk>", "\n", 
 """The pieces in the order of their ids."""
 
 DIGITS_CONTROLS: tuple[str, ...] = ("<pad>", "<eos>", "<bos>", "<unk>", "<|image|>")
-"""The pieces that are control tokens: written out in a text they become one token, and decoding leaves them out."""
+"""The pieces that are control tokens: written out in a text they become one token, and decoding skips them."""
 
 DIGITS_MAX_LENGTH = 256
-"""Tokens: the context that tokenizer_config.json names for these models."""
+"""The context length in tokens that tokenizer_config.json names for these models."""
 
 
 def digits_tokenizer() -> Tokenizer:
     """The character-level tokenizer of sudoku-nano: 16 ids, `<bos>` in front, anything unknown becomes `<unk>`.
 
-    `encode(text, add_special_tokens=False)` leaves `<bos>` away. Decoding joins without spaces.
+    `encode(text, add_special_tokens=False)` omits `<bos>`. Decoding joins without spaces.
     """
     ids = {piece: number for number, piece in enumerate(DIGITS_VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    # `.` leaves out line ends in this regex dialect, hence the class of everything.
+    # `.` does not match a newline in this regex dialect, hence the class of all characters.
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = Fuse()
     tokenizer.post_processor = TemplateProcessing(
@@ -48,7 +48,7 @@ def digits_tokenizer() -> Tokenizer:
 
 
 def write_digits_tokenizer(directory: str | Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `directory`, made if absent; old ones are replaced.
+    """Write tokenizer.json and tokenizer_config.json into `directory`, created if absent; old ones are replaced.
 
     `transformers.PreTrainedTokenizerFast.from_pretrained` and `blockpress.text.Tokenizer.from_directory` both read the
     result.

@@ -1,11 +1,11 @@
-"""What one token adds to a text: the part of decoding that a stream needs and `tokenizers` does not offer.
+"""Incremental detokenization: the text that each token adds, which `tokenizers` does not offer.
 
-Why: `tokenizers` decodes whole sequences, and some of its decoders change what they already wrote when more tokens come
-(a run of byte tokens is one character, or one replacement mark for every byte if any of them is wrong). A speller says
-when text is settled. `tokenizers.decoders.DecodeStream` guesses that from a trailing replacement mark and cannot be
-flushed, hence our own.
+Why: `tokenizers` decodes whole sequences, and some of its decoders change earlier text when more tokens come (a run of
+byte tokens is one character, or one replacement character for every byte if any of them is wrong). A detokenizer here
+knows when text is final. `tokenizers.decoders.DecodeStream` guesses that from a trailing replacement character and
+cannot be flushed.
 
-Invariant: the texts of all units, joined, are `backend.decode(tokens)`; a unit that was handed out is never taken back.
+Invariant: the texts of all chunks, joined, are `backend.decode(tokens)`; a chunk that was returned never changes.
 
 Run: python -m pytest tests/text/test_stream.py
 """
@@ -27,57 +27,57 @@ _BYTE_TOKEN = re.compile(r"<0x([+0-9A-Fa-f][0-9A-Fa-f])>")
 
 
 class TextChunk(NamedTuple):
-    """Settled text, and how many ids had been fed when its last token came."""
+    """Final text, and the number (from 1) of the id whose token completed it."""
 
     text: str
     token_index: int
 
 
 class IncrementalDetokenizer(Protocol):
-    """Takes kept tokens one by one and hands out settled text. One speller serves one stream."""
+    """Takes the tokens that are not skipped one by one and returns final text. One detokenizer serves one stream."""
 
-    def push(self, token: int, place: int) -> list[TextChunk]:
-        """Take the token that was fed as number `token_index` (from 1); return the units that are settled by it."""
+    def push(self, token: int, token_index: int) -> list[TextChunk]:
+        """Take the token with number `token_index` (from 1); return the chunks that it makes final."""
         ...
 
     def flush(self) -> list[TextChunk]:
-        """Return what is left, as the end of the sequence has it."""
+        """End the sequence: return the remaining text."""
         ...
 
 
 def detokenizer_for(backend: tokenizers.Tokenizer) -> IncrementalDetokenizer:
-    """A fresh speller for this tokenizer's decoder.
+    """A new detokenizer for this tokenizer's decoder.
 
-    Decoders that can rewrite any part of their text at the end (suffix marks, CTC, patterns over the joined text) get a
-    speller that holds everything until `flush`: late, but equal.
+    Decoders that can rewrite any part of their text at the end (suffix marks, CTC, patterns over the joined text) get
+    one that holds everything until `flush`: late, but correct.
     """
     steps = _decoder_steps(backend)
     shape = "".join(_step_letter(step) for step in steps)
     if shape == "L":
-        return _ByteLevelSpeller(backend)
+        return _ByteLevelDetokenizer(backend)
     if re.fullmatch(r"R*B?F?S*|M|W", shape):
         replaced = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
-        return _LocalSpeller(backend, replaced if "B" in shape else None)
-    return _WholeSpeller(backend)
+        return _LocalDetokenizer(backend, replaced if "B" in shape else None)
+    return _WholeDetokenizer(backend)
 
 
 def is_lossless(backend: tokenizers.Tokenizer) -> bool:
-    """True if every byte has a token of its own, so that no text can be out of the vocabulary."""
+    """Whether every byte has a token of its own, so that the vocabulary can represent any text."""
     if any(step["type"] == "ByteLevel" for step in _decoder_steps(backend)):
-        return all(backend.token_to_id(sign) is not None for sign in _BYTE_OF_SIGN)
+        return all(backend.token_to_id(char) is not None for char in _BYTE_OF_CHAR)
     if getattr(backend.model, "byte_fallback", False):
         return all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return False
 
 
 def piece_for_display(backend: tokenizers.Tokenizer, token: int) -> str:
-    """The token's text with everything unprintable escaped, so that it cannot move a terminal's cursor or colour it."""
+    """The token's text with unprintable characters escaped, so that it cannot control a terminal."""
     piece = _piece(backend, token)
     if [step["type"] for step in _decoder_steps(backend)] == ["ByteLevel"]:
         text = _byte_level_bytes(piece).decode("utf-8", errors="backslashreplace")
     else:
         text = piece.replace("\u2581", " ")
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _piece(backend: tokenizers.Tokenizer, token: int) -> str:
@@ -105,53 +105,53 @@ def _step_letter(step: dict[str, Any]) -> str:
     return {"ByteFallback": "B", "Fuse": "F", "Metaspace": "M", "WordPiece": "W", "ByteLevel": "L"}.get(kind, "?")
 
 
-def _signs_of_bytes() -> dict[str, int]:
-    # The table of GPT-2: printable Latin-1 bytes stand for themselves, the others follow from U+0100 in order.
+def _bytes_by_char() -> dict[str, int]:
+    # GPT-2's table: printable Latin-1 bytes represent themselves, the others are mapped to U+0100 and up, in order.
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    signs = {chr(byte): byte for byte in plain}
+    chars = {chr(byte): byte for byte in plain}
     others = [byte for byte in range(256) if byte not in plain]
-    return signs | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+    return chars | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
-_BYTE_OF_SIGN = _signs_of_bytes()
+_BYTE_OF_CHAR = _bytes_by_char()
 
 
 def _byte_level_bytes(piece: str) -> bytes:
     try:
-        return bytes([_BYTE_OF_SIGN[sign] for sign in piece])
+        return bytes([_BYTE_OF_CHAR[char] for char in piece])
     except KeyError:
         return piece.encode("utf-8")
 
 
 @final
-class _ByteLevelSpeller:
-    """Every token is bytes, and the whole is read as UTF-8 with replacement marks (GPT-2, Llama 3, Qwen)."""
+class _ByteLevelDetokenizer:
+    """Every token is bytes; the sequence is decoded as UTF-8 with replacement characters (GPT-2, Llama 3, Qwen)."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._place = 0
+        self._token_index = 0
 
-    def push(self, token: int, place: int) -> list[TextChunk]:
-        self._place = place
-        return [TextChunk(self._utf8.decode(_byte_level_bytes(_piece(self._backend, token))), place)]
+    def push(self, token: int, token_index: int) -> list[TextChunk]:
+        self._token_index = token_index
+        return [TextChunk(self._utf8.decode(_byte_level_bytes(_piece(self._backend, token))), token_index)]
 
     def flush(self) -> list[TextChunk]:
-        return [TextChunk(self._utf8.decode(b"", final=True), self._place)]
+        return [TextChunk(self._utf8.decode(b"", final=True), self._token_index)]
 
 
 @final
-class _LocalSpeller:
+class _LocalDetokenizer:
     """A token's text depends only on whether it comes first; runs of byte tokens are read as one (Gemma, Llama, T5).
 
     ::
 
         tokens    he  llo  <0xE2> <0x82> <0xAC>  !
-        units     he  llo  |------ euro ------|  !       a run of bytes settles when it ends: one wrong byte spoils it
+        chunks    he  llo  |------ euro ------|  !       a run of bytes is final when it ends: one wrong byte breaks it
 
-    What comes first is decoded as it is, until it yields text. After that a token is decoded behind an anchor, any
-    token that yields text alone, so that the decoder's care for the first place (a space that is taken off) falls on
-    the anchor.
+    The first tokens are decoded as they are, until they yield text. After that a token is decoded after an anchor, any
+    token that yields text by itself, so that the decoder's treatment of the first token (a leading space is removed)
+    applies to the anchor.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, replaced: list[tuple[str, str]] | None) -> None:
@@ -161,30 +161,30 @@ class _LocalSpeller:
         self._run: list[tuple[int, int, int]] = []
         self._anchor, self._anchor_text = self._find_anchor()
 
-    def push(self, token: int, place: int) -> list[TextChunk]:
+    def push(self, token: int, token_index: int) -> list[TextChunk]:
         byte = self._byte(token)
         if byte is not None:
-            self._run.append((token, byte, place))
+            self._run.append((token, byte, token_index))
             return []
-        return [*self.flush(), TextChunk(self._text([token]), place)]
+        return [*self.flush(), TextChunk(self._text([token]), token_index)]
 
     def flush(self) -> list[TextChunk]:
         if not self._run:
             return []
-        tokens, values, places = zip(*self._run, strict=True)
+        tokens, values, indices = zip(*self._run, strict=True)
         self._run = []
         text = self._text(tokens)
-        signs = bytes(values).decode("utf-8", errors="ignore")
-        # Where a byte is wrong, `text` has a mark for each byte and is longer; at the start, a space may be taken off.
-        if not signs.endswith(text):
-            return [TextChunk(text, places[-1])]
-        ends = accumulate(len(sign.encode("utf-8")) for sign in signs)
-        units = [TextChunk(sign, places[end - 1]) for sign, end in zip(signs, ends, strict=True)]
-        return units[len(signs) - len(text) :]
+        chars = bytes(values).decode("utf-8", errors="ignore")
+        # With a wrong byte, `text` has a replacement character for each and is longer; a leading space may be off.
+        if not chars.endswith(text):
+            return [TextChunk(text, indices[-1])]
+        ends = accumulate(len(char.encode("utf-8")) for char in chars)
+        chunks = [TextChunk(char, indices[end - 1]) for char, end in zip(chars, ends, strict=True)]
+        return chunks[len(chars) - len(text) :]
 
     def _text(self, tokens: Sequence[int]) -> str:
         if self._head is None:
-            assert self._anchor is not None  # a token that is no byte opened this sequence or is in it, so one exists
+            assert self._anchor is not None  # this sequence has a token that is no byte, so an anchor exists
             return self._decode([self._anchor, *tokens])[len(self._anchor_text) :]
         self._head.extend(tokens)
         text = self._decode(self._head)
@@ -214,19 +214,19 @@ class _LocalSpeller:
 
 
 @final
-class _WholeSpeller:
-    """Holds all tokens to the end, for decoders whose text is settled only there."""
+class _WholeDetokenizer:
+    """Holds all tokens until the end, for decoders whose text is final only then."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._tokens: list[int] = []
-        self._place = 0
+        self._token_index = 0
 
-    def push(self, token: int, place: int) -> list[TextChunk]:
+    def push(self, token: int, token_index: int) -> list[TextChunk]:
         self._tokens.append(token)
-        self._place = place
+        self._token_index = token_index
         return []
 
     def flush(self) -> list[TextChunk]:
         tokens, self._tokens = self._tokens, []
-        return [TextChunk(self._backend.decode(tokens, skip_special_tokens=False), self._place)]
+        return [TextChunk(self._backend.decode(tokens, skip_special_tokens=False), self._token_index)]

@@ -1,10 +1,10 @@
-"""Stop strings: the text before the first of them, found while the text is still coming.
+"""Stop strings: the text before the first of them, found while the text is still being streamed.
 
-Why: a stop string may be spread over many tokens, and its beginning must not reach the reader before it is known to be
+Why: a stop string may be spread over many tokens, and its beginning must not be released before it is known to be
 something else.
 
-Invariant: what is released is the whole text up to the earliest start of a stop string, or all of it, however the text
-was cut up.
+Invariant: the released text is the whole text up to the earliest start of a stop string, or all of it, however the text
+was split into pieces.
 
 Run: python -m pytest tests/text/test_stops.py
 """
@@ -21,10 +21,10 @@ __all__ = ["StopFinder"]
 
 @final
 class StopFinder:
-    """Feed text, get back what surely stands before any stop string.
+    """Takes text, returns the part that is certain to precede any stop string.
 
-    The stop string that starts earliest wins, and of those with the same start the shortest. One match automaton per
-    stop string (Knuth, Morris, Pratt), so the work for a character does not grow with the length of the stop strings.
+    The stop string that starts earliest wins, and of those with the same start the shortest. One matching automaton per
+    stop string (Knuth, Morris, Pratt), so the cost of a character does not grow with the length of the stop strings.
 
     ::
 
@@ -32,30 +32,30 @@ class StopFinder:
         text   x a b c ...        "bc" is complete, but "abcd" would start earlier: wait one more character
 
     >>> finder = StopFinder(["abcd", "bc"])
-    >>> [finder.feed(sign) for sign in "xabce"], finder.found
+    >>> [finder.feed(char) for char in "xabce"], finder.found
     (['x', '', '', '', 'a'], 'bc')
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """RequestError names a stop string that is empty or no string."""
+        """Raises RequestError, which names a stop string that is empty or not a string."""
         self._stops = _checked(stops)
         self._fallbacks = [_fallback(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)
         self._held = ""
-        self._seen = 0
+        self._position = 0
         self._candidate: tuple[int, int] | None = None
         self.released = 0
-        """Characters handed out so far."""
+        """Characters returned so far."""
         self.found: str | None = None
         """The stop string that ended the text."""
 
     def feed(self, text: str) -> str:
-        """Take more text; return what is newly safe. After a stop string was found that is always nothing."""
+        """Take more text; return what is newly safe. After a stop string was found, always ""."""
         if self.found is not None:
             return ""
-        for sign in text if self._stops else "":
-            self._held += sign
-            self._advance(sign)
+        for char in text if self._stops else "":
+            self._held += char
+            self._advance(char)
             if self._candidate and not self._earlier_possible(self._candidate[0]):
                 return self._stop(self._candidate)
         if not self._stops:
@@ -63,26 +63,26 @@ class StopFinder:
         return self._release(len(self._held) - max(self._matched, default=0))
 
     def finish(self) -> str:
-        """No more text comes: return the rest, up to a stop string that was complete but waiting for an earlier one."""
+        """End the text: return the rest, up to a stop string that was complete while an earlier one was possible."""
         if self.found is None and self._candidate:
             return self._stop(self._candidate)
         return self._release(len(self._held))
 
-    def _advance(self, sign: str) -> None:
-        self._seen += 1
+    def _advance(self, char: str) -> None:
+        self._position += 1
         for number, (stop, fallback) in enumerate(zip(self._stops, self._fallbacks, strict=True)):
             matched = self._matched[number]
-            while matched and stop[matched] != sign:
+            while matched and stop[matched] != char:
                 matched = fallback[matched]
-            matched += stop[matched] == sign
+            matched += stop[matched] == char
             if matched == len(stop):
-                match = (self._seen - matched, matched)
+                match = (self._position - matched, matched)
                 self._candidate = min(self._candidate or match, match)
                 matched = fallback[matched]
             self._matched[number] = matched
 
     def _earlier_possible(self, start: int) -> bool:
-        return any(self._seen - matched < start for matched in self._matched if matched)
+        return any(self._position - matched < start for matched in self._matched if matched)
 
     def _stop(self, candidate: tuple[int, int]) -> str:
         start, length = candidate
@@ -115,11 +115,11 @@ def _checked(stops: Sequence[str]) -> tuple[str, ...]:
 
 
 def _fallback(stop: str) -> list[int]:
-    """`[n]`: the length of the longest proper beginning of `stop` that also ends `stop[:n]`."""
+    """`[n]`: the length of the longest proper prefix of `stop[:n]` that is also its suffix."""
     table = [0, 0]
-    for sign in stop[1:]:
+    for char in stop[1:]:
         length = table[-1]
-        while length and stop[length] != sign:
+        while length and stop[length] != char:
             length = table[length]
-        table.append(length + (stop[length] == sign))
+        table.append(length + (stop[length] == char))
     return table

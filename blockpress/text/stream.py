@@ -1,8 +1,8 @@
-"""Token ids in, readable text out, while the ids are still coming.
+"""Streaming decoding: token ids in, text out.
 
-Why: a reader wants text as soon as it is certain, never half a character, and nothing of a stop string.
+Why: a reader wants text as soon as it is final, never half a character, and nothing of a stop string.
 
-Invariant: the joined output is `tokenizer.decode(all ids)`, cut before the first stop string, whatever the chunks were.
+Invariant: the joined output is `tokenizer.decode(all ids)`, cut before the first stop string, however ids were split.
 
 Run: python -m pytest tests/text/test_stream.py
 """
@@ -32,19 +32,19 @@ class StreamDecoder:
         text   he  |------ euro ------|   x E   NDless
         feed   he     -      -      -    euro x   -       the last "E" may begin the stop string, so it waits
 
-    Work: each id is decoded once, beside one other, so a stream costs time in proportion to its length. Held back are
-    at most an unfinished character, a run of byte tokens, and the beginning of a stop string. (Decoders that may
-    rewrite their whole text at the end, such as CTC, are held back to the end.)
+    Each id is decoded once, together with one other, so the cost of a stream is linear in its length. Held back are at
+    most an unfinished character, a run of byte tokens, and the beginning of a stop string. (The text of decoders that
+    may rewrite all of it at the end, such as CTC, is held back to the end.)
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special: bool = True) -> None:
-        """`stop`: strings that end the text. `skip_special`: leave control tokens out, as `Tokenizer.decode` does.
+        """`stop`: strings that end the text. `skip_special`: skip control tokens, as `Tokenizer.decode` does.
 
-        RequestError names a stop string that is empty or no string.
+        Raises RequestError, which names a stop string that is empty or not a string.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._speller = detokenizer_for(tokenizer.backend)
+        self._detokenizer = detokenizer_for(tokenizer.backend)
         self._finder = StopFinder(stop)
         self._ends: deque[tuple[int, int]] = deque()
         self._written = 0
@@ -59,19 +59,19 @@ class StreamDecoder:
 
     @property
     def tokens_used(self) -> int:
-        """How many of the fed ids the text needs.
+        """How many of the ids taken so far the text needs.
 
-        Without a stop: all that were fed. After a stop: the length of the shortest beginning of the ids that decodes to
-        the text before the stop string, and possibly more (0 if there is no text before it). Only whole characters
-        count: where that text ends in replacement marks for broken bytes, it is the beginning from which those marks
-        are certain.
+        Without a stop: all of them. After a stop: the length of the shortest prefix of the ids that decodes to the text
+        before the stop string, and possibly more (0 if there is no text before it). Only whole characters count: where
+        that text ends in replacement characters for broken bytes, it is the prefix after which those are final.
         """
         return self._fed if self._used is None else self._used
 
     def feed(self, ids: Sequence[int]) -> str:
-        """Take the next ids, any number of them; return the text that is newly certain. After a stop that is "".
+        """Take the next ids, any number of them; return the text that is newly final. After a stop that is "".
 
-        TextError names an id that is not in the vocabulary; then none of `ids` was taken. RequestError after `finish`.
+        Raises TextError, which names an id that is not in the vocabulary; then none of `ids` was taken. RequestError
+        after `finish`.
         """
         if self._finished and self.stopped is None:
             raise RequestError(f"{len(ids)} ids were fed to a finished stream", hint="make a new StreamDecoder")
@@ -81,27 +81,27 @@ class StreamDecoder:
                 break
             self._fed += 1
             if token not in self._skipped:
-                text += self._write(self._speller.push(token, self._fed))
+                text += self._write(self._detokenizer.push(token, self._fed))
         return text
 
     def finish(self) -> str:
-        """No more ids come: return the rest. An unfinished character appears as `Tokenizer.decode` has it."""
+        """End the stream: return the rest. An unfinished character is decoded as `Tokenizer.decode` does."""
         if self._finished:
             return ""
         self._finished = True
-        text = self._write(self._speller.flush()) + self._finder.finish()
+        text = self._write(self._detokenizer.flush()) + self._finder.finish()
         self._count_used()
         return text
 
-    def _write(self, units: list[TextChunk]) -> str:
+    def _write(self, chunks: list[TextChunk]) -> str:
         text = ""
-        for unit in units:
-            if self.stopped is not None or not unit.text:
+        for chunk in chunks:
+            if self.stopped is not None or not chunk.text:
                 continue
-            self._written += len(unit.text)
-            self._ends.append((self._written, unit.token_index))
-            text += self._finder.feed(unit.text)
-            # The text before a stop string is never shorter than what was released.
+            self._written += len(chunk.text)
+            self._ends.append((self._written, chunk.token_index))
+            text += self._finder.feed(chunk.text)
+            # The text before a stop string is never shorter than the released text.
             while self._ends[0][0] < self._finder.released:
                 self._ends.popleft()
         self._count_used()
@@ -110,4 +110,4 @@ class StreamDecoder:
     def _count_used(self) -> None:
         if self.stopped is not None and self._used is None:
             length = self._finder.released
-            self._used = next(place for end, place in self._ends if end >= length) if length else 0
+            self._used = next(index for end, index in self._ends if end >= length) if length else 0

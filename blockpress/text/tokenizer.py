@@ -1,9 +1,8 @@
-"""Text to token ids and back, with the files as a checkpoint ships them.
+"""Text to token ids and back, with a checkpoint's own tokenizer files.
 
-Why: a model reads numbers. What people type must become exactly those numbers, and nothing may be lost on the way
-without a word.
+Why: a model reads token ids. Text must become exactly the ids it was trained on, and nothing may be lost silently.
 
-Invariant: `encode` gives ids for all of the text or raises; `decode` gives text for all of the ids or raises.
+Invariant: `encode` returns ids for all of the text or raises; `decode` returns text for all of the ids or raises.
 
 Run: python -m pytest tests/text/test_tokenizer.py
 """
@@ -33,11 +32,10 @@ _TEMPLATE_JSON = "chat_template.json"
 
 @final
 class Tokenizer:
-    """A tokenizer and what its checkpoint says about it.
+    """A tokenizer with its checkpoint's settings.
 
-    `special_tokens`: names as the config has them (`bos_token`, `eos_token`, ...) to their text; chat templates read
-    them. `chat_template`: the source of the checkpoint's template, or None. `backend`: the wrapped
-    `tokenizers.Tokenizer`.
+    `special_tokens`: from the config's names (`bos_token`, `eos_token`, ...) to their text; chat templates read them.
+    `chat_template`: the source of the checkpoint's template, or None. `backend`: the wrapped `tokenizers.Tokenizer`.
     """
 
     def __init__(
@@ -48,10 +46,10 @@ class Tokenizer:
         chat_template: str | None = None,
         source: Path | None = None,
     ) -> None:
-        """Take over `backend` and switch off its own truncation and padding: both change texts without a word.
+        """Wrap `backend` and switch off its own truncation and padding: both change texts silently.
 
         `config`: the content of tokenizer_config.json. `source`: the directory that `save` copies from.
-        DamagedFile names a special token of the config that the vocabulary does not hold.
+        Raises DamagedFile, which names a special token of the config that is not in the vocabulary.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -61,17 +59,17 @@ class Tokenizer:
         self._config = dict(config or {})
         self._source = source
         self.vocab_size: int = backend.get_vocab_size()
-        """Pieces, control tokens included."""
+        """The number of pieces, control tokens included."""
         self.bos = self._id_of("bos_token")
         self.eos = self._id_of("eos_token")
         self.pad = self._id_of("pad_token")
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(number for number, token in added.items() if token.special)
-        """The control tokens that `decode` leaves out."""
+        """The control tokens that `decode` skips."""
         self._unknown = self._unknown_id()
         self._lossless = is_lossless(backend)
-        self._add_bos = self._asked_for("add_bos_token", self.bos, "bos_token")
-        self._add_eos = self._asked_for("add_eos_token", self.eos, "eos_token")
+        self._add_bos = self._flag("add_bos_token", self.bos, "bos_token")
+        self._add_eos = self._flag("add_eos_token", self.eos, "eos_token")
         self._adds_bos_itself = self.bos is not None and backend.encode("").ids[:1] == [self.bos]
 
     @classmethod
@@ -81,11 +79,11 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json and, where present, the config, special tokens and chat template beside it.
+        """Read tokenizer.json and, where present, the config, special tokens and chat template next to it.
 
         The template is taken from chat_template.jinja, else chat_template.json, else the config's `chat_template` (of
-        several named ones, `default`). ModelNotFound without the directory, CheckpointError without tokenizer.json,
-        DamagedFile for one that cannot be read.
+        several named ones, `default`). Raises ModelNotFound without the directory, CheckpointError without
+        tokenizer.json, DamagedFile for one that cannot be read.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -108,15 +106,15 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """The ids of `text`.
 
-        `add_special`: put `bos` in front (and `eos` behind) if the tokenizer's own post-processor does so or its config
-        says `add_bos_token` (`add_eos_token`). A text that already starts with `bos` gets no second one.
+        `add_special`: put `bos` in front (and `eos` at the end) if the tokenizer's own post-processor does so or its
+        config has `add_bos_token` (`add_eos_token`). A text that already starts with `bos` gets no second one.
 
         Control tokens that are written out in the text, such as `<bos>` or `<|turn>`, become those control tokens: chat
-        templates are made of them. Whoever puts foreign text into a template must know that it can write them too.
+        templates consist of them. Untrusted text that is put into a template can write them too.
 
-        TextError names the first character that the vocabulary cannot represent, with its line and column (both from
-        1). A tokenizer with a token for every byte represents all text, but for lone surrogates. What a normaliser
-        rewrites is not counted as lost.
+        Raises TextError, which names the first character that the vocabulary cannot represent, with its line and column
+        (both from 1). A tokenizer with a token for every byte represents all text except lone surrogates. What a
+        normaliser rewrites does not count as lost.
         """
         encoding = self._encoding(text, add_special)
         if not self._lossless:
@@ -134,32 +132,34 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`, spaces as they are; `skip_special` drops control tokens. TextError names an unknown id."""
+        """The text of `ids`, spaces unchanged; `skip_special` skips control tokens. TextError names an unknown id."""
         return self.backend.decode(self.checked_ids(ids), skip_special_tokens=skip_special)
 
     def token(self, id: int) -> str:
-        """One token's text for a terminal: printable, everything else escaped. TextError names an unknown id."""
+        """One token's text for a terminal, unprintable characters escaped. TextError names an unknown id."""
         return piece_for_display(self.backend, self.checked_ids([id])[0])
 
     def checked_ids(self, ids: Sequence[int]) -> list[int]:
-        """`ids` as plain integers; TextError names the first that is no integer or has no piece in the vocabulary."""
+        """`ids` as plain integers; TextError names the first that is not an integer or not in the vocabulary."""
         checked: list[int] = []
-        for place, number in enumerate(ids):
+        for position, number in enumerate(ids):
             try:
                 value = operator.index(number)
             except TypeError:
-                raise TextError(f"token id {number!r} at place {place} is no integer", hint="give integers") from None
-            # The library takes 32 unsigned bits.
+                raise TextError(
+                    f"token id {number!r} at position {position} is no integer", hint="give integers"
+                ) from None
+            # The library takes unsigned 32-bit integers.
             if not 0 <= value < 2**32 or self.backend.id_to_token(value) is None:
                 raise TextError(
-                    f"token id {value} at place {place} is outside the vocabulary of {self.vocab_size} pieces",
+                    f"token id {value} at position {position} is outside the vocabulary of {self.vocab_size} pieces",
                     hint=f"ids go from 0 to {self.vocab_size - 1}; were they made with another tokenizer?",
                 )
             checked.append(value)
         return checked
 
     def save(self, directory: str | Path) -> None:
-        """Write the files into `directory` (made if absent): copies of those it was read from, else new ones."""
+        """Write the files into `directory` (created if absent): copies of those it was read from, else new ones."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self._source is not None:
@@ -181,29 +181,29 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special)
         except UnicodeEncodeError as error:
             raise self._unrepresentable(text, error.start) from None
-        # A model without a token for the unknown refuses the whole text with a bare Exception.
+        # A model without an unknown token refuses the whole text with a bare Exception.
         except Exception as error:
-            refused = {sign for sign in set(text) if self._refuses(sign)}
+            refused = {char for char in set(text) if self._refuses(char)}
             if refused:
-                place = next(place for place, sign in enumerate(text) if sign in refused)
-                raise self._unrepresentable(text, place) from error
+                position = next(position for position, char in enumerate(text) if char in refused)
+                raise self._unrepresentable(text, position) from error
             raise TextError(f"the tokenizer refuses the text: {error}", hint="give text of the model's kind") from error
 
-    def _refuses(self, sign: str) -> bool:
+    def _refuses(self, char: str) -> bool:
         try:
-            self.backend.encode(sign)
+            self.backend.encode(char)
         except Exception:
             return True
         return False
 
     def _first_lost(self, text: str, encoding: tokenizers.Encoding) -> int | None:
-        """The place of the first character that became the unknown token or that no token covers."""
+        """The index of the first character that became the unknown token or that no token covers."""
         reach = 0
         gap: int | None = None
         for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if start > reach and gap is None:
                 gap = reach
-            # The unknown token written out in the text is what was asked for.
+            # The unknown token written out in the text is intended.
             if number == self._unknown and end > start and text[start:end] != self.backend.id_to_token(number):
                 return start if gap is None else self._vanished(text, gap, start)
             reach = max(reach, end)
@@ -212,22 +212,22 @@ class Tokenizer:
         return None if gap is None else self._vanished(text, gap, None)
 
     def _vanished(self, text: str, gap: int, otherwise: int | None) -> int | None:
-        # A space between words may have no token and yet come back, as some tokenizers put one between any two.
+        # A space between words may have no token and yet be decoded, as some tokenizers put one between any two.
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if self.backend.decode(ids, skip_special_tokens=False) == text:
             return otherwise
-        # Behind a dropped character some models count their places too low, so the gap tells only that one is missing.
-        silent = {sign for sign in set(text) if not self.backend.encode(sign, add_special_tokens=False).ids}
-        return next((place for place, sign in enumerate(text) if sign in silent), gap)
+        # After a dropped character some models report offsets that are too low, so the gap shows only that one is lost.
+        dropped = {char for char in set(text) if not self.backend.encode(char, add_special_tokens=False).ids}
+        return next((position for position, char in enumerate(text) if char in dropped), gap)
 
-    def _unrepresentable(self, text: str, place: int) -> TextError:
-        line = text.count("\n", 0, place) + 1
-        column = place - text.rfind("\n", 0, place)
-        sign = text[place]
+    def _unrepresentable(self, text: str, position: int) -> TextError:
+        line = text.count("\n", 0, position) + 1
+        column = position - text.rfind("\n", 0, position)
+        char = text[position]
         known = sorted(self.backend.get_vocab()) if self.vocab_size <= 64 else []
         hint = f"remove or replace it; the {self.vocab_size} pieces are {known}" if known else "remove or replace it"
         return TextError(
-            f"the vocabulary has no token for {sign!r} (U+{ord(sign):04X}) at line {line}, column {column}",
+            f"the vocabulary has no token for {char!r} (U+{ord(char):04X}) at line {line}, column {column}",
             hint=hint,
         )
 
@@ -242,20 +242,20 @@ class Tokenizer:
             )
         return number
 
-    def _asked_for(self, flag: str, number: int | None, name: str) -> bool:
-        asked = self._config.get(flag) or False
-        if asked is not False and asked is not True:
-            raise DamagedFile(f"{flag}={asked!r} in {_CONFIG} is neither true nor false", hint="correct the file")
-        if asked and number is None:
+    def _flag(self, flag: str, number: int | None, name: str) -> bool:
+        value = self._config.get(flag) or False
+        if value is not False and value is not True:
+            raise DamagedFile(f"{flag}={value!r} in {_CONFIG} is neither true nor false", hint="correct the file")
+        if value and number is None:
             raise DamagedFile(
                 f"{_CONFIG} has {flag}=true but no {name}", hint=f"name the {name} or set {flag} to false"
             )
-        return asked
+        return value
 
     def _unknown_id(self) -> int | None:
         model = self.backend.model
         if isinstance(model, tokenizers.models.Unigram):
-            # The only model that gives its unknown token as an id, and through its saved state alone.
+            # The only model with the unknown token as an id, and only in its saved state.
             number: int | None = json.loads(model.__getstate__()).get("unk_id")
             return number
         token = model.unk_token

@@ -14,14 +14,14 @@ from tokenizers import AddedToken, Regex, decoders, models
 
 from blockpress.errors import RequestError, TextError
 from blockpress.text import StreamDecoder, Tokenizer
-from blockpress.text.detokenizer import _BYTE_OF_SIGN
+from blockpress.text.detokenizer import _BYTE_OF_CHAR
 
 BYTES = [
     f"<0x{byte:02X}>"
     for byte in (0x20, 0x41, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xEF, 0xBF, 0xBD, 0xFF)
 ]
 WORDS = ["▁", "▁▁", "a", "▁b", "c▁", "\ufffd", "é", "##ing", "n't", ".", "x</w>", "|", "<0xZZ>", "<0x+F>"]
-SIGN_OF_BYTE = {byte: sign for sign, byte in _BYTE_OF_SIGN.items()}
+CHAR_OF_BYTE = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
 
 
 def words(decoder: Any) -> Tokenizer:
@@ -36,7 +36,7 @@ def words(decoder: Any) -> Tokenizer:
 def byte_level() -> Tokenizer:
     pieces = [bytes([b]) for b in (0x41, 0x20, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xED, 0xA0, 0xFF)]
     pieces += [b"\xe2\x82", b"\xac\xe2", b"\x82\xac\xf0", b"\x9f\x98\x80 a", b"\xef\xbf\xbd", b"abc"]
-    vocabulary = {"".join(SIGN_OF_BYTE[byte] for byte in piece): number for number, piece in enumerate(pieces)}
+    vocabulary = {"".join(CHAR_OF_BYTE[byte] for byte in piece): number for number, piece in enumerate(pieces)}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     backend.decoder = decoders.Sequence([decoders.ByteLevel()])
     backend.add_special_tokens([AddedToken("<s>", special=True)])

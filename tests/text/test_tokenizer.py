@@ -172,7 +172,7 @@ def test_what_is_no_text_is_refused(gemma: Tokenizer, text: Any):
 
 @pytest.mark.parametrize("wrong", [16, -1, 2**32, 2**70, "5", 1.0, None])
 def test_wrong_ids_are_named(digits: Tokenizer, wrong: Any):
-    with pytest.raises(TextError, match=f"token id {wrong!r} at place 1") as caught:
+    with pytest.raises(TextError, match=f"token id {wrong!r} at position 1") as caught:
         digits.decode([5, wrong])
     assert isinstance(wrong, str | float | None) or "16 pieces" in caught.value.message
     with pytest.raises(TextError):
