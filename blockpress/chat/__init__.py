@@ -1,10 +1,10 @@
-"""A conversation as the model reads it, and the model's turn as people read it.
+"""Chat: from messages to the prompt's token ids, and from the model's tokens to its parsed answer.
 
     messages --template, prompt--> ids and pictures       messages, template, prompt
-    ids --parser--> text, thoughts, tool calls            parser, tool_calls
-    both together, and what a turn decides                conversation, turn
+    ids --parser--> text, reasoning, tool calls           parser, tool_calls
+    both together; thinking budget and retries            conversation, turn
 
-Invariant: no import of torch or transformers; what is wrong with a conversation is named before anything is computed.
+Invariant: no import of torch or transformers; an invalid conversation is refused by name before any computation.
 Run it:  python -m pytest tests/chat
 """
 

@@ -1,8 +1,8 @@
-"""A conversation, as the model reads it: messages become token ids and pictures, by the checkpoint's own template.
+"""A conversation as the model reads it: messages become token ids and pictures, by the checkpoint's own template.
 
     <|turn>user\\n...<turn|>\\n<|turn>model\\n
 
-Invariant: a conversation is read alike alone and among others; what is wrong with it is said by name.
+Invariant: a conversation is encoded the same alone and in a batch; an error names the field that is wrong.
 Run it:  python -m pytest tests/chat
 """
 
@@ -39,7 +39,7 @@ from blockpress.text import Tokenizer
 @final
 @dataclass(frozen=True, kw_only=True)
 class EncodedChat:
-    """A conversation as the model reads it: token ids, and the pictures whose soft tokens stand at `image_spans`."""
+    """A conversation as the model reads it: token ids, and the pictures whose soft tokens are at `image_spans`."""
 
     ids: list[int]
     pictures: list[ProcessedImage]
@@ -48,7 +48,7 @@ class EncodedChat:
 
 @final
 class Chat:
-    """How a checkpoint talks: its template, its control tokens, and how pictures are put before it."""
+    """A checkpoint's chat format: its template, its control tokens, and its image settings."""
 
     def __init__(
         self,
@@ -63,10 +63,10 @@ class Chat:
     def of(
         cls, tokenizer: Tokenizer | None, path: Path, config: ModelConfig, settings: Callable[[], PictureSettings]
     ) -> Chat:
-        """Of the checkpoint in `path`; `settings` reads how its pictures are prepared, once one is shown.
+        """For the checkpoint at `path`; `settings` reads its image settings, called with the first image.
 
         Raises:
-            CheckpointError: it has no chat template. TextError: the template is wrong.
+            CheckpointError: it has no chat template. TextError: the template is invalid.
         """
         template = None if tokenizer is None else ChatTemplate.of(tokenizer)
         if tokenizer is None or template is None:
@@ -92,26 +92,26 @@ class Chat:
         thinking: bool = False,
         soft_tokens: int | None = None,
     ) -> list[EncodedChat]:
-        """Each conversation as the model reads it.
+        """Encode each conversation.
 
-        RequestError, TextError: what is wrong with one, by name, and where there are `many`, by its number.
+        Raises RequestError, TextError: they name what is wrong and, with `many`, the conversation's number.
         """
-        asked = []
+        encoded = []
         for number, messages in enumerate(conversations):
             try:
-                asked.append(self.encode(messages, tools=tools, thinking=thinking, soft_tokens=soft_tokens))
+                encoded.append(self.encode(messages, tools=tools, thinking=thinking, soft_tokens=soft_tokens))
             except BlockpressError as error:
                 if not many:
                     raise
                 raise type(error)(f"conversation {number}: {error.message}", hint=error.hint) from error
-        return asked
+        return encoded
 
     def encode(
         self, messages: Any, *, tools: Any = None, thinking: bool = False, soft_tokens: int | None = None
     ) -> EncodedChat:
-        """One conversation as the model reads it. RequestError, TextError: what is wrong with it, by name.
+        """Encode one conversation. Raises RequestError, TextError: they name what is wrong.
 
-        `soft_tokens`: most tokens that an image, or a frame of a video, becomes; None: as the checkpoint says.
+        `soft_tokens`: most tokens of an image, or of a frame of a video; None: the checkpoint's own setting.
         """
         if thinking and self.controls.thought is None:
             raise RequestError("thinking is True", hint="this model has no token for thoughts; leave thinking out")
@@ -121,22 +121,24 @@ class Chat:
             )
         pictures: list[ProcessedImage] = []
 
-        def show(text: str, media: tuple[Media, ...]) -> str:
+        def insert_media(text: str, media: tuple[Media, ...]) -> str:
             if self._config.vision is None or not self._config.has_canvas:
                 raise RequestError(
                     f"{media[0].field} is of type {media[0].kind!r}", hint="this model sees nothing: leave pictures out"
                 )
-            images = [_opened(one, self._settings, soft_tokens) for one in media if one.kind == "image"]
-            videos = [_played(one, self._settings, soft_tokens) for one in media if one.kind == "video"]
+            images = [_load_image(item, self._settings, soft_tokens) for item in media if item.kind == "image"]
+            videos = [_load_video(item, self._settings, soft_tokens) for item in media if item.kind == "video"]
             text, shown = insert_placeholders(text, images, videos)
             pictures.extend(shown)
             return text
 
-        prompt = encode_chat(self.tokenizer, self.template, messages, tools=tools, thinking=thinking, lay_out=show)
+        prompt = encode_chat(
+            self.tokenizer, self.template, messages, tools=tools, thinking=thinking, insert_media=insert_media
+        )
         if not pictures:
             return EncodedChat(ids=prompt.ids, pictures=[], image_spans=[])
-        placed = expand(prompt.ids, [picture.soft_tokens for picture in pictures], self._config)
-        return EncodedChat(ids=placed.ids, pictures=pictures, image_spans=placed.image_spans)
+        expanded = expand(prompt.ids, [picture.soft_tokens for picture in pictures], self._config)
+        return EncodedChat(ids=expanded.ids, pictures=pictures, image_spans=expanded.image_spans)
 
     def output_processor(
         self,
@@ -147,33 +149,33 @@ class Chat:
         thinking_budget: int | None = None,
         retry_empty: bool = True,
     ) -> ChatOutputProcessor:
-        """What reads the answer behind a prompt. `thinking_budget`: most tokens inside thoughts; None: any number."""
-        begin = ThinkingProgress(section=self.controls.section_after(prompt))
-        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=begin.section)
+        """The processor for the answer after a prompt. `thinking_budget`: most reasoning tokens; None: no limit."""
+        progress = ThinkingProgress(section=self.controls.section_after(prompt))
+        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=progress.section)
         return ChatOutputProcessor(
             self.tokenizer,
             self.controls,
             parser,
-            begin,
+            progress,
             stop_ids=tuple(stop_ids),
             budget=thinking_budget,
             retries=RETRIES if retry_empty else 0,
         )
 
 
-def _opened(media: Media, settings: PictureSettings, soft_tokens: int | None) -> ProcessedImage:
+def _load_image(media: Media, settings: PictureSettings, soft_tokens: int | None) -> ProcessedImage:
     with _named(media.field):
         return prepare_images([media.source], settings, soft_tokens)[0]
 
 
-def _played(media: Media, settings: PictureSettings, soft_tokens: int | None) -> Video:
+def _load_video(media: Media, settings: PictureSettings, soft_tokens: int | None) -> Video:
     with _named(media.field):
         return prepare_videos([media.source], settings, soft_tokens)[0]
 
 
 @contextmanager
 def _named(field: str) -> Iterator[None]:
-    """An error from inside tells the field that it is about."""
+    """Add the field's name to an error from inside the block."""
     try:
         yield
     except BlockpressError as error:
@@ -181,7 +183,7 @@ def _named(field: str) -> Iterator[None]:
 
 
 def check_options(thinking: Any, thinking_budget: Any, retry_empty: Any, soft_tokens: Any) -> None:
-    """Raises RequestError: no truth value, no count, or a budget for thoughts that are switched off."""
+    """Raises RequestError: not a boolean, not a valid count, or a thinking budget while thinking is off."""
     if soft_tokens is not None and not (is_count(soft_tokens) and soft_tokens in BUDGETS):
         raise RequestError(
             f"soft_tokens is {soft_tokens!r}",

@@ -1,13 +1,13 @@
-"""Messages and tools as people and programs send them, checked, and in the one form that chat templates read.
+"""Messages and tools as clients send them, checked and normalised to the form that chat templates read.
 
     given     {"role": "model", "content": [{"type": "text", "text": "4"}], "tool_calls": [{... "arguments": "{}"}]}
     checked   {"role": "assistant", "content": [...], "tool_calls": [{... "arguments": {}}]}
 
-Why: a template is a program that fails in its own words, or writes something else than was meant, when a field is not
-as it expects. So every field is checked here first, by name.
+Why: a template is a program that fails with its own message, or silently renders something else, when a field is not
+what it expects. So every field is checked here first, and an error names it.
 
-Invariant: what comes out is plain JSON in OpenAI's chat shape, every field of it was given, and every field that was
-given is in it or was refused. Sources of images and videos are taken out, in their order, and left as marks.
+Invariant: the result is plain JSON in OpenAI's chat shape; every field of it was given, and every given field is in it
+or was refused. Sources of images and videos are taken out, in order, and replaced by parts without a source.
 
 Run: python -m pytest tests/chat/test_messages.py
 """
@@ -39,7 +39,7 @@ _MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url":
 @final
 @dataclass(frozen=True)
 class Media:
-    """An image or a video of a message: its source as it was given, and the name of the field that it stands in."""
+    """An image or a video of a message: its source as given, and the name of its field."""
 
     kind: Literal["image", "video"]
     source: Any
@@ -47,15 +47,15 @@ class Media:
 
 
 def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Media]]:
-    """The messages as templates read them, and what they show, in the order of the text.
+    """The messages as templates read them, and their images and videos, in the order of the text.
 
     Roles: system, developer, user, assistant (or model), tool. Content: text, or a list of parts: {"type": "text",
     "text": ...}, {"type": "image", "image": ...}, {"type": "image_url", "image_url": {"url": ...}}, {"type": "video",
     "video": ...}; images and videos in a user's message only. An assistant's `tool_calls` have OpenAI's shape, their
-    arguments an object or its JSON text; its thought goes by `thinking`, `reasoning` or `reasoning_content`. A tool's
+    arguments an object or its JSON text; its reasoning is `thinking`, `reasoning` or `reasoning_content`. A tool's
     message names the call that it answers by `tool_call_id` or the tool by `name`.
 
-    RequestError names the first field that is wrong, as in messages[2].content[0].type.
+    Raises RequestError, which names the first field that is wrong, as in messages[2].content[0].type.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise _wrong("messages", messages, 'a list of messages such as {"role": "user", "content": "Hello"}')
@@ -69,7 +69,7 @@ def check_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Media]]:
 def check_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Tools in OpenAI's shape, each {"type": "function", "function": {"name", "description", "parameters"}}.
 
-    None or an empty list: no tools, None. RequestError names the first field that is wrong.
+    None or an empty list gives None. Raises RequestError, which names the first field that is wrong.
     """
     if tools is None:
         return None
@@ -145,32 +145,32 @@ def _call(call: Any, at: str) -> dict[str, Any]:
     return checked
 
 
-def _response(message: Mapping[str, Any], at: str, before: list[dict[str, Any]]) -> dict[str, Any]:
-    caller = next((old for old in reversed(before) if old["role"] != "tool"), None)
+def _response(message: Mapping[str, Any], at: str, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    caller = next((old for old in reversed(earlier) if old["role"] != "tool"), None)
     calls = (caller or {}).get("tool_calls")
     if not calls:
-        raise _wrong(f"{at}.role", "tool", "of a message behind an assistant's message with tool_calls")
-    wanted, name = message.get("tool_call_id"), message.get("name")
-    if wanted is not None:
-        named = next((call["function"]["name"] for call in calls if call.get("id") == wanted), None)
+        raise _wrong(f"{at}.role", "tool", "in a message after an assistant's message with tool_calls")
+    call_id, name = message.get("tool_call_id"), message.get("name")
+    if call_id is not None:
+        named = next((call["function"]["name"] for call in calls if call.get("id") == call_id), None)
         if named is None:
-            raise _wrong(f"{at}.tool_call_id", wanted, f"the id of a call: {[call.get('id') for call in calls]}")
+            raise _wrong(f"{at}.tool_call_id", call_id, f"the id of a call: {[call.get('id') for call in calls]}")
         if name is not None and name != named:
-            raise _wrong(f"{at}.name", name, f"{named!r}, the tool of call {wanted!r}, or left out")
+            raise _wrong(f"{at}.name", name, f"{named!r}, the tool of call {call_id!r}, or left out")
         name = named
     if name not in [call["function"]["name"] for call in calls]:
         raise _wrong(f"{at}.name", name, f"a tool that was called: {[call['function']['name'] for call in calls]}")
     content = message.get("content")
-    # A result may also be an object, which templates write with its own keys.
+    # A result may also be an object, which templates render with its own keys.
     result = (
         _json(content, f"{at}.content") if isinstance(content, Mapping) else _content(content, f"{at}.content", None)
     )
     checked = {"role": "tool", "name": name, "content": result}
-    return checked | ({} if wanted is None else {"tool_call_id": wanted})
+    return checked | ({} if call_id is None else {"tool_call_id": call_id})
 
 
 def _content(content: Any, at: str, media: list[Media] | None) -> str | list[dict[str, Any]]:
-    """Text, or parts; `media` takes what they show, None where nothing may be shown."""
+    """Text, or parts; images and videos are appended to `media`, None where none are allowed."""
     if isinstance(content, str):
         return str(content)
     if isinstance(content, bytes | Mapping) or not isinstance(content, Sequence) or not content:
@@ -211,7 +211,7 @@ def _tool(tool: Any, at: str) -> dict[str, Any]:
         raise _wrong(f"{at}.type", tool.get("type"), "'function'")
     function, at = tool.get("function"), f"{at}.function"
     _object(function, at)
-    # `strict` promises that arguments fit the schema, which nothing here can keep.
+    # `strict` promises that arguments fit the schema, which nothing here guarantees.
     _only(
         function, at, {"name", "description", "parameters"} | ({"strict"} if function.get("strict") is False else set())
     )
@@ -229,7 +229,7 @@ def _tool(tool: Any, at: str) -> dict[str, Any]:
 
 
 def _json(value: Any, at: str, depth: int = 1) -> Any:
-    """`value` rebuilt of plain JSON types."""
+    """`value` rebuilt from plain JSON types."""
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float) and math.isfinite(value):

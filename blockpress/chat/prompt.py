@@ -1,15 +1,15 @@
-"""Messages to the token ids of a prompt, by the checkpoint's template, and nobody's text becomes a control token.
+"""Messages to the token ids of a prompt, by the checkpoint's template; no text of a message becomes a control token.
 
     given      {"role": "user", "content": "Type <turn|> to end"}
-    marked     Type <#turn|> to end              # is a sign that nobody wrote
+    marked     Type <#turn|> to end              # is a character that no message contains
     rendered   <|turn>user\\nType <#turn|> to end<turn|>\\n
     encoded    [<|turn>, user, \\n, Type, <]  [turn, |, >, to, end, <turn|>, \\n]
 
-Why: a template gives one text, and in it the `<turn|>` that a user typed looks like the one that ends the turn. So
-every control token that is written out in a message is cut in two before the template sees it, and encoded in two.
+Why: a template renders one text, in which a `<turn|>` that a user typed looks like the one that ends the turn. So every
+control token that is written out in a message is split before the template sees it, and encoded in two pieces.
 
-Invariant: the control tokens of the ids are those that the template wrote. Messages that hold none written out are
-encoded as one text, just as the checkpoint's own processor would.
+Invariant: the control tokens of the ids are those that the template wrote. Messages with none written out are encoded
+as one text, just as the checkpoint's own processor does.
 
 Run: python -m pytest tests/chat/test_prompt.py
 """
@@ -28,10 +28,10 @@ from blockpress.text.tokenizer import Tokenizer
 
 __all__ = ["ChatPrompt", "encode_chat"]
 
-PLACES = ("<|image|>", "<|video|>")
-"""What templates write where an image or a video is shown."""
+PLACEHOLDERS = ("<|image|>", "<|video|>")
+"""What templates write for an image or a video."""
 
-# Code points that Unicode will never give to a sign.
+# Code points that Unicode will never assign to a character.
 _MARKS = [*map(chr, range(0xFDD0, 0xFDF0)), *(chr(plane << 16 | 0xFFFF) for plane in range(1, 17))]
 
 
@@ -51,61 +51,62 @@ def encode_chat(
     *,
     tools: Any = None,
     thinking: bool = False,
-    lay_out: Callable[[str, tuple[Media, ...]], str] | None = None,
+    insert_media: Callable[[str, tuple[Media, ...]], str] | None = None,
 ) -> ChatPrompt:
-    """The prompt of a conversation, ending where the model is to write.
+    """The prompt of a conversation, ending where the model's turn begins.
 
-    `lay_out`, called where there are images or videos, writes their places anew into the rendered text, in which none
-    was typed by anybody.
+    `insert_media`, called where there are images or videos, rewrites their placeholders in the rendered text; all of
+    them are the template's.
 
-    RequestError names a field of `messages` or `tools`; TextError tells what the template refuses, or that it
+    Raises RequestError, which names a field of `messages` or `tools`; TextError: the template refuses the messages, or
     leaves out an image.
     """
     checked, media = check_messages(messages)
     declared = check_tools(tools)
-    breaks = _Breaks(tokenizer, [checked, declared], places=PLACES if media else ())
+    breaks = _Breaks(tokenizer, [checked, declared], placeholders=PLACEHOLDERS if media else ())
     text = template.render(breaks.apply(checked), tools=breaks.apply(declared), enable_thinking=thinking)
-    # Frames of a video are images: it needs no token of its own, and not every vocabulary has one.
-    sees = tokenizer.backend.token_to_id(PLACES[0]) is not None
-    for kind, mark in zip(("image", "video"), PLACES, strict=True):
-        shown = [one for one in media if one.kind == kind]
-        places = text.count(mark) if sees else 0
+    # Frames of a video are images: a video needs no token of its own, and not every vocabulary has one.
+    has_placeholder = tokenizer.backend.token_to_id(PLACEHOLDERS[0]) is not None
+    for kind, mark in zip(("image", "video"), PLACEHOLDERS, strict=True):
+        shown = [item for item in media if item.kind == kind]
+        places = text.count(mark) if has_placeholder else 0
         if shown and places != len(shown):
             raise TextError(
-                f"{shown[0].field} is one of {len(shown)} {kind}s; the prompt has a place for {places}",
+                f"{shown[0].field} is one of {len(shown)} {kind}s; the prompt has placeholders for {places}",
                 hint=f"leave {kind}s out, or use a model whose chat template takes them",
             )
-    if lay_out is not None and media:
-        text = lay_out(text, tuple(media))
+    if insert_media is not None and media:
+        text = insert_media(text, tuple(media))
     ids = [number for part in text.split(breaks.mark) for number in tokenizer.encode(part, add_special=False)]
     return ChatPrompt(ids=ids, media=tuple(media))
 
 
 @final
 class _Breaks:
-    """Puts `mark`, a sign that occurs nowhere in `values`, into what their texts write out: controls, and `places`.
+    """Puts `mark`, a character that `values` do not contain, into control tokens and `placeholders` in their texts.
 
-    A text that ends in the beginning of a control token gets one behind it, since the next text may hold the rest.
+    A text that ends in the beginning of a control token gets one inside it too, since the next text may hold the rest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, values: Any, places: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, values: Any, placeholders: Sequence[str]) -> None:
         special = (tokenizer.backend.id_to_token(token) for token in tokenizer.special_ids)
-        controls = sorted({*places, *(text for text in special if text is not None and len(text) > 1)})
-        begun = {text[:length] for text in controls for length in range(1, len(text))}
-        # An empty match in front of each: tokens may overlap, and each is cut behind its first sign.
+        controls = sorted({*placeholders, *(text for text in special if text is not None and len(text) > 1)})
+        prefixes = {text[:length] for text in controls for length in range(1, len(text))}
+        # A lookahead for each: tokens may overlap, and each is split after its first character.
         whole = "|".join(map(re.escape, controls))
-        part = "|".join(map(re.escape, sorted(begun)))
-        self._found = re.compile(f"(?=(?:{whole}))(.)|(?=(?:{part})\\Z)(.)", re.DOTALL) if controls else None
-        used = {sign for text in _texts(values) for sign in text}
+        part = "|".join(map(re.escape, sorted(prefixes)))
+        self._pattern = re.compile(f"(?=(?:{whole}))(.)|(?=(?:{part})\\Z)(.)", re.DOTALL) if controls else None
+        used = {char for text in _texts(values) for char in text}
         self.mark = next((mark for mark in _MARKS if mark not in used), "")
         if not self.mark:
             raise RequestError(
-                f"messages hold all of {len(_MARKS)} code points that stand for no sign", hint="leave one of them out"
+                f"messages hold all of {len(_MARKS)} code points that stand for no character",
+                hint="leave one of them out",
             )
 
     def apply(self, value: Any) -> Any:
         if isinstance(value, str):
-            return value if self._found is None else self._found.sub(lambda found: found[0] + self.mark, value)
+            return value if self._pattern is None else self._pattern.sub(lambda match: match[0] + self.mark, value)
         if isinstance(value, Mapping):
             return {self.apply(key): self.apply(entry) for key, entry in value.items()}
         if isinstance(value, list):

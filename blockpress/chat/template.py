@@ -1,12 +1,12 @@
-"""Messages to the text that the model was trained on, by the Jinja template that its checkpoint ships.
+"""Messages to the text format that the model was trained on, by the Jinja template that its checkpoint ships.
 
-Why: every checkpoint has its own words for turns, tools and thoughts, and ships them as a template. A template is a
-program from somebody else, so it runs in a sandbox.
+Why: every checkpoint has its own markup for turns, tools and reasoning, and ships it as a template. A template is
+untrusted code, so it runs in a sandbox.
 
-Invariant: a template gets plain data and gives text or a TextError; it never reaches Python's objects, files or the
-caller's messages. Bounded are the output (16 Mi characters), the results of `*`, `+` and `**`, and `range` (100,000
-numbers a call, 1,000,000 a rendering). Not bounded is the time that a hostile template can waste in other ways: use
-templates of checkpoints that you trust with your time.
+Invariant: a template gets plain data and returns text or raises a TextError; it never reaches Python's objects, files
+or the caller's messages. Bounded are the output (16 Mi characters), the results of `*`, `+` and `**`, and `range`
+(100,000 numbers a call, 1,000,000 a rendering). A hostile template can still waste time in other ways: use templates of
+checkpoints that you trust that far.
 
 Run: python -m pytest tests/chat/test_template.py
 """
@@ -32,7 +32,7 @@ from blockpress.text.tokenizer import Tokenizer
 __all__ = ["ChatTemplate"]
 
 MAX_OUTPUT = 16 * 2**20
-"""Characters that a rendering may have."""
+"""Most characters of a rendering."""
 
 _MAX_RANGE_TOTAL = 1_000_000
 _MAX_BITS = 65_536
@@ -40,7 +40,7 @@ _MAX_BITS = 65_536
 
 @final
 class ChatTemplate:
-    """A compiled chat template, rendered as `transformers` does: same filters, functions, blocks and blanks."""
+    """A compiled chat template, rendered as by `transformers`: same filters, functions, blocks and whitespace."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`special_tokens`: what the template may name, such as `bos_token`. `clock`: what `strftime_now` reads.
+        """`special_tokens`: available to the template by name, such as `bos_token`. `clock`: read by `strftime_now`.
 
-        TextError with line and message if the source is not valid Jinja.
+        Raises TextError with line and message if the source is not valid Jinja.
         """
         self.source = source
         self._special_tokens = dict(special_tokens or {})
@@ -64,13 +64,13 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
                 hint="correct the template",
             ) from error
-        # Constants are computed while compiling, and can fail in any way.
+        # Jinja folds constants while compiling, which can raise anything.
         except Exception as error:
             raise _failure(error) from error
 
     @classmethod
     def own(cls, **names: Any) -> ChatTemplate:
-        """The template of our own models, in Gemma's control tokens; `names` as the constructor's."""
+        """The template of our own models, with Gemma's control tokens; `names` as for the constructor."""
         return cls((files(__package__) / "template.jinja").read_text(encoding="utf-8"), **names)
 
     @classmethod
@@ -91,16 +91,18 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text for these messages.
 
-        `bos_token` replaces the tokenizer's own; it is empty text if neither has one. `extra` are further names for the
-        template, such as `enable_thinking=True`. Values that are not JSON (images, arrays) reach the template as a mark
-        like `<Image>`.
+        `bos_token` replaces the tokenizer's own; it is "" if neither exists. `extra` are further variables for the
+        template, such as `enable_thinking=True`. Values that are not JSON (images, arrays) are passed to the template
+        as text like `<Image>`.
 
-        TextError with the template's own message if it refuses the messages, fails, writes too much or leaves its
-        sandbox.
+        Raises TextError with the template's own message if it refuses the messages, fails, writes too much or violates
+        its sandbox.
         """
-        taken = sorted(self._reserved & extra.keys())
-        if taken:
-            raise TextError(f"{taken[0]!r} is a function of chat templates", hint="pass the value under another name")
+        reserved = sorted(self._reserved & extra.keys())
+        if reserved:
+            raise TextError(
+                f"{reserved[0]!r} is a function of chat templates", hint="pass the value under another name"
+            )
         names = {"documents": None, "bos_token": "", **self._special_tokens, **extra}
         names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         if bos_token is not None:
@@ -109,7 +111,7 @@ class ChatTemplate:
             return self._write({name: _plain(value) for name, value in names.items()})
         except TextError:
             raise
-        # The template is a program: whatever it raises is its failure, not ours.
+        # The template is a program: whatever it raises is reported as its failure.
         except Exception as error:
             raise _failure(error) from error
 
@@ -132,7 +134,7 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` to `{% endgeneration %}` marks what the model writes, for training; here it passes through."""
+    """`{% generation %}` to `{% endgeneration %}` marks the model's text for training; here it is passed through."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -144,9 +146,9 @@ class _GenerationBlock(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses results that grow beyond any prompt, and refuses at once what the plain sandbox turns into empty text."""
+    """Refuses results larger than any prompt, and raises where the plain sandbox would return an empty text."""
 
-    # Naming an operator here also keeps Jinja from computing it on constants while it compiles.
+    # Naming an operator here also keeps Jinja from folding it on constants while it compiles.
     intercepted_binops = frozenset({"*", "+", "**"})
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
@@ -163,7 +165,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's `namespace` without underscore names, which would replace the object's own machinery."""
+    """Jinja's `namespace` without underscore names, which would overwrite the object's own attributes."""
 
     def __init__(*args: Any, **names: Any) -> None:
         for name in dict(*args[1:], **names):
@@ -187,7 +189,7 @@ def _environment(clock: Callable[[], datetime]) -> _Sandbox:
     def strftime_now(form: str) -> str:
         return clock().strftime(form)
 
-    # Jinja's own filter escapes for HTML, and prompts are not HTML.
+    # Jinja's own filter escapes HTML, and prompts are not HTML.
     def tojson(
         value: Any,
         ensure_ascii: bool = False,
@@ -201,7 +203,7 @@ def _environment(clock: Callable[[], datetime]) -> _Sandbox:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
-    # Filler text at random is no part of a prompt, and any amount of it can be asked for.
+    # It generates random filler text of any length, which no prompt needs.
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": _Namespace}
     return environment
@@ -230,12 +232,12 @@ def _size(value: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """`value` rebuilt from plain JSON types: methods of richer objects are out of the sandbox's knowledge."""
+    """`value` rebuilt from plain JSON types: the sandbox does not know the methods of other objects."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
-            # A subclass may bring its own __str__ or __int__, so the base type reads it.
+            # A subclass may define its own __str__ or __int__, so the base type's is called.
             return value if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(entry) for key, entry in value.items()}

@@ -1,16 +1,16 @@
-"""The model's turn in a conversation: what is special about how it is written.
+"""The model's turn in a conversation: the thinking budget, and the retry of an empty answer.
 
     turn     <|channel>thought\\n....... <channel|> The answer. <turn|>
                              |-- budget --|                              closed at the token where it is spent
 
-Two things go another way than the model would have it, both decided by token ids alone:
+Both override what the model wrote, and depend on token ids alone:
 
-- the thinking budget: where a thought has as many tokens as it may, its canvas is cut, the closing token is committed
-  there, and the next canvas begins the answer; no other thought can be opened from there on;
-- the empty answer: a canvas that ends the turn before it said anything is written again from fresh noise, and the place
-  where its answer should have begun may not take the ids that end a turn, and the blank that stood there.
+- thinking budget: where the reasoning has used up its tokens, its canvas is cut, the closing token is committed there,
+  and the next canvas begins the answer; no other reasoning can be opened from there on;
+- empty answer: a canvas that ends the turn without any content is denoised again from new noise, and at the position
+  where the answer should have begun, the ids that end a turn and the blank token that was there are banned.
 
-Invariant: what a turn does is a function of its own tokens, so a chat in a batch is the chat alone.
+Invariant: the result is a function of the turn's own tokens, so a chat in a batch equals the same chat alone.
 Run it:  python -m pytest tests/chat
 """
 
@@ -25,24 +25,24 @@ from blockpress.chat.parser import Piece, Section, SpecialTokens, TurnParser
 from blockpress.text import Tokenizer
 
 RETRIES = 3
-"""How many times in all the canvases of one answer are begun again."""
+"""How many retries the canvases of one answer have in total."""
 
 
 @final
 @dataclass(frozen=True)
 class ThinkingProgress:
-    """Where a turn is: what is open, tokens inside thoughts so far, and whether anything has been said."""
+    """The state of a turn: the open section, reasoning tokens so far, and whether the answer has any content."""
 
     section: Section = "answer"
     spent: int = 0
-    said: bool = False
+    has_content: bool = False
 
 
 @final
 class ChatOutputProcessor:
-    """A `decoding.OutputProcessor`: its parser reads the tokens, its progress decides.
+    """A `decoding.OutputProcessor`: its parser reads the tokens; its progress decides on cuts and retries.
 
-    `retries`: how often it may begin again.
+    `budget`: most reasoning tokens. `retries`: most canvases that are denoised again.
     """
 
     def __init__(
@@ -80,32 +80,32 @@ class ChatOutputProcessor:
 
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
-        """What stood where the answer should have begun; and everywhere, once the budget is spent, another thought."""
+        """Banned ids and their positions: of a retry, and everywhere new reasoning once its budget is spent."""
         banned: dict[int, Container[int]] = dict(self._too_early)
         if self._controls.thought is not None and self._is_spent(self._progress):
             banned[self._controls.thought] = range(sys.maxsize)
         return banned
 
     def cut(self, tokens: list[int]) -> list[int]:
-        """All tokens, or those up to the budget's end with the thought closed behind them, or up to another thought."""
+        """All tokens; or those up to the budget's end, then the closing token; or those before another reasoning."""
         progress, end = self._progress, self._controls.thought_end
         self._cut_at = None
-        for place, token in enumerate(tokens):
+        for position, token in enumerate(tokens):
             after = self._after(progress, token)
             if after.section == "thought" and self._is_spent(progress):
-                # Outside of a thought this token would open one: the next canvas is banned it, and goes on from here.
-                return self._closed(tokens[:place], end) if progress.section == "thought" else tokens[:place]
+                # Outside of reasoning this token would open one: it is banned in the next canvas, which starts here.
+                return self._closed(tokens[:position], end) if progress.section == "thought" else tokens[:position]
             progress = after
         return self._closed(tokens, end) if progress.section == "thought" and self._is_spent(progress) else tokens
 
     def should_retry(self, tokens: list[int]) -> bool:
-        """If nothing has been said; then neither a turn's end nor the blank that stood there may open the answer."""
+        """Whether the answer is empty so far; then ids that end a turn, and the blank there, may not begin it."""
         progress, opening = self._progress, len(tokens) - 1
-        for place, token in enumerate(tokens):
+        for position, token in enumerate(tokens):
             progress = self._after(progress, token)
             if progress.section != "thought" and token != self._controls.thought_end:
-                opening = min(opening, place)
-        if progress.said or not self._retries:
+                opening = min(opening, position)
+        if progress.has_content or not self._retries:
             return False
         self._retries -= 1
         for token in {*self._stop_ids, tokens[opening]}:
@@ -115,7 +115,7 @@ class ChatOutputProcessor:
     def take(self, tokens: list[int]) -> list[Piece]:
         before = self._parser.tokens_used
         pieces = self._parser.feed(tokens)
-        # A stop text may have begun in an earlier canvas; then none of these are needed.
+        # A stop string may have begun in an earlier canvas; then none of these tokens are used.
         used = tokens[: max(0, self._parser.tokens_used - before)]
         for token in used:
             self._progress = self._after(self._progress, token)
@@ -136,13 +136,13 @@ class ChatOutputProcessor:
 
     def _after(self, progress: ThinkingProgress, token: int) -> ThinkingProgress:
         section = self._controls.section_after([token], progress.section)
-        # The id that ends the turn inside a thought is no part of it.
+        # An id that ends the turn inside reasoning does not count as part of it.
         inside = progress.section == section == "thought" and token not in self._stop_ids
-        said = progress.said or (section != "thought" and self._says(token))
-        return ThinkingProgress(section, progress.spent + inside, said)
+        has_content = progress.has_content or (section != "thought" and self._is_content(token))
+        return ThinkingProgress(section, progress.spent + inside, has_content)
 
-    def _says(self, token: int) -> bool:
-        """Whether a token outside of thoughts is content: text that is not blank, or the beginning of a call."""
+    def _is_content(self, token: int) -> bool:
+        """Whether a token outside of reasoning is content: text that is not blank, or the beginning of a call."""
         if token == self._controls.call:
             return True
         return token not in self._stop_ids and bool(self._tokenizer.decode([token]).strip())

@@ -229,11 +229,11 @@ def test_a_video_needs_no_token_of_its_own(gemma: Tokenizer):
     typed, shown = {"type": "text", "text": "<|video|> and "}, {"type": "video", "video": 0}
     seen: list[str] = []
 
-    def lay_out(text: str, media: tuple[Media, ...]) -> str:
+    def insert_media(text: str, media: tuple[Media, ...]) -> str:
         seen.append(text)
         return text.replace("<|video|>", "00:00 <|image|>")
 
-    prompt = encode_chat(gemma, ChatTemplate.own(), [user([typed, shown])], lay_out=lay_out)
+    prompt = encode_chat(gemma, ChatTemplate.own(), [user([typed, shown])], insert_media=insert_media)
     assert [text.count("<|video|>") for text in seen] == [1]
     assert "user\n<|video|> and 00:00 <|image|><turn|>" in gemma.decode(prompt.ids, skip_special=False)
     # Where nothing is shown, no place can be mistaken, and the text is encoded as it stands.
