@@ -1,4 +1,4 @@
-"""Sudoku: parse, check, solve and make puzzles, and keep the held-out ones apart from those trained on. No torch."""
+"""Sudoku: parse, check, solve and generate puzzles, and keep held-out ones apart from those for training. No torch."""
 
 from blockpress.errors import renamed
 from blockpress.sudoku.puzzles import (

@@ -1,13 +1,13 @@
-"""Sudoku: parse, check, solve and make puzzles, and keep the held-out ones apart from those trained on.
+"""Sudoku: parse, check, solve and generate puzzles, and keep held-out ones apart from those for training.
 
-Why: small models are trained and measured on puzzles with one answer, so a right canvas is a fact and not an opinion.
+Why: small models are trained and measured on puzzles with one solution, so whether a canvas is right is not debatable.
 A grid is a `str` of 81 characters '0'..'9', row by row, '0' a blank; cell `i` is row `i // 9`, column `i % 9`.
-Invariant: every puzzle made here has exactly one solution, and is a pure function of its integer seed.
+Invariant: every puzzle generated here has exactly one solution, and is a pure function of its integer seed.
 Run it:  python -c "from blockpress import sudoku; print(sudoku.layout(sudoku.generate_puzzle(7, 30).puzzle))"
 
-The solver keeps all candidates in one 729-bit integer, bit `81 * (digit - 1) + cell`. A unit's nine candidates lie at
+The solver keeps all candidates in one 729-bit integer, bit `81 * (digit - 1) + cell`. A unit's nine candidates are at
 fixed distances from its first one, its anchor, so that a few shifts count "at least one" and "at least two" of them in
-all units at once, three by three (the nine digits of a cell, a "square", count as a unit too):
+all units at once, three by three (the nine digits of a cell, a "square", are a unit too):
 
     distances   row 0 1 2 | 3 6      column 0 9 18 | 27 54      box 0 1 2 | 9 18      square 0 81 162 | 243 486
 """
@@ -43,7 +43,7 @@ CONSTRAINTS = [(anchors, spread, *shifts) for anchors, spread, shifts in zip(ANC
 
 
 def _keep(digit: int, cell: int) -> int:
-    """The candidates that can still hold once `digit` (0..8) stands in `cell`."""
+    """The candidates that remain possible once `digit` (0..8) is in `cell`."""
     peers = {peer for _, cells in UNITS if cell in cells for peer in cells}
     gone = sum(1 << 81 * digit + peer for peer in peers) | SPREADS[0] << cell
     return FULL & ~gone | 1 << 81 * digit + cell
@@ -64,7 +64,7 @@ class Puzzle:
 def parse_puzzle(text: str) -> str:
     """The grid in `text`: 81 cells on one line or nine lines of nine, '.' or '0' a blank, white space ignored.
 
-    Raises PuzzleError: a character that is no cell, a wrong count of cells, or givens that contradict each other.
+    Raises PuzzleError: an invalid character, a wrong number of cells, or givens that contradict each other.
     """
     lines = [line for line in ("".join(line.split()) for line in text.splitlines()) if line]
     nine = len(lines) == 9
@@ -88,9 +88,9 @@ def parse_puzzle(text: str) -> str:
     for name, cells in UNITS:
         for first, second in combinations(cells, 2):
             if grid[first] == grid[second] != "0":
-                places = " and ".join(f"row {cell // 9 + 1}, column {cell % 9 + 1}" for cell in (first, second))
+                positions = " and ".join(f"row {cell // 9 + 1}, column {cell % 9 + 1}" for cell in (first, second))
                 raise PuzzleError(
-                    f"{name} has the digit {grid[first]} twice: at {places}",
+                    f"{name} has the digit {grid[first]} twice: at {positions}",
                     hint="a digit stands once in each row, column and box; change or clear one of the two",
                 )
     return grid
@@ -114,17 +114,17 @@ def agrees(puzzle: str, grid: str) -> bool:
 
 def solve(puzzle: str) -> str | None:
     """A solution of `puzzle`, or None where there is none. Raises PuzzleError if `puzzle` is not a grid."""
-    found = next(_search(*_candidates(puzzle)), None)
-    return None if found is None else _grid(found)
+    placed = next(_search(*_candidates(puzzle)), None)
+    return None if placed is None else _grid(placed)
 
 
 def count_solutions(puzzle: str, limit: int = 2) -> int:
-    """How many solutions `puzzle` has, counting no further than `limit`. Raises PuzzleError if it is not a grid."""
+    """The number of solutions of `puzzle`, counted up to `limit`. Raises PuzzleError if it is not a grid."""
     return sum(1 for _ in zip(range(limit), _search(*_candidates(puzzle)), strict=False))
 
 
 def _candidates(grid: str) -> tuple[int, int]:
-    """(candidates, placed): what the givens of `grid` leave possible, and the givens themselves."""
+    """(candidates, placed): the candidates that the givens of `grid` leave possible, and the givens themselves."""
     if len(grid) != CELLS or not (grid.isascii() and grid.isdigit()):
         raise PuzzleError(f"{grid[:99]!r} is not a grid of 81 digits", hint="read it with sudoku.parse_puzzle")
     candidates, placed = FULL, 0
@@ -177,15 +177,15 @@ def _propagate(candidates: int, placed: int) -> tuple[int, int]:
                 return 0, 0
             two |= two >> c | two >> d | one & near | both & far
             singles |= (two & anchors ^ anchors) * spread
-        fresh = singles & candidates
-        fresh ^= fresh & placed
-        if not fresh:
+        new = singles & candidates
+        new ^= new & placed
+        if not new:
             return candidates, placed
-        placed |= fresh
-        while fresh:
-            low = fresh & -fresh
+        placed |= new
+        while new:
+            low = new & -new
             candidates &= KEEP[low.bit_length() - 1]
-            fresh ^= low
+            new ^= low
 
 
 def _tightest(candidates: int) -> int:
@@ -215,10 +215,10 @@ def random_solution(rng: Random) -> str:
 
 
 def dig(solution: str, rng: Random, *, stop: int = 0) -> tuple[int, ...]:
-    """Visit all cells in random order and blank each one that leaves the solution unique; the blanked cells in order.
+    """Visit all cells in random order and blank each one that keeps the solution unique; the blanked cells in order.
 
-    The first `81 - g` of them blanked give a puzzle of `g` givens with one solution (`puzzle_at`). `stop` ends the
-    dig once only that many givens are left. A blank is allowed when no solution has another digit in that cell.
+    Blanking the first `81 - g` of them gives a puzzle of `g` givens with one solution (`puzzle_at`). `stop` ends the
+    dig once only that many givens are left. A cell may be blanked when no solution has another digit in it.
     """
     bits = [81 * int(digit) - 81 + cell for cell, digit in enumerate(solution)]
     visits = rng.sample(range(CELLS), CELLS)
@@ -242,7 +242,10 @@ def dig(solution: str, rng: Random, *, stop: int = 0) -> tuple[int, ...]:
 
 
 def puzzle_at(solution: str, order: tuple[int, ...], givens: int) -> str:
-    """`solution` with the first `81 - givens` cells of `order` (from `dig`) blank. Raises PuzzleError if too few."""
+    """`solution` with the first `81 - givens` cells of `order` (from `dig`) blank.
+
+    Raises PuzzleError: `order` has too few cells, or `givens` is above 81.
+    """
     if not CELLS - len(order) <= givens <= CELLS:
         raise PuzzleError(
             f"this dig reaches {CELLS - len(order)} givens, not {givens}",
@@ -255,8 +258,8 @@ def puzzle_at(solution: str, order: tuple[int, ...], givens: int) -> str:
 def generate_puzzle(seed: int, givens: int) -> Puzzle:
     """A puzzle with one solution and `givens` (17 to 80) filled cells, the same one for the same arguments.
 
-    Digs up to `DIGS` = 1,000 random grids. Most end at 23 to 26 givens: 22 takes some tens of digs, 21 some hundreds,
-    and 17 to 20 are hardly ever reached. Raises PuzzleError for a count out of range or not reached.
+    Digs up to `DIGS` = 1,000 random grids. Most end at 23 to 26 givens: 22 takes tens of digs, 21 hundreds, and 17 to
+    20 are hardly ever reached. Raises PuzzleError for a number out of range or not reached.
     """
     _check_range(givens, givens)
     return _make(Random(f"blockpress.sudoku generate {seed} {givens}"), givens)
@@ -283,19 +286,19 @@ def _make(rng: Random, givens: int) -> Puzzle:
 
 
 def held_out(seed: int, count: int, givens: tuple[int, int] = (30, 40), avoid: Set[int] = frozenset()) -> list[Puzzle]:
-    """`count` puzzles for measuring, givens uniform in the inclusive range, not drawn from `puzzle_pool`'s stream.
+    """`count` puzzles for evaluation, givens uniform in the inclusive range, not drawn from `puzzle_pool`'s stream.
 
     Grids with a fingerprint in `avoid`, or in the list already, are skipped, so no two are images of each other.
     Raises PuzzleError as `generate_puzzle` does.
     """
     _check_range(*givens)
     rng = Random(f"blockpress.sudoku held out {seed}")
-    seen, puzzles = set(avoid), list[Puzzle]()
+    known, puzzles = set(avoid), list[Puzzle]()
     while len(puzzles) < count:
         puzzle = _make(rng, rng.randint(*givens))
         mark = fingerprint(puzzle.solution)
-        if mark not in seen:
-            seen.add(mark)
+        if mark not in known:
+            known.add(mark)
             puzzles.append(puzzle)
     return puzzles
 
@@ -307,10 +310,10 @@ def puzzle_pool(seed: int, size: int, *, start: int = 0) -> tuple[Bytes, NDArray
     depends on (seed, i) alone, so several processes can each make a part.
     """
     solutions, orders = np.zeros((size, CELLS), np.uint8), np.full((size, CELLS), -1, np.int8)
-    for place in range(size):
-        rng = Random(f"blockpress.sudoku pool {seed} {start + place}")
+    for index in range(size):
+        rng = Random(f"blockpress.sudoku pool {seed} {start + index}")
         solution = random_solution(rng)
         order = dig(solution, rng)
-        solutions[place] = digits(solution)
-        orders[place, : len(order)] = order
+        solutions[index] = digits(solution)
+        orders[index, : len(order)] = order
     return solutions, orders

@@ -1,8 +1,8 @@
-"""The symmetries of Sudoku: show a grid in another guise, and tell whether two grids could be guises of each other.
+"""The symmetries of Sudoku: transform a grid by one, and tell whether a symmetry could relate two grids.
 
 Relabelling digits, permuting bands, rows in a band, stacks, columns in a stack, and transposing turn a puzzle with one
-solution into another: 1.2 trillion of them for most grids. Training uses them as data, measuring must not be fooled by
-them. Invariant: `fingerprint` is equal for a grid and everything that `augment` can make of it.
+solution into another: 1.2 trillion of them for most grids. Training uses them to augment data; held-out puzzles must
+not be images of training ones. Invariant: `fingerprint` is equal for a grid and everything `augment` can make of it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def augment(solutions: Bytes, puzzles: Bytes, rng: np.random.Generator) -> tuple
 
 
 def _line_orders(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """int64 [count, 9]: orders of nine lines that keep the bands of three together."""
+    """int64 [count, 9]: permutations of nine lines that keep the bands of three together."""
     bands = rng.random((count, 3)).argsort(axis=1)[:, :, None]
     return (3 * bands + rng.random((count, 3, 3)).argsort(axis=2)).reshape(count, 9)
 
 
 def fingerprint(solution: str) -> int:
-    """A 64-bit number that is equal for any two full grids that a symmetry (see `augment`) takes into each other."""
+    """A 64-bit number that is equal for any two full grids related by a symmetry (see `augment`)."""
     return int(fingerprints(digits(solution)[None])[0])
 
 
@@ -51,8 +51,8 @@ def fingerprints(solutions: Bytes) -> NDArray[np.uint64]:
     """`fingerprint` of each row of uint8 [n, 81] full grids, as uint64 [n].
 
     The permutation of digits that takes one row to another keeps its cycle type under every symmetry. Types are
-    gathered unordered, first of each row with all others, then over the rows; the same for columns; then the two. So
-    grids with different numbers are never images of each other; those with equal numbers nearly always are.
+    combined as unordered collections, first for each row with all others, then over the rows; the same for columns;
+    then both. Grids with different numbers are never images of each other; those with equal numbers nearly always are.
     """
     prints = np.zeros(len(solutions), np.uint64)
     for start in range(0, len(solutions), 1024):  # a grid takes 17 KB of scratch
