@@ -114,8 +114,8 @@ class Crowd(RuleBasedStateMachine):
             self.simulator.write(work)
         bad = works[which % len(works)].request
         for work in works:
-            self.paper.look(work)
-        self.paper.scheduler.end(bad, discard=True)
+            self.simulator.look(work)
+        self.simulator.scheduler.end(bad, discard=True)
         for work in works:
             if not is_judged(work):
                 self.simulator.scheduler.mark_computed(work)
