@@ -111,8 +111,9 @@ def _vocabulary(draw: Generator, device: str) -> DoctorCheck:
 def _experts(draw: Generator, device: str) -> Iterator[DoctorCheck]:
     import torch
 
-    from blockpress.ops import experts, grouped
+    from blockpress.ops import experts
     from blockpress.ops.cpu import bridge
+    from blockpress.ops.cpu import experts as cpu_experts
 
     tokens, hidden, size, count = 48, 64, 32, 16
     given = torch.randn(tokens, hidden, generator=draw).to(device)
@@ -124,7 +125,8 @@ def _experts(draw: Generator, device: str) -> Iterator[DoctorCheck]:
         x, gate_up, down = (tensor.to(dtype) for tensor in (given, whole, narrow))
         fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.loop))
         in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
-        path = "C++" if in_cpp else "matrix tiles in C++" if grouped.supports(x, gate_up, down) else "grouped products"
+        in_tiles = cpu_experts.supports_amx(x, gate_up, down)
+        path = "C++" if in_cpp else "matrix tiles in C++" if in_tiles else "grouped products"
         yield _told("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
 
 

@@ -1,9 +1,16 @@
 """Routed experts: every token goes through `top_k` of them, weighted by the router.
 
+    chosen   token 0: 3 1   token 1: 1 2   token 2: 3 2
+    sorted   1: 0 1 | 2: 1 2 | 3: 0 2          `ordered`: products expert by expert, then each token's sum
+
 `gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. All versions
-give the same sums: `loop` (the truth, one expert after another over its own tokens), `dense` (all experts as one wide
-MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and without gradients
-those of grouped.py. Packed weights are unpacked one expert at a time, and only those that a token chose.
+give the same sums: `loop` (the reference, expert by expert over the tokens that chose it), `dense` (all experts as one
+wide MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and without gradients
+`ordered`. Packed weights are unpacked one expert at a time, and only those that a token chose. C++ is in `cpu/`, Triton
+in `kernels/`.
+
+Invariant of `ordered`: a sum depends on its token's own experts alone, in the order in which the router chose them.
+Run it:  python -m pytest tests/ops/test_experts.py
 Source: reference model, `DiffusionGemmaTextRouter` and `DiffusionGemmaTextExperts`.
 """
 
@@ -14,7 +21,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.ops import grouped, kernels
+from blockpress.ops import kernels, rows
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import experts as in_cpp
 from blockpress.ops.geglu import geglu
@@ -22,7 +29,7 @@ from blockpress.ops.linear import linear
 from blockpress.ops.weight import Packed
 
 MANY = 1024
-"""Tokens from which on the arithmetic that `dense` spends in vain costs more than sorting them, on a CPU."""
+"""Most tokens for which, on a CPU, the arithmetic that `dense` wastes costs less than sorting them."""
 
 
 def route(
@@ -42,7 +49,7 @@ def loop(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """One expert after another, each over the tokens that chose it."""
+    """Expert by expert, each over the tokens that chose it: the reference."""
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         token, slot = torch.where(chosen == expert)
@@ -67,6 +74,33 @@ def dense(
     return F.linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
 
 
+def ordered(
+    x: Float[Tensor, "tokens hidden"],
+    weights: Float32[Tensor, "tokens k"],
+    chosen: Int[Tensor, "tokens k"],
+    gate_up: Float[Tensor, "experts double hidden"] | Packed,
+    down: Float[Tensor, "experts hidden size"] | Packed,
+) -> Float[Tensor, "tokens hidden"]:
+    """`loop` for weights of any kind, with one sort instead of a search for every expert's tokens."""
+    tokens, k = chosen.shape
+    if not tokens:
+        return torch.empty_like(x)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.new_zeros(down.shape[0]).scatter_add_(0, flat, torch.ones_like(flat)).tolist()
+    parts = []
+    for expert, inputs in enumerate(x.index_select(0, order // k).split(counts)):
+        if len(inputs):
+            gate, up = linear(inputs, gate_up[expert]).chunk(2, dim=-1)
+            parts.append(linear(geglu(gate, up), down[expert]))
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    y, slots = torch.cat(parts), inverse.view(tokens, k)
+    if rows.supports(y):
+        return rows.weighted_sum(y, slots, weights)
+    return (y[slots] * weights[..., None]).to(x.dtype).sum(1)
+
+
 def moe_forward(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
@@ -74,7 +108,7 @@ def moe_forward(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The fastest of them: `dense` spends experts / top_k times the arithmetic, and pays up to twice."""
+    """The fastest version here. `dense` does experts / top_k times the arithmetic; that pays up to twice."""
     if x.is_cuda and kernels.available():
         from blockpress.ops.kernels import experts as in_triton
 
@@ -85,8 +119,8 @@ def moe_forward(
     if stacks is not None:
         return in_cpp.moe_forward(x, weights, chosen, stacks)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        if grouped.supports(x, gate_up, down):
-            return grouped.amx_grouped(x, weights, chosen, gate_up, down)
+        if in_cpp.supports_amx(x, gate_up, down):
+            return in_cpp.amx_grouped(x, weights, chosen, gate_up, down)
         if down.shape[0] <= 2 * chosen.shape[1] and (gradients or len(x) <= MANY):
             return dense(x, weights, chosen, gate_up, down)
-    return (loop if gradients else grouped.ordered)(x, weights, chosen, gate_up, down)
+    return (loop if gradients else ordered)(x, weights, chosen, gate_up, down)

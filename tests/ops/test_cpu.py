@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpress.hardware import isa
-from blockpress.ops import attention, experts, grouped
+from blockpress.ops import attention, experts
 from blockpress.ops import linear as plain_products
 from blockpress.ops.attention import AttentionSpan, Piece
 from blockpress.ops.cpu import attention as in_cpp_attention
@@ -277,7 +277,7 @@ def test_experts(case: str, own: torch.dtype, stored: torch.dtype) -> None:
         patch.setattr(bridge, "supports", lambda x: False)
         plain = experts.loop(*given[:3], gate_up.to(own), down.to(own))
         if own == stored == torch.bfloat16:
-            sorted_ = grouped.ordered(*given)
+            sorted_ = experts.ordered(*given)
             assert (got != sorted_).sum() <= 0.05 * got.numel() + 1, "rounded where torch rounds"
     assert got.dtype == own
     off, allowed = (got - wanted).norm(), (plain - wanted).norm()

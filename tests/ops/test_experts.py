@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.ops import compiled, experts, grouped, rows
+from blockpress.ops import compiled, experts, rows
 from blockpress.ops.cpu import bridge
+from blockpress.ops.cpu import experts as in_cpp
 
-VERSIONS = {"loop": experts.loop, "every": experts.dense, "ordered": grouped.ordered, "mix": experts.moe_forward}
+VERSIONS = {"loop": experts.loop, "every": experts.dense, "ordered": experts.ordered, "mix": experts.moe_forward}
 CASES = [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 3)]
 
 
@@ -78,15 +79,15 @@ def test_the_source_builds_whatever_the_processor():
     assert compiled.library("experts") is not None, "else the tests of tiles are skipped, and nobody sees why"
 
 
-@pytest.mark.skipif(grouped._library() is None, reason="no matrix tiles, or no compiler")
+@pytest.mark.skipif(in_cpp._library() is None, reason="no matrix tiles, or no compiler")
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.inference_mode()
 def test_tiles_are_the_definition(tokens: int, top_k: int):
     given = wide(5, top_k, tokens, seed=tokens)
-    assert grouped.supports(given[0], *given[3:])
+    assert in_cpp.supports_amx(given[0], *given[3:])
     got, plain, wanted = (
-        grouped.amx_grouped(*given).double(),
+        in_cpp.amx_grouped(*given).double(),
         experts.loop(*given).double(),
         truth(*(x.float() if x.is_floating_point() else x for x in given)),
     )
@@ -94,18 +95,18 @@ def test_tiles_are_the_definition(tokens: int, top_k: int):
     assert torch.equal(experts.moe_forward(*given).double(), got), "and it is the one that is taken"
 
 
-@pytest.mark.skipif(grouped._library() is None, reason="no matrix tiles, or no compiler")
+@pytest.mark.skipif(in_cpp._library() is None, reason="no matrix tiles, or no compiler")
 @torch.inference_mode()
 def test_threads_and_neighbours_do_not_show():
     x, weights, chosen, gate_up, down = wide(5, 2, 200)
-    whole, threads = grouped.amx_grouped(x, weights, chosen, gate_up, down), torch.get_num_threads()
+    whole, threads = in_cpp.amx_grouped(x, weights, chosen, gate_up, down), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert torch.equal(grouped.amx_grouped(x, weights, chosen, gate_up, down), whole)
+        assert torch.equal(in_cpp.amx_grouped(x, weights, chosen, gate_up, down), whole)
     finally:
         torch.set_num_threads(threads)
     some = torch.tensor([7, 3, 150])
-    assert torch.equal(grouped.amx_grouped(x[some], weights[some], chosen[some], gate_up, down), whole[some])
+    assert torch.equal(in_cpp.amx_grouped(x[some], weights[some], chosen[some], gate_up, down), whole[some])
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -118,7 +119,7 @@ def test_sorted_tokens_are_the_loop(native: bool, dtype: torch.dtype, monkeypatc
     x, weights, chosen, gate_up, down = wide(5, 2, 100)
     given = x.to(dtype), weights, chosen, gate_up.to(dtype), down.to(dtype)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
-    torch.testing.assert_close(grouped.ordered(*given), experts.loop(*given), **close)
+    torch.testing.assert_close(experts.ordered(*given), experts.loop(*given), **close)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.ops import experts, grouped, integers, linear
+from blockpress.ops import experts, integers, linear
 from blockpress.ops.blocks import LAYOUTS, Blocks
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
@@ -258,7 +258,7 @@ def test_experts(tokens: int) -> None:
     stacks = in_cpp_experts.stacked(gate_up, down)
     assert stacks is not None
     got = in_cpp_experts.moe_forward(x, weights, chosen, stacks)
-    for plain in (experts.loop, grouped.ordered):
+    for plain in (experts.loop, experts.ordered):
         wanted = plain(x, weights, chosen, gate_up, down)
         # GeGLU differs in the last bits, which now and then makes another code of what lies between the products.
         assert float((got - wanted).norm() / wanted.norm()) < 2e-3

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.ops import compiled, experts, grouped, unpacking
+from blockpress.ops import compiled, experts, unpacking
 from blockpress.ops.packed import E4M3, Float4, Nibbles
 
 from .layouts import LAYOUTS, Layout
@@ -133,6 +133,6 @@ def test_experts_of_four_bits(name: str) -> None:
     given = (x, *experts.route(torch.randn(23, 5, generator=draw), 2, torch.ones(5)), gate_up, down)
     with tables():
         wanted = experts.loop(*given)
-    got = grouped.ordered(*given)
+    got = experts.ordered(*given)
     assert (got - wanted).float().norm() <= 0.01 * wanted.float().norm()
     assert torch.equal(experts.moe_forward(*given), got)
