@@ -1,11 +1,10 @@
-"""Attention over a boolean mask, scale 1 (the queries and keys are normed, so there is no 1/sqrt(dim)).
+"""Attention over a boolean mask, scale 1 (queries and keys are normed, so there is no 1/sqrt(dim)).
 
-`plain` is the truth: explicit products and a float32 softmax. `grouped` is the same for a forward without gradients:
-the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
+`plain` is the reference: explicit products and a float32 softmax. `grouped` computes the same in a forward without
+gradients: the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
 scaled_dot_product_attention, slower than either on a CPU (backward three to four times at short lengths).
 
-An `AttentionSpan` is what attention over a flat batch takes in place of one mask for all: `spans.py` in torch,
-`cpu/attention.py` in C++.
+Attention over a flat batch takes `AttentionSpan`s instead of one mask: `spans.py` in torch, `cpu/attention.py` in C++.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ Piece = tuple[Float[Tensor, "kv_heads _keys dim"], Float[Tensor, "kv_heads _keys
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionSpan:
-    """Rows start to stop of a flat batch, and what they see.
+    """Rows start to stop of a flat batch, and the keys and values that they attend to.
 
     Args:
-        start, stop: the queries' rows.
-        seen: keys and values in pieces, in the order of the mask's columns: context, then (of a canvas) its own.
-        mask: True where a query may look, over all pieces together; None lets every query see every key.
+        start, stop: the rows of the queries.
+        kv: keys and values in pieces, in the order of the mask's columns: the context, then a canvas's own.
+        mask: True where a query attends to a key, over all pieces; None: every query attends to every key.
     """
 
     start: int
     stop: int
     kv: tuple[Piece, ...]
-    mask: Bool[Tensor, "#queries seen"] | None = None
+    mask: Bool[Tensor, "#queries keys"] | None = None
 
     @property
     def queries(self) -> int:
@@ -56,7 +55,7 @@ def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> He
 
     Args:
         query: [batch, heads, queries, dim]; key, value: [batch, heads / g, keys, dim].
-        mask: [batch or 1, queries, keys], True where a query may look; None lets every query see every key.
+        mask: [batch or 1, queries, keys], True where a query attends to a key; None: every query to every key.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -68,24 +67,24 @@ def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> He
 
 
 def grouped(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
-    """The same function, without copies of keys and values for every query head; with gradients it is `plain`."""
+    """`plain` without copies of keys and values for every query head; with gradients it calls `plain`."""
     if torch.is_grad_enabled():
         return plain(query, key, value, mask)
     batch, heads, queries, dim = query.shape
-    kv, seen = key.shape[1], key.shape[2]
+    kv, keys = key.shape[1], key.shape[2]
     packed = query.reshape(batch * kv, heads // kv * queries, dim)
-    scores = torch.bmm(packed, key.reshape(batch * kv, seen, dim).transpose(1, 2))
-    shares = softmax(scores.view(batch, heads, queries, seen), mask).view(scores.shape)
-    return torch.bmm(shares, value.reshape(batch * kv, seen, dim)).view(query.shape)
+    scores = torch.bmm(packed, key.reshape(batch * kv, keys, dim).transpose(1, 2))
+    shares = softmax(scores.view(batch, heads, queries, keys), mask).view(scores.shape)
+    return torch.bmm(shares, value.reshape(batch * kv, keys, dim)).view(query.shape)
 
 
 def softmax(
-    scores: Float[Tensor, "batch heads queries seen"], mask: Bool[Tensor, "#masks #queries seen"] | None
-) -> Float[Tensor, "batch heads queries seen"]:
-    """Float32 softmax over what the mask lets see, in the scores' type; their memory may be used for it.
+    scores: Float[Tensor, "batch heads queries keys"], mask: Bool[Tensor, "#masks #queries keys"] | None
+) -> Float[Tensor, "batch heads queries keys"]:
+    """Softmax over the visible keys, in float32, returned in the scores' type; may overwrite the scores.
 
     Args:
-        mask: of batch entry b it is mask b % masks that counts.
+        mask: batch entry b uses mask b % masks.
     """
     if rows.supports(scores):
         return rows.softmax_(scores, mask)
@@ -96,7 +95,7 @@ def softmax(
 
 
 def fused(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
-    """The same function through torch's scaled_dot_product_attention."""
+    """`plain` through torch's scaled_dot_product_attention."""
     grouped = query.shape[1] != key.shape[1]
     visible: Tensor | None = None if mask is None else mask[:, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=1.0, enable_gqa=grouped)

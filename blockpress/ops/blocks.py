@@ -1,4 +1,4 @@
-"""Weights in GGUF's block layouts: a row is a run of blocks, each with its own scales inside.
+"""Weights in GGUF's block layouts: a row is a sequence of blocks, each of which holds its own scales.
 
     Q8_0  32 values   d f16 | 32 x int8                                 y = d*q
     Q4_0  32 values   d f16 | 16 bytes of nibbles                       y = d*(q-8)
@@ -11,9 +11,9 @@
     Q6_K  256 values  128 bytes of nibbles | 64 of upper bits | 16 x int8 scales s | d f16
                                                                         y = (d*s)*(q-32), s a run of 16
 
-The products are float32, in the order written above. A caller adds layouts of its own by giving their `unpack`.
+Products are float32, in the order written above. A caller adds a layout of its own by passing its `unpack`.
 
-Invariant: `unpack(torch.float32)` equals the dequantiser of the `gguf` package to the last bit, whatever the bytes.
+Invariant: `unpack(torch.float32)` equals the dequantiser of the `gguf` package to the last bit, for any bytes.
 
 Run it:  python -m pytest tests/ops/test_blocks.py
 Source: ggml's block structs as the `gguf` package documents and dequantises them (`gguf.quants`).
@@ -33,12 +33,12 @@ from torch import Tensor
 Unpack = Callable[[UInt8[Tensor, "blocks bytes"]], Float32[Tensor, "blocks values"]]
 
 CHUNK = 1 << 20
-"""Values that are unpacked at once on a CPU, 4 MiB of float32: fewer pay more for calls, more for cache misses."""
+"""Values unpacked at once on a CPU, 4 MiB of float32: with fewer, calls cost more; with more, cache misses do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A block of `bytes` bytes that holds `values` values, and the function that unpacks many of them."""
+    """A block of `bytes` bytes that holds `values` values, and the function that unpacks many blocks."""
 
     name: str
     values: int
@@ -70,9 +70,9 @@ class Blocks:
         return Blocks(self.data[index], self.layout)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """Values of `dtype`, each rounded once from the float32 that the layout defines."""
+        """The values as `dtype`, each rounded once from the float32 value that the layout defines."""
         blocks = self.data.reshape(-1, self.layout.bytes)
-        # Many small launches would cost a GPU more than its caches give.
+        # On a GPU many small launches would cost more than its caches save.
         step = CHUNK // self.layout.values if blocks.device.type == "cpu" else max(1, len(blocks))
         out = torch.empty(len(blocks), self.layout.values, dtype=dtype, device=blocks.device)
         for start in range(0, len(blocks), step):
@@ -80,7 +80,7 @@ class Blocks:
         return out.view(self.shape)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, None]:
-        """A block's scales are its own, so there is none left for a row."""
+        """The values and no scale: scales belong to blocks, not to rows."""
         return self.unpack(dtype), None
 
     def to(self, device: torch.device) -> Blocks:
@@ -96,38 +96,38 @@ def _halves(blocks: Tensor, start: int) -> Float32[Tensor, "blocks 1"]:
 
 
 def _lanes(packed: UInt8[Tensor, "*runs bytes"]) -> Int64[Tensor, "*runs lanes"]:
-    """Eight bytes a lane: what is done to a lane is done to eight values, three times as fast as byte by byte."""
+    """Bytes as lanes of eight: one operation works on eight values, three times as fast as byte by byte."""
     return packed.contiguous().view(torch.int64)
 
 
-def _each(byte: int) -> int:
-    """A lane that holds `byte` eight times."""
+def _repeat_byte(byte: int) -> int:
+    """A lane of eight copies of `byte`."""
     return int.from_bytes(bytes([byte] * 8), "little")
 
 
 def _nibbles(packed: UInt8[Tensor, "blocks runs width"]) -> Int64[Tensor, "blocks runs 2 lanes"]:
-    """The low nibbles of every run of bytes, then its high ones."""
+    """The low nibbles of every run of bytes, then the high nibbles."""
     lanes = _lanes(packed)
     out = torch.empty(*lanes.shape[:2], 2, lanes.shape[2], dtype=torch.int64, device=lanes.device)
-    torch.bitwise_and(lanes, _each(15), out=out[:, :, 0])
-    torch.bitwise_and(lanes >> 4, _each(15), out=out[:, :, 1])
+    torch.bitwise_and(lanes, _repeat_byte(15), out=out[:, :, 0])
+    torch.bitwise_and(lanes >> 4, _repeat_byte(15), out=out[:, :, 1])
     return out
 
 
 @cache
-def _spread(device: torch.device) -> Int64[Tensor, 256]:
-    """Of every byte, its eight bits as eight bytes, each 0 or 16."""
+def _bit_table(device: torch.device) -> Int64[Tensor, 256]:
+    """For every byte, its eight bits as eight bytes, each 0 or 16."""
     rows = [[16 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)]
     return torch.tensor(rows, dtype=torch.uint8).view(torch.int64).flatten().to(device)
 
 
 def _fifth_bits(packed: UInt8[Tensor, "blocks 4"]) -> Int64[Tensor, "blocks 1 2 2"]:
-    """Bit i of 32 belongs to value i: what it adds to the value, 0 or 16."""
-    return _spread(packed.device)[packed.long()].view(-1, 1, 2, 2)
+    """What bit i of 32 adds to value i: 0 or 16."""
+    return _bit_table(packed.device)[packed.long()].view(-1, 1, 2, 2)
 
 
 def _floats(codes: Int64[Tensor, "blocks *runs lanes"]) -> Float32[Tensor, "blocks values"]:
-    """Codes of 0 to 63 in lanes, as floats."""
+    """Codes from 0 to 63, held in lanes, as floats."""
     return codes.flatten(1).view(torch.int8).float()
 
 
@@ -156,8 +156,8 @@ def _q5_1(blocks: Tensor) -> Tensor:
 def _six_bit(blocks: Tensor) -> tuple[Float32[Tensor, "blocks 8 1"], Float32[Tensor, "blocks 8 1"]]:
     """Scales and minima of the eight runs of a Q4_K or Q5_K block.
 
-    Of the 12 bytes, the first four hold scales 0 to 3, the next four minima 0 to 3 (6 bits each); their upper two bits
-    are those of scales and minima 4 to 7, whose lower four are the nibbles of the last four bytes.
+    Of the 12 bytes, the first four hold scales 0 to 3 and the next four minima 0 to 3, 6 bits each. Their upper two
+    bits are the upper bits of scales and minima 4 to 7, whose lower four bits are the nibbles of the last four bytes.
     """
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((first & 63, (third & 15) | ((first >> 2) & 48)), dim=1).float()
@@ -176,7 +176,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
     codes, fifth = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2), _lanes(blocks[:, 16:48])
     for run in range(8):
         moved = fifth << (4 - run) if run < 4 else fifth >> (run - 4)
-        codes[:, run] |= moved & _each(16)
+        codes[:, run] |= moved & _repeat_byte(16)
     return _floats(codes).view(-1, 8, 32).mul_(scales).sub_(least).flatten(1)
 
 
@@ -185,7 +185,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     upper = _lanes(blocks[:, 128:192].unflatten(1, (2, 32)))
     for run in range(4):
         moved = upper << (4 - 2 * run) if run < 2 else upper >> (2 * run - 4)
-        lower[:, :, run] |= moved & _each(48)
+        lower[:, :, run] |= moved & _repeat_byte(48)
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_halves(blocks, 208))
     return _floats(lower).sub_(32).view(-1, 16, 16).mul_(scales[..., None]).flatten(1)
 
@@ -203,4 +203,4 @@ LAYOUTS: dict[str, Layout] = {
         Layout(name="Q6_K", values=256, bytes=210, unpack=_q6_k),
     )
 }
-"""The layouts of the files that people share: those of Q4_K_M, Q5_K_M, Q6_K and Q8_0 files and of their fallbacks."""
+"""The layouts found in shared files: those of Q4_K_M, Q5_K_M, Q6_K and Q8_0 files and their fallbacks."""

@@ -10,7 +10,7 @@ from blockpress.ops import rows
 
 
 def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
-    """The tanh approximation of GELU, as the checkpoints were trained with; in one pass where that may be."""
+    """With the tanh approximation of GELU that the checkpoints were trained with; in one C++ pass where possible."""
     return rows.geglu(gate, up) if rows.supports(gate, up) else plain(gate, up)
 
 

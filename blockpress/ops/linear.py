@@ -1,10 +1,10 @@
-"""Products with a weight matrix, whether it lies in memory as floats or packed into fewer bits.
+"""Products with a weight matrix, stored as floats or packed into fewer bits.
 
-A packed weight (`ops/weight.py`) is unpacked in tiles of rows, where it is used, and the tile is dropped: memory stays
-that of the packed bytes and one tile.
+A packed weight (`ops/weight.py`) is unpacked in tiles of rows where it is used, and the tile is dropped: memory holds
+the packed bytes and one tile.
 
-Invariant: `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats; so does `linear`,
-but that it rounds after the sum what `unpack` rounds before (code times scale), where a row has one scale.
+Invariant: `lookup` and `combine` give for a packed weight what they give for its `unpack`ed floats. So does `linear`,
+except that where a row has one scale it rounds after the sum what `unpack` rounds before it (code times scale).
 
 Run it:  python -m pytest tests/ops/test_linear.py
 """
@@ -26,11 +26,11 @@ from blockpress.ops.packed import HalfFloats
 from blockpress.ops.weight import Packed
 
 TILE = 1 << 20
-"""Most values that are unpacked at once on a CPU, 2 MiB in bfloat16, and half as many in float32: they stay in its
-caches, and the allocator keeps their memory (tiles of 4 MiB take twice as long a value and more)."""
+"""Most values unpacked at once on a CPU, 2 MiB in bfloat16, and half as many in float32: they stay in its caches, and
+the allocator keeps their memory (tiles of 4 MiB take more than twice as long per value)."""
 
 GPU_TILE = 1 << 24
-"""The same on other devices, where every launch costs time."""
+"""The same on other devices, where launches cost time."""
 
 
 def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packed) -> Float[Tensor, "*rows out"]:
@@ -47,7 +47,7 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
 
 
 def products(x: Float[Tensor, "*rows in"], weight: Packed) -> Iterator[tuple[int, Float[Tensor, "*rows _some"]]]:
-    """`linear` a tile of the weight after another: the number of its first column, and the product."""
+    """`linear` by tiles of the weight: the first output column of each tile, and its product."""
     for start, (matrix, scale) in _unpacked(weight, x.dtype, lambda tile: tile.factors(x.dtype)):
         part = linear(x, matrix)
         yield start, part if scale is None else (part.float() * scale).to(x.dtype)
@@ -56,35 +56,35 @@ def products(x: Float[Tensor, "*rows in"], weight: Packed) -> Iterator[tuple[int
 def _unpacked(
     weight: Packed, dtype: torch.dtype, read: Callable[[Packed], tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
-    """Tiles as `read` reads them. Those of 16-bit floats lie in one buffer, each good until the next comes: the
-    pages of many, which the allocator may give back after each, would take longer than the values."""
-    room: Tensor | None = None
+    """Tiles and first rows, through `read`. Tiles of 16-bit floats share one buffer, each valid until the next: if the
+    allocator returned the memory after each, faulting its pages in again would take longer than the values."""
+    buffer: Tensor | None = None
     for start, tile in tiles(weight, dtype):
         if not isinstance(tile, HalfFloats) or torch.is_grad_enabled():
             yield start, read(tile)
             continue
-        if room is None:
-            room = torch.empty(tile.shape, dtype=dtype, device=tile.device)
-        yield start, (room[: tile.shape[0]].copy_(tile.values), None)
+        if buffer is None:
+            buffer = torch.empty(tile.shape, dtype=dtype, device=tile.device)
+        yield start, (buffer[: tile.shape[0]].copy_(tile.values), None)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a product for oneDNN: float32 on a processor where that is the better way, more than one row."""
+    """Whether oneDNN should compute it: float32 on a processor where oneDNN is faster, more than one row."""
     if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_grad_enabled() or float32_way() == "mkl":
         return False
-    plain = all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in (x, weight))
+    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in (x, weight))
     return plain and weight.dtype == torch.float32 and x.numel() // x.shape[-1] > 1
 
 
 def _onednn(x: Float32[Tensor, "*rows in"], weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "*rows out"]:
-    """True float32, asked for this one product: the global precision switch would change what others compute."""
+    """True float32 for this one product: the global precision switch would change other products too."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def lookup(
     ids: Int[Tensor, "*rows"], weight: Float[Tensor, "vocab hidden"] | Packed, dtype: torch.dtype
 ) -> Float[Tensor, "*rows hidden"]:
-    """The rows of the weight that `ids` name."""
+    """The rows `ids` of the weight."""
     if isinstance(weight, Tensor):
         return F.embedding(ids, weight)
     return weight[ids.flatten()].unpack(dtype).unflatten(0, ids.shape)
@@ -93,7 +93,7 @@ def lookup(
 def combine(
     share: Float[Tensor, "*rows vocab"], weight: Float[Tensor, "vocab hidden"] | Packed
 ) -> Float[Tensor, "*rows hidden"]:
-    """share @ weight in share's type: the rows of the weight, each taken with its share."""
+    """share @ weight in share's type: the sum of the weight's rows, each times its share."""
     readable = bridge.for_product(share, weight)
     if readable is not None:
         return in_cpp.combine(share, readable)
@@ -106,10 +106,10 @@ def combine(
 
 
 def tiles(weight: Packed, dtype: torch.dtype) -> Iterator[tuple[int, Packed]]:
-    """A matrix in slices of rows, each with the number of its first row and at most a tile of values (or one row).
+    """A matrix in slices of rows, each with the index of its first row and at most a tile of values (or one row).
 
     Args:
-        dtype: that they are to be unpacked into.
+        dtype: the type that they will be unpacked into.
     """
     rows, columns = weight.shape
     most = TILE * 2 // dtype.itemsize if weight.device.type == "cpu" else GPU_TILE

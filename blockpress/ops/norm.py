@@ -17,7 +17,7 @@ def rms_norm(
 ) -> Float[Tensor, "*rows features"]:
     """Normalise the last axis to a root mean square of 1, then scale by `weight` (None: no scale).
 
-    The result has x's dtype; everything between is float32. One pass where that may be, else `plain`.
+    The result has x's dtype; everything in between is float32. One C++ pass where possible, else `plain`.
     """
     return rows.rms_norm(x, weight, eps) if rows.supports(x, weight) else plain(x, weight, eps)
 

@@ -1,18 +1,18 @@
-"""Layouts of weights in fewer bits than their products are made in, and how each becomes floats.
+"""Layouts of weights stored in fewer bits than products are computed in, and how each becomes floats.
 
     HalfFloats  bfloat16 or float16                       value = value
-    Codes       e4m3 or int8, a byte a value              value = (code - zero) * scale
-    Nibbles     4-bit integers, two in a byte             value = (nibble - 8 - zero) * scale
-    Float4      e2m1, two in a byte, a scale of a byte    value = e2m1 * (scale * outer), or e2m1 * (scale / outer)
+    Codes       e4m3 or int8, a byte per value            value = (code - zero) * scale
+    Nibbles     4-bit integers, two per byte              value = (nibble - 8 - zero) * scale
+    Float4      e2m1, two per byte, one-byte scales       value = e2m1 * (scale * global), or e2m1 * (scale / global)
 
-`scale` and `zero_point` stand for a run of `group` columns of a row (one run: the whole row), `global_scale` for a row.
-The first value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
+`scale` and `zero_point` are per group of `group` columns of a row (one group: the whole row), `global_scale` is per
+row. The first value of a pair is the low half of its byte. All tensors may have a leading axis of experts.
 
 `factors` leaves a row's scale out of the matrix, so that codes of up to 448, or 6 * 448, are multiplied as they are.
 float32 and bfloat16 hold the sums of such products; float16 does not, so there the matrix holds the values.
 
-A byte, or two of them, selects its floats from a table: on a CPU that is several times as fast as shifts and casts, and
-4 bits and e4m3 into bfloat16 or float32 through C++ (unpacking.py) several times as fast again.
+One or two bytes select their floats from a table: on a CPU that is several times as fast as shifts and casts, and C++
+(unpacking.py) unpacks 4 bits and e4m3 into bfloat16 or float32 several times as fast again.
 
 Invariant: `unpack` rounds where compressed-tensors rounds when it decompresses: `Codes` and `Nibbles` in the scale's
 type, `Float4` in float32; a wider `dtype` gets the same values.
@@ -37,14 +37,14 @@ from blockpress.ops import unpacking
 E4M3 = torch.float8_e4m3fn
 HALVES = (torch.bfloat16, torch.float16)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The values of the sixteen 4-bit floats, by code."""
+"""The values of the sixteen 4-bit floats by code."""
 
 ScaleKind = Literal["e4m3", "e8m0"]
-Own = TypeVar("Own", bound="PackedTensors")
+PackedT = TypeVar("PackedT", bound="PackedTensors")
 
 
 class PackedTensors:
-    """The base of the layouts: what follows from their tensors alone."""
+    """Base of the layouts: what follows from their tensors alone."""
 
     @property
     def device(self) -> torch.device:
@@ -60,50 +60,50 @@ class PackedTensors:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def __getitem__(self: Own, index: int | slice | Tensor) -> Own:
+    def __getitem__(self: PackedT, index: int | slice | Tensor) -> PackedT:
         return self._each(lambda tensor: tensor[index])
 
-    def to(self: Own, device: torch.device) -> Own:
+    def to(self: PackedT, device: torch.device) -> PackedT:
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self: Own, change: Callable[[Tensor], Tensor]) -> Own:
+    def _each(self: PackedT, change: Callable[[Tensor], Tensor]) -> PackedT:
         changed = {name: change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)  # type: ignore[type-var]
 
 
 class ScaledCodes(PackedTensors):
-    """The base of `Codes` and `Nibbles`: value = (code - zero) * scale, with one scale for `group` columns of a row."""
+    """Base of `Codes` and `Nibbles`: value = (code - zero) * scale, with one scale per `group` columns of a row."""
 
     scale: Tensor
     zero_point: Tensor | None
     group: int
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values; (code - zero) is exact, its product with the scale is rounded to the scale's type."""
+        """All values; (code - zero) is exact, and its product with the scale is rounded to the scale's type."""
         return _scaled(self._shifted(self.scale.dtype), self.scale, self.group).to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """With one scale a row, the codes (exact in every type) and the scales; else, and in float16, the values."""
+        """With one scale per row, the codes (exact in every type) and the scales; else, and in float16, the values."""
         if self.scale.shape[-1] > 1 or dtype == torch.float16:
             return self.unpack(dtype), None
         return self._shifted(dtype), self.scale[..., 0].float()
 
     def _shifted(self, dtype: torch.dtype) -> Tensor:
-        """Codes less their zero points, in memory of their own."""
+        """Codes minus their zero points, in a new tensor."""
         values = self.codes_as(dtype)
         if self.zero_point is None:
             return values
         return values.sub_(_spread(self.zero_point.to(dtype), self.group, values.shape[-1]))
 
     def codes_as(self, dtype: torch.dtype) -> Tensor:
-        """The codes as floats, in memory of their own."""
+        """The codes as floats, in a new tensor."""
         raise NotImplementedError
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HalfFloats(PackedTensors):
-    """Floats of 16 bits that lie in memory as they are stored, while products are made in a wider type."""
+    """16-bit floats that stay in memory as stored, while products are computed in a wider type."""
 
     values: Float[Tensor, "*lead rows columns"]
 
@@ -115,7 +115,7 @@ class HalfFloats(PackedTensors):
         return tuple(self.values.shape)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values, unrounded in every type that is wider."""
+        """All values, exact in any wider type."""
         return self.values.to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, None]:
@@ -126,7 +126,7 @@ class HalfFloats(PackedTensors):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes(ScaledCodes):
-    """A byte a value: float8_e4m3fn or int8. The last group of a row may be shorter than the others."""
+    """A byte per value: float8_e4m3fn or int8. The last group of a row may be shorter than the others."""
 
     codes: Shaped[Tensor, "*lead rows columns"]
     scale: Float[Tensor, "*lead rows groups"]
@@ -148,7 +148,7 @@ class Codes(ScaledCodes):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Nibbles(ScaledCodes):
-    """Two integers of 4 bits in a byte, each stored plus 8."""
+    """Two 4-bit integers per byte, each stored plus 8."""
 
     packed: UInt8[Tensor, "*lead rows bytes"]
     scale: Float[Tensor, "*lead rows groups"]
@@ -182,9 +182,9 @@ class Nibbles(ScaledCodes):
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Float4(PackedTensors):
-    """e2m1 under a scale of one byte for each group: NVFP4 (e4m3, 16 columns, an outer scale) and MXFP4 (e8m0, 32).
+    """e2m1 with a one-byte scale per group: NVFP4 (e4m3, 16 columns, a global scale) and MXFP4 (e8m0, 32 columns).
 
-    `divides`: the scale is divided by `global_scale`, as compressed-tensors has it, instead of multiplied (ModelOpt).
+    `divides`: the scale is divided by `global_scale`, as in compressed-tensors, not multiplied by it (ModelOpt).
     """
 
     packed: UInt8[Tensor, "*lead rows bytes"]
@@ -202,7 +202,7 @@ class Float4(PackedTensors):
         return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values: the two scales are joined in float32, and so is the product with the code."""
+        """All values: the product of the two scales and the code is computed in float32."""
         scale = _select(scale_table(self.kind, self.device), self.scale, torch.float32).view(self.scale.shape)
         if self.global_scale is not None:
             scale = scale / self.global_scale[..., None] if self.divides else scale * self.global_scale[..., None]
@@ -212,7 +212,7 @@ class Float4(PackedTensors):
         return _scaled(values.view(self.shape), scale, self.group).to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """e2m1 * e4m3 has 6 bits, so it is exact, and the outer scale is the row's; in float16, the values."""
+        """e2m1 * e4m3 needs 6 bits, so it is exact, and the row's scale is the global one; in float16, the values."""
         if dtype == torch.float16:
             return self.unpack(dtype), None
         if unpacking.supports(self.packed, self.group, dtype):
@@ -232,14 +232,14 @@ def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
 
 
 def _spread(scale: Tensor, group: int, columns: int) -> Tensor:
-    """A scale for every column, written out: a product that repeats one every 16 columns takes three times as long."""
+    """The scale of every column, materialised: broadcasting one over every 16 columns takes three times as long."""
     if scale.shape[-1] == 1:
         return scale
     return scale[..., None].expand(*scale.shape, group).flatten(-2)[..., :columns]
 
 
 def _from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """e4m3 codes as floats; torch's own cast takes ten times as long on a CPU, the table several times the C++."""
+    """e4m3 codes as floats; on a CPU torch's own cast takes ten times as long, and the table several times the C++."""
     if unpacking.reads_e4m3(codes, dtype):
         return unpacking.unpack_e4m3(codes, dtype)
     if codes.shape[-1] % 2 or codes.device.type != "cpu":
@@ -249,12 +249,12 @@ def _from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _select(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The entries of a table, one after another, as values of `dtype`."""
+    """The selected entries of a table, flat, as values of `dtype`."""
     return table.index_select(0, index.flatten().int()).view(dtype)
 
 
 def _entries(values: Float[Tensor, "entries two"]) -> Shaped[Tensor, " entries"]:
-    """Pairs of floats as one integer each, which is what an index selects fastest."""
+    """Pairs of floats as one integer each, which index_select gathers fastest."""
     return values.contiguous().view(torch.int64 if values.dtype == torch.float32 else torch.int32).flatten()
 
 
@@ -269,26 +269,26 @@ def _all_e4m3() -> Float32[Tensor, " 256"]:
 
 @cache
 def _double_e4m3(dtype: torch.dtype) -> Tensor:
-    """Of every two bytes their e4m3 values."""
+    """The e4m3 values of every two bytes."""
     return _entries(_two(_all_e4m3(), _all_e4m3()).to(dtype))
 
 
 @cache
 def _values(kind: Literal["int4", "e2m1"]) -> Float32[Tensor, " 16"]:
-    """Of every half byte its value."""
+    """The value of every half byte."""
     return torch.tensor(E2M1) if kind == "e2m1" else torch.arange(-8.0, 8.0)
 
 
 @cache
 def _pairs(kind: Literal["int4", "e2m1"], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of every byte the values of its two halves."""
+    """The values of the two halves of every byte."""
     values = _values(kind)
     return _entries(_two(values, values).to(dtype)).to(device)
 
 
 @cache
 def scale_table(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"]:
-    """Of every byte the scale that it stands for."""
+    """The scale that every byte encodes."""
     if kind == "e4m3":
         return _all_e4m3().to(device)
     return torch.ldexp(torch.ones(256), torch.arange(256) - 127).to(device)
@@ -296,7 +296,7 @@ def scale_table(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"
 
 @cache
 def _products(kind: ScaleKind, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of every byte of scale and every byte of e2m1 codes the two products."""
+    """The two products of every scale byte and every byte of e2m1 codes."""
     pairs = _two(torch.tensor(E2M1), torch.tensor(E2M1))
     scales = scale_table(kind, torch.device("cpu"))
     return _entries((scales[:, None, None] * pairs).flatten(0, 1).to(dtype)).to(device)

@@ -1,6 +1,6 @@
 """Rotary position embedding: angles in float32, cosine and sine cast to the activations' dtype before the product.
 
-Halves are rotated: feature i turns with feature i + dim/2. `proportional` leaves the pairs beyond its part at angle 0.
+Feature i rotates with feature i + dim/2. `proportional` leaves the pairs beyond its part at angle 0.
 Source: reference model, `DiffusionGemmaTextRotaryEmbedding`; `transformers` `_compute_proportional_rope_parameters`.
 """
 
@@ -16,7 +16,7 @@ from blockpress.shapes import Heads, Positions
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Float32[Tensor, " half"]:
-    """Radians a position for each of the head's `head_dim // 2` pairs.
+    """Radians per position for each of the head's `head_dim // 2` pairs.
 
     >>> from blockpress.config import Rope
     >>> inverse_frequencies(Rope(theta=16.0, kind="proportional", partial=0.5), 8).tolist()
@@ -39,7 +39,7 @@ def rotary_tables(
 
 
 def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
-    """Turn each pair (i, i + dim/2) of every head by its position's angle; in one pass where that may be."""
+    """Rotate each pair (i, i + dim/2) of every head by its position's angle; in one C++ pass where possible."""
     return rows.rotate(x, cos, sin) if rows.supports(x, cos, sin) else plain(x, cos, sin)
 
 

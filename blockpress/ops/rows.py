@@ -1,9 +1,9 @@
 """Row-wise operations in one pass (`native/rows.cpp`): RMSNorm, GeGLU, rotary embedding, softmax under a mask.
 
-In torch each is several passes over memory, with a tensor between any two. What is called here has a plain version in
-norm.py, geglu.py, rope.py and attention.py, which asks `supports` first.
+In torch each is several passes over memory, with a tensor between any two. The plain versions are in norm.py, geglu.py,
+rope.py and attention.py, which call `supports` first.
 
-Invariant: float32 inside, rounded to bfloat16 where the plain version rounds, so that the two differ by float rounding
+Invariant: float32 inside, rounded to bfloat16 where the plain version rounds, so the two differ by float rounding
 alone. Without gradients only.
 Run it:  python -m pytest tests/ops/test_rows.py
 """
@@ -21,7 +21,7 @@ from blockpress.ops import compiled
 from blockpress.shapes import Heads
 
 LEAST = 1 << 11
-"""Values from which on a call, 3 us of Python, is cheaper than torch's passes."""
+"""Fewest values for which a call, 3 us of Python, is cheaper than torch's passes."""
 
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
@@ -34,7 +34,7 @@ _ARGUMENTS = {
 
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these tensors may go to the C++: plain ones of one type on a CPU, dense in the last axis, no gradient."""
+    """Whether C++ takes these tensors: plain ones of one type on a CPU, dense in the last axis, no gradients."""
     if torch.is_grad_enabled() or x.numel() < LEAST or x.dtype not in _SUFFIXES or torch.compiler.is_compiling():
         return False
     for tensor in (x, *others):
@@ -48,7 +48,7 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | None, eps: float) -> Tensor:
-    """`norm.plain`, into memory laid out as x's."""
+    """`norm.plain`; the result has x's memory layout."""
     x = x if _dense(x) else x.contiguous()
     out = torch.empty_like(x)
     size = x.shape[-1]
@@ -61,14 +61,14 @@ def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) ->
     """`geglu.plain`; gate and up may be halves of one matrix."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
     size = gate.shape[-1]
-    gates, ups = gate.reshape(-1, size), up.reshape(-1, size)  # views, if each has one stride from row to row
+    gates, ups = gate.reshape(-1, size), up.reshape(-1, size)  # views if the rows have one stride
     steps = gates.stride(0), ups.stride(0)
     _call("geglu", gate.dtype, gates.data_ptr(), ups.data_ptr(), out.data_ptr(), len(gates), size, *steps)
     return out
 
 
 def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
-    """`rope.plain`, dense as [batch, heads, length, dim] whatever x's strides."""
+    """`rope.plain`; the result is dense as [batch, heads, length, dim] whatever x's strides."""
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -77,16 +77,16 @@ def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor
     return out
 
 
-def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries seen"] | None) -> Heads:
-    """Softmax of the last axis in place, where the mask is False with the least score there is.
+def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries keys"] | None) -> Heads:
+    """Softmax over the last axis, in place; where the mask is False the score is the type's smallest.
 
     Args:
-        scores: dense. mask: of batch entry b it is mask b % masks that counts.
+        scores: dense. mask: batch entry b uses mask b % masks.
     """
-    assert scores.is_contiguous(), "written where they lie"
+    assert scores.is_contiguous(), "the scores are overwritten in place"
     start, steps = None, (1, 0, 0)
     if mask is not None:
-        assert len(scores) % len(mask) == 0, "a mask for every batch entry, or for every so many"
+        assert len(scores) % len(mask) == 0, "the batch is a multiple of the number of masks"
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         start, steps = mask.data_ptr(), (len(mask), mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
     _call("softmax", scores.dtype, scores.data_ptr(), start, *scores.shape, *steps)
@@ -94,17 +94,17 @@ def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries seen"] | None) -
 
 
 def weighted_sum(
-    y: Float[Tensor, "slots size"], places: Int64[Tensor, "tokens k"], weights: Float32[Tensor, "tokens k"]
+    y: Float[Tensor, "slots size"], slots: Int64[Tensor, "tokens k"], weights: Float32[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens size"]:
-    """The sum of each token's rows of y, each times its weight: what ends `grouped.ordered`."""
-    out, (tokens, k) = y.new_empty(len(places), y.shape[1]), places.shape
-    y, places, weights = y.contiguous(), places.contiguous(), weights.contiguous()
-    _call("weigh", y.dtype, y.data_ptr(), places.data_ptr(), weights.data_ptr(), out.data_ptr(), tokens, k, y.shape[1])
+    """The sum of each token's rows of y, each times its weight: the last step of `experts.ordered`."""
+    out, (tokens, k) = y.new_empty(len(slots), y.shape[1]), slots.shape
+    y, slots, weights = y.contiguous(), slots.contiguous(), weights.contiguous()
+    _call("weigh", y.dtype, y.data_ptr(), slots.data_ptr(), weights.data_ptr(), out.data_ptr(), tokens, k, y.shape[1])
     return out
 
 
 def _dense(x: Tensor) -> bool:
-    """Whether x's rows lie one behind another, in any order."""
+    """Whether x's rows fill memory without gaps, in any order."""
     return x.is_contiguous() or (x.ndim > 2 and x.transpose(-2, -3).is_contiguous())
 
 

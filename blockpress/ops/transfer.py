@@ -1,11 +1,11 @@
-"""The two ways between processor and device: numbers there without waiting, answers back with one wait.
+"""Copies between host and device: inputs go up without a wait, results come back with one.
 
-    send     pinned copy, queued on the device's stream; the processor goes on at once
-    fetch    queued copy into pinned memory, an event, and the wait for it: where a step waits for the device
+    to_device    pinned copy, queued on the device's stream; the host continues at once
+    to_host      queued copy into pinned memory, an event, and the wait for it: where a step waits for the device
 
-A plain `.to(device)`, `torch.tensor(..., device=...)` or `.tolist()` would wait for all that is queued, each time.
+A plain `.to(device)`, `torch.tensor(..., device=...)` or `.tolist()` would wait for all queued work, each time.
 
-Invariant: what was sent may be used at once by whatever is queued on the same stream after it.
+Invariant: work that is queued on the same stream afterwards may use what was sent.
 Run it:  python -m pytest tests/engine/test_runner.py
 """
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the processor on the device."""
+    """A host tensor, copied to the device without a wait."""
     device = torch.device(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A tensor of the device on the processor, there when this returns."""
+    """A device tensor, copied to the host; the copy is complete on return."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     there.copy_(tensor, non_blocking=True)
-    with torch.cuda.device(tensor.device):  # whose stream the copy is in, whichever GPU is the current one
+    with torch.cuda.device(tensor.device):  # the copy is on this device's stream, whichever GPU is current
         done = torch.cuda.Event()
         done.record()
     done.synchronize()

@@ -1,6 +1,6 @@
 """4-bit codes and e4m3 to bfloat16 and float32 in C++ (`native/unpack.cpp`), for the layouts of packed.py.
 
-Invariant: what it gives is what the tables of packed.py give, to the last bit; where it does not fit, these are used.
+Invariant: results equal those of packed.py's tables to the last bit; the tables are used where C++ does not apply.
 Run it:  python -m pytest tests/ops/test_unpacking.py
 """
 
@@ -17,31 +17,31 @@ from blockpress.ops import compiled
 
 KINDS = {torch.bfloat16: 0, torch.float32: 1}
 ROUNDED = 2
-"""The number of float32 that was rounded to bfloat16, as the C++ counts its results."""
+"""The C++ code for float32 results that were rounded to bfloat16."""
 
 
 def supports(packed: UInt8[Tensor, "*lead rows bytes"], group: int, dtype: torch.dtype) -> bool:
-    """Whether `unpack_4bit` may take it: on a CPU, into bfloat16 or float32, in groups of 16 columns or of whole 32."""
+    """Whether `unpack_4bit` can: on a CPU, into bfloat16 or float32, in groups of 16 or a multiple of 32 columns."""
     if packed.shape[-1] % 16 or (group != 16 and group % 32):
         return False
-    return _may(packed, dtype)
+    return _supported(packed, dtype)
 
 
 def reads_e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> bool:
-    """Whether `unpack_e4m3` may take it: on a CPU, into bfloat16 or float32."""
-    return _may(codes, dtype)
+    """Whether `unpack_e4m3` can: on a CPU, into bfloat16 or float32."""
+    return _supported(codes, dtype)
 
 
-def _may(codes: Tensor, dtype: torch.dtype) -> bool:
+def _supported(codes: Tensor, dtype: torch.dtype) -> bool:
     if codes.device.type != "cpu" or dtype not in KINDS or codes.numel() == 0:
         return False
     return not torch.compiler.is_compiling() and _library() is not None
 
 
 def unpack_e4m3(codes: Shaped[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
-    """Codes of float8_e4m3fn, or their bytes, as floats: no value of theirs is rounded."""
+    """Codes of float8_e4m3fn, or their bytes, as floats; every value is exact."""
     library = _library()
-    assert library is not None, "reads_e4m3() comes first"
+    assert library is not None, "call reads_e4m3() first"
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
     library.e4m3(codes.data_ptr(), out.data_ptr(), codes.numel(), KINDS[dtype], torch.get_num_threads())
@@ -63,11 +63,11 @@ def unpack_4bit(
     Args:
         group: columns that share a scale and a zero point.
         dtype: bfloat16 or float32.
-        picks: the scales by number; `scale` is then the table of all 256.
+        picks: indices of the scales; `scale` is then the table of all 256.
         rounded: round to bfloat16, whatever `dtype` is.
     """
     library = _library()
-    assert library is not None, "fits() comes first"
+    assert library is not None, "call supports() first"
     packed = packed.contiguous()
     columns = 2 * packed.shape[-1]
     out = torch.empty(*packed.shape[:-1], columns, dtype=dtype)

@@ -1,8 +1,8 @@
-"""What every operation with a weight may ask of one that is packed into fewer bits, whatever its layout.
+"""The interface of a weight that is packed into fewer bits, whatever its layout.
 
-Every layout offers two readings of the same values:
+Every layout gives the same values in two ways:
 
-    unpack(dtype)     the values, rounded as the layout's specification rounds them: the truth that tests compare
+    unpack(dtype)     the values, rounded as the layout's specification rounds them: the reference for the tests
     factors(dtype)    (matrix, scale), row r is matrix[r] * scale[r], unrounded: cheap where a row has one scale
 
 The layouts are in `packed.py`, `blocks.py` and `integers.py`, the products in `linear.py` and `cpu/`.
@@ -24,7 +24,7 @@ from torch import Tensor
 class Packed(Protocol):
     """A weight in fewer bits: [out, in], or [experts, out, in].
 
-    Every tensor of it has the leading axes of the shape, so that one index selects from all of them alike.
+    All its tensors have the leading axes of the shape, so one index selects from all of them.
     """
 
     @property
@@ -37,21 +37,21 @@ class Packed(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, scales included."""
+        """Bytes in memory, scales included."""
         ...
 
     def __getitem__(self, index: int | slice | Tensor) -> Packed:
-        """An expert, a slice of rows or a list of rows (repeats allowed) of the leading axis; views where that goes."""
+        """An index, a slice or a list (repeats allowed) of the leading axis: experts or rows; views where possible."""
         ...
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """All values as floats of `dtype`, each rounded as the specification of the layout has it."""
+        """All values as floats of `dtype`, each rounded as the layout's specification says."""
         ...
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " rows"] | None]:
-        """Of a matrix [rows, in]: the values, or values that a scale for each row has still to multiply.
+        """The values of a matrix [rows, in], or values that are still to be multiplied by a scale per row.
 
-        Codes are large numbers: in float16, whose range sums of their products leave, it is always the values.
+        In float16 always the values: codes are large, and sums of their products would leave its range.
         """
         ...
 

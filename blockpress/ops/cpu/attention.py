@@ -1,4 +1,4 @@
-"""Attention over a flat batch in one call of C++: every span reads its pieces of keys and values where they lie.
+"""Attention over a flat batch in one call of C++: every span reads its pieces of keys and values in place.
 
 Run it:  python -m pytest tests/ops/test_spans.py
 """
@@ -33,27 +33,27 @@ class _Span(ctypes.Structure):
 
 
 def attend(query: Float[Tensor, "heads rows dim"], spans: Sequence[AttentionSpan]) -> Float[Tensor, "heads rows dim"]:
-    """`spans.varlen_attention`, without copies of keys and values; the result lies in memory as [rows, heads, dim]."""
+    """`spans.varlen_attention` without copies of keys and values; the result's memory is [rows, heads, dim]."""
     heads, rows, dim = query.shape
     query = query if query.stride(2) == 1 else query.contiguous()
-    out, kept = query.new_empty(rows, heads, dim), []
+    out, keep_alive = query.new_empty(rows, heads, dim), []
     pieces: list[_Piece] = []
-    listed = (_Span * len(spans))()
-    for place, span in zip(listed, spans, strict=True):
-        place.start, place.stop, place.first = span.start, span.stop, len(pieces)
+    table = (_Span * len(spans))()
+    for entry, span in zip(table, spans, strict=True):
+        entry.start, entry.stop, entry.first = span.start, span.stop, len(pieces)
         for key, value in span.kv:
             if key.stride(2) != 1 or value.stride(2) != 1:
                 key, value = key.contiguous(), value.contiguous()
-                kept += [key, value]
+                keep_alive += [key, value]
             (key_head, key_row, _), (value_head, value_row, _) = key.stride(), value.stride()
-            where = (key.data_ptr(), value.data_ptr(), key.shape[1])
-            pieces.append(_Piece(*where, key_head, key_row, value_head, value_row))
-        place.last = len(pieces)
+            pointers = (key.data_ptr(), value.data_ptr(), key.shape[1])
+            pieces.append(_Piece(*pointers, key_head, key_row, value_head, value_row))
+        entry.last = len(pieces)
         if span.mask is not None:
             mask = span.mask if span.mask.stride(-1) == 1 else span.mask.contiguous()
-            kept.append(mask)
-            place.mask, place.mask_row = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0
+            keep_alive.append(mask)
+            entry.mask, entry.mask_row = mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0
     kv = spans[0].kv[0][0].shape[0] if spans else heads
-    asked = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
-    bridge.call("attend", query.dtype, *asked, listed, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
+    arguments = (query.data_ptr(), query.stride(0), query.stride(1), heads, kv, dim)
+    bridge.call("attend", query.dtype, *arguments, table, len(spans), (_Piece * len(pieces))(*pieces), out.data_ptr())
     return out.transpose(0, 1)

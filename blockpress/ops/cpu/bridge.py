@@ -1,6 +1,6 @@
-"""What the operations of this room share: the library, a weight as C++ sees it, and whether tensors may go there.
+"""What the operations of this room share: the library, a weight as C++ sees it, and which tensors C++ takes.
 
-Invariant: a pointer is valid for as long as the tensor that it was taken from; callers keep that tensor.
+Invariant: a pointer is valid only while its tensor lives; callers keep the tensor alive.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ARGUMENTS: dict[str, list[type]] = {
 
 
 class Matrix(ctypes.Structure):
-    """A weight as it lies in memory; `native/weight.h` declares the same."""
+    """A weight in memory; mirrors `native/weight.h`."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -46,9 +46,9 @@ class Matrix(ctypes.Structure):
 
 
 def matrix(weight: Weight) -> Matrix | None:
-    """[rows, columns], or leading axes flattened into rows; None for what C++ cannot read as it lies.
+    """[rows, columns], or leading axes flattened into rows; None for what C++ cannot read in place.
 
-    Those are GGUF's blocks, scales of float16, and tensors that are no plain ones of a CPU.
+    That is GGUF's blocks, float16 scales, and tensors other than plain CPU ones.
     """
     if isinstance(weight, Tensor):
         return _floats(weight)
@@ -60,11 +60,11 @@ def matrix(weight: Weight) -> Matrix | None:
         return None
     if not all(_plain(tensor) and tensor.is_contiguous() for tensor in weight.tensors().values()):
         return None
-    made = _float4(weight) if isinstance(weight, Float4) else _scaled(weight)
-    if made is not None:
-        made.columns = made.step = weight.shape[-1]
-        made.rows, made.group = math.prod(weight.shape[:-1]), weight.group
-    return made
+    result = _float4(weight) if isinstance(weight, Float4) else _scaled(weight)
+    if result is not None:
+        result.columns = result.step = weight.shape[-1]
+        result.rows, result.group = math.prod(weight.shape[:-1]), weight.group
+    return result
 
 
 def _floats(tensor: Tensor) -> Matrix | None:
@@ -80,10 +80,10 @@ def _integers(weight: IntegerWeight) -> Matrix | None:
     codes, scale = weight.codes, weight.scale
     if not (_plain(codes) and codes.is_contiguous() and _plain(scale) and scale.is_contiguous()):
         return None
-    made = Matrix(data=codes.data_ptr(), kind=INT8_ROWS, scale=scale.data_ptr())
-    made.columns = made.step = made.group = weight.shape[-1]
-    made.rows = math.prod(weight.shape[:-1])
-    return made
+    result = Matrix(data=codes.data_ptr(), kind=INT8_ROWS, scale=scale.data_ptr())
+    result.columns = result.step = result.group = weight.shape[-1]
+    result.rows = math.prod(weight.shape[:-1])
+    return result
 
 
 def _scaled(weight: Codes | Nibbles) -> Matrix | None:
@@ -92,16 +92,16 @@ def _scaled(weight: Codes | Nibbles) -> Matrix | None:
         return None
     kind = _NIBBLES if isinstance(weight, Nibbles) else _INT8 if codes.dtype == torch.int8 else _E4M3
     halves = 0 if scale.dtype == torch.float32 else 1 if scale.shape[-1] > 1 else 2
-    made = Matrix(data=codes.data_ptr(), kind=kind, scale=scale.data_ptr(), halves=halves)
-    made.zero = None if weight.zero_point is None else weight.zero_point.data_ptr()
-    return made
+    result = Matrix(data=codes.data_ptr(), kind=kind, scale=scale.data_ptr(), halves=halves)
+    result.zero = None if weight.zero_point is None else weight.zero_point.data_ptr()
+    return result
 
 
 def _float4(weight: Float4) -> Matrix:
-    made = Matrix(data=weight.packed.data_ptr(), kind=_E2M1, scale=weight.scale.data_ptr(), divides=weight.divides)
-    made.outer = None if weight.global_scale is None else weight.global_scale.data_ptr()
-    made.table = scale_table(weight.kind, weight.device).data_ptr()  # kept by its cache
-    return made
+    result = Matrix(data=weight.packed.data_ptr(), kind=_E2M1, scale=weight.scale.data_ptr(), divides=weight.divides)
+    result.outer = None if weight.global_scale is None else weight.global_scale.data_ptr()
+    result.table = scale_table(weight.kind, weight.device).data_ptr()  # kept alive by the function's cache
+    return result
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -109,26 +109,26 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def supports(x: Tensor) -> bool:
-    """Whether activations like x may go to the C++ here: on a CPU, float32 or bfloat16, no gradient, no autocast.
+    """Whether C++ should take activations like x: on a CPU, float32 or bfloat16, no gradients, no autocast.
 
     Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
-    so are all of its products where our build is for any processor of a kind ("portable").
+    so are all of torch's products next to a "portable" build of ours.
     """
     return _reads(x) and _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
 
 
 def _reads(x: Tensor) -> bool:
-    """Whether the C++ could take x, quicker or not."""
+    """Whether C++ can take x, faster or not."""
     if torch.is_grad_enabled() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
         return False
     return x.dtype in SUFFIXES and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def for_product(x: Tensor, weight: Weight) -> Matrix | None:
-    """The weight as C++ reads it, if its product with x is quicker there than in torch; else None.
+    """The weight as C++ reads it, if its product with x is faster there than in torch; else None.
 
-    Torch is a little quicker where both are bfloat16 and the processor multiplies that type. Products of integers are
-    quicker here at every level.
+    Torch is a little faster where both are bfloat16 and the processor multiplies that type. Integer products are
+    faster here at every level.
     """
     if isinstance(weight, IntegerWeight):
         return matrix(weight) if _reads(x) and library() is not None else None
@@ -140,21 +140,21 @@ def for_product(x: Tensor, weight: Weight) -> Matrix | None:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    """Run an operation on torch's number of threads."""
+    """Run an operation with torch's number of threads."""
     getattr(library(), f"{name}_{SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
 
 
 def held_bytes() -> int:
-    """Bytes that the C++ keeps for the calling thread from call to call; torch's allocator knows nothing of them."""
-    found = library()
-    return 0 if found is None else int(found.held_bytes())
+    """Bytes that C++ keeps for the calling thread between calls, outside torch's allocator."""
+    loaded = library()
+    return 0 if loaded is None else int(loaded.held_bytes())
 
 
 def give_back() -> None:
-    """Let go of what the calling thread keeps."""
-    found = library()
-    if found is not None:
-        found.give_back()
+    """Free what C++ keeps for the calling thread."""
+    loaded = library()
+    if loaded is not None:
+        loaded.give_back()
 
 
 @cache

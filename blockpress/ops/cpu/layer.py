@@ -1,9 +1,9 @@
 """Both halves of a layer in one call of C++ each, with attention between them.
 
     before    x --norm--> @ query, key, value --norms, RoPE--> q, k, v
-    after     what attention mixed --> @ out --norm--> + x = h --> MLP, router, experts, norms --> + h, times a scalar
+    after     attention's output --> @ out --norm--> + x = h --> MLP, router, experts, norms --> + h, times a scalar
 
-Invariant: each is what the modules of `model/layers.py` compute one by one, rounded where they round.
+Invariant: each gives what the modules of `model/layers.py` give one by one, rounded where they round.
 Run it:  python -m pytest tests/model/test_fused.py
 """
 
@@ -21,7 +21,7 @@ from blockpress.ops.cpu.experts import StackedExperts
 
 
 class Before(ctypes.Structure):
-    """Weights of the first half; `native/forward.cpp` declares the same. value.data None: values are made of keys."""
+    """Weights of the first half; mirrors `native/forward.cpp`. value.data None: values are unnormed keys."""
 
     _fields_ = [
         ("norm", c_void_p),
@@ -34,7 +34,7 @@ class Before(ctypes.Structure):
 
 
 class After(ctypes.Structure):
-    """Weights of the second half; `native/forward.cpp` declares the same. router.data None: a dense layer."""
+    """Weights of the second half; mirrors `native/forward.cpp`. router.data None: a dense layer."""
 
     _fields_ = [
         *((name, bridge.Matrix) for name in ("out", "gate", "up", "down", "router")),
@@ -55,12 +55,12 @@ def before(
     sin: Float[Tensor, "rows dim"],
     skip: int,
 ) -> tuple[Float[Tensor, "asking heads dim"], Float[Tensor, "rows kv dim"], Float[Tensor, "rows kv dim"]]:
-    """Queries of all rows but the first `skip`, keys and values of all; every tensor dense."""
+    """Queries of all rows but the first `skip`, keys and values of all rows; every tensor dense."""
     rows = len(x)
     query = x.new_empty(rows - skip, layer.heads, layer.dim)
     key, value = x.new_empty(rows, layer.kv, layer.dim), x.new_empty(rows, layer.kv, layer.dim)
-    given = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, skip)
-    bridge.call("before", x.dtype, byref(layer), *given, query.data_ptr(), key.data_ptr(), value.data_ptr())
+    arguments = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, skip)
+    bridge.call("before", x.dtype, byref(layer), *arguments, query.data_ptr(), key.data_ptr(), value.data_ptr())
     return query, key, value
 
 
@@ -70,9 +70,9 @@ def after(
     mixed: Float[Tensor, "rows width"],
     causal: bool | Bool[Tensor, " rows"],
 ) -> Float[Tensor, "rows hidden"]:
-    """The layer's output; x is its input, of the rows that were asked for. All tensors dense."""
+    """The layer's output; x is its input, both for the rows that have queries. All tensors dense."""
     out = torch.empty_like(x)
-    some, every = (None, int(causal)) if isinstance(causal, bool) else (causal.data_ptr(), 0)
-    given = (x.data_ptr(), mixed.data_ptr(), out.data_ptr(), len(x), some, every)
-    bridge.call("after", x.dtype, byref(layer), *given)
+    per_row, for_all = (None, int(causal)) if isinstance(causal, bool) else (causal.data_ptr(), 0)
+    arguments = (x.data_ptr(), mixed.data_ptr(), out.data_ptr(), len(x), per_row, for_all)
+    bridge.call("after", x.dtype, byref(layer), *arguments)
     return out

@@ -1,29 +1,29 @@
-"""Attention of a flat batch over pages, on a GPU: canvases and causal spans of any lengths side by side.
+"""Paged attention of a flat batch, on a GPU: canvases and causal spans of any lengths in one launch.
 
     rows      0 1 2 3 4 5 | 6 | 7 8 9 10 11 12          a prefill chunk, a single token, a canvas
-    sees      [pages]       [pages]  [pages] [7 .. 12]  a canvas: its context's pages, then its own rows
+    kv        [pages]       [pages]  [pages] [7 .. 12]  a canvas: its context's pages, then its own rows
 
-    a table   [7, 8, 3]   positions 0 .. P-1 lie in page 7, P .. 2P-1 in page 8, 2P .. 3P-1 in page 3
+    block table   [7, 8, 3]   positions 0 .. P-1 are in page 7, P .. 2P-1 in page 8, 2P .. 3P-1 in page 3
 
-    causal    the span's keys lie in its pages already (`write_kv`); row i is at position stop - count + i, and sees
-              up to itself, `window` tokens in all where the layer has a window
-    canvas    every row sees the last window - 1 of `stop` context tokens, and all rows of the span
+    causal    the span's keys are already in its pages (`write_kv`); row i is at position stop - count + i and attends
+              to positions up to its own, `window` of them where the layer has a window
+    canvas    every row attends to the last window - 1 of `stop` context tokens, and to all rows of the span
 
-Lengths, tables and spans are read on the device, and the grid depends on the number of rows and slots alone: one
-captured graph serves all lengths. A slot of 0 rows is empty, and a row of no span gets zeros.
+Lengths, tables and spans are read on the device, and the grid depends only on the numbers of rows and slots: one
+captured graph serves all lengths. A slot of 0 rows is empty, and a row that is in no span gets zeros.
 
-The query heads of a key head are rows of one tile: a key is read once for all of them. A tile's keys are parted over
-`parts` programs, so that few rows fill a GPU too; `combine` joins what they saw. No mask is ever in memory. The tokens
-of a picture, which see each other in both directions, are no span of these: they take the way of `ops.attention.plain`.
+The query heads of a key head are rows of one tile: a key is read once for all of them. The keys of a tile are split
+over `parts` programs, so that few rows fill a GPU too; `combine` merges the partial results. No mask is ever in memory.
+The tokens of a picture, which attend to each other in both directions, go through `ops.attention.plain` instead.
 
 Invariant: a span gets what `ops.attention.plain` gives for its rows over its joined keys, within float rounding,
-wherever its pages lie and whatever stands beside it.
+whichever pages it has and whatever else is in the batch.
 Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check --part attention; make bench-gpu PART=attention
 
-Compiled for sm_90 (`compile_check`): products are wgmma from 64 rows a tile on, and nothing is spilled. Head size 512
-goes through `combine` even in one part: written by the program itself, the result would spill 224 bytes.
+Compiled for sm_90 (`compile_check`): products use wgmma from 64 rows per tile, and nothing is spilled. Head size 512
+goes through `combine` even with one part: written by the program itself, the result would spill 224 bytes.
 
-Predicted for one canvas of 256 rows in bfloat16 on an H200, not measured; floors are of arithmetic, at 790 TFLOP/s:
+Predicted for one canvas of 256 rows in bfloat16 on an H200, not measured; floors are arithmetic at 790 TFLOP/s:
 
                             context      floor      attend     combine
     sliding (8 x 256)       any > 1,023   6.8 us     14 us      4 us
@@ -31,7 +31,7 @@ Predicted for one canvas of 256 rows in bfloat16 on an H200, not measured; floor
     full (2 x 512)         32,768        350 us     560 us      7 us
 """
 
-# A kernel's constants are written in capitals, and its other arguments have no types, as Triton's own.
+# A kernel's constants are in capitals, and its other arguments have no types, as in Triton's own code.
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from torch import Tensor
 from blockpress.ops.kernels.jit import cdiv, kernel, power
 
 PROCESSORS = 132
-"""Multiprocessors that the parting of keys is meant to fill: those of an H100 and an H200."""
+"""Multiprocessors that splitting the keys should fill: those of an H100 or H200."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanTable:
-    """The spans of a flat batch, on the device. Tables are of one kind of layer; where no row looks, any page will do.
+    """The spans of a flat batch, on the device, for one kind of layer; entries that no row reads may be any page.
 
     Args:
-        first: the row that each span begins with. count: how many rows it has; 0: the slot is empty.
-        stop: tokens of its context that lie in pages; of a causal span its own rows among them.
-        causal: whether it is of the causal pass, or a canvas.
-        table: the pages of its context.
+        first: the first row of each span. count: its number of rows; 0: the slot is empty.
+        stop: tokens of its context in pages; a causal span's own rows are included.
+        causal: whether it belongs to the causal pass, or is a canvas.
+        table: the block table of its context.
     """
 
     first: Int[Tensor, " spans"]
@@ -71,7 +71,7 @@ class SpanTable:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTile:
-    """Rows (query heads of one key head among them) and keys of a program, how keys are parted, warps and stages."""
+    """Rows (tokens x query heads of one key head) and keys per program, parts of the keys, warps and stages."""
 
     rows: int
     keys: int
@@ -79,8 +79,8 @@ class AttentionTile:
     warps: int = 8
     stages: int = 2
     joined: bool = False
-    """Whether what is seen goes through `combine` even where there is one part: large heads have no registers left to
-    write the result themselves."""
+    """Whether the result goes through `combine` even with one part: large heads have no registers left to write it
+    themselves."""
 
     @property
     def parted(self) -> bool:
@@ -91,10 +91,10 @@ Pages = Float[Tensor, "kv_heads pages page dim"]
 
 
 def choose_tile(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> AttentionTile:
-    """The tile for a flat batch of so many rows: the largest whose queries, keys and values fit, parted to fill a GPU.
+    """The tile for a flat batch of `tokens` rows: the largest whose queries, keys and values fit, split to fill a GPU.
 
     >>> choose_tile(256, 16, 2, 512, torch.bfloat16)
-    Tile(rows=64, keys=32, parts=2, warps=8, stages=2, joined=True)
+    AttentionTile(rows=64, keys=32, parts=2, warps=8, stages=2, joined=True)
     >>> choose_tile(256, 16, 8, 256, torch.bfloat16).parts, choose_tile(8192, 16, 8, 256, torch.bfloat16).parts
     (4, 1)
     """
@@ -119,11 +119,11 @@ def attend(
     window: int | None = None,
     tile: AttentionTile | None = None,
 ) -> Float[Tensor, "rows heads dim"]:
-    """What the rows of every span see, at scale 1. All strides are free, but the last axis is dense.
+    """The attention output of every span's rows, at scale 1. The last axis is dense, all other strides are free.
 
     Args:
-        key, value: of the rows; those of canvases are read. pages: a layer's keys and values.
-        window: of a sliding layer: how many tokens a causal row sees, itself among them.
+        key, value: of the rows; only those of canvases are read. pages: a layer's keys and values.
+        window: of a sliding layer: how many tokens a causal row attends to, itself included.
     """
     tokens, heads, dim = query.shape
     kv_heads = key.shape[1]
@@ -133,21 +133,21 @@ def attend(
     tile = tile or choose_tile(tokens, heads, kv_heads, dim, query.dtype)
     group, slots = heads // kv_heads, len(spans.count)
     out = (query.new_empty if tile.parted else query.new_zeros)(tokens, heads, dim)
-    # The sum of what spans need, each rounded up to whole tiles, is at most this.
+    # The tiles of all spans, each rounded up to whole tiles, are at most this many.
     grid = (cdiv(tokens * group, tile.rows) + slots, kv_heads, tile.parts)
     sums = torch.zeros((2, tile.parts, tokens, heads), dtype=torch.float32, device=query.device)
-    seen = query.new_empty(tile.parts, tokens, heads, dim, dtype=torch.float32) if tile.parted else out
+    partial = query.new_empty(tile.parts, tokens, heads, dim, dtype=torch.float32) if tile.parted else out
     attend_kernel[grid](
         query, *query.stride()[:2], key, *key.stride()[:2], value, *value.stride()[:2],
         *pages, *pages[0].stride()[:3], *pages[1].stride()[:3],
         spans.first, spans.count, spans.stop, spans.causal.view(torch.int8), spans.table, spans.table.stride(0),
-        seen, *sums, tokens, heads, window or 0,
+        partial, *sums, tokens, heads, window or 0,
         SLOTS=slots, WIDTH=power(slots), GROUP=group, PAGE=pages[0].shape[2], DIM=dim, ROWS=tile.rows, KEYS=tile.keys,
         WINDOWED=window is not None, PARTED=tile.parted, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.parted:
         joined = tokens * heads
-        combine_kernel[(cdiv(joined, 16),)](seen, *sums, out, joined, PARTS=tile.parts, ROWS=16, DIM=dim)
+        combine_kernel[(cdiv(joined, 16),)](partial, *sums, out, joined, PARTS=tile.parts, ROWS=16, DIM=dim)
     return out
 
 
@@ -155,17 +155,17 @@ def write_kv(
     key: Float[Tensor, "rows kv_heads dim"],
     value: Float[Tensor, "rows kv_heads dim"],
     pages: tuple[Pages, Pages],
-    places: Int[Tensor, " rows"],
+    slot_mapping: Int[Tensor, " rows"],
 ) -> None:
-    """Put the rows' keys and values into pages: row i at `places[i]`, page * P + offset; below 0, nowhere.
+    """Write the rows' keys and values to pages: row i at `slot_mapping[i]` = page * P + offset; below 0, nowhere.
 
-    Rows must not share a place. Predicted on an H200: 3 us for 512 rows of any layer.
+    Rows must not share a slot. Predicted on an H200: 3 us for 512 rows of any layer.
     """
     rows, kv_heads, dim = key.shape
     if rows:
         write_kernel[(rows, kv_heads)](
             key, *key.stride()[:2], value, *value.stride()[:2], *pages, *pages[0].stride()[:3], *pages[1].stride()[:3],
-            places, PAGE=pages[0].shape[2], DIM=dim, WIDTH=power(dim), num_warps=1,
+            slot_mapping, PAGE=pages[0].shape[2], DIM=dim, WIDTH=power(dim), num_warps=1,
         )  # fmt: skip
 
 
@@ -174,14 +174,14 @@ def write_kernel(
     key, key_row, key_head, value, value_row, value_head,
     key_pages, value_pages, key_pages_head, key_pages_page, key_pages_token,
     value_pages_head, value_pages_page, value_pages_token,
-    places, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    slot_mapping, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row of one key head."""
     row, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(places + row)
-    if place >= 0:
+    slot = tl.load(slot_mapping + row)
+    if slot >= 0:
         column = tl.arange(0, WIDTH)
-        page, offset, inside = (place // PAGE).to(tl.int64), place % PAGE, column < DIM
+        page, offset, inside = (slot // PAGE).to(tl.int64), slot % PAGE, column < DIM
         far = head.to(tl.int64)
         k = tl.load(key + row * key_row + head * key_head + column, mask=inside)
         v = tl.load(value + row * value_row + head * value_head + column, mask=inside)
@@ -193,7 +193,7 @@ def write_kernel(
 
 @kernel
 def attend_tile(query, key, value, visible, highest, total, mixed):
-    """One tile of keys [dim, keys] and values [keys, dim]: the running maximum, sum and mixture, with it seen too."""
+    """The running maximum, sum and weighted values after one tile of keys [dim, keys] and values [keys, dim]."""
     scores = tl.dot(query, key, input_precision="ieee") * LOG2E
     scores = tl.where(visible, scores, float("-inf"))
     now = tl.maximum(highest, tl.max(scores, 1))
@@ -210,11 +210,11 @@ def attend_kernel(
     value, value_row: tl.constexpr, value_head, key_pages, value_pages,
     key_pages_head, key_pages_page, key_pages_token: tl.constexpr,
     value_pages_head, value_pages_page, value_pages_token: tl.constexpr,
-    firsts, counts, stops, causals, table, table_row, seen, highests, totals, tokens, heads, window,
+    firsts, counts, stops, causals, table, table_row, partial, highests, totals, tokens, heads, window,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a span's rows, one key head, one part of what these rows see."""
+    """One tile of a span's rows, one key head, one part of these rows' keys."""
     block, kv, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = tl.arange(0, WIDTH)
     tiles = tl.cdiv(tl.load(counts + slot, mask=slot < SLOTS, other=0) * GROUP, ROWS)
@@ -231,7 +231,7 @@ def attend_kernel(
         mask=inside[:, None],
         other=0.0,
     )
-    # A canvas's rows see as far back as its first one would, of a context that ends before all of them.
+    # All rows of a canvas attend as far back as its first row; the context ends before all of them.
     newest = tl.where(causal, stop - count + packed // GROUP, stop - 1)
     high = tl.where(causal, tl.minimum(stop, stop - count + (begin + ROWS - 1) // GROUP + 1), stop)
     low = stop * 0
@@ -240,10 +240,10 @@ def attend_kernel(
         low = tl.maximum(tl.where(causal, stop - count + begin // GROUP, stop) - window + 1, 0)
     bottom = low // KEYS
     context = tl.where(high > low, tl.cdiv(high, KEYS) - bottom, 0)
-    every = context + tl.where(causal, 0, tl.cdiv(count, KEYS))
-    each = tl.cdiv(every, tl.num_programs(2))
-    start = part * each
-    end = tl.minimum(start + each, every)
+    total_tiles = context + tl.where(causal, 0, tl.cdiv(count, KEYS))
+    per_part = tl.cdiv(total_tiles, tl.num_programs(2))
+    start = part * per_part
+    end = tl.minimum(start + per_part, total_tiles)
 
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -254,61 +254,61 @@ def attend_kernel(
     value += kv * value_head
     for step in range(start, tl.minimum(end, context)):
         position = (bottom + step) * KEYS + at
-        there = (position >= low) & (position < high)
+        valid = (position >= low) & (position < high)
         entry = table + span * table_row
-        if PAGE % KEYS == 0:  # a tile of keys lies in one page
+        if PAGE % KEYS == 0:  # a tile of keys is within one page
             page = tl.load(entry + (bottom + step) * KEYS // PAGE).to(tl.int64)
         else:
-            page = tl.load(entry + position // PAGE, mask=there, other=0).to(tl.int64)
+            page = tl.load(entry + position // PAGE, mask=valid, other=0).to(tl.int64)
         row_k = page * key_pages_page + (position % PAGE) * key_pages_token
         row_v = page * value_pages_page + (position % PAGE) * value_pages_token
-        k = tl.load(key_pages + row_k[None, :] + column[:, None], mask=there[None, :], other=0.0)
-        v = tl.load(value_pages + row_v[:, None] + column[None, :], mask=there[:, None], other=0.0)
+        k = tl.load(key_pages + row_k[None, :] + column[:, None], mask=valid[None, :], other=0.0)
+        v = tl.load(value_pages + row_v[:, None] + column[None, :], mask=valid[:, None], other=0.0)
         visible = position[None, :] <= newest[:, None]
-        if WINDOWED:  # as an unsigned number, a distance into the future is a long way back
+        if WINDOWED:  # as unsigned numbers, negative distances (the future) are larger than any window
             visible = (newest[:, None] - position[None, :]).to(tl.uint32, bitcast=True) < reach
         highest, total, mixed = attend_tile(q, k, v, visible, highest, total, mixed)
     for step in range(tl.maximum(start, context), end):
         row = (step - context) * KEYS + at
-        there = row < count
+        valid = row < count
         row_k, row_v = (first + row).to(tl.int64) * key_row, (first + row).to(tl.int64) * value_row
-        k = tl.load(key + row_k[None, :] + column[:, None], mask=there[None, :], other=0.0)
-        v = tl.load(value + row_v[:, None] + column[None, :], mask=there[:, None], other=0.0)
-        highest, total, mixed = attend_tile(q, k, v, there[None, :], highest, total, mixed)
+        k = tl.load(key + row_k[None, :] + column[:, None], mask=valid[None, :], other=0.0)
+        v = tl.load(value + row_v[:, None] + column[None, :], mask=valid[:, None], other=0.0)
+        highest, total, mixed = attend_tile(q, k, v, valid[None, :], highest, total, mixed)
 
-    place = token * heads + head
+    index = token * heads + head
     if PARTED:
-        place += part * tokens * heads
-        tl.store(highests + place, highest, mask=inside)
-        tl.store(totals + place, total, mask=inside)
+        index += part * tokens * heads
+        tl.store(highests + index, highest, mask=inside)
+        tl.store(totals + index, total, mask=inside)
     else:
         mixed = mixed * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
-    out = seen + place.to(tl.int64)[:, None] * DIM + column[None, :]
-    tl.store(out, mixed.to(seen.dtype.element_ty), mask=inside[:, None])
+    out = partial + index.to(tl.int64)[:, None] * DIM + column[None, :]
+    tl.store(out, mixed.to(partial.dtype.element_ty), mask=inside[:, None])
 
 
 @kernel
 def combine_kernel(
-    seen, highests, totals, out, rows, PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+    partial, highests, totals, out, rows, PARTS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
-    """ROWS rows and heads: their parts, each with its own maximum and sum. A part that saw nothing has sum 0."""
+    """Merge the parts of ROWS rows and heads, each with a maximum and a sum. A part without visible keys has sum 0."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     inside = row < rows
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
-        saw = tl.load(totals + part * rows + row, mask=inside, other=0.0) > 0
-        top = tl.maximum(top, tl.load(highests + part * rows + row, mask=saw, other=float("-inf")))
+        nonempty = tl.load(totals + part * rows + row, mask=inside, other=0.0) > 0
+        top = tl.maximum(top, tl.load(highests + part * rows + row, mask=nonempty, other=float("-inf")))
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, DIM), tl.float32)
     for part in tl.static_range(PARTS):
-        place = part * rows + row
-        share = tl.load(totals + place, mask=inside, other=0.0)
+        index = part * rows + row
+        share = tl.load(totals + index, mask=inside, other=0.0)
         fade = tl.math.exp2(
-            tl.load(highests + place, mask=share > 0, other=float("-inf")) - tl.where(share > 0, top, 0.0)
+            tl.load(highests + index, mask=share > 0, other=float("-inf")) - tl.where(share > 0, top, 0.0)
         )
         total += share * fade
-        at = place.to(tl.int64)[:, None] * DIM + column[None, :]
-        mixed += fade[:, None] * tl.load(seen + at, mask=(share > 0)[:, None], other=0.0)
+        at = index.to(tl.int64)[:, None] * DIM + column[None, :]
+        mixed += fade[:, None] * tl.load(partial + at, mask=(share > 0)[:, None], other=0.0)
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     at = row.to(tl.int64)[:, None] * DIM + column[None, :]
     tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside[:, None])

@@ -1,14 +1,14 @@
 """`ops.experts.moe_forward` on a GPU: sort the tokens by expert, two products, the sum over each token's experts.
 
-    weights      products              activations                         bytes beside the weights
-    bfloat16     bfloat16              as they are                         none
-    e4m3         e4m3 (wgmma)          e4m3, a scale a token or 64 values  none
-    int4, e2m1   bfloat16 (wgmma)      as they are, columns reordered      none
+    weights      products              activations                            extra weight memory
+    bfloat16     bfloat16              unchanged                              none
+    e4m3         e4m3 (wgmma)          e4m3, a scale per token or 64 values   none
+    int4, e2m1   bfloat16 (wgmma)      unchanged, columns reordered           none
 
-Nothing is repacked at load: all layouts are read as `ops/packed.py` lays them. What else there is (zero points, int8,
-GGUF's blocks) is not for these kernels: `supports` says so, and the caller goes on with the plain version.
+Nothing is repacked at load: all layouts are read as `ops/packed.py` stores them. For other weights (zero points, int8,
+GGUF's blocks) `supports` is False, and the caller uses the plain version.
 
-Invariant: no step waits for the host and no shape depends on the routing, so that a step can be captured as a graph.
+Invariant: no step waits for the host and no shape depends on the routing, so that a step can be captured in a graph.
 
 Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check --part experts
 """
@@ -30,12 +30,12 @@ from blockpress.ops.packed import E4M3, Codes, Float4, Nibbles
 from blockpress.ops.weight import Packed
 
 FP8_GROUP = 64
-"""Features of `hidden` that share a scale in fp8: those of one program."""
+"""Features of `hidden` that share a scale in fp8: one program's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTile:
-    """What one program works on: rows of the weight, tokens, and columns at a time; and how it is compiled."""
+    """One program's tile: rows of the weight, tokens, columns per step; and how it is compiled."""
 
     rows: int
     tokens: int
@@ -51,7 +51,7 @@ class ExpertTile:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTiles:
-    """The tiles of both products; their tokens are the same, since they share a work list."""
+    """The tiles of both products, with the same number of tokens, since they share a work list."""
 
     gate_up: ExpertTile
     down: ExpertTile
@@ -61,15 +61,15 @@ class ExpertTiles:
 
 
 def choose_tiles(kind: str, assignments: int, experts: int) -> ExpertTiles:
-    """Tiles for so many assignments: as few tokens as most experts have, so that a weight is read once.
+    """Tiles for `assignments` (tokens x top_k): about as many tokens as an expert has, so that a weight is read once.
 
-    The choice is a guess from counted bytes and compiled resources until it is measured on a device.
+    The choice is estimated from bytes and compiled resources; it is not measured on a device yet.
 
     >>> [choose_tiles("bfloat16", 8 * tokens, 128).down.tokens for tokens in (1, 256, 512, 4096)]
     [16, 32, 64, 128]
     """
-    each = assignments / experts
-    tokens = 16 if each <= 8 else 32 if each <= 24 else 64 if each <= 64 else 128
+    per_expert = assignments / experts
+    tokens = 16 if per_expert <= 8 else 32 if per_expert <= 24 else 64 if per_expert <= 64 else 128
     if kind == "bfloat16":
         depth = 64 if tokens > 32 else 128
         return ExpertTiles(
@@ -88,7 +88,7 @@ def choose_tiles(kind: str, assignments: int, experts: int) -> ExpertTiles:
 
 
 def packing_of(weight: Tensor | Packed) -> str | None:
-    """Which kernels read the weight: bfloat16 (any float), e4m3, int4, nvfp4, mxfp4; None: none of them."""
+    """The kernels that read the weight: bfloat16 (any float), e4m3, int4, nvfp4 or mxfp4; None: none of them."""
     if isinstance(weight, Tensor):
         return "bfloat16" if weight.is_contiguous() else None
     if isinstance(weight, Codes):
@@ -108,7 +108,7 @@ def _reads_words(columns: int, group: int, groups: int) -> bool:
 
 
 def supports(x: Float[Tensor, "tokens hidden"], gate_up: Tensor | Packed, down: Tensor | Packed) -> bool:
-    """Whether `mix` may be called: on a CUDA device, in bfloat16 without gradients, with weights that it can read."""
+    """Whether `moe_forward` can run: on a CUDA device, in bfloat16 without gradients, with weights that it reads."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or len(x) == 0 or torch.is_grad_enabled():
         return False
     if any(isinstance(weight, Tensor) and weight.dtype != x.dtype for weight in (gate_up, down)):
@@ -125,12 +125,12 @@ def moe_forward(
     down: Float[Tensor, "experts hidden size"] | Packed,
     tiles: ExpertTiles | None = None,
 ) -> Float[Tensor, "tokens hidden"]:
-    """What `ops.experts.loop` gives, but for rounding: sums stay in float32 from the products to the end.
+    """`ops.experts.loop` up to rounding: sums stay in float32 from the products to the end.
 
-    In fp8 the activations are rounded to e4m3 too, which moves the result by some 3 %.
+    In fp8 the activations are rounded to e4m3 too, which changes the result by some 3 %.
 
     Args:
-        tiles: None: chosen by the number of tokens.
+        tiles: None: `choose_tiles` by the number of tokens.
     """
     kind = packing_of(gate_up)
     assert kind is not None and kind == packing_of(down), "weights that no kernel here reads"
@@ -147,7 +147,7 @@ def moe_forward(
 
 
 def sum_over_experts(out: Float[Tensor, "assignments hidden"], top_k: int) -> Float[Tensor, "tokens hidden"]:
-    """The sum of each token's rows, in the order of its choices."""
+    """The sum of each token's rows, in the order of its chosen experts."""
     tokens, hidden = len(out) // top_k, out.shape[1]
     y = torch.empty(tokens, hidden, dtype=out.dtype, device=out.device)
     width = min(1024, power(hidden))
@@ -158,7 +158,7 @@ def sum_over_experts(out: Float[Tensor, "assignments hidden"], top_k: int) -> Fl
 
 
 def quantise(x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens hidden"], Float32[Tensor, " tokens"]]:
-    """e4m3 codes and a scale a token; x is about codes * scale."""
+    """e4m3 codes and a scale per token; x is about codes * scale."""
     codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     products.quantise_kernel[(len(x),)](x, codes, scale, HIDDEN=x.shape[1], WIDTH=power(x.shape[1]), num_warps=4)
@@ -172,13 +172,13 @@ def _codes(
     (_, hidden, size), assignments, fp8 = down.shape, len(out), isinstance(down, Codes)
     first, second = (gate_up.codes, down.codes) if fp8 else (gate_up, down)
     first_scale, second_scale = (gate_up.scale, down.scale) if fp8 else (out, out)
-    seen, seen_scale = quantise(x) if fp8 else (x, out)
-    middle = torch.empty(assignments, size, dtype=seen.dtype, device=x.device)
+    inputs, input_scale = quantise(x) if fp8 else (x, out)
+    middle = torch.empty(assignments, size, dtype=inputs.dtype, device=x.device)
     parts = cdiv(size, tiles.gate_up.rows)
     middle_scale = torch.empty(assignments, parts, dtype=torch.float32, device=x.device) if fp8 else out
     tile, entries = tiles.gate_up, len(plan.work)
     products.gate_up_kernel[(entries * parts,)](
-        seen, seen_scale, plan.order, plan.work, _source(first, tile), first_scale, middle, middle_scale,
+        inputs, input_scale, plan.order, plan.work, _source(first, tile), first_scale, middle, middle_scale,
         TOP=assignments // len(x), HIDDEN=hidden, SIZE=size, FP8=fp8, ROWS=tile.rows, TOKENS=tile.tokens,
         DEPTH=tile.depth, DESCRIPTOR=tile.descriptor, EVEN=_even(size, tile.rows, hidden, tile.depth), **tile.launch,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def _codes(
 def _four_bits(
     x: Tensor, share: Tensor, plan: Arrangement, gate_up: Any, down: Any, out: Tensor, tiles: ExpertTiles, kind: str
 ) -> None:
-    """Both products with weights of 4 bits."""
+    """Both products with 4-bit weights."""
     (_, hidden, size), assignments = down.shape, len(out)
     middle = torch.empty(assignments, size, dtype=x.dtype, device=x.device)
     tile, entries = tiles.gate_up, len(plan.work)
@@ -213,7 +213,7 @@ def _four_bits(
 
 
 def _parts(weight: Nibbles | Float4) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Words, scales, outer scales (any tensor where there are none), the group (0: a row), how the outer ones act."""
+    """Words, scales, global scales (any tensor if none), the group (0: the row), how the global scales apply."""
     words, group = weight.packed.view(torch.int32), weight.group if weight.scale.shape[-1] > 1 else 0
     if isinstance(weight, Nibbles):
         return words, weight.scale, weight.scale, group, 0
@@ -223,7 +223,7 @@ def _parts(weight: Nibbles | Float4) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 
 def _source(weight: Tensor, tile: ExpertTile) -> Tensor | TensorDescriptor:
-    """The weight as a kernel takes it: a pointer, or a descriptor of [experts * rows, columns]."""
+    """The kernel's argument for the weight: a pointer, or a descriptor of [experts * rows, columns]."""
     if not tile.descriptor:
         return weight
     return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.rows, tile.depth])

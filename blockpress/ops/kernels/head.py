@@ -1,27 +1,27 @@
-"""The head: logits of a tile of tokens, and their statistics, while the product is still in registers.
+"""The head: logits of a tile of tokens, and their statistics while the product is still in registers.
 
-    multiply   hidden @ weight^T, 128 rows by 128 tokens a program --> the product as it is rounded, and a record a tile
-    choose     the records of a row --> argmax, entropy, and the tile and the token that its uniform number falls on
+    multiply        hidden @ weight^T, 128 rows by 128 tokens per program --> the rounded product, and a record per tile
+    sample_kernel   the records of a row --> argmax, entropy, and the tile and token that its uniform number selects
 
     a record   peak     the largest scaled logit x of the tile, -inf where all are banned
-               best     its token, counted in the tile; the first of equals
-               rest     sum of e^(x - peak) over the others: kept apart from the 1 of the peak, so that an entropy far
+               best     its token's index in the tile; the first of ties
+               rest     sum of e^(x - peak) over the others: separate from the 1 of the peak, so that an entropy far
                         below 1e-3 nat keeps its digits
                moment   sum of (x - peak) e^(x - peak)
-               coarse   the sum over e^(x' - peak'), x' the logits rounded to the weight's type (the signal's sum)
+               coarse   sum of e^(x' - peak'), x' the logits rounded to the weight's type (for the soft embedding)
 
-The product is kept as it is rounded, 2 bytes a logit in bfloat16: all that follows is a function of it, so whoever
-needs a logit again gets the same one. A banned token's product is stored as -inf.
+The product is stored rounded, 2 bytes per logit in bfloat16: everything after it is a function of it, so a logit that
+is needed again is the same one. A banned token's product is stored as -inf.
 
-The sample comes from sums in float64 over the tiles of 128, each of which is a float32 sum, and then from a float64 sum
-in the tile. The truth (`ops.vocabulary.sample`) sums float32 weights in float64: both agree but where the uniform lies
-within 1e-6 of an edge between two tokens.
+The sample comes from float64 sums over the tiles of 128, each of which is a float32 sum, and then from a float64 sum
+within the tile. The reference (`ops.vocabulary.sample`) sums float32 weights in float64: both agree unless the uniform
+number is within 1e-6 of the boundary between two tokens.
 
-Invariant: a row's numbers are a function of that row; a NaN in it ends in its entropy, and its tokens stay in range.
+Invariant: a row's results are a function of that row; a NaN in it shows in its entropy, and its tokens stay in range.
 Run it:  TRITON_INTERPRET=1 python -m pytest tests/ops/kernels/test_vocabulary.py
 """
 
-# A kernel's constants are written in capitals, and its other arguments have no types, as Triton's own.
+# A kernel's constants are in capitals, and its other arguments have no types, as in Triton's own code.
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import triton.language as tl
 from blockpress.ops.kernels.jit import kernel, power
 
 TILE = 128
-"""Tokens of a record: a program's columns."""
+"""Tokens per record: the columns of a program."""
 
 
 def launch_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
@@ -92,17 +92,17 @@ def multiply(
 ):
     """The product of ROWS rows and TILE tokens, and the tile's records.
 
-    Row blocks are the fastest axis of the grid, so that a weight read from memory by the first is in L2 for the others.
-    `ids` are sorted, and those of tile i lie at edges[i] to edges[i + 1].
+    Row blocks are the fastest axis of the grid, so that weights that the first one reads are in L2 for the others.
+    `ids` are sorted, and those of tile i are at edges[i] to edges[i + 1].
 
-    128 x 128 x 64, 8 warps, 4 stages on sm_90: 220 registers, one program a multiprocessor, so that the statistics are
-    not hidden behind another program's product. Predicted on an H200, 256 rows, 262,144 tokens, hidden 2,816, bfloat16,
-    not measured: 0.75 ms over a floor of 0.48 (arithmetic).
+    128 x 128 x 64, 8 warps, 4 stages on sm_90: 220 registers, one program per multiprocessor, so that no other
+    program's product overlaps the statistics. Predicted on an H200, 256 rows, 262,144 tokens, hidden 2,816, bfloat16,
+    not measured: 0.75 ms; the floor is 0.48 (arithmetic).
     """
     row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     column = tl.arange(0, TILE)
     token, inner = tile * TILE + column, tl.arange(0, INNER)
-    # Rows and tokens past the end are those at the end once more: no load of the loop needs a mask.
+    # Rows and tokens past the end repeat the last one: no load in the loop needs a mask.
     left = hidden + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width + inner[None, :]
     right = weight + tl.minimum(token, vocab - 1).to(tl.int64)[None, :] * width + inner[:, None]
     total = tl.zeros((ROWS, TILE), tl.float32)
@@ -116,16 +116,16 @@ def multiply(
     z = total.to(product.dtype.element_ty).to(tl.float32)
     if BANNED:
         for at in range(tl.load(edges + tile), tl.load(edges + tile + 1)):
-            no = tl.load(banned + tl.minimum(row, n - 1) * count + at) != 0
-            z = tl.where((token == tl.load(ids + at))[None, :] & no[:, None], float("-inf"), z)
+            is_banned = tl.load(banned + tl.minimum(row, n - 1) * count + at) != 0
+            z = tl.where((token == tl.load(ids + at))[None, :] & is_banned[:, None], float("-inf"), z)
     here, real = row < n, (token < vocab)[None, :]
     tl.store(
         product + row.to(tl.int64)[:, None] * vocab + token[None, :],
         z.to(product.dtype.element_ty),
         mask=here[:, None] & real,
     )
-    degree = tl.load(temperature + tl.minimum(row, n - 1))
-    x = tl.where(real, scaled_logits(z, cap, degree[:, None], CAPPED), float("-inf"))
+    row_temperature = tl.load(temperature + tl.minimum(row, n - 1))
+    x = tl.where(real, scaled_logits(z, cap, row_temperature[:, None], CAPPED), float("-inf"))
     top = tl.max(x, 1)
     first = tl.minimum(tl.min(tl.where(x == top[:, None], column[None, :], TILE), 1), TILE - 1)
     zero = tl.where(top == float("-inf"), 0.0, top)
@@ -165,11 +165,11 @@ def sample_kernel(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One row: merge its records in float64, then read the one tile that the sample lies in.
+    """One row: merge its records in float64, then read the one tile that the sample is in.
 
-    Writes the row's largest logit (`highest`), the sum of e^(x - highest) (`mass`), and that of the rounded logits
-    (`rough`), beside argmax, sample and entropy. Predicted on an H200, 256 rows of 2,048 records: 8 us over a floor of
-    2.5 (10 MB).
+    Writes argmax, sample and entropy, the row's largest logit (`highest`), the sum of e^(x - highest) (`mass`), and
+    that of the rounded logits (`rough`). Predicted on an H200, 256 rows of 2,048 records: 8 us; the floor is 2.5
+    (10 MB).
     """
     row, tile = tl.program_id(0), tl.arange(0, TILES)
     record, inside = row * tiles + tile, tile < tiles
@@ -182,7 +182,7 @@ def sample_kernel(
     scale = tl.where(tops == float("-inf"), 0.0, tl.exp(below))
     weight = (1.0 + rests) * scale
     first = tl.minimum(tl.min(tl.where(tops == top, tile, TILES), 0), tiles - 1)
-    # The last of the vocabulary where all is NaN, and nothing equals the largest.
+    # The last token of the vocabulary where all logits are NaN, and none equals the largest.
     tl.store(argmax + row, tl.minimum(first * TILE + tl.load(best + row * tiles + first), vocab - 1).to(tl.int64))
     others = tl.sum(tl.where(tile == first, rests, weight), 0)
     spread = tl.sum(scale * moments + below * weight, 0)
@@ -198,13 +198,13 @@ def sample_kernel(
     through = tl.cumsum(weight, 0)
     whole = tl.max(through, 0)
     target = tl.load(uniform + row) * whole
-    found = tl.minimum(tl.sum((through <= target).to(tl.int32), 0), tl.sum((through < whole).to(tl.int32), 0))
-    before = tl.sum(tl.where(tile == found - 1, through, 0.0), 0)
-    token = found * TILE + tl.arange(0, TILE)
+    tile_index = tl.minimum(tl.sum((through <= target).to(tl.int32), 0), tl.sum((through < whole).to(tl.int32), 0))
+    before = tl.sum(tl.where(tile == tile_index - 1, through, 0.0), 0)
+    token = tile_index * TILE + tl.arange(0, TILE)
     z = tl.load(product + row.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     x = scaled_logits(z, cap, tl.load(temperature + row), CAPPED)
     sums = tl.cumsum(tl.exp(x - zero).to(tl.float64), 0)
     end = tl.max(sums, 0)
     above = tl.sum((sums <= target - before).to(tl.int32), 0)
-    place = tl.minimum(above, tl.sum((sums < end).to(tl.int32), 0))
-    tl.store(sample + row, (found * TILE + place).to(tl.int64))
+    within = tl.minimum(above, tl.sum((sums < end).to(tl.int32), 0))
+    tl.store(sample + row, (tile_index * TILE + within).to(tl.int64))

@@ -1,8 +1,7 @@
-"""Triton's interpreter, mended: bfloat16 is computed as floats, and narrow floats are rounded, not cut.
+"""Fixes for Triton's interpreter: bfloat16 is computed as floats, and narrow floats are rounded, not truncated.
 
-Why: Triton 3.6 keeps a bfloat16 on the CPU as the 16 bits that it consists of, and adds, multiplies and compares those
-bits as whole numbers; and it makes an eight-bit float by dropping bits. Here arithmetic is done in float32 and rounded
-to the nearest, as the chip does.
+Why: on the CPU Triton 3.6 keeps a bfloat16 as its 16 bits, and adds, multiplies and compares those bits as integers;
+and it truncates to 8-bit floats. Here arithmetic is done in float32 and rounded to nearest, as on the GPU.
 
 Invariant: without TRITON_INTERPRET=1 nothing here is called.
 Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check
@@ -21,7 +20,7 @@ from triton.runtime import interpreter
 
 @cache
 def mend() -> None:
-    """Replace the interpreter's arithmetic for bfloat16 and its casts to narrow floats; the rest stays."""
+    """Replace the interpreter's bfloat16 arithmetic and its casts to narrow floats; the rest is unchanged."""
     builder: Any = interpreter.InterpreterBuilder
     for name in ("binary_op", "ternary_op", "unary_op"):
         setattr(builder, name, _in_floats(getattr(builder, name)))
@@ -33,7 +32,7 @@ def mend() -> None:
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, given as its bits, as float32.
+    """bfloat16 bits as float32.
 
     >>> widened(np.array([0x3F80, 0xC040], dtype=np.uint16)).tolist()
     [1.0, -3.0]
@@ -53,7 +52,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def rounded_e4m3(values: np.ndarray) -> np.ndarray:
-    """float32 as the bits of the nearest e4m3, ties to even; what is beyond 448 becomes 448, as the chip has it.
+    """float32 as the bits of the nearest e4m3, ties to even; magnitudes above 448 become 448, as on the GPU.
 
     >>> rounded_e4m3(np.array([1.0, 1.0625, 500.0, -448.0], dtype=np.float32)).tolist()
     [56, 56, 126, 254]
@@ -71,7 +70,7 @@ def _as_floats(handle: Any) -> Any:
 
 
 def _in_floats(method: Any) -> Any:
-    """The method, on float32 where it was to work on bfloat16; a comparison's answer is no float and stays."""
+    """The method, computed in float32 where an operand is bfloat16; the result of a comparison is not rounded."""
 
     def mended(self: Any, *given: Any) -> Any:
         *handles, op = given
@@ -86,7 +85,7 @@ def _in_floats(method: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """a @ b + d; eight-bit floats are exact in float32, too."""
+    """a @ b + d; 8-bit floats are exact in float32 too."""
     left, right = (_floats(handle) for handle in (a, b))
     return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
@@ -105,7 +104,7 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _casting(method: Any) -> Any:
-    """The cast, rounding to narrow floats as the chip does: the interpreter's cuts the last bits off."""
+    """The cast, rounding to narrow floats as the GPU does: the interpreter's own truncates."""
 
     def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
         if _is_bfloat16(src) and dst_type.scalar.is_floating():
@@ -119,7 +118,7 @@ def _casting(method: Any) -> Any:
 
 
 def _with_bounds(patch: Any) -> Any:
-    """Scalars as bounds of a range: the interpreter holds them as arrays of one value, which numpy no longer takes."""
+    """Scalars as bounds of a range: the interpreter holds arrays of one value, which numpy no longer converts."""
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)

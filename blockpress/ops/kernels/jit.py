@@ -1,7 +1,7 @@
-"""How a kernel is declared: `triton.jit` of the function as it was written.
+"""How a kernel is declared: `triton.jit` of the unwrapped function.
 
 Why: the tests' shape checker wraps every function of these rooms, and Triton, which reads a function's source and the
-names of its module, would then see the wrapper's. With TRITON_INTERPRET=1 a kernel runs on the CPU, line by line.
+names in its module, would then read the wrapper's. With TRITON_INTERPRET=1 a kernel runs on the CPU, line by line.
 
 Invariant: a kernel is the same with the checker and without it.
 Run it:  python -m pytest tests/ops/kernels
@@ -17,7 +17,7 @@ from typing import Any
 import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run on the CPU; Triton itself decides when it is first imported."""
+"""Whether kernels run on the CPU; Triton reads the same variable when it is first imported."""
 
 if INTERPRETED:
     from blockpress.ops.kernels.interpreter import mend
@@ -31,7 +31,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def cdiv(count: int, tile: int) -> int:
-    """How many tiles hold `count`.
+    """How many tiles cover `count`.
 
     >>> cdiv(704, 64), cdiv(705, 64)
     (11, 12)
@@ -40,7 +40,7 @@ def cdiv(count: int, tile: int) -> int:
 
 
 def power(count: int) -> int:
-    """The least power of two that is not below `count`: a kernel's blocks have such sizes.
+    """The smallest power of two that is at least `count`: a kernel's block sizes are powers of two.
 
     >>> power(1), power(8), power(9)
     (1, 8, 16)

@@ -1,19 +1,19 @@
-"""What a step needs from the vocabulary, on a GPU: argmax, sample, entropy and the next signal, from hidden states.
+"""`ops.vocabulary.sample_from_hidden` on a GPU: argmax, sample, entropy and next self-conditioning embedding of a step.
 
-    hidden --head.multiply--> product, records --head.choose--> argmax, sample, entropy
-                              product --belief--> signal
+    hidden --head.multiply--> product, records --head.sample_kernel--> argmax, sample, entropy
+                              product --probabilities--> signal
 
-Why: of 256 rows and 262,144 tokens the reference writes and reads 256 bytes a logit; this writes 2 and reads 2, and 4
-more for the exact signal (in bfloat16). It is what `ops.vocabulary.see` is on a CPU.
+Why: for 256 rows and 262,144 tokens the reference moves 256 bytes per logit; this writes 2 and reads 2, and 4 more for
+the exact embedding (in bfloat16).
 
     signal "exact"    rounded where the reference rounds: logits, then probabilities, to the weight's type
-           "sparse"   tokens of some probability alone; what is left out is below 2^-9 of a row's mass, and not shared
-                      out among the rest; rows that are not so sure are exact
+           "sparse"   likely tokens alone; what is left out is below 2^-9 of a row's mass and is not renormalised; rows
+                      that need too many tokens are exact
 
 Rows are taken in blocks, so that the product never takes more than BLOCK bytes. Nothing waits for the host: a call can
-be captured in a graph. The weight is a float tensor; a packed one takes the way of `ops.vocabulary`.
+be captured in a graph. The weight is a float tensor; packed ones go through the torch path of `ops.vocabulary`.
 
-Invariant: a row's answer does not depend on the rows beside it but by the order of float32 sums.
+Invariant: a row's result does not depend on other rows, except through the order of float32 sums.
 Run it:  TRITON_INTERPRET=1 python -m pytest tests/ops/kernels/test_vocabulary.py; make bench-gpu PART=vocabulary
 """
 
@@ -45,16 +45,16 @@ def sample_from_hidden(
     signal: SignalKind = "exact",
     scale: Tensor,
 ) -> SampleStats:
-    """Read the vocabulary at every row.
+    """Sample every row; entropies are in nats. See `ops.vocabulary.sample_from_hidden`.
 
     Args:
-        cap: of the softcap, None without one. temperature: what the capped logits are divided by.
-        uniform: in [0, 1), one a row: where in the cumulative distribution the sample lies.
-        scale: what the embedding is multiplied by, a scalar of the weight's type.
+        cap: the softcap, None without one. temperature: the divisor of the capped logits.
+        uniform: in [0, 1), one per row: the sample's position in the cumulative distribution.
+        scale: the factor of the embedding, a scalar of the weight's type.
     """
     assert hidden.dtype == weight.dtype and hidden.is_contiguous() and weight.is_contiguous()
     n, vocab = hidden.shape[0], weight.shape[0]
-    found = SampleStats(
+    result = SampleStats(
         argmax=hidden.new_empty(n, dtype=torch.long),
         sample=hidden.new_empty(n, dtype=torch.long),
         entropy=hidden.new_empty(n, dtype=torch.float32),
@@ -64,27 +64,27 @@ def sample_from_hidden(
     step = max(1, BLOCK // (vocab * weight.element_size()))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        read = _read(hidden[rows], weight, cap, temperature[rows], rows, tile_banned, signal)
-        _choose(read, uniform[rows], found.argmax[rows], found.sample[rows], found.entropy[rows])
-        if found.signal is not None:
-            believe = _sparse if signal == "sparse" else _dense
-            believe(read, weight, scale, found.signal[rows])
-    return found
+        block = _read(hidden[rows], weight, cap, temperature[rows], rows, tile_banned, signal)
+        _choose(block, uniform[rows], result.argmax[rows], result.sample[rows], result.entropy[rows])
+        if result.signal is not None:
+            embed = _sparse if signal == "sparse" else _dense
+            embed(block, weight, scale, result.signal[rows])
+    return result
 
 
 TileBans = tuple[Int[Tensor, " ids"], Int[Tensor, " edges"], Bool[Tensor, "_all ids"]]
 
 
 def _by_tile(banned: BannedTokens, vocab: int) -> TileBans:
-    """The ids in order, where those of each tile begin and end, and the rows' denials in that order."""
+    """The ids sorted, the range of each tile's ids, and each row's bans in that order."""
     ids, order = banned[0].sort()
     starts = torch.arange(cdiv(vocab, head.TILE) + 1, device=ids.device) * head.TILE
     return ids.int(), torch.searchsorted(ids, starts.to(ids.dtype)).int(), banned[1][:, order]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What the head left of a block of rows; `head.py` says what the records are."""
+class _HeadOutput:
+    """The head's output for a block of rows; `head.py` describes the records."""
 
     product: Float[Tensor, "rows vocab"]
     peak: Float32[Tensor, "rows tiles"]
@@ -101,7 +101,7 @@ class _Read:
 
     @property
     def capped(self) -> dict[str, object]:
-        """The cap as every kernel takes it."""
+        """The cap as kernel arguments."""
         return {"cap": self.cap or 1.0, "CAPPED": self.cap is not None}
 
 
@@ -113,14 +113,14 @@ def _read(
     rows: slice,
     banned: TileBans | None,
     signal: SignalKind,
-) -> _Read:
+) -> _HeadOutput:
     """The product and its records."""
     n, (vocab, width) = len(hidden), weight.shape
     tiles = cdiv(vocab, head.TILE)
     records = weight.new_empty(4, n, tiles, dtype=torch.float32)
     sums = weight.new_empty(3, n, dtype=torch.float32)
     product = weight.new_empty(n, vocab)
-    read = _Read(
+    block = _HeadOutput(
         product=product,
         peak=records[0],
         best=weight.new_empty(n, tiles, dtype=torch.int32),
@@ -134,7 +134,7 @@ def _read(
         cap=cap,
         rounded=signal is not None,
     )
-    ids, edges, no = (
+    ids, edges, bans = (
         (None, None, None) if banned is None else (*banned[:2], banned[2][rows].contiguous().view(torch.int8))
     )
     shape = head.launch_shape(n, weight.dtype)
@@ -142,85 +142,87 @@ def _read(
         hidden,
         weight,
         product,
-        read.peak,
-        read.best,
-        read.rest,
-        read.moment,
-        read.coarse,
-        read.temperature,
+        block.peak,
+        block.best,
+        block.rest,
+        block.moment,
+        block.coarse,
+        block.temperature,
         ids,
-        no,
+        bans,
         edges,
         n,
         vocab,
         width,
         0 if ids is None else len(ids),
         BANNED=ids is not None,
-        COARSE=read.rounded,
+        COARSE=block.rounded,
         EVEN=width % shape["INNER"] == 0,
         TILE=head.TILE,
-        **read.capped,
+        **block.capped,
         **shape,
     )
-    return read
+    return block
 
 
-def _choose(read: _Read, uniform: Tensor, argmax: Tensor, sample: Tensor, entropy: Tensor) -> None:
-    """The rows' tokens and entropies, and the sums that the signal needs."""
-    n, tiles = read.peak.shape
+def _choose(block: _HeadOutput, uniform: Tensor, argmax: Tensor, sample: Tensor, entropy: Tensor) -> None:
+    """The rows' tokens and entropies, and the sums that the soft embedding needs."""
+    n, tiles = block.peak.shape
     head.sample_kernel[(n,)](
-        read.product,
-        read.peak,
-        read.best,
-        read.rest,
-        read.moment,
-        read.coarse,
-        read.temperature,
+        block.product,
+        block.peak,
+        block.best,
+        block.rest,
+        block.moment,
+        block.coarse,
+        block.temperature,
         uniform.contiguous(),
         argmax,
         sample,
         entropy,
-        read.highest,
-        read.mass,
-        read.rough,
-        read.product.shape[1],
+        block.highest,
+        block.mass,
+        block.rough,
+        block.product.shape[1],
         tiles,
-        COARSE=read.rounded,
+        COARSE=block.rounded,
         TILE=head.TILE,
         TILES=power(tiles),
-        **read.capped,
+        **block.capped,
         num_warps=8,
     )
 
 
-def _dense(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
-    """The signal of all rows from all tokens."""
+def _dense(block: _HeadOutput, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
+    """The soft embedding of all rows, from all tokens."""
     n = len(signal)
-    every = torch.arange(n, dtype=torch.int32, device=signal.device)
-    _dense_rows(read, weight, scale, signal, every, torch.full((1,), n, dtype=torch.int32, device=signal.device))
+    all_rows = torch.arange(n, dtype=torch.int32, device=signal.device)
+    _dense_rows(block, weight, scale, signal, all_rows, torch.full((1,), n, dtype=torch.int32, device=signal.device))
 
 
-def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, order: Tensor, amount: Tensor) -> None:
-    """The signal of the first `amount` rows of `order` from all tokens."""
+def _dense_rows(
+    block: _HeadOutput, weight: Tensor, scale: Tensor, signal: Tensor, order: Tensor, amount: Tensor
+) -> None:
+    """The soft embedding of the first `amount` rows of `order`, from all tokens."""
     n, (vocab, width) = len(signal), weight.shape
     probabilities.softmax_weights[(n, cdiv(vocab, probabilities.SPAN))](
-        read.product,
+        block.product,
         order,
         amount,
-        read.highest,
-        read.rough,
-        read.temperature,
+        block.highest,
+        block.rough,
+        block.temperature,
         vocab,
-        **read.capped,
+        **block.capped,
         SPAN=probabilities.SPAN,
     )
     shape = probabilities.launch_shape(n, weight.dtype)
     blocks, columns = cdiv(n, shape["ROWS"]), cdiv(width, shape["COLUMNS"])
-    stretches = probabilities.split_k(blocks * columns, _processors(weight.device))
-    parts = weight.new_empty(stretches, n, width, dtype=torch.float32)
+    splits = probabilities.split_k(blocks * columns, _processors(weight.device))
+    parts = weight.new_empty(splits, n, width, dtype=torch.float32)
     even = vocab % shape["INNER"] == 0
-    probabilities.multiply[(blocks, columns, stretches)](
-        read.product, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
+    probabilities.multiply[(blocks, columns, splits)](
+        block.product, weight, parts, order, amount, n, vocab, width, EVEN=even, **shape
     )
     probabilities.reduce_split_k[(n, cdiv(width, probabilities.COLUMNS))](
         parts,
@@ -230,41 +232,41 @@ def _dense_rows(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor, orde
         scale,
         n,
         width,
-        stretches,
+        splits,
         COLUMNS=probabilities.COLUMNS,
     )
 
 
-def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
-    """The signal from the likely tokens; of rows that have too many, from all."""
+def _sparse(block: _HeadOutput, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
+    """The soft embedding from the likely tokens; for rows with too many of them, from all tokens."""
     n, (vocab, width) = len(signal), weight.shape
     chosen = signal.new_empty(n, probabilities.KEPT, dtype=torch.int32)
     share = signal.new_empty(n, probabilities.KEPT, dtype=torch.float32)
-    kept = signal.new_empty(n, dtype=torch.int32)
+    counts = signal.new_empty(n, dtype=torch.int32)
     probabilities.select_top[(n,)](
-        read.product,
-        read.peak,
-        read.rest,
-        read.highest,
-        read.mass,
-        read.temperature,
+        block.product,
+        block.peak,
+        block.rest,
+        block.highest,
+        block.mass,
+        block.temperature,
         chosen,
         share,
-        kept,
+        counts,
         vocab,
-        read.peak.shape[1],
+        block.peak.shape[1],
         least=probabilities.LEAST,
         dropped=probabilities.DROPPED,
         TILE=head.TILE,
         GROUP=probabilities.GROUP,
         KEPT=probabilities.KEPT,
-        **read.capped,
+        **block.capped,
         num_warps=8,
     )
     probabilities.weighted_sum[(n, cdiv(width, probabilities.COLUMNS))](
         chosen,
         share,
-        kept,
+        counts,
         weight,
         signal,
         scale,
@@ -273,11 +275,11 @@ def _sparse(read: _Read, weight: Tensor, scale: Tensor, signal: Tensor) -> None:
         COLUMNS=probabilities.COLUMNS,
         AT_ONCE=16,
     )
-    crowded = kept == 0
+    crowded = counts == 0
     order = crowded.int().argsort(descending=True, stable=True).int()
-    _dense_rows(read, weight, scale, signal, order, crowded.sum(dtype=torch.int32)[None])
+    _dense_rows(block, weight, scale, signal, order, crowded.sum(dtype=torch.int32)[None])
 
 
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; where there is none, few, so that sums in several stretches are tested."""
+    """Multiprocessors of a GPU; in the interpreter few, so that sums over several splits are tested."""
     return multiprocessors(device) if device.type == "cuda" else 3

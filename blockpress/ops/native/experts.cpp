@@ -1,13 +1,13 @@
 // Routed experts in bfloat16 on processors with matrix tiles (AMX): gather, both products, GeGLU and the weighted sum.
 //
-// A weight is the left operand as it lies in memory, 16 rows by 32 columns a tile; tokens are the right one, packed here:
+// A weight is the left operand as stored, in tiles of 16 rows by 32 columns; tokens are the right operand, packed here:
 //
 //     x [token][hidden]  --16 x 16 transpose of pairs-->  right [hidden / 2][token][2]
 //     gate, up rows r..r+15  @  right   -->  h rows r..r+15 of every token, which is packed for the next product
 //     down rows              @  h       -->  y [hidden][token]  --transpose-->  slot [token][k][hidden]
 //
-// A unit of work is an expert with up to 128 of its tokens, so that its weights come from memory once. Rounded where the
-// plain version rounds (the sum over a token's experts: once). Called by ops/grouped.py.
+// A unit of work is an expert with up to 128 of its tokens, so that its weights are read from memory once. Rounded where
+// the plain version rounds (the sum over a token's experts: once). Called by ops/cpu/experts.py.
 
 #include <algorithm>
 #include <atomic>
@@ -24,10 +24,10 @@
 
 namespace {
 
-constexpr long BLOCK = 32;   // tokens of one product: two tiles
-constexpr long UNIT = 128;   // tokens of one unit
+constexpr long BLOCK = 32;   // tokens per product: two tiles
+constexpr long UNIT = 128;   // most tokens per unit
 
-inline __m512i bits(F x) {  // of each value's bfloat16, in 32 bits
+inline __m512i bits(F x) {  // the bits of each value's bfloat16, in 32 bits
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 
@@ -94,12 +94,12 @@ struct Mix {
   const float* weights;
   bf16* y;  // [tokens * k][hidden], weighted
   long k, hidden, size;
-  const long* slots;  // token * k + place, sorted by expert
+  const long* slots;  // token * k + rank, sorted by expert
   std::vector<Unit> units;
   std::atomic<long> next{0};
 };
 
-// Two bytes a value: x's rows of up to 32 slots as [hidden / 2][32] pairs.
+// x's rows of up to 32 slots as [hidden / 2][32] pairs of bfloat16.
 void pack(const Mix& mix, const long* slots, long count, uint32_t* right) {
   for (long part = 0; part < BLOCK; part += 16) {
     if (part >= count) break;
@@ -114,7 +114,7 @@ void pack(const Mix& mix, const long* slots, long count, uint32_t* right) {
   }
 }
 
-// gelu(gate) * up of 16 rows and 16 tokens, as eight rows of pairs.
+// gelu(gate) * up for 16 rows and 16 tokens, as eight rows of pairs.
 void activate(const float* gate, const float* up, uint32_t* to) {
   for (long row = 0; row < 16; row += 2) {
     F h[2];
@@ -168,7 +168,7 @@ void work(void* data) {
   Mix& mix = *static_cast<Mix*>(data);
   alignas(64) uint8_t config[64] = {1};
   for (int tile = 0; tile < 8; tile++) {
-    reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;  // bytes a row
+    reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;  // bytes per row
     config[48 + tile] = 16;                               // rows
   }
   long words = UNIT / 2 * (mix.hidden + mix.size);
@@ -219,7 +219,7 @@ extern "C" void mix(const bf16* x, const bf16* gate_up, const bf16* down, const 
     for (long start = begin[e]; start < begin[e + 1]; start += UNIT)
       job.units.push_back({e, start, begin[e + 1] - start < UNIT ? begin[e + 1] - start : UNIT});
   Sum sum{y, out, tokens, k, hidden};
-  // Each takes units until there are no more, so whoever comes late finds none.
+  // Each thread takes units until none is left.
   const int useful = std::min(threads, static_cast<int>(job.units.size()));
   parallel(useful, useful, [&](long) { work(&job); });
   parallel(tokens <= UNIT ? 1 : threads, threads, [&](long) { total(&sum); });

@@ -1,7 +1,7 @@
-// The products of a forward and what lies between them: a matrix, the experts, attention, and whole layers.
+// The products of a forward and the steps between them: a matrix, the experts, attention, and whole layers.
 //
-// Whatever a tensor of T would hold between two operations is rounded to T, so that bfloat16 gives what the plain
-// versions give, within float32 rounding of the sums. Called by ops/cpu/, which says what the arguments are.
+// Whatever the plain version would store in a tensor of T between two operations is rounded to T, so that bfloat16 gives
+// the same within float32 rounding of the sums. Called by ops/cpu/, which documents the arguments.
 
 #include <algorithm>
 #include <cmath>
@@ -29,8 +29,8 @@ void linear(const T* x, long rows, long step, const Matrix& weight, T* out, long
               });
 }
 
-// out [rows][weight.columns] = shares [rows][weight.rows] @ weight. Sums of DEEP products are added up: over a whole
-// vocabulary one running sum would lose a digit.
+// out [rows][weight.columns] = shares [rows][weight.rows] @ weight, in partial sums of DEEP products: one running sum over
+// a whole vocabulary would lose a digit.
 template <class T>
 void combine(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
   constexpr long DEEP = 2048;
@@ -63,17 +63,17 @@ void combine(const T* shares, long rows, long step, const Matrix& weight, float*
 
 // ---- experts
 
-struct Experts {  // mirrored by ops/cpu/experts.py
-  Matrix gate_up;  // [experts * 2 * size][hidden], of each expert its gate's rows first
+struct Experts {  // mirrors ops/cpu/experts.py
+  Matrix gate_up;  // [experts * 2 * size][hidden], each expert's gate rows first
   Matrix down;     // [experts * hidden][size]
   int64_t count, size;
 };
 
 struct Unit {
-  long expert, start, count;  // slots start .. start + count in the order of experts
+  long expert, start, count;  // slots start .. start + count, sorted by expert
 };
 
-constexpr long UNIT = 10 * 12;  // most tokens of a unit: whole panels of 6 and of 12
+constexpr long UNIT = 10 * 12;  // most tokens per unit: whole panels of 6 and of 12
 
 template <class T, bool PAIRS>
 void expert_unit(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
@@ -82,7 +82,7 @@ void expert_unit(const T* x, long hidden, long k, const Experts& experts, const 
   Scratch& own = scratch();
   float* left = Scratch::room(own.more, (UNIT + MR) * all);
   float* sums = Scratch::room(own.sums, MB * 2 * NB);
-  // The activations [count][size] of T and their panels stand one after the other.
+  // The activations [count][size] of T, followed by their panels.
   float* memory = Scratch::room(own.wide, UNIT * size + (UNIT + MR) * middle);
   T* active = reinterpret_cast<T*>(memory);
   float* again = memory + UNIT * size;
@@ -116,7 +116,7 @@ void expert_unit(const T* x, long hidden, long k, const Experts& experts, const 
   }
 }
 
-// The same where there are up to FEW tokens in all: dot products.
+// The same for up to FEW tokens in all: dot products.
 template <class T>
 void expert_few(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
                 const Unit& unit, T* y) {
@@ -156,7 +156,7 @@ void expert_few(const T* x, long hidden, long k, const Experts& experts, const f
   }
 }
 
-// The same of weights that are multiplied as codes: what is between the products is rounded to codes, too.
+// The same for weights that are multiplied as codes: the activations between the products are rounded to codes too.
 template <class T>
 void expert_codes(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
                   const Unit& unit, T* y) {
@@ -187,7 +187,7 @@ void expert_codes(const T* x, long hidden, long k, const Experts& experts, const
   }
 }
 
-// Tokens sorted by expert, each expert over its own, and every token's sum in the order of its choices.
+// Sort tokens by expert, run each expert over its tokens, and sum every token's rows in the order of its chosen experts.
 template <class T>
 void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, const float* weights,
          const int64_t* chosen, T* y, T* out, int threads) {
@@ -228,12 +228,12 @@ void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, c
 
 // ---- attention
 
-struct Piece {  // keys and values of a span; mirrored by ops/cpu/attention.py
+struct Piece {  // keys and values of a span; mirrors ops/cpu/attention.py
   const void *key, *value;
   int64_t count, key_head, key_row, value_head, value_row;
 };
 
-struct Span {  // queries start .. stop and the pieces that they see; mask [queries or 1][keys], a byte an entry, or null
+struct Span {  // queries start .. stop and their pieces of keys; mask [queries or 1][keys], one byte per entry, or null
   int64_t start, stop, first, last;
   const uint8_t* mask;
   int64_t mask_row;
@@ -246,7 +246,7 @@ struct Attention {
   const Piece* pieces;
   T* out;  // [rows][heads][dim]
 
-  // Queries `from` to `to` of a span, all heads that share a key head.
+  // Queries `from` to `to` of a span, for all heads that share a key head.
   void block(const Span& span, long head, long from, long to) const {
     const long group = heads / kv, rows = (to - from) * group;
     long keys = 0;
@@ -257,7 +257,7 @@ struct Attention {
     float* scores = Scratch::room(own.wide, rows * step + keys + 2 * W);
     float* buffer = scores + rows * step;
     float* sums = Scratch::room(own.sums, rows * width);
-    if (!keys) std::fill_n(sums, rows * width, 0.0f);  // as an empty sum is
+    if (!keys) std::fill_n(sums, rows * width, 0.0f);  // an empty sum
     for (long i = 0; i < rows; i += MR) {
       const T* lines[MR];
       const int some = static_cast<int>(std::min<long>(MR, rows - i));
@@ -302,7 +302,7 @@ struct Attention {
   }
 
   void run(const Span* spans, long count, int threads) const {
-    constexpr long SCORES = 1 << 16;  // of a task, which stay in its core's cache
+    constexpr long SCORES = 1 << 16;  // per task, so that they stay in its core's cache
     struct Task {
       long span, head, from, to;
     };
@@ -334,9 +334,9 @@ void over(long rows, long values, int threads, const Op& op) {
   parallel(slices, threads, [&](long i) { op(rows * i / slices, rows * (i + 1) / slices); });
 }
 
-struct Before {  // mirrored by ops/cpu/layer.py: from a layer's input to queries, keys and values
+struct Before {  // mirrors ops/cpu/layer.py: from a layer's input to queries, keys and values
   const void* norm;              // [hidden]
-  Matrix query, key, value;      // value.data null: the values are the keys before their norm
+  Matrix query, key, value;      // value.data null: values are the keys before their norm
   const void *query_norm, *key_norm;
   int64_t hidden, heads, kv, dim;
   float eps;
@@ -366,7 +366,7 @@ void before(const Before& layer, const T* x, const T* cosine, const T* sine, lon
   const int* which = shared ? without : all;
   const int kinds = shared ? 2 : 3;
   for (int s = 0; s < kinds; s++) chosen[s] = sides[which[s]];
-  if (skip) {  // the first rows leave no queries
+  if (skip) {  // the first rows have no queries
     products<T>(row, rows, hidden, chosen, kinds - 1, threads, emit(which, 0));
     products<T>([&](long i) { return row(i + skip); }, rows - skip, hidden, chosen + kinds - 1, 1, threads,
                 emit(last, 0));
@@ -391,17 +391,17 @@ void before(const Before& layer, const T* x, const T* cosine, const T* sine, lon
   });
 }
 
-struct After {  // mirrored by ops/cpu/layer.py: from what attention mixed to the layer's output
+struct After {  // mirrors ops/cpu/layer.py: from attention's output to the layer's output
   Matrix out, gate, up, down, router;  // router.data null: a dense layer
   Experts experts;
   const void *attention_norm, *mlp_norm, *mlp_after, *experts_norm, *experts_after, *feed_after;
   const void *router_scale, *expert_scale;
   const void *canvas_scalar, *causal_scalar;
-  int64_t hidden, inner, width, top_k;  // width: of what attention mixed
+  int64_t hidden, inner, width, top_k;  // width: of attention's output
   float eps, root;
 };
 
-// The best `k` of the scores, as torch.topk takes them (ties by the same algorithm), their shares and scales.
+// The best `k` scores as torch.topk returns them (the same algorithm breaks ties), and their weights.
 template <class T>
 void route(const T* scores, long count, long k, const T* scale, float* weights, int64_t* chosen,
            std::vector<std::pair<float, int64_t>>& queue, float* wide) {
@@ -450,7 +450,7 @@ void route_rows(const After& layer, const T* h, long rows, float* weights, int64
   });
 }
 
-// x, mixed and out are of the same rows; causal: of each row whether it is of the causal pass, or null and `all`.
+// x, mixed and out have the same rows; causal: per row whether it is in the causal pass, or null: `all` of them.
 template <class T>
 void after(const After& layer, const T* x, const T* mixed, T* out, long rows, const uint8_t* causal, int all,
            int threads) {
@@ -539,8 +539,8 @@ extern "C" {
 DEFINE(float, float32)
 DEFINE(bf16, bfloat16)
 
-long held_bytes() { return scratch().bytes(); }  // by the calling thread, between two calls
+long held_bytes() { return scratch().bytes(); }  // kept by the calling thread between calls
 
-void give_back() { scratch().trim(0); }  // what the calling thread holds
+void give_back() { scratch().trim(0); }  // frees what the calling thread keeps
 
 }  // extern "C"

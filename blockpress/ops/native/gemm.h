@@ -1,14 +1,14 @@
-// Products of rows with a weight matrix, blocked for the caches: what oneDNN does, with the steps around it taken in.
+// Products of rows with a weight matrix, blocked for the caches: what oneDNN does, fused with the steps around it.
 //
-//     x [rows][depth]      --panels of MR rows-->    left  [panel][depth][MR]     once a product
+//     x [rows][depth]      --panels of MR rows-->    left  [panel][depth][MR]     once per product
 //     w [columns][depth]   --panels of NR columns--> right [depth][NR]            a panel at a time, KC deep, in float32
-//     left panel x right panel --MR x 2 vectors of sums--> a block of sums [rows][columns] --emit--> where they belong
+//     left panel x right panel --MR x 2 vectors of sums--> a block of sums [rows][columns] --emit--> their destination
 //
-// A weight lies in memory as it is stored (weight.h): half floats and codes become float32 in the panel, which is read
-// again for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands are of that type,
-// panels hold pairs. With up to FEW rows no panel pays, and each sum is a dot product along the weight's row.
+// A weight stays in memory as stored (weight.h): half floats and codes become float32 in the panel, which is read again
+// for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands have that type, panels hold
+// pairs. With up to FEW rows no panel pays, and each sum is a dot product along the weight's row.
 //
-// Sums run over the depth in order, whatever the number of rows above FEW: rows do not change with their neighbours.
+// Sums run over the depth in order, for any number of rows above FEW: a row does not depend on its neighbours.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 #include "simd.h"
 #include "weight.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's only pass between inlined functions
 
 namespace {
 
@@ -42,12 +42,12 @@ constexpr bool HAS_PAIRS = false;
 constexpr int NR = 2 * VW;
 constexpr long NB = 64 > NR ? 64 : NR;  // most columns of a task
 constexpr long MB = 240;                // most rows of a task
-constexpr long ROWS = 4 * MB;           // rows whose panels are held at a time
+constexpr long ROWS = 4 * MB;           // most rows whose panels are held at a time
 constexpr long FEW = 4;
 
 typedef float V __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 
-// Whether a weight may be multiplied as pairs of bfloat16: one of that type, or codes, which are rounded to it.
+// Whether a weight may be multiplied as pairs of bfloat16: it has that type, or is codes, which are rounded to it.
 inline bool pairable(const Matrix& w) { return w.kind == BFLOAT16 || w.kind > FLOAT16; }
 
 template <class T>
@@ -67,7 +67,7 @@ inline V fused(V sum, float x, V y) {
   return sum + (x - V{}) * y;
 }
 
-// Sums of M rows and two vectors of columns, `first` or going on from what stands there.
+// Sums of M rows and two vectors of columns, from 0 if `first`, else added to what is there.
 template <int M, bool PAIRS>
 __attribute__((noinline)) void tile(long depth, const float* left, const float* right, float* to, long step, bool first) {
   V sums[M][2];
@@ -99,7 +99,7 @@ inline void tile_of(long rows, long depth, const float* left, const float* right
 }
 
 #ifdef __AVX2__
-// Eight values of 32 bits of `count` lines, 1 to 8 of them, as columns of R values: R lines, those that are not there 0.
+// Eight 32-bit values of `count` lines, 1 to 8, transposed to columns of R values; missing lines are 0.
 template <int R>
 inline void transpose(const float* const* from, int count, long at, float* to, long step) {
   __m256 r[8], t[8], s[8];
@@ -122,7 +122,7 @@ inline void transpose(const float* const* from, int count, long at, float* to, l
 }
 #endif
 
-// Lines `first` to `first` + N of R side by side.
+// Lines `first` to `first` + N of R, interleaved.
 template <int R, int N>
 inline void some_lines(const float* const* from, int first, int count, long depth, float* to) {
   long k = 0;
@@ -137,7 +137,7 @@ inline void some_lines(const float* const* from, int first, int count, long dept
     }
 }
 
-// Lines side by side: to[k][R] of `count` lines, the others 0; values of 32 bits, pairs of bfloat16 too.
+// Lines interleaved: to[k][R] of `count` lines, the others 0; 32-bit values, or pairs of bfloat16.
 template <int R>
 void panel(const float* const* from, int count, long depth, float* to) {
   static_assert(R % 8 == 0 || R % 8 == 4 || R % 8 == 6);
@@ -145,14 +145,14 @@ void panel(const float* const* from, int count, long depth, float* to) {
   if constexpr (R % 8) some_lines<R, R % 8>(from, R / 8 * 8, count, depth, to);
 }
 
-// Floats from the start of a cache line on: blocks that two threads write side by side share none.
+// Floats aligned to a cache line: adjacent blocks that two threads write share no line.
 struct Floats {
   float* data = nullptr;
   long size = 0;
   std::unique_ptr<char[]> memory;
 
   void resize(long count) {
-    memory.reset();  // first, so that both are never there at once
+    memory.reset();  // first, so that both never exist at once
     memory.reset(count ? new char[count * 4 + 64] : nullptr);
     auto start = reinterpret_cast<uintptr_t>(memory.get());
     data = reinterpret_cast<float*>((start + 63) / 64 * 64);
@@ -160,11 +160,11 @@ struct Floats {
   }
 };
 
-// Memory of a thread, kept for its next task: fresh pages would cost as much as the steps that fill them.
+// A thread's memory, kept for its next task: new pages would cost as much as the steps that fill them.
 struct Scratch {
-  static constexpr long LARGE = 8 << 20;  // values from which on nothing is kept
+  static constexpr long LARGE = 8 << 20;  // larger buffers are not kept
   Floats right, lines, codes, sums, left, more, wide;
-  Floats between[8];  // from step to step of one call: forward.cpp
+  Floats between[8];  // between the steps of one call: forward.cpp
 
   static float* room(Floats& memory, long count) {
     if (memory.size < count) memory.resize(count);
@@ -183,7 +183,7 @@ struct Scratch {
     return total;
   }
 
-  // Give back what is larger than that.
+  // Free buffers that are larger than that.
   void trim(long most = LARGE) {
     every([&](Floats& memory) {
       if (memory.size > most) memory.resize(0);
@@ -204,7 +204,7 @@ void pack_left(const T* const* rows, int count, long depth, float* to) {
   const float* lines[MR];
   if (PAIRS && depth % 2 == 0) {
     for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(rows[i]);
-  } else if (PAIRS) {  // a last pair is filled up with 0
+  } else if (PAIRS) {  // the last pair is padded with 0
     float* buffer = Scratch::room(scratch().lines, MR * units(depth, true));
     for (int i = 0; i < count; i++) {
       float* own = buffer + i * units(depth, true);
@@ -256,7 +256,7 @@ void pack_right(const Matrix& w, long first, int count, long from, long depth, f
   panel<NR>(lines, count, depth, to);
 }
 
-// The same of a matrix whose lines are the depth: nothing is turned.
+// The same for a matrix whose lines are the depth: nothing is transposed.
 inline void pack_across(const Matrix& w, long first, int count, long from, long depth, float* to) {
   for (long k = 0; k < depth; k++, to += NR) {
     const float* line = w.line(from + k, first, count, to);
@@ -270,7 +270,7 @@ inline void pack_across(const Matrix& w, long first, int count, long from, long 
   }
 }
 
-// Asks for the weights of the next panel while this one is multiplied: memory that is asked for late is waited for.
+// Prefetches the weights of the next panel while this one is multiplied, so that it need not wait for memory.
 struct Ahead {
   const char* data;
   long lines, line_bytes, run, each, at = 0;
@@ -373,13 +373,13 @@ inline void few(const float* const* x, long rows, long depth, const Matrix& w, l
   for (long j = 0; j < count; j++) dots_of(rows, x, w.line(first + j, 0, depth, buffer), depth, to + j, step);
 }
 
-// One of the weights that the same rows are multiplied with; of `twin` the same columns are made beside its own.
+// One of the weights that the same rows are multiplied with; the same columns of `twin` are computed along with its own.
 struct Side {
   Matrix own;
   const Matrix* twin = nullptr;
 };
 
-// pack(panel, lines, how many) for the panels of rows start .. start + here; row(i) is where row i of x begins.
+// pack(panel, lines, how many) for the panels of rows start .. start + here; row(i) points to row i of x.
 template <class T, class Row, class Pack>
 void row_panels(const Row& row, long start, long here, int threads, const Pack& pack) {
   const long panels = (here + MR - 1) / MR;
@@ -394,7 +394,7 @@ void row_panels(const Row& row, long start, long here, int threads, const Pack& 
 }
 
 // multiply(weight, first row, rows, first column, columns, to, step), then emit, for blocks of rows start .. start +
-// here with all columns of the sides: smaller ones where there would be too few for the threads. `used`: of those.
+// here with all columns of the sides: smaller blocks where there would be too few for the `used` threads.
 template <class Multiply, class Emit>
 void blocks(const Side* sides, int count, long start, long here, int threads, int used, const Multiply& multiply,
             const Emit& emit) {
@@ -422,8 +422,8 @@ void blocks(const Side* sides, int count, long start, long here, int threads, in
   });
 }
 
-// emit(side, first row, rows, first column, columns, sums, step) for blocks of x @ weight^T; a twin's sums stand NB
-// behind. row(i) is where row i of x begins.
+// emit(side, first row, rows, first column, columns, sums, step) for blocks of x @ weight^T; a twin's sums follow at
+// NB. row(i) points to row i of x.
 template <class T, bool PAIRS, class Row, class Emit>
 void products_as(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
   const long all = units(depth, PAIRS);
@@ -440,7 +440,7 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
   }
 }
 
-template <class T, class Row, class Emit>  // in int8.h: of weights that are all multiplied as codes
+template <class T, class Row, class Emit>  // in int8.h: for weights that are all multiplied as codes
 void code_products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit);
 
 template <class T, class Row, class Emit>
@@ -478,14 +478,14 @@ void products(const Row& row, long rows, long depth, const Side* sides, int coun
   products_as<T, false>(row, rows, depth, sides, count, threads, emit);
 }
 
-// A block of sums as values of T.
+// Writes a block of sums as values of T.
 template <class T>
 inline void copy_out(const float* sums, long step, long rows, long columns, T* to, long to_step) {
   for (long i = 0; i < rows; i++)
     each(columns, [&](long j, long n) { put(to + i * to_step + j, get(sums + i * step + j, n), n); });
 }
 
-// gelu(gate) * up of a block whose twin holds the ups, rounded where a tensor of T would be.
+// gelu(gate) * up of a block whose twin holds up, rounded where a tensor of T would be.
 template <class T>
 inline void activate(const float* sums, long step, long rows, long columns, T* to, long to_step) {
   for (long i = 0; i < rows; i++) {

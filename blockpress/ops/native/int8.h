@@ -1,14 +1,14 @@
-// Products of 8-bit integers: x's rows become codes of -127 .. 127 under a scale each, a weight has codes and scales.
+// Products of 8-bit integers: x's rows become codes of -127 .. 127 with a scale each, a weight has codes and scales.
 //
 //     x [rows][depth]      --largest / 127-->  codes, scale of a row
 //     codes x codes        --> int32, exact    (at most 132,104 deep: ops/integers.py)
 //     sum * weight's scale * x's scale         in this order, each rounded to float32
 //
-// The blocking is gemm.h's. A unit of 32 bits holds what one lane multiplies and adds up at once: with VNNI four bytes,
-// x's plus 128, since that side has no sign (128 times the weight's sum is taken off again); elsewhere two values of 16
-// bits. (AVX2 could multiply bytes, too, but adds two such products in 16 bits, where they do not fit.)
+// The blocking is gemm.h's. A unit of 32 bits holds what one lane multiplies and sums at once: with VNNI four bytes, x's
+// plus 128, since that operand is unsigned (128 times the weight's sum is subtracted again); elsewhere two 16-bit
+// values. (AVX2 could multiply bytes too, but sums two such products in 16 bits, where they do not fit.)
 //
-// Sums are exact, so a row's results depend on nothing but the row.
+// Sums are exact, so a row's results depend only on the row.
 #pragma once
 
 #include "gemm.h"
@@ -56,7 +56,7 @@ inline VI all_of(float unit) {
 
 inline long code_units(long depth) { return (depth + UNIT_CODES - 1) / UNIT_CODES; }
 
-inline I nearest_integers(F x) {  // ties to even; never contracted with the product that x is
+inline I nearest_integers(F x) {  // ties to even; never contracted with the product that gives x
 #if defined(__AVX512F__)
   return (I)_mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
@@ -70,8 +70,8 @@ inline I nearest_integers(F x) {  // ties to even; never contracted with the pro
 
 inline F larger(F x, F y) { return (y > x || y != y) ? y : x; }  // NaN wins
 
-// The codes of a row, and its scale: 0 of a row that is nearly 0, NaN of one that is not finite. What fills up the last
-// unit is met by zeros.
+// The codes of a row, and its scale: 0 for a row that is nearly 0, NaN for one that is not finite. The padding of the
+// last unit is multiplied by zeros.
 template <class T>
 float encode(const T* x, long depth, float* to) {
   constexpr float SMALLEST = 0x1p-100f;
@@ -126,7 +126,7 @@ inline VI units_at(const int8_t* codes) {
 }
 constexpr long VECTOR_CODES = VW * UNIT_CODES;
 
-// Units from .. from + deep of a weight's line: where they lie, or in the buffer, filled up with 0.
+// Units from .. from + deep of a weight's line: in place, or in the buffer, padded with 0.
 inline const float* weight_units(const Matrix& w, long row, long from, long deep, float* buffer) {
   const int8_t* codes = w.at<int8_t>(row, from * UNIT_CODES);
   const long values = std::min(deep * UNIT_CODES, w.columns - from * UNIT_CODES);
@@ -146,7 +146,7 @@ inline void pack_weight(const Matrix& w, long first, int count, long from, long 
   panel<NR>(lines, count, deep, to);
 }
 
-// 128 for each code of x is in the sums: what that makes of a panel's columns.
+// The sums contain 128 for each code of x: what that adds to a panel's columns.
 inline void add_offsets(const float* right, long deep, float* to) {
   VI low = loadi(to), high = loadi(to + VW);
   const VI ones = VI{} + 0x01010101;
@@ -188,7 +188,7 @@ inline void int_tile_of(long rows, long depth, const float* left, const float* r
   if constexpr (M > 1) int_tile_of<M - 1>(rows, depth, left, right, to, step, first);
 }
 
-// int32 sums become floats, in their place: those of a row have one scale of x's.
+// int32 sums become floats in place; the sums of a row share one scale of x.
 inline void scale_sums(float* sums, long count, const float* offsets, const float* scales, float own) {
   long j = 0;
   for (; j + VW <= count; j += VW) {
@@ -239,7 +239,7 @@ inline int32_t sum_of(VI x) {
 #endif
 }
 
-// The same of 1 to FEW rows: dot products along the weight's lines. x: of each row its units, in whole vectors.
+// The same for 1 to FEW rows: dot products along the weight's lines. x: each row's units, in whole vectors.
 template <int M>
 void int_dots(const float* const* x, const float* own, const Matrix& w, long line, float* to, long step) {
   VI sums[M] = {}, ones = {};
@@ -266,13 +266,13 @@ inline void few_codes(const float* const* x, const float* own, long rows, const 
   }
 }
 
-// Rows of one task, encoded: in panels, or up to FEW of them as lines.
+// The rows of one task as codes: in panels, or up to FEW of them as lines.
 struct CodeRows {
   long count, depth;
   float *units, *scales;
   const float* lines[FEW];  // null: in panels
 
-  // Floats of memory that so many rows need.
+  // Floats of memory needed for this many rows.
   static long size(long rows, long depth) { return (rows + MR) * ((code_units(depth) + VW - 1) / VW * VW + 1); }
 
   template <class T, class Row>
@@ -281,7 +281,7 @@ struct CodeRows {
     CodeRows own{count, depth, memory, memory + (count + MR) * whole, {}};
     for (long i = 0; i < count && count <= FEW; i++) {
       float* line = memory + i * whole;
-      std::fill(line + all - 1, line + whole, 0.0f);  // met by zeros, but no number that is not one
+      std::fill(line + all - 1, line + whole, 0.0f);  // multiplied by zeros, so it must not be NaN
       own.scales[i] = encode<T>(row(i), depth, line);
       own.lines[i] = line;
     }
@@ -300,7 +300,7 @@ struct CodeRows {
   }
 };
 
-// As `products` of gemm.h, of weights that are all of codes.
+// `products` of gemm.h for weights that are all codes.
 template <class T, class Row, class Emit>
 void code_products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
   const long all = code_units(depth);

@@ -1,10 +1,10 @@
-// One pool of threads for every operation in C++: no thread waits for a part that nobody has begun.
+// One thread pool for every operation in C++: no thread waits for a part that has not been started.
 //
-//     caller    publish parts -> take parts until none is left -> close -> wait for parts that are under way
-//     worker    look for new parts (pauses, then gives up its turn, then sleeps) -> take parts until none is left
+//     caller    publish parts -> take parts until none is left -> close -> wait for parts still running
+//     worker    look for new parts (spins, then yields, then sleeps) -> take parts until none is left
 //
-// Parts are taken one by one, so a worker that the system has put aside costs nothing but the part in its hands. A caller
-// that finds the pool busy does its parts alone; so does a part that asks for parts of its own.
+// Parts are taken one by one, so a worker that the system has descheduled delays only the part it holds. A caller that
+// finds the pool busy does its parts alone; so does a part that has parts of its own.
 //
 // Loaded once with global symbols (ops/compiled.py); pool.h declares the one function.
 
@@ -35,7 +35,7 @@ inline void rest() {
 
 inline void give_up_turn() { std::this_thread::yield(); }
 
-// A worker that was woken beside its caller would wait for the processor that the caller keeps busy: it moves to another.
+// A worker that wakes on its caller's processor would wait for the caller: it moves to another processor.
 #ifdef __linux__
 inline int where() { return sched_getcpu(); }
 
@@ -51,10 +51,10 @@ inline int where() { return -1; }
 inline void leave(int) {}
 #endif
 
-// state: number of the job << 16 | OPEN | workers inside
+// state: job number << 16 | OPEN | workers inside
 constexpr uint64_t OPEN = 1 << 15, INSIDE = OPEN - 1, JOB = 1 << 16;
 constexpr int PAUSES = 1000;  // some 30 us
-constexpr auto AWAKE = std::chrono::microseconds(1000);  // what Python needs between two calls; to be woken takes 50 us
+constexpr auto AWAKE = std::chrono::microseconds(1000);  // Python's time between two calls; waking a thread takes 50 us
 
 struct Pool {
   std::atomic<bool> taken{false};
@@ -66,7 +66,7 @@ struct Pool {
   int workers = 0;
   long count = 0;
   std::atomic<uint64_t> most{0};  // workers that may take part
-  std::atomic<int> caller{-1};    // the processor that the caller began on
+  std::atomic<int> caller{-1};    // the processor that the caller started on
   void (*part)(void*, long) = nullptr;
   void* data = nullptr;
 
@@ -75,7 +75,7 @@ struct Pool {
   }
 
   void work() {
-    uint64_t seen = 0;  // a job that this worker is done with
+    uint64_t seen = 0;  // the last job that this worker finished
     for (;;) {
       uint64_t now = await(seen);
       if ((now & INSIDE) >= most) {
@@ -107,14 +107,14 @@ struct Pool {
         wake.wait(lock, [&] { return (state.load() & ~(JOB - 1)) != last; });
         sleepers--;
       }
-      leave(caller.load(std::memory_order_relaxed));  // the job that woke it may be over, but another is near
+      leave(caller.load(std::memory_order_relaxed));  // the job that woke it may be over, but another will follow soon
     }
   }
 
   void run(long parts, int threads, void (*function)(void*, long), void* argument) {
     try {
       for (; workers < threads - 1; workers++) std::thread([this] { work(); }).detach();
-    } catch (const std::system_error&) {  // the system allows no more: those that there are will do
+    } catch (const std::system_error&) {  // the system allows no more threads: use those that exist
     }
     part = function, data = argument, count = parts, most = threads - 1;
     next.store(0, std::memory_order_relaxed);
@@ -130,7 +130,7 @@ struct Pool {
   }
 };
 
-Pool* pool = new Pool;  // never taken down: workers end with the process
+Pool* pool = new Pool;  // never destroyed: workers end with the process
 
 #if defined(__linux__) || defined(__APPLE__)
 void renew() { pool = new Pool; }  // a forked process has no workers

@@ -1,19 +1,19 @@
 // Parts of a job on several threads: see pool.cpp.
 #pragma once
 
-// part(data, i) once for every i from 0 to parts - 1, on at most that many threads, the caller's among them.
+// Calls part(data, i) once for every i from 0 to parts - 1, on at most that many threads, the caller's included.
 extern "C" void blockpress_parallel(long parts, int threads, void (*part)(void*, long), void* data);
 
 namespace {
 
-// The same for anything that can be called with a number.
+// The same for anything callable with a number.
 template <class Part>
 inline void parallel(long parts, int threads, const Part& part) {
   blockpress_parallel(
       parts, threads, [](void* data, long i) { (*static_cast<const Part*>(data))(i); }, const_cast<Part*>(&part));
 }
 
-// part(start, stop) for slices of some rows: at most `most` of them, four a thread, so that one that is late is short.
+// Calls part(start, stop) for slices of rows: at most `most`, four per thread, so that the last one to finish is short.
 template <class Part>
 inline void share(long rows, long most, int threads, const Part& part) {
   long slices = threads <= 1 ? 1 : 4L * threads;

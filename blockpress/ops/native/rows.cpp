@@ -1,7 +1,7 @@
 // Row-wise operations of a forward: RMSNorm, GeGLU, rotary embedding, masked softmax. One pass each, float32 inside.
 //
-// In torch each is five to eight passes over memory. The values are rounded to bfloat16 where the plain versions round.
-// Called by ops/rows.py, which says what the arguments are.
+// In torch each is five to eight passes over memory. Values are rounded to bfloat16 where the plain versions round.
+// Called by ops/rows.py, which documents the arguments.
 
 #include <vector>
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr long GRAIN = 1 << 14;  // values that are worth a slice of their own
+constexpr long GRAIN = 1 << 14;  // fewest values per slice
 
 template <class T>
 void rms_norm(const T* x, const T* weight, T* out, long rows, long size, float eps, int threads) {
@@ -46,8 +46,8 @@ void rotate(const T* x, const T* cosine, const T* sine, T* out, long batch, long
   });
 }
 
-// scores [batch, heads, queries, seen], in place; mask [masks, queries, seen] by strides, a byte an entry, or null:
-// batch entry b has mask b % masks.
+// scores [batch, heads, queries, keys], in place; mask [masks, queries, keys] by strides, one byte per entry, or null:
+// batch entry b uses mask b % masks.
 template <class T>
 void softmax(T* scores, const uint8_t* mask, long batch, long heads, long queries, long seen, long masks, long mb,
              long mq, int threads) {

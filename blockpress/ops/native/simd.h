@@ -1,7 +1,7 @@
-// Vectors of floats in whatever width the processor has, and the functions of a network on them.
+// Vectors of floats of the processor's width, and the functions of a network on them.
 //
-// GCC's and clang's vector extensions: the same lines become AVX-512, AVX2, NEON or plain instructions. bfloat16 is kept
-// in memory only: it is widened to float32 when loaded, and rounded, ties to even, when stored.
+// GCC's and clang's vector extensions: the same code becomes AVX-512, AVX2, NEON or scalar instructions. bfloat16 exists
+// only in memory: it is widened to float32 when loaded, and rounded, ties to even, when stored.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's only pass between inlined functions
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12's own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #ifdef __AVX__
@@ -28,7 +28,7 @@ struct f16 {
 #ifdef __AVX512F__
 constexpr long W = 16;
 #elif defined(__AVX__)
-constexpr long W = 8;  // wider vectors than the processor's are taken apart by the compiler, and badly where they are chosen between
+constexpr long W = 8;  // the compiler splits vectors wider than the processor's, and badly in selections
 #else
 constexpr long W = 4;
 #endif
@@ -59,7 +59,7 @@ inline float widen(bf16 x) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
-inline float widen(f16 x) {  // subnormal numbers too: the exponent is moved by a product
+inline float widen(f16 x) {  // subnormal numbers too: a product moves the exponent
   uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
@@ -109,7 +109,7 @@ inline void store(bf16* p, F x) { *reinterpret_cast<H*>(p) = (H)_mm512_cvtneps_p
 inline void store(bf16* p, F x) { *reinterpret_cast<H*>(p) = __builtin_convertvector(rounded(x), H); }
 #endif
 
-// What a value becomes when a tensor of T keeps it.
+// A value rounded as a tensor of T would store it.
 inline F kept(F x, float) { return x; }
 #ifdef __AVX512BF16__
 inline F kept(F x, bf16) {
@@ -133,7 +133,7 @@ inline void store_some(T* p, F x, long count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
-// op(place, count) for every run of W features, the last one perhaps shorter.
+// Calls op(place, count) for every W features; the last call may have fewer.
 template <class Op>
 inline void each(long size, const Op& op) {
   long i = 0;
@@ -154,12 +154,12 @@ inline float sum(F x) {
   return parts[0];
 }
 
-// e^x to 1 ulp for -87.3 < x < 88, and 0 at LOWEST; nothing is lower (Cephes' expf): 2^n (1 + r + ...), |r| <= log(2) / 2.
-// The lowest bits of `t` are n + 127, the exponent of 2^n; at LOWEST they are 0, and so is what stands for 2^n.
+// e^x to 1 ulp for -87.3 < x < 88, and 0 at LOWEST, the smallest argument (Cephes' expf): 2^n (1 + r + ...), |r| <=
+// log(2) / 2. The lowest bits of `t` are n + 127, the exponent of 2^n; at LOWEST they are 0, and so is the factor.
 constexpr float LOWEST = -88.0f;
 
 inline F exponential_above(F x) {
-  const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer
   F t = x * 1.44269504088896341f + magic, n = t - magic;
   F r = x - n * 0.693359375f + n * 2.12194440e-4f;
   F p = F{} + 1.9875691500e-4f;
@@ -174,7 +174,7 @@ inline F exponential_above(F x) {
 
 inline F exponential(F x) { return exponential_above((x < LOWEST) ? F{} + LOWEST : x); }  // NaN stays NaN
 
-inline F gelu(F x) {  // 0.5 x (1 + tanh u); near -1 the sum loses what torch's loses
+inline F gelu(F x) {  // 0.5 x (1 + tanh u); near -1 the sum loses the digits that torch's loses
   F u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   F size = (u < 0.0f) ? -u : u;
   F most = F{} + 40.0f;
@@ -182,7 +182,7 @@ inline F gelu(F x) {  // 0.5 x (1 + tanh u); near -1 the sum loses what torch's 
   return 0.5f * x * (1.0f + ((u < 0.0f) ? -t : t));
 }
 
-// to = x times the inverse of its root mean square (times weight), rounded once.
+// to = x divided by its root mean square (times weight), rounded once.
 template <class T>
 inline void normalise(const T* x, const T* weight, T* to, long size, float eps) {
   F total = {};
@@ -197,7 +197,7 @@ inline void normalise(const T* x, const T* weight, T* to, long size, float eps) 
   });
 }
 
-// Turn each pair (i, i + half) by its angle; `to` may be x.
+// Rotates each pair (i, i + half) by its angle; `to` may be x.
 template <class T>
 inline void turn(const T* x, const T* cosine, const T* sine, T* to, long half) {
   each(half, [&](long i, long count) {
@@ -209,8 +209,8 @@ inline void turn(const T* x, const T* cosine, const T* sine, T* to, long half) {
   });
 }
 
-// Softmax of one row in place, in float32, of scores and into shares that a tensor of T keeps; where `may` is 0 the score
-// is the least that T has. wide: size + W floats.
+// Softmax of one row in place, in float32, with scores and results as a tensor of T stores them; where `may` is 0 the
+// score is the smallest of T. wide: size + W floats.
 template <class T, class Stored>
 inline void soften(Stored* own, const uint8_t* may, long size, float* wide) {
   constexpr float lowest = sizeof(T) == 2 ? -3.3895313892515355e38f : -3.4028234663852886e38f;

@@ -1,10 +1,10 @@
 // Weights of 4 and 8 bits become bfloat16 or float32, a register of values at a time.
 //
-//     unpack    value = table[code] * scale     integers: table = -8 .. 7, less a zero point; floats: the e2m1 values
+//     unpack    value = table[code] * scale     integers: table = -8 .. 7, minus a zero point; floats: the e2m1 values
 //     e4m3      value = code                    eight bits: sign, four of exponent with bias 7, three of fraction
 //
-// A register holds W bytes of codes, so 2 W values of 4 bits: their low halves and their high ones, which are put side by
-// side when they are written. Called by ops/unpacking.py, which says what the arguments are.
+// A register holds W bytes of codes, so 2 W values of 4 bits: the low halves and the high halves, which are interleaved
+// when written. Called by ops/unpacking.py, which documents the arguments.
 
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@
 
 namespace {
 
-enum Kind { BFLOAT16 = 0, FLOAT32 = 1, ROUNDED = 2 };  // the last: float32 that was rounded to bfloat16
+enum Kind { BFLOAT16 = 0, FLOAT32 = 1, ROUNDED = 2 };  // ROUNDED: float32 that was rounded to bfloat16
 
 inline U widened(const uint8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const B*>(from), H), U);
@@ -46,15 +46,15 @@ struct Table {  // sixteen floats; an index has four bits
 struct Job {
   const uint8_t* packed;   // [rows][columns / 2]
   const float* table;      // [16]
-  const float* scale;      // [rows][columns / group], or null for 1; where there are picks, the 256 scales to pick from
+  const float* scale;      // [rows][columns / group], or null for 1; with picks, the table of all 256 scales
   const uint8_t* picks;    // [rows][columns / group], or null
-  const float* shift;      // as scale: taken from the table's value first; or null for 0
+  const float* shift;      // as scale: subtracted from the table's value first; or null for 0
   void* out;               // [rows][columns], bfloat16 or float32
   long rows, columns, group;
   int kind;
 };
 
-// A number for each of W bytes from column `at` on: of groups of 16 columns one for each eight bytes, else one for all.
+// One number for each of W bytes from column `at` on: with groups of 16 columns one per eight bytes, else one for all.
 template <class Number>
 inline F spread(const Number& number, long at, long group) {
   F first = number(at / group) - F{};  // not a sum, which would lose the sign of a zero
@@ -126,7 +126,7 @@ struct Codes {
   int kind;
 };
 
-inline U float_bits(U code) {  // of e4m3; a subnormal's fraction is counted in steps of 2^-9, so no float32 is subnormal
+inline U float_bits(U code) {  // of e4m3; a subnormal's fraction is in steps of 2^-9, so no float32 is subnormal
   U size = code & 0x7fu;
   U bits = size < 8u ? (U)(__builtin_convertvector((I)size, F) * 0x1p-9f) : (size << 20) + (120u << 23);
   bits = size == 0x7fu ? U{} + 0x7fc00000u : bits;
@@ -159,7 +159,7 @@ void some(const Codes& job, long start, long stop) {
   if (job.kind == FLOAT32) part<FLOAT32>(job, start, stop);
 }
 
-constexpr long GRAIN = 1 << 15;  // values that are worth a slice of their own
+constexpr long GRAIN = 1 << 15;  // fewest values per slice
 
 }  // namespace
 

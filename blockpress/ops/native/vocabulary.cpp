@@ -1,19 +1,18 @@
-// What a step reads from the products of the head, row by row: cap, temperature, maximum, sums, entropy, argmax, sample,
-// belief.
+// The statistics of the head's products for a step, row by row: cap, temperature, maximum, sums, entropy, argmax, sample,
+// probabilities ("belief").
 //
 //     products --cap, / temperature--> scaled s      m = max s, w = exp(s - m)
-//     entropy  log(sum w) - sum(w (s - m)) / sum w   from moments about the maximum, which is left out of both sums
+//     entropy  log(sum w) - sum(w (s - m)) / sum w   from moments about the maximum, which both sums leave out
 //     sample   sums of w over tiles, in float64: the tile is found first, then the token in it
 //     belief   exp(s' - m') / sum, s' rounded to the products' type, written where the products were
 //
-// `largest` looks for the maximum among the products (cap and temperature keep their order), `measure` computes every
-// logit once, adds up, and keeps the belief's weights: float32 ones over the products, where a belief is wanted at all,
-// those of bfloat16 beside them. `gather` and `believe` share the weights out. A product of -inf, even under a cap, is a
-// banned token. A row whose maximum is no finite number is answered with NaN.
+// `largest` finds the maximum of the products (cap and temperature keep their order). `measure` computes every logit
+// once, sums up, and keeps the weights of the probabilities: of float32 products in their place, if probabilities are
+// requested, of bfloat16 products in a separate buffer. `gather` and `believe` normalise the weights. A product of -inf,
+// even under a cap, is a banned token. A row whose maximum is not finite gives NaN.
 //
-// bfloat16 has 65,536 values: with many rows to read, scaled logits and weights come from tables that the caller has
-// made (three a temperature), and no tanh, quotient or exp is left. Whoever calls has a version in torch:
-// ops/vocabulary.
+// bfloat16 has 65,536 values: for many rows, scaled logits and weights come from tables that the caller computed (three
+// per temperature), with no tanh, quotient or exp left. The caller's torch version is ops/vocabulary/passes.py.
 
 #include <algorithm>
 #include <cfloat>
@@ -29,12 +28,12 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15; // values that are worth a slice of their own
+constexpr int64_t GRAIN = 1 << 15; // fewest values per slice
 
 #if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
-#define GATHERS // AMD's take longer than as many loads; g++ before 13 calls Zen 4 Zen 3
+#define GATHERS // AMD's gathers take longer than as many loads; g++ before 13 takes Zen 4 for Zen 3
 #endif
-constexpr int64_t SPAN = 256; // values that are summed in float32 before a sum goes on in float64
+constexpr int64_t SPAN = 256; // values summed in float32 before they are added to a float64 sum
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 inline F all(float x) { return x - F{}; }
@@ -59,7 +58,7 @@ inline uint32_t lanes(I mask) {
 
 inline F held(F d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
 
-// tanh to 2 ulp (Cephes tanhf); -inf of -inf: a banned token. Few logits are large enough for the second form.
+// tanh to 2 ulp (Cephes tanhf); -inf stays -inf: a banned token. Few logits are large enough for the second form.
 inline F tangent(F z) {
     F size = (F)((I)z & 0x7fffffff);
     F s = z * z, p = all(-5.70498872745e-3f);
@@ -70,17 +69,17 @@ inline F tangent(F z) {
     F small = p * (s * z) + z;
     I large = size >= 0.625f;
     if (!lanes(large)) return small;
-    F enough = size < 9.2f ? size : all(9.2f); // where it is 1
+    F enough = size < 9.2f ? size : all(9.2f); // where tanh is 1
     F one = 1.0f - 2.0f / (exponential_above(enough + enough) + 1.0f);
     one = (F)((I)one | ((I)z & (int32_t)0x80000000));
     return pick(large, pick(z < -FLT_MAX, z, one), small);
 }
 
-// x / by, rounded as a division is, x finite: from the reciprocal (Markstein), which takes a fused multiply-add.
+// x / by, rounded as a division rounds, x finite: from the reciprocal (Markstein), which needs a fused multiply-add.
 inline F quotient(F x, float by, float reciprocal) {
 #if defined(__FMA__) || defined(__aarch64__)
     F q = x * reciprocal;
-    F rest = x - q * by; // one rounding: contracted
+    F rest = x - q * by; // rounded once: contracted to a fused multiply-add
     return q + rest * reciprocal;
 #else
     (void)reciprocal;
@@ -118,17 +117,17 @@ struct Sums { // in float64, of float32 vectors
 };
 
 inline float typed(float x, const float *) { return x; }
-inline bf16 typed(float x, const bf16 *) { // of a value that bfloat16 holds
+inline bf16 typed(float x, const bf16 *) { // of a value that is a bfloat16
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return {(uint16_t)(bits >> 16)};
 }
 
-// Ways to read products: each gives scaled logits, how far they are `below` the maximum, and weights of both kinds.
+// Readers of products: each gives scaled logits, their difference `below` from the maximum, and weights of both kinds.
 
 template <class T, bool CAPPED> struct Computed; // weights are relative to the row's maximum
 
-// The logits of a cap are tanh alone: differences of those, scaled, are nearer the truth than differences of logits.
+// With a cap the logits are tanh alone: their differences, scaled, are more exact than differences of capped logits.
 template <bool CAPPED> struct Computed<float, CAPPED> {
     typedef float Type;
     float temperature, by_cap, by_temperature, factor, top = 0;
@@ -142,9 +141,9 @@ template <bool CAPPED> struct Computed<float, CAPPED> {
         top = scaled(most)[0];
         return CAPPED ? top * factor : top;
     }
-    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN of a banned token
+    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN for a banned token
     F weight(const float *, F d) const { return exponential_above(held(d)); }
-    F belief(const float *, F) const { return F{}; } // that of the weights
+    F belief(const float *, F) const { return F{}; } // the same as the weights
 };
 
 template <bool CAPPED> struct Computed<bf16, CAPPED> {
@@ -167,7 +166,7 @@ template <bool CAPPED> struct Computed<bf16, CAPPED> {
     F belief(const bf16 *, F s) const { return exponential_above(held(kept(s, bf16{}) - about)); }
 };
 
-struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 84
+struct Tabled { // weights are exp(s) itself: the caller ensures |s| <= 84
     typedef bf16 Type;
     const float *logits, *weights, *beliefs;
     float top = 0;
@@ -175,10 +174,10 @@ struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 
     static F entries(const float *table, const bf16 *from) {
 #ifdef GATHERS
         __mmask16 every = 0xffff;
-        __asm__("" : "+Yk"(every)); // else the zeros are dropped, and each gather waits for the register's last use
+        __asm__("" : "+Yk"(every)); // else the compiler drops the zeros, and each gather waits for the register's last use
         return (F)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), every, (__m512i)codes(from), table, 4);
 #else
-        constexpr int some = W < 8 ? W : 8; // of 16 at once g++ makes 16 insertions into a whole register
+        constexpr int some = W < 8 ? W : 8; // g++ turns 16 at once into 16 insertions into a whole register
         typedef float Part __attribute__((vector_size(4 * some)));
         Part parts[W / some];
         for (int i = 0; i < W; ++i) parts[i / some][i % some] = table[from[i].bits];
@@ -194,7 +193,7 @@ struct Tabled { // weights are exp(s) itself: the caller sees to it that |s| <= 
     F belief(const bf16 *from, F) const { return entries(beliefs, from); }
 };
 
-// The last values of a row, filled up with banned tokens.
+// The last values of a row, padded with banned tokens.
 template <class T> struct Tail {
     T values[W];
     Tail(const T *from, int64_t count) {
@@ -204,7 +203,7 @@ template <class T> struct Tail {
     }
 };
 
-// `each(from, place, count)` for all of [from, to), W at a time; the last have a count of less.
+// Calls `each(from, place, count)` for all of [from, to), W at a time; the last call may have a smaller count.
 template <class T, class Each>
 inline __attribute__((always_inline)) void walk(const T *row, int64_t from, int64_t to, Each each) {
     int64_t i = from;
@@ -218,9 +217,9 @@ template <class T> struct Same {
     explicit Same(T value) { std::fill(values, values + W, value); }
 };
 
-// The largest product; NaN if there is any.
+// The largest product; NaN if any product is NaN.
 template <class T> float largest(const T *row, int64_t vocab) {
-    constexpr int ways = 4; // that do not wait for each other
+    constexpr int ways = 4; // independent chains
     F best[ways];
     I odd[ways] = {};
     std::fill(best, best + ways, all(-INF));
@@ -241,21 +240,21 @@ template <class T> float largest(const T *row, int64_t vocab) {
     return top;
 }
 
-struct Moments { // of a row; sums in the unit of the reader's weights
-    int64_t argmax = -1; // the first place of the maximum m
-    int64_t ties = 0;    // how many places have it
+struct Moments { // of a row; sums are in units of the reader's weights
+    int64_t argmax = -1; // the first index of the maximum m
+    int64_t ties = 0;    // how many indices have it
     double rest = 0;     // the weights of all others
     double moment = 0;   // sum of w (s - m)
     double belief = 0;   // sum of the weights of the rounded logits
 };
 
-struct Room { // of a thread
+struct Room { // a thread's buffers
     std::vector<double> tiles;       // sums of weights
-    std::unique_ptr<float[]> weight; // of the tile that was read last
+    std::unique_ptr<float[]> weight; // of the last tile read
     std::unique_ptr<float[]> belief; // weights of a row's rounded logits
 };
 
-// Weights, tie or not, are left in `weights`: over a row's products (`over`), else those of one tile after another.
+// All weights, ties included, are left in `weights`: over the row's products (`over`), else one tile at a time.
 template <class Read, bool BELIEF>
 Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab, int64_t tile, double unit, Room &room,
                 float *weights, bool over) {
@@ -297,7 +296,7 @@ Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab,
     return m;
 }
 
-// The first place whose running sum of `weights` exceeds the target; where none does, the last that adds to it.
+// The first index whose running sum of `weights` exceeds the target; if none does, the last index with weight.
 template <class Number> int64_t first_above(const Number *weights, int64_t count, double target, double *before) {
     double through = 0;
     int64_t last = 0;
@@ -311,7 +310,7 @@ template <class Number> int64_t first_above(const Number *weights, int64_t count
     return last;
 }
 
-// The same, of a tile: in steps of many places first.
+// The same within a tile: in steps of many values first.
 inline int64_t first_above(const float *weights, int64_t count, double target) {
     constexpr int64_t step = 8 * W;
     std::vector<double> sums;
@@ -319,7 +318,7 @@ inline int64_t first_above(const float *weights, int64_t count, double target) {
         Sums sum;
         walk(weights, i, std::min(i + step, count), [&](const float *from, int64_t, int64_t some) {
             const F w = load(from);
-            sum += some < W ? (w > 0.0f ? w : F{}) : w; // what fills up a tail is -inf
+            sum += some < W ? (w > 0.0f ? w : F{}) : w; // a tail's padding is -inf
         });
         sums.push_back(sum.all());
     }
@@ -337,14 +336,14 @@ int64_t draw(const Read &read, const typename Read::Type *row, int64_t vocab, in
     const int64_t start = at * tile, stop = std::min(start + tile, vocab);
     if (over)
         weights += start;
-    else if (stop < vocab) // else they are there still
+    else if (stop < vocab) // else they are still there
         walk(row, start, stop, [&](const typename Read::Type *from, int64_t place, int64_t) {
             store(weights + place - start, read.weight(from, read.below(read.scaled(from))));
         });
     return start + first_above(weights, stop - start, uniform * total - before);
 }
 
-struct Share { // x -> x / total, in two factors: neither leaves the normal floats where the total nearly does
+struct Share { // x -> x / total, in two factors: both stay normal floats where the total is nearly subnormal or infinite
     double total;
     float first, second;
     explicit Share(double total) : total(total) {
@@ -355,31 +354,31 @@ struct Share { // x -> x / total, in two factors: neither leaves the normal floa
     template <class Some> Some operator()(Some x) const { return x * first * second; }
 };
 
-// `row` becomes `weights` shared out; they may lie in the same place.
+// `row` becomes the normalised `weights`; they may share memory.
 template <class T> void believe(const float *weights, T *row, int64_t vocab, Share share) {
     walk(weights, 0, vocab, [&](const float *from, int64_t place, int64_t count) __attribute__((always_inline)) {
         put(row + place, share(load(from)), count);
     });
 }
 
-struct Block { // mirrored by ops/vocabulary/native.py: Block
+struct Block { // mirrors ops/vocabulary/native.py: Block
     void *products;
-    int64_t vocab, tile, most; // most: tokens of a sparse belief
+    int64_t vocab, tile, most; // most: most tokens with sparse probabilities
     const float *temperature;
     const double *uniform; // null: no sample
     const float *tables;   // [which][logits, weights, beliefs][65536]; null: computed
-    const int64_t *table;  // for each row, which
+    const int64_t *table;  // per row, which one
     int64_t *argmax, *sample;
     float *entropy, *total; // total: log of the sum of exp(scaled)
-    int64_t *counts, *ids;  // of the sparse beliefs; count -1: the row's belief is written whole
+    int64_t *counts, *ids;  // of the sparse probabilities; count -1: all of the row's probabilities are written
     float *shares;
     float cap;      // 0: none
     int32_t belief; // 0: none, 1: whole, 2: sparse
 };
 
-constexpr double DROPPED = 1.0 / 512 - 1e-6; // most probability that a sparse belief leaves out
+constexpr double DROPPED = 1.0 / 512 - 1e-6; // most probability that the sparse form leaves out
 
-// The tokens that hold a row's belief but for DROPPED; -1 where they are more than `most`.
+// The tokens that hold a row's probability except DROPPED; -1 where they are more than `most`.
 template <class T>
 int64_t gather(const float *weights, const T *, const Block &b, Share share, int64_t *ids, float *shares) {
     for (double least = 1.0 / 4096;; least /= 16) {
@@ -401,11 +400,11 @@ int64_t gather(const float *weights, const T *, const Block &b, Share share, int
         }
         const double open = 1.0 - DROPPED - covered;
         if (open <= 0) return count;
-        if (count + open / least > (double)b.most) return -1; // what is left is in tokens of less than `least`
+        if (count + open / least > (double)b.most) return -1; // every remaining token has less than `least`
     }
 }
 
-// What is said of a row whose maximum is not finite.
+// The result for a row whose maximum is not finite.
 template <class T> void give_up(const Block &b, T *row, int64_t r, float most) {
     b.argmax[r] = 0;
     for (int64_t i = 0; i < b.vocab; ++i) {
@@ -429,7 +428,7 @@ template <class Read> void see_row(Read read, const Block &b, int64_t r, Room &r
     if (!std::isfinite(most) || !std::isfinite(top)) return give_up(b, row, r, most);
     const double unit = read.weight(same.values, F{})[0];
     constexpr bool narrow = sizeof(T) == 2;
-    const bool over = b.belief && !narrow; // float32 weights take the products' place: they are the belief's
+    const bool over = b.belief && !narrow; // float32 weights overwrite the products: they are those of the probabilities
     float *weights = over ? (float *)row : room.weight.get();
     const Moments m = narrow && b.belief ? measure<Read, narrow>(read, row, b.vocab, b.tile, unit, room, weights, over)
                                          : measure<Read, false>(read, row, b.vocab, b.tile, unit, room, weights, over);
@@ -484,12 +483,12 @@ static void see_rows(const Block &b, bool narrow, int64_t start, int64_t stop) {
     }
 }
 
-// The sums of embedding rows that sparse beliefs share out, [rows, hidden] in float32; 0 for a row of count -1.
+// The sums of embedding rows weighted by sparse probabilities, [rows, hidden] in float32; 0 for a row of count -1.
 extern "C" void see(const Block *block, int32_t narrow, int64_t rows, int32_t threads) {
     share(rows, rows * block->vocab / GRAIN, threads, [&](long start, long stop) { see_rows(*block, narrow, start, stop); });
 }
 
-// values: how many embeddings all rows take.
+// values: the number of embeddings over all rows.
 extern "C" void combine(const Block *block, const void *weight, int32_t narrow, int64_t hidden, float *out,
                         int64_t rows, int64_t values, int32_t threads) {
     share(rows, values * hidden / GRAIN, threads, [&](long start, long stop) {

@@ -1,14 +1,14 @@
-// A weight as it lies in memory, and any part of a line of it as float32.
+// A weight as stored in memory, and any part of one of its lines as float32.
 //
 //     floats      float32, bfloat16, float16
 //     bytes       e4m3 or int8          value = (code - zero) * scale
 //     nibbles     4-bit integers        value = (nibble - 8 - zero) * scale
-//     e2m1        4-bit floats          value = code * (scale of a byte * outer)
-//     int8 rows   int8                  multiplied as they are (int8.h), under a float32 scale a line
+//     e2m1        4-bit floats          value = code * (one-byte scale * outer)
+//     int8 rows   int8                  multiplied as integers (int8.h), with a float32 scale per line
 //
-// Scales and zero points stand for `group` columns of a line, `outer` for a line. Mirrored by ops/cpu/bridge.py; the
-// layouts are those of ops/packed.py, and so is what is rounded: with scales of bfloat16 the value is, too, but not
-// where a line has one scale alone (`factors`).
+// Scales and zero points are per `group` columns of a line, `outer` (the global scale) is per line. Mirrors
+// ops/cpu/bridge.py. Layouts and rounding are those of ops/packed.py: with bfloat16 scales the value is rounded to
+// bfloat16 too, but not where a line has only one scale (`factors`).
 #pragma once
 
 #include <algorithm>
@@ -63,7 +63,7 @@ inline F widen_nibbles(const uint8_t* p, const float* table) {
   const __m512i words = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(words, all), shifts);
-  return (F)_mm512_permutexvar_ps(index, _mm512_loadu_ps(table));  // the low four bits alone choose
+  return (F)_mm512_permutexvar_ps(index, _mm512_loadu_ps(table));  // only the low four bits select
 #elif defined(__AVX2__)
   int32_t word;
   std::memcpy(&word, p, 4);
@@ -87,18 +87,18 @@ constexpr float FLOATS_4[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f, 
 struct Matrix {
   const void* data;
   int64_t rows, columns, step, kind;
-  const void* scale;    // [rows][columns / group], float32 or bfloat16; of E2M1 a byte each, which picks from `table`
+  const void* scale;    // [rows][columns / group], float32 or bfloat16; for E2M1 a byte each, an index of `table`
   const int8_t* zero;   // as scale, or null
   const float* outer;   // [rows], or null
-  const float* table;   // [256]: the scale that each byte stands for
-  int64_t group, halves, divides;  // halves: scales are bfloat16, and at 1 so is the value; divides: by `outer`
+  const float* table;   // [256]: the scale that each byte encodes
+  int64_t group, halves, divides;  // halves: scales are bfloat16, and if 1 so is the value; divides: the scale is divided by `outer`
 
   template <class T>
   const T* at(long row, long column) const { return static_cast<const T*>(data) + row * step + column; }
 
   long groups() const { return group ? (columns + group - 1) / group : 0; }
 
-  // Bytes of so many values of a line.
+  // The bytes of this many values of a line.
   long bytes(long values) const {
     if (kind == NIBBLES || kind == E2M1) return values / 2;
     return kind == FLOAT32 ? values * 4 : kind <= FLOAT16 ? values * 2 : values;
@@ -115,7 +115,7 @@ struct Matrix {
     return part;
   }
 
-  // Values of a line as float32: where they lie, or in the buffer. `first` is even.
+  // Values of a line as float32: in place, or in the buffer. `first` is even.
   const float* line(long row, long first, long count, float* buffer) const {
     if (kind == FLOAT32) return at<float>(row, first);
     if (kind == BFLOAT16) widen_all(at<bf16>(row, first), count, buffer);
@@ -132,7 +132,7 @@ struct Matrix {
     halves == 1 ? unpack_runs<KIND, true>(row, first, count, buffer) : unpack_runs<KIND, false>(row, first, count, buffer);
   }
 
-  // Runs of columns that share a scale.
+  // Groups of columns that share a scale.
   template <int64_t KIND, bool ROUNDED>
   void unpack_runs(long row, long first, long count, float* to) const {
     const uint8_t* codes = static_cast<const uint8_t*>(data) + bytes(row * step + first);

@@ -1,11 +1,11 @@
-"""The products of the head a block of rows at a time, and which version reads them.
+"""The products of the head, a block of rows at a time, and which version reads them.
 
-    rows of hidden --head--> products [block, vocab] in one buffer --pass_over--> `BlockStats`
+    rows of hidden --head--> products [block, vocab] in one buffer --block_stats--> `BlockStats`
 
-A block is of at most BUFFER bytes, whatever the vocabulary, and there is one buffer for all blocks of a call. Wider
-blocks read the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
+A block has at most BUFFER bytes, whatever the vocabulary, and all blocks of a call share one buffer. Larger blocks read
+the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
 
-Invariant: what is read from a row does not depend on its block, but for the order of sums in the products.
+Invariant: a row's result does not depend on its block, except through the order of sums in the products.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
@@ -31,16 +31,16 @@ from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, Sparse
 from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
-"""Most bytes of products at a time: 256 rows of 262,144 bfloat16."""
+"""Most bytes of products held at a time: 256 rows of 262,144 bfloat16."""
 
 LARGE = 1 << 22
-"""Bytes from which a buffer is asked for in large pages; small ones would take a third of the product's time."""
+"""Bytes from which a buffer gets large pages; with small ones, page faults take a third of the product's time."""
 
 
 def products(
     hidden: Float[Tensor, "n hidden"], weight: Float[Tensor, "vocab hidden"] | Packed
 ) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
-    """Blocks of `linear(hidden, weight)` of about the same size, with their rows; each lies where the last one lay."""
+    """Blocks of `linear(hidden, weight)` of about the same size, with their rows; each overwrites the last one."""
     n, vocab = len(hidden), weight.shape[0]
     if not n:
         return
@@ -64,7 +64,7 @@ def _buffer(rows: int, vocab: int, like: Tensor) -> Tensor:
     size = rows * vocab * like.element_size()
     if like.device.type != "cpu" or size < LARGE:
         return like.new_empty(rows, vocab)
-    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(rows, vocab)  # numpy asks for them
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(rows, vocab)  # numpy uses large pages
 
 
 def block_stats(
@@ -72,26 +72,26 @@ def block_stats(
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
-    belief: Probabilities = None,
+    probabilities: Probabilities = None,
     *,
     native: bool = True,
 ) -> BlockStats:
-    """`passes.block_stats`, in C++ where that is allowed and can be."""
+    """`passes.block_stats`, in C++ where that is allowed and possible."""
     version = in_native.block_stats if native and in_native.supports(product) else passes.block_stats
-    return version(product, cap, temperature, uniform, belief)
+    return version(product, cap, temperature, uniform, probabilities)
 
 
 def combine_sparse(
     sparse: Sparse, weight: Float[Tensor, "vocab hidden"] | Packed, dtype: torch.dtype, *, native: bool = True
 ) -> Float[Tensor, "rows hidden"]:
-    """The sum of the embedding rows of every sparse belief, each with its share; 0 for a row without one."""
+    """The sum of embedding rows, weighted by each row's sparse probabilities; 0 for a row of count -1."""
     floats = weight.values if isinstance(weight, HalfFloats) else weight
     if native and isinstance(floats, Tensor) and in_native.supports(floats):
         return in_native.combine_sparse(sparse, floats).to(dtype)
-    rows, places = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
+    rows, columns = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
         as_tuple=True
     )
-    ids, column = sparse.ids[rows, places].unique(return_inverse=True)
+    ids, column = sparse.ids[rows, columns].unique(return_inverse=True)
     share = torch.zeros(len(sparse.counts), len(ids), dtype=dtype, device=ids.device)
-    share[rows, column] = sparse.shares[rows, places].to(dtype)
+    share[rows, column] = sparse.shares[rows, columns].to(dtype)
     return share @ lookup(ids, weight, dtype)

@@ -1,10 +1,10 @@
-"""What the causal pass says of tokens, from its hidden states: how likely each is, and what it would have written.
+"""Logprobs of given tokens and greedy tokens, from the hidden states of the causal pass.
 
-    products of a block --capped, all of them--> log of the sum of exp --> log-probabilities of tokens and of the best
-                        --banned ones out-->     greedy
+    products of a block --softcap--> log of the sum of exp --> logprobs of the given tokens and of the likeliest
+                        --banned ones removed-->     greedy
 
-Invariant: what `score_targets` gives for a row is log_softmax of `Network.logits` in float32; only a block of products
-exists at a time.
+Invariant: the logprobs of a row are log_softmax of `Network.logits` in float32; only a block of products exists at a
+time.
 Run it:  python -m pytest tests/ops/test_vocabulary_causal.py
 """
 
@@ -24,7 +24,7 @@ from blockpress.ops.weight import Packed
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of n positions the log-probabilities of their own tokens, of the greedy ones, and of the `top` likeliest."""
+    """Logprobs of n positions: of the given tokens, of the greedy ones, and of the `top` likeliest."""
 
     target: Float32[Tensor, " n"]
     greedy: Float32[Tensor, " n"]
@@ -34,7 +34,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Of n positions the likeliest token that is not banned, and the log-probabilities where they were wanted."""
+    """Per position the likeliest token that is not banned, and the logprobs where they were requested."""
 
     greedy: Int[Tensor, " n"]
     logprobs: Logprobs | None
@@ -52,44 +52,48 @@ def score_targets(
     banned: BannedTokens | None = None,
     native: bool = True,
 ) -> TargetScores:
-    """The greedy token of n >= 0 positions, and log p at temperature 1 of it, of one token more and of the best.
+    """Greedy tokens of n >= 0 positions, and logprobs at temperature 1 of these, of `tokens` and of the likeliest.
 
     Args:
         hidden: after the final norm; row i is the state that predicts tokens[i].
-        cap: the softcap of the logits; None: none.
-        top: how many alternatives are told, best first; None: no log-probabilities at all, which costs less.
+        cap: the softcap of the logits; None: no cap.
+        top: how many of the likeliest tokens to return, best first; None: no logprobs at all, which costs less.
         wide: whether the cap is computed in float32 (DiffusionGemma) or in the weight's dtype (Gemma 4).
-        banned: ids, and for each position which of them is not its greedy token. Log-probabilities know none of it.
-        native: whether the version in C++ may be used where there is one.
+        banned: ids, and for each position which of them cannot be its greedy token. Logprobs ignore it.
+        native: whether the C++ version may be used where there is one.
     """
     n = len(hidden)
     greedy = tokens.new_empty(n)
     logprobs = None
     if top is not None:
-        own, best = hidden.new_empty(2, n, dtype=torch.float32)
-        logprobs = Logprobs(own, best, tokens.new_empty(n, top), hidden.new_empty(n, top, dtype=torch.float32))
+        target, best_logprobs = hidden.new_empty(2, n, dtype=torch.float32)
+        logprobs = Logprobs(
+            target, best_logprobs, tokens.new_empty(n, top), hidden.new_empty(n, top, dtype=torch.float32)
+        )
     for rows, product in products(hidden, weight):
         if cap is not None and not wide:
             product.div_(cap).tanh_().mul_(cap)
-        late = cap if wide else None
+        late_cap = cap if wide else None
         if logprobs is not None:
-            one = torch.ones(len(product), device=hidden.device)
-            total = block_stats(product, late, one, native=native).total[:, None]
+            temperature = torch.ones(len(product), device=hidden.device)
+            total = block_stats(product, late_cap, temperature, native=native).total[:, None]
             values, logprobs.top_ids[rows] = _best(product, logprobs.top_ids.shape[1])
-            logprobs.top[rows] = scaled_logits(values, late, one) - total
-            logprobs.target[rows] = (scaled_logits(product.gather(-1, tokens[rows, None]), late, one) - total)[:, 0]
+            logprobs.top[rows] = scaled_logits(values, late_cap, temperature) - total
+            logprobs.target[rows] = (
+                scaled_logits(product.gather(-1, tokens[rows, None]), late_cap, temperature) - total
+            )[:, 0]
         if banned is not None:
             ids, where = banned
             product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
         largest = product.max(-1, keepdim=True)
         greedy[rows] = largest.indices[:, 0]
         if logprobs is not None:
-            logprobs.greedy[rows] = (scaled_logits(largest.values, late, one) - total)[:, 0]
+            logprobs.greedy[rows] = (scaled_logits(largest.values, late_cap, temperature) - total)[:, 0]
     return TargetScores(greedy, logprobs)
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:
-    """The `top` largest products of each row, best first, and of equal ones the lowest token first."""
+    """The `top` largest products of each row, best first; ties in the order of their tokens."""
     best, ids = product.topk(top, dim=-1)
     ids, order = ids.sort(dim=-1)
     best, by_size = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)

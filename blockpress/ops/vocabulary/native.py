@@ -1,9 +1,9 @@
 """The pass over a block of products in C++ (`ops/native/vocabulary.cpp`): bfloat16 and float32, on a CPU.
 
-The products are read where they lie, and a whole belief is written over them. Many rows of bfloat16 are read through a
-table of the scaled logits of all 65,536 values, made by torch here: to the last bit what the truth computes.
+The products are read in place, and full probabilities are written over them. Many rows of bfloat16 are read through a
+table of the scaled logits of all 65,536 values, computed here by torch: equal to the reference to the last bit.
 
-Invariant: `block_stats` and `in_torch.block_stats` give the same `BlockStats`.
+Invariant: `block_stats` and `passes.block_stats` give the same `BlockStats`.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
@@ -21,16 +21,16 @@ from blockpress.ops.vocabulary.passes import MOST, BlockStats, Probabilities, Sp
 from blockpress.ops.vocabulary.plain import TILE
 
 FEW = 1 << 19
-"""Products that are read sooner than tables of 65,536 values are made."""
+"""Most products that are read in less time than the tables of 65,536 values take to compute."""
 
 LARGEST = 84.0
-"""The largest logit whose exp, and that of its negative, is a normal float32, and so are sums of 64 of them."""
+"""The largest logit for which its exp, that of its negative, and sums of 64 of them are normal float32 numbers."""
 
-_BELIEFS: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2}
+_PROBABILITIES: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2}
 
 
 class Block(ctypes.Structure):
-    """A block of rows, as the C++ declares it."""
+    """A block of rows; mirrors `native/vocabulary.cpp`."""
 
     _fields_ = [
         ("products", ctypes.c_void_p),
@@ -43,7 +43,7 @@ class Block(ctypes.Structure):
 
 
 def supports(product: Tensor) -> bool:
-    """Whether this version can read these products here."""
+    """Whether C++ can read these products here."""
     return product.dtype in (torch.bfloat16, torch.float32) and product.device.type == "cpu" and _library() is not None
 
 
@@ -52,20 +52,20 @@ def block_stats(
     cap: float | None,
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
-    belief: Probabilities = None,
+    probabilities: Probabilities = None,
 ) -> BlockStats:
-    """See `passes.BlockStats`; a whole belief takes the place of the products."""
+    """`passes.block_stats` in C++; full probabilities overwrite the products."""
     library = _library()
     assert library is not None and product.is_contiguous()
     rows, vocab = product.shape
     temperature = temperature.contiguous()
     uniform = None if uniform is None else uniform.contiguous()
-    # Tensors keep their names for as long as C++ holds pointers to them.
+    # Every tensor stays bound to a name for as long as C++ holds a pointer to it.
     tables = _tables(product, cap, temperature)
     argmax, sample = torch.empty(2, rows, dtype=torch.int64)
     entropy, total = torch.empty(2, rows, dtype=torch.float32)
     sparse = None
-    if belief == "sparse":
+    if probabilities == "sparse":
         sparse = Sparse(
             counts=torch.empty(rows, dtype=torch.int64),
             ids=torch.empty(rows, MOST, dtype=torch.int64),
@@ -88,15 +88,17 @@ def block_stats(
         ids=None if sparse is None else sparse.ids.data_ptr(),
         shares=None if sparse is None else sparse.shares.data_ptr(),
         cap=cap or 0.0,
-        belief=_BELIEFS[belief],
+        belief=_PROBABILITIES[probabilities],
     )
     narrow = product.dtype == torch.bfloat16
     library.see(ctypes.byref(block), narrow, rows, torch.get_num_threads())
-    return BlockStats(argmax, None if uniform is None else sample, entropy, total, product if belief else None, sparse)
+    return BlockStats(
+        argmax, None if uniform is None else sample, entropy, total, product if probabilities else None, sparse
+    )
 
 
 def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Float32[Tensor, "rows hidden"]:
-    """The sum of the embedding rows of every sparse belief, each with its share; 0 for a row without one."""
+    """`blocks.combine_sparse` in C++, in float32."""
     library = _library()
     assert library is not None and weight.is_contiguous()
     rows, hidden = len(sparse.counts), weight.shape[1]
@@ -110,25 +112,25 @@ def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Flo
     narrow = weight.dtype == torch.bfloat16
 
     values = int(sparse.counts.clamp(min=0).sum())
-    given = (weight.data_ptr(), narrow, hidden, out.data_ptr(), rows, values)
-    library.combine(ctypes.byref(block), *given, torch.get_num_threads())
+    arguments = (weight.data_ptr(), narrow, hidden, out.data_ptr(), rows, values)
+    library.combine(ctypes.byref(block), *arguments, torch.get_num_threads())
     return out
 
 
 def _tables(
     product: Float[Tensor, "rows vocab"], cap: float | None, temperature: Float32[Tensor, " rows"]
 ) -> tuple[Float32[Tensor, "kinds three codes"], Int[Tensor, " rows"]] | None:
-    """Of every bfloat16 at each temperature: its scaled logit, the exp of it, and of it rounded; and each row's kind.
+    """For every bfloat16 at each temperature: the scaled logit, its exp, and its exp when rounded; each row's index.
 
-    None where tables cost more than they save, or where exp leaves the floats.
+    None where tables cost more than they save, or where exp overflows.
     """
     if product.dtype != torch.bfloat16 or cap is None or product.numel() < FEW:
         return None
     kinds, table = temperature.unique(return_inverse=True)
     if product.numel() < FEW * len(kinds) or cap > LARGEST * float(kinds[0]):
         return None
-    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).roll(1 << 15).view(torch.bfloat16)
-    logits = scaled_logits(every.expand(len(kinds), -1), cap, kinds)
+    codes = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).roll(1 << 15).view(torch.bfloat16)
+    logits = scaled_logits(codes.expand(len(kinds), -1), cap, kinds)
     return torch.stack((logits, logits.exp(), logits.to(torch.bfloat16).float().exp()), dim=1), table
 
 

@@ -1,6 +1,6 @@
-"""What a step asks of the vocabulary and what it is told, on a processor and on a GPU alike.
+"""Arguments and results of a step's pass over the vocabulary, on a processor and on a GPU alike.
 
-They stand by themselves so that both versions, `step.py` and `ops/kernels/vocabulary.py`, can name them.
+They are a module of their own so that both versions, `step.py` and `ops/kernels/vocabulary.py`, can import them.
 
 Invariant: no operation here, and no import of another module of `ops`.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
@@ -15,15 +15,16 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 SignalKind = Literal["exact", "sparse"] | None
-"""How the next signal is made: of all tokens, of the likeliest alone, or not at all."""
+"""How the next self-conditioning embedding is computed: from all tokens, from the likeliest alone, or not at all."""
 
 BannedTokens = tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]
-"""Ids, and for each position which of them it must not take."""
+"""Ids, and for each position which of them are banned."""
 
 
 @dataclass(frozen=True)
 class SampleStats:
-    """What a step makes of n positions; `signal` is in the hidden states' dtype, None where it was not wanted."""
+    """A step's results for n positions: entropies in nats, and in `signal` the self-conditioning embedding in the
+    hidden states' dtype, or None."""
 
     argmax: Int[Tensor, " n"]
     sample: Int[Tensor, " n"]
