@@ -1,10 +1,10 @@
-"""A layer on a CPU without gradients: two calls of C++ with attention between them, in place of some fifty of torch.
+"""A layer on a CPU without gradients: two calls of C++ with attention between them, instead of some fifty of torch.
 
-The modules of layers.py stay the owners of the weights. What C++ is given are pointers, kept for each layer and looked
-at again before every use: a weight that was replaced or moved gives new ones.
+The modules of layers.py own the weights. C++ gets pointers, which are kept for each layer and checked before every use:
+a weight that was replaced or moved gets new ones.
 
 Invariant: the same as the layer's modules one by one, within float32 rounding of the sums; `fused_layer` is None where
-they cannot be read as they lie (codes of 8 and 4 bits), and where torch is the faster one.
+C++ cannot read the weights in place, and where torch is faster.
 Run it:  python -m pytest tests/model/test_fused.py
 """
 
@@ -40,30 +40,32 @@ class Fused:
     """The weights of one layer as C++ reads them."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
-        self.dtype, self.whole = dtype, True
-        self._parts = [(each._modules, name, part) for each in layer.modules() for name, part in each.named_children()]
-        self._seen: list[tuple[dict[str, Any], str, object, Tensor | None, int, torch.dtype | None]] = []
-        # What a part of another kind does, an adapter say, is not known here.
+        self.dtype, self.supported = dtype, True
+        self._parts = [
+            (module._modules, name, part) for module in layer.modules() for name, part in module.named_children()
+        ]
+        self._watched: list[tuple[dict[str, Any], str, object, Tensor | None, int, torch.dtype | None]] = []
+        # A part of another kind, such as an adapter, does something that is not known here.
         if any(type(part).__module__ != type(layer).__module__ for *_, part in self._parts):
-            self.whole = False
+            self.supported = False
         else:
             self.before, self.after = self._before(layer), self._after(layer)
-            self.whole = self.whole and self._alike()
+            self.supported = self.supported and self._alike()
 
     def current(self) -> bool:
-        """Whether every part and every weight still is where it was."""
+        """Whether every part and every weight is unchanged and still in the same memory."""
         for modules, name, part in self._parts:
             if modules.get(name) is not part:
                 return False
-        for owner, name, held, tensor, pointer, dtype in self._seen:
-            if owner.get(name) is not held:
+        for owner, name, weight, tensor, pointer, dtype in self._watched:
+            if owner.get(name) is not weight:
                 return False
             if tensor is not None and (tensor.data_ptr() != pointer or tensor.dtype is not dtype):
                 return False
         return True
 
     def __call__(self, x: Tensor, rotary: Rotary, attend: Attend, causal: Causal, skip: int) -> Tensor:
-        """What `Layer.forward` gives."""
+        """`Layer.forward`, with the same arguments and result."""
         batch, length, hidden = x.shape
         flat = x.reshape(-1, hidden).contiguous()
         cos, sin = (table.expand(batch, -1, -1, -1).reshape(-1, table.shape[-1]) for table in rotary)
@@ -81,14 +83,14 @@ class Fused:
         return out.view(batch, length - skip, hidden)
 
     def _before(self, layer: Layer) -> Before:
-        own, to = layer.self_attn, Before()
-        to.norm, to.eps = self._pointer(layer.input_layernorm), own.eps
-        to.query, to.key = self._matrix(own.q_proj), self._matrix(own.k_proj)
-        if own.v_proj is not None:
-            to.value = self._matrix(own.v_proj)
-        to.query_norm, to.key_norm = self._pointer(own.q_norm), self._pointer(own.k_norm)
-        to.hidden, to.dim = to.query.columns, own.dim
-        to.heads, to.kv = to.query.rows // own.dim, to.key.rows // own.dim
+        attention, to = layer.self_attn, Before()
+        to.norm, to.eps = self._pointer(layer.input_layernorm), attention.eps
+        to.query, to.key = self._matrix(attention.q_proj), self._matrix(attention.k_proj)
+        if attention.v_proj is not None:
+            to.value = self._matrix(attention.v_proj)
+        to.query_norm, to.key_norm = self._pointer(attention.q_norm), self._pointer(attention.k_norm)
+        to.hidden, to.dim = to.query.columns, attention.dim
+        to.heads, to.kv = to.query.rows // attention.dim, to.key.rows // attention.dim
         return to
 
     def _after(self, layer: Layer) -> After:
@@ -97,8 +99,8 @@ class Fused:
         to.up, to.down = self._matrix(layer.mlp.up_proj), self._matrix(layer.mlp.down_proj)
         to.hidden, to.inner, to.width, to.eps = to.down.rows, to.gate.rows, to.out.columns, layer.input_layernorm.eps
         if layer.sparse:
-            stacks = stacked(self._held(layer.experts, "gate_up_proj"), self._held(layer.experts, "down_proj"))
-            self.whole = self.whole and stacks is not None
+            stacks = stacked(self._watch(layer.experts, "gate_up_proj"), self._watch(layer.experts, "down_proj"))
+            self.supported = self.supported and stacks is not None
             to.experts = to.experts if stacks is None else stacks
             to.router, to.top_k, to.root = self._matrix(layer.router.proj), layer.router.top_k, layer.router.root
             to.router_scale = self._pointer(layer.router, "scale")
@@ -112,7 +114,7 @@ class Fused:
         return to
 
     def _alike(self) -> bool:
-        """Whether weights of the same rows are all multiplied as integers, or none is."""
+        """Whether weights with the same input rows are either all multiplied as integers, or none is."""
         before, after, integers = self.before, self.after, bridge.INT8_ROWS
         value = before.value if before.value.data else before.key
         groups = (
@@ -122,25 +124,25 @@ class Fused:
         )
         return all(len({weight.kind == integers for weight in group}) == 1 for group in groups)
 
-    def _held(self, module: nn.Module, name: str = "weight") -> Any:
-        """A parameter, a buffer or a packed weight, which is looked at again before every use."""
-        places = (module._parameters, module._buffers, module.__dict__)
-        owner = next(each for each in places if each.get(name) is not None)
-        held = owner[name]
-        tensor = held if isinstance(held, Tensor) else None
+    def _watch(self, module: nn.Module, name: str = "weight") -> Any:
+        """A parameter, a buffer or a packed weight, which `current` will check before every use."""
+        owners = (module._parameters, module._buffers, module.__dict__)
+        owner = next(candidate for candidate in owners if candidate.get(name) is not None)
+        weight = owner[name]
+        tensor = weight if isinstance(weight, Tensor) else None
         where = (0, None) if tensor is None else (tensor.data_ptr(), tensor.dtype)
-        self._seen.append((owner, name, held, tensor, *where))
-        return held
+        self._watched.append((owner, name, weight, tensor, *where))
+        return weight
 
     def _matrix(self, module: nn.Module) -> bridge.Matrix:
-        made = bridge.matrix(self._held(module))
-        self.whole = self.whole and made is not None
-        return bridge.Matrix() if made is None else made
+        result = bridge.matrix(self._watch(module))
+        self.supported = self.supported and result is not None
+        return bridge.Matrix() if result is None else result
 
     def _pointer(self, module: nn.Module, name: str = "weight") -> int:
-        """Of a vector, which is in the activations' type."""
-        tensor: Tensor = self._held(module, name)
-        self.whole = self.whole and tensor.dtype == self.dtype and tensor.device.type == "cpu"
+        """The pointer of a vector, which must have the activations' type."""
+        tensor: Tensor = self._watch(module, name)
+        self.supported = self.supported and tensor.dtype == self.dtype and tensor.device.type == "cpu"
         return tensor.data_ptr()
 
 
@@ -148,10 +150,10 @@ _LAYERS: WeakKeyDictionary[nn.Module, Fused] = WeakKeyDictionary()
 
 
 def fused_layer(layer: Layer, x: Tensor, skip: int) -> Callable[..., Tensor] | None:
-    """The layer in C++, for inputs like x; None where it has to be run module by module."""
+    """The layer in C++, for inputs like x; None where it has to run module by module."""
     if not x.numel() or (skip and len(x) > 1) or skip >= x.shape[1] or not bridge.supports(x):
         return None
-    found = _LAYERS.get(layer)
-    if found is None or found.dtype != x.dtype or not found.current():
-        found = _LAYERS[layer] = Fused(layer, x.dtype)
-    return found if found.whole else None
+    fused = _LAYERS.get(layer)
+    if fused is None or fused.dtype != x.dtype or not fused.current():
+        fused = _LAYERS[layer] = Fused(layer, x.dtype)
+    return fused if fused.supported else None

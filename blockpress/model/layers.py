@@ -8,7 +8,7 @@
 A dense layer (Gemma 4 without experts) has no m and norms its MLP once: y = (h + post_ffw_norm(mlp(pre_ffw_norm(h)))) *
 layer_scalar.
 
-Module names are those of the published checkpoints, so that a tensor's name is its place.
+Module names are those of the published checkpoints, so that a tensor's name is its path.
 Source: reference model, section 1 of its `config.json` and `DiffusionGemmaDecoderTextLayer`, `Gemma4TextDecoderLayer`.
 """
 
@@ -34,20 +34,19 @@ from blockpress.shapes import Heads, Hidden, KeyHeads
 
 Rotary = tuple[Tensor, Tensor]
 Attend = Callable[[Heads, KeyHeads, KeyHeads], Heads]
-"""What a layer does with its rows' queries, keys and values: it keeps the latter two, and lets the first look at all
-that they may. Where only keys and values are wanted of the first rows, there are fewer queries: those of the
-last rows."""
+"""A layer's attention: it stores the rows' keys and values and returns what their queries attend to. Where the first
+rows need only keys and values, there are fewer queries: those of the last rows."""
 
 Causal = bool | Bool[Tensor, " length"]
-"""Whether the rows of a pass are of the causal pass or of a canvas: all of them alike, or one by one."""
+"""Whether rows belong to the causal pass or to a canvas: one value for all of them, or one per row."""
 Wanted = Float[Tensor, "batch wanted hidden"]
 
 
 class PackedHolder(nn.Module):
-    """A module some of whose parameters may be packed weights that were put into their places.
+    """A module some of whose parameters may have been replaced by packed weights.
 
-    A packed weight is no parameter, and a change of dtype leaves it alone. `state_dict` gives those that are floats
-    (`HalfFloats`) as they are stored, and leaves out the others.
+    A packed weight is not a parameter, and a change of dtype does not affect it. `state_dict` has those that are floats
+    (`HalfFloats`) as stored, and omits the others.
     """
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -58,7 +57,7 @@ class PackedHolder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHolder:
         super()._apply(fn, recurse)
-        # Packed weights go to where `fn` takes bytes; what else `fn` does is not for them.
+        # Packed weights move to the device to which `fn` moves bytes; nothing else of `fn` applies to them.
         for name, weight in packed_weights(self).items():
             setattr(self, name, weight.to(fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device))
         return self
@@ -92,14 +91,14 @@ class Embedding(Weighted):
 
 
 def put_packed(module: nn.Module, name: str, weight: Packed) -> None:
-    """Let a packed weight take the place of the module's parameter `name`."""
+    """Replace the module's parameter `name` by a packed weight."""
     if name in module._parameters:
         delattr(module, name)
     setattr(module, name, weight)
 
 
 def packed_weights(module: nn.Module) -> dict[str, Packed]:
-    """The packed weights that the module itself holds, by name."""
+    """The packed weights of the module itself, by name."""
     return {name: value for name, value in vars(module).items() if isinstance(value, Packed)}
 
 
@@ -176,7 +175,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim, eps)
 
     def forward(self, x: Hidden, rotary: Rotary, attend: Attend, skip: int = 0) -> Wanted:
-        """What x's rows see, the first `skip` of them left out: those leave their keys and values alone."""
+        """The attention output of x's rows except the first `skip`, of which only keys and values are computed."""
         cos, sin = (table.to(x.dtype) for table in rotary)
         key = self._heads(self.k_proj(x))
         value = key if self.v_proj is None else self._heads(self.v_proj(x))
@@ -205,7 +204,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.mlp = GatedMLP(hidden, config.intermediate_size)
         self.sparse = config.num_experts > 0
-        # In this order, which decides what a seed draws for which weight (`train/initialise.py`).
+        # The order decides which numbers a seed draws for each weight (`train/initialise.py`).
         if self.sparse:
             self.router = Router(config)
             self.experts = Experts(config)
@@ -224,14 +223,14 @@ class Layer(nn.Module):
         self.register_buffer("causal_scalar", torch.ones(1))
 
     def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
-        """The layer's output for all of x's rows but the first `skip`, which leave their keys and values alone."""
-        whole = fused_layer(self, x, skip)
-        if whole is not None:
-            return whole(x, rotary, attend, causal, skip)
+        """The layer's output for x's rows except the first `skip`, of which only keys and values are computed."""
+        fused = fused_layer(self, x, skip)
+        if fused is not None:
+            return fused(x, rotary, attend, causal, skip)
         return self.by_modules(x, rotary, attend, causal=causal, skip=skip)
 
     def by_modules(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
-        """The same, one operation after another: what `forward` does where there is no C++ for it."""
+        """The same, one operation after another: what `forward` does where C++ does not apply."""
         mixed = self.self_attn(self.input_layernorm(x), rotary, attend, skip)
         h = x[:, skip:] + self.post_attention_layernorm(mixed)
         if not h.numel():
@@ -251,9 +250,9 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """Adds what the last step believed to the canvas: rms(embedded + mlp(rms_weighted(signal))).
+    """Adds the last step's self-conditioning embedding to the canvas: rms(embedded + mlp(rms_weighted(signal))).
 
-    The last norm has no weight and is applied even where the signal is zero (the first step).
+    The outer norm has no weight and is applied even where the signal is zero (the first step).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -265,5 +264,5 @@ class SelfConditioning(nn.Module):
 
     def forward(self, embedded: Hidden, signal: Hidden) -> Hidden:
         normed = self.pre_norm(signal)
-        told = self.down_proj(geglu(self.gate_proj(normed), self.up_proj(normed)))
-        return rms_norm(embedded + told, None, self.eps)
+        update = self.down_proj(geglu(self.gate_proj(normed), self.up_proj(normed)))
+        return rms_norm(embedded + update, None, self.eps)

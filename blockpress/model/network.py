@@ -1,10 +1,10 @@
 """The whole network: one stack of layers, run causally over a prompt or bidirectionally over a canvas.
 
-    read     tokens --embed--> stack (causal mask, causal scalars)  --norm--> hidden   keys and values join the cache
+    read     tokens --embed--> stack (causal mask, causal scalars)  --norm--> hidden   new keys and values are cached
     denoise  canvas --embed + signal--> stack (canvas mask)         --norm--> hidden   the cache is only read
     logits   hidden @ embedding^T, softcap
 
-Gemma 4 is the first and the last line alone: it has no canvas, and no self-conditioning.
+Gemma 4 has only the first and the last line: no canvas, and no self-conditioning.
 
 Invariant: `denoise` never changes a cache; both passes use the same weights and differ in mask, scalars and input.
 Source: reference model, `DiffusionGemmaEncoderTextModel`, `DiffusionGemmaDecoderModel`, `Gemma4TextModel`.
@@ -45,22 +45,22 @@ from blockpress.ops.rope import inverse_frequencies, rotary_tables
 from blockpress.shapes import Canvas, Heads, Hidden, KeyHeads, Logits, Mask, Positions, Signal, Tokens
 
 MOST_KEPT = 1 << 12
-"""Positions whose tables are kept for the next forward."""
+"""Most positions whose tables are kept for the next forward."""
 
-# Not in the network itself: what was made without gradients must not be copied or trained with.
+# Not in the network itself: tables computed in inference mode must not be copied or trained with.
 _TABLES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, Tensor, dict[LayerKind, Rotary]]] = WeakKeyDictionary()
 
 
 class CachedAttention:
-    """A layer's queries look at a context and at its own keys and values, which are kept for the cache."""
+    """A layer's attention over its cached context and the new keys and values, which are kept in `new_kv`."""
 
-    own: KeyValue
+    new_kv: KeyValue
 
     def __init__(self, context: KeyValue | None, mask: Mask | None, op: AttentionOp) -> None:
         self.context, self.mask, self.op = context, mask, op
 
     def __call__(self, query: Heads, key: KeyHeads, value: KeyHeads) -> Heads:
-        self.own = (key, value)
+        self.new_kv = (key, value)
         if self.context is not None:
             key, value = torch.cat((self.context[0], key), dim=2), torch.cat((self.context[1], value), dim=2)
         return self.op(query, key, value, self.mask)
@@ -78,7 +78,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config) if config.has_canvas else None
-        self._turns: dict[tuple[LayerKind, torch.device], Tensor] = {}
+        self._inverse_frequencies: dict[tuple[LayerKind, torch.device], Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,13 +87,13 @@ class Network(nn.Module):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the products of layers are made of: `dtype`, or int8 where their matrices are integers."""
-        held = (weight for module in self.modules() for weight in packed_weights(module).values())
-        return torch.int8 if any(isinstance(weight, IntegerWeight) for weight in held) else self.dtype
+        """The type in which layers multiply: `dtype`, or int8 where their matrices are integers."""
+        packed = (weight for module in self.modules() for weight in packed_weights(module).values())
+        return torch.int8 if any(isinstance(weight, IntegerWeight) for weight in packed) else self.dtype
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """Of the floats that matrices lie in memory as: `dtype`, or a narrower one that is widened where it is used."""
+        """The type of float matrices in memory: `dtype`, or a narrower type that is widened where it is used."""
         for module in self.modules():
             for weight in packed_weights(module).values():
                 if isinstance(weight, HalfFloats):
@@ -116,46 +116,47 @@ class Network(nn.Module):
         counts: Int[Tensor, " batch"] | None = None,
         images: Images | None = None,
     ) -> tuple[Hidden, Cache]:
-        """The causal pass over `tokens`, right-padded where `counts` says so, behind what the cache holds.
+        """The causal pass over `tokens`, after the tokens of the cache.
 
         Args:
-            images: for each row its pictures: the place in `tokens` of the first soft token, and the features that
-                take the embedding's place from there on, [soft tokens, hidden]. The tokens of one picture see each
-                other in both directions, so a picture must lie in `tokens` as a whole.
+            counts: tokens of each row without the right padding; None: no padding.
+            images: for each row its pictures: the index in `tokens` of the first soft token, and the features that
+                replace embeddings from there on, [soft tokens, hidden]. The tokens of one picture see each other in
+                both directions, so `tokens` must contain the whole picture.
 
         Returns:
-            hidden states after the final norm (those of padding mean nothing), and the cache with the tokens added.
+            hidden states after the final norm (undefined for padding), and the cache with the tokens added.
 
         Raises:
-            MediaError: a picture that does not fit. RequestError: pictures for a family that masks them otherwise.
+            MediaError: a picture that does not fit. RequestError: pictures for a family that masks them differently.
         """
-        own = tokens.shape[1]
+        length = tokens.shape[1]
         if counts is None:
-            counts = torch.full_like(cache.lengths, own)
-        positions = cache.lengths[:, None] + torch.arange(own, device=tokens.device)
-        x, runs = self.embed(tokens), None
+            counts = torch.full_like(cache.lengths, length)
+        positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
+        x, picture_ids = self.embed(tokens), None
         if images is not None:
             if not self.config.has_canvas:
                 raise RequestError(
                     f"images are not read in the family {self.config.family}",
                     hint="leave them out, or use DiffusionGemma",
                 )
-            x, runs = insert_images(x, counts, images)
-            runs = runs if self.pictures_see_themselves else None
+            x, picture_ids = insert_images(x, counts, images)
+            picture_ids = picture_ids if self.pictures_see_themselves else None
         windows = self.windows().items()
-        masks = {kind: causal_mask(cache.lengths, cache.width, own, window, runs) for kind, window in windows}
-        looks = [
+        masks = {kind: causal_mask(cache.lengths, cache.width, length, window, picture_ids) for kind, window in windows}
+        attends = [
             CachedAttention(context, masks[layer.kind], self.attention_op)
             for layer, context in zip(self.config.layers, cache.layers, strict=True)
         ]
-        hidden = self.run(x, positions, looks, causal=True)
-        return hidden, cache.append([look.own for look in looks], counts)
+        hidden = self.run(x, positions, attends, causal=True)
+        return hidden, cache.append([attend.new_kv for attend in attends], counts)
 
     def denoise(self, canvas: Canvas, cache: Cache, signal: Signal | None) -> Hidden:
-        """The bidirectional pass over a canvas that goes on from each row's context.
+        """The bidirectional pass over a canvas that follows each row's context.
 
         Args:
-            signal: what the last step believed (`soft_embedding`), or None at the first step: an exact zero vector.
+            signal: the self-conditioning embedding of the last step (`soft_embedding`); None at the first step: zeros.
 
         Returns:
             hidden states after the final norm, [batch, canvas, hidden].
@@ -163,16 +164,16 @@ class Network(nn.Module):
         Raises:
             RequestError: the family has no canvas.
         """
-        x, own = self.condition(canvas, signal), canvas.shape[1]
+        x, length = self.condition(canvas, signal), canvas.shape[1]
         windows = self.windows()
-        looks, masks = [], {}
+        attends, masks = [], {}
         for index, layer in enumerate(self.config.layers):
             context, start = cache.recent(index, windows[layer.kind])
             if layer.kind not in masks:
-                masks[layer.kind] = canvas_mask(cache.lengths, cache.width - start, own, windows[layer.kind], start)
-            looks.append(CachedAttention(context, masks[layer.kind], self.attention_op))
-        positions = cache.lengths[:, None] + torch.arange(own, device=canvas.device)
-        return self.run(x, positions, looks, causal=False)
+                masks[layer.kind] = canvas_mask(cache.lengths, cache.width - start, length, windows[layer.kind], start)
+            attends.append(CachedAttention(context, masks[layer.kind], self.attention_op))
+        positions = cache.lengths[:, None] + torch.arange(length, device=canvas.device)
+        return self.run(x, positions, attends, causal=False)
 
     def run(
         self, x: Hidden, positions: Positions, attends: Sequence[Attend], *, causal: Causal, skip: int = 0
@@ -180,9 +181,9 @@ class Network(nn.Module):
         """The stack itself: layers and final norm.
 
         Args:
-            attends: for each layer, what its queries look at and where its keys and values go.
-            causal: whether the rows are of the causal pass; where both kinds are in one batch row, one by one.
-            skip: how many of the first rows are wanted for their keys and values alone.
+            attends: for each layer, its attention, which also stores its keys and values.
+            causal: whether the rows belong to the causal pass; one value per row where a batch row has both kinds.
+            skip: how many of the first rows are needed only for their keys and values.
 
         Returns:
             hidden states of the other rows, [batch, length - skip, hidden].
@@ -195,11 +196,11 @@ class Network(nn.Module):
         return self.norm(x)
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
-        """Rows of the embedding times sqrt(hidden), which is rounded to the weight's dtype."""
+        """Rows of the embedding times sqrt(hidden) rounded to the weight's dtype."""
         return self.embed_tokens(tokens, self.dtype) * self.embed_scale()
 
     def condition(self, canvas: Canvas, signal: Signal | None) -> Hidden:
-        """The canvas's input: its embedding and the self-conditioning signal (None: zeros), normed together.
+        """The canvas's input: its embedding plus the self-conditioning embedding (None: zeros), normed.
 
         Raises:
             RequestError: the family has no canvas.
@@ -223,43 +224,45 @@ class Network(nn.Module):
         return (product if cap is None else torch.tanh(product / cap) * cap).float()
 
     def soft_embedding(self, scaled: Float32[Tensor, "batch canvas vocab"]) -> Signal:
-        """The expected embedding under softmax(scaled logits): the signal for the next step.
+        """The expected embedding under softmax(scaled logits): the self-conditioning embedding of the next step.
 
         Rounded where the reference rounds: logits to the weight's dtype, softmax in float32, back, times sqrt(hidden).
         """
-        belief = torch.softmax(scaled.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
-        return combine(belief, self.embed_tokens.weight) * self.embed_scale()
+        probabilities = torch.softmax(scaled.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
+        return combine(probabilities, self.embed_tokens.weight) * self.embed_scale()
 
     def embed_scale(self) -> Tensor:
-        """sqrt(hidden), rounded to the weight's dtype as the reference has it."""
-        # A fill and no copy: on a GPU a copy would wait for the device, and could not be captured.
+        """sqrt(hidden), rounded to the weight's dtype as in the reference."""
+        # A fill, not a copy: on a GPU a copy would wait for the device, and could not be captured.
         return torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
 
     def windows(self) -> dict[LayerKind, int | None]:
-        """How far each kind of layer looks back, the token itself included; None: without limit."""
+        """How far each kind of layer looks back, the token itself included; None: no limit."""
         windows: dict[LayerKind, int | None] = {}
         for layer in self.config.layers:
             windows[layer.kind] = self.config.sliding_window if layer.sliding else None
         return windows
 
     def _rotary(self, positions: Positions, dtype: torch.dtype) -> dict[LayerKind, Rotary]:
-        """Cosines and sines for each kind of layer; those of the last forward where it had the same positions.
+        """Cosines and sines for each kind of layer; reused from the last forward if it had the same positions.
 
-        From step to step a canvas stays where it is, and on a CPU torch's cosine takes as long as an attention.
+        A canvas keeps its positions from step to step, and on a CPU torch's cosine takes as long as an attention.
         """
-        traced = torch.compiler.is_compiling()  # a table that comes from elsewhere would break the graph
-        kept = not traced and positions.device.type == "cpu" and torch.is_inference_mode_enabled()
-        kept = kept and positions.numel() <= MOST_KEPT
-        last = _TABLES.get(self) if kept else None
+        traced = torch.compiler.is_compiling()  # a table from outside would break the graph
+        keep = not traced and positions.device.type == "cpu" and torch.is_inference_mode_enabled()
+        keep = keep and positions.numel() <= MOST_KEPT
+        last = _TABLES.get(self) if keep else None
         if last is not None and last[0] == dtype and torch.equal(last[1], positions):
             return last[2]
         rotary = {kind: rotary_tables(positions, self._frequencies(kind), dtype) for kind in self.windows()}
-        if kept:
+        if keep:
             _TABLES[self] = (dtype, positions.clone(), rotary)
         return rotary
 
     def _frequencies(self, kind: LayerKind) -> Float32[Tensor, " half"]:
-        if (kind, self.device) not in self._turns:
+        if (kind, self.device) not in self._inverse_frequencies:
             dim = next(layer.head_dim for layer in self.config.layers if layer.kind == kind)
-            self._turns[kind, self.device] = inverse_frequencies(self.config.rope(kind), dim).to(self.device)
-        return self._turns[kind, self.device]
+            self._inverse_frequencies[kind, self.device] = inverse_frequencies(self.config.rope(kind), dim).to(
+                self.device
+            )
+        return self._inverse_frequencies[kind, self.device]

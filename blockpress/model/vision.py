@@ -1,13 +1,13 @@
 """The vision tower: the patches of a picture become soft tokens, projected to the features of the text stack.
 
-    patches --input_proj + x, y tables--> layers (all see all, axial RoPE) --mean of pooling x pooling--> soft tokens
+    patches --input_proj + x, y tables--> layers (no mask, axial RoPE) --mean of pooling x pooling--> soft tokens
     soft tokens * sqrt(hidden) --standardize--> unweighted norm --embedding_projection--> features [soft, text hidden]
 
-A layer is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). The first half of every head turns with a patch's
-column, the second with its row. Module names are those of the published checkpoints.
+A layer is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). The first half of every head rotates with a
+patch's column, the second with its row. Module names are those of the published checkpoints.
 
-Invariant: a picture's features do not depend on the pictures that it runs with: there is no padding, only pictures of
-one grid share a batch.
+Invariant: a picture's features do not depend on the rest of its batch: pictures in a batch have the same grid, and
+there is no padding.
 
 Run it:  python -m pytest tests/model/test_vision.py
 Source: `Gemma4VisionModel`, `DiffusionGemmaMultimodalEmbedder` of `transformers` 5.23.
@@ -38,13 +38,13 @@ AT_ONCE = 10_080
 """Most patches in one batch: those of one picture of the largest budget."""
 
 Patches = Float[Tensor, "pictures patches features"]
-Places = Int[Tensor, "pictures patches 2"]
+PatchPositions = Int[Tensor, "pictures patches 2"]
 Axis = tuple[Float[Tensor, "pictures 1 patches half"], Float[Tensor, "pictures 1 patches half"]]
 
 
 @runtime_checkable
 class ImagePatches(Protocol):
-    """What the tower reads: arrays of numpy, [n, 3 * patch^2] pixels from 0 to 1, and [n, 2] column and row."""
+    """The tower's input: numpy arrays of pixels from 0 to 1, [n, 3 * patch^2], and of column and row, [n, 2]."""
 
     @property
     def patches(self) -> Any: ...
@@ -54,7 +54,7 @@ class ImagePatches(Protocol):
 
 
 class VisionTower(nn.Module):
-    """The tower and the projection behind it."""
+    """The tower and the projection after it."""
 
     def __init__(self, config: VisionConfig, text_hidden: int, attention_op: AttentionOp = attention.fused) -> None:
         super().__init__()
@@ -66,40 +66,40 @@ class VisionTower(nn.Module):
         """The features of each picture's soft tokens, row by row of the picture, in the order of the pictures.
 
         Raises:
-            MediaError: patches of another size than the tower's, or positions that are no grid that it can pool.
+            MediaError: patches whose size is not the tower's, or positions that are not a grid that it can pool.
         """
         weight = self.embed_vision.embedding_projection.weight
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, picture in enumerate(pictures):
-            alike[self._grid(picture)].append(number)
+            by_grid[self._grid(picture)].append(number)
         features: dict[int, Tensor] = {}
-        for (rows, columns), numbers in alike.items():
+        for (rows, columns), numbers in by_grid.items():
             step = max(1, AT_ONCE // (rows * columns))
             for batch in (numbers[i : i + step] for i in range(0, len(numbers), step)):
                 patches = torch.stack([torch.as_tensor(pictures[i].patches) for i in batch]).to(weight.device)
-                places = torch.stack([torch.as_tensor(pictures[i].positions) for i in batch]).to(weight.device)
-                projected = self.embed_vision(self.vision_tower(patches, places, rows))
+                positions = torch.stack([torch.as_tensor(pictures[i].positions) for i in batch]).to(weight.device)
+                projected = self.embed_vision(self.vision_tower(patches, positions, rows))
                 features |= dict(zip(batch, projected, strict=True))
         return [features[number] for number in range(len(pictures))]
 
     def _grid(self, picture: ImagePatches) -> tuple[int, int]:
-        """Rows and columns of the picture's patches, which must be all there and in order."""
+        """Rows and columns of the picture's patches, which must be complete and in order."""
         config = self.config
-        size, places = 3 * config.patch_size**2, torch.as_tensor(picture.positions)
-        if tuple(picture.patches.shape) != (len(places), size) or not len(places):
+        size, positions = 3 * config.patch_size**2, torch.as_tensor(picture.positions)
+        if tuple(picture.patches.shape) != (len(positions), size) or not len(positions):
             raise MediaError(
-                f"a picture's patches have the shape {list(picture.patches.shape)} for {len(places)} positions",
+                f"a picture's patches have the shape {list(picture.patches.shape)} for {len(positions)} positions",
                 hint=f"the tower takes [n, {size}] of n positions: patches of {config.patch_size} pixels",
             )
-        columns, rows = (int(last) + 1 for last in places[-1])
+        columns, rows = (int(last) + 1 for last in positions[-1])
         raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
         if (
-            places.shape != raster.shape
-            or not torch.equal(places, raster)
+            positions.shape != raster.shape
+            or not torch.equal(positions, raster)
             or rows % config.pooling + columns % config.pooling
         ):
             raise MediaError(
-                f"a picture's {len(places)} positions are no grid of {rows} rows and {columns} columns",
+                f"a picture's {len(positions)} positions are no grid of {rows} rows and {columns} columns",
                 hint=f"give every patch once, row by row, and rows and columns in multiples of {config.pooling}",
             )
         if max(rows, columns) > config.positions:
@@ -125,12 +125,12 @@ class Encoder(nn.Module):
             self.register_buffer("std_bias", torch.zeros(config.hidden_size))
             self.register_buffer("std_scale", torch.ones(config.hidden_size))
 
-    def forward(self, pixels: Patches, places: Places, rows: int) -> Float[Tensor, "pictures _soft _hidden"]:
-        x = self.patch_embedder(pixels, places)
+    def forward(self, pixels: Patches, positions: PatchPositions, rows: int) -> Float[Tensor, "pictures _soft _hidden"]:
+        x = self.patch_embedder(pixels, positions)
         frequencies = inverse_frequencies(Rope(theta=self.config.rope_theta), self.config.head_dim // 2).to(x.device)
-        axes = tuple(rotary_tables(place, frequencies, x.dtype) for place in places.unbind(-1))
+        axes = tuple(rotary_tables(indices, frequencies, x.dtype) for indices in positions.unbind(-1))
         x = self.encoder(x, axes, self.attention_op)
-        # Beyond the range of float16, so in float32 until standardized.
+        # The values exceed the range of float16, so they are float32 until standardized.
         pooled = pool_patches(x, rows, self.config.pooling).float() * self.config.hidden_size**0.5
         if self.config.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
@@ -145,16 +145,16 @@ class PatchEmbedder(nn.Module):
         self.input_proj = Linear(3 * config.patch_size**2, config.hidden_size)
         self.position_embedding_table = nn.Parameter(torch.ones(2, config.positions, config.hidden_size))
 
-    def forward(self, pixels: Patches, places: Places) -> Float[Tensor, "pictures patches _hidden"]:
+    def forward(self, pixels: Patches, positions: PatchPositions) -> Float[Tensor, "pictures patches _hidden"]:
         x = self.input_proj((2 * (pixels - 0.5)).to(self.position_embedding_table.dtype))
         column, row = (
-            table[place] for table, place in zip(self.position_embedding_table, places.unbind(-1), strict=True)
+            table[indices] for table, indices in zip(self.position_embedding_table, positions.unbind(-1), strict=True)
         )
         return x + (column + row)
 
 
 class VisionStack(nn.Module):
-    """The layers, one after the other."""
+    """The layers in sequence."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class VisionStack(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One layer: attention and a gated MLP, each between two norms, each added to what it read."""
+    """One layer: attention and a gated MLP, each between two norms, each added to its input."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class VisionMLP(nn.Module):
 
 
 class ClippableLinear(nn.Module):
-    """A linear layer whose input and output are clamped where the checkpoint says to what."""
+    """A linear layer whose input and output are clamped to limits from the checkpoint, where it has them."""
 
     input_min: Tensor
     input_max: Tensor
@@ -260,7 +260,7 @@ class Projection(nn.Module):
 
 
 def rotate_axes(x: Heads, axes: tuple[Axis, ...]) -> Heads:
-    """Each half of every head turned by its own axis: the first by columns, the second by rows."""
+    """Each half of every head rotated by its own axis: the first by columns, the second by rows."""
     halves = zip(x.chunk(2, dim=-1), axes, strict=True)
     return torch.cat([rotate(half, cos, sin) for half, (cos, sin) in halves], dim=-1)
 
@@ -268,7 +268,7 @@ def rotate_axes(x: Heads, axes: tuple[Axis, ...]) -> Heads:
 def pool_patches(x: Patches, rows: int, size: int) -> Float[Tensor, "pictures _soft features"]:
     """The mean of every square of `size x size` patches, in float32, rounded to x's type; row by row.
 
-    >>> pool(torch.arange(8.0).view(1, 8, 1), 2, 2).flatten().tolist()
+    >>> pool_patches(torch.arange(8.0).view(1, 8, 1), 2, 2).flatten().tolist()
     [2.5, 4.5]
     """
     grid = x.float().unflatten(1, (rows // size, size, -1, size))

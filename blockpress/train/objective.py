@@ -196,7 +196,7 @@ def losses(network: Network, rows: TrainingBatch, drawn: Draw, objective: Object
     hidden = network.run(network.embed(rows.tokens), positions, looks, causal=True)
     causal = next_token_loss(network, hidden, rows) if objective.causal_weight else hidden.new_zeros(()).float()
 
-    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in look.own) for look in looks]
+    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in look.new_kv) for look in looks]
     canvas = drawn.noisy.shape[1]
     masks = {
         layer.kind: canvas_mask(drawn.starts, own, canvas, config.sliding_window if layer.sliding else None)

@@ -80,7 +80,7 @@ def run(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0, op
     """Output, keys and values."""
     look = CachedAttention(None, None, op)
     out = layer(x, tables(layer, len(x), x.shape[1], x.dtype), look, causal=causal, skip=skip)
-    return out, *look.own
+    return out, *look.new_kv
 
 
 def in_torch(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0):  # type: ignore[no-untyped-def]

@@ -56,7 +56,7 @@ def test_attention(network: Network, index: int):
     )
     look = CachedAttention(None, None, attention.plain)
     got = part(x[None], rotary, look)
-    kept_key, kept_value = look.own
+    kept_key, kept_value = look.new_kv
 
     def heads(projection: Linear) -> torch.Tensor:
         return (x @ projection.weight.T).view(5, -1, part.dim).transpose(0, 1)[None]
