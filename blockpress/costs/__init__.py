@@ -2,7 +2,7 @@
 
     memory.py     parameters of each part, bytes of context, peaks of working memory
     roofline.py   operations and bytes of one forward, and the floor of its time on a device
-    devices.py    what devices can do: three graphics cards; this machine is measured by `bench/ceilings.py`
+    devices.py    the rates of three graphics cards; `bench/ceilings.py` measures this machine
 
 Invariant: no torch in this room.
 

@@ -1,11 +1,11 @@
-"""What a device can do: bytes and operations a second, as programs reach them, not as data sheets print them.
+"""Rates of devices, bytes and operations per second, as programs reach them, not as data sheets print them.
 
     name        bytes/s     bfloat16      fp8          memory
     H100        3.00 T       790 T        1580 T        80 GB
     H200        4.30 T       790 T        1580 T       141 GB
     RTX 5090    1.61 T       168 T         335 T        32 GB      80 % of the data sheet's 209.5 and 419
 
-Invariant: a rate that is not known is refused by name, never guessed.
+Invariant: an unknown rate is refused by name, never guessed.
 
 Run it:  python -m pytest blockpress/costs/devices.py
 """
@@ -20,7 +20,7 @@ from blockpress.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Memory in bytes, its rate in bytes a second, and operations a second by the type that products are made in."""
+    """Memory in bytes, bandwidth in bytes per second, and operations per second by the type of the products."""
 
     name: str
     bandwidth: float
@@ -28,7 +28,7 @@ class Device:
     memory: int
 
     def rate(self, math: str) -> float:
-        """Operations a second in that type.
+        """Operations per second in that type.
 
         Raises:
             RequestError: no rate is known.

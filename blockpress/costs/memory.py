@@ -1,10 +1,10 @@
-"""What a network costs, part by part, from its config alone: parameters, bytes of context, and bytes of working memory.
+"""The memory of a network, part by part, from its config alone: parameters, bytes of context and of working memory.
 
-    weights    parameters x bytes; packed weights keep their bytes on disk, unless products are of integers
-    context    keys and values of every layer for every token; of a sliding layer the engine keeps what its window needs
-    forward    what one forward of the engine holds at its peak, beside weights and context: `engine_peak`
+    weights    parameters x bytes; packed weights keep their bytes on disk, unless products are in integers
+    context    the KV cache: every layer, every token; for a sliding layer the engine keeps what its window needs
+    forward    the peak of one forward of the engine, in addition to weights and context: `engine_peak`
 
-Why: whether a model fits is asked before its weights are there. No torch here.
+Why: whether a model fits has to be known before its weights are there. No torch here.
 
 Invariant: `sum(parameters(config).values())` is the number of parameters of `Network(config)`; the two layer scalars of
 a layer are buffers and not counted, nor is the vision tower, which the config alone does not describe.
@@ -17,16 +17,16 @@ from __future__ import annotations
 from blockpress.config import LayerConfig, LayerKind, ModelConfig
 
 CHUNK = 512
-"""Tokens of a prompt that the engine reads in one forward, unless told otherwise."""
+"""Tokens of a prompt that the engine reads in one forward by default."""
 
 PLAIN_PAGE = 256
-"""Tokens a page where a family has no canvas."""
+"""Tokens per page where a family has no canvas."""
 
 PRODUCTS = 1 << 27
-"""Bytes of products with the vocabulary that are in memory at a time."""
+"""Most bytes of products with the vocabulary in memory at a time."""
 
 TABLES = 6 * 4 * (1 << 16)
-"""Bytes of the tables of all bfloat16 while they are made, for one temperature; few products are read without them."""
+"""Bytes of the tables of all bfloat16 while they are computed, for one temperature; few products need no tables."""
 
 SLIDING: LayerKind = "sliding_attention"
 
@@ -60,8 +60,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def integer_weights(config: ModelConfig, dtype: str) -> int:
-    """Bytes of the weights of a network whose layers' products are made of integers: int8 codes and a float32 scale for
-    each row of their matrices, embedding and router in `dtype`, and the rest in float32.
+    """Bytes of the weights of a network whose layers multiply integers: int8 codes and a float32 scale for each row of
+    their matrices, embedding and router in `dtype`, and the rest in float32.
 
     >>> from blockpress.config import PRESETS
     >>> round(integer_weights(PRESETS["diffusiongemma-26B-A4B"](), "bfloat16") / 2**30, 2)
@@ -70,22 +70,22 @@ def integer_weights(config: ModelConfig, dtype: str) -> int:
     hidden, parts = config.hidden_size, parameters(config)
     sparse = config.num_experts > 0
     floats = config.vocab_size * hidden + len(config.layers) * hidden * config.num_experts * sparse
-    beside = parts["norms"] + hidden * config.has_canvas
-    beside += len(config.layers) * (hidden + config.num_experts) * sparse
-    beside += sum(2 * layer.head_dim for layer in config.layers)
-    codes = sum(parts.values()) - floats - beside
+    float32_values = parts["norms"] + hidden * config.has_canvas
+    float32_values += len(config.layers) * (hidden + config.num_experts) * sparse
+    float32_values += sum(2 * layer.head_dim for layer in config.layers)
+    codes = sum(parts.values()) - floats - float32_values
     gated = 2 * config.intermediate_size + hidden
     rows = gated * (len(config.layers) + config.has_canvas)
     rows += len(config.layers) * config.num_experts * (2 * config.expert_size + hidden) * sparse
     for layer in config.layers:
         key = layer.kv_heads * layer.head_dim * (2 if config.has_value(layer) else 1)
         rows += config.num_heads * layer.head_dim + key + hidden
-    # The two scalars of a layer are beside the parameters.
-    return codes + 4 * rows + floats * DTYPE_BYTES[dtype] + 4 * (beside + 2 * len(config.layers))
+    # The two scalars of a layer are not parameters.
+    return codes + 4 * rows + floats * DTYPE_BYTES[dtype] + 4 * (float32_values + 2 * len(config.layers))
 
 
 def activation_dtype(compute: str) -> str:
-    """The type of activations and context: that which is computed in, or float32 where products are of integers."""
+    """The type of activations and context: the compute type, or float32 where products are in integers."""
     return "float32" if compute == "int8" else compute
 
 
@@ -95,7 +95,7 @@ def expert_parameters(config: ModelConfig) -> int:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one token meets: all but the experts that it is not sent to.
+    """Parameters that one token uses: all but the experts that it is not routed to.
 
     >>> from blockpress.config import PRESETS
     >>> round(active_parameters(PRESETS["diffusiongemma-26B-A4B"]()) / 1e9, 1)
@@ -119,8 +119,8 @@ def context_bytes(config: ModelConfig, dtype: str) -> dict[LayerKind, int]:
 
 
 def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK) -> int:
-    """Bytes of the pages that the engine keeps for one request of so many tokens: whole pages, of sliding layers no
-    more than the window and a chunk of a prompt reach over.
+    """Bytes of the pages that the engine keeps for one request of `tokens` tokens: whole pages, for sliding layers no
+    more than the window and a chunk of a prompt span.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
@@ -128,18 +128,18 @@ def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK
     [0.11, 0.42, 0.97]
     """
     page = config.canvas_length if config.has_canvas else PLAIN_PAGE
-    each, whole = context_bytes(config, dtype), -(-tokens // page)
+    per_token, whole = context_bytes(config, dtype), -(-tokens // page)
     window = -(-(config.sliding_window - 1 + chunk) // page) + 1
-    return page * sum(size * (min(whole, window) if kind == SLIDING else whole) for kind, size in each.items())
+    return page * sum(size * (min(whole, window) if kind == SLIDING else whole) for kind, size in per_token.items())
 
 
 def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1, tokens: int = 0) -> int:
-    """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally behind
-    `context` of one request, all rows in one flat batch.
+    """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally after
+    `context` tokens of one request, all rows in one flat batch.
 
-    Over the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`), and in bfloat16 the tables that a
-    cap is looked up in (`ops/vocabulary/native.py`); in a layer the rows' queries, keys and values and what attention
-    makes of them; and all the time what C++ keeps. Without a compiler torch takes some times as much.
+    For the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`), and in bfloat16 tables of capped
+    logits (`ops/vocabulary/native.py`); in a layer the rows' queries, keys and values and attention's output; and
+    throughout the buffers of C++. Without a compiler torch takes several times as much.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
@@ -152,15 +152,15 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     tables = TABLES if dtype == "bfloat16" and config.softcap is not None and products >= TABLES else 0
     vocabulary = products + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
-    kept = _kept(config, dtype, rows) + _task(config, keys)
-    return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + kept
+    native = _native_buffers(config, dtype, rows) + _native_task(config, keys)
+    return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + native
 
 
-def _kept(config: ModelConfig, dtype: str, rows: int) -> int:
-    """Bytes that `ops/native/forward.cpp` keeps for a layer of so many rows, on one thread.
+def _native_buffers(config: ModelConfig, dtype: str, rows: int) -> int:
+    """Bytes that `ops/native/forward.cpp` keeps for a layer of `rows` rows, on one thread.
 
-    Normed rows, states, and the outputs of the MLP and the experts; what is between the MLP's products; the experts'
-    outputs for every choice of a token; panels of up to 960 rows of the deepest product; and blocks of fixed sizes.
+    Normed rows, states, and the outputs of the MLP and the experts; the activations between the MLP's products; the
+    experts' outputs for each of a token's experts; panels of up to 960 rows of the deepest product; fixed blocks.
     """
     size, hidden = DTYPE_BYTES[dtype], config.hidden_size
     chosen = config.top_k_experts if config.num_experts else 0
@@ -169,16 +169,16 @@ def _kept(config: ModelConfig, dtype: str, rows: int) -> int:
     return between + (min(rows, 960) + 12) * deepest * size + (1 << 18)
 
 
-def _task(config: ModelConfig, keys: int) -> int:
-    """Bytes of one task in C++, in float32: of attention the scores and shares of a block of queries, or of an expert
-    its tokens and what is between its products; one takes the memory of the other."""
+def _native_task(config: ModelConfig, keys: int) -> int:
+    """Bytes of one task in C++, in float32: attention's scores and probabilities for a block of queries, or an expert's
+    tokens and the activations between its products; they share memory."""
     queries = max(24, (1 << 16) // max(1, keys))
     expert = 132 * config.hidden_size + 252 * config.expert_size if config.num_experts else 0
     return 4 * max(keys * (2 * queries + 12), expert)
 
 
 def _resident(config: ModelConfig, dtype: str, positions: int, tensors: int) -> int:
-    """Bytes of the activations that wait meanwhile, in tensors as large as the input of a layer: measured."""
+    """Bytes of the activations alive meanwhile, in tensors as large as the input of a layer: measured."""
     return tensors * positions * config.hidden_size * DTYPE_BYTES[dtype]
 
 

@@ -1,15 +1,15 @@
-"""The least time that a forward can take: its operations and bytes, part by part, over what a device can do.
+"""The roofline of a forward, the least time it can take: its operations and bytes, part by part, over a device's rates.
 
-    rows        canvases    reads                  heard
-    what        a step      a prefill or commit    tokens that are asked for the next one
-    positions   canvas      any number             1, or a canvas that is checked
+    rows        canvases    reads                  logit rows
+    what        a step      a prefill or commit    tokens whose next token is requested
+    positions   canvas      any number             1, or a canvas under verification
     head        yes         no                     yes
 
-Every weight is read once a forward, however many rows there are; an expert only if a row is sent to it. Parts run one
-after another, so the floor is the sum over the parts of the longer of two times: that of the bytes, that of the
-operations. A read wants the last layer's keys and values alone.
+Every weight is read once per forward, however many rows there are; an expert only if a row is routed to it. Parts run
+one after another, so the floor is the sum over the parts of the longer of two times: of the bytes and of the
+operations. A read needs only keys and values of the last layer.
 
-Invariant: a floor is never above what the best program takes: work that a program may leave out is not counted.
+Invariant: the floor is never above the time of the best program: work that a program may skip is not counted.
 
 Run it:  python -m pytest blockpress/costs/roofline.py tests/test_roofline.py
 """
@@ -27,7 +27,7 @@ from blockpress.costs.memory import expert_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """How a weight is stored, in bytes (scales included), and the type that its products are made in."""
+    """Bytes per stored weight, scales included, and the type that its products are computed in."""
 
     size: float
     math: str
@@ -35,7 +35,7 @@ class Width:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormats:
-    """The widths of a network. `dense`: attention, dense MLP, self-conditioning. `rest`: activations and cache, too."""
+    """The widths of a network. dense: attention, dense MLP, self-conditioning. rest: activations and KV cache too."""
 
     experts: Width
     dense: Width
@@ -54,13 +54,13 @@ WIDTHS: Mapping[str, WeightFormats] = {
     "w4": WeightFormats(experts=_INT4, dense=_FP8, embedding=_BF16, rest=_BF16),
     "w4a8": WeightFormats(experts=_INT4_FP8, dense=_FP8, embedding=_FP8, rest=_BF16),
 }
-"""Published ways to store the weights; 4 bits with a scale of 16 bits for every 32 weights are 0.5625 bytes."""
+"""Published weight formats; 4 bits with a 16-bit scale per 32 weights are 0.5625 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """What one forward works on. canvases: the tokens of context behind which each stands. reads: (context, tokens) of
-    each prompt's chunk or commit. heard: (context, tokens) of those of which the head tells the next token."""
+    """The rows of one forward. canvases: the tokens of context of each canvas. reads: (context, tokens) of each prompt
+    chunk or commit. logit_rows: (context, tokens) of those whose logits the head computes."""
 
     canvases: tuple[int, ...] = ()
     reads: tuple[tuple[int, int], ...] = ()
@@ -69,7 +69,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Cost:
-    """One part of a forward: operations, bytes that must be read, and the type of its products."""
+    """One part of a forward: operations, bytes to read, and the type of its products."""
 
     flops: float
     bytes: float
@@ -77,7 +77,7 @@ class Cost:
 
 
 def distinct(experts: int, chosen: int, tokens: int) -> float:
-    """How many of the experts are met by `tokens` rows that choose `chosen` each, if all are as likely.
+    """The expected number of experts used by `tokens` rows that choose `chosen` each, if all are equally likely.
 
     >>> [round(distinct(128, 8, tokens), 1) for tokens in (0, 1, 2, 4, 16, 64, 256)]
     [0.0, 8.0, 15.5, 29.1, 82.4, 125.9, 128.0]
@@ -86,21 +86,21 @@ def distinct(experts: int, chosen: int, tokens: int) -> float:
 
 
 def forward(
-    config: ModelConfig, widths: WeightFormats, rows: BatchShape, *, touched: float | None = None, soft: bool = True
+    config: ModelConfig, widths: WeightFormats, batch: BatchShape, *, touched: float | None = None, soft: bool = True
 ) -> dict[str, Cost]:
     """Operations and bytes of the parts of one forward.
 
     Args:
-        touched: most experts of a layer that the rows are sent to, where that was measured; None: all are as likely.
-        soft: whether the soft embedding is a product over the whole vocabulary; a sparse one is counted as nothing.
+        touched: most experts of a layer that the rows use, if measured; None: all are equally likely.
+        soft: whether the soft embedding is a product over the whole vocabulary; a sparse one counts as nothing.
 
-    Source: reference kernels, section 1: one canvas behind 2,048 tokens, in bfloat16.
+    Source: reference kernels, section 1: one canvas after 2,048 tokens, in bfloat16.
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
-    >>> parts = forward(published, WIDTHS["bf16"], Rows(canvases=(2048,)))
-    >>> for name, work in parts.items():
-    ...     print(f"{name:18} {work.flops / 1e9:6.1f} GFLOP {work.bytes / 1e9:7.3f} GB")
+    >>> parts = forward(published, WIDTHS["bf16"], BatchShape(canvases=(2048,)))
+    >>> for name, cost in parts.items():
+    ...     print(f"{name:18} {cost.flops / 1e9:6.1f} GFLOP {cost.bytes / 1e9:7.3f} GB")
     projections         568.4 GFLOP   2.220 GB
     attention sliding   134.1 GFLOP   0.262 GB
     attention full       96.6 GFLOP   0.047 GB
@@ -112,39 +112,39 @@ def forward(
     soft embedding      378.0 GFLOP   1.611 GB
     self-conditioning     9.1 GFLOP   0.036 GB
     """
-    canvas = len(rows.canvases) * config.canvas_length
-    headed = canvas + sum(tokens for _, tokens in rows.logit_rows)
-    every = headed + sum(tokens for _, tokens in rows.reads)
-    # The rows that pass a whole layer: all of them but in the last, where a read stops at its keys and values.
-    through = [every] * (len(config.layers) - 1) + [headed]
+    canvas = len(batch.canvases) * config.canvas_length
+    head_rows = canvas + sum(tokens for _, tokens in batch.logit_rows)
+    all_rows = head_rows + sum(tokens for _, tokens in batch.reads)
+    # The rows that pass a whole layer: all, except in the last, where a read stops at its keys and values.
+    layer_rows = [all_rows] * (len(config.layers) - 1) + [head_rows]
     sparse, rest = config.num_experts > 0, widths.rest
     gated, vocabulary = 3 * config.hidden_size * config.intermediate_size, config.vocab_size * config.hidden_size
-    met = [
+    experts_met = [
         min(
             distinct(config.num_experts, config.top_k_experts, count),
             config.num_experts if touched is None else touched,
         )
-        for count in through
+        for count in layer_rows
     ]
     routed, expert = config.hidden_size * config.num_experts, expert_parameters(config)
     logits = config.vocab_size * rest.size
-    parts = {"projections": _projections(config, widths.dense, every, through)}
-    parts |= _attention(config, rest, rows)
+    parts = {"projections": _projections(config, widths.dense, all_rows, layer_rows)}
+    parts |= _attention(config, rest, batch)
     parts |= {
-        "router": _product(routed * sparse, rest, through),
-        "experts": Cost(2 * sum(through) * config.top_k_experts * expert, sum(met) * expert * widths.experts.size,
-                        widths.experts.math),
-        "dense MLP": _product(gated, widths.dense, through),
-        "head": _product(vocabulary, widths.embedding, [headed], beside=headed * logits),
-        "sampling": Cost(0, headed * logits, rest.math),
-        "soft embedding": _product(vocabulary, widths.embedding, [canvas * soft], beside=canvas * soft * logits),
+        "router": _product(routed * sparse, rest, layer_rows),
+        "experts": Cost(2 * sum(layer_rows) * config.top_k_experts * expert,
+                        sum(experts_met) * expert * widths.experts.size, widths.experts.math),
+        "dense MLP": _product(gated, widths.dense, layer_rows),
+        "head": _product(vocabulary, widths.embedding, [head_rows], extra_bytes=head_rows * logits),
+        "sampling": Cost(0, head_rows * logits, rest.math),
+        "soft embedding": _product(vocabulary, widths.embedding, [canvas * soft], extra_bytes=canvas * soft * logits),
         "self-conditioning": _product(gated, widths.dense, [canvas]),
     }  # fmt: skip
-    return {name: work for name, work in parts.items() if work.flops or work.bytes}
+    return {name: cost for name, cost in parts.items() if cost.flops or cost.bytes}
 
 
 def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
-    """The floor of a forward: its parts one after another, each as long as its bytes or its operations take.
+    """The floor of a forward: its parts one after another, each bound by its bytes or its operations.
 
     Source: reference kernels, section 1, at a context of 2,048 tokens, in milliseconds for 1, 2, 4, 8, 16 canvases.
 
@@ -152,7 +152,7 @@ def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     >>> from blockpress.costs.devices import DEVICES
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> def floors(widths, device, *batches):
-    ...     steps = [forward(published, WIDTHS[widths], Rows(canvases=(2048,) * batch)) for batch in batches]
+    ...     steps = [forward(published, WIDTHS[widths], BatchShape(canvases=(2048,) * batch)) for batch in batches]
     ...     return [round(1000 * floor_seconds(step, DEVICES[device]), 2) for step in steps]
     >>> floors("bf16", "h200", 1, 2, 4, 8, 16)
     [12.99, 15.35, 20.08, 29.54, 52.64]
@@ -163,26 +163,26 @@ def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     >>> floors("bf16", "h100", 1, 8), floors("fp8", "h100", 1), floors("fp8", "rtx5090", 1)
     ([17.75, 34.25], [9.58], [22.72])
 
-    A commit of a canvas alone, without the last layer behind its keys and values, and what it adds to a step:
+    The commit of a canvas alone, which needs only keys and values of the last layer, and together with a step:
 
-    >>> commit = Rows(reads=((2048, 256),))
-    >>> fused = Rows(reads=((2048, 256),), canvases=(2304,))
+    >>> commit = BatchShape(reads=((2048, 256),))
+    >>> fused = BatchShape(reads=((2048, 256),), canvases=(2304,))
     >>> for rows in (commit, fused):
     ...     print(round(1000 * floor_seconds(forward(published, WIDTHS["bf16"], rows), DEVICES["h200"]), 2))
     11.53
     14.26
     """
-    return sum(max(work.bytes / device.bandwidth, _time(work, device)) for work in parts.values())
+    return sum(max(cost.bytes / device.bandwidth, _time(cost, device)) for cost in parts.values())
 
 
 def byte_seconds(parts: Mapping[str, Cost], device: Device) -> float:
-    """How long the bytes alone take: the floor of a forward whose operations cost nothing."""
-    return sum(work.bytes for work in parts.values()) / device.bandwidth
+    """Seconds for the bytes alone: the floor of a forward whose operations cost nothing."""
+    return sum(cost.bytes for cost in parts.values()) / device.bandwidth
 
 
 def arithmetic_seconds(parts: Mapping[str, Cost], device: Device) -> float:
-    """How long the operations alone take."""
-    return sum(_time(work, device) for work in parts.values())
+    """Seconds for the operations alone."""
+    return sum(_time(cost, device) for cost in parts.values())
 
 
 def throughput(
@@ -195,9 +195,9 @@ def throughput(
     context: int = 2048,
     steps: float = 12.0,
 ) -> float:
-    """Tokens a second of all users together at the floor, each behind `context` tokens.
+    """Tokens per second of all users together at the floor, each with `context` tokens.
 
-    A canvas takes `steps` steps, the first in one forward with the commit of the canvas before it.
+    A canvas takes `steps` steps, the first in one forward with the commit of the previous canvas.
 
     >>> from blockpress.config import PRESETS
     >>> from blockpress.costs.devices import DEVICES
@@ -214,58 +214,60 @@ def throughput(
     length = config.canvas_length
     alone = BatchShape(canvases=(context,) * users)
     first = BatchShape(canvases=(context,) * users, reads=((max(0, context - length), length),) * users)
-    each, begin = (floor_seconds(forward(config, widths, rows), device) for rows in (alone, first))
-    return users * length / (begin + (steps - 1) * each)
+    later_step, first_step = (floor_seconds(forward(config, widths, rows), device) for rows in (alone, first))
+    return users * length / (first_step + (steps - 1) * later_step)
 
 
-def _time(work: Cost, device: Device) -> float:
-    return work.flops / device.rate(work.math) if work.flops else 0.0
+def _time(cost: Cost, device: Device) -> float:
+    return cost.flops / device.rate(cost.math) if cost.flops else 0.0
 
 
-def _product(weights: int, width: Width, through: Iterable[int], beside: float = 0.0) -> Cost:
-    """A matrix of so many weights, one for each entry of `through`: how many rows pass it."""
-    counts = list(through)
+def _product(weights: int, width: Width, row_counts: Iterable[int], extra_bytes: float = 0.0) -> Cost:
+    """Products with matrices of `weights` weights, one for each entry of `row_counts`: its number of rows."""
+    counts = list(row_counts)
     read = weights * width.size * sum(count > 0 for count in counts)
-    return Cost(2.0 * weights * sum(counts), read + beside, width.math)
+    return Cost(2.0 * weights * sum(counts), read + extra_bytes, width.math)
 
 
-def _projections(config: ModelConfig, width: Width, every: int, through: list[int]) -> Cost:
-    """Queries and output for the rows that pass the layer, keys and values for all."""
+def _projections(config: ModelConfig, width: Width, all_rows: int, layer_rows: list[int]) -> Cost:
+    """Queries and output for the rows that pass the layer, keys and values for all rows."""
     flops = size = 0.0
-    for layer, count in zip(config.layers, through, strict=True):
+    for layer, count in zip(config.layers, layer_rows, strict=True):
         query = 2 * config.hidden_size * config.num_heads * layer.head_dim
         key = config.hidden_size * layer.kv_heads * layer.head_dim * (2 if config.has_value(layer) else 1)
-        flops += 2.0 * (count * query + every * key)
-        size += (query * (count > 0) + key * (every > 0)) * width.size
+        flops += 2.0 * (count * query + all_rows * key)
+        size += (query * (count > 0) + key * (all_rows > 0)) * width.size
     return Cost(flops, size, width.math)
 
 
-def _attention(config: ModelConfig, width: Width, rows: BatchShape) -> dict[str, Cost]:
-    """Scores and sums of values, and the keys and values that are read for them, by kind of layer."""
+def _attention(config: ModelConfig, width: Width, batch: BatchShape) -> dict[str, Cost]:
+    """Scores and weighted values, and the keys and values read for them, by kind of layer."""
     totals: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(config.layers):
         last = index == len(config.layers) - 1
-        looks = [_canvas(config, layer, context) for context in rows.canvases]
-        looks += [_causal(config, layer, *read) for read in (rows.logit_rows if last else rows.logit_rows + rows.reads)]
+        counts = [_canvas(config, layer, context) for context in batch.canvases]
+        counts += [
+            _causal(config, layer, *read) for read in (batch.logit_rows if last else batch.logit_rows + batch.reads)
+        ]
         name = "attention sliding" if layer.sliding else "attention full"
         pairs, keys = totals.get(name, (0.0, 0.0))
-        pairs += 4.0 * config.num_heads * layer.head_dim * sum(pair for pair, _ in looks)
-        keys += 2.0 * layer.kv_heads * layer.head_dim * width.size * sum(key for _, key in looks)
+        pairs += 4.0 * config.num_heads * layer.head_dim * sum(pair for pair, _ in counts)
+        keys += 2.0 * layer.kv_heads * layer.head_dim * width.size * sum(key for _, key in counts)
         totals[name] = (pairs, keys)
     return {name: Cost(flops, size, width.math) for name, (flops, size) in sorted(totals.items(), reverse=True)}
 
 
 def _canvas(config: ModelConfig, layer: LayerConfig, context: int) -> tuple[int, int]:
-    """Pairs of a query and a key, and keys, of a canvas."""
-    seen = (min(context, config.sliding_window - 1) if layer.sliding else context) + config.canvas_length
-    return config.canvas_length * seen, seen
+    """Query-key pairs, and keys, of a canvas."""
+    visible = (min(context, config.sliding_window - 1) if layer.sliding else context) + config.canvas_length
+    return config.canvas_length * visible, visible
 
 
 def _causal(config: ModelConfig, layer: LayerConfig, context: int, tokens: int) -> tuple[int, int]:
-    """The same of tokens that see what lies before them."""
+    """The same for causal tokens."""
     if not layer.sliding:
         return tokens * context + tokens * (tokens + 1) // 2, context + tokens
     window = config.sliding_window
-    growing = max(0, min(tokens, window - context))  # the first tokens see all that there is, themselves included
+    growing = max(0, min(tokens, window - context))  # the first tokens attend to everything so far, themselves included
     pairs = growing * context + growing * (growing + 1) // 2 + (tokens - growing) * window
     return pairs, min(context, window - 1) + tokens
