@@ -36,7 +36,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in (*speed._SWITCHES, "BLOCKPRESS_ISA", "BLOCKPRESS_COMPUTE_DTYPE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    caches = system.processor, speed._kept, speed.float32_way
+    caches = system.processor, speed._cached_rates, speed.float32_way
     for cached in caches:
         cached.cache_clear()
     yield
@@ -123,7 +123,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
 
 def again() -> Rates:
     """Rates as the next process sees them."""
-    speed._kept.cache_clear()
+    speed._cached_rates.cache_clear()
     return hardware.rates()
 
 

@@ -1,12 +1,12 @@
-"""What this machine is and does well.
+"""What this machine is and what it is fast at.
 
-    system.py    the processor and its cards: name, cores, flags, and the ISA level that our C++ is built for
-    memory.py    free memory, the limits of containers counted
-    process.py   the memory that this process takes, and its peak
+    system.py    the processor and the cards: name, cores, flags, and the ISA level that our C++ is built for
+    memory.py    free memory, container limits included
+    process.py   the memory that this process uses, and its peak
     speed.py     how fast products are in each type, and from that the type to compute in
 
-Invariant: only this room asks what processor, memory and cards there are, so that builds, choices and reports agree
-about them. torch is imported inside functions: `blockpress --help` has none.
+Invariant: only this room reads what processor, memory and cards there are, so that builds, choices and reports agree.
+torch is imported inside functions: `blockpress --help` imports none.
 
 Run it:  blockpress doctor
 """

@@ -1,6 +1,6 @@
 """How much memory is free.
 
-Invariant: what a container may not have is not free, whatever the whole machine has left.
+Invariant: memory beyond a container's limit is not free, whatever the machine has left.
 
 Run it:  python -c "from blockpress.hardware import free_memory; print(free_memory())"
 """
@@ -20,11 +20,11 @@ def free_memory() -> dict[str, int]:
 
 
 def main_memory() -> tuple[int, int]:
-    """Bytes of main memory that are free for this process now, and that there are in all: a container has its limit."""
+    """Bytes of main memory that are free for this process now, and the total, both within a container's limit."""
     lines = dict(line.split(":", 1) for line in read_text("proc/meminfo").splitlines() if ":" in line)
     if "MemAvailable" in lines:
         free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    else:  # what is free is not to be had without another library; what there is in all is the next best
+    else:  # free memory would need another library; the total is the next best
         free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit, used in _limits():
         free, total = min(free, max(0, limit - used)), min(total, limit)
@@ -32,9 +32,9 @@ def main_memory() -> tuple[int, int]:
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of the memory cgroups (version 2 or 1) that this process is in, and of those above.
+    """Limit and use, in bytes, of the memory cgroups (version 2 or 1) of this process, and of their parents.
 
-    Cached files do not count as used, as they do not in MemAvailable: the kernel drops them for whoever asks.
+    Cached files do not count as used, as in MemAvailable: the kernel drops them when memory is needed.
     """
     for line in read_text("proc/self/cgroup").splitlines():
         _, kinds, path = line.split(":", 2)
@@ -45,9 +45,9 @@ def _limits() -> Iterator[tuple[int, int]]:
             limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # In a container the path may be the host's: then the limit lies at the root.
-        own = base / path.lstrip("/")
-        for folder in (own, *(above for above in own.parents if above.is_relative_to(base))):
+        # In a container the path may be the host's: then the limit is at the root.
+        group = base / path.lstrip("/")
+        for folder in (group, *(above for above in group.parents if above.is_relative_to(base))):
             texts = [read_text(folder / name).strip() for name in (limit, used)]
             if all(text.isdigit() for text in texts):
                 stat = dict(row.split() for row in read_text(folder / "memory.stat").splitlines())

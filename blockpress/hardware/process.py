@@ -1,9 +1,9 @@
-"""The peak of the memory that a run takes, above what was there when it began.
+"""The peak of a run's memory, above what was in use when it started.
 
-On Linux the kernel keeps the peak of a process and lets it be reset; where that is not to be had, the memory is looked
-at after every forward, which misses what comes and goes within one.
+On Linux the kernel keeps the peak of a process and can reset it; elsewhere memory is sampled after every forward, which
+misses what is allocated and freed within one.
 
-Invariant: never below 0, and the weights that were loaded before are not counted.
+Invariant: never below 0, and weights that were loaded before are not counted.
 Run it:  python -m pytest tests/test_hardware.py tests/bench/test_drive.py
 """
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def taken(device: torch.device) -> int:
-    """Bytes that the process, or torch on a GPU, has in memory now."""
+    """Bytes in use now, by the process or, on a GPU, by torch."""
     import torch
 
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
 class Peak:
-    """Memory from now on, of the process or, on a GPU, of torch there.
+    """The peak from now on, of the process or, on a GPU, of torch there.
 
-    `before`: what counts as nothing, `taken` at some earlier moment; None: what is taken now.
+    `before`: the baseline, `taken` at some earlier moment; None: what is in use now.
     """
 
     def __init__(self, device: torch.device, before: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Peak:
         self._before = self._most if before is None else before
 
     def see(self) -> None:
-        """Look once more."""
+        """Sample the memory now."""
         self._most = max(self._most, self._now("VmHWM" if self._kernel else "VmRSS"))
 
     def value(self) -> int:
@@ -68,11 +68,11 @@ def _reset() -> bool:
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of the process's own account; elsewhere than on Linux the peak since the process began."""
+    """Bytes of a field of /proc/self/status; where there is none, the peak since the process started."""
     account = system.read_text("proc/self/status")
     if account:
-        found = re.search(rf"^{field}:\s+(\d+) kB", account, flags=re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
+        match = re.search(rf"^{field}:\s+(\d+) kB", account, flags=re.MULTILINE)
+        return int(match[1]) * 1024 if match else 0
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,9 @@
-"""How fast this machine multiplies and reads, measured once, and the types and ways that follow from it.
+"""How fast this machine multiplies and reads memory, measured once, and the types and libraries that follow from it.
 
-Why: which type is the fastest is no matter of flags alone. A processor without bfloat16 instructions computes it at a
-fifth to a thirtieth of float32's rate, and torch says nothing of it.
+Why: flags alone do not tell which type is fastest. A processor without bfloat16 instructions computes bfloat16 at a
+fifth to a thirtieth of float32's rate, and torch does not report it.
 
-Invariant: figures are those of this process's threads and torch's switches, or they are measured anew.
+Invariant: figures are for this process's threads and torch's switches, or they are measured again.
 
 Run it:  python -c "from blockpress.hardware import rates; print(rates())"
 """
@@ -29,21 +29,21 @@ from blockpress.hardware.system import isa, processor
 if TYPE_CHECKING:
     import torch
 
-# What changes the products that torch makes, beside the processor.
+# Besides the processor, these change how fast torch multiplies.
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _FORMAT = 1
 _SHAPES = ((1, 512, 512), (16, 512, 512), (64, 512, 512), (256, 512, 512), (256, 1024, 1024))
 _WAYS = ("mkl", "onednn", "bfloat16", "float16", "int8")
-_PATIENCE = 0.02  # seconds for one product of one shape; a shape that would take longer is left out
+_PATIENCE = 0.02  # seconds for one product of one shape; a shape that would take longer is skipped
 _READ = 128 << 20  # bytes; fewer may lie in a large processor's own cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What was measured: GFLOP/s of products by way and shape ("rows x in x out"), and GB/s of reading memory.
+    """Measured rates: GFLOP/s of products by way and shape ("rows x in x out"), and GB/s of reading memory.
 
-    Ways are "mkl" (float32 by torch's BLAS), "onednn" (float32), "bfloat16", "float16" and "int8"; one that this torch
-    does not have is missing.
+    Ways are "mkl" (float32 by torch's BLAS), "onednn" (float32), "bfloat16", "float16" and "int8"; those that this
+    torch does not have are missing.
     """
 
     products: Mapping[str, Mapping[str, float]]
@@ -56,18 +56,18 @@ class Rates:
 
 def rates() -> Rates:
     """The measured rates of this machine as this process uses it: from the cache, or measured now."""
-    return _kept(_key())
+    return _cached_rates(_key())
 
 
 def remeasure() -> Rates:
-    """The rates measured once more, and kept: the best of each figure, since a busy machine only ever shows less."""
+    """Measure again and store the better of each figure: on a busy machine rates only come out lower."""
     old, new = rates(), measure_rates()
     best = Rates(
         products={way: _best(old.products.get(way, {}), new.products.get(way, {})) for way in _WAYS},
         reading=max(old.reading, new.reading),
     )
-    _keep(_key(), best)
-    _kept.cache_clear()
+    _store(_key(), best)
+    _cached_rates.cache_clear()
     return best
 
 
@@ -76,7 +76,7 @@ def _best(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float
 
 
 def _key() -> str:
-    """Everything that changes the rates."""
+    """Everything that the rates depend on, as the key of the cache."""
     import torch
 
     known = {"name": processor().name, "flags": sorted(processor().flags), "isa": isa(), "format": _FORMAT}
@@ -85,12 +85,12 @@ def _key() -> str:
 
 
 @cache
-def _kept(key: str) -> Rates:
-    found = _read(key)
-    if found is None:
-        found = measure_rates()
-        _keep(key, found)
-    return found
+def _cached_rates(key: str) -> Rates:
+    measured = _read(key)
+    if measured is None:
+        measured = measure_rates()
+        _store(key, measured)
+    return measured
 
 
 def _file(key: str) -> Path:
@@ -98,36 +98,36 @@ def _file(key: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where blockpress keeps what it can make again. RuntimeError where there is no home either."""
+    """The directory of files that blockpress can build again. RuntimeError: there is no home directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "blockpress"
 
 
 def _read(key: str) -> Rates | None:
-    """Rates of that key; None where the file is not there, damaged, or another machine's."""
+    """The stored rates; None where the file is missing, damaged, or another machine's."""
     try:
-        held: Any = json.loads(_file(key).read_text(encoding="utf-8"))
-        found = Rates(products=held["products"], reading=held["reading"])
-        figures = [found.reading, *(rate for shapes in found.products.values() for rate in shapes.values())]
-        good = held["key"] == key and all(isinstance(one, float) and 0 < one < math.inf for one in figures)
+        data: Any = json.loads(_file(key).read_text(encoding="utf-8"))
+        result = Rates(products=data["products"], reading=data["reading"])
+        figures = [result.reading, *(rate for shapes in result.products.values() for rate in shapes.values())]
+        good = data["key"] == key and all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # RuntimeError: no home
         return None
-    return found if good else None
+    return result if good else None
 
 
-def _keep(key: str, found: Rates) -> None:
-    """Written whole or not at all; where nothing can be written, the next process measures again."""
+def _store(key: str, measured: Rates) -> None:
+    """Written atomically; where nothing can be written, the next process measures again."""
     with suppress(OSError, RuntimeError):
         file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            fresh = Path(folder) / file.name
-            fresh.write_text(json.dumps({"key": key, **asdict(found)}, indent=1), encoding="utf-8")
-            os.replace(fresh, file)
+            temporary = Path(folder) / file.name
+            temporary.write_text(json.dumps({"key": key, **asdict(measured)}, indent=1), encoding="utf-8")
+            os.replace(temporary, file)
 
 
 def measure_rates() -> Rates:
-    """The rates, measured now, on torch's number of threads: half a second, also where a type is very slow."""
+    """The rates, measured now with torch's number of threads: half a second, even where a type is very slow."""
     import torch
 
     with torch.inference_mode():
@@ -170,57 +170,57 @@ def _product(way: str, rows: int, inner: int, outer: int) -> Callable[[], object
 
 
 def _fastest(action: Callable[[], object]) -> float:
-    """The shortest of three or four runs, in seconds: the first one pays for what a library sets up."""
+    """The shortest of three or four runs, in seconds: the first one includes the library's setup."""
     best, end = math.inf, time.perf_counter() + _PATIENCE
     for run in range(4):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         action()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - started)
         if run > 1 and time.perf_counter() > end:
             break
     return best
 
 
 def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which products of weights that are stored as `storage` are fastest on `device`.
+    """The type in which products of weights stored as `storage` are fastest on `device`.
 
-    On a processor float16 and bfloat16 stay what they are where their products are at least as fast as float32's, and
-    become float32 elsewhere; on other devices the storage type is taken. BLOCKPRESS_COMPUTE_DTYPE takes the place of
-    this choice wherever that type holds what is stored; int8, which rounds, is taken only where it is asked for.
+    On a processor float16 and bfloat16 are kept where their products are at least as fast as float32's, and become
+    float32 elsewhere; other devices use the storage type. BLOCKPRESS_COMPUTE_DTYPE overrides the choice wherever that
+    type holds the stored values; int8, which rounds, is only used on request.
 
     Raises:
-        ConfigError: BLOCKPRESS_COMPUTE_DTYPE is no such type, or int8 and the device is no processor.
+        ConfigError: BLOCKPRESS_COMPUTE_DTYPE is not such a type, or is int8 and the device is not a processor.
     """
     import torch
 
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-    asked = os.environ.get("BLOCKPRESS_COMPUTE_DTYPE") or "auto"
-    if asked not in (*types, "auto"):
-        raise ConfigError(f"BLOCKPRESS_COMPUTE_DTYPE is {asked!r}", hint=f"it may be auto, {', '.join(types)}")
-    if asked == "int8":
+    requested = os.environ.get("BLOCKPRESS_COMPUTE_DTYPE") or "auto"
+    if requested not in (*types, "auto"):
+        raise ConfigError(f"BLOCKPRESS_COMPUTE_DTYPE is {requested!r}", hint=f"it may be auto, {', '.join(types)}")
+    if requested == "int8":
         if device.type != "cpu":
             raise ConfigError(
                 f"BLOCKPRESS_COMPUTE_DTYPE is 'int8', and the device is {str(device)!r}",
                 hint="products of integers are made on processors: unset it, or give the device 'cpu'",
             )
         return torch.int8
-    if storage not in (torch.bfloat16, torch.float16) or types.get(asked) == storage:
+    if storage not in (torch.bfloat16, torch.float16) or types.get(requested) == storage:
         return storage
-    if asked == "float32":
+    if requested == "float32":
         return torch.float32
     if device.type != "cpu":
         return storage
-    # Flags alone decide where the instructions are there and nothing keeps torch from using them.
+    # Flags alone decide where the processor has the instructions and nothing keeps torch from using them.
     free = torch.backends.mkldnn.is_available() and not any(os.environ.get(name) for name in _SWITCHES)
     if storage == torch.bfloat16 and free and isa() in ("amx", "avx512_bf16"):
         return storage
-    found = rates()
-    return storage if found.of(str(storage).removeprefix("torch.")) >= found.of(float32_way()) else torch.float32
+    measured = rates()
+    return storage if measured.of(str(storage).removeprefix("torch.")) >= measured.of(float32_way()) else torch.float32
 
 
 @cache
 def float32_way() -> Literal["mkl", "onednn"]:
-    """The better of torch's two float32 products: on AMD oneDNN's, 2.2 times MKL's where that keeps to AVX2."""
+    """The faster of torch's two float32 products: on AMD oneDNN, 2.2 times MKL's rate where MKL is limited to AVX2."""
     import torch
 
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,11 +1,11 @@
-"""The processor, its ISA level, and the machine in words.
+"""The processor, its ISA level, and a description of the machine.
 
 Why: code is built for a level, not for one processor, so that a level below this machine's can be chosen and tested
-here (BLOCKPRESS_ISA), and reports say which one ran.
+here (BLOCKPRESS_ISA), and reports can name the level that ran.
 
     amx > avx512_bf16 > avx512 > avx2 > portable          neon > portable
 
-Invariant: each level asks for every flag that `ops/compiled.py` builds it with, and for those of the levels below.
+Invariant: each level requires every flag that `ops/compiled.py` builds it with, and those of the levels below.
 
 Run it:  python -c "from blockpress.hardware import processor; print(processor().levels)"
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Isa = Literal["amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"]
 
 ROOT = Path("/")
-"""What /proc and /sys hang from; tests put a made-up machine there."""
+"""The parent of /proc and /sys; tests put a simulated machine there."""
 
 _NEEDED: tuple[tuple[Isa, frozenset[str]], ...] = (
     ("avx2", frozenset({"avx2", "fma", "f16c"})),
@@ -36,12 +36,12 @@ _NEEDED: tuple[tuple[Isa, frozenset[str]], ...] = (
     ("avx512_bf16", frozenset({"avx512_bf16", "avx512_vnni"})),
     ("amx", frozenset({"amx_tile", "amx_bf16", "amx_int8"})),
 )
-"""The flags of each x86 level, beside those of the levels below it: what `ops/compiled.py` builds with."""
+"""The flags that each x86 level adds to those below it: what `ops/compiled.py` builds with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """A processor as the system describes it; of one that it does not describe, flags and vendor are empty."""
+    """A processor as the system describes it; flags and vendor are empty where it does not."""
 
     name: str
     vendor: str
@@ -50,7 +50,7 @@ class Processor:
 
     @property
     def levels(self) -> tuple[Isa, ...]:
-        """The ISA levels that it has, the best first; "portable" is always the last."""
+        """Its ISA levels, the best first; "portable" is always the last."""
         if "asimd" in self.flags:
             return "neon", "portable"
         have: list[Isa] = ["portable"]
@@ -62,7 +62,7 @@ class Processor:
 
     @property
     def isa(self) -> Isa:
-        """The best of them."""
+        """The best level."""
         return self.levels[0]
 
 
@@ -73,7 +73,7 @@ def processor() -> Processor:
 
 
 def parse_cpuinfo(text: str) -> Processor:
-    """A processor from the text of Linux's cpuinfo: its first block speaks for all cores."""
+    """A processor from the text of Linux's cpuinfo, of which the first block stands for all cores."""
     pairs = [line.split(":", 1) for line in text.strip().split("\n\n")[0].splitlines() if ":" in line]
     values = {key.strip(): value.strip() for key, value in pairs}
     part = f"{platform.machine()}, implementer {values['CPU implementer']}" if "CPU implementer" in values else ""
@@ -86,7 +86,7 @@ def parse_cpuinfo(text: str) -> Processor:
 
 
 def _sysctl() -> str:
-    """The same text, as far as macOS can tell."""
+    """The same text from macOS's sysctl, as far as it goes."""
     if platform.system() != "Darwin":
         return ""
     try:
@@ -102,22 +102,22 @@ def _sysctl() -> str:
 
 
 def isa() -> Isa:
-    """The ISA level in use: the processor's best, or the one that BLOCKPRESS_ISA asks for.
+    """The ISA level in use: the processor's best, or the one in BLOCKPRESS_ISA.
 
     Raises:
-        ConfigError: BLOCKPRESS_ISA is no level, or one that the processor lacks.
+        ConfigError: BLOCKPRESS_ISA is not a level, or one that the processor lacks.
     """
-    asked, have = os.environ.get("BLOCKPRESS_ISA"), processor().levels
-    if not asked:
+    requested, have = os.environ.get("BLOCKPRESS_ISA"), processor().levels
+    if not requested:
         return have[0]
-    if asked not in have:
-        raise ConfigError(f"BLOCKPRESS_ISA is {asked!r}", hint=f"{processor().name} has {', '.join(have)}")
-    return asked
+    if requested not in have:
+        raise ConfigError(f"BLOCKPRESS_ISA is {requested!r}", hint=f"{processor().name} has {', '.join(have)}")
+    return requested
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A GPU that torch can use; bytes of its memory."""
+    """A GPU that torch can use, with its memory in bytes."""
 
     device: str
     name: str
@@ -126,26 +126,26 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """The GPUs of this machine, as they are now, in the order of their numbers."""
+    """The GPUs of this machine and their free memory now, in the order of their indices."""
     import torch
 
-    found = []
+    result = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        found.append(Card(device=f"cuda:{index}", name=torch.cuda.get_device_name(index), free=free, total=total))
-    return found
+        result.append(Card(device=f"cuda:{index}", name=torch.cuda.get_device_name(index), free=free, total=total))
+    return result
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has."""
+    """The number of a GPU's multiprocessors."""
     import torch
 
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def machine(device: torch.device | None = None) -> str:
-    """In words: the processor, its cores and the first card; of a device: that alone, with the threads that it uses."""
+    """A description: the processor, its cores and the first card; or of one device alone, with the threads in use."""
     import torch
 
     if device is None:
@@ -157,7 +157,7 @@ def machine(device: torch.device | None = None) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A file of the system, below ROOT; "" where it cannot be read."""
+    """The text of a system file below ROOT; "" where it cannot be read."""
     try:
         return (ROOT / path).read_text(errors="replace")
     except OSError:
