@@ -1,5 +1,5 @@
-"""What a model will need here, said before it is loaded.
+"""What a model will need on this machine, before it is loaded.
 
-Invariant: headers and configurations are read, no weight is.
+Invariant: headers and configurations are read, weights are not.
 Run it:  python -m pytest tests/checkpoints/test_memory.py
 """

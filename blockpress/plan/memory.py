@@ -1,7 +1,7 @@
 """Whether a model fits: the bytes of its parts from the headers of its files.
 
-Formulas over the config alone stand in `costs.py`; here they meet the files. Weights that are stored packed stay
-packed in memory, so they count as they lie on disk; others count in the type that they are loaded in.
+Formulas over the config alone are in `costs/`; here they are combined with the files. Weights that are stored packed
+stay packed in memory, so they count as on disk; others count in the type that they are loaded in.
 
 Invariant: no weight is read and nothing is allocated.
 
@@ -34,7 +34,7 @@ _PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """A checkpoint's files in figures: bytes on disk in all, of the text stack (a tie once), and of the vision tower.
+    """Sizes of a checkpoint's files: bytes on disk in all, of the text stack (tied weights once), and of the tower.
 
     `dtypes` counts the tensors of each stored type; `quantised` names the parts whose weights are packed.
     """
@@ -50,9 +50,9 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes that a model takes while it answers one request of `tokens` of context.
+    """Bytes that a model takes while it answers one request with `tokens` tokens of context.
 
-    `canvas` and `reading` are peaks of passes that never run at once, so that the whole is `total`.
+    `canvas` and `reading` are peaks of passes that never run at once, so `total` counts only the larger one.
     """
 
     tokens: int
@@ -67,7 +67,7 @@ class Need:
 
 
 def survey(path: str | Path | Checkpoint) -> Files:
-    """The files of a checkpoint's directory, or a GGUF file, from their headers; or of a checkpoint that is open.
+    """The sizes of a checkpoint directory, a GGUF file or an open checkpoint, from the headers.
 
     Raises:
         MissingWeights, DamagedFile, CheckpointError: a file that is missing, cut short or unreadable.
@@ -114,13 +114,13 @@ def needed(
     compute_dtype: str | None = None,
     files: Files | None = None,
 ) -> Need:
-    """What a model takes with `tokens` of context behind which it writes.
+    """The bytes that a model takes while it writes after `tokens` tokens of context.
 
     Args:
         dtype: of the weights in memory; None: the config's.
-        compute_dtype: of context and working memory; None: `dtype`. int8: matrices of layers are codes in memory,
-            whatever they are stored in, and the rest is in float32.
-        files: of a checkpoint; packed weights then count as they lie on disk.
+        compute_dtype: of context and working memory; None: `dtype`. int8: matrices of layers are int8 codes in memory,
+            however they are stored, and the rest is float32.
+        files: of a checkpoint; packed weights then count as on disk.
 
     >>> from blockpress.config import PRESETS
     >>> need = needed(PRESETS["diffusiongemma-26B-A4B"](), 4096)
@@ -143,12 +143,12 @@ def needed(
 
 
 def plain_weights(config: ModelConfig, dtype: str) -> int:
-    """Bytes of a network's parameters, and of the two scalars of each layer, in that type."""
+    """Bytes of a network's parameters, and of the two scalars of each layer, in `dtype`."""
     return (sum(costs.parameters(config).values()) + 2 * len(config.layers)) * costs.DTYPE_BYTES[dtype]
 
 
 def _is_tie(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a tensor is another name of one that is there: only one of the two is loaded."""
+    """Whether a tensor is a second name of another one in `tensors`: only one of the two is loaded."""
     ours = our_name(name)
     first = [] if ours is None else [published_name(ours, family) for family in FAMILIES]
     return name not in first and any(other in tensors for other in first)
