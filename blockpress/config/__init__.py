@@ -1,7 +1,7 @@
-"""What a checkpoint says about itself: `config.json` and `generation_config.json` as frozen values.
+"""A checkpoint's configuration: `config.json` and `generation_config.json` as frozen values.
 
-Invariant: a configuration that exists is valid; every field is checked when the value is made. No torch here, so that
-memory and speed can be planned without it.
+Invariant: a configuration that exists is valid; every field is checked at construction. No torch here, so that memory
+and speed can be planned without it.
 Run it:  python -c "from blockpress.config import PRESETS; print(PRESETS['diffusiongemma-26B-A4B']())"
 """
 

@@ -1,4 +1,4 @@
-"""Small tests of a field's value, and the error that names the field, the value and the need."""
+"""Checks of a field's value, and the error that names the field, the value and what it must be."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The families of networks that share one stack, and what a config.json of each takes for granted.
+"""The families of networks that share one stack, and the defaults of each family's config.json.
 
     diffusion_gemma   DiffusionGemma: the stack run causally over the context and bidirectionally over a canvas
-    gemma4            Gemma 4: the causal pass alone; the text part stands in `text_config`, towers beside it
+    gemma4            Gemma 4: only the causal pass; the text part is in `text_config`, next to the towers'
     gemma4_text       the same text part saved by itself: the file is the text part
 
-Invariant: a field that a file leaves out has the value that the family's reference gives it, even where that is a value
-that the stack does not compute; so it is refused instead of guessed.
+Invariant: a field that a file leaves out has the value that the family's reference gives it, even if the stack does not
+compute that value; so it is refused instead of guessed.
 Run it:  python -m pytest tests/test_config.py
 Source: `DiffusionGemmaTextConfig`, `Gemma4TextConfig`, `Gemma4Config` of `transformers` 5.23.
 """
@@ -22,11 +22,11 @@ Family = Literal["diffusion_gemma", "gemma4", "gemma4_text"]
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What is special about a family.
+    """The properties of a family.
 
     architecture: the class that the reference loads. text_type: `model_type` of its text part. nested: whether that
-    part stands in `text_config`. has_canvas: whether it denoises canvases, or only goes on token by token.
-    defaults: what its reference takes for fields that a file leaves out, where the families differ.
+    part is in `text_config`. has_canvas: whether it denoises canvases, or is only autoregressive.
+    defaults: the reference's values for fields that a file leaves out, where the families differ.
     """
 
     architecture: str
@@ -68,11 +68,11 @@ FAMILIES: Mapping[Family, Traits] = {
 }
 
 REASONS: Mapping[str, str] = {
-    "hidden_size_per_layer_input": "per-layer inputs, as in Gemma 4 E2B and E4B, are not computed; unsaid means 256",
+    "hidden_size_per_layer_input": "per-layer inputs, as in Gemma 4 E2B and E4B, are not computed; absent means 256",
     "num_kv_shared_layers": "layers that reuse the keys and values of others, as in E2B and E4B, are not computed",
     "use_double_wide_mlp": "the double-wide MLP of Gemma 4 E2B is not computed",
     "use_bidirectional_attention": "text is read causally here",
     "audio_config": "there is no audio tower here, which Gemma 4 E2B and E4B have",
     "tie_word_embeddings": "embedding and output head are one matrix here",
 }
-"""Why a field that is refused is refused, where its name does not say it."""
+"""Why a field is refused, where its name does not tell."""

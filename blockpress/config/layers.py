@@ -1,9 +1,9 @@
-"""One kind of layer, and how config.json spells the layers: two ways for the sizes of the full ones.
+"""The layers, and the two ways in which config.json gives the sizes of full layers.
 
     published     "global_head_dim": 512, "num_global_key_value_heads": 2       for all full layers
     transformers  "per_layer_config": {"5": {"head_dim": 512, ...}, ...}        differences only, layer by layer
 
-Invariant: both spellings of the same layers give the same value. With neither, a full layer's head is 512 wide.
+Invariant: both spellings of the same layers give the same value. With neither, a full layer's head has 512 features.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KINDS: tuple[LayerKind, ...] = ("sliding_attention", "full_attention")
 class Rope:
     """Rotary position embedding of one kind of layer.
 
-    `proportional` rotates only the first `int(partial * head_dim // 2)` pairs and spreads their frequencies over the
-    whole head; `default` rotates the first `partial` of the head with frequencies of that part.
+    `proportional` rotates only the first `int(partial * head_dim // 2)` pairs, with frequencies spread over the whole
+    head; `default` rotates the first `partial` of the head with frequencies of that part.
     """
 
     theta: float
@@ -53,7 +53,7 @@ class Rope:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rope:
-        """Read one entry of `rope_parameters`; an unknown key there would change the angles, so it is refused."""
+        """Read one entry of `rope_parameters`; an unknown key is refused, since it would change the angles."""
         known = {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
         for key in data:
             require(
@@ -96,7 +96,7 @@ class LayerConfig:
 
 
 def read_ropes(text: Mapping[str, Any]) -> tuple[Rope, Rope]:
-    """The rotary embeddings of sliding and of full layers; the reference's where they are not given."""
+    """The rotary embeddings of sliding and of full layers; the reference's where the file has none."""
     given = text.get("rope_parameters")
     require(given is None or isinstance(given, Mapping), "rope_parameters", given, "an object for each kind of layer")
     for key, value in (given or {}).items():
@@ -109,8 +109,8 @@ def read_ropes(text: Mapping[str, Any]) -> tuple[Rope, Rope]:
 def read_layers(text: Mapping[str, Any], keys_are_values: bool = True) -> tuple[LayerConfig, ...]:
     """Layer kinds and sizes from either spelling; the last layer is always full, whatever the file says.
 
-    `num_global_key_value_heads` counts only where the full layers' keys are their values (`attention_k_eq_v`): in a
-    Gemma 4 without that, full layers have the general number, and the reference reads the field as if it were absent.
+    `num_global_key_value_heads` applies only where the full layers' keys are their values (`attention_k_eq_v`): in a
+    Gemma 4 without that, full layers have the general number, and the reference ignores the field.
     """
     count = text["num_hidden_layers"]
     require(is_count(count), "num_hidden_layers", count, "a whole number of at least 1")
@@ -139,22 +139,22 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any], keys_are_values: bool)
     require(valid, "num_global_key_value_heads", global_heads, "a whole number of at least 1")
     sizes = []
     for index, kind in enumerate(kinds):
-        own = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
+        size = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
         if differences is None and kind == "full_attention":
-            own["head_dim"] = text.get("global_head_dim", 512)
+            size["head_dim"] = text.get("global_head_dim", 512)
             if keys_are_values and global_heads is not None:
-                own["num_key_value_heads"] = global_heads
+                size["num_key_value_heads"] = global_heads
         for key, value in by_layer.get(index, {}).items():
-            require(key in own, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
-            own[key] = value
-        sizes.append((kind, own["head_dim"], own["num_key_value_heads"]))
+            require(key in size, f"per_layer_config.{index}.{key}", value, "head_dim or num_key_value_heads")
+            size[key] = value
+        sizes.append((kind, size["head_dim"], size["num_key_value_heads"]))
     return sizes
 
 
 def write_full_sizes(
     layers: tuple[LayerConfig, ...], general: LayerConfig, keys_are_values: bool = True
 ) -> dict[str, Any]:
-    """The published spelling where it can say it, `per_layer_config` where layers of one kind differ."""
+    """The published spelling where it suffices, `per_layer_config` where layers of one kind differ."""
     full = {(layer.head_dim, layer.kv_heads) for layer in layers if not layer.sliding}
     alike = all((x.head_dim, x.kv_heads) == (general.head_dim, general.kv_heads) for x in layers if x.sliding)
     head_dim, kv_heads = next(iter(full), (0, 0))

@@ -1,7 +1,7 @@
 """`config.json`: the shape of a network as a frozen value.
 
-A key that would change the maths in a way that this package does not know is refused by name; a neutral or unknown one
-is kept in `source` and written back. Source: the published config.json and what `transformers` 5.23 saves.
+A key that would change the maths in a way that is not implemented here is refused by name; a neutral or unknown one is
+kept in `source` and written back. Source: the published config.json and what `transformers` 5.23 saves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COUNTS = (
 _EXPERTS = ("num_experts", "top_k_experts", "expert_size")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Fields whose other values would need maths that the stack does not have. Value: what we implement.
+# Fields of which the stack implements only these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False, None),
@@ -54,10 +54,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ModelConfig:
     """A network of DiffusionGemma or of its sibling Gemma 4, as `config.json` describes it.
 
-    Sizes are numbers of features, `context_length` and `canvas_length` numbers of tokens; where the family has no
-    canvas an answer grows by one token, so its `canvas_length` is 1. Without experts (a dense network) the three
-    numbers that describe them are 0. `source` is the file as it was read: what this class does not name travels
-    through `to_dict` untouched.
+    Sizes are numbers of features, `context_length` and `canvas_length` numbers of tokens; a family without canvases
+    writes one token at a time, so its `canvas_length` is 1. Without experts (a dense network) the three numbers that
+    describe them are 0. `source` is the file as read: `to_dict` passes fields that this class does not name through.
     """
 
     family: Family = FAMILY
@@ -105,8 +104,8 @@ class ModelConfig:
             self._check_layer(index, layer)
 
     def _check_family(self) -> None:
-        """What DiffusionGemma always has, and what Gemma 4 may do without: experts, a softcap, shared values."""
-        # A dense network has none of the three; one of them alone is a mistake.
+        """Experts, a softcap and keys as values: required in DiffusionGemma, optional in Gemma 4."""
+        # A dense network has none of the experts' three numbers; one of them alone is a mistake.
         dense = not self.has_canvas and not any(getattr(self, name) for name in _EXPERTS)
         for name in _EXPERTS:
             require(
@@ -140,7 +139,7 @@ class ModelConfig:
 
     @property
     def has_canvas(self) -> bool:
-        """Whether the network denoises canvases; Gemma 4 only goes on token by token."""
+        """Whether the network denoises canvases; Gemma 4 is autoregressive only."""
         return FAMILIES[self.family].has_canvas
 
     def has_value(self, layer: LayerConfig) -> bool:
@@ -153,7 +152,7 @@ class ModelConfig:
 
         Args:
             data: the parsed file. Both spellings of the full layers' sizes are read: `global_head_dim` with
-                `num_global_key_value_heads`, and `per_layer_config`, which holds only differences.
+                `num_global_key_value_heads`, and `per_layer_config`, which has only differences.
 
         Raises:
             ConfigError: another family, a missing field, a value out of range, or a key that changes the maths.
@@ -193,9 +192,9 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` of this value, in the published layout; unknown keys of `source` are kept."""
         traits = FAMILIES[self.family]
-        # What is written from a config is not packed, however the weights lay that it was read beside.
-        gone = ("torch_dtype", "quantization_config")
-        kept: dict[str, Any] = {k: v for k, v in self.source.items() if k not in gone}
+        # Weights are not packed when they are written with this config, even if it was read with packed ones.
+        dropped = ("torch_dtype", "quantization_config")
+        kept: dict[str, Any] = {k: v for k, v in self.source.items() if k not in dropped}
         text = self._text_dict(traits, dict(kept.get("text_config", {})) if traits.nested else kept)
         out: dict[str, Any] = {"architectures": [traits.architecture], "dtype": self.dtype}
         if not traits.nested:
@@ -208,7 +207,7 @@ class ModelConfig:
         return kept | out
 
     def _text_dict(self, traits: Traits, text: dict[str, Any]) -> dict[str, Any]:
-        """The text part of the file, over what was read of it."""
+        """The text part of the file: the fields that were read, updated."""
         for old in ("global_head_dim", "num_global_key_value_heads", "per_layer_config", "quantization_config"):
             text.pop(old, None)
         general = next((layer for layer in self.layers if layer.sliding), self.layers[0])
@@ -241,12 +240,12 @@ class ModelConfig:
         if not self.has_canvas:
             text["enable_moe_block"] = self.num_experts > 0
             text["attention_k_eq_v"] = self.keys_are_values
-            text["hidden_size_per_layer_input"] = 0  # left out, the reference would take 256
+            text["hidden_size_per_layer_input"] = 0  # without it, the reference would assume 256
         return text | write_full_sizes(self.layers, general, self.keys_are_values)
 
 
 def _read_family(data: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
-    """The family and the text part of a config.json, with the family's defaults; refuses what is not computed."""
+    """The family and the text part of a config.json, with the family's defaults; refuses what is not implemented."""
     family: Any = data.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(
@@ -272,6 +271,6 @@ def _read_family(data: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
 
 
 def _experts(text: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    """The experts' numbers; all 0 where the layers have none, whatever else the file says of them."""
-    there = traits.has_canvas or text["enable_moe_block"]
-    return {ours: text[name] if there else 0 for ours, name in zip(_EXPERTS, _REQUIRED_OF_EXPERTS, strict=True)}
+    """The experts' numbers; all 0 where the layers have no experts, whatever else the file says."""
+    sparse = traits.has_canvas or text["enable_moe_block"]
+    return {ours: text[name] if sparse else 0 for ours, name in zip(_EXPERTS, _REQUIRED_OF_EXPERTS, strict=True)}

@@ -1,4 +1,4 @@
-"""Networks by name: the published one, the shipped one, and the smallest that has every part."""
+"""Networks by name: the published ones, the shipped one, and the smallest that has every part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blockpress.config.model import ModelConfig
 
 
 def diffusiongemma_26b_a4b() -> ModelConfig:
-    """The published model: 25.2 billion parameters, 3.8 billion active a token."""
+    """The published model: 25.2 billion parameters, 3.8 billion active per token."""
     sliding = LayerConfig(kind="sliding_attention", head_dim=256, kv_heads=8)
     full = LayerConfig(kind="full_attention", head_dim=512, kv_heads=2)
     return ModelConfig(

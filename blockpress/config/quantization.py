@@ -1,13 +1,13 @@
 """`quantization_config`: how a checkpoint's weights are packed, as a frozen value that is checked when read.
 
-What is said about activations (dynamic or static scales of inputs and outputs) and about the key/value cache is known
-and left aside on purpose: it trades accuracy for the speed of GPUs that multiply in few bits. Here activations and the
-cache stay in the network's type, which is closer to the model before it was quantised.
+Settings for activations (dynamic or static scales of inputs and outputs) and for the KV cache are ignored on purpose:
+they trade accuracy for the speed of GPUs that multiply in few bits. Here activations and the cache stay in the
+network's type, which is closer to the model before quantisation.
 
     compressed-tensors   groups of targets with `weights` arguments, and names to ignore
     modelopt             `quant_algo` (or groups, or `quant_cfg`); also from `hf_quant_config.json`
 
-Invariant: a method, a format or an argument that would change what the stored bytes mean, and that is not read here, is
+Invariant: a method, a format or an argument that changes the meaning of the stored bytes, and that is not read here, is
 refused by name.
 
 Run it:  python -m pytest tests/checkpoints/test_packed.py
@@ -35,7 +35,7 @@ _FORMATS = (
 )  # fmt: skip
 _TAKE_ANOTHER = "take a checkpoint in compressed-tensors' layout or of ModelOpt, a GGUF file, or the bfloat16 one"
 
-# Keys that say nothing about the weights' bytes, and what is deliberately not used: see the module's docstring.
+# Keys that do not concern the weights' bytes, or are ignored on purpose: see the module's docstring.
 _GROUP_ASIDE = {"input_activations", "output_activations"}
 _ARGUMENTS_ASIDE = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 _TOP_ASIDE = {"global_compression_ratio", "version", "kv_cache_scheme", "quant_method", "run_compressed"}
@@ -43,7 +43,7 @@ _TOP_ASIDE = {"global_compression_ratio", "version", "kv_cache_scheme", "quant_m
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How one group of matrices is packed: `group` is the columns under one scale, `block` its rows and columns.
+    """How one group of matrices is packed: `group` columns, or a `block` of rows and columns, share one scale.
 
     A `targets` entry is a module's name, `re:` and a regular expression that matches its beginning, or `Linear`.
     """
@@ -80,7 +80,7 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Which matrices are packed, and how. ModelOpt's names are patterns of its own and are not matched."""
+    """Which matrices are packed, and how. ModelOpt's names use other patterns and are not matched."""
 
     method: str
     schemes: tuple[Scheme, ...]
@@ -89,7 +89,7 @@ class Quantization:
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer by its published name; None where no group names it.
 
-        A name goes before a pattern, a pattern before `Linear`, as in compressed-tensors.
+        A name has precedence over a pattern, a pattern over `Linear`, as in compressed-tensors.
         """
         if self.method == "modelopt" or any(_matches(module, entry) for entry in self.ignore):
             return None
@@ -98,10 +98,10 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: object) -> Quantization:
-        """Read a `quantization_config`, or what `hf_quant_config.json` holds.
+        """Read a `quantization_config`, or the content of `hf_quant_config.json`.
 
         Raises:
-            ConfigError: a method, a format or an argument that nothing here reads, named with its value.
+            ConfigError: a method, a format or an argument that is not read here, named with its value.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"config field {WHERE} is {data!r}", hint=f"{WHERE} must be an object")
@@ -119,7 +119,7 @@ class Quantization:
 def _read_compressed(data: Mapping[str, Any]) -> Quantization:
     form, status = data.get("format"), data.get("quantization_status")
     require(form in _FORMATS, f"{WHERE}.format", form, f"one of {', '.join(_FORMATS)}: {_TAKE_ANOTHER}")
-    # Older versions say "frozen" of packed weights too; floats that lie beside scales are refused by their tensors.
+    # Older versions write "frozen" for packed weights too; floats that come with scales are refused by their tensors.
     done = status in ("compressed", "frozen", None)
     require(done, f"{WHERE}.quantization_status", status, "'compressed': save it compressed")
     for name, why in (
@@ -176,7 +176,7 @@ def _read_arguments(name: str, given: object, targets: tuple[str, ...]) -> Schem
 
 
 def _read_modelopt(data: Mapping[str, Any]) -> Quantization:
-    """The formats that ModelOpt names, as schemes; where they lie is seen from the tensors."""
+    """The formats that ModelOpt names, as schemes; which weights have them is read from the tensors."""
     algorithm = data.get("quant_algo")
     layers = data.get("quantized_layers") or {}
     named = [algorithm] if algorithm not in (None, "MIXED_PRECISION") else []
@@ -195,7 +195,7 @@ def _read_modelopt(data: Mapping[str, Any]) -> Quantization:
 
 def _of_algorithm(name: object) -> Scheme:
     plain = name if isinstance(name, str) else ""
-    # AWQ and SVDQuant move a part of the weights into scales and low-rank factors of their own.
+    # AWQ and SVDQuant move part of the weights into separate scales and low-rank factors.
     if ("NVFP4" in plain or plain == "W4A4") and not re.search("AWQ|SVD", plain):
         return Scheme(bits=4, kind="float", strategy="tensor_group", group=16)
     if plain in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
@@ -219,7 +219,7 @@ def _of_bits(entry: object) -> Scheme:
 
 
 def _weight_quantizers(tree: object, inside: bool = False) -> Iterator[Mapping[str, Any]]:
-    """The entries of a `quant_cfg` that describe weights, wherever they stand in it."""
+    """The entries of a `quant_cfg` that describe weights, at any depth."""
     if isinstance(tree, Mapping):
         inside = inside or "weight_quantizer" in str(tree.get("quantizer_name", ""))
         if inside and "num_bits" in tree and tree.get("enable", True):

@@ -1,8 +1,8 @@
-"""`generation_config.json`: how a canvas is denoised, how a token is drawn, and which ids end an answer.
+"""`generation_config.json`: how a canvas is denoised, how a token is sampled, and which ids end an answer.
 
 Null or absent means the reference's default.
 
-Invariant: a sampling that exists is valid; what is wrong with one is said by the name of the field and its value.
+Invariant: a sampling that exists is valid; errors name the field and its value.
 Run it:  python -m pytest tests/test_config.py
 Source: reference model, section 2; for tokens `GenerationConfig` of `transformers` 5.23.
 """
@@ -18,20 +18,20 @@ from blockpress.config.model import ModelConfig
 from blockpress.errors import ConfigError, RequestError
 
 CHECKS = 4
-"""How many checks the mode "verified" makes of itself."""
+"""How many verifications of a canvas the mode "verified" does by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a canvas is denoised; the defaults are the reference's.
 
-    steps: most denoising steps a canvas. entropy_bound: nats that the accepted tokens may hold together, the largest
-    left out. t_max, t_min: temperature at the first step and after the last. stability: steps in a row whose argmax
-    must agree before a canvas settles. confidence: mean entropy (nats a token) below which it may settle. checks: how
-    many times at most the causal pass checks a settled canvas and has what it disagrees with denoised again; 0: never.
-    stop: text that ends the answer and is not part of it. accept, settle: rules of your own (`diffusion.Accept` and
-    `diffusion.Settle`) in the place of the entropy bound, and of stability and confidence; their steps are not captured
-    on a GPU.
+    steps: most denoising steps per canvas. entropy_bound: most nats of the accepted tokens together, the largest not
+    counted. t_max, t_min: temperature at the first step and after the last. stability: consecutive steps whose argmax
+    must agree before a canvas settles. confidence: mean entropy (nats per token) below which it may settle. checks: how
+    many times at most the causal pass verifies a settled canvas, and what it rejects is denoised again; 0: never.
+    stop: text that ends the answer and is not part of it. accept, settle: your own rules (`diffusion.Accept` and
+    `diffusion.Settle`) instead of the entropy bound, and of stability and confidence; their steps are not captured on a
+    GPU.
     """
 
     steps: int = 48
@@ -66,18 +66,18 @@ class Sampling:
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> Sampling:
-        """A copy with some fields changed (and checked)."""
+        """A copy with some fields changed; the result is checked."""
         _check_names(self, changes)
         return replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveSampling:
-    """How the next token is chosen where an answer is written token by token; the defaults take the likeliest one.
+    """How the next token is chosen in autoregressive decoding; the defaults take the likeliest one.
 
-    temperature: the logits are divided by it; 0 takes the likeliest token, and the next two fields say nothing. top_k:
-    how many of the likeliest tokens may be drawn; None: all. top_p: of these, the likeliest that together hold at
-    least this probability may be drawn. stop: text that ends the answer and is not part of it.
+    temperature: the logits are divided by it; 0 takes the likeliest token, and the next two fields have no effect.
+    top_k: how many of the likeliest tokens may be sampled; None: all. top_p: of these, the likeliest that together have
+    at least this probability may be sampled. stop: text that ends the answer and is not part of it.
     """
 
     temperature: float = 0.0
@@ -96,7 +96,7 @@ class AutoregressiveSampling:
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> AutoregressiveSampling:
-        """A copy with some fields changed (and checked)."""
+        """A copy with some fields changed; the result is checked."""
         _check_names(self, changes)
         return replace(self, **changes)
 
@@ -118,7 +118,7 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     return texts
 
 
-# What the reference would do with each next token besides temperature, top-k and top-p. Value: what changes nothing.
+# Fields with which the reference would change the choice of a token in other ways. Value: what changes nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "min_p": (None, 0),
@@ -149,8 +149,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 class GenerationConfig:
     """`generation_config.json`: the samplers and the ids that end an answer. Null or absent means the default.
 
-    `sampling` is for canvases, `autoregressive` for single tokens; `has_canvas` says whether the file is one of a
-    family that has canvases. `max_new_tokens` in it is the default of one library's call, never a cap here.
+    `sampling` is for canvases, `autoregressive` for single tokens; `has_canvas` tells whether the file's family has
+    canvases. `max_new_tokens` in it is the default of one library's call, never a limit here.
     """
 
     sampling: Sampling = Sampling()
@@ -165,7 +165,7 @@ class GenerationConfig:
 
         Raises:
             ConfigError: a value of the wrong type or range, a sampler that is not the entropy-bound one, or, in a
-                family without canvases, a field that would choose tokens in a way that we do not know.
+                family without canvases, a field that would choose tokens in a way that is not implemented.
         """
         sampler = data.get("sampler_config")
         require(sampler is None or isinstance(sampler, Mapping), "sampler_config", sampler, "an object")
@@ -227,15 +227,15 @@ class GenerationConfig:
 
 
 def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that choose a token. As the reference reads them: none counts unless `do_sample` is true, and then an
+    """The fields that choose a token, as the reference reads them: they apply only if `do_sample` is true, and then an
     absent top_k is 50; 0 is no limit."""
     sample = data.get("do_sample")
     require(sample is None or isinstance(sample, bool), "do_sample", sample, "true, false or null")
     if not sample:
         return {}
     given = {name: data.get(name) for name in ("temperature", "top_k", "top_p")}
-    found = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
+    fields = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
     require(
-        is_number(found["temperature"]) and found["temperature"] > 0, "temperature", found["temperature"], "above 0"
+        is_number(fields["temperature"]) and fields["temperature"] > 0, "temperature", fields["temperature"], "above 0"
     )
-    return found | {"top_k": found["top_k"] or None}
+    return fields | {"top_k": fields["top_k"] or None}

@@ -1,10 +1,10 @@
-"""The vision tower's shape, how pictures are cut for it, and the token ids that mark a picture in a prompt.
+"""The vision tower's shape, how pictures are cut into patches, and the token ids that mark a picture in a prompt.
 
 Three sources: `vision_config` of config.json (the tower), processor_config.json or preprocessor_config.json (resizing
 and the budget of soft tokens), and the token ids of config.json.
 
-Invariant: a value that exists is valid, and a key of a file that would change the maths in a way that we do not know
-is refused by name. No torch here.
+Invariant: a value that exists is valid, and a key of a file that would change the maths in a way that is not
+implemented is refused by name. No torch here.
 
 Run it:  python -m pytest tests/multimodal/test_settings.py
 Source: `Gemma4VisionConfig`, `Gemma4ImageProcessorPil`, `Gemma4VideoProcessor`, `DiffusionGemmaConfig`.
@@ -21,7 +21,7 @@ from blockpress.config.checks import is_count, is_number, require
 from blockpress.config.model import ModelConfig
 
 BUDGETS = (70, 140, 280, 560, 1120)
-"""Most soft tokens that a picture may become: the budgets that the model was trained with."""
+"""Most soft tokens per picture: the budgets that the model was trained with."""
 
 _COUNTS = {
     "hidden_size": 768,
@@ -34,9 +34,9 @@ _COUNTS = {
     "pooling_kernel_size": 3,
     "position_embedding_size": 10_240,
 }
-"""What `Gemma4VisionConfig` takes where the file is silent."""
+"""Defaults of `Gemma4VisionConfig`."""
 
-# Fields whose other values would need maths that the tower does not have. Value: what it has.
+# Fields of which the tower implements only these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("gemma4_vision",),
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -48,9 +48,8 @@ _NEUTRAL_IMAGES: dict[str, tuple[Any, ...]] = {
     "do_rescale": (True,),
     "resample": (3, None),
 }
-_LIBRARY_FRAMES = (
-    32  # transformers writes its own default into every file that it saves; only another number is a choice
-)
+# `transformers` writes this default into every file that it saves; only another number is a choice.
+_LIBRARY_FRAMES = 32
 
 MINIMAL_TOWER: dict[str, Any] = {
     "model_type": "gemma4_vision",
@@ -61,11 +60,11 @@ MINIMAL_TOWER: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 8,
     "patch_size": 4,
-    # At a pooling of 1 the reference drops every soft token.
+    # With a pooling of 1 the reference drops every soft token.
     "pooling_kernel_size": 2,
     "position_embedding_size": 16,
 }
-"""The smallest tower that the reference builds; left out, it would invent one of 167 million parameters."""
+"""The smallest tower that the reference builds; without one, it would make up a tower of 167 million parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +79,15 @@ class VisionConfig:
     head_dim: int
     patch_size: int
     pooling: int
-    """Patches a side that one soft token is the mean of."""
+    """A soft token is the mean of pooling x pooling patches."""
     positions: int
     """Rows of each of the two position tables: most patches in a row or column of a picture."""
     rms_norm_eps: float = 1e-6
     rope_theta: float = 100.0
     clipped: bool = False
-    """Inputs and outputs of every linear layer are clamped to limits that the checkpoint stores."""
+    """Inputs and outputs of every linear layer are clamped to limits from the checkpoint."""
     standardize: bool = False
-    """Soft tokens are shifted and scaled by vectors that the checkpoint stores."""
+    """Soft tokens are shifted and scaled by vectors from the checkpoint."""
 
     def __post_init__(self) -> None:
         names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "kv_heads", "head_dim", "patch_size")
@@ -116,7 +115,7 @@ class VisionConfig:
         """Read a `vision_config`.
 
         Raises:
-            ConfigError: another kind of tower, a value out of range, or a key that changes the maths.
+            ConfigError: an unknown kind of tower, a value out of range, or a key that changes the maths.
         """
         require(isinstance(data, Mapping), "vision_config", data, "an object")
         _check_neutral(data, _NEUTRAL, "vision_config.")
@@ -146,16 +145,16 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """How pictures are resized and cut, and which frames of a video are taken."""
+    """How pictures are resized and cut into patches, and which frames of a video are used."""
 
     patch_size: int
     pooling: int
     max_soft_tokens: int = 280
     video_soft_tokens: int = 70
-    """The budget of one frame of a video."""
+    """Most soft tokens per frame of a video."""
     frames_per_second: float = 1.0
     video_frames: int | None = None
-    """Frames of a video, evenly spaced, instead of so many a second."""
+    """The number of frames, evenly spaced, instead of frames per second."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "pooling"):
@@ -170,14 +169,14 @@ class PictureSettings:
 
     @classmethod
     def from_dict(cls, vision: VisionConfig, data: Mapping[str, Any]) -> PictureSettings:
-        """Read a processor_config.json, or a preprocessor_config.json, which says the same without `image_processor`.
+        """Read a processor_config.json, or a preprocessor_config.json, which has the same without `image_processor`.
 
         Args:
-            vision: the tower that the pictures are cut for; a file that cuts them otherwise is refused.
+            vision: the tower that reads the patches; a file with other patches is refused.
             data: the parsed file; {} where the checkpoint has none: the defaults of `Gemma4ImageProcessor`.
 
-        `num_frames` is read where it is not the 32 that `transformers` writes by itself: the model's own rule is one
-        frame a second.
+        `num_frames` applies unless it is the 32 that `transformers` writes by itself: the model's own rule is one frame
+        per second.
         """
         images, videos = data.get("image_processor", data), data.get("video_processor") or {}
         for part, where in ((images, "image_processor"), (videos, "video_processor")):
@@ -186,7 +185,7 @@ class PictureSettings:
         fps, frames = videos.get("fps"), videos.get("num_frames")
         frames = None if frames == _LIBRARY_FRAMES else frames
         one = fps is None or frames is None
-        require(one, "video_processor.num_frames", frames, f"left out beside fps ({fps}): one of them counts")
+        require(one, "video_processor.num_frames", frames, f"left out next to fps ({fps}): only one of them applies")
         return cls(
             patch_size=vision.patch_size,
             pooling=vision.pooling,
@@ -207,7 +206,7 @@ class PictureTokens:
 
     @classmethod
     def of(cls, config: ModelConfig) -> PictureTokens:
-        """The ids that a model's config.json names; ConfigError where its vocabulary does not have them."""
+        """The ids from a model's config.json; ConfigError where its vocabulary does not have them."""
         given = config.source
         image = 258_880 if config.image_id is None else config.image_id
         ids = {"image_token_id": image}
@@ -249,7 +248,7 @@ def _check_part(part: Mapping[str, Any], vision: VisionConfig, where: str) -> No
 
 
 def _read_theta(given: object) -> Any:
-    """The base of the axial rotary embedding, whose type the published file calls `default`."""
+    """The theta of the axial rotary embedding, whose type the published file calls `default`."""
     if given is None:
         return 100.0
     require(isinstance(given, Mapping), "vision_config.rope_parameters", given, "an object")
