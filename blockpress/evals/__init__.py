@@ -1,5 +1,5 @@
-"""Quality, measured: how far two models are apart, and what the shipped ones solve.
+"""Quality: how far two models are apart, and what the shipped ones solve.
 
-Invariant: every figure says of how many answers it is, and under which seed.
+Invariant: every figure states the number of answers and the seed.
 Run it:  python -m pytest tests/evals
 """

@@ -1,6 +1,6 @@
-"""Measure a sudoku model on held-out puzzles, and write its model card (`card.py`) from what was measured.
+"""Evaluate a sudoku model on held-out puzzles, and write its model card (`card.py`) from the figures.
 
-The puzzles come from the project's own generator under a seed of its own; a grid that is a symmetric image of one in
+The puzzles come from the project's own generator under a seed of their own; a grid that is a symmetric image of one in
 the training pool is left out. Every answer is the first sample of one canvas.
 Run it:  python -m blockpress.evals.sudoku sudoku-nano --count 1000 --write
 """
@@ -34,9 +34,9 @@ from blockpress.train.card import (
     Measured,
     PuzzleOutcome,
     Score,
-    by_givens_and_sureness,
     calibration,
     card,
+    givens_and_calibration,
     score,
     steps_table,
 )
@@ -45,8 +45,6 @@ from blockpress.train.initialise import initialise
 from blockpress.train.recipes import SUDOKU_POOL, SUDOKU_SEED, recipe
 
 CAPS = (1, 2, 4, 8, 12, 16, 48)
-
-
 BY_GIVENS = ((24, 26), (27, 29), (30, 32), (33, 35), (36, 38), (39, 41), (42, 44), (45, 47), (48, 50))
 
 
@@ -57,7 +55,7 @@ def puzzles(count: int, givens: tuple[int, int], pool: Path, processes: int) -> 
 
 @cache
 def _trained_on(pool: Path, processes: int) -> set[int]:
-    """The fingerprints of the pool's grids, of which there are enough to take seconds."""
+    """The fingerprints of the pool's grids; cached, since computing them takes seconds."""
     solutions, _ = sudoku_pool(SUDOKU_SEED, SUDOKU_POOL, processes, pool)
     return set(sudoku.fingerprints(solutions).tolist())
 
@@ -65,7 +63,7 @@ def _trained_on(pool: Path, processes: int) -> set[int]:
 def diffusion(
     network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], sampling: Sampling, batch: int
 ) -> list[PuzzleOutcome]:
-    """One canvas a puzzle, first sample; every puzzle has the same seed."""
+    """One canvas a puzzle, first sample; all puzzles have the same seed."""
     outcomes: list[PuzzleOutcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
@@ -92,7 +90,7 @@ def diffusion(
 def autoregressive(
     network: Network, tokenizer: Tokenizer, chosen: list[sudoku.Puzzle], batch: int
 ) -> list[PuzzleOutcome]:
-    """The same weights, token by token, greedily."""
+    """The same weights in greedy autoregressive decoding."""
     outcomes: list[PuzzleOutcome] = []
     for start in range(0, len(chosen), batch):
         some = chosen[start : start + batch]
@@ -111,7 +109,7 @@ def autoregressive(
 
 def _rows(network: Network, tokenizer: Tokenizer, some: list[sudoku.Puzzle], canvas_length: int) -> list[SequenceState]:
     """The puzzles as prompts, each with room for one answer."""
-    prompts, config = [tokenizer.encode(sudoku.layout(each.puzzle)) for each in some], network.config
+    prompts, config = [tokenizer.encode(sudoku.layout(puzzle.puzzle)) for puzzle in some], network.config
     return [
         SequenceState(index, prompt, 0, stop_ids=config.eos_ids, canvas_length=canvas_length, room=config.canvas_length)
         for index, prompt in enumerate(prompts)
@@ -120,7 +118,7 @@ def _rows(network: Network, tokenizer: Tokenizer, some: list[sudoku.Puzzle], can
 
 UNTRAINED = -1
 Job = int | tuple[int, int] | None
-"""A row of the tables: diffusion under so many steps, or on puzzles with so many givens; None: token by token."""
+"""A row of the tables: diffusion with a cap on steps, or on puzzles with a range of givens; None: autoregressive."""
 
 
 def evaluate(
@@ -131,14 +129,14 @@ def evaluate(
     processes: int = 1,
     by_givens: dict[tuple[int, int], list[sudoku.Puzzle]] | None = None,
 ) -> Measured:
-    """Every cap, the autoregressive mode of the same weights, the untrained network; puzzles by their givens.
+    """All rows: every cap, the autoregressive mode, the untrained network, and puzzles by their givens.
 
-    Rows are shared out over `processes` of one thread each; a row's seconds are those of its own process.
+    Rows are distributed over `processes` of one thread each; a row's seconds are those of its own process.
     """
     jobs: dict[Job, list[sudoku.Puzzle]] = dict.fromkeys(caps, chosen)
     jobs |= {None: chosen, UNTRAINED: chosen[: len(chosen) // 4 or 1]} | (by_givens or {})
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as workers:
-        # The longest first, so that no process is left with one at the end.
+        # The longest rows first, so that none is left for the end.
         tasks = {job: workers.submit(evaluate_row, path, jobs[job], job, batch) for job in reversed(jobs)}
         for job in jobs:
             print(json.dumps(asdict(tasks[job].result()[0])), flush=True)
@@ -151,11 +149,11 @@ def evaluate(
 
 
 def evaluate_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) -> tuple[Score, list[PuzzleOutcome]]:
-    """One row of a table, and what it is made of."""
+    """One row of a table, and the outcomes that it summarises."""
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(path)
     network, tokenizer = load_network(checkpoint), Tokenizer.from_directory(path)
-    sampling, begun = checkpoint.generation.sampling, time.perf_counter()
+    sampling, started = checkpoint.generation.sampling, time.perf_counter()
     mode = f"diffusion, at most {sampling.steps} steps"
     if job is None:
         mode, outcomes = "autoregressive, greedy", autoregressive(network, tokenizer, chosen, batch)
@@ -169,7 +167,7 @@ def evaluate_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) 
     else:
         mode = f"{job[0]} to {job[1]} givens"
         outcomes = diffusion(network, tokenizer, chosen, sampling, batch)
-    return score(mode, outcomes, time.perf_counter() - begun), outcomes
+    return score(mode, outcomes, time.perf_counter() - started), outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--by-givens", type=int, default=0, metavar="N", help="N puzzles more for each three givens, 24 to 50"
     )
     parser.add_argument("--pool", type=Path, default=Path("runs/sudoku/sudoku-pool.npz"), help="made where absent")
-    parser.add_argument("--write", action="store_true", help="write README.md and measured.json beside the model")
+    parser.add_argument("--write", action="store_true", help="write README.md and measured.json next to the model")
     options = parser.parse_args(arguments)
     try:
         path, givens, processes = resolve(options.model), tuple(options.givens), processor().cores
@@ -193,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = evaluate(path, chosen, options.caps, options.batch, processes, more)
     except BlockpressError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print("\n\n".join((steps_table(measured.scores), *by_givens_and_sureness(measured))))
+    print("\n\n".join((steps_table(measured.scores), *givens_and_calibration(measured))))
     if options.write:
         (path / "measured.json").write_text(json.dumps(asdict(measured), indent=1) + "\n")
         (path / "README.md").write_text(card(path, measured, givens, machine()))

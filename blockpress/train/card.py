@@ -1,4 +1,4 @@
-"""What was measured of a sudoku model, and its model card: the history of its training, then tables.
+"""The figures measured on a sudoku model, and its model card: the history of its training, then tables.
 
 Run it:  python -m blockpress.evals.sudoku sudoku-nano --count 1000 --write
 """
@@ -17,14 +17,14 @@ from blockpress.checkpoints import load_config
 from blockpress.train.recipes import SUDOKU_GIVENS, SUDOKU_POOL, SUDOKU_SEED
 
 HELD_OUT_SEED = 0
-SURE = (0.005, 0.01, 0.02, 0.05)
-"""Between the classes in which calibration is counted, in nats a token; the first is the sampler's own bound."""
+CALIBRATION_EDGES = (0.005, 0.01, 0.02, 0.05)
+"""Edges of the calibration bins, in nats a token; the first is the sampler's own bound."""
 
 
 @dataclass(frozen=True)
 class PuzzleOutcome:
-    """What became of one puzzle. settled: stopped before its limit of steps. entropy: the mean of its last step, in
-    nats a token; None where it was written token by token."""
+    """The result of one puzzle. settled: stopped before its limit of steps. entropy: the mean of its last step, in
+    nats a token; None in autoregressive decoding."""
 
     solved: bool
     steps: int
@@ -34,8 +34,8 @@ class PuzzleOutcome:
 
 @dataclass(frozen=True)
 class Score:
-    """Some puzzles: the share solved exactly, its standard error, steps, how many settled on a wrong grid or were still
-    unsettled at the end, and seconds."""
+    """Several puzzles: the share solved exactly, its standard error, steps, the shares that settled on a wrong grid or
+    were still unsettled at the end, and seconds."""
 
     mode: str
     puzzles: int
@@ -49,9 +49,9 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Sureness:
-    """Of the answers whose last step had a mean entropy of at least `low` and below `high` (None: without limit), how
-    many are right."""
+class CalibrationBin:
+    """How many of the answers are right whose last step had a mean entropy of at least `low` and below `high` (None: no
+    limit), in nats a token."""
 
     low: float
     high: float | None
@@ -60,7 +60,7 @@ class Sureness:
 
 
 def score(mode: str, outcomes: Sequence[PuzzleOutcome], seconds: float) -> Score:
-    """Summarise some outcomes."""
+    """Summarise outcomes under a row's name; `seconds` is the time they took."""
     count = len(outcomes)
     right = [outcome.steps for outcome in outcomes if outcome.solved]
     share = len(right) / count
@@ -77,23 +77,23 @@ def score(mode: str, outcomes: Sequence[PuzzleOutcome], seconds: float) -> Score
     )
 
 
-def calibration(outcomes: Sequence[PuzzleOutcome]) -> list[Sureness]:
-    """The outcomes by the mean entropy of their last step."""
+def calibration(outcomes: Sequence[PuzzleOutcome]) -> list[CalibrationBin]:
+    """The outcomes, binned by the mean entropy of their last step."""
     known = [(outcome.entropy, outcome.solved) for outcome in outcomes if outcome.entropy is not None]
-    classes = []
-    for low, high in zip((0.0, *SURE), (*SURE, None), strict=True):
-        own = [right for entropy, right in known if low <= entropy < (math.inf if high is None else high)]
-        classes.append(Sureness(low, high, len(own), sum(own)))
-    return classes
+    bins = []
+    for low, high in zip((0.0, *CALIBRATION_EDGES), (*CALIBRATION_EDGES, None), strict=True):
+        inside = [right for entropy, right in known if low <= entropy < (math.inf if high is None else high)]
+        bins.append(CalibrationBin(low, high, len(inside), sum(inside)))
+    return bins
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that the card says: the table of decodings, the one by givens, and calibration under the most steps."""
+    """All figures of the card: the table of decodings, the one by givens, and calibration at the highest cap."""
 
     scores: list[Score]
     by_givens: list[Score]
-    calibration: list[Sureness]
+    calibration: list[CalibrationBin]
 
 
 def steps_table(scores: Sequence[Score], first: str = "decoding") -> str:
@@ -110,17 +110,17 @@ def steps_table(scores: Sequence[Score], first: str = "decoding") -> str:
     return "\n".join(lines)
 
 
-def sureness_table(classes: Sequence[Sureness]) -> str:
+def calibration_table(bins: Sequence[CalibrationBin]) -> str:
     """Calibration as a Markdown table."""
     lines = ["| mean entropy of the last step, nats a token | answers | right |", "|---|---|---|"]
-    for c in classes:
+    for c in bins:
         bounds = f"{c.low} and more" if c.high is None else f"{c.low} to {c.high}" if c.low else f"below {c.high}"
         lines.append(f"| {bounds} | {c.answers} | {f'{100 * c.right / c.answers:.1f} %' if c.answers else ''} |")
     return "\n".join(lines)
 
 
 def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) -> str:
-    """The model card: what it is, how it was trained (from `training.json` beside it), what was measured."""
+    """The model card: what it is, how it was trained (from `training.json` next to it), what was measured."""
     config, count = load_config(path), measured.scores[0].puzzles
     more = f" --by-givens {measured.by_givens[0].puzzles}" if measured.by_givens else ""
     training = json.loads((path / "training.json").read_text())
@@ -144,7 +144,7 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
         first sample, seed 0, the sampler of `generation_config.json`; ± is one standard error. The temperature
         schedule depends on the cap.""",
         steps_table(measured.scores),
-        *by_givens_and_sureness(measured),
+        *givens_and_calibration(measured),
         f"""Measured on {machine} by `python -m blockpress.evals.sudoku sudoku-nano --count {count}{more} --write`,
         which wrote this page.""",
     ]
@@ -152,7 +152,7 @@ def card(path: Path, measured: Measured, givens: tuple[int, int], machine: str) 
 
 
 def history(training: dict[str, Any]) -> list[str]:
-    """Sentences on how the weights came about, the earliest part of the training first."""
+    """Sentences on how the weights were made, the earliest part of the training first."""
     before = history(training["before"]) if "before" in training else []
     changes = len(training["segments"]) - 1
     parts = [
@@ -164,7 +164,7 @@ def history(training: dict[str, Any]) -> list[str]:
     return [*before, ", ".join(parts) + "."]
 
 
-def by_givens_and_sureness(measured: Measured) -> list[str]:
+def givens_and_calibration(measured: Measured) -> list[str]:
     """The other two tables of the card, each with its sentence."""
     parts = []
     if measured.by_givens:
@@ -173,4 +173,4 @@ def by_givens_and_sureness(measured: Measured) -> list[str]:
             steps_table(measured.by_givens, "puzzles with"),
         ]
     sentence = "How often an answer is right, by how sure the network was in the last of at most 48 steps:"
-    return [*parts, sentence, sureness_table(measured.calibration)]
+    return [*parts, sentence, calibration_table(measured.calibration)]

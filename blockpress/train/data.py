@@ -1,7 +1,7 @@
-"""Where rows come from: a source gives the rows of a step as a function of (seed, step) alone, so a run can resume.
+"""Training data: a source gives the rows of a step as a function of (seed, step) alone, so a run can resume.
 
-`SudokuRows` holds a pool of dug grids and shows each puzzle under a random symmetry of Sudoku, so that no row comes
-twice: relabelled digits, rows and columns in bands, bands, stacks, transposition.
+`SudokuRows` holds a pool of dug grids and shows each puzzle under a random symmetry of Sudoku, so that no row repeats:
+relabelled digits, rows and columns within bands, bands, stacks, transposition.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Givens:
     over: float
 
     def range(self, progress: float) -> tuple[int, int]:
-        """The inclusive range at that point of the run.
+        """The inclusive range of givens at `progress`, from 0 to 1.
 
         >>> Givens(first=(50, 60), last=(30, 40), over=0.5).range(0.25)
         (40, 50)
@@ -92,19 +92,19 @@ class SudokuRows:
         return np.concatenate([lines, ends], axis=2).reshape(len(boards), 90)[:, :89]
 
 
-def sudoku_pool(seed: int, size: int, processes: int, keep: Path) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """The pool's solved grids and digging orders, made once by `processes` and kept in the file `keep`."""
-    if keep.is_file():
-        with np.load(keep) as kept:
-            if kept["seed"] == seed and len(kept["solutions"]) >= size:
-                return kept["solutions"][:size], kept["orders"][:size]
+def sudoku_pool(seed: int, size: int, processes: int, cache_file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """The pool's solved grids and digging orders, generated once by `processes` and kept in `cache_file`."""
+    if cache_file.is_file():
+        with np.load(cache_file) as cached:
+            if cached["seed"] == seed and len(cached["solutions"]) >= size:
+                return cached["solutions"][:size], cached["orders"][:size]
     share = -(-size // (8 * processes))
     starts = range(0, size, share)
     with ProcessPoolExecutor(processes) as workers:
         parts = list(workers.map(_pool_part, [(seed, min(share, size - s), s) for s in starts]))
     solutions, orders = (np.concatenate(x) for x in zip(*parts, strict=True))
-    keep.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(keep, seed=seed, solutions=solutions, orders=orders)
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(cache_file, seed=seed, solutions=solutions, orders=orders)
     return solutions, orders
 
 

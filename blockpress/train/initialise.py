@@ -1,4 +1,4 @@
-"""Fresh weights from a seed."""
+"""Random initial weights from a seed."""
 
 from __future__ import annotations
 

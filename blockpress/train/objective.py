@@ -1,18 +1,19 @@
 """The training objective: denoise one corrupted canvas of a row, and predict the row's next tokens causally.
 
-    row       p p p p | a a a a | a a a e        prompt, then canvases; the last is filled with eos, which is trained
+    row       p p p p | a a a a | a a a e        prompt, then canvases; the last is padded with eos, which is trained
     causal    --------------------------->       one pass over the clean row: keys, values, next-token loss
     canvas              x a x a                  one canvas, each token replaced with probability t by a random one
-    context   p p p p                            what it sees: everything strictly before it, never its own clean text
+    context   p p p p                            what it attends to: everything strictly before it, never its clean text
 
     L = CE(canvas, every position alike) + causal_weight * CE(next token, the whole row)
 
 A first denoising pass without gradient gives logits that condition the second with probability `self_conditioning`;
-the loss is on the second only. Gradients flow through the context's keys and values. On-policy draws are no corruption
-of the answer but canvases that the sampler has come to, read under the signal that it carries (`rollouts.py`).
+the loss is on the second only. Gradients flow through the context's keys and values. On-policy draws are not corrupted
+answers but canvases that the sampler has reached, read with the self-conditioning embedding that it carries
+(`rollouts.py`).
 Source: technical report, section 8; reference model, section 6. On-policy draws are this package's own.
 
-Invariant: a draw is a function of the generator handed in, so a step can be repeated from (seed, step).
+Invariant: a draw is a function of the generator passed in, so a step can be repeated from (seed, step).
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Objective:
 
     draws: canvases for one causal pass over a row. time_range: bounds of t. self_conditioning: the share of corrupted
     draws whose second pass is conditioned. causal_weight: weight of the next-token loss; at 0 it is not computed, nor
-    any context that no canvas sees. stratified: spread t and the conditioned draws evenly over the batch; each draw
-    keeps its distribution, the step's loss varies less.
-    on_policy: how many of the draws are states of the sampler, the others are corrupted answers. ages: most steps of a
-    trajectory, then it begins anew. past: steps that it goes on for after it has settled. groups: of rows with
-    trajectories under way; training steps take them in turn.
+    any context that no canvas attends to. stratified: spread t and the conditioned draws evenly over the batch; each
+    draw keeps its distribution, the step's loss varies less.
+    on_policy: how many of the draws are states of the sampler; the others are corrupted answers. ages: most steps of a
+    trajectory before it restarts. past: steps that it continues for after it has settled. groups: how many groups of
+    rows have trajectories in progress; training steps take them in turn.
     """
 
     draws: int = 1
@@ -84,14 +85,14 @@ class TrainingBatch:
         return self.prompts + self.canvases * canvas_length
 
     def part(self, chosen: Int[Tensor, " some"], longest: int) -> TrainingBatch:
-        """The rows with these numbers, their tokens up to the longest's."""
+        """The rows with these numbers, their tokens cut to `longest`."""
         return TrainingBatch(self.tokens[chosen, :longest], self.prompts[chosen], self.canvases[chosen])
 
 
 @dataclass(frozen=True)
 class Visited:
-    """States of the sampler, some for each row, in row order: where the canvas starts in its row, its true tokens, what
-    it has become, and the signal that its last step left."""
+    """States of the sampler, `on_policy` for each row, in row order: where the canvas starts in its row, its true
+    tokens, its current tokens, and the self-conditioning embedding that its last step left."""
 
     starts: Int[Tensor, " visited"]
     clean: Int[Tensor, "visited canvas"]
@@ -103,7 +104,7 @@ class Visited:
 class Draw:
     """What one step drew: for every row `draws` canvases, in row order; `conditioned` indexes the conditioned ones.
 
-    visited: indexes the on-policy ones; signal: theirs, one after another.
+    visited: indexes the on-policy ones; signal: their self-conditioning embeddings, one after another.
     """
 
     starts: Int[Tensor, " drawn"]
@@ -116,7 +117,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Losses:
-    """The two parts, in nats a token, how often the denoiser's argmax was right, and the logits of on-policy draws."""
+    """Both losses, in nats a token; the share of positions whose argmax is right; the logits of on-policy draws."""
 
     canvas: Float32[Tensor, ""]
     causal: Float32[Tensor, ""]
@@ -135,11 +136,11 @@ def draw_batch(
     """Choose canvases, times, corrupted tokens and the conditioned share of one step; `visited` joins them.
 
     Args:
-        generator: of any device: what it draws goes to the rows'.
+        generator: on any device: what it draws is moved to the rows' device.
         visited: `objective.on_policy` states for every row.
     """
-    each = objective.draws - objective.on_policy
-    device, count = rows.tokens.device, len(rows.tokens) * each
+    per_row = objective.draws - objective.on_policy
+    device, count = rows.tokens.device, len(rows.tokens) * per_row
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=generator.device).to(device)
@@ -147,11 +148,11 @@ def draw_batch(
     def shuffled() -> Tensor:
         return torch.randperm(count, generator=generator, device=generator.device).to(device)
 
-    canvases = rows.canvases.repeat_interleave(each)
+    canvases = rows.canvases.repeat_interleave(per_row)
     chosen = (uniform(count) * canvases).long().clamp(max=canvases - 1)
-    starts = rows.prompts.repeat_interleave(each) + chosen * canvas_length
-    place = starts[:, None] + torch.arange(canvas_length, device=device)
-    clean = rows.tokens.repeat_interleave(each, 0).gather(1, place)
+    starts = rows.prompts.repeat_interleave(per_row) + chosen * canvas_length
+    positions = starts[:, None] + torch.arange(canvas_length, device=device)
+    clean = rows.tokens.repeat_interleave(per_row, 0).gather(1, positions)
     order = shuffled()
     times = (order + uniform(1)) / max(1, count) if objective.stratified else uniform(count)
     low, high = objective.time_range
@@ -162,10 +163,10 @@ def draw_batch(
     conditioned = (coins < objective.self_conditioning).nonzero().squeeze(1)
     if visited is None:
         return Draw(starts, clean, noisy, conditioned)
-    place = torch.arange(len(rows.tokens) * objective.draws, device=device).view(-1, objective.draws)
+    index = torch.arange(len(rows.tokens) * objective.draws, device=device).view(-1, objective.draws)
 
     def join(drawn: Tensor, states: Tensor) -> Tensor:
-        """Row by row: what was drawn, then the states."""
+        """Row by row: the corrupted draws, then the sampler's states."""
         parts = (x.reshape(len(rows.tokens), -1 if len(x) else 0, *x.shape[1:]) for x in (drawn, states))
         return torch.cat(tuple(parts), 1).flatten(0, 1)
 
@@ -173,55 +174,57 @@ def draw_batch(
         starts=join(starts, visited.starts),
         clean=join(clean, visited.clean),
         noisy=join(noisy, visited.canvas),
-        conditioned=place[:, :each].flatten()[conditioned],
-        visited=place[:, each:].flatten(),
+        conditioned=index[:, :per_row].flatten()[conditioned],
+        visited=index[:, per_row:].flatten(),
         signal=visited.signal,
     )
 
 
 def losses(network: Network, rows: TrainingBatch, drawn: Draw, objective: Objective) -> Losses:
-    """Both parts of the loss for one step's draw; only tensors in, only tensors out.
+    """Both parts of the loss for one step's draw; takes and returns tensors only, so that it compiles.
 
-    Without a causal loss the rows' tokens may end where the last of the canvases starts.
+    Without a causal loss the rows' tokens may end where the last canvas starts.
     """
     config = network.config
-    own = rows.tokens.shape[1]
-    positions = torch.arange(own, device=rows.tokens.device).expand(len(rows.tokens), own)
-    nothing = torch.zeros_like(rows.prompts)
+    length = rows.tokens.shape[1]
+    positions = torch.arange(length, device=rows.tokens.device).expand(len(rows.tokens), length)
+    no_padding = torch.zeros_like(rows.prompts)
     causal_masks = {
-        layer.kind: causal_mask(nothing[:1], 0, own, config.sliding_window if layer.sliding else None)
+        layer.kind: causal_mask(no_padding[:1], 0, length, config.sliding_window if layer.sliding else None)
         for layer in config.layers
     }
-    looks = [CachedAttention(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers]
-    hidden = network.run(network.embed(rows.tokens), positions, looks, causal=True)
+    causal_attention = [
+        CachedAttention(None, causal_masks[layer.kind], network.attention_op) for layer in config.layers
+    ]
+    hidden = network.run(network.embed(rows.tokens), positions, causal_attention, causal=True)
     causal = next_token_loss(network, hidden, rows) if objective.causal_weight else hidden.new_zeros(()).float()
 
-    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in look.new_kv) for look in looks]
+    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in layer.own) for layer in causal_attention]
     canvas = drawn.noisy.shape[1]
     masks = {
-        layer.kind: canvas_mask(drawn.starts, own, canvas, config.sliding_window if layer.sliding else None)
+        layer.kind: canvas_mask(drawn.starts, length, canvas, config.sliding_window if layer.sliding else None)
         for layer in config.layers
     }
-    places = drawn.starts[:, None] + torch.arange(canvas, device=drawn.starts.device)
+    canvas_positions = drawn.starts[:, None] + torch.arange(canvas, device=drawn.starts.device)
 
     def denoise(rows: Tensor | slice, signal: Tensor | None) -> Tensor:
-        looks = [
+        attention = [
             CachedAttention((key[rows], value[rows]), masks[layer.kind][rows], network.attention_op)
             for layer, (key, value) in zip(config.layers, contexts, strict=True)
         ]
         x = network.condition(drawn.noisy[rows], signal)
-        return network.logits(network.run(x, places[rows], looks, causal=False))
+        return network.logits(network.run(x, canvas_positions[rows], attention, causal=False))
 
     logits = denoise(slice(None), signals(network, denoise, drawn))
     canvas_loss = F.cross_entropy(logits.flatten(0, 1), drawn.clean.flatten())
     right = (logits.argmax(-1) == drawn.clean).float().mean()
-    kept = None if drawn.visited is None else logits.detach()[drawn.visited]
-    return Losses(canvas_loss, causal, right, kept)
+    visited_logits = None if drawn.visited is None else logits.detach()[drawn.visited]
+    return Losses(canvas_loss, causal, right, visited_logits)
 
 
 def signals(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "drawn canvas hidden"]:
-    """What each draw is conditioned on: a pass without gradient over the conditioned ones, what the sampler's states
-    carry, exact zeros for the others."""
+    """The self-conditioning embedding of each draw: from a pass without gradient for the conditioned ones, the carried
+    one for the sampler's states, exact zeros for the others."""
     hidden = network.config.hidden_size
     signal = torch.zeros(*drawn.noisy.shape, hidden, dtype=network.dtype, device=network.device)
     if drawn.visited is not None and drawn.signal is not None:
@@ -229,17 +232,17 @@ def signals(network: Network, denoise: Denoise, drawn: Draw) -> Float[Tensor, "d
     if len(drawn.conditioned) == 0:
         return signal
     with torch.no_grad():
-        believed = network.soft_embedding(denoise(drawn.conditioned, None))
-    return signal.index_copy(0, drawn.conditioned, believed.to(signal.dtype))
+        embedding = network.soft_embedding(denoise(drawn.conditioned, None))
+    return signal.index_copy(0, drawn.conditioned, embedding.to(signal.dtype))
 
 
 def next_token_loss(
     network: Network, hidden: Float[Tensor, "rows length hidden"], rows: TrainingBatch
 ) -> Float32[Tensor, ""]:
-    """Cross-entropy of every next token of the clean row, averaged in each row, then over rows."""
+    """Cross-entropy of every next token of the clean row, in nats: the mean of each row, then over rows."""
     logits = network.logits(hidden[:, :-1])
     target = rows.tokens[:, 1:]
-    place = torch.arange(1, rows.tokens.shape[1], device=target.device)
-    real = (place < rows.lengths(network.config.canvas_length)[:, None]).float()
-    each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(real)
-    return ((each * real).sum(1) / real.sum(1)).mean()
+    positions = torch.arange(1, rows.tokens.shape[1], device=target.device)
+    real = (positions < rows.lengths(network.config.canvas_length)[:, None]).float()
+    per_token = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(real)
+    return ((per_token * real).sum(1) / real.sum(1)).mean()

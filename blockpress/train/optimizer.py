@@ -1,10 +1,10 @@
-"""Which rule moves which parameter, and how the learning rate runs.
+"""Which optimizer updates which parameter, and the schedule of the learning rate.
 
 Matrices of the layers go to Muon (orthogonalised momentum), everything else (embedding, norms, stacked experts, the
-router) to torch's AdamW; with `muon_rate=None` AdamW takes all. Muon is our own: torch's computes in bfloat16 whatever
-the processor, one matrix after another (ADR 0005).
+router) to torch's AdamW; with `muon_rate=None` AdamW takes all. Muon is our own: torch's computes in bfloat16 on every
+processor, one matrix after another (ADR 0005).
 
-    rate    /---------\\           warm-up steps, a plateau, then a straight line down to `final`
+    rate    /---------\\           warm-up, a plateau, then linear decay to `final`
            /           \\
 """
 
@@ -24,10 +24,10 @@ from blockpress.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Rates are per step. `decay`: the share of the run, at its end, in which the rate falls to `final` times itself.
+    """Rates are per step. `decay`: the last share of the run, in which the rate falls to `final` times its full value.
 
-    muon_rate: Muon's rate, scaled to AdamW's size of step; None leaves all to AdamW. clip: largest norm of the whole
-    gradient. ema: how much of the weights' moving average stays at each step, None: no average is kept.
+    muon_rate: Muon's rate, scaled to AdamW's step size; None leaves all to AdamW. clip: largest norm of the whole
+    gradient. ema: decay of the weights' moving average per step; None: no average is kept.
     """
 
     rate: float = 1e-3
@@ -56,7 +56,7 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer field {name} is {getattr(self, name)!r}", hint=f"{name} must be {need}")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rates are multiplied with at `step` (from 0) of `steps`.
+        """What the rates are multiplied by at `step` (from 0) of `steps`.
 
         >>> [round(OptimizerConfig(warmup=2, decay=0.5).factor(step, 8), 2) for step in range(8)]
         [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -72,13 +72,13 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is replaced by the nearest orthogonal one, roughly; its size is that of an AdamW step.
+    """Momentum whose matrix is replaced by approximately the nearest orthogonal one, with the RMS of an AdamW step.
 
     Matrices of one shape are orthogonalised together. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the
-    same in bfloat16. Source: Jordan, "Muon" (2024); Liu et al., arXiv 2502.16982, for the size of the step.
+    same in bfloat16. Source: Jordan, "Muon" (2024); Liu et al., arXiv 2502.16982, for the step size.
 
     Args:
-        dtype: of the products of the orthogonalisation.
+        dtype: in which the products of the orthogonalisation are computed.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             alike: dict[torch.Size, list[nn.Parameter]] = {}
@@ -105,20 +105,20 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move(self, group: dict[str, Any], matrices: list[nn.Parameter], rate: float) -> None:
-        ahead = []
+        lookahead = []
         for matrix in matrices:
             assert matrix.grad is not None
             state = self.state[matrix]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix.grad)
             state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-            ahead.append(matrix.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
-        for matrix, direction in zip(matrices, orthogonal(torch.stack(ahead).to(self.dtype)), strict=True):
+            lookahead.append(matrix.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
+        for matrix, direction in zip(matrices, orthogonal(torch.stack(lookahead).to(self.dtype)), strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction.to(matrix.dtype), alpha=rate)
 
 
 def orthogonal(x: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
-    """Matrices with the same singular vectors and singular values between about 0.7 and 1.2, by Newton and Schulz."""
+    """Matrices with the same singular vectors and singular values of about 0.7 to 1.2, by Newton-Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -132,10 +132,10 @@ def orthogonal(x: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matr
 def build_optimizers(
     network: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over all of the network's parameters; each group remembers its full rate as `base`.
+    """Optimizers over all parameters of the network; each group keeps its full rate as `base`.
 
     Args:
-        dtype: in which Muon multiplies.
+        dtype: of Muon's products.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -169,5 +169,5 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
 
 
 def build_average(network: nn.Module, decay: float) -> swa_utils.AveragedModel:
-    """The moving average of the network's weights, beginning with what they are; torch's own."""
+    """Torch's exponential moving average of the network's weights, starting from their current values."""
     return swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))

@@ -1,6 +1,6 @@
-"""Full training configurations as values: what is trained, on what, how, from which seed.
+"""Complete training configurations as values: what is trained, on what data, how, from which seed.
 
-`blockpress train RECIPE` runs one. A recipe and its seed fix every number of a run on one machine.
+`blockpress train RECIPE` runs one. A recipe and its seed determine every number of a run on one machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from blockpress.train.optimizer import OptimizerConfig
 class TrainingRecipe:
     """One training run.
 
-    rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one backward pass. steps: optimizer
-    steps. source: builds the data from (config, seed, worker processes, a directory to keep it in). init: the model
-    whose weights are the first; None: fresh ones from the seed.
+    rows: clean rows a step (each with `objective.draws` canvases). micro: rows of one micro-batch. steps: optimizer
+    steps. source: builds the data from (config, seed, worker processes, a directory to cache it in). init: the model
+    whose weights the run starts from; None: random ones from the seed.
     """
 
     name: str
@@ -53,9 +53,9 @@ SUDOKU_GIVENS = Givens(first=(45, 60), last=(28, 42), over=0.2)
 
 
 def _sudoku_source(
-    config: ModelConfig, seed: int, processes: int, keep: Path, givens: Givens = SUDOKU_GIVENS
+    config: ModelConfig, seed: int, processes: int, directory: Path, givens: Givens = SUDOKU_GIVENS
 ) -> Source:
-    solutions, orders = sudoku_pool(SUDOKU_SEED, SUDOKU_POOL, processes, keep / "sudoku-pool.npz")
+    solutions, orders = sudoku_pool(SUDOKU_SEED, SUDOKU_POOL, processes, directory / "sudoku-pool.npz")
     return SudokuRows(config, solutions, orders, givens, seed)
 
 
@@ -83,7 +83,7 @@ def sudoku_recipe() -> TrainingRecipe:
 
 
 def sudoku_on_policy_recipe() -> TrainingRecipe:
-    """The second part of the training of `sudoku-nano`: on the states that the sampler visits, harder puzzles."""
+    """The second part of the training of `sudoku-nano`: on-policy, on harder puzzles."""
     return replace(
         sudoku_recipe(),
         name="sudoku-on-policy",
@@ -98,7 +98,7 @@ def sudoku_on_policy_recipe() -> TrainingRecipe:
 
 
 def sudoku_on_policy_finish_recipe() -> TrainingRecipe:
-    """The last part: trajectories go on after they have settled, so that the network is surer where it is right."""
+    """The last part: trajectories continue after they settle, so that the network is surer where it is right."""
     long = sudoku_on_policy_recipe()
     return replace(
         long,
@@ -122,7 +122,7 @@ def recipe(name: str) -> TrainingRecipe:
     """The recipe of that name.
 
     Raises:
-        TrainingError: there is none; the hint lists those that there are.
+        TrainingError: there is none; the hint lists the known ones.
     """
     if name not in RECIPES:
         raise TrainingError(f"no recipe is named {name!r}", hint=f"recipes: {', '.join(sorted(RECIPES))}")

@@ -1,7 +1,7 @@
 """The training loop: rows -> draw -> losses -> backward -> clip -> step, with reports and checkpoints.
 
-Invariant: a step is a function of (weights, optimizer state, rollouts, seed, step). A run that was stopped and resumed
-goes on as if it had not been: nothing random lives outside (seed, step).
+Invariant: a step is a function of (weights, optimizer state, rollouts, seed, step). A stopped and resumed run continues
+as an unbroken one would: nothing random lives outside (seed, step).
 Run it:  blockpress train sudoku --out runs/sudoku
 """
 
@@ -33,12 +33,12 @@ from blockpress.train.rollouts import Rollouts
 
 STATE = "trainer.pt"
 BUCKET = 64
-"""Rows of a micro-batch are padded to the next multiple of so many tokens: few lengths, so few graphs to compile."""
+"""Rows of a micro-batch are padded to a multiple of this many tokens: few lengths, so few graphs to compile."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """One line of the log: means since the last report. Losses in nats a token, rate as a share of the full rate."""
+    """One line of the log: means since the last report. Losses in nats a token; rate as a share of the full rate."""
 
     step: int
     steps: int
@@ -56,12 +56,12 @@ class TrainReport:
 
 
 class Trainer:
-    """A recipe under way: the network, its optimizers and the step it has reached.
+    """A running recipe: the network, its optimizers and the step it has reached.
 
     Args:
-        out: the run's directory. compiled: compile the losses. processes: that prepare the data. steps: instead of the
-            recipe's.
-        init: a shipped name or a checkpoint's directory whose weights are the first; None: the recipe's, or fresh ones.
+        out: the run's directory. compiled: compile the losses. processes: how many prepare the data. steps: instead of
+            the recipe's.
+        init: a shipped name or a checkpoint's directory to start from; None: the recipe's, or random weights.
         dtype: of the products under autocast, float32 for none; None: bfloat16 where this machine multiplies it fast.
     """
 
@@ -101,7 +101,7 @@ class Trainer:
         if self.init is None:
             initialise(self.network, recipe.seed)
         else:
-            self._take(self.init)
+            self._load_initial(self.init)
         self.network.to(device)
         self.optimizers = build_optimizers(self.network, recipe.optimizer, self.dtype)
         decay, objective = recipe.optimizer.ema, recipe.objective
@@ -114,15 +114,15 @@ class Trainer:
     def run(
         self, *, report_every: int = 20, save_seconds: float = 120.0, stop: Callable[[int], bool] | None = None
     ) -> Iterator[TrainReport]:
-        """Train to the end, yielding a report now and then; each is also a line of `log.jsonl`.
+        """Train to the end, yielding a report every `report_every` steps; each is also a line of `log.jsonl`.
 
         Args:
-            stop: asked before every step, with its number; a yes from any process saves the state and ends the run.
+            stop: called before every step with its number; true in any process saves the state and ends the run.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        begun, saved, sums, since = time.perf_counter(), time.perf_counter(), torch.zeros(4), self.step
+        started, saved, sums, since = time.perf_counter(), time.perf_counter(), torch.zeros(4), self.step
         before = self.seconds
-        mark = begun
+        reported = started
         while self.step < self.steps:
             if stop is not None and parallel.anyone(stop(self.step)):
                 if parallel.rank() == 0:
@@ -130,10 +130,10 @@ class Trainer:
                 return
             sums += self.train_step()
             now = time.perf_counter()
-            self.seconds = before + now - begun
+            self.seconds = before + now - started
             if self.step % report_every == 0 or self.step == self.steps:
-                report = self._report(sums, self.step - since, now - mark)
-                sums, since, mark = torch.zeros(4), self.step, now
+                report = self._report(sums, self.step - since, now - reported)
+                sums, since, reported = torch.zeros(4), self.step, now
                 if parallel.rank() == 0:
                     with (self.out / "log.jsonl").open("a") as log:
                         log.write(report.to_json() + "\n")
@@ -156,28 +156,28 @@ class Trainer:
         if self.rollouts is not None:
             rows = self.rollouts.rows(rows, self.step)
         generator = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
-        # Rows of about one length share a micro-batch. Every process draws all of them, so that a draw does not depend
-        # on who runs it.
+        # Rows of similar length share a micro-batch. Every process draws all of them, so that a draw does not depend
+        # on which process runs it.
         parts = rows.lengths(recipe.config.canvas_length).argsort(stable=True).split(recipe.micro)
-        sums, own = torch.zeros(4, device=self.device), parts[parallel.rank() :: parallel.world_size()]
+        sums, mine = torch.zeros(4, device=self.device), parts[parallel.rank() :: parallel.world_size()]
         for number, part in enumerate(parts):
-            piece = self._piece(rows, part)
+            micro_batch = self._micro_batch(rows, part)
             visited = None if self.rollouts is None else self.rollouts.visited(part)
             config = recipe.config
-            drawn = draw_batch(piece, config.canvas_length, config.vocab_size, objective, generator, visited)
+            drawn = draw_batch(micro_batch, config.canvas_length, config.vocab_size, objective, generator, visited)
             if number % parallel.world_size() != parallel.rank():
                 continue
-            loss = self._losses(*self._tensors(piece, drawn))
+            loss = self._losses(*self._tensors(micro_batch, drawn))
             ((loss.canvas + objective.causal_weight * loss.causal) / len(parts)).backward()
             sums[:3] += torch.stack((loss.canvas, loss.causal, loss.accuracy)).detach().float() / len(parts)
             if self.rollouts is not None and loss.logits is not None:
                 self.rollouts.advance(self.network, part, loss.logits)
         if self.rollouts is not None:
-            self.rollouts.share(torch.cat(own))
+            self.rollouts.share(torch.cat(mine))
         parallel.sum_over_processes([sums, *(p.grad for p in self.network.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
         sums[3] = norm.float()
-        sums = sums.cpu()  # here alone the processor waits: a step is queued as a whole
+        sums = sums.cpu()  # the only wait for the device: a step is queued as a whole
         if not math.isfinite(float(sums.sum())):
             raise TrainingError(
                 f"step {self.step}: loss or gradient is not finite ({sums.tolist()})",
@@ -192,7 +192,7 @@ class Trainer:
         return sums
 
     def save(self) -> None:
-        """Write the state beside the last one, then put it in its place: a cut leaves the old one whole."""
+        """Write the state to a new file, then rename it over the old one: an interrupted save leaves the old one."""
         state = {
             "recipe": self.recipe.name,
             "step": self.step,
@@ -207,14 +207,14 @@ class Trainer:
             state["average"] = self.average.state_dict()
         if self.rollouts is not None:
             state["rollouts"] = self.rollouts.state()
-        fresh = self.out / (STATE + ".new")
-        torch.save(state, fresh)
-        fresh.replace(self.out / STATE)
+        temporary = self.out / (STATE + ".new")
+        torch.save(state, temporary)
+        temporary.replace(self.out / STATE)
 
     def export(self, directory: Path, *, raw: bool = False) -> None:
         """Write the network as a checkpoint in the published layout, with tokenizer and a minimal vision tower.
 
-        Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` holds the run's facts.
+        Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` describes the run.
         `raw`: the weights of the last step, where the run keeps an average of them.
         """
         recipe = self.recipe
@@ -243,10 +243,10 @@ class Trainer:
         (directory / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def resume(self) -> None:
-        """Go on from the state in the run's directory.
+        """Continue from the state in the run's directory.
 
         Raises:
-            TrainingError: there is none, it cannot be read, or it is another recipe's.
+            TrainingError: there is none, it cannot be read, or it belongs to another recipe.
         """
         path = self.out / STATE
         if not path.is_file():
@@ -281,27 +281,27 @@ class Trainer:
             self.segments.append({"from_step": self.step} | now)
 
     def _settings(self) -> dict[str, Any]:
-        """What a step depends on beside the data, in plain values: a run that was resumed under others says so."""
+        """All that a step depends on besides the data, in plain values: a run resumed with others records both."""
         recipe = self.recipe
         parts = {"objective": asdict(recipe.objective), "optimizer": asdict(recipe.optimizer)}
-        begin = {} if self.init is None else {"init": self.init}
+        initial = {} if self.init is None else {"init": self.init}
         kind = str(self.dtype).removeprefix("torch.")
-        own = {"steps": self.steps, "rows": recipe.rows, "processes": parallel.world_size(), "dtype": kind}
-        return begin | own | parts
+        settings = {"steps": self.steps, "rows": recipe.rows, "processes": parallel.world_size(), "dtype": kind}
+        return initial | settings | parts
 
     def _draws(self) -> int:
-        """Corrupted canvases so far, over all segments."""
+        """Canvases drawn so far, over all segments."""
         ends = [segment["from_step"] for segment in self.segments[1:]] + [self.step]
         return sum(
             (end - segment["from_step"]) * segment["rows"] * segment["objective"]["draws"]
             for segment, end in zip(self.segments, ends, strict=True)
         )
 
-    def _take(self, init: str) -> None:
-        """Begin with the weights of a checkpoint.
+    def _load_initial(self, init: str) -> None:
+        """Start from the weights of a checkpoint.
 
         Raises:
-            TrainingError: it is of another shape. CheckpointError and its kin: it cannot be read.
+            TrainingError: it is of another shape. CheckpointError and its subclasses: it cannot be read.
         """
         path = resolve(init)
         weights = load_network(path, dtype=torch.float32, compute_dtype=torch.float32).state_dict()
@@ -320,14 +320,14 @@ class Trainer:
         with torch.autocast(self.device, dtype=self.dtype) if fast else nullcontext():
             return losses(self.network, TrainingBatch(tokens, prompts, canvases), Draw(*drawn), self.recipe.objective)
 
-    def _piece(self, rows: TrainingBatch, part: Tensor) -> TrainingBatch:
-        """Some rows, padded to about the longest."""
+    def _micro_batch(self, rows: TrainingBatch, part: Tensor) -> TrainingBatch:
+        """Some rows, padded to the bucket of the longest."""
         longest = int(rows.lengths(self.recipe.config.canvas_length)[part].max())
         return rows.part(part, min(-(-longest // BUCKET) * BUCKET, rows.tokens.shape[1]))
 
     def _tensors(self, rows: TrainingBatch, drawn: Draw) -> list[Tensor]:
         tokens = rows.tokens
-        if not self.recipe.objective.causal_weight:  # then nobody looks at what no canvas sees
+        if not self.recipe.objective.causal_weight:  # then tokens that no canvas attends to are not needed
             tokens = tokens[:, : int(drawn.starts.max())]
         parts = [tokens, rows.prompts, rows.canvases, drawn.starts, drawn.clean, drawn.noisy, drawn.conditioned]
         parts += [part for part in (drawn.visited, drawn.signal) if part is not None]

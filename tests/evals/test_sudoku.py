@@ -16,7 +16,7 @@ from blockpress.model import Network
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import card
-from blockpress.train.card import Measured, PuzzleOutcome, Score, calibration, score, steps_table, sureness_table
+from blockpress.train.card import Measured, PuzzleOutcome, Score, calibration, calibration_table, score, steps_table
 
 PUZZLES = [sudoku.generate_puzzle(seed, 60) for seed in range(3)]
 
@@ -41,7 +41,7 @@ def test_calibration_counts_every_answer_in_one_class():
     assert [(c.low, c.high, c.answers, c.right) for c in found] == [
         (0.0, 0.005, 3, 2), (0.005, 0.01, 1, 1), (0.01, 0.02, 0, 0), (0.02, 0.05, 0, 0), (0.05, None, 1, 0),
     ]  # fmt: skip
-    lines = sureness_table(found).split("\n")
+    lines = calibration_table(found).split("\n")
     assert lines[2:] == [
         "| below 0.005 | 3 | 66.7 % |", "| 0.005 to 0.01 | 1 | 100.0 % |", "| 0.01 to 0.02 | 0 |  |",
         "| 0.02 to 0.05 | 0 |  |", "| 0.05 and more | 1 | 0.0 % |",
