@@ -1,1 +1,1 @@
-"""Speed: workloads on the engine beside floors and other programs; `gpu/` measures kernels and whole steps on a GPU."""
+"""Speed: workloads on the engine against rooflines and other programs; `gpu/`: kernels and whole steps on a GPU."""

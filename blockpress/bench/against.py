@@ -1,13 +1,13 @@
-"""Two programs on the same weights, in the same process, taking turns: A B A B, so that a busy machine slows both.
+"""Two programs on the same weights in the same process, in turns (A B A B), so that a busy machine slows both.
 
     transformers   its own DiffusionGemma: the same checkpoint (saved and loaded), prompts and number of steps; in the
-                   type of the weights, or in another, to which their values are widened or rounded
-    poem           `generate`, the slow truth, on the very same network
+                   dtype of the weights, or in another, to which their values are widened or rounded
+    reference      `generate`, the reference loop, on the same network
 
-Both write whole canvases with a fixed number of steps. What `transformers` ran is counted, not believed: its forwards
-are compared with those that were asked for.
+Both write whole canvases with a fixed number of steps. The forwards that `transformers` ran are counted and compared
+with the number requested.
 
-Invariant: the order of a round is the same in all rounds; one round of each runs before, unmeasured.
+Invariant: the order is the same in all rounds; one round of each runs first, unmeasured.
 Run it:  blockpress bench --preset bench-4k --steps 4 --against transformers
 """
 
@@ -35,12 +35,12 @@ from blockpress.config import GenerationConfig, Sampling
 from blockpress.engine.options import SoftEmbedding
 from blockpress.errors import RequestError
 
-RIVALS = ("transformers", "poem")
+RIVALS = ("transformers", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Seconds of every round of both. steps: denoising steps in a round, each of all rows together."""
+    """Seconds of every round of both. steps: denoising steps in a round, each over all rows."""
 
     rival: str
     ours: tuple[float, ...]
@@ -49,41 +49,41 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """How many times as long the other takes, by the shortest rounds."""
+        """How many times as long the rival takes, by the shortest rounds."""
         return min(self.theirs) / min(self.ours)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures; milliseconds a step include the step's share of prefill and commits."""
-        found: dict[str, Any] = {"against": self.rival, "steps": self.steps, "ratio": self.ratio}
-        found["ratio_of_medians"] = median(self.theirs) / median(self.ours)
+        figures: dict[str, Any] = {"against": self.rival, "steps": self.steps, "ratio": self.ratio}
+        figures["ratio_of_medians"] = median(self.theirs) / median(self.ours)
         for name, seconds in (("ours", self.ours), ("theirs", self.theirs)):
-            found[f"{name}_seconds"] = list(seconds)
-            found[f"{name}_step_ms"] = {
+            figures[f"{name}_seconds"] = list(seconds)
+            figures[f"{name}_step_ms"] = {
                 "min": 1000 * min(seconds) / self.steps,
                 "median": 1000 * median(seconds) / self.steps,
             }
-        return found
+        return figures
 
     def lines(self) -> list[str]:
-        """The same for people."""
-        said = self.to_dict()
+        """The same as text."""
+        figures = self.to_dict()
         times = [
-            f"{name:13}{said[key]['min']:.1f} ms a step at least, {said[key]['median']:.1f} median"
+            f"{name:13}{figures[key]['min']:.1f} ms a step at least, {figures[key]['median']:.1f} median"
             for name, key in (("blockpress", "ours_step_ms"), (self.rival.split()[0], "theirs_step_ms"))
         ]
         return [
             *times,
             f"{'ratio':13}{self.ratio:.2f} by the shortest of {len(self.ours)} rounds, "
-            f"{said['ratio_of_medians']:.2f} by the medians; {self.rival}",
+            f"{figures['ratio_of_medians']:.2f} by the medians; {self.rival}",
         ]
 
 
 def check_comparable(work: Workload, rival: str, dtype: str | None = None) -> None:
-    """Raises RequestError: no such rival, or a workload or a type that it cannot be given."""
+    """Raises RequestError: no such rival, or a workload or dtype that it cannot run."""
     if rival not in RIVALS:
         raise RequestError(f"--against is {rival!r}", hint=f"--against takes {' or '.join(RIVALS)}")
-    if dtype is not None and rival == "poem":
-        raise RequestError("--against-dtype is given with --against poem", hint="it runs the very same network")
+    if dtype is not None and rival == "reference":
+        raise RequestError("--against-dtype is given with --against reference", hint="it runs the very same network")
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--against-dtype is {dtype!r}", hint=f"--against-dtype takes {', '.join(DTYPES)}")
     if work.online:
@@ -104,13 +104,13 @@ def compare_with(
     dtype: str | None = None,
     soft_embedding: SoftEmbedding = "exact",
 ) -> Comparison:
-    """Run the workload's first batch with both, in turns.
+    """Run the workload's first batch with both programs, in turns.
 
     Args:
-        dtype: that `transformers` runs in; None: that of the weights.
+        dtype: in which `transformers` runs; None: that of the weights.
 
     Raises:
-        RequestError: what `check_comparable` refuses, packed weights, or `transformers` is not installed.
+        RequestError: `check_comparable` refuses, the weights are packed, or `transformers` is not installed.
     """
     check_comparable(work, rival, dtype)
     work = replace(work, requests=work.batch, puzzles=False)
@@ -121,11 +121,11 @@ def compare_with(
         stepper = EngineStepper(subject.network, running=work.batch, soft_embedding=soft_embedding)
         drive(stepper, work, requests(subject, work), subject.network.device).whole()
 
-    def poem() -> None:
+    def reference() -> None:
         drive(ReferenceStepper(subject.network), work, requests(subject, work), subject.network.device).whole()
 
-    if rival == "poem":
-        return _rounds("poem", ours, poem, rounds, steps)
+    if rival == "reference":
+        return _rounds("reference", ours, reference, rounds, steps)
     with _transformers(subject, work, canvases, dtype or subject.types["dtype"]) as (name, theirs):
         return _rounds(name, ours, theirs, rounds, steps)
 
@@ -134,10 +134,10 @@ def _rounds(rival: str, ours: Callable[[], None], theirs: Callable[[], None], co
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(count + 1):
         for action, seconds in zip((ours, theirs), times, strict=True):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             action()
             if number:
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - started)
     return Comparison(rival=rival, ours=tuple(times[0]), theirs=tuple(times[1]), steps=steps)
 
 
@@ -145,7 +145,7 @@ def _rounds(rival: str, ours: Callable[[], None], theirs: Callable[[], None], co
 def _transformers(
     subject: Subject, work: Workload, canvases: int, dtype: str
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Its name, version and type, and its answer to the workload; the checkpoint between us lives as long as it."""
+    """Its name, version and dtype, and a function that runs the workload on it."""
     try:
         import transformers
         from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
@@ -174,21 +174,21 @@ def _transformers(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     network = subject.network
-    prompts = torch.tensor([one.row.prompt for one in requests(subject, work)], device=network.device)
+    prompts = torch.tensor([request.row.prompt for request in requests(subject, work)], device=network.device)
     with tempfile.TemporaryDirectory() as folder:
         _save(subject, Path(folder))
         theirs: Any = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=DTYPES[dtype])
     theirs.to(network.device).eval().requires_grad_(False)
-    counted: list[Tensor] = []
-    theirs.model.decoder.register_forward_hook(lambda *given: counted.append(torch.empty(0)))
+    forwards: list[Tensor] = []
+    theirs.model.decoder.register_forward_hook(lambda *given: forwards.append(torch.empty(0)))
 
     def run() -> None:
-        counted.clear()
+        forwards.clear()
         with torch.inference_mode():
             theirs.generate(input_ids=prompts, generation_config=settings)
-        if len(counted) != canvases * sampling.steps:
+        if len(forwards) != canvases * sampling.steps:
             raise RequestError(
-                f"transformers ran {len(counted)} steps, not {canvases * sampling.steps}",
+                f"transformers ran {len(forwards)} steps, not {canvases * sampling.steps}",
                 hint="its version may be another one: pip install 'transformers==5.23.0'",
             )
 
@@ -196,7 +196,7 @@ def _transformers(
 
 
 def _save(subject: Subject, folder: Path) -> None:
-    """The network as a checkpoint, with the smallest vision tower: left out, `transformers` would make a large one."""
+    """The network as a checkpoint, with the smallest vision tower: without one `transformers` makes a large one."""
     network, config = subject.network, subject.config
     generation = GenerationConfig() if subject.lm is None else subject.lm.generation
     if config.vision is not None and subject.lm is not None:

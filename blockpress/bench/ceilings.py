@@ -1,13 +1,12 @@
-"""What this machine can do, measured now: products a second at the model's own shapes, and bytes read a second.
+"""This machine's roofline, measured now: operations a second at the model's shapes, and bytes read a second.
 
-Why: a share of the floor means something only against a ceiling that was measured beside it, in the same minutes, on
-the same busy machine.
+Why: a share of the roofline is meaningful only against ceilings measured at the same time on the same busy machine.
 
-    products    [tokens, in] x [in, out] of a canvas with the network's larger matrices, in the network's type and in
-                float32; the fastest of several ways and repeats
+    products    [tokens, in] x [in, out] of a canvas with the network's larger matrices, in the network's dtype and in
+                float32; the fastest of several implementations and repeats
     reading     the sum over as many bytes as the weights take: where they fit a cache, so does this
 
-Invariant: a ceiling is the best that was seen, never a mean.
+Invariant: a ceiling is the best figure measured, never a mean.
 Run it:  blockpress bench --preset tiny --steps 2
 """
 
@@ -29,19 +28,19 @@ from blockpress.ops.integers import quantize_rows, quantized
 from blockpress.ops.linear import linear
 
 SECONDS = 0.25
-LEAST, MOST = 16 << 20, 1 << 30
-"""Bytes that are read at once: fewer are the processor's own caches, more tell nothing new."""
+MIN_BYTES, MAX_BYTES = 16 << 20, 1 << 30
+"""Bounds on the bytes read at once: fewer measure the processor's caches, more add nothing."""
 
 OUTPUTS = 8192
-"""Most columns of a product that is measured: those of a whole vocabulary would take seconds."""
+"""Most columns of a measured product: a whole vocabulary would take seconds."""
 
 
 @torch.inference_mode()
 def measure_device(network: Network, *, seconds: float | None = None) -> costs.Device:
-    """This machine as a `costs.Device`, for products and weights of that network's size.
+    """This machine as a `costs.Device` (bytes and operations a second), for products and weights of `network`'s size.
 
     Args:
-        seconds: how long each kind of product, and the reading, is repeated; None: `SECONDS`.
+        seconds: for how long each kind of product, and the reading, is repeated; None: `SECONDS`.
     """
     seconds = SECONDS if seconds is None else seconds
     kinds = (network.dtype, network.product_dtype, torch.float32)
@@ -55,28 +54,28 @@ def measure_device(network: Network, *, seconds: float | None = None) -> costs.D
     )
 
 
-def better(measured: Sequence[costs.Device]) -> costs.Device:
-    """The same machine, measured several times: the best of each figure."""
-    rates = {math: max(one.rates[math] for one in measured) for math in measured[0].rates}
-    return replace(measured[0], bandwidth=max(one.bandwidth for one in measured), rates=rates)
+def best_of(measured: Sequence[costs.Device]) -> costs.Device:
+    """The best of each figure, over several measurements of one machine."""
+    rates = {math: max(device.rates[math] for device in measured) for math in measured[0].rates}
+    return replace(measured[0], bandwidth=max(device.bandwidth for device in measured), rates=rates)
 
 
 def repeated(action: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """The shortest time of `action`, repeated for that long, at least three times."""
+    """The shortest time of `action` in seconds, repeated for `seconds`, at least three times."""
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
     while count < 3 or time.perf_counter() < end:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best, count = min(best, time.perf_counter() - begun), count + 1
+        best, count = min(best, time.perf_counter() - started), count + 1
     return best
 
 
 def _rates(network: Network, dtype: torch.dtype, seconds: float) -> Iterator[float]:
-    """Operations a second of each shape and way."""
+    """Operations a second of each shape and implementation."""
     config, device = network.config, network.device
-    layer = max(config.layers, key=lambda one: one.head_dim)
+    layer = max(config.layers, key=lambda layer: layer.head_dim)
     outputs = {
         config.num_heads * layer.head_dim,
         config.intermediate_size,
@@ -87,12 +86,12 @@ def _rates(network: Network, dtype: torch.dtype, seconds: float) -> Iterator[flo
     for wide in sorted(outputs - {0}):
         x = torch.randn(rows, config.hidden_size, device=device)
         weight = torch.randn(wide, config.hidden_size, device=device)
-        for way in _ways(x, weight, dtype):
-            yield 2.0 * x.numel() * wide / repeated(way, seconds / len(outputs), device)
+        for product in _products(x, weight, dtype):
+            yield 2.0 * x.numel() * wide / repeated(product, seconds / len(outputs), device)
 
 
-def _ways(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
-    """Torch's product in that type, and ours."""
+def _products(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], ...]:
+    """Torch's product in that dtype, and ours."""
     if dtype == torch.int8:
         (codes, _), held = quantize_rows(x), quantized(weight)
         ours = lambda: linear(x, held)  # noqa: E731
@@ -103,11 +102,15 @@ def _ways(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Callable[[], T
 
 @torch.inference_mode()
 def _reading(network: Network, seconds: float) -> float:
-    """Bytes a second."""
-    size = min(max(sum(weight_bytes(network).values()), LEAST), MOST, free_memory().get(str(network.device), MOST) // 4)
-    whole = torch.ones(size // 4, device=network.device)
+    """Bytes read a second."""
+    size = min(
+        max(sum(weight_bytes(network).values()), MIN_BYTES),
+        MAX_BYTES,
+        free_memory().get(str(network.device), MAX_BYTES) // 4,
+    )
+    values = torch.ones(size // 4, device=network.device)
     columns = 4096
-    matrix = whole[: len(whole) // columns * columns].view(-1, columns)
+    matrix = values[: len(values) // columns * columns].view(-1, columns)
     vector = torch.ones(columns, device=network.device)
-    ways: list[tuple[Tensor, Callable[[], Tensor]]] = [(whole, whole.sum), (matrix, lambda: torch.mv(matrix, vector))]
+    ways: list[tuple[Tensor, Callable[[], Tensor]]] = [(values, values.sum), (matrix, lambda: torch.mv(matrix, vector))]
     return max(read.nbytes / repeated(way, seconds / 2, network.device) for read, way in ways)

@@ -1,12 +1,12 @@
-"""A workload, run: one forward after another, timed, with what was in it.
+"""Runs a workload one forward at a time, and records the time and contents of each.
 
     arrivals --submit--> stepper --step--> events           every forward: seconds, rows, events
-                                                            every request: when it came, first canvas, end
+                                                            every request: arrival, first canvas, end
 
-A stepper runs one forward at a time: the engine's core, or the poem, whose step and commit count as one forward, as
-they are one in the engine.
+A stepper runs one forward at a time: the engine's core, or the reference loop, whose step and commit count as one
+forward, as they are one in the engine.
 
-Invariant: a request's times count from its arrival, whether or not anybody was free to take it then.
+Invariant: a request's times count from its arrival, whether or not there was capacity for it then.
 Run it:  python -m pytest tests/bench/test_drive.py
 """
 
@@ -28,9 +28,9 @@ from blockpress.hardware import Peak
 
 
 class Stepper(Protocol):
-    """What answers requests, one forward a `step`.
+    """Answers requests, one forward a `step`.
 
-    rows: what the last forward worked on. prefill: whether tokens of a prompt were among it.
+    rows: the batch of the last forward. prefill: whether it held tokens of a prompt.
     """
 
     rows: BatchShape
@@ -41,7 +41,7 @@ class Stepper(Protocol):
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of keys and values that are held for contexts."""
+        """Bytes of keys and values held for contexts."""
         ...
 
     def submit(self, request: Request) -> None: ...
@@ -51,7 +51,7 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """One forward: how long it took, when it ended, what it worked on, and how many tokens it finished."""
+    """One forward: its duration, its end, its batch, and how many tokens it finished."""
 
     seconds: float
     ended: float
@@ -62,7 +62,7 @@ class Forward:
 
 @dataclass(kw_only=True)
 class RequestTrace:
-    """One request. Times in seconds from the beginning of the run; None: not yet."""
+    """One request. Times in seconds from the start of the run; None: not yet."""
 
     request: Request
     arrived: float
@@ -75,7 +75,7 @@ class RequestTrace:
 
 @dataclass(kw_only=True)
 class BenchRun:
-    """All that was recorded. `seconds` is the whole, waiting for arrivals included; memory in bytes."""
+    """The recorded run. `seconds` is its whole duration, waiting for arrivals included; memory in bytes."""
 
     forwards: list[Forward] = field(default_factory=list)
     traces: list[RequestTrace] = field(default_factory=list)
@@ -87,37 +87,37 @@ class BenchRun:
     @property
     def errors(self) -> list[BlockpressError]:
         """Those of the requests that failed."""
-        return [asked.error for asked in self.traces if asked.error is not None]
+        return [trace.error for trace in self.traces if trace.error is not None]
 
     def whole(self) -> BenchRun:
-        """The run, where every request was answered. Raises the error of the first that was not."""
+        """This run, if every request was answered; otherwise raises the error of the first that was not."""
         for error in self.errors:
             raise error
         return self
 
 
 def drive(
-    stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, before: int | None = None
+    stepper: Stepper, work: Workload, incoming: Iterator[Request], device: torch.device, before: int | None = None
 ) -> BenchRun:
     """Run the workload to its end: all requests that arrive are answered, failed or refused.
 
     Args:
-        before: bytes that do not count as taken by the run; None: what is taken when it begins.
+        before: bytes that do not count as used by the run; None: those in use when it starts.
     """
-    # Making a prompt takes time, too, and is not what is measured.
-    ready = coming if work.count is None else iter(list(coming))
+    # Prompts are made first: the time that it takes is not to be measured.
+    ready = incoming if work.count is None else iter(list(incoming))
     return _Driver(stepper, work, ready, device, Peak(device, before)).go()
 
 
 class _Driver:
     def __init__(
-        self, stepper: Stepper, work: Workload, coming: Iterator[Request], device: torch.device, peak: Peak
+        self, stepper: Stepper, work: Workload, incoming: Iterator[Request], device: torch.device, peak: Peak
     ) -> None:
         self.stepper, self.work, self.device, self.peak = stepper, work, device, peak
-        self.run, self._begun = BenchRun(), time.perf_counter()
+        self.run, self._started = BenchRun(), time.perf_counter()
         self._open: dict[int, RequestTrace] = {}
-        self._due = zip(arrivals(work), coming, strict=False)
-        self._next = next(self._due, None)
+        self._arrivals = zip(arrivals(work), incoming, strict=False)
+        self._next = next(self._arrivals, None)
 
     def go(self) -> BenchRun:
         while True:
@@ -133,10 +133,10 @@ class _Driver:
         return self.run
 
     def _now(self) -> float:
-        return time.perf_counter() - self._begun
+        return time.perf_counter() - self._started
 
     def _submit(self) -> None:
-        """Hand over whoever has arrived; of a closed circle only as many as there are users."""
+        """Submit the requests that have arrived; in a closed loop at most one per user."""
         users = self.work.concurrency
         while self._next is not None and (users is None or len(self._open) < users):
             due, now = self._next[0], self._now()
@@ -151,43 +151,43 @@ class _Driver:
             except RequestError as error:
                 self._refused(request, error)
             else:
-                asked = RequestTrace(request=request, arrived=now if users else due)
-                self._open[request.row.index] = asked
-                self.run.traces.append(asked)
-            self._next = next(self._due, None)
+                trace = RequestTrace(request=request, arrived=now if users else due)
+                self._open[request.row.index] = trace
+                self.run.traces.append(trace)
+            self._next = next(self._arrivals, None)
 
     def _refused(self, request: Request, error: RequestError) -> None:
-        """A queue that is full is a finding; a request that can never be answered is the caller's mistake."""
+        """Online, a full queue is a result to report; otherwise the request is the caller's mistake."""
         if self.work.rate is None:
             raise error
         self.run.refused += 1
 
     def _step(self) -> None:
-        begun = self._now()
+        started = self._now()
         events = self.stepper.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now, tokens = self._now(), 0
         for request, event in events:
-            tokens += self._take(request, event, now)
+            tokens += self._record(request, event, now)
         rows = self.stepper.rows
         if rows != BatchShape():
-            forward = Forward(seconds=now - begun, ended=now, rows=rows, prefill=self.stepper.prefill, tokens=tokens)
+            forward = Forward(seconds=now - started, ended=now, rows=rows, prefill=self.stepper.prefill, tokens=tokens)
             self.run.forwards.append(forward)
         self.peak.see()
         self.run.page_bytes = max(self.run.page_bytes, self.stepper.page_bytes)
 
-    def _take(self, request: Request, event: Event, now: float) -> int:
-        """Book an event; how many tokens it finished."""
-        asked = self._open[request.row.index]
+    def _record(self, request: Request, event: Event, now: float) -> int:
+        """Record an event; returns how many tokens it finished."""
+        trace = self._open[request.row.index]
         if isinstance(event, Committed):
-            asked.first = now if asked.first is None else asked.first
-            asked.steps.append(event.steps)
+            trace.first = now if trace.first is None else trace.first
+            trace.steps.append(event.steps)
             return len(event.tokens)
         if isinstance(event, Done):
-            asked.ended, asked.reply = now, event.reply
+            trace.ended, trace.reply = now, event.reply
             del self._open[request.row.index]
         elif isinstance(event, Failed):
-            asked.ended, asked.error = now, event.error
+            trace.ended, trace.error = now, event.error
             del self._open[request.row.index]
         return 0

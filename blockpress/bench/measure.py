@@ -1,7 +1,6 @@
-"""A benchmark, from a subject and a workload to a report: warm up, measure the machine, run, measure it
-again, count.
+"""A benchmark, from a subject and a workload to a report: warm up, measure the machine, run, measure it again, report.
 
-Invariant: nothing is reported that was not measured in this process after the warm-up.
+Invariant: every reported figure was measured in this process after the warm-up.
 Run it:  blockpress bench --preset bench-4k --batch 4
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from blockpress import costs
-from blockpress.bench.ceilings import better, measure_device
+from blockpress.bench.ceilings import best_of, measure_device
 from blockpress.bench.drive import drive
 from blockpress.bench.report import BenchReport, report
 from blockpress.bench.steppers import EngineStepper
@@ -27,10 +26,10 @@ def run_bench(
     device: costs.Device | None = None,
     soft_embedding: SoftEmbedding = "exact",
 ) -> tuple[BenchReport, costs.Device]:
-    """Run the workload on the engine; the report, and the machine that it was run on.
+    """Run the workload on the engine; returns the report, and the roofline of the machine that it ran on.
 
     Raises:
-        RequestError: a workload that this network cannot be given. BlockpressError: no request was answered.
+        RequestError: a workload that this network cannot run. BlockpressError: no request was answered.
     """
     network = subject.network
     before = taken(network.device)
@@ -40,14 +39,14 @@ def run_bench(
     run = drive(stepper, work, requests(subject, work), network.device, before)
     if len(run.errors) == len(run.traces):
         run.whole()
-    if device is None:  # once more behind the run: on a busy machine neither moment may have been a good one
+    if device is None:  # again after the run: on a busy machine either moment may have been a bad one
         ceilings.append(measure_device(network))
-    ceiling = better(ceilings)
+    ceiling = best_of(ceilings)
     return report(subject, work, run, ceiling, soft=soft_embedding == "exact"), ceiling
 
 
 def warm(subject: Subject, work: Workload, soft_embedding: SoftEmbedding = "exact") -> None:
-    """One short batch: the first run of a process pays for allocations, compilations and the pages of the weights."""
+    """One short batch: the first run of a process pays for allocation, compilation and page faults of the weights."""
     short = replace(
         work,
         requests=work.running,

@@ -1,12 +1,12 @@
-"""Throughput against users, as values: curves of a panel, where they cross, and the roofline's own.
+"""Throughput against users, as values: the curves of a panel, where they cross, and the roofline's curves.
 
-    tokens/s   diffusion ------.........      flat as soon as its arithmetic is the limit
-                            x                 the crossing: more users than this are served faster token by token
-               token by token  ----------     grows with the users, who share one reading of the weights
+    tokens/s   diffusion ------.........      flat once it is compute-bound
+                            x                 the crossing: beyond it, autoregressive decoding is faster
+               autoregressive  ----------     grows with the users, who share one reading of the weights
 
-Why: diffusion spends arithmetic to save readings of the weights, so its advantage is that of the few.
+Why: diffusion spends arithmetic to save readings of the weights, so its advantage is greatest with few users.
 
-Invariant: no torch here, so that a curve is drawn of a card that nobody has.
+Invariant: no torch here, so that a curve can be drawn for a card that is not at hand.
 Run it:  blockpress bench --sweep --device h200 --out sweep.svg
 """
 
@@ -22,9 +22,9 @@ from blockpress.config import PRESETS, ModelConfig
 
 USERS = (1, 2, 4, 8, 16, 32, 64)
 CARD_USERS = (*USERS, 128, 256)
-"""Where the curves of a card cross, at the widths and steps that are published."""
+"""Up to where the curves of a card cross, at the published formats and steps."""
 STEPS = 12.0
-"""Steps of a canvas: the mean of the technical report over its tasks (reference published, section 4)."""
+"""Steps per canvas: the technical report's mean over its tasks (reference published, section 4)."""
 MODEL, CONTEXT = "diffusiongemma-26B-A4B", 2048
 MODES: tuple[Literal["diffusion", "autoregressive"], ...] = ("diffusion", "autoregressive")
 
@@ -33,7 +33,7 @@ Points = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Tokens a second of all users together, by the number of users. `dashed`: computed beside measured ones."""
+    """Tokens a second of all users together, by the number of users. `dashed`: computed, next to measured ones."""
 
     name: str
     points: Points
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One picture: the curves of one machine. The first two are diffusion and its sibling, token by token."""
+    """One plot: the curves of one machine. The first two are diffusion and autoregressive."""
 
     title: str
     note: str
@@ -55,9 +55,9 @@ class Panel:
 
 
 def crossing(first: Points, second: Points) -> tuple[float, float] | None:
-    """Where the second curve, from below, comes to the first; straight lines between the points, both axes logarithmic.
+    """Where the second curve reaches the first from below, by linear interpolation with both axes logarithmic.
 
-    None where it never does; the first point where it is not below even there.
+    None where it never does; the first point where it is already above there.
 
     >>> crossing(((1, 8.0), (4, 8.0)), ((1, 4.0), (4, 16.0)))
     (2.0, 8.0)
@@ -84,7 +84,7 @@ def roofline_curves(
     steps: float = STEPS,
     context: int = CONTEXT,
 ) -> tuple[Curve, Curve]:
-    """Both modes at the floor."""
+    """Both modes at the roofline."""
     diffusion, token = (
         Curve(
             name=mode,
@@ -110,10 +110,10 @@ def roofline(
     steps: float = STEPS,
     context: int = CONTEXT,
 ) -> Panel:
-    """The panel of a card and a published model.
+    """The panel of a card and a published model, computed.
 
     Args:
-        form: how the weights are stored, a key of `costs.WIDTHS`.
+        form: the format of the weights, a key of `costs.WIDTHS`.
 
     >>> panel = roofline(costs.DEVICES["h200"], form="bf16", steps=16, users=(32, 64, 128))
     >>> 70 < panel.crossing[0] < 85
@@ -135,7 +135,7 @@ def _stored(config: ModelConfig, widths: costs.WeightFormats) -> dict[str, float
 
 
 def crossover_table(panel: Panel) -> list[list[str]]:
-    """The figures as rows of text: users, then each curve."""
+    """The figures as rows of strings: users, then each curve."""
     head = ["users", *(curve.name for curve in panel.curves)]
     counts = [users for users, _ in panel.curves[0].points]
     figures = [[f"{speed:.4g}" for _, speed in curve.points] for curve in panel.curves]

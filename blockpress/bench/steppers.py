@@ -1,6 +1,6 @@
-"""What a workload is driven on: the engine's core, or the poem beside it, the slow truth, one forward at a time.
+"""What a workload runs on, one forward at a time: the engine's core, or the reference loop to compare it with.
 
-Invariant: `rows` says exactly what the last forward worked on, since the floors are counted from it.
+Invariant: `rows` is exactly the batch of the last forward, since the roofline is computed from it.
 Run it:  python -m pytest tests/bench/test_drive.py
 """
 
@@ -24,16 +24,16 @@ from blockpress.model import Network
 
 
 class EngineStepper:
-    """The engine's core. Prefixes are not reused: a prompt that was seen before would cost nothing.
+    """The engine's core. Prefixes are not reused: a repeated prompt would cost nothing.
 
-    `prefill`: most tokens of prompts in a forward; None: the engine's own measure.
+    `prefill`: most prompt tokens in a forward; None: the engine's default.
     """
 
     def __init__(
         self, network: Network, *, running: int, prefill: int | None = None, soft_embedding: SoftEmbedding = "exact"
     ) -> None:
-        own = EngineOptions(max_running=running, reuse_prefixes=False, soft_embedding=soft_embedding)
-        options = own if prefill is None else replace(own, chunk=prefill, prefill_tokens=prefill)
+        defaults = EngineOptions(max_running=running, reuse_prefixes=False, soft_embedding=soft_embedding)
+        options = defaults if prefill is None else replace(defaults, chunk=prefill, prefill_tokens=prefill)
         self.core = EngineCore(network, options)
         self.rows, self.prefill = BatchShape(), False
 
@@ -43,83 +43,84 @@ class EngineStepper:
 
     @property
     def page_bytes(self) -> int:
-        """Of the pages that requests hold."""
-        pages, each = self.core.scheduler.stats.pages, _token_bytes(self.core.network)
-        return sum(count.held * self.core.kv_cache.page * each[kind] for kind, count in pages.items())
+        """Bytes of the pages that requests hold."""
+        pages, token_bytes = self.core.scheduler.stats.pages, _token_bytes(self.core.network)
+        return sum(count.held * self.core.store.page * token_bytes[kind] for kind, count in pages.items())
 
     def submit(self, request: Request) -> None:
         self.core.submit(request)
 
     def step(self) -> Sequence[tuple[Request, Event]]:
-        done = self.core.step()
-        self.rows = rows_of(done.scheduled)
-        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in done.scheduled)
-        return done.events
+        record = self.core.step()
+        self.rows = rows_of(record.scheduled)
+        self.prefill = any(work.start < min(work.stop, len(work.request.row.prompt)) for work in record.scheduled)
+        return record.events
 
 
-def rows_of(works: Sequence[ScheduledRequest]) -> BatchShape:
-    """What the engine plans, as the floors count it: a token that is heard goes to the head, others do not."""
-    canvases, reads, heard = [], [], []
-    for work in works:
-        if work.stop - work.num_logit_tokens > work.start:
-            reads.append((work.start, work.stop - work.num_logit_tokens - work.start))
-        if work.num_logit_tokens:
-            heard.append((work.stop - work.num_logit_tokens, work.num_logit_tokens))
-        if work.canvas:
-            canvases.append(work.stop)
-    return BatchShape(canvases=tuple(canvases), reads=tuple(reads), logit_rows=tuple(heard))
+def rows_of(scheduled: Sequence[ScheduledRequest]) -> BatchShape:
+    """The engine's schedule as a batch shape: only logit rows go through the head."""
+    canvases, reads, logit_rows = [], [], []
+    for entry in scheduled:
+        if entry.stop - entry.num_logit_tokens > entry.start:
+            reads.append((entry.start, entry.stop - entry.num_logit_tokens - entry.start))
+        if entry.num_logit_tokens:
+            logit_rows.append((entry.stop - entry.num_logit_tokens, entry.num_logit_tokens))
+        if entry.canvas:
+            canvases.append(entry.stop)
+    return BatchShape(canvases=tuple(canvases), reads=tuple(reads), logit_rows=tuple(logit_rows))
 
 
 class ReferenceStepper:
-    """`generate` or `generate_autoregressive` over all requests that are there at the first step, in lockstep.
+    """`generate` or `generate_autoregressive` over all requests submitted before the first step, in lockstep.
 
     Raises:
-        RequestError: a request comes later, or the mode is one that the poem has no loop for here.
+        RequestError: a request comes later, or the reference loop has no such mode here.
     """
 
     def __init__(self, network: Network) -> None:
         self.network, self.rows, self.prefill = network, BatchShape(), False
-        self._asked: list[Request] = []
+        self._requests: list[Request] = []
         self._events: Iterator[Event] | None = None
 
     @property
     def busy(self) -> bool:
-        return any(request.row.finish_reason is None for request in self._asked)
+        return any(request.row.finish_reason is None for request in self._requests)
 
     @property
     def page_bytes(self) -> int:
-        """Of the contexts, which the poem keeps whole."""
-        each = sum(_token_bytes(self.network).values())
-        return each * sum(len(one.row.prompt) + _committed(one) for one in self._asked)
+        """Bytes of the contexts, which the reference loop keeps whole."""
+        token_bytes = sum(_token_bytes(self.network).values())
+        return token_bytes * sum(len(request.row.prompt) + _committed(request) for request in self._requests)
 
     def submit(self, request: Request) -> None:
         if self._events is not None:
-            raise RequestError("the poem is under way", hint="give all requests at once: --batch, not --rate")
-        self._asked.append(request)
+            raise RequestError("the reference loop is running", hint="give all requests at once: --batch, not --rate")
+        self._requests.append(request)
 
     def step(self) -> Sequence[tuple[Request, Event]]:
         """One step of every canvas, or one token of every request."""
-        sampling, rows = self._asked[0].sampling, [request.row for request in self._asked]
-        live = [request for request in self._asked if request.row.finish_reason is None]
+        sampling, rows = self._requests[0].sampling, [request.row for request in self._requests]
+        live = [request for request in self._requests if request.row.finish_reason is None]
         token = isinstance(sampling, AutoregressiveSampling)
         self.prefill = self._events is None
-        contexts = [(len(one.row.prompt) + _committed(one), len(one.row.new_tokens)) for one in live]
-        reads = tuple((behind - fresh, fresh) for behind, fresh in contexts if fresh)
+        contexts = [(len(request.row.prompt) + _committed(request), len(request.row.new_tokens)) for request in live]
+        reads = tuple((length - new, new) for length, new in contexts if new)
         if self._events is None:
             run: Any = generate_autoregressive if token else generate
             self._events = run(self.network, rows, sampling)
             reads = tuple((0, len(row.prompt)) for row in rows)
             self._active: set[int] = set()
         if token:
-            last = tuple((behind + count - 1, 1) for behind, count in reads)
+            last = tuple((context + count - 1, 1) for context, count in reads)
             self.rows = BatchShape(
-                logit_rows=last, reads=tuple((behind, count - 1) for behind, count in reads if count > 1)
+                logit_rows=last, reads=tuple((context, count - 1) for context, count in reads if count > 1)
             )
-            return self._whose(self._finish(live))
-        begins = not self._active
-        self._active = self._active or {one.row.index for one in live}
-        canvases = tuple(len(one.row.prompt) + _committed(one) for one in live if one.row.index in self._active)
-        self.rows = BatchShape(canvases=canvases, reads=reads if begins else ())
+            return self._with_requests(self._finish(live))
+        first_step = not self._active
+        self._active = self._active or {request.row.index for request in live}
+        denoised = [request for request in live if request.row.index in self._active]
+        canvases = tuple(len(request.row.prompt) + _committed(request) for request in denoised)
+        self.rows = BatchShape(canvases=canvases, reads=reads if first_step else ())
         events: list[Event] = []
         steps = cast(Sampling, sampling).steps
         for event in [next(self._events) for _ in range(len(self._active))]:
@@ -127,14 +128,14 @@ class ReferenceStepper:
             if event.settled or event.step == steps:
                 self._active.discard(event.row)
             events.append(event)
-        return self._whose(events if self._active else events + self._finish(live))
+        return self._with_requests(events if self._active else events + self._finish(live))
 
-    def _whose(self, events: list[Event]) -> list[tuple[Request, Event]]:
-        by_row = {request.row.index: request for request in self._asked}
+    def _with_requests(self, events: list[Event]) -> list[tuple[Request, Event]]:
+        by_row = {request.row.index: request for request in self._requests}
         return [(by_row[event.row], event) for event in events]
 
     def _finish(self, live: Sequence[Request]) -> list[Event]:
-        """The commits of the live rows, and their ends; a row without a tokenizer tells nothing else."""
+        """The commits of the live rows, and their ends; a row without a tokenizer has no other events."""
         assert self._events is not None
         events: list[Event] = []
         for request in live:

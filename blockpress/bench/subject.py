@@ -1,12 +1,12 @@
-"""What is measured: a network, where it comes from, and how its weights are stored.
+"""What is measured: a network, its source, and the formats of its weights.
 
-    MODEL             a checkpoint: its own weights, its own way to sample
-    --preset NAME     a shape with random weights: fast or slow like a real one, and it writes noise
+    MODEL             a checkpoint: its own weights and sampling
+    --preset NAME     a shape with random weights: as fast as a real one, but it writes noise
     --config FILE     the shape of a config.json, likewise
 
-Two shapes are here alone, those that are compared with other programs: `bench-262k` and `bench-4k`, eight layers of
-512 features with 16 experts, over the published vocabulary and over a small one. `bench-wide` has the experts of a
-larger model, so that reading them is what a single token costs.
+Two shapes exist only here, for comparison with other programs: `bench-262k` and `bench-4k`, eight layers of 512
+features with 16 experts, over the published vocabulary and over a small one. `bench-wide` has the experts of a larger
+model, so that a single token costs mostly the reading of experts.
 
 Invariant: the same seed gives the same weights. A subject says whether its weights are random.
 Run it:  blockpress bench --preset bench-4k --steps 4
@@ -34,7 +34,7 @@ from blockpress.ops.weight import Packed
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """A network to be measured. `lm` is the loaded model around it; None where the weights are random."""
+    """A network to measure. `lm` is the loaded model around it; None where the weights are random."""
 
     name: str
     network: Network
@@ -50,19 +50,19 @@ class Subject:
 
     @property
     def types(self) -> dict[str, str]:
-        """The names of the type of the weights and of that in which products are made."""
-        found = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.product_dtype}
-        return {name: str(kind).removeprefix("torch.") for name, kind in found.items()}
+        """The names of the storage dtype and of the dtype of products."""
+        types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.product_dtype}
+        return {name: str(kind).removeprefix("torch.") for name, kind in types.items()}
 
     @property
     def in_types(self) -> str:
-        """The same in words: one of them where they are one."""
+        """The same in words, once if they are equal."""
         stored, computed = self.types.values()
         return stored if stored == computed else f"{stored}, computed in {computed}"
 
 
 def bench_262k() -> ModelConfig:
-    """Eight layers of 512 features, 16 experts of which a token meets four, the published vocabulary."""
+    """Eight layers of 512 features, 16 experts (top 4), the published vocabulary."""
     sliding = LayerConfig(kind="sliding_attention", head_dim=64, kv_heads=4)
     full = LayerConfig(kind="full_attention", head_dim=128, kv_heads=2)
     return ModelConfig(
@@ -83,7 +83,7 @@ def bench_262k() -> ModelConfig:
 
 
 def bench_4k() -> ModelConfig:
-    """The same over 4,096 tokens."""
+    """The same with a vocabulary of 4,096."""
     return replace(bench_262k(), vocab_size=4096)
 
 
@@ -110,7 +110,7 @@ def shape_named(preset: str) -> ModelConfig:
 
 
 def shape_in(file: str | Path) -> ModelConfig:
-    """The shape in a config.json. Raises ConfigError: the file is none."""
+    """The shape in a config.json. Raises ConfigError: it cannot be read or is not one."""
     try:
         data = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -138,16 +138,16 @@ def randomised(
     """A network of that shape with random weights: matrices of variance 1 / inputs, norms and scales of 1.
 
     Raises:
-        RequestError: the types or the device.
+        RequestError: unknown dtypes, or no such device.
     """
-    place = choose_device(device)
-    types = choose_types(dtype, compute_dtype, config, place)
-    network = without_memory(lambda: Network(config)).to(types.storage).to_empty(device=place)
-    draw = torch.Generator(place).manual_seed(seed)
+    torch_device = choose_device(device)
+    types = choose_types(dtype, compute_dtype, config, torch_device)
+    network = without_memory(lambda: Network(config)).to(types.storage).to_empty(device=torch_device)
+    generator = torch.Generator(torch_device).manual_seed(seed)
     with torch.no_grad():
         for tensor in [*network.parameters(), *network.buffers()]:
             if tensor.ndim > 1:
-                tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=draw)
+                tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
             else:
                 tensor.fill_(1.0)
     hold(network, types)
@@ -155,17 +155,17 @@ def randomised(
 
 
 def weight_bytes(network: Network) -> dict[str, int]:
-    """Bytes of the experts, of the embedding, and of the rest, packed or not."""
-    found = {"experts": 0, "embedding": 0, "dense": 0}
+    """Bytes of the experts, of the embedding, and of the rest, as stored."""
+    sizes = {"experts": 0, "embedding": 0, "dense": 0}
     for name, module in network.named_modules():
         for weight in _weights(module):
             part = "experts" if ".experts" in f".{name}" else "embedding" if "embed_tokens" in name else "dense"
-            found[part] += weight.nbytes
-    return found
+            sizes[part] += weight.nbytes
+    return sizes
 
 
 def stored_formats(network: Network) -> costs.WeightFormats:
-    """How the weights of a network are stored, on average over each part."""
+    """The mean bytes a weight, and the dtype of products, of each part of a network."""
     stored, counted = weight_bytes(network), costs.parameters(network.config)
     math, products = (str(kind).removeprefix("torch.") for kind in (network.dtype, network.product_dtype))
     experts, embedding = counted.get("experts", 0), counted["embedding"]

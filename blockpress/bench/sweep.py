@@ -1,11 +1,11 @@
-"""Throughput against users on this machine: both modes of one network, measured, and the floors beside them.
+"""Throughput against users on this machine: both modes of one network, measured, and their roofline.
 
-Every user has a prompt of one canvas, so that the forward that reads it and takes the first step costs what a commit
-and a first step cost later on. Of the other steps a few are measured, and the median is taken for each:
+Every user has a prompt of one canvas, so that the forward that reads it and takes the first step costs as much as a
+commit and first step do later. A few of the other steps are measured, and their median stands for all:
 
     seconds a canvas  =  first forward  +  (steps - 1) x median of the others
 
-Token by token, the median forward behind the prompts is the figure.
+In autoregressive decoding the figure is the median forward after the prompts.
 
 Invariant: all users are in every forward that counts.
 Run it:  blockpress bench --preset bench-4k --sweep --out sweep.svg
@@ -25,7 +25,7 @@ from blockpress.bench.subject import Subject, stored_formats
 from blockpress.bench.workload import Workload, requests
 
 MEASURED = 4
-"""Steps, or tokens, that are run for one point."""
+"""Steps, or tokens, run for one point."""
 
 
 def measure_curves(
@@ -39,8 +39,8 @@ def measure_curves(
     """The panel of this machine.
 
     Args:
-        device: what it can do, as `measure_device` found it.
-        progress: told of every point.
+        device: its ceilings, as `measure_device` measured them.
+        progress: called with a line of text after every point.
 
     Raises:
         RequestError: a network without a canvas.
@@ -64,7 +64,7 @@ def measure_curves(
 
 
 def _point(subject: Subject, mode: Literal["diffusion", "autoregressive"], users: int, steps: float) -> float:
-    """Tokens a second of so many users together."""
+    """Tokens a second of this many users together."""
     length = subject.config.canvas_length
     diffusion = mode == "diffusion"
     work = Workload(
@@ -76,18 +76,18 @@ def _point(subject: Subject, mode: Literal["diffusion", "autoregressive"], users
     )
     stepper = EngineStepper(subject.network, running=users, prefill=users * length)
     run = drive(stepper, work, requests(subject, work), subject.network.device).whole()
-    whole = [forward for forward in run.forwards if _everybody(forward.rows, users)]
+    full = [forward for forward in run.forwards if _has_all_users(forward.rows, users)]
     if not diffusion:
-        return users / statistics.median(_later(run, whole))
-    first = next(forward.seconds for forward in whole if forward.prefill)
-    return users * length / (first + (steps - 1) * statistics.median(_later(run, whole)))
+        return users / statistics.median(_later_seconds(run, full))
+    first = next(forward.seconds for forward in full if forward.prefill)
+    return users * length / (first + (steps - 1) * statistics.median(_later_seconds(run, full)))
 
 
-def _later(run: BenchRun, whole: Sequence[Forward]) -> list[float]:
-    later = [forward.seconds for forward in whole if not forward.prefill]
-    assert later, f"{len(run.forwards)} forwards, none of them with all users behind their prompts"
+def _later_seconds(run: BenchRun, full: Sequence[Forward]) -> list[float]:
+    later = [forward.seconds for forward in full if not forward.prefill]
+    assert later, f"{len(run.forwards)} forwards, none of them with all users past their prompts"
     return later
 
 
-def _everybody(rows: costs.BatchShape, users: int) -> bool:
+def _has_all_users(rows: costs.BatchShape, users: int) -> bool:
     return len(rows.canvases) == users or len(rows.logit_rows) == users

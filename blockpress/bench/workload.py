@@ -1,11 +1,11 @@
-"""What is asked of a model, and when: prompts, limits, ways to decode, and the arrivals of the requests.
+"""The requests of a benchmark: prompts, limits, decoding modes, and arrival times.
 
-    offline    all requests are there at the beginning; `batch` of them run at once
+    offline    all requests are there at the start; `batch` of them run at once
     rate       a Poisson process: the time between two arrivals is exponential, whether the model keeps up or not
-    closed     `concurrency` users, each of whom asks again as soon as the last answer is there
+    closed     `concurrency` users, each of whom sends a new request as soon as the last is answered
 
-Prompts are random tokens, or, for a model that writes a sudoku's cells as tokens, fresh puzzles: only with prompts that
-it knows does a model settle as early as it would.
+Prompts are random tokens, or, for a model that writes a sudoku's cells as tokens, new puzzles: only on prompts like
+those it was trained on does a model settle as early as in use.
 
 Invariant: the same workload and seed give the same prompts, seeds and arrivals.
 Run it:  python -m pytest tests/bench/test_drive.py
@@ -34,10 +34,10 @@ GIVENS = 36
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is asked for. Lengths in tokens.
+    """The requests and how they arrive. Lengths in tokens.
 
     steps: denoising steps of every canvas; None: until it settles. puzzles: prompts are sudokus, answered to the stop.
-    batch: how many run at once. rate: arrivals a second. concurrency: users. seconds: when the last request arrives.
+    batch: how many run at once. rate: arrivals a second. concurrency: users. seconds: no request arrives later.
     """
 
     mode: Mode = "diffusion"
@@ -92,7 +92,7 @@ def _need(ok: bool, name: str, value: object, what: str) -> None:
 
 
 def sampling_of(subject: Subject, work: Workload) -> Sampling | AutoregressiveSampling:
-    """How the requests are sampled: the model's own way, with a fixed number of steps where one is given.
+    """The sampling of the requests: the model's own, with a fixed number of steps where one is given.
 
     Raises:
         RequestError: a mode with a canvas for a model that has none.
@@ -104,18 +104,18 @@ def sampling_of(subject: Subject, work: Workload) -> Sampling | AutoregressiveSa
             f"--mode is {work.mode}, and the family {subject.config.family} has no canvas",
             hint="give --mode autoregressive",
         )
-    own = Sampling() if subject.lm is None else subject.lm.generation.sampling.with_(stop=())
+    sampling = Sampling() if subject.lm is None else subject.lm.generation.sampling.with_(stop=())
     if work.steps is not None:
-        # No mean entropy is below 0, but for rounding; and none of so few steps is behind so many that agree.
-        own = own.with_(steps=work.steps, confidence=0.0, stability=work.steps)
-    return own.with_(checks=CHECKS) if work.mode == "verified" else own
+        # So that none settles: a mean entropy is below 0 only by rounding, and never after this many agreeing steps.
+        sampling = sampling.with_(steps=work.steps, confidence=0.0, stability=work.steps)
+    return sampling.with_(checks=CHECKS) if work.mode == "verified" else sampling
 
 
 def requests(subject: Subject, work: Workload) -> Iterator[Request]:
-    """The requests in the order of their arrival; without end where their number is not given.
+    """The requests in order of arrival; an endless iterator where their number is not given.
 
     Raises:
-        RequestError: a prompt and an answer that do not fit the model's context.
+        RequestError: a prompt and an answer do not fit the model's context.
     """
     config, sampling = subject.config, sampling_of(subject, work)
     canvas = config.canvas_length if isinstance(sampling, Sampling) else 1
@@ -143,7 +143,7 @@ def requests(subject: Subject, work: Workload) -> Iterator[Request]:
 
 
 def arrivals(work: Workload) -> Iterator[float]:
-    """When the requests arrive, in seconds from the beginning; all at 0 where nobody waits for the clock."""
+    """Arrival times in seconds from the start; all 0 without `rate`."""
     if work.rate is None:
         while True:
             yield 0.0

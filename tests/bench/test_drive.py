@@ -35,12 +35,12 @@ def tiny_subject() -> Subject:
 
 def ran(subject: Subject, work: Workload, kind: str) -> BenchRun:
     stepper: Stepper = (
-        ReferenceStepper(subject.network) if kind == "poem" else EngineStepper(subject.network, running=work.running)
+        EngineStepper(subject.network, running=work.running) if kind == "engine" else ReferenceStepper(subject.network)
     )
     return drive(stepper, work, requests(subject, work), CPU)
 
 
-@pytest.mark.parametrize("kind", ["poem", "engine"])
+@pytest.mark.parametrize("kind", ["reference", "engine"])
 def test_every_row_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     canvas = tiny_subject.config.canvas_length
     work = Workload(batch=ROWS, prompt_len=PROMPT, max_tokens=2 * canvas, steps=STEPS)
@@ -53,7 +53,7 @@ def test_every_row_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     assert [forward.tokens for forward in run.forwards] == ([0] * (STEPS - 1) + [ROWS * canvas]) * 2
 
 
-@pytest.mark.parametrize("kind", ["poem", "engine"])
+@pytest.mark.parametrize("kind", ["reference", "engine"])
 def test_every_token_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     work = Workload(mode="autoregressive", batch=ROWS, prompt_len=PROMPT, max_tokens=5)
     run = ran(tiny_subject, work, kind)
@@ -62,12 +62,12 @@ def test_every_token_is_in_its_forward(tiny_subject: Subject, kind: str) -> None
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_engine_and_poem_are_driven_to_the_same_answers(tiny_subject: Subject, mode: str) -> None:
+def test_engine_and_reference_loop_are_driven_to_the_same_answers(tiny_subject: Subject, mode: str) -> None:
     # Few steps: each makes a difference of rounding some 1.5 times as large in a network of random weights.
     steps = STEPS if mode == "diffusion" else None
     work = Workload(mode=mode, batch=ROWS, prompt_len=PROMPT, max_tokens=20, steps=steps, seed=5)  # type: ignore[arg-type]
     said = []
-    for kind in ("poem", "engine"):
+    for kind in ("reference", "engine"):
         asked = sorted(ran(tiny_subject, work, kind).traces, key=lambda one: one.request.row.index)
         said.append([one.reply.tokens for one in asked if one.reply is not None])
     assert said[0] == said[1] and len(said[0]) == ROWS

@@ -92,7 +92,7 @@ def test_a_config_gives_the_shape(call: Call, untrained: Path) -> None:
 
 # Torch's own, where `transformers` first asks it for a compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.parametrize("rival", ["poem", "transformers"])
+@pytest.mark.parametrize("rival", ["reference", "transformers"])
 def test_taking_turns(call: Call, rival: str) -> None:
     said = told(call, "--steps", 2, "--against", rival, "--rounds", 2)
     assert said["against"].startswith(rival) and said["steps"] == 2
@@ -150,11 +150,14 @@ BAD = {
     "an unknown mode": ([*TINY, "--mode", "quick"], "--mode is quick"),
     "steps token by token": ([*TINY, "--mode", "autoregressive", "--steps", "3"], "--steps is given"),
     "an unknown rival": ([*TINY, "--steps", "2", "--against", "vllm"], "--against is 'vllm'"),
-    "a rival and adaptive steps": ([*TINY, "--against", "poem"], "both must run the same steps"),
-    "a rival and requests": ([*TINY, "--steps", "2", "--against", "poem", "--requests", "3"], "--requests is given"),
+    "a rival and adaptive steps": ([*TINY, "--against", "reference"], "both must run the same steps"),
+    "a rival and requests": (
+        [*TINY, "--steps", "2", "--against", "reference", "--requests", "3"],
+        "--requests is given",
+    ),
     "a type of nothing": ([*TINY, "--against-dtype", "float32"], "--against-dtype is given without --against"),
-    "a type of the poem": (
-        [*TINY, "--steps", "2", "--against", "poem", "--against-dtype", "float32"],
+    "a type of the reference loop": (
+        [*TINY, "--steps", "2", "--against", "reference", "--against-dtype", "float32"],
         "the very same network",
     ),
     "a type that there is not": (

@@ -1,6 +1,6 @@
-"""Kernels on a GPU: whether they are right, and how far each is from its floor.
+"""Kernels on a GPU: whether they are correct, and how far each is from the roofline.
 
-    check.py      right: every kernel against its plain version, on fresh random inputs
+    check.py      correctness: every kernel against its plain version, on new random inputs
     report.py     a figure, its floor and its share of it: a line of JSON as soon as it is known, a table at the end
     timing.py     events, warmups, medians and minima
     ceilings.py   what this device reaches: a copy, products of the model's shapes

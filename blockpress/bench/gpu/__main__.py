@@ -1,4 +1,4 @@
-"""The two commands: `check` (are the kernels right) and `bench` (how far are they from their floors).
+"""The two commands: `check` (are the kernels correct) and `bench` (how far are they from the roofline).
 
 Invariant: without a GPU, one line says so and the exit status is 2; `check` runs on a CPU if TRITON_INTERPRET=1 is set.
 Run it:  make check-gpu; make bench-gpu PART=experts
@@ -20,7 +20,7 @@ NO_GPU = "no CUDA device here: run this on a machine with a GPU, or `check` with
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done, and right; 1: a check failed; 2: there is no GPU."""
+    """Exit status 0: done, all correct; 1: a check failed; 2: there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m blockpress.bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=["check", "bench"])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")

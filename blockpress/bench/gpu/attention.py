@@ -1,7 +1,7 @@
-"""Attention over pages: right against `ops.attention.plain`, and fast over its floor.
+"""Paged attention: checked against `ops.attention.plain`, and timed against its roofline.
 
-Checks draw spans of mixed kinds and lengths, lay their contexts into pages in a random order, with NaN in all places
-that no token was written to, and compare every span with the plain version over its keys, gathered and joined.
+Checks draw spans of mixed kinds and lengths, write their contexts into pages in random order, with NaN in all slots
+that no token was written to, and compare every span with the plain version over its keys, gathered and concatenated.
 
 Invariant: what is measured is what `ops.kernels.attention.attend` calls, captured in a graph.
 Run it:  make check-gpu; make bench-gpu PART=attention
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """A layer's heads, and its pages."""
+    """A layer's heads, and the page size in tokens."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -40,7 +40,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class SpanCase:
-    """`count` rows behind, or (causal) at the end of, `stop` context tokens."""
+    """`count` rows after, or (causal) at the end of, `stop` context tokens."""
 
     count: int
     stop: int
@@ -58,27 +58,27 @@ SETS = {"canvases": CANVAS, "causal": CAUSAL, "mixed": MIXED, "reversed": MIXED[
 
 
 def checks() -> list[KernelCheck]:
-    """Lengths around a page's, windows, key heads, head sizes, parts of keys and rounding; the published sizes once."""
-    small, found = AttentionShape(), []
+    """Lengths around a page's, windows, KV heads, head sizes, splits of keys, rounding; the published sizes once."""
+    small, cases = AttentionShape(), []
     for label, spans in SETS.items():
         for window in (None, 1, 9, 30) if label != "reversed" else (9,):
-            found.append(_case(f"{label} window={window}", replace(small, window=window), spans, 2e-6, parts=2))
+            cases.append(_case(f"{label} window={window}", replace(small, window=window), spans, 2e-6, parts=2))
     for heads, kv_heads in ((4, 4), (6, 1), (3, 1)):
         shape = replace(small, heads=heads, kv_heads=kv_heads)
-        found.append(_case(f"mixed heads={heads}/{kv_heads}", shape, MIXED, 2e-6, parts=1))
+        cases.append(_case(f"mixed heads={heads}/{kv_heads}", shape, MIXED, 2e-6, parts=1))
     for page in (1, 5, 32, 64):
-        found.append(_case(f"mixed page={page}", replace(small, page=page, window=12), MIXED, 2e-6, parts=2))
+        cases.append(_case(f"mixed page={page}", replace(small, page=page, window=12), MIXED, 2e-6, parts=2))
     for parts in (1, 3, 4):
-        found.append(_case(f"mixed parts={parts}", replace(small, window=30), MIXED, 2e-6, parts=parts))
+        cases.append(_case(f"mixed parts={parts}", replace(small, window=30), MIXED, 2e-6, parts=parts))
     for dim in (16, 64, 128, 256, 512):
         shape = replace(small, dim=dim, page=32, dtype=torch.bfloat16)
-        found.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64)))
-    found.append(KernelCheck(name="rows of no span", limit=0, error=_uncovered))
-    found.append(KernelCheck(name="pages written", limit=0, error=_written))
+        cases.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64)))
+    cases.append(KernelCheck(name="rows of no span", limit=0, error=_uncovered))
+    cases.append(KernelCheck(name="pages written", limit=0, error=_written))
     large = [SpanCase(256, 5000, causal=False), SpanCase(512, 3000, causal=True), SpanCase(1, 2049, causal=True)]
     for label, shape in (("sliding", SLIDING), ("full", FULL)):
-        found.append(_case(f"published {label}", shape, large, 8e-3, large=True))
-    return found
+        cases.append(_case(f"published {label}", shape, large, 8e-3, large=True))
+    return cases
 
 
 def _case(
@@ -89,12 +89,12 @@ def _case(
     parts: int | None = None,
     large: bool = False,
 ) -> KernelCheck:
-    return KernelCheck(name=name, limit=limit, error=partial(_apart, shape, spans, parts), large=large)
+    return KernelCheck(name=name, limit=limit, error=partial(_error, shape, spans, parts), large=large)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
-    """A flat batch, the pages behind it, and for each span the keys and values that lie in its pages."""
+    """A flat batch, the pages of its contexts, and for each span the keys and values in its pages."""
 
     query: Tensor
     key: Tensor
@@ -107,7 +107,7 @@ class AttentionInputs:
 def draw_inputs(
     shape: AttentionShape, spans: Sequence[SpanCase], device: torch.device, extra: int = 3
 ) -> AttentionInputs:
-    """Random rows, `extra` of them of no span, and contexts in pages of a random order; on a CPU always the same."""
+    """Random rows, `extra` of them in no span, and contexts in pages of random order; seeded on a CPU."""
     from blockpress.ops.kernels.attention import SpanTable
 
     if device.type == "cpu":
@@ -142,7 +142,7 @@ def draw_inputs(
 
 
 def truth(shape: AttentionShape, spans: Sequence[SpanCase], batch: AttentionInputs) -> Tensor:
-    """`ops.attention.plain`, span by span, in float32; rows of no span see nothing."""
+    """`ops.attention.plain`, span by span, in float32; rows in no span stay zero."""
     out = torch.zeros(batch.query.shape, device=batch.query.device)
     start = 0
     for span, (key, value) in zip(spans, batch.contexts, strict=True):
@@ -158,21 +158,21 @@ def truth(shape: AttentionShape, spans: Sequence[SpanCase], batch: AttentionInpu
 
 
 def _mask(span: SpanCase, window: int | None) -> Tensor:
-    """Who sees whom, one pair after another: the words of `ops.kernels.attention`, not its sums."""
+    """The mask, pair by pair: the definition in `ops.kernels.attention`, not its arithmetic."""
     first = span.stop - span.count if span.causal else span.stop
     keys = span.stop if span.causal else span.stop + span.count
     mask = torch.ones(span.count, keys, dtype=torch.bool)
     for row in range(span.count):
         for key in range(keys):
             if span.causal:
-                seen = key <= first + row and (window is None or first + row - key < window)
+                visible = key <= first + row and (window is None or first + row - key < window)
             else:
-                seen = key >= span.stop or window is None or span.stop - key < window
-            mask[row, key] = seen
+                visible = key >= span.stop or window is None or span.stop - key < window
+            mask[row, key] = visible
     return mask
 
 
-def _apart(shape: AttentionShape, spans: Sequence[SpanCase], parts: int | None, device: torch.device) -> float:
+def _error(shape: AttentionShape, spans: Sequence[SpanCase], parts: int | None, device: torch.device) -> float:
     from blockpress.ops.kernels.attention import attend, choose_tile
 
     batch = draw_inputs(shape, spans, device)
@@ -183,7 +183,7 @@ def _apart(shape: AttentionShape, spans: Sequence[SpanCase], parts: int | None, 
 
 
 def _uncovered(device: torch.device) -> float:
-    """How many values of rows of no span are not 0, with parts and without."""
+    """How many values of rows in no span are not 0, with the keys split and not."""
     from blockpress.ops.kernels.attention import AttentionTile, attend
 
     batch = draw_inputs(AttentionShape(), MIXED, device, extra=5)
@@ -193,23 +193,23 @@ def _uncovered(device: torch.device) -> float:
 
 
 def _written(device: torch.device) -> float:
-    """How many values of the pages are not as copying one row after another leaves them."""
+    """How many values of the pages differ from copying row by row."""
     from blockpress.ops.kernels.attention import write_kv
 
     key, value = (torch.randn(2, 9, 24, device=device).transpose(0, 1) for _ in range(2))
-    places = torch.tensor([12, -1, 0, 1, 19, -1, 3, 7, 8], device=device)
+    slot_mapping = torch.tensor([12, -1, 0, 1, 19, -1, 3, 7, 8], device=device)
     pages = [torch.randn(2, 4, 5, 24, device=device) for _ in range(2)]
-    wanted = [part.clone() for part in pages]
-    for row, place in enumerate(places.tolist()):
-        if place >= 0:
-            for whole, part in zip(wanted, (key, value), strict=True):
-                whole[:, place // 5, place % 5] = part[row]
-    write_kv(key, value, (pages[0], pages[1]), places)
-    return float(sum((got != want).sum() for got, want in zip(pages, wanted, strict=True)))
+    expected = [part.clone() for part in pages]
+    for row, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            for whole, part in zip(expected, (key, value), strict=True):
+                whole[:, slot // 5, slot % 5] = part[row]
+    write_kv(key, value, (pages[0], pages[1]), slot_mapping)
+    return float(sum((got != want).sum() for got, want in zip(pages, expected, strict=True)))
 
 
 def bench(report: GpuReport) -> None:
-    """One canvas, and 16 of them, behind contexts of several lengths; then prefill; then other partings of the keys."""
+    """One canvas and 16, after contexts of several lengths; then prefill; then other splits of the keys."""
     for label, shape in (("sliding", SLIDING), ("full", FULL)):
         for canvases, stops in ((1, (256, 2048, 32768, 131072)), (16, (2048, 32768))):
             for stop in stops:
@@ -250,7 +250,7 @@ def _measure(
 
 
 def _filled(shape: AttentionShape, spans: Sequence[SpanCase]) -> AttentionInputs:
-    """Random rows over random pages, one after another: what `draw_inputs` makes, without a loop over tokens."""
+    """Random rows over random pages: like `draw_inputs`, but without a loop over tokens."""
     from blockpress.ops.kernels.attention import SpanTable
 
     device = torch.device("cuda")
@@ -276,20 +276,20 @@ def _filled(shape: AttentionShape, spans: Sequence[SpanCase]) -> AttentionInputs
 
 
 def _floor_us(shape: AttentionShape, spans: Sequence[SpanCase]) -> float:
-    """Two products of every query head with what its row sees, or the bytes of keys and values, whichever is longer.
+    """Microseconds of the two products of every query with its visible keys, or of reading keys and values, if longer.
 
-    >>> round(_floor_us(FULL, [Span(256, 2048, False)]), 1), round(_floor_us(SLIDING, [Span(256, 2048, False)]), 1)
-    (24.5, 6.8)
+    >>> [round(_floor_us(shape, [SpanCase(256, 2048, causal=False)]), 1) for shape in (FULL, SLIDING)]
+    [24.5, 6.8]
     """
     flops = bytes_ = 0
     for span in spans:
         if span.causal:
             ends = range(span.stop - span.count + 1, span.stop + 1)
-            looks = sum(min(end, shape.window or end) for end in ends)
+            pairs = sum(min(end, shape.window or end) for end in ends)
             keys = min(span.stop, span.count - 1 + (shape.window or span.stop))
         else:
             keys = span.count + min(span.stop, (shape.window or span.stop + 1) - 1)
-            looks = span.count * keys
-        flops += 4 * looks * shape.heads * shape.dim
+            pairs = span.count * keys
+        flops += 4 * pairs * shape.heads * shape.dim
         bytes_ += 2 * keys * shape.kv_heads * shape.dim * shape.dtype.itemsize
     return 1e6 * max(flops / DEVICE.rate("bfloat16"), bytes_ / DEVICE.bandwidth)

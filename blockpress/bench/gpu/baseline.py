@@ -1,9 +1,9 @@
 """The same config in `transformers`: random weights, bfloat16, one denoising step, eager and compiled.
 
-The step is the model's decoder with a self-conditioning signal over a filled cache, and its head with the soft
-embedding, temperature and multinomial sample as its generation loop computes them.
+The step is the model's decoder with self-conditioning over a filled cache, and its head with the soft embedding,
+temperature and multinomial sample as its generation loop computes them.
 
-Invariant: nothing of ours runs in what is timed.
+Invariant: none of our code runs in what is timed.
 Run it:  make bench-gpu PART=baseline
 """
 
@@ -28,7 +28,7 @@ TEMPERATURE = 0.6
 
 @torch.inference_mode()
 def bench(report: GpuReport) -> None:
-    """Eager, then compiled, in batches of canvases behind the same context as our steps."""
+    """Eager, then compiled, in batches of canvases after the same context as our steps."""
     try:
         model = build(replace(PRESETS["diffusiongemma-26B-A4B"](), vision=None), torch.device("cuda"))
     except Exception as reason:  # another version of the package, or none: the other parts do not need it
@@ -73,14 +73,14 @@ def baseline_step(model: Any, batch: int, context: int) -> Callable[[], torch.Te
         for length in (context, model.config.canvas_length)
     )
     cache = DynamicCache(config=text)
-    told = model(input_ids=tokens, decoder_input_ids=canvas, past_key_values=cache).logits.to(torch.bfloat16)
+    previous_logits = model(input_ids=tokens, decoder_input_ids=canvas, past_key_values=cache).logits.to(torch.bfloat16)
 
     def run() -> torch.Tensor:
-        out = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=told)
+        out = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=previous_logits)
         scaled = out.logits.float() / TEMPERATURE
-        odds = torch.softmax(scaled, dim=-1)
+        probabilities = torch.softmax(scaled, dim=-1)
         entropy = torch.distributions.Categorical(logits=scaled).entropy()
-        drawn = torch.multinomial(odds.flatten(0, 1), 1).view(canvas.shape)
+        drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(canvas.shape)
         return torch.where(entropy < 1, drawn, scaled.argmax(-1))
 
     return run

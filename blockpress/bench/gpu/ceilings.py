@@ -1,10 +1,10 @@
 """What this device reaches: the bandwidth of a copy, and the rate of products at the model's shapes.
 
-Ceilings are those that floors are counted with (`costs.DEVICES`): where a figure here is far from its ceiling, the
-floors of the other parts are as far from what is possible here. Products run on random values over weights that rotate,
-so that none is in a cache; zeros would run faster than anything real.
+Ceilings are those of the roofline (`costs.DEVICES`): where a figure here is far from its ceiling, the floors of the
+other parts are equally far from what is possible here. Products run on random values and rotate over weights, so that
+none is in a cache; zeros would run faster than real values.
 
-Invariant: bytes are counted as read plus written, operations as two for each product.
+Invariant: bytes are counted as read plus written, operations as two per multiply-add.
 Run it:  make bench-gpu PART=ceilings
 """
 
@@ -27,11 +27,11 @@ SHAPES = {
     "router": (128, 2816),
     "head": (262144, 2816),
 }
-"""Rows and columns of the weights that 256 rows of activations are multiplied with."""
+"""Rows and columns of the weights that 256 rows of activations are multiplied by."""
 
 COPIED = 1 << 32
 ROTATED = 1 << 29
-"""Bytes of weights that are rotated: several times the largest cache."""
+"""Bytes of weights in rotation: several times the largest cache."""
 
 
 def bench(report: GpuReport) -> None:
@@ -48,17 +48,17 @@ def bench(report: GpuReport) -> None:
 
 
 def _products(report: GpuReport, name: str, math: str, tokens: int, rows: int, columns: int, size: int) -> None:
-    """One shape: the time of a product, over the longer of its two floors."""
+    """One shape: the time of a product, against the longer of its two floors."""
     count = max(1, min(64, ROTATED // (rows * columns * size)))
     try:
         work, weights = _product(math, tokens, rows, columns, count)
-        each = captured(lambda: [work(weight) for weight in weights]).least / count
+        milliseconds = captured(lambda: [work(weight) for weight in weights]).least / count
     except Exception as reason:  # a product that this torch or this device does not have
         report.note(f"{name}: {type(reason).__name__}: {reason}")
         return
     flops, bytes_ = 2 * tokens * rows * columns, size * (rows + tokens) * columns + 2 * tokens * rows
-    report.add(name, 1000 * each, "us", 1e6 * max(flops / DEVICE.rate(math), bytes_ / DEVICE.bandwidth))
-    report.add(f"{name} rate", flops / each / 1e9, "TFLOP/s", DEVICE.rate(math) / 1e12)
+    report.add(name, 1000 * milliseconds, "us", 1e6 * max(flops / DEVICE.rate(math), bytes_ / DEVICE.bandwidth))
+    report.add(f"{name} rate", flops / milliseconds / 1e9, "TFLOP/s", DEVICE.rate(math) / 1e12)
 
 
 def _product(

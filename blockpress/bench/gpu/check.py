@@ -1,10 +1,10 @@
-"""Whether the kernels are right: each check draws fresh inputs, runs a kernel and its plain version, and says how far
-they are apart.
+"""Whether the kernels are correct: each check draws new inputs, runs a kernel and its plain version, and reports their
+distance.
 
     {"part": "experts", "name": "bf16 uniform tokens=17", "error": 0.0021, "limit": 0.005, "passed": true}
 
-An error is ||got - wanted|| / ||wanted||, or the number of wrong values where all must be right. Outputs are filled
-with NaN before a kernel runs, so that a value it does not write is seen.
+An error is ||got - wanted|| / ||wanted||, or the number of wrong values where all must be exact. Outputs are filled
+with NaN before a kernel runs, so that a value it does not write is detected.
 
 Invariant: NaN passes no check, and a check that raises has failed.
 Run it:  make check-gpu      on a CPU, small sizes: TRITON_INTERPRET=1 python -m blockpress.bench.gpu check
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCheck:
-    """`error(device)` must not be above `limit`. `large`: too slow for the interpreter, so left out on a CPU."""
+    """`error(device)` must not exceed `limit`. `large`: too slow for the interpreter, so left out on a CPU."""
 
     name: str
     limit: float
@@ -54,10 +54,10 @@ def different(got: Tensor, wanted: Tensor) -> float:
 
 
 def run_checks(parts: Iterable[str], device: torch.device, only: str = "") -> bool:
-    """Run the checks of these parts whose names contain `only`, a line of JSON each; whether all passed."""
-    # With this, torch fills what it leaves uninitialised with NaN; kernels without a repeatable version may only warn.
+    """Run the checks of these parts whose names contain `only`, a line of JSON each; returns whether all passed."""
+    # This makes torch fill uninitialised memory with NaN; operations without a deterministic version only warn.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if device.type == "cuda":  # other inputs every time; on a CPU, where tests run, the same for everybody
+    if device.type == "cuda":  # other inputs every time; on a CPU, where tests run, always the same
         print(json.dumps({"seed": torch.seed()}), flush=True)
     results = []
     for part in parts:
@@ -75,10 +75,10 @@ def _checks(part: str) -> list[KernelCheck]:
 
 def _passes(part: str, check: KernelCheck, device: torch.device) -> bool:
     line: dict[str, object] = {"part": part, "name": check.name}
-    begun = time.perf_counter()
+    started = time.perf_counter()
     try:
         error = check.error(device)
-    except Exception as reason:  # whatever went wrong, the other checks still have something to say
+    except Exception as reason:  # a check that raises must not stop the others
         print(json.dumps(line | {"passed": False, "raised": f"{type(reason).__name__}: {reason}"}), flush=True)
         return False
     passed = error <= check.limit
@@ -89,7 +89,7 @@ def _passes(part: str, check: KernelCheck, device: torch.device) -> bool:
                 "error": float(f"{error:.3g}"),
                 "limit": check.limit,
                 "passed": passed,
-                "seconds": round(time.perf_counter() - begun, 2),
+                "seconds": round(time.perf_counter() - started, 2),
             }
         ),
         flush=True,

@@ -1,10 +1,10 @@
-"""What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, matrix instructions.
+"""Compiled kernels inspected without a GPU: registers, spills, shared memory, matrix instructions.
 
     kernel                      registers  spills  shared  wgmma  mma.sync
     gate_up bfloat16 32 tokens        128       0    160K     16         0
 
-A kernel whose matrix instructions are `mma.sync`, or that spills, is slower than its floor; both show here and not in
-any test of values. Kernels are compiled for Hopper at the published model's sizes.
+A kernel whose matrix instructions are `mma.sync`, or that spills, is slower than its floor; both show here and in no
+test of values. Kernels are compiled for Hopper at the published model's sizes.
 
 Invariant: runs in a process without TRITON_INTERPRET.
 
@@ -31,7 +31,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one compiled kernel: registers a thread, bytes spilled, bytes of shared memory, instructions of each kind."""
+    """One compiled kernel: registers a thread, bytes spilled, bytes of shared memory, instructions of each kind."""
 
     registers: int
     spills: int
@@ -42,7 +42,7 @@ class Resources:
 
     @property
     def programs(self) -> int:
-        """How many fit on a multiprocessor of 65,536 registers and 227 KiB."""
+        """Programs resident on a multiprocessor of 65,536 registers and 227 KiB."""
         return min(65536 // max(1, self.registers * 32 * self.warps), (227 << 10) // max(1, self.shared + 1024), 16)
 
 
@@ -72,18 +72,18 @@ def compile_for(variant: Variant) -> Resources:
 
 
 def _assemble(text: str) -> str:
-    """What the assembler that comes with Triton says of a kernel."""
+    """The report on a kernel of the assembler that comes with Triton."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    with tempfile.TemporaryDirectory() as room:
-        source = Path(room) / "kernel.ptx"
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "kernel.ptx"
         source.write_text(text, encoding="utf-8")
-        command = [str(program), "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(room) / "kernel.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+        command = [str(program), "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(directory) / "kernel.cubin")]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
 
 
 def main(*wanted: str) -> None:
-    """A line for every kernel whose name holds one of these parts; for all without any."""
+    """Print a line for every kernel whose name contains one of these strings; without any, for all."""
     print(f"{'kernel':40} registers  spills   shared  programs  wgmma  mma.sync")
     for variant in variants():
         if wanted and not any(part in variant.name for part in wanted):

@@ -1,8 +1,8 @@
-"""The experts' kernels: right against `ops.experts.loop`, and fast over the bytes of their weights.
+"""The experts' kernels: checked against `ops.experts.loop`, and timed against the bytes of their weights.
 
-Figures: 30 layers' distinct weights in turn, in one captured graph, so that no weight is in a cache; a layer's time is
-the graph's over 30. The floor is the longer of two times, that of the bytes of the experts that were chosen and that of
-the operations (`costs.roofline`).
+Figures: 30 layers with distinct weights in one captured graph, so that no weight is in a cache; a layer's time is the
+graph's over 30. The floor is the longer of the time of the chosen experts' bytes and that of the operations
+(`costs.roofline`).
 
 Invariant: what is measured is what `ops.experts.moe_forward` calls.
 Run it:  make check-gpu; make bench-gpu PART=experts
@@ -33,48 +33,48 @@ LONG = ExpertShape(experts=2, hidden=64, size=704, top_k=1)
 """The published size of an expert, eleven times 64, which no tile of 128 divides."""
 
 OFTEN = ("bfloat16", "e4m3", "int4 g32", "nvfp4")
-"""The kinds that are measured, and checked on a CPU under every routing; the others share their kernels."""
+"""The kinds that are measured, and that a CPU checks under every routing; the others share their kernels."""
 
 LIMIT, FP8_LIMIT, FP8_PLAIN_LIMIT = 8e-3, 1e-2, 6e-2
-"""Rounding of bfloat16; the same where the plain version rounds activations to fp8 too; and where it does not."""
+"""Limits: bfloat16 rounding; with fp8 activations, where the plain version rounds them too, and where it does not."""
 
 
 def checks() -> list[KernelCheck]:
     """Routing; every kind of weight under every routing, small; sizes that tiles do not divide; the published sizes."""
-    found = _routing_checks()
+    cases = _routing_checks()
     for kind in KINDS:
         limit, rare = FP8_LIMIT if kind == "e4m3" else LIMIT, kind not in OFTEN
-        found += [_case(kind, how, SMALL, 17, limit, large=rare and how != "skewed") for how in ROUTINGS]
-        found += [_case(kind, "uniform", SMALL, 1, limit, large=rare)]
-        found += [_case(kind, "uniform", replace(SMALL, experts=3), 70, limit, large=rare)]
-        found += [_case(kind, "one", LONG, 3, limit, large=rare)]
+        cases += [_case(kind, how, SMALL, 17, limit, large=rare and how != "skewed") for how in ROUTINGS]
+        cases += [_case(kind, "uniform", SMALL, 1, limit, large=rare)]
+        cases += [_case(kind, "uniform", replace(SMALL, experts=3), 70, limit, large=rare)]
+        cases += [_case(kind, "one", LONG, 3, limit, large=rare)]
         if kind in ("bfloat16", "e4m3"):  # tiles of 128 tokens
-            found += [_case(kind, "uniform", replace(SMALL, experts=2, top_k=1), 150, limit)]
+            cases += [_case(kind, "uniform", replace(SMALL, experts=2, top_k=1), 150, limit)]
         if kind != "int4 g64":
-            found += [_case(kind, "skewed", ODD, 21, limit)]
+            cases += [_case(kind, "skewed", ODD, 21, limit)]
         for tokens in (1, 16, 256, 512, 1024):
-            found += [_case(kind, how, PUBLISHED, tokens, limit, large=True) for how in ROUTINGS]
+            cases += [_case(kind, how, PUBLISHED, tokens, limit, large=True) for how in ROUTINGS]
     plain_fp8 = partial(_mixed, "e4m3", "uniform", SMALL, 17, rounds=False)
-    found += [KernelCheck(name="e4m3 against unrounded activations", limit=FP8_PLAIN_LIMIT, error=plain_fp8)]
+    cases += [KernelCheck(name="e4m3 against unrounded activations", limit=FP8_PLAIN_LIMIT, error=plain_fp8)]
     for tokens in (1, 40):
-        found += [KernelCheck(name=f"bfloat16 in float32 tokens={tokens}", limit=1e-6, error=partial(_exact, tokens))]
+        cases += [KernelCheck(name=f"bfloat16 in float32 tokens={tokens}", limit=1e-6, error=partial(_exact, tokens))]
     for kind, shape, limit in (("bfloat16", SMALL, LIMIT), ("bfloat16", ODD, LIMIT), ("e4m3", SMALL, FP8_LIMIT)):
         error = partial(_mixed, kind, "skewed", shape, 19, descriptor=True)
-        found += [KernelCheck(name=f"{kind} descriptor {shape.hidden}", limit=limit, error=error)]
-    return found
+        cases += [KernelCheck(name=f"{kind} descriptor {shape.hidden}", limit=limit, error=error)]
+    return cases
 
 
 def _routing_checks() -> list[KernelCheck]:
-    found = []
+    cases = []
     shape = ExpertShape(experts=13, hidden=0, size=0, top_k=5)
     for how in ROUTINGS:
         for tokens, tile in ((1, 16), (40, 16), (250, 32)):
             error = partial(_arranged, how, tokens, tile, shape)
-            found += [KernelCheck(name=f"routing sorted {how} tokens={tokens} tile={tile}", limit=0, error=error)]
+            cases += [KernelCheck(name=f"routing sorted {how} tokens={tokens} tile={tile}", limit=0, error=error)]
     for experts, top in ((4, 2), (37, 5), (128, 8)):
         error = partial(_routed, experts, top)
-        found += [KernelCheck(name=f"routing chosen {experts} experts top {top}", limit=1e-6, error=error)]
-    return [*found, *(KernelCheck(name=f"routing ties {top}", limit=0, error=partial(_ties, top)) for top in (1, 3))]
+        cases += [KernelCheck(name=f"routing chosen {experts} experts top {top}", limit=1e-6, error=error)]
+    return [*cases, *(KernelCheck(name=f"routing ties {top}", limit=0, error=partial(_ties, top)) for top in (1, 3))]
 
 
 def _case(kind: str, how: str, shape: ExpertShape, tokens: int, limit: float, large: bool = False) -> KernelCheck:
@@ -97,7 +97,7 @@ def _mixed(
     rounds: bool = True,
     descriptor: bool = False,
 ) -> float:
-    """How far `mix` is from the plain loop in float32 over the unpacked weights."""
+    """The distance of `moe_forward` from the plain loop in float32 over the unpacked weights."""
     from blockpress.ops.kernels import experts as kernels
 
     seed = int(torch.randint(1 << 30, ()))
@@ -117,26 +117,26 @@ def _mixed(
 
 
 def rounded_loop(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Packed, down: Packed) -> Tensor:
-    """`ops.experts.loop` in float32 whose activations are rounded to e4m3 where the kernels round them."""
+    """`ops.experts.loop` in float32, with activations rounded to e4m3 where the kernels round them."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, slot = torch.where(chosen == expert)
-        seen = _rounded(x[token].float(), x.shape[1])
-        gate, up = (seen @ gate_up[expert].unpack(torch.float32).T).chunk(2, dim=-1)
+        rounded = _rounded(x[token].float(), x.shape[1])
+        gate, up = (rounded @ gate_up[expert].unpack(torch.float32).T).chunk(2, dim=-1)
         y = _rounded(geglu(gate, up), 64) @ down[expert].unpack(torch.float32).T
         out.index_add_(0, token, y * weights[token, slot, None])
     return out
 
 
 def _rounded(x: Tensor, group: int) -> Tensor:
-    """Values as e4m3 under one scale a group."""
+    """Values rounded to e4m3 with one scale a group."""
     parts = x.split(group, -1)
     scales = [part.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448 for part in parts]
-    return torch.cat([(part / own).to(E4M3).float() * own for part, own in zip(parts, scales, strict=True)], dim=-1)
+    return torch.cat([(x / scale).to(E4M3).float() * scale for x, scale in zip(parts, scales, strict=True)], dim=-1)
 
 
 def _exact(tokens: int, device: torch.device) -> float:
-    """The same kernels on float32, where nothing but the order of sums differs."""
+    """The same kernels on float32, where only the order of sums differs."""
     from blockpress.ops.kernels import experts as kernels
 
     gate_up, down = (weight.float() for weight in _weights("bfloat16", SMALL, device, tokens))  # type: ignore[union-attr]
@@ -147,37 +147,36 @@ def _exact(tokens: int, device: torch.device) -> float:
 
 
 def _arranged(how: str, tokens: int, tile: int, shape: ExpertShape, device: torch.device) -> float:
-    """How many entries differ from a stable sort and the tiles counted one by one."""
+    """How many entries differ from a stable sort and from tiles listed one by one."""
     from blockpress.ops.kernels.routing import arrange
 
     _, chosen = routing(how, tokens, shape, device, int(torch.randint(1 << 30, ())))
     got = arrange(chosen, shape.experts, tile)
-    wanted, begin = [], 0
+    expected, begin = [], 0
     for expert, count in enumerate(torch.bincount(chosen.flatten(), minlength=shape.experts).tolist()):
-        wanted += [[expert, first, min(begin + count, first + tile)] for first in range(begin, begin + count, tile)]
+        expected += [[expert, first, min(begin + count, first + tile)] for first in range(begin, begin + count, tile)]
         begin += count
-    used = torch.tensor(wanted, dtype=torch.int32)
-    rest = got.work[len(wanted) :, 0]
+    work, used = torch.tensor(expected, dtype=torch.int32), len(expected)
+    rest = got.work[used:, 0]
     order = chosen.flatten().argsort(stable=True).int()
-    return different(got.order, order.cpu()) + different(got.work[: len(wanted), :3], used) + float((rest != -1).sum())
+    return different(got.order, order.cpu()) + different(got.work[:used, :3], work) + float((rest != -1).sum())
 
 
 def _routed(experts: int, top: int, device: torch.device) -> float:
-    """How far the router's weights are, spread over all experts, so that a wrong choice counts."""
+    """The distance of the router's weights, scattered over all experts so that a wrong choice counts."""
     from blockpress.ops.kernels.routing import route
 
     scores = hidden_rows(23, experts, device, experts + top, torch.float32) * 3
     scale = torch.rand(experts, device=device) + 0.5
-    spread = [torch.zeros(23, experts, device=device) for _ in range(2)]
-    for one, (weights, chosen) in zip(
-        spread, (route(scores, top, scale), plain.route(scores, top, scale)), strict=True
-    ):
-        one.scatter_(1, chosen.long(), weights)
-    return distance(*spread)
+    dense = [torch.zeros(23, experts, device=device) for _ in range(2)]
+    routed = (route(scores, top, scale), plain.route(scores, top, scale))
+    for out, (weights, chosen) in zip(dense, routed, strict=True):
+        out.scatter_(1, chosen.long(), weights)
+    return distance(*dense)
 
 
 def _ties(top: int, device: torch.device) -> float:
-    """Of equal scores the lowest experts are taken, in their order."""
+    """Of equal scores the experts of lowest index are taken, in order."""
     from blockpress.ops.kernels.routing import route
 
     _, chosen = route(torch.zeros(5, 16, device=device), top, torch.ones(16, device=device))
@@ -223,7 +222,7 @@ def _measure(
 
 
 def _others(kind: str) -> Iterator[tuple[str, object]]:
-    """Tiles beside the chosen ones, at 256 tokens: what a tuning run looks at first."""
+    """Alternatives to the chosen tiles at 256 tokens: the first to try when tuning."""
     from blockpress.ops.kernels.experts import choose_tiles
 
     code = kind.partition(" ")[0]

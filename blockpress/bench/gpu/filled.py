@@ -1,6 +1,6 @@
-"""The published network on a device with random weights: what `steps` and the checks of whole forwards run on.
+"""The published network with random weights on a device, for `steps` and the checks of whole forwards.
 
-    widths    experts               everything else
+    format    experts               everything else
     bf16      bfloat16              bfloat16
     fp8       e4m3, a scale a row   bfloat16
     int4      groups of 32          bfloat16
@@ -23,11 +23,11 @@ from blockpress.model.layers import put_packed
 from blockpress.ops.weight import Packed
 
 EXPERTS = {"bf16": "bfloat16", "fp8": "e4m3", "int4": "int4 g32", "nvfp4": "nvfp4"}
-"""Of each width what `routed.weight` calls its experts."""
+"""The name in `routed.weight` of each format's experts."""
 
 
 def formats_named(name: str) -> WeightFormats:
-    """What the floor is counted with."""
+    """The formats that the roofline is computed with."""
     if name == "fp8":
         base = WIDTHS["bf16"]
         return WeightFormats(
@@ -37,16 +37,16 @@ def formats_named(name: str) -> WeightFormats:
 
 
 def filled(config: ModelConfig, form: str, device: torch.device) -> Network:
-    """A bfloat16 network whose experts are stored in that form."""
+    """A bfloat16 network whose experts are stored in the format `form`."""
     with torch.device("meta"):
         network = Network(config)
     for number, (name, old) in enumerate([*network.named_parameters(), *network.named_buffers()]):
         path, _, leaf = name.rpartition(".")
-        _put(network.get_submodule(path), leaf, _drawn(name, old, form, device, number))
+        _put(network.get_submodule(path), leaf, _random(name, old, form, device, number))
     return network.eval()
 
 
-def _drawn(name: str, old: Tensor, form: str, device: torch.device, seed: int) -> Tensor | Packed:
+def _random(name: str, old: Tensor, form: str, device: torch.device, seed: int) -> Tensor | Packed:
     if old.ndim < 2:
         return torch.ones(old.shape, dtype=torch.bfloat16, device=device)
     if old.ndim == 3:

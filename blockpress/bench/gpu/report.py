@@ -1,9 +1,9 @@
-"""Figures: a line of JSON as soon as each is known, so that a run that is cut short has said something; a table last.
+"""Figures: a line of JSON as soon as each is known, so that an interrupted run leaves results; a table last.
 
     {"part": "experts", "name": "bf16 M=256", "value": 0.41, "unit": "ms", "floor": 0.354, "share": 0.863}
 
-`floor` is the value that the device's limits allow (for a rate: the ceiling), `share` how near the value is to it, 1
-where it is there.
+`floor` is the best value that the device's limits allow (for a rate: the ceiling); `share` is 1 where the value reaches
+it.
 
 Invariant: every figure printed is in the table.
 Run it:  python -m pytest blockpress/bench/gpu/report.py
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 TIMES = ("ms", "us", "s")
-"""Units of which less is better; of all others, more is."""
+"""Units where less is better; in all others, more is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One measured value in its unit, and the best value that the device's limits allow, where one is known."""
+    """One measured value in its unit, and the best value that the device's limits allow, if known."""
 
     part: str
     name: str
@@ -60,14 +60,14 @@ class GpuReport:
         print(json.dumps(line | {"share": _short(figure.share)}), file=self.out, flush=True)
 
     def note(self, text: str) -> None:
-        """Print a remark that is no figure: what could not be measured, and why."""
+        """Print a remark: what could not be measured, and why."""
         print(json.dumps({"part": self.part, "note": text}), file=self.out, flush=True)
 
     def table(self) -> str:
         """All figures, a line each.
 
         >>> import io
-        >>> report = Report(part="ceilings", out=io.StringIO())
+        >>> report = GpuReport(part="ceilings", out=io.StringIO())
         >>> report.add("copy", 4.1, "TB/s", floor=4.3)
         >>> print(report.table())
         ceilings copy      4.100 TB/s   floor      4.300   95%

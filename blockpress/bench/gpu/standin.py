@@ -1,4 +1,4 @@
-"""A stand-in for jaxtyping on machines that do not have it: an annotated shape is then the bare tensor.
+"""A stand-in for jaxtyping on machines that do not have it: an annotated shape is then the plain tensor type.
 
 Why: a bare GPU machine has torch and Triton alone, and the rooms below import the names of array types.
 
@@ -30,6 +30,6 @@ class _Module(ModuleType):
 
 
 def install() -> None:
-    """Put the stand-in where `import` looks, unless the package is there."""
+    """Register the stand-in in `sys.modules`, unless the package is installed."""
     if NAME not in sys.modules and find_spec(NAME) is None:
         sys.modules[NAME] = _Module(NAME)

@@ -1,13 +1,13 @@
-"""A whole denoising step of the published network, random weights, in batches of canvases behind 2,048 tokens.
+"""A whole denoising step of the published network, random weights, in batches of canvases after 2,048 tokens.
 
-    step       network.denoise, then the vocabulary in one pass: argmax, sample, entropy, signal
+    step       network.denoise, then the vocabulary in one pass: argmax, sample, entropy, soft embedding
     eager      launched one by one          graph      captured once and replayed
-    engine     a forward of the engine's core: pages, slots, acceptance, and the flags on their way back
+    engine     a forward of the engine's core: pages, canvas state, acceptance, and the copy of flags to the host
     tokens/s   256 tokens a canvas after 16 such steps, and a commit, which is counted as one more step
 
 Floors are those of `costs.floor_seconds`. Routing is the random router's own: close to uniform.
 
-Invariant: the network, the kernels and the vocabulary are those that the engine calls; what cannot be captured is said.
+Invariant: network, kernels and vocabulary are those that the engine calls; what cannot be captured is reported.
 Run it:  make bench-gpu PART=steps
 """
 
@@ -35,7 +35,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 @torch.inference_mode()
 def bench(report: GpuReport) -> None:
-    """Every width, every batch; a batch that fails ends its width, not the run."""
+    """Every format, every batch; a batch that fails ends its format, not the run."""
     config = replace(PRESETS["diffusiongemma-26B-A4B"](), vision=None)
     for form in EXPERTS:
         network = filled(config, form, torch.device("cuda"))
@@ -68,7 +68,7 @@ def _measure_engine(report: GpuReport, network: Network, form: str, batch: int) 
     """The same canvases through the engine, which captures its own graph."""
     try:
         taken, eager = engine_steps(network, batch, CONTEXT)
-    except ImportError as reason:  # a bare machine may lack what texts are read with
+    except ImportError as reason:  # a bare machine may lack the tokenizer's packages
         report.note(f"{form} B={batch} engine: {reason}")
         return
     parts = forward(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
@@ -78,12 +78,12 @@ def _measure_engine(report: GpuReport, network: Network, form: str, batch: int) 
 
 
 def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, str | None]:
-    """Milliseconds of forwards that hold `batch` canvases and nothing else; and why none was captured, if so."""
+    """Milliseconds of forwards of `batch` canvases and nothing else; and the reason, if none was captured."""
     from blockpress.config import Sampling
     from blockpress.decoding import SequenceState
     from blockpress.engine import EngineCore, EngineOptions, Request
 
-    config, how = network.config, Sampling(steps=STEPS, confidence=0.0)
+    config, sampling = network.config, Sampling(steps=STEPS, confidence=0.0)
     room = batch * (context + 3 * config.canvas_length) * sum(context_bytes(config, str(network.dtype)[6:]).values())
     options = EngineOptions(max_running=batch, chunk=context, prefill_tokens=batch * context, memory=2 * room)
     core, draw = EngineCore(network, options), torch.Generator().manual_seed(batch)
@@ -91,15 +91,17 @@ def engine_steps(network: Network, batch: int, context: int) -> tuple[Timing, st
         prompt = torch.randint(config.vocab_size, (context,), generator=draw).tolist()
         limits: dict[str, Any] = {"room": config.context_length - context, "max_tokens": config.canvas_length}
         core.submit(
-            Request(SequenceState(index, prompt, index, stop_ids=(), canvas_length=config.canvas_length, **limits), how)
+            Request(
+                SequenceState(index, prompt, index, stop_ids=(), canvas_length=config.canvas_length, **limits), sampling
+            )
         )
     core.step()  # the prompts and the first step
     core.step()  # captures
     taken = []
     for _ in range(STEPS - 3):  # not the last step, which ends the answers
-        begun = time.perf_counter()
+        started = time.perf_counter()
         core.step()
-        taken.append(1000 * (time.perf_counter() - begun))
+        taken.append(1000 * (time.perf_counter() - started))
     return Timing(median=statistics.median(taken), least=min(taken)), core.stats.eager
 
 
@@ -111,28 +113,30 @@ def _add(report: GpuReport, name: str, taken: Timing, batch: int, floor: float, 
 
 
 def denoise_step(network: Network, batch: int, context: int) -> Callable[[], SampleStats]:
-    """A denoising step of `batch` canvases behind random contexts; call it in inference mode."""
+    """A denoising step of `batch` canvases after random contexts; call it in inference mode."""
     config, device = network.config, network.device
-    draw = torch.Generator(device=device).manual_seed(batch)
-    cache = _context(network, batch, context, draw)
-    canvas = torch.randint(config.vocab_size, (batch, config.canvas_length), device=device, generator=draw)
+    generator = torch.Generator(device=device).manual_seed(batch)
+    cache = _context(network, batch, context, generator)
+    canvas = torch.randint(config.vocab_size, (batch, config.canvas_length), device=device, generator=generator)
     rows = canvas.numel()
-    signal = torch.randn(batch, config.canvas_length, config.hidden_size, device=device, generator=draw).bfloat16()
+    signal = torch.randn(batch, config.canvas_length, config.hidden_size, device=device, generator=generator).bfloat16()
     temperature = torch.full((rows,), 0.6, device=device)
-    uniform = torch.rand(rows, dtype=torch.float64, device=device, generator=draw)
+    uniform = torch.rand(rows, dtype=torch.float64, device=device, generator=generator)
     scale = torch.tensor(config.hidden_size**0.5, dtype=network.dtype, device=device)
-    see = _see(device)
+    sample_from_hidden = _sampler(device)
 
     def run() -> SampleStats:
         hidden = network.denoise(canvas, cache, signal).flatten(0, 1).contiguous()
         weight = network.embed_tokens.weight
-        return see(hidden, weight, cap=config.softcap, temperature=temperature, uniform=uniform, scale=scale)
+        return sample_from_hidden(
+            hidden, weight, cap=config.softcap, temperature=temperature, uniform=uniform, scale=scale
+        )
 
     return run
 
 
-def _see(device: torch.device) -> Callable[..., SampleStats]:
-    """The vocabulary's kernels on a GPU, the plain version elsewhere."""
+def _sampler(device: torch.device) -> Callable[..., SampleStats]:
+    """The vocabulary's kernels on a GPU, the torch version elsewhere."""
     if device.type == "cuda":
         from blockpress.ops.kernels.vocabulary import sample_from_hidden as on_gpu
 
@@ -143,7 +147,7 @@ def _see(device: torch.device) -> Callable[..., SampleStats]:
 
 
 def _context(network: Network, batch: int, context: int, draw: torch.Generator) -> Cache:
-    """A cache of random keys and values: what they say does not change how long a step takes."""
+    """A cache of random keys and values: their values do not change how long a step takes."""
     layers = []
     for layer in network.config.layers:
         shape = (batch, layer.kv_heads, context, layer.head_dim)

@@ -1,4 +1,4 @@
-"""Times on a GPU: warmed up, between events, many times; the median, and the least, which other users disturb less.
+"""Times on a GPU between events, after a warm-up, repeated; the median, and the minimum, which others disturb less.
 
 Invariant: what is timed has run before, so that nothing is compiled or allocated meanwhile.
 Run it:  make bench-gpu PART=ceilings
@@ -16,7 +16,7 @@ from blockpress.config import PRESETS
 from blockpress.costs import DEVICES, expert_parameters
 
 DEVICE = DEVICES["h200"]
-"""Whose limits the floors are counted with."""
+"""The device whose limits the floors are computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def timed(work: Callable[[], object], *, warmups: int = 3, repeats: int = 20) ->
 
 
 def captured(work: Callable[[], object], *, repeats: int = 10) -> Timing:
-    """Time replays of one captured graph, where launches cost next to nothing."""
+    """Time replays of one captured graph, where launch cost is negligible."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,7 +60,7 @@ def captured(work: Callable[[], object], *, repeats: int = 10) -> Timing:
 
 
 def layer_floor_ms(tokens: int, touched: float, size: float, math: str) -> float:
-    """The floor of one layer's experts: their bytes or their operations, whichever takes longer.
+    """Milliseconds of the floor of one layer's experts: their bytes or their operations, whichever takes longer.
 
     >>> round(layer_floor_ms(256, 128, 2, "bfloat16"), 3), round(layer_floor_ms(8192, 128, 2, "bfloat16"), 3)
     (0.354, 0.987)

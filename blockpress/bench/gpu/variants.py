@@ -1,7 +1,7 @@
 """What `compile_check` compiles: the kernels at the published model's sizes, most of them for one canvas.
 
-Invariant: block sizes, warps and stages are those that `experts.choose_tiles`, `vocabulary.see` and `attention.attend`
-choose.
+Invariant: block sizes, warps and stages are those that `experts.choose_tiles`, `vocabulary.sample_from_hidden` and
+`attention.attend` choose.
 Run it:  python -m blockpress.bench.gpu.compile_check head
 """
 
@@ -19,7 +19,7 @@ from blockpress.ops.kernels.experts import ExpertTile, choose_tiles
 HIDDEN, SIZE, EXPERTS, TOP = 2816, 704, 128, 8
 ROWS = 256
 FLOATS = ["peak", "rest", "moment", "coarse", "temperature", "entropy", "highest", "mass", "rough", "parts", "share"]
-"""Arguments that are float32 in every kernel; in `probabilities.multiply`, `share` is what the product became."""
+"""Arguments that are float32 in every kernel; but `share` is bfloat16 in `probabilities.multiply`."""
 
 WHOLE = ["ids", "edges", "best", "order", "amount", "kept", "chosen", "firsts", "counts", "stops", "table", "places"]
 STRIDED = ["query", "key", "value", "key_pages", "value_pages"]
@@ -27,7 +27,7 @@ STRIDED = ["query", "key", "value", "key_pages", "value_pages"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One kernel with its types and its constants; `aligned` names the pointers and numbers that 16 divides."""
+    """One kernel with its types and constants; `aligned` names the pointers and numbers divisible by 16."""
 
     name: str
     kernel: Any
@@ -46,7 +46,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _experts() -> Iterator[Variant]:
-    """With the tiles that `experts.choose_tiles` gives."""
+    """Kernels of the experts, with the tiles that `experts.choose_tiles` gives."""
     yield Variant(
         name="choose", kernel=routing.choose_kernel,
         types={"scores": "*bf16", "expert_scale": "*bf16", "weights": "*fp32", "chosen": "*i32", "tokens": "i32"},
@@ -126,22 +126,21 @@ def _vocabulary() -> Iterator[Variant]:
             constants = {"CAPPED": True, "EVEN": True, "TILE": head.TILE, **flags}
             yield _variant(f"head multiply {rows} rows {name}", head.multiply, constants, width)
     tile = {"CAPPED": True, "TILE": head.TILE}
-    yield _variant("head choose", head.sample_kernel, {**tile, "COARSE": True, "TILES": 2048}, {"num_warps": 8})
-    yield _variant(
-        "belief spread", probabilities.softmax_weights, {"CAPPED": True, "SPAN": probabilities.SPAN}, {"num_warps": 4}
-    )
+    yield _variant("head sample", head.sample_kernel, {**tile, "COARSE": True, "TILES": 2048}, {"num_warps": 8})
+    capped = {"CAPPED": True, "SPAN": probabilities.SPAN}
+    yield _variant("probabilities softmax", probabilities.softmax_weights, capped, {"num_warps": 4})
     for rows in (ROWS, 32):
         yield _variant(
-            f"belief multiply {rows} rows",
+            f"probabilities multiply {rows} rows",
             probabilities.multiply,
             {"EVEN": True},
             probabilities.launch_shape(rows, torch.bfloat16),
         )
-    yield _variant("belief gather", probabilities.reduce_split_k, {"COLUMNS": probabilities.COLUMNS}, {})
+    yield _variant("probabilities reduce", probabilities.reduce_split_k, {"COLUMNS": probabilities.COLUMNS}, {})
     picked = {"GROUP": probabilities.GROUP, "KEPT": probabilities.KEPT}
-    yield _variant("belief pick", probabilities.select_top, {**tile, **picked}, {"num_warps": 8})
+    yield _variant("probabilities select", probabilities.select_top, {**tile, **picked}, {"num_warps": 8})
     yield _variant(
-        "belief weigh",
+        "probabilities weighted sum",
         probabilities.weighted_sum,
         {"KEPT": probabilities.KEPT, "COLUMNS": probabilities.COLUMNS, "AT_ONCE": 16},
         {},
@@ -174,7 +173,7 @@ def _attention() -> Iterator[Variant]:
 def _variant(
     name: str, kernel: Any, constants: dict[str, Any], shape: dict[str, int], types: dict[str, str] | None = None
 ) -> Variant:
-    """A kernel with the types that its arguments' names stand for; all numbers but counts of rows are divided by 16."""
+    """A kernel with the types that its arguments' names imply; all numbers but counts of rows are divisible by 16."""
     shape = dict(shape)
     warps, stages = shape.pop("num_warps", 4), shape.pop("num_stages", 3)
     known = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WHOLE, "*i32") | {"seen": "*bf16"}

@@ -46,12 +46,12 @@ def checked(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> Cal
 
 
 COMPILED = (" 32 tokens", "attend sliding 256 rows", "attend full 256 rows")
-COMPILED += ("multiply 256 rows", "head choose", "belief pick")
+COMPILED += ("multiply 256 rows", "head sample", "probabilities select")
 
 
 @pytest.fixture(scope="session")
 def compiled(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[str], list[str]]:
-    """`compiled("head choose")`: the lines of `compile_check` on these kernels; one process for all that is asked."""
+    """`compiled("head sample")`: the lines of `compile_check` on these kernels; one process for all that is asked."""
     done = interpreted("-m", "blockpress.bench.gpu.compile_check", *COMPILED, interpret=False)
     assert done.returncode == 0, done.stderr
 

@@ -28,7 +28,7 @@ def test_a_reading_is_right(name: str, checked: Callable[[str], dict[str, dict[s
 
 
 def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(compiled: Callable[[str], list[str]]) -> None:
-    for part, count in (("multiply 256 rows", 4), ("head choose", 1), ("belief pick", 1)):
+    for part, count in (("multiply 256 rows", 4), ("head sample", 1), ("probabilities select", 1)):
         lines = compiled(part)
         assert len(lines) == count
         for line in lines:
@@ -42,15 +42,15 @@ def test_a_sparse_batch_has_rows_of_both_kinds(interpreted: Run) -> None:
     code = """
 import warnings; warnings.simplefilter("ignore")
 import torch
-from blockpress.bench.gpu.vocabulary import Case, _see, draw
+from blockpress.bench.gpu.vocabulary import VocabularyCase, _run_kernel, draw_case
 from blockpress.ops.kernels import vocabulary
 whole = vocabulary._dense_rows
 def told(read, weight, scale, signal, order, amount):
     print(int(amount), len(signal))
     whole(read, weight, scale, signal, order, amount)
 vocabulary._dense_rows = told
-case = Case(rows=6, vocab=4500, signal="sparse", spread=12.0, banned=3)
-_see(case, draw(case, torch.device("cpu")))
+case = VocabularyCase(rows=6, vocab=4500, signal="sparse", spread=12.0, banned=3)
+_run_kernel(case, draw_case(case, torch.device("cpu")))
 """
     done = interpreted("-c", code)
     dense, rows = (int(word) for word in done.stdout.split())
