@@ -1,6 +1,6 @@
-"""`blockpress bench`: how fast a model is here, beside what this machine could do, and beside other programs.
+"""`blockpress bench`: how fast a model is on this machine, against its roofline and other programs.
 
-Invariant: random weights are said to be random, and every figure is one of this process.
+Invariant: random weights are labelled as random, and every figure was measured in this process.
 
 Run it:  blockpress bench --preset bench-4k --batch 4
 """
@@ -63,7 +63,7 @@ Seed = Annotated[int, typer.Option(metavar="S", help="Of weights, prompts, noise
 Soft = Annotated[str | None, typer.Option("--soft-embedding", metavar="E", help="exact or sparse. Default: exact.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of torch. Default: torch's choice.")]
 Against = Annotated[
-    str | None, typer.Option(metavar="P", help="Take turns with transformers, or with poem, the slow truth.")
+    str | None, typer.Option(metavar="P", help="Take turns with transformers, or with reference, our plain loop.")
 ]
 AgainstDtype = Annotated[
     str | None,
@@ -130,32 +130,32 @@ def bench(
     """
     shape = SubjectOptions(model, preset, config, seed, dtype, compute_dtype, threads)
     fixed, devices = _steps(steps), device or ["cpu"]
-    asked = _given(
+    chosen = _not_none(
         prompt_len=prompt_len, max_tokens=max_tokens, mode=mode, batch=batch, requests=requests, rate=rate,
         concurrency=concurrency, seconds=seconds,
     )  # fmt: skip
     rival = {"--against": against, "--against-dtype": against_dtype, "--rounds": rounds}
     if sweep:
         others = rival | {"--prompts": prompts, "--soft-embedding": soft_embedding}
-        options.refuse("--sweep", {f"--{name.replace('_', '-')}": value for name, value in asked.items()} | others)
+        options.refuse("--sweep", {f"--{name.replace('_', '-')}": value for name, value in chosen.items()} | others)
         draw_sweep(shape, devices, counts(users), fixed, one_of("--format", form or "fp8", FORMATS), out, json)
         return
     _without_sweep({"--out": out, "--users": users, "--format": form})
     soft = cast(Literal["exact", "sparse"], one_of("--soft-embedding", soft_embedding or "exact", ("exact", "sparse")))
-    work = _workload(asked, fixed, seed)
+    work = _workload(chosen, fixed, seed)
     _check_rival(work, rival, prompts, requests)
-    subject = open_subject(shape, _own(devices))
+    subject = open_subject(shape, _only_device(devices))
     if against is not None:
-        _compare(subject, _fitted(subject, work, "random", asked), rival, soft, json)
+        _compare(subject, _fitted(subject, work, "random", chosen), rival, soft, json)
     else:
-        _measure(subject, _fitted(subject, work, prompts, asked), soft, json)
+        _measure(subject, _fitted(subject, work, prompts, chosen), soft, json)
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _not_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _own(devices: list[str]) -> str:
+def _only_device(devices: list[str]) -> str:
     if len(devices) != 1 or devices[0] in CARDS:
         raise RequestError(f"--device is {', '.join(devices)}", hint="give one device of this machine; see --sweep")
     return devices[0]
@@ -167,17 +167,17 @@ def _without_sweep(given: Mapping[str, object]) -> None:
             raise RequestError(f"{name} is given without --sweep", hint=f"leave out {name}, or give --sweep")
 
 
-def _workload(asked: dict[str, Any], steps: int | None, seed: int) -> Workload:
+def _workload(chosen: dict[str, Any], steps: int | None, seed: int) -> Workload:
     from blockpress.bench.workload import Workload
 
-    work = Workload(**asked, steps=steps, seed=seed)
+    work = Workload(**chosen, steps=steps, seed=seed)
     if work.online:
-        options.refuse("--rate or --concurrency", {"--batch": asked.get("batch")})
+        options.refuse("--rate or --concurrency", {"--batch": chosen.get("batch")})
     return work
 
 
 def _check_rival(work: Workload, rival: Mapping[str, Any], prompts: str | None, requests: int | None) -> None:
-    """Raises RequestError: what means nothing with --against, or without it."""
+    """Raises RequestError: an option that means nothing with --against, or without it."""
     if rival["--against"] is None:
         for name, value in rival.items():
             if value is not None:
@@ -195,11 +195,11 @@ def _measure(subject: Subject, work: Workload, soft: Literal["exact", "sparse"],
     from blockpress.bench.report import report_lines
 
     with waiting(f"measuring {subject.name}"):
-        found, machine = run_bench(subject, work, soft_embedding=soft)
+        report, machine = run_bench(subject, work, soft_embedding=soft)
     if json:
-        options.print_json(_about(subject, work) | {"soft_embedding": soft} | asdict(found) | _machine(machine))
+        options.print_json(_about(subject, work) | {"soft_embedding": soft} | asdict(report) | _machine(machine))
     else:
-        print("\n".join([_title(subject, work), *report_lines(found, machine)]))
+        print("\n".join([_title(subject, work), *report_lines(report, machine)]))
 
 
 def _compare(
@@ -209,23 +209,23 @@ def _compare(
 
     name, rounds, dtype = rival["--against"], rival["--rounds"] or ROUNDS, rival["--against-dtype"]
     with waiting(f"taking turns with {name}"):
-        found = compare_with(subject, work, name, rounds=rounds, dtype=dtype, soft_embedding=soft)
+        comparison = compare_with(subject, work, name, rounds=rounds, dtype=dtype, soft_embedding=soft)
     if json:
-        options.print_json(_about(subject, work) | {"soft_embedding": soft} | found.to_dict())
+        options.print_json(_about(subject, work) | {"soft_embedding": soft} | comparison.to_dict())
     else:
-        print("\n".join([_title(subject, work), *found.lines()]))
+        print("\n".join([_title(subject, work), *comparison.lines()]))
 
 
-def _fitted(subject: Subject, work: Workload, prompts: str | None, asked: dict[str, Any]) -> Workload:
-    """The workload with what depends on the model: its prompts, and how long an answer is."""
+def _fitted(subject: Subject, work: Workload, prompts: str | None, chosen: dict[str, Any]) -> Workload:
+    """The workload with the defaults that depend on the model: kind of prompts, and length of an answer."""
     from blockpress.cli.canvas import one_token_a_cell
 
-    able = subject.lm is not None and one_token_a_cell(subject.lm)
-    own = "sudoku" if able and "prompt_len" not in asked else "random"
-    max_tokens = asked.get("max_tokens")
-    if one_of("--prompts", prompts or own, ("random", "sudoku")) == "sudoku":
-        options.refuse("--prompts sudoku", {"--prompt-len": asked.get("prompt_len")})
-        if not able:
+    takes_puzzles = subject.lm is not None and one_token_a_cell(subject.lm)
+    default = "sudoku" if takes_puzzles and "prompt_len" not in chosen else "random"
+    max_tokens = chosen.get("max_tokens")
+    if one_of("--prompts", prompts or default, ("random", "sudoku")) == "sudoku":
+        options.refuse("--prompts sudoku", {"--prompt-len": chosen.get("prompt_len")})
+        if not takes_puzzles:
             text = f"--prompts is sudoku, and {subject.name} does not write a sudoku's cells as tokens"
             raise RequestError(text, hint="give --prompts random")
         return replace(work, puzzles=True, max_tokens=max_tokens or subject.config.canvas_length)
@@ -235,10 +235,10 @@ def _fitted(subject: Subject, work: Workload, prompts: str | None, asked: dict[s
 
 
 def _about(subject: Subject, work: Workload) -> dict[str, Any]:
-    said = {"model": subject.name, "random_weights": subject.random, **subject.types}
-    left_out = {"prompt_len"} if work.puzzles else set[str]()  # a puzzle is as long as it is
-    asked = {name: value for name, value in asdict(work).items() if value is not None and name not in left_out}
-    return said | {"workload": asked}
+    about = {"model": subject.name, "random_weights": subject.random, **subject.types}
+    left_out = {"prompt_len"} if work.puzzles else set[str]()  # puzzles have their own length
+    workload = {name: value for name, value in asdict(work).items() if value is not None and name not in left_out}
+    return about | {"workload": workload}
 
 
 def _title(subject: Subject, work: Workload) -> str:

@@ -1,7 +1,7 @@
-"""The canvas on a terminal while it turns from noise into an answer: a sudoku beside its puzzle, or running text.
+"""The canvas on a terminal while it turns from noise into an answer: a sudoku next to its puzzle, or running text.
 
-Invariant: a frame is never wider or higher than the terminal, so that the next one is drawn over it without a flicker.
-What the states of a position look like stands in `grid.State`; in a text, a changed token is underlined as well.
+Invariant: a frame is never wider or higher than the terminal, so that the next one replaces it without flicker.
+`grid.State` defines how the states of a position look; in text, a changed token is underlined as well.
 
 Run it:  blockpress sudoku --random 1
 """
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from blockpress.config import Sampling
     from blockpress.lm import LM
 
-PAUSE = 0.12  # seconds a frame, so that a run of five steps can be seen
+PAUSE = 0.12  # seconds a frame, so that a run of five steps can be followed
 GAP = 3
 
 
 class View(Protocol):
-    """Something that watches a run and can draw it at any size."""
+    """Follows a run through its events and can draw it at any size."""
 
     meter: Meter
 
@@ -43,13 +43,13 @@ class View(Protocol):
     def draw(self, width: int, height: int) -> Sequence[Text]: ...
 
     def release(self) -> Sequence[Text]:
-        """Lines that are final and leave the frame upwards, each once."""
+        """Final lines that scroll out above the frame, each returned once."""
         ...
 
 
 @contextmanager
 def shown(screen: Console, view: View, fast: bool) -> Iterator[Callable[[Event], None]]:
-    """Show `view` until the block ends; what it gives is to be called with every event."""
+    """Show `view` until the block ends; yields a function to call with every event."""
     with Live(console=screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False) as live:
 
         def draw() -> None:
@@ -73,7 +73,7 @@ def shown(screen: Console, view: View, fast: bool) -> Iterator[Callable[[Event],
 
 
 def states(event: Denoised) -> list[State]:
-    """The state of each position after a step. At the first step there is nothing to have changed from."""
+    """The state of each position after a step. At the first step no position counts as changed."""
     if event.settled:
         return [State.SETTLED] * len(event.argmax)
     return [
@@ -83,7 +83,7 @@ def states(event: Denoised) -> list[State]:
 
 
 def one_token_a_cell(lm: LM) -> bool:
-    """Whether the model writes each digit and each line end of a grid as one token, so that cells have places."""
+    """Whether each digit and each line end of a grid is one token, so that every cell has a position."""
     grid = sudoku.layout("123456789" * 9)
     return lm.tokenizer is not None and len(lm.tokenizer.encode(grid, add_special=False)) == len(grid)
 
@@ -119,26 +119,29 @@ class SudokuView:
     def __init__(self, lm: LM, puzzle: str, sampling: Sampling, title: str = "") -> None:
         self.meter = Meter(sampling, lm.generation.stop_ids, lm.config.canvas_length)
         self._lm, self._puzzle, self._title = lm, puzzle, title
-        self._signs = ["·"] * len(puzzle)
+        self._chars = ["·"] * len(puzzle)
         self._states = [State.NOISE] * len(puzzle)
         self._verdict: str | None = None
         self._compact = False
 
     def see(self, event: Event) -> None:
         if isinstance(event, Denoised):
-            self._signs, self._states = sudoku_cells(self._lm, event)
+            positions = [cell + cell // SIDE for cell in range(len(self._puzzle))]
+            tokens, marks = event.argmax.tolist(), states(event)
+            self._chars = [self._char(tokens[i]) if i < len(tokens) else "?" for i in positions]
+            self._states = [marks[i] if i < len(marks) else State.NOISE for i in positions]
 
     def finish(self, verdict: str) -> None:
-        """The run is over; `verdict` says in words how it went."""
+        """End the run; `verdict` describes its result."""
         self._verdict = verdict
-        self._states = final_states(self._puzzle, self._signs, self._states)
+        self._states = final_states(self._puzzle, self._chars, self._states)
 
     def release(self) -> Sequence[Text]:
         return ()
 
     def draw(self, width: int, height: int) -> Sequence[Text]:
         below = [*fit(self._legend(), width), *fit(self._numbers(), width)]
-        # Once compact it stays so: a grid that changes its shape cannot be watched.
+        # Once compact it stays so: a grid that changes its shape is hard to follow.
         self._compact = self._compact or width < WIDE or height < SIDE + 4 + len(below)
         grid = self._grid(width, compact=self._compact)
         lines = [*grid, *below]
@@ -147,7 +150,7 @@ class SudokuView:
         return cropped(lines, width, height)
 
     def _grid(self, width: int, *, compact: bool) -> list[Text]:
-        canvas = draw_grid(answer_cells(self._puzzle, self._signs, self._states), compact=compact)
+        canvas = draw_grid(answer_cells(self._puzzle, self._chars, self._states), compact=compact)
         wide = COMPACT if compact else WIDE
         if width < 2 * wide + GAP:
             return canvas
@@ -168,9 +171,14 @@ class SudokuView:
         style = "bold red" if State.CONFLICT in self._states else "bold green"
         return [Text(self._verdict, style=style), *(Text(part) for part in self.meter.result())]
 
+    def _char(self, token: int) -> str:
+        assert self._lm.tokenizer is not None
+        piece = self._lm.tokenizer.token(token)
+        return piece if len(piece) == 1 and piece.isdecimal() else "?"
+
 
 class TextView:
-    """Running text: what is final leaves upwards, its last unfinished line goes on into the canvas."""
+    """Running text: final lines scroll out above, and the last unfinished line continues into the canvas."""
 
     def __init__(self, lm: LM, sampling: Sampling) -> None:
         self.meter = Meter(sampling, lm.generation.stop_ids, lm.config.canvas_length)
@@ -193,7 +201,7 @@ class TextView:
             self._tail, self._tokens = "", []
 
     def finish(self, verdict: str) -> None:
-        """The run is over; `verdict` says in words how it ended."""
+        """End the run; `verdict` describes how it ended."""
         self._verdict = verdict
 
     def release(self) -> Sequence[Text]:
@@ -225,21 +233,21 @@ def text_style(state: State) -> str:
 
 
 def legend(shown_states: Sequence[State], *, given: bool = False, text: bool = False) -> list[Text]:
-    """What the marks mean, each in its own mark."""
+    """The meaning of the marks, each shown in its own style."""
     words = {State.CONFLICT: "in conflict", State.UNSURE: "never accepted"}
     parts = []
     for state in shown_states:
         mark = state.mark.strip().replace("x", "5")
-        sign = "·" if state is State.NOISE else "abc" if text else mark
+        sample = "·" if state is State.NOISE else "abc" if text else mark
         style = text_style(state) if text else state.style
-        parts.append(Text.assemble((sign, style), " ", words.get(state, state.name.lower())))
+        parts.append(Text.assemble((sample, style), " ", words.get(state, state.name.lower())))
     if given:
         parts.append(Text.assemble(("5", "underline"), " given"))
     return parts
 
 
 def fit(parts: Sequence[Text], width: int) -> list[Text]:
-    """Parts beside each other, as many on a line as the width takes."""
+    """Parts next to each other, as many on a line as fit the width."""
     lines: list[Text] = []
     for part in parts:
         if lines and lines[-1].cell_len + GAP + part.cell_len <= width:
@@ -250,16 +258,16 @@ def fit(parts: Sequence[Text], width: int) -> list[Text]:
 
 
 def wrapped(text: Text, width: int) -> list[Text]:
-    """`text` on lines of at most `width` columns, broken between words where that is possible."""
+    """`text` in lines of at most `width` columns, broken between words where possible."""
     return list(text.wrap(Console(width=width), width))
 
 
 def cropped(lines: Sequence[Text], width: int, height: int) -> list[Text]:
     """At most `height` lines of at most `width` columns."""
-    kept = []
+    cropped_lines = []
     for line in lines[:height]:
         line = line.copy()
         line.truncate(width)
         line.no_wrap = True
-        kept.append(line)
-    return kept
+        cropped_lines.append(line)
+    return cropped_lines

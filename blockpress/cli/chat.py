@@ -1,6 +1,6 @@
-"""How `run` asks a model: by the chat template that it has, or with the plain prompt; and how a chat looks.
+"""How `run` prompts a model, by its chat template or with the plain prompt, and how a chat is displayed.
 
-Invariant: thoughts never go to stdout when it is no terminal, so that what is piped on is the answer alone.
+Invariant: thoughts go to stdout only on a terminal, so that a pipe receives the answer alone.
 
 Run it:  blockpress run ./my-checkpoint "What is 17 * 23?" --thinking
 """
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSession:
-    """A model and how it is asked. `chat`: by its chat template; else prompts are given as they are.
+    """A model and how it is prompted. `chat`: by its chat template; otherwise prompts are passed as they are.
 
-    `shown`: parts of a message, images and videos, that stand before the text of a chat's first message. `record`: what
-    an answer is recorded by.
+    `shown`: message parts (images and videos) that precede the text of a chat's first message.
     """
 
     lm: LM
@@ -51,7 +50,7 @@ class ChatSession:
 
     @property
     def mode(self) -> Mode:
-        """How the model writes. Whether canvases are checked, their sampling says."""
+        """The decoding mode; whether canvases are verified is part of the sampling (`checks`)."""
         return "diffusion" if isinstance(self.sampling, Sampling) else "autoregressive"
 
     def stream(self, text: str, before: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
@@ -77,18 +76,18 @@ class ChatSession:
         )
 
     def opening(self) -> list[dict[str, Any]]:
-        """The messages that every conversation begins with."""
+        """The messages that every conversation starts with."""
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def message(self, text: str, *, first: bool) -> dict[str, Any]:
-        """What the user says; the first message shows what is to be shown."""
+        """A user message; the first one carries the images and videos."""
         if first and self.shown:
             return {"role": "user", "content": [*self.shown, {"type": "text", "text": text}]}
         return {"role": "user", "content": text}
 
 
 class ChatView:
-    """A `TextView` whose thoughts, dimmed, and calls leave upwards before the answer does."""
+    """A `TextView` whose thoughts (dimmed) and calls scroll out above before the answer does."""
 
     def __init__(self, lm: LM, sampling: Sampling) -> None:
         self._view = TextView(lm, sampling)
@@ -108,7 +107,7 @@ class ChatView:
         self._view.see(event)
 
     def finish(self, verdict: str) -> None:
-        """The run is over; `verdict` says in words how it ended."""
+        """End the run; `verdict` describes how it ended."""
         self._view.finish(verdict)
 
     def release(self) -> Sequence[Text]:
@@ -120,14 +119,14 @@ class ChatView:
 
 
 class Stream:
-    """An answer as text that comes: on stdout, and beside it what an `Aside` prints."""
+    """Prints an answer to stdout as its text becomes final, and thoughts and calls by an `Aside`."""
 
     def __init__(self) -> None:
         self._aside, self._watched = Aside(), is_terminal(sys.stdout)
         self._open = False
 
     def see(self, event: Event) -> None:
-        """Print the event's text, and behind the last a line's end."""
+        """Print the event's text, and a line end after the last."""
         if self._open and (
             isinstance(event, Done)
             or (self._watched and isinstance(event, ReasoningDelta | ToolCallEvent | MalformedToolCallEvent))
@@ -136,20 +135,20 @@ class Stream:
             self._open = False
         self._aside.see(event)
         if isinstance(event, FinalText) and event.text:
-            # A terminal would obey what a file only holds.
+            # A terminal would execute control characters; a file only stores them.
             print(without_controls(event.text) if self._watched else event.text, end="", flush=True)
             self._open = not event.text.endswith("\n")
 
 
 class Aside:
-    """What a chat says beside its answer, on stderr: thoughts (dimmed on a terminal) and calls."""
+    """Prints thoughts (dimmed on a terminal) and calls to stderr."""
 
     def __init__(self) -> None:
         self._dim = is_terminal(sys.stderr)
         self._open = False
 
     def see(self, event: Event) -> None:
-        """Print the event if it is one of those."""
+        """Print the event if it is a thought or a call."""
         if isinstance(event, ReasoningDelta):
             text = without_controls(event.text) if self._dim else event.text
             print(f"\x1b[2m{text}\x1b[0m" if self._dim else text, end="", file=sys.stderr, flush=True)
@@ -162,7 +161,7 @@ class Aside:
 
 
 def event_text(event: ToolCallEvent | MalformedToolCallEvent) -> str:
-    """A call as the model wrote it, and why it could not be read."""
+    """A call as text; if malformed, as the model wrote it, with the fault."""
     if isinstance(event, ToolCallEvent):
         return write_call(event.call.name, event.call.arguments)
     return f"no call ({event.call.fault}): {event.call.raw}"

@@ -1,6 +1,6 @@
 """One finding of `blockpress doctor`.
 
-Invariant: what is not ok has a hint that says what to do.
+Invariant: a finding that is not ok has a hint that says what to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`blockpress doctor`: whether this machine can run blockpress, found out by doing it.
+"""`blockpress doctor`: whether this machine can run blockpress, tested by running it.
 
-Invariant: every line is ok, warn or fail, and one that is not ok says what to do. A check that breaks is a failed
-check, never the end of the others.
+Invariant: every line is ok, warn or fail, and one that is not ok says what to do. A check that raises is a failed
+check; the others still run.
 
 Run it:  blockpress doctor
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from blockpress.lm import LM
 
 PUZZLE = "500678000600005300008300567809061420400800791703920000901537004280019600345086079"
-NEEDED = 1 << 30  # bytes that torch and the shipped model take, with room to breathe
+NEEDED = 1 << 30  # bytes that torch and the shipped model take, with some margin
 
 
 def doctor(json: options.Json = False, device: options.Device = "cpu") -> None:
     """Check that this machine is ready.
 
     Looks at Python, torch, the processor, its speed in each type, and memory, loads the shipped models, solves a fixed
-    puzzle, and compares the fast ways of this machine with the plain ones on a few numbers. The exit code is 1 if
+    puzzle, and compares the fast paths of this machine with the plain versions on random numbers. The exit code is 1 if
     something fails.
 
     \b
@@ -104,20 +104,20 @@ def _processor() -> Iterator[DoctorCheck]:
 
 
 def _products() -> Iterator[DoctorCheck]:
-    """How fast this processor multiplies in each type, and which type bfloat16 weights are computed in."""
+    """How fast this processor multiplies in each dtype, and the dtype that bfloat16 weights are computed in."""
     import torch
 
     from blockpress.hardware import compute_dtype, float32_way, remeasure
 
-    found, way = remeasure(), float32_way()
-    library = "oneDNN" if way == "onednn" else "MKL" if torch.backends.mkl.is_available() else "BLAS"
-    parts = [f"float32 {found.of(way):.0f} GFLOP/s by {library}"]
-    parts += [f"{name} {found.of(name):.0f}" for name in ("bfloat16", "float16", "int8") if found.of(name)]
-    taken = str(compute_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
+    rates, method = remeasure(), float32_way()
+    library = "oneDNN" if method == "onednn" else "MKL" if torch.backends.mkl.is_available() else "BLAS"
+    parts = [f"float32 {rates.of(method):.0f} GFLOP/s by {library}"]
+    parts += [f"{name} {rates.of(name):.0f}" for name in ("bfloat16", "float16", "int8") if rates.of(name)]
+    computed_in = str(compute_dtype(torch.bfloat16, torch.device("cpu"))).removeprefix("torch.")
     threads = torch.get_num_threads()
     detail = (
-        f"{', '.join(parts)} on {threads} thread{'s' * (threads > 1)}; reads {found.reading:.0f} GB/s; "
-        f"bfloat16 weights are computed in {taken}"
+        f"{', '.join(parts)} on {threads} thread{'s' * (threads > 1)}; reads {rates.reading:.0f} GB/s; "
+        f"bfloat16 weights are computed in {computed_in}"
     )
     yield DoctorCheck("products", "ok", detail)
 
@@ -125,10 +125,10 @@ def _products() -> Iterator[DoctorCheck]:
 def _cuda() -> Iterator[DoctorCheck]:
     from blockpress.hardware import cards
 
-    found = cards()
-    if not found:
+    gpus = cards()
+    if not gpus:
         yield DoctorCheck("cuda", "ok", "no GPU: everything runs on the processor")
-    for card in found:
+    for card in gpus:
         yield DoctorCheck("cuda", "ok", f"{card.device} is {card.name}, {_gib(card.free)} of {_gib(card.total)} free")
 
 
@@ -158,31 +158,31 @@ def _models(device: str) -> Iterator[DoctorCheck]:
 
 
 def _solves(lm: LM) -> DoctorCheck:
-    """The whole path on a fixed easy puzzle, and how long a forward takes."""
+    """The whole path on a fixed easy puzzle, and the time of a forward."""
     from blockpress.cli.sudoku import answer
 
     answer(lm, [PUZZLE], lm.generation.sampling)  # the first run of a process pays for allocations
-    begun = time.perf_counter()
-    done = answer(lm, [PUZZLE], lm.generation.sampling)[0]
-    speed = 1000 * (time.perf_counter() - begun) / (done.forwards + 1)
-    hint = "" if done.solved else "the model's files may be damaged: install blockpress afresh"
-    return DoctorCheck("puzzle", "ok" if done.solved else "fail", f"{done.verdict}, {speed:.1f} ms a forward", hint)
+    started = time.perf_counter()
+    result = answer(lm, [PUZZLE], lm.generation.sampling)[0]
+    speed = 1000 * (time.perf_counter() - started) / (result.forwards + 1)
+    hint = "" if result.solved else "the model's files may be damaged: install blockpress afresh"
+    return DoctorCheck("puzzle", "ok" if result.solved else "fail", f"{result.verdict}, {speed:.1f} ms a forward", hint)
 
 
 def _agrees(lm: LM) -> DoctorCheck:
-    """Plain and fused attention on one canvas, as a relative difference of the logits."""
+    """Plain and fused attention on one canvas: the relative difference of the logits."""
     from blockpress import sudoku
     from blockpress.ops import attention
 
     prompt = lm.encode(sudoku.layout(PUZZLE))
     canvas = [token % lm.config.vocab_size for token in range(lm.config.canvas_length)]
-    kept, logits = lm.network.attention_op, []
+    original, logits = lm.network.attention_op, []
     try:
         for op in (attention.plain, attention.fused):
             lm.network.attention_op = op
             logits.append(lm.denoise_logits(prompt, canvas).double())
     finally:
-        lm.network.attention_op = kept
+        lm.network.attention_op = original
     plain, fused = logits
     difference = float((plain - fused).norm() / plain.norm())
     good = difference <= DRIFT

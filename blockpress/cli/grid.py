@@ -1,9 +1,9 @@
-"""A sudoku grid as lines of text: which mark each cell wears, and the lines of the boxes.
+"""A sudoku grid as lines of text: the mark of each cell, and the lines of the boxes.
 
     ·  noise    5  accepted   [5] changed    5  settled (bold)   !5! in conflict    5? not accepted when the steps ended
 
 Invariant: a cell is three characters wide, or one in the compact drawing, whatever its mark; marks differ in their
-sign, weight or underline, never in colour alone.
+character, weight or underline, never in colour alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDE = 9
 
 
 class State(Enum):
-    """What a step made of a position: its mark, with the sign in place of `x`, and its style."""
+    """The state of a position after a step: its mark, with the character in place of `x`, and its style."""
 
     NOISE = (" · ", "dim")
     ACCEPTED = (" x ", "")
@@ -41,36 +41,36 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as it is drawn: three characters and their style."""
+    """One drawn cell: three characters and their style."""
 
     text: str
     style: str
 
 
 def puzzle_cells(puzzle: str) -> list[Cell]:
-    """The givens as they stand; a blank is empty, so that nobody takes it for noise."""
+    """The givens; a blank is drawn empty, so that it is not taken for noise."""
     return [Cell("   " if digit == "0" else f" {digit} ", "underline" if digit != "0" else "") for digit in puzzle]
 
 
-def answer_cells(puzzle: str, signs: Sequence[str], states: Sequence[State]) -> list[Cell]:
+def answer_cells(puzzle: str, chars: Sequence[str], states: Sequence[State]) -> list[Cell]:
     """The canvas's cells; a given that the canvas repeats is underlined."""
     cells = []
-    for given, sign, state in zip(puzzle, signs, states, strict=True):
-        kept = state is not State.NOISE and sign == given
-        cells.append(Cell(state.mark.replace("x", sign), f"{state.style} underline" if kept else state.style))
+    for given, char, state in zip(puzzle, chars, states, strict=True):
+        is_given = state is not State.NOISE and char == given
+        cells.append(Cell(state.mark.replace("x", char), f"{state.style} underline" if is_given else state.style))
     return cells
 
 
-def final_states(puzzle: str, signs: Sequence[str], states: Sequence[State]) -> list[State]:
-    """States of a finished canvas: what breaks a rule or changes a given stands out, and what was never sure."""
-    broken = {cell for cell, given in enumerate(puzzle) if given not in ("0", signs[cell])}
+def final_states(puzzle: str, chars: Sequence[str], states: Sequence[State]) -> list[State]:
+    """States of a finished canvas: cells that break a rule or change a given, and those that were never accepted."""
+    broken = {cell for cell, given in enumerate(puzzle) if given not in ("0", chars[cell])}
     for _, unit in UNITS:
-        there = [signs[cell] for cell in unit]
-        broken |= {cell for cell in unit if there.count(signs[cell]) > 1 or signs[cell] not in "123456789"}
+        digits = [chars[cell] for cell in unit]
+        broken |= {cell for cell in unit if digits.count(chars[cell]) > 1 or chars[cell] not in "123456789"}
     if not broken:
         return [State.SETTLED] * len(states)
-    kept = [State.UNSURE if state is State.NOISE else State.ACCEPTED for state in states]
-    return [State.CONFLICT if cell in broken else state for cell, state in enumerate(kept)]
+    marked = [State.UNSURE if state is State.NOISE else State.ACCEPTED for state in states]
+    return [State.CONFLICT if cell in broken else state for cell, state in enumerate(marked)]
 
 
 def draw_grid(cells: Sequence[Cell], *, compact: bool = False) -> list[Text]:
@@ -87,9 +87,9 @@ def draw_grid(cells: Sequence[Cell], *, compact: bool = False) -> list[Text]:
         if number in (3, 6):
             lines.append(_rule("├┼┤"))
         line = Text("│", style="dim")
-        for place, cell in enumerate(row):
+        for column, cell in enumerate(row):
             line.append(cell.text, style=cell.style or "not dim")
-            if place % 3 == 2:
+            if column % 3 == 2:
                 line.append("│")
         lines.append(line)
     return [*lines, _rule("└┴┘")]

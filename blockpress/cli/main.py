@@ -1,12 +1,12 @@
-"""The command `blockpress`: who is called for which word, and how a command ends.
+"""The command `blockpress`: its subcommands, and how a command ends.
 
-Why: whatever goes wrong is said in one line that helps, so a command ends in one of these ways and in no other:
+Every error is reported in one helpful line, so a command ends in one of these ways and in no other:
 
     0     done                                  2     the caller's mistake: `blockpress: MESSAGE (hint: ...)` on stderr
-    1     `doctor` found a fault; our mistake   130   Ctrl-C          141   the reader of our output has gone, silently
+    1     `doctor` found a fault; our mistake   130   Ctrl-C          141   the output pipe was closed; no message
 
-Invariant: nobody ever sees a traceback, unless BLOCKPRESS_TRACEBACK is set, and `--help` imports no torch: command
-modules import what is heavy inside their functions.
+Invariant: no traceback is shown unless BLOCKPRESS_TRACEBACK is set, and `--help` imports no torch: command modules
+import heavy packages inside their functions.
 
 Run it:  blockpress --help
 """
@@ -34,7 +34,7 @@ from blockpress.cli.synthesize import synthesize
 from blockpress.cli.train import train
 from blockpress.errors import BlockpressError
 
-# typer names the one case of it that it wants raised, and not the base that it raises itself.
+# typer exports only this subclass, and raises its base class too.
 UsageError: Any = typer.BadParameter.__base__
 
 EXAMPLES = """\b
@@ -46,7 +46,7 @@ Try:
 
 
 class _Interrupted(Exception):
-    """Ctrl-C, carried past typer, which would end the process in its own words."""
+    """Ctrl-C, carried past typer, which would print its own message."""
 
 
 class _ReaderGone(Exception):
@@ -138,14 +138,14 @@ def _usage_hint(error: Any) -> str:
 
 
 def _print_anything() -> None:
-    """An old terminal's encoding costs a question mark, never the command."""
+    """Characters that the terminal's encoding lacks are replaced, not fatal."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
 
 
 def _close_stdout() -> None:
-    # Python flushes once more when it ends, and would complain about the closed pipe then.
+    # Python flushes again at exit, and would report the closed pipe then.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,6 +1,6 @@
 """The images and videos that `run` shows a model, as parts of a chat's first message.
 
-Invariant: a file that is not there, an image that cannot be read, and a model that cannot see or chat are told by the
+Invariant: a missing file, an unreadable image, and a model that has no vision or no chat template are reported by the
 option's name before any weight is read.
 
 Run it:  blockpress run ./my-checkpoint "What is this?" --image photo.jpg
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def parts(images: Sequence[str], videos: Sequence[str], soft_tokens: int | None) -> tuple[dict[str, Any], ...]:
-    """The parts of a message that show these files: the images, then the videos.
+    """The message parts that show these files: the images, then the videos.
 
-    RequestError, MediaError: no such file, no image, another number of soft tokens, or one with nothing to show.
+    Raises:
+        RequestError, MediaError: a file is missing or no image, or soft_tokens is not a budget or has nothing to show.
     """
     from blockpress.config.vision import BUDGETS
 
@@ -39,21 +40,21 @@ def parts(images: Sequence[str], videos: Sequence[str], soft_tokens: int | None)
     )
 
 
-def check_model(found: Checkpoint, chat: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Raises RequestError: an option of a chat (not None) for a model that has no template, or of what is `shown` for
-    one that sees nothing."""
+def check_model(checkpoint: Checkpoint, chat: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """Raises RequestError: a `chat` option (not None) for a model without a template, or a `shown` option for a model
+    without vision."""
     given = [name for name, value in {**chat, **shown}.items() if value is not None]
     if not given:
         return
-    tokenizer, config = found.tokenizer(), found.config
+    tokenizer, config = checkpoint.tokenizer(), checkpoint.config
     if tokenizer is None or tokenizer.chat_template is None:
-        refuse(f"{found.path.name}, which has no chat template", {**chat, **shown})
+        refuse(f"{checkpoint.path.name}, which has no chat template", {**chat, **shown})
     if config.vision is None or not config.has_canvas:
-        refuse(f"{found.path.name}, which sees nothing", shown)
+        refuse(f"{checkpoint.path.name}, which sees nothing", shown)
 
 
 def _image(path: str) -> Any:
-    """The image itself, so that a damaged file is known here, and read once in a conversation."""
+    """The opened image: a damaged file is reported here, and a conversation reads it once."""
     from blockpress.multimodal import open_image
 
     try:
@@ -63,7 +64,7 @@ def _image(path: str) -> Any:
 
 
 def _file(path: str, option: str) -> str:
-    found = os.path.expanduser(path)
-    if not os.path.isfile(found):
+    expanded = os.path.expanduser(path)
+    if not os.path.isfile(expanded):
         raise RequestError(f"{option} is {path!r}, and there is no such file", hint=f"give {option} the path of a file")
-    return found
+    return expanded

@@ -1,9 +1,9 @@
-"""What a run tells about itself while it goes: steps, entropy, tokens per forward, milliseconds per forward.
+"""The figures of a run in progress: steps, entropy, tokens per forward, milliseconds per forward.
 
-Token by token there are no steps and no entropies, so nothing is said of them.
+Autoregressive decoding has no steps and no entropies, so they are left out.
 
-Invariant: the milliseconds are the model's. What the watcher does between two events (drawing, pausing, printing) is
-not in them, nor is the first event's time, which holds the prefill.
+Invariant: the milliseconds are the model's. The time that a viewer takes between two events (drawing, pausing,
+printing) does not count, nor does that of the first event, which includes the prefill.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Meter:
-    """Counts and times of one row, from its events. Call `see` with each event and `go_on` before the next."""
+    """Counts and times of one row from its events. Call `see` with each event and `go_on` before the next."""
 
     def __init__(
         self, sampling: Sampling | AutoregressiveSampling, stop_ids: Collection[int], canvas_length: int
@@ -34,47 +34,47 @@ class Meter:
         if isinstance(sampling, Sampling):
             self._schedule = Schedule.of(sampling)
         self._committed = 0
-        self._left: float | None = None
+        self._resumed: float | None = None
 
     def see(self, event: Event) -> None:
         """Count an event, and the time since `go_on`."""
-        if self._left is not None:
-            self.seconds += time.perf_counter() - self._left
+        if self._resumed is not None:
+            self.seconds += time.perf_counter() - self._resumed
         if isinstance(event, Denoised):
             self._denoised(event)
         elif isinstance(event, Committed):
-            self._read(event)
+            self._committed_canvas(event)
         elif isinstance(event, Done):
             self.forwards = event.reply.usage.forwards
             self.tokens_per_forward = event.reply.usage.tokens_per_forward
 
     def go_on(self) -> None:
-        """From here on the model works again."""
-        self._left = time.perf_counter()
+        """Start counting the model's time again."""
+        self._resumed = time.perf_counter()
 
     @property
     def milliseconds(self) -> float | None:
-        """Mean of a forward, or None where there were fewer than two."""
+        """Mean time of a forward in milliseconds; None after fewer than two."""
         return 1000 * self.seconds / (self.forwards - 1) if self.forwards > 1 else None
 
     def now(self) -> list[str]:
-        """The state of the run, in a few words each."""
-        each = f"{self.tokens_per_forward:.1f} tokens per forward"
+        """The state of the run, a short phrase for each figure."""
+        speed = f"{self.tokens_per_forward:.1f} tokens per forward"
         if self._schedule is None:
-            return [each]
+            return [speed]
         return [
             f"step {self.step} of at most {self._schedule.steps}",
             f"temperature {float(self._schedule.temperature(max(1, self.step))):.2f}",
             f"accepted {self.accepted} of {self.length}",
             self.entropy(),
-            each,
+            speed,
         ]
 
     def result(self) -> list[str]:
         """The same for a finished run."""
-        took = [] if self.milliseconds is None else [f"{self.milliseconds:.1f} ms per forward"]
+        milliseconds = [] if self.milliseconds is None else [f"{self.milliseconds:.1f} ms per forward"]
         entropy = [] if self._schedule is None else [self.entropy()]
-        return [*took, f"{self.tokens_per_forward:.1f} tokens per forward", *entropy]
+        return [*milliseconds, f"{self.tokens_per_forward:.1f} tokens per forward", *entropy]
 
     def entropy(self) -> str:
         """The mean entropy of the last step, and a bar for each step of the canvas, the highest one full."""
@@ -90,14 +90,14 @@ class Meter:
         self.step = event.step
         self.accepted = int(event.accepted.sum())
         self.entropies.append(float(event.entropy.mean()))
-        # A canvas behind the first costs one forward more, the commit of the one before it; begun again because it was
-        # empty, it does not; because of a check, that is the forward.
+        # A canvas after the first costs one more forward, the commit of the one before it; a retry of an empty canvas
+        # does not; in a redo after verification, that forward is the verification.
         self.forwards += 2 if event.step == 1 and (event.checks or (event.canvas and not event.attempt)) else 1
         tokens = event.argmax.tolist()
-        valid = next((place + 1 for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        valid = next((i + 1 for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         self.tokens_per_forward = (self._committed + valid) / self.forwards
 
-    def _read(self, event: Committed) -> None:
+    def _committed_canvas(self, event: Committed) -> None:
         self._committed += len(event.tokens)
         if self._schedule is None:
             self.forwards += 1

@@ -1,6 +1,6 @@
-"""What several commands take and do alike: their options, and opening a model.
+"""What several commands share: options, and opening a model.
 
-Invariant: all that can be checked without the weights is checked before they are read.
+Invariant: everything that can be checked without the weights is checked before they are read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def positive(value: int | None, option: str) -> None:
 
 
 def refuse(option: str, others: Mapping[str, Any]) -> None:
-    """Raises RequestError: one of the `others` is given (not None), and means nothing beside `option`."""
+    """Raises RequestError: one of the `others` is given (not None), and means nothing together with `option`."""
     for name, value in others.items():
         if value is not None:
             raise RequestError(f"{name} is given with {option}", hint=f"leave out {name} or {option}")
@@ -66,17 +66,17 @@ def open_model(
     compute_dtype: str | None = None,
     device: str = "cpu",
 ) -> tuple[LM, Sampling]:
-    """The model of that name, which must have a canvas, and its own sampling with the `changes` that are not None.
+    """The model of that name, which must have a canvas, and its sampling with the `changes` that are not None.
 
     Raises:
         BlockpressError: the model, its files, a sampling field, the types or the device.
     """
     from blockpress.config import Sampling
 
-    def check(found: Checkpoint) -> None:
-        if not found.config.has_canvas:
+    def check(checkpoint: Checkpoint) -> None:
+        if not checkpoint.config.has_canvas:
             raise RequestError(
-                f"{found.path.name} is of the family {found.config.family}, which has no canvas",
+                f"{checkpoint.path.name} is of the family {checkpoint.config.family}, which has no canvas",
                 hint="give a model that has one, or ask this one by `blockpress run`",
             )
 
@@ -98,12 +98,12 @@ def open_in_mode(
     device: str = "cpu",
     max_running: int = 32,
 ) -> tuple[LM, Sampling | AutoregressiveSampling]:
-    """The model of that name, and its own sampling in the mode (None: its own) with the `changes` that are not None.
+    """The model of that name, and its sampling in the mode (None: its default) with the `changes` that are not None.
 
     Args:
-        changes: fields of either sampling; one that the mode's own has not is refused by the name of its option.
-        check: what else the caller wants to know of the model before its weights are read; it raises.
-        max_running: most prompts that will be answered at once, as memory is set aside for them.
+        changes: fields of either sampling; one that the mode's sampling lacks is refused by the name of its option.
+        check: called with the checkpoint before its weights are read; raises to refuse it.
+        max_running: most prompts answered at once, for which memory is reserved.
 
     Raises:
         BlockpressError: the model, its files, the mode, a sampling field, the types or the device.
@@ -112,11 +112,11 @@ def open_in_mode(
     from blockpress.lm import load
     from blockpress.lm.arguments import check_mode
 
-    found = open_checkpoint(name)
+    checkpoint = open_checkpoint(name)
     if check is not None:
-        check(found)
-    sampling = _sampling(found.generation, check_mode(mode, found.config), changes)
-    lm = load(found, dtype=dtype, compute_dtype=compute_dtype, device=device, max_running=max_running)
+        check(checkpoint)
+    sampling = _sampling(checkpoint.generation, check_mode(mode, checkpoint.config), changes)
+    lm = load(checkpoint, dtype=dtype, compute_dtype=compute_dtype, device=device, max_running=max_running)
     return lm, sampling
 
 
@@ -124,19 +124,18 @@ def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any
     from blockpress.config import AutoregressiveSampling
     from blockpress.config.sampling import CHECKS
 
-    own = generation.autoregressive if mode == "autoregressive" else generation.sampling
+    defaults = generation.autoregressive if mode == "autoregressive" else generation.sampling
     given = {field: value for field, value in changes.items() if value is not None}
     for field in given:
-        if field not in own.__dataclass_fields__:
+        if field not in defaults.__dataclass_fields__:
             option, other = _option(field), "diffusion" if mode == "autoregressive" else "autoregressive"
-            able = generation.has_canvas
-            hint = f"leave out {option}, or give --mode {other}" if able else f"leave out {option}: there is no canvas"
-            raise RequestError(f"{option} is given in the mode {mode}", hint=hint)
+            hint = f", or give --mode {other}" if generation.has_canvas else ": there is no canvas"
+            raise RequestError(f"{option} is given in the mode {mode}", hint=f"leave out {option}{hint}")
     if mode == "verified" and given.setdefault("checks", CHECKS) == 0:
         raise RequestError("--checks is 0 in the mode verified", hint="give at least 1, or --mode diffusion")
     if given.get("top_k") == 0:
         given["top_k"] = None
-    chosen = own.with_(**given)
+    chosen = defaults.with_(**given)
     if isinstance(chosen, AutoregressiveSampling) and chosen.temperature == 0:
         for field in [field for field in ("top_k", "top_p") if field in given]:
             raise RequestError(
@@ -157,12 +156,12 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise RequestError(
-            f"--device is {device!r}, which this machine does not offer", hint=f"it has {', '.join(found)}"
+            f"--device is {device!r}, which this machine does not offer", hint=f"it has {', '.join(devices)}"
         ) from error
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object on one line, shown at once even in a pipe."""
+    """Print one object on one line, flushed at once even into a pipe."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)

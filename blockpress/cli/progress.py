@@ -1,6 +1,6 @@
-"""Bars for work of which it is known how many bytes there are.
+"""Progress bars for work whose number of bytes is known.
 
-Invariant: nothing is drawn but on a terminal, and on stderr.
+Invariant: bars are drawn on stderr, and only on a terminal.
 
 Run it:  blockpress synthesize tiny ./random
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function of (bytes done, bytes in all) that moves the bar."""
+    """Yields a function of (bytes done, bytes in all) that updates the bar."""
     if not terminal.is_terminal(sys.stderr):
         yield lambda done, total: None
         return
@@ -30,7 +30,7 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def byte_bars() -> Progress:
-    """Bars with counts, speed and time left, for a terminal that is there; a context manager."""
+    """Bars with counts, speed and time left on stderr; a context manager. Only for a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -1,6 +1,6 @@
-"""Where the puzzles of `blockpress sudoku` come from: an argument, standard input, a file, or the generator.
+"""The puzzles of `blockpress sudoku`: from an argument, standard input, a file, or the generator.
 
-Invariant: what was typed or written is checked in full, with its line, before any model is loaded.
+Invariant: all input is checked, and errors name its line, before any model is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GIVENS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Puzzles:
-    """`count` grids, made while they are read. `seed` is that of the generator, None where the puzzles were given."""
+    """`count` grids, generated as they are read. `seed` is the generator's, None where the puzzles were given."""
 
     grids: Iterable[str]
     count: int
@@ -30,10 +30,10 @@ class Puzzles:
 def read_puzzles(
     puzzle: str | None, file: str | None, random: int | None, givens: int | None, seed: int | None
 ) -> Puzzles:
-    """The puzzles asked for by exactly one of `puzzle`, `file` and `random`.
+    """The puzzles of exactly one of `puzzle`, `file` and `random`.
 
     Raises:
-        RequestError: none or several of them, or an option that goes with `random` without it.
+        RequestError: none or several of them, or an option of `random` without it.
         PuzzleError: a puzzle that is malformed or contradicts itself.
     """
     given = {"PUZZLE": puzzle, "--file": file, "--random": random}
@@ -44,18 +44,18 @@ def read_puzzles(
             what, hint="give one of PUZZLE, --file FILE or --random N; try: blockpress sudoku --random 1"
         )
     if random is not None:
-        return _fresh(random, GIVENS if givens is None else givens, seed)
+        return _generated(random, GIVENS if givens is None else givens, seed)
     for option, value in (("--givens", givens), ("--seed", seed)):
         if value is not None:
             raise RequestError(
                 f"{option} is given with {chosen[0]}",
                 hint=f"{option} goes with --random; the seed of the canvas's noise is --noise-seed",
             )
-    grids = _typed(puzzle) if puzzle is not None else _filed(str(file))
+    grids = _from_argument(puzzle) if puzzle is not None else _from_file(str(file))
     return Puzzles(grids=grids, count=len(grids))
 
 
-def _fresh(count: int, givens: int, seed: int | None) -> Puzzles:
+def _generated(count: int, givens: int, seed: int | None) -> Puzzles:
     if count < 1:
         raise RequestError(f"--random is {count}", hint="--random takes the number of puzzles, at least 1")
     if not FEWEST_GIVENS <= givens <= MOST_GIVENS:
@@ -63,11 +63,11 @@ def _fresh(count: int, givens: int, seed: int | None) -> Puzzles:
             f"--givens is {givens}", hint=f"--givens takes {FEWEST_GIVENS} to {MOST_GIVENS}; 30 to 45 is usual"
         )
     first = secrets.randbelow(1_000_000) if seed is None else seed
-    grids = (sudoku.generate_puzzle(first + place, givens).puzzle for place in range(count))
+    grids = (sudoku.generate_puzzle(first + i, givens).puzzle for i in range(count))
     return Puzzles(grids=grids, count=count, seed=first)
 
 
-def _typed(puzzle: str) -> list[str]:
+def _from_argument(puzzle: str) -> list[str]:
     if puzzle == "-":
         return [sudoku.parse_puzzle(_read_stdin())]
     try:
@@ -78,7 +78,7 @@ def _typed(puzzle: str) -> list[str]:
         raise
 
 
-def _filed(file: str) -> list[str]:
+def _from_file(file: str) -> list[str]:
     grids = []
     for number, line in enumerate(_read_file(file).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -1,7 +1,7 @@
-"""`blockpress quantize`: a checkpoint in fewer bits, and what that costs.
+"""`blockpress quantize`: a checkpoint in fewer bits, and its loss of fidelity.
 
-Invariant: the checkpoint is whole before anything is measured on it; a report that cannot be made says why, and the
-checkpoint stays.
+Invariant: the checkpoint is complete before anything is measured on it; where no report can be made, a note says why
+and the checkpoint stays.
 
 Run it:  blockpress quantize sudoku-nano ./smaller --format int4
 """
@@ -94,20 +94,22 @@ def quantize(
     if report:
         options.check_device(device)
     with bar(f"writing {model} in {form}") as progress:
-        done = convert_checkpoint(original, out, chosen, keep=keep or (), experts_only=experts_only, progress=progress)
+        converted = convert_checkpoint(
+            original, out, chosen, keep=keep or (), experts_only=experts_only, progress=progress
+        )
     if not json:
-        print("\n".join(_table(model, out, done)))
+        print("\n".join(_table(model, out, converted)))
     fidelity = _measure(original, Checkpoint(path=out), lines, samples, seed, device) if report else None
     if fidelity is not None:
         add_to_report(out, "report", fidelity)
     if json:
-        options.print_json({"model": model, "path": str(out), **_short(done), "report": fidelity})
+        options.print_json({"model": model, "path": str(out), **_short(converted), "report": fidelity})
     elif fidelity is not None:
         print("\n".join(_sentences(fidelity)))
 
 
 def _check_given(report: bool, given: dict[str, Any]) -> None:
-    """Raises RequestError: options of a report that is not made, or that mean nothing together."""
+    """Raises RequestError: options of a report that is not made, or that exclude each other."""
     options.positive(given["--samples"], "--samples")
     if not report:
         options.refuse("--no-report", given)
@@ -118,7 +120,7 @@ def _check_given(report: bool, given: dict[str, Any]) -> None:
 def _measure(
     original: Checkpoint, smaller: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> dict[str, Any] | None:
-    """Run the original, then the smaller model, on the same prompts; None where they have no canvas, or no room."""
+    """Run the original, then the smaller model, on the same prompts; None without a canvas, or without the memory."""
     from blockpress.evals.divergence import compare_recordings
 
     reason = _no_canvas(original) or _too_large((original, smaller), device)
@@ -132,14 +134,14 @@ def _measure(
         recordings.append(recording)
         solved.append(count)
     kind = "given" if lines else "puzzles" if puzzles else "random token ids"
-    found = {"prompt_kind": kind, **asdict(compare_recordings(*recordings))}
-    return found | ({"solved_original": solved[0], "solved_changed": solved[1]} if puzzles else {})
+    fidelity = {"prompt_kind": kind, **asdict(compare_recordings(*recordings))}
+    return fidelity | ({"solved_original": solved[0], "solved_changed": solved[1]} if puzzles else {})
 
 
 def _run(
     checkpoint: Checkpoint, lines: list[str] | None, samples: int, seed: int, device: str
 ) -> tuple[Recording, list[Puzzle] | None, int]:
-    """Load a model, run it, and forget it: both are never in memory at once."""
+    """Load a model, run it, and release it: both are never in memory at once."""
     from blockpress.evals.divergence import record
     from blockpress.lm import load
 
@@ -165,13 +167,13 @@ def _ids(
         return [lm.encode(layout(puzzle.puzzle)) for puzzle in puzzles]
     import torch
 
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     length = min(RANDOM_LENGTH, lm.config.context_length - lm.config.canvas_length)
-    return torch.randint(0, lm.config.vocab_size, (samples, length), generator=draw).tolist()
+    return torch.randint(0, lm.config.vocab_size, (samples, length), generator=generator).tolist()
 
 
 def _puzzles(lm: LM, samples: int, seed: int) -> list[Puzzle] | None:
-    """Puzzles for a model whose vocabulary and canvas are those of the digits; None for any other."""
+    """Puzzles for a model with the digits tokenizer and a canvas that fits a grid; None for any other."""
     from blockpress import sudoku
     from blockpress.errors import TextError
 
@@ -185,7 +187,7 @@ def _puzzles(lm: LM, samples: int, seed: int) -> list[Puzzle] | None:
 
 
 def _no_canvas(checkpoint: Checkpoint) -> str | None:
-    """Why a model is not compared; None where it is."""
+    """Why a model is not compared; None if it is."""
     config = checkpoint.checked().config
     return None if config.has_canvas else f"only models with a canvas are compared, and {config.family} has none"
 
@@ -208,7 +210,7 @@ def _too_large(checkpoints: Sequence[Checkpoint], device: str) -> str | None:
 
 
 def _lines(file: Path, model: Checkpoint) -> list[str]:
-    """The prompts of a file. Raises RequestError: there are none, or the model is not compared or takes no text."""
+    """The prompts of a file. Raises RequestError: it has none, or the model is not compared or has no tokenizer."""
     reason = _no_canvas(model)
     if reason is not None:
         raise RequestError(f"--prompts is given, and {reason}", hint="leave out --prompts")
@@ -218,49 +220,47 @@ def _lines(file: Path, model: Checkpoint) -> list[str]:
             hint="leave it out: random token ids are taken",
         )
     try:
-        found = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        prompts = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(
             f"--prompts {file} cannot be read: {error}", hint="give a text file, a prompt a line"
         ) from error
-    if not found:
+    if not prompts:
         raise RequestError(f"--prompts {file} holds no prompt", hint="write one a line")
-    return found
+    return prompts
 
 
-def _short(done: Converted) -> dict[str, Any]:
-    """The conversion without its long lists, which OUT/quantization.json has."""
-    kept = ("format", "bytes_before", "bytes_after", "notes")
-    kinds = {kind: asdict(error) for kind, error in done.kinds.items()}
-    return {name: getattr(done, name) for name in kept} | {"kinds": kinds}
+def _short(converted: Converted) -> dict[str, Any]:
+    """The conversion without its long lists, which are in OUT/quantization.json."""
+    fields = ("format", "bytes_before", "bytes_after", "notes")
+    kinds = {kind: asdict(error) for kind, error in converted.kinds.items()}
+    return {name: getattr(converted, name) for name in fields} | {"kinds": kinds}
 
 
-def _table(model: str, out: Path, done: Converted) -> list[str]:
-    share = done.bytes_after / done.bytes_before
-    sizes = f"{format_bytes(done.bytes_before)} -> {format_bytes(done.bytes_after)} ({share:.1%})"
-    rows = [f"{model} in {done.format}: {sizes}, in {out}"]
+def _table(model: str, out: Path, converted: Converted) -> list[str]:
+    share = converted.bytes_after / converted.bytes_before
+    sizes = f"{format_bytes(converted.bytes_before)} -> {format_bytes(converted.bytes_after)} ({share:.1%})"
+    rows = [f"{model} in {converted.format}: {sizes}, in {out}"]
     rows += ["", f"{'linear layers':20}{'weights':>16}{'rel. error':>12}{'cosine':>10}{'largest':>11}"]
-    for kind, error in done.kinds.items():
+    for kind, error in converted.kinds.items():
         rows.append(f"{kind:20}{error.values:16,}{error.relative:12.3%}{error.cosine:10.6f}{error.largest:11.3g}")
     rows += ["", "the largest relative errors"]
-    rows += [f"  {tensor.error.relative:8.3%}  {tensor.name}" for tensor in done.worst()]
-    return rows + [f"note: {text}" for text in done.notes]
+    rows += [f"  {tensor.error.relative:8.3%}  {tensor.name}" for tensor in converted.worst()]
+    return rows + [f"note: {text}" for text in converted.notes]
 
 
-def _sentences(found: dict[str, Any]) -> list[str]:
-    rows = [
-        "",
-        f"{found['prompts']} prompts ({found['prompt_kind']}), {found['positions']} positions, seed {found['seed']}",
-    ]
-    for name, step in (("step 1", found["first"]), ("step 2", found["second"])):
+def _sentences(report: dict[str, Any]) -> list[str]:
+    prompts = f"{report['prompts']} prompts ({report['prompt_kind']})"
+    rows = ["", f"{prompts}, {report['positions']} positions, seed {report['seed']}"]
+    for name, step in (("step 1", report["first"]), ("step 2", report["second"])):
         rows.append(
             f"{name}: KL {step['kl']:.5f} nats (largest {step['kl_largest']:.4f}), same argmax {step['agreement']:.1%}"
             f", entropy {step['entropy_original']:.4f} -> {step['entropy_changed']:.4f} nats"
         )
     rows.append(
-        f"by itself: {found['steps_original']:.2f} -> {found['steps_changed']:.2f} steps to settle, "
-        f"{found['tokens_same']:.1%} of the tokens the same"
+        f"by itself: {report['steps_original']:.2f} -> {report['steps_changed']:.2f} steps to settle, "
+        f"{report['tokens_same']:.1%} of the tokens the same"
     )
-    if "solved_original" in found:
-        rows.append(f"puzzles solved: {found['solved_original']} -> {found['solved_changed']} of {found['prompts']}")
+    if "solved_original" in report:
+        rows.append(f"puzzles solved: {report['solved_original']} -> {report['solved_changed']} of {report['prompts']}")
     return rows

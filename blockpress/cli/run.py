@@ -1,4 +1,4 @@
-"""`blockpress run`: a prompt goes in, text comes out; a model with a chat template is talked to in its own form.
+"""`blockpress run`: answer a prompt, by the model's chat template where it has one.
 
 Invariant: stdout holds the answer's text, or JSON, and nothing else, unless it is a terminal; text is printed once it
 is final.
@@ -168,7 +168,7 @@ def run(
 def _check(
     limits: dict[str, Any], budget: int | None, raw: bool, json: bool, events: bool, chat: dict[str, Any]
 ) -> None:
-    """Raises RequestError: a count below 1, and options that mean nothing beside each other."""
+    """Raises RequestError: a count below 1, or options that mean nothing together."""
     options.positive(limits["max_tokens"], "--max-tokens")
     options.positive(budget, "--thinking-budget")
     if raw:
@@ -180,8 +180,8 @@ def _check(
 
 
 def _may_talk(otherwise: bool) -> bool:
-    """Whether a person is there to talk to. Whether the model can, it says itself, so it is loaded before the first
-    question."""
+    """Whether input and output are a terminal, so that a conversation is possible. Whether the model can chat is known
+    once it is loaded, before the first question."""
     return not otherwise and sys.stdin is not None and sys.stdin.isatty() and is_terminal(sys.stdout)
 
 
@@ -196,8 +196,8 @@ def _open(
     record: Path | None,
     how: dict[str, Any],
 ) -> ChatSession:
-    """The model, and how it is to be asked; `changes` of its sampling, `chat` and `shown` by their options, `limits` as
-    fields of `ChatSession`, where to `record`, `how` its weights are loaded."""
+    """The model and how it is prompted; `changes` to its sampling, `chat` and `shown` by their options, `limits` as
+    fields of `ChatSession`, `how` as arguments of `load`."""
     parts = media.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
@@ -235,7 +235,7 @@ def _open(
 
 
 def _answer(asking: ChatSession, text: str | None, json: bool, events: bool, fast: bool) -> None:
-    """One answer, in the form that was asked for; without a text, a conversation, or what is typed now."""
+    """One answer in the requested form; without a text, a conversation, or the prompt from standard input."""
     from blockpress.cli.serialize import event_to_dict, reply_to_dict
 
     if text is None and asking.chat:
@@ -265,7 +265,7 @@ def _prompt(prompt: str | None) -> str:
 
 
 def _converse(asking: ChatSession, fast: bool) -> None:
-    """Ask and answer in turn until the end of input; the model is given all that was said, but not what it thought."""
+    """A conversation until the end of input; the model is given all messages so far, without its thoughts."""
     note("Type a message; an empty line or Ctrl-D ends the conversation.")
     said: list[dict[str, Any]] = []
     while True:
@@ -282,7 +282,7 @@ def _converse(asking: ChatSession, fast: bool) -> None:
 
 
 def _tell(asking: ChatSession, text: str, fast: bool, before: Sequence[dict[str, Any]] = ()) -> Reply:
-    """One answer as it comes: on a terminal with its canvas, if it has one."""
+    """One answer as it is written: on a terminal with its canvas, if it has one."""
     if asking.mode == "diffusion" and is_terminal(sys.stdout):
         return _last(_show(asking, asking.stream(text, before), fast))
     return _last(_print(asking, asking.stream(text, before)))

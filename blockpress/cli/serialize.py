@@ -1,6 +1,6 @@
-"""What `run` tells of an answer: its events and its end, as JSON and in words.
+"""What `run` prints of an answer: its events and its end, as JSON and in words.
 
-Invariant: JSON has plain names and numbers only, the same for every model; what did not happen is not spoken of.
+Invariant: JSON has plain names and numbers only, the same for every model; in words, counts of 0 are left out.
 
 Run it:  blockpress run sudoku-nano --events < puzzle.txt
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
-    """The reply as JSON has it; of a `chat` also its thought and its calls."""
-    said = {
+    """The reply as a JSON object; for a `chat` also its thoughts and calls."""
+    chat_fields = {
         "thinking": reply.thinking,
         "tool_calls": [vars(call) for call in reply.tool_calls],
         "broken_calls": [vars(call) for call in reply.broken_calls],
     }
     return {
         "text": reply.text,
-        **(said if chat else {}),
+        **(chat_fields if chat else {}),
         "tokens": reply.tokens,
         **_logprobs(reply.logprobs),
         "finish_reason": reply.finish_reason,
@@ -34,7 +34,7 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
 
 
 def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
-    """The event as JSON has it; entropies in nats, one number or truth value for each position of the canvas."""
+    """The event as a JSON object; entropies in nats, and lists with one value for each position of the canvas."""
     from blockpress.decoding import (
         Committed,
         Denoised,
@@ -60,8 +60,8 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
             "settled": event.settled,
         }
     if isinstance(event, Committed):
-        told = {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
-        return told | _logprobs(event.logprobs)
+        commit = {"event": "commit", "canvas": event.canvas, "tokens": event.tokens, "steps": event.steps}
+        return commit | _logprobs(event.logprobs)
     if isinstance(event, Done):
         chat = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
         return {"event": "done", **reply_to_dict(event.reply, chat)}
@@ -76,33 +76,33 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
     return {"event": "text", "text": event.text}
 
 
-def _logprobs(said: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-    """The log-probabilities of tokens, if they are told, each with those of the likeliest in its place."""
-    if said is None:
+def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+    """The logprobs of tokens, if there are any, each with those of the likeliest tokens at its position."""
+    if logprobs is None:
         return {}
     return {
         "logprobs": [
             {
-                "token": each.token,
-                "logprob": each.logprob,
-                "top": [{"token": token, "logprob": logprob} for token, logprob in each.top],
+                "token": scored.token,
+                "logprob": scored.logprob,
+                "top": [{"token": token, "logprob": logprob} for token, logprob in scored.top],
             }
-            for each in said
+            for scored in logprobs
         ]
     }
 
 
 def ended(reply: Reply) -> str:
-    """How a reply ended, in words: what it took in canvases and steps, or, token by token, in forwards."""
+    """How a reply ended, in words, with its canvases and steps, or in autoregressive decoding its forwards."""
     why = {"stop": "stopped", "length": "at its length", "tool_calls": "called", "cancelled": "cancelled"}
     usage = reply.usage
-    took = _counted(usage.forwards, "forward")
+    work = _counted(usage.forwards, "forward")
     if usage.canvases or usage.steps:
-        took = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
-    took += f", {_counted(usage.checks, 'check')}" if usage.checks else ""
-    more = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
-    more += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
-    return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {took}{more}"
+        work = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
+    work += f", {_counted(usage.checks, 'check')}" if usage.checks else ""
+    extra = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
+    extra += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
+    return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {work}{extra}"
 
 
 def _counted(count: int, what: str, plural: str = "s") -> str:

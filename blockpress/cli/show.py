@@ -1,4 +1,4 @@
-"""`blockpress show`: what a model is made of, the format of its weights, what it takes, and how it is sampled.
+"""`blockpress show`: a model's shape, the format of its weights, the memory that it needs, and its sampling.
 
 Invariant: no weights are read. Parameters come from the config, sizes on disk from the headers of the files, memory
 from `plan/memory.py`.
@@ -63,7 +63,7 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
 
     Raises:
         CheckpointError, ConfigError: no such model, or files that cannot be read.
-        RequestError: a context that the model has not.
+        RequestError: more context than the model has.
     """
     from blockpress.checkpoints import Checkpoint, find_checkpoint
     from blockpress.config import PRESETS, GenerationConfig
@@ -71,21 +71,21 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
 
     options.positive(context, "--context")
     try:
-        found: Checkpoint | None = find_checkpoint(model)
+        checkpoint: Checkpoint | None = find_checkpoint(model)
     except ModelNotFound as error:
         if model not in PRESETS:
             presets = ", ".join(sorted(PRESETS))
             raise ModelNotFound(error.message, hint=f"{error.hint}; presets: {presets}") from error
-        found = None
-    config = PRESETS[model]() if found is None else found.config
-    generation = GenerationConfig(stop_ids=config.eos_ids) if found is None else found.generation
-    kind, files = (None, None) if found is None else (found.kind, survey(found))
+        checkpoint = None
+    config = PRESETS[model]() if checkpoint is None else checkpoint.config
+    generation = GenerationConfig(stop_ids=config.eos_ids) if checkpoint is None else checkpoint.generation
+    kind, files = (None, None) if checkpoint is None else (checkpoint.kind, survey(checkpoint))
     return {
         "model": model,
-        "path": None if found is None else str(found.path),
+        "path": None if checkpoint is None else str(checkpoint.path),
         "format": None if kind is None else kind.format,
         "packed_by": None if kind is None else kind.method,
-        "tokenizer": None if found is None else found.has_tokenizer,
+        "tokenizer": None if checkpoint is None else checkpoint.has_tokenizer,
         **_network(config, 0 if files is None else files.vision_parameters),
         "files": None if files is None else asdict(files),
         "stored_in": config.dtype,
@@ -97,7 +97,7 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
 
 
 def show_lines(described: dict[str, Any]) -> list[str]:
-    """The description for people, a line each."""
+    """The description as text, a line for each property."""
     rows = [("model", f"{described['model']}   {described['path'] or 'a preset: its config alone'}")]
     rows += [("family", described["family"])]
     files = described["files"]
@@ -151,9 +151,9 @@ def _shape_rows(described: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for dtype, need in memory["in"].items():
-        each = " + ".join(f"{format_bytes(count)} {kind}" for kind, count in need["context_token"].items())
+        a_token = " + ".join(f"{format_bytes(count)} {kind}" for kind, count in need["context_token"].items())
         computed = "" if need["compute_dtype"] == dtype else f", computed in {need['compute_dtype']}"
-        rows += [(f"in {dtype}", f"weights {format_bytes(need['weights'])}{computed}; a token of context {each}")]
+        rows += [(f"in {dtype}", f"weights {format_bytes(need['weights'])}{computed}; a token of context {a_token}")]
         total, state, step, read = (format_bytes(need[part]) for part in ("total", "context", "canvas", "reading"))
         rows += [
             (
@@ -202,28 +202,28 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
 
 
 def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
-    """Bytes of each part by the type of the weights; packed weights have one. Context and working memory count in the
-    type that the processor computes in."""
+    """Bytes of each part by the dtype of the weights; packed weights have one. Context and working memory count in the
+    compute dtype of the processor."""
     from blockpress.checkpoints.build import compute_name
     from blockpress.hardware import free_memory
     from blockpress.plan.memory import needed
 
-    most = config.context_length
-    if context is not None and context > most:
-        raise RequestError(f"--context is {context}", hint=f"the model's context is {most} tokens")
-    tokens = min(CONTEXT, most) if context is None else context
+    limit = config.context_length
+    if context is not None and context > limit:
+        raise RequestError(f"--context is {context}", hint=f"the model's context is {limit} tokens")
+    tokens = min(CONTEXT, limit) if context is None else context
     by_dtype = {}
     for dtype in (config.dtype,) if files is not None and files.quantised else ("float32", "bfloat16"):
         compute = compute_name(dtype, "cpu")
         need = needed(config, tokens, dtype=dtype, compute_dtype=compute, files=files)
-        kept = costs.context_bytes(config, costs.activation_dtype(compute))
-        each = {_short(kind): count for kind, count in kept.items()}
-        by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": each, "compute_dtype": compute}
+        bytes_a_token = costs.context_bytes(config, costs.activation_dtype(compute))
+        by_kind = {_short(kind): count for kind, count in bytes_a_token.items()}
+        by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": by_kind, "compute_dtype": compute}
     return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
 
 
 def _compute_dtype(stored: str) -> str:
-    """The type in which weights of that type are computed on this processor."""
+    """The compute dtype on this processor of weights stored in that dtype."""
     import torch
 
     from blockpress.hardware import compute_dtype

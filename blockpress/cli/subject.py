@@ -1,6 +1,6 @@
-"""Which network is measured: a model, or a shape with random weights, as the options of `blockpress bench` name it.
+"""The network to measure: a model, or a shape with random weights, from the options of `blockpress bench`.
 
-Invariant: exactly one network is named, and the device is known to be there before its weights are made.
+Invariant: exactly one network is named, and the device is checked before its weights are made.
 
 Run it:  blockpress bench --preset tiny
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SubjectOptions:
-    """What the caller says about the network."""
+    """The options of `blockpress bench` that describe the network."""
 
     model: str | None
     preset: str | None
@@ -39,14 +39,14 @@ class SubjectOptions:
 
     @property
     def named(self) -> list[str]:
-        """All options that mean nothing where no network is run."""
+        """All options that mean nothing if no network is run."""
         rest = {"--dtype": self.dtype, "--compute-dtype": self.compute_dtype, "--threads": self.threads}
         return [*self.given, *(name for name, value in rest.items() if value is not None)]
 
 
-def open_subject(asked: SubjectOptions, device: str) -> Subject:
+def open_subject(chosen: SubjectOptions, device: str) -> Subject:
     """The one network that is named. Raises RequestError: none, or two."""
-    given = asked.given
+    given = chosen.given
     if len(given) != 1:
         text = f"{given[1]} is given with {given[0]}" if given else "no model is given"
         raise RequestError(text, hint="give one of MODEL, --preset NAME and --config FILE")
@@ -55,14 +55,14 @@ def open_subject(asked: SubjectOptions, device: str) -> Subject:
 
     from blockpress.bench import subject
 
-    options.positive(asked.threads, "--threads")
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-    types = {"dtype": asked.dtype, "compute_dtype": asked.compute_dtype}
-    if asked.model is not None:
-        with waiting(f"loading {asked.model}"):
-            return subject.loaded(asked.model, **types, device=device)
-    shape = subject.shape_in(asked.config) if asked.config is not None else subject.shape_named(asked.preset or "")
-    name = str(asked.preset or asked.config)
+    options.positive(chosen.threads, "--threads")
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    types = {"dtype": chosen.dtype, "compute_dtype": chosen.compute_dtype}
+    if chosen.model is not None:
+        with waiting(f"loading {chosen.model}"):
+            return subject.loaded(chosen.model, **types, device=device)
+    shape = subject.shape_in(chosen.config) if chosen.config is not None else subject.shape_named(chosen.preset or "")
+    name = str(chosen.preset or chosen.config)
     with waiting("drawing random weights"):
-        return subject.randomised(name, shape, **types, device=device, seed=asked.seed)
+        return subject.randomised(name, shape, **types, device=device, seed=chosen.seed)

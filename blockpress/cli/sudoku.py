@@ -1,7 +1,7 @@
-"""`blockpress sudoku`: a puzzle is the prompt, the answer is what one canvas became.
+"""`blockpress sudoku`: a puzzle is the prompt, one settled canvas is the answer.
 
 Invariant: the answer is the decoded argmax canvas of one run, the first and only sample: nothing here solves, repairs,
-retries, votes or pins. What stands on stdout is answers (and JSON) alone; everything else goes to stderr.
+retries, votes or pins. Only answers (and JSON) go to stdout; everything else goes to stderr.
 
 Run it:  blockpress sudoku --random 1
 """
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from blockpress.lm import LM
 
 BATCH = 32
-SHOWN = 9  # puzzles whose canvases are shown one after another; more of them would keep a person waiting
+SHOWN = 9  # most puzzles whose canvases are shown one after another; more would take too long to watch
 NINE_LINES = re.compile(r"([0-9]{9}\n){8}[0-9]{9}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch.
+    """The result of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch's time.
 
-    entropy: how unsure the model was in its last step, the mean over the canvas, in nats a token. settled: it was sure
-    enough to stop by itself. events: of its canvas, in their order.
+    entropy: of the last step, the mean over the canvas in nats a token. settled: whether the canvas settled before the
+    last step.
     """
 
     puzzle: str
@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def grid(self) -> str | None:
-        """The answer's 81 digits, or None where it is not nine lines of nine digits."""
+        """The answer's 81 digits; None if it is not nine lines of nine digits."""
         return self.text.replace("\n", "") if NINE_LINES.fullmatch(self.text) else None
 
     @property
@@ -75,7 +75,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """The result in words, and how sure the model itself is of it."""
+        """The result in words, and how sure the model is of it."""
         steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
         sure = f"the model is {'sure' if self.settled else 'NOT sure'}: {self.entropy:.4f} nats a token"
         if self.solved:
@@ -209,7 +209,7 @@ def answer(
     noise_seed: int = 0,
     watch: Callable[[Event], None] | None = None,
 ) -> list[Answer]:
-    """Answer one batch of puzzles, one canvas each. `watch` sees the events; its time is not counted."""
+    """Answer one batch of puzzles, one canvas each. `watch` is called with every event; its time does not count."""
     from blockpress.decoding import Denoised, Done
     from blockpress.sudoku import layout
 
@@ -302,13 +302,13 @@ def _in_batches(lm: LM, asked: Puzzles, sampling: Sampling, noise_seed: int, bat
 
 
 def _progress(answers: Iterable[Answer], count: int) -> Iterator[Answer]:
-    """A bar on stderr where stdout goes to a file or a pipe and a person waits for it."""
+    """A progress bar on stderr where that is a terminal and stdout is not."""
     if count == 1 or is_terminal(sys.stdout) or not is_terminal(sys.stderr):
         yield from answers
         return
     from rich.progress import Progress
 
-    # Unless told not to, the bar would carry off to stderr what is printed on stdout.
+    # By default the bar would redirect to stderr what is printed on stdout.
     with Progress(console=console(sys.stderr), transient=True, redirect_stdout=False) as progress:
         yield from progress.track(answers, total=count, description="puzzles")
 

@@ -1,6 +1,6 @@
-"""`blockpress bench --sweep`: throughput against users, this machine's measured, a card's from the roofline.
+"""`blockpress bench --sweep`: throughput against users, measured on this machine, from the roofline for cards.
 
-Invariant: cards alone need no torch and no model.
+Invariant: a sweep of cards alone needs no torch and no model.
 
 Run it:  blockpress bench --sweep --device h200 --out sweep.svg
 """
@@ -31,7 +31,7 @@ def sweep(
     out: Path | None,
     json: bool,
 ) -> None:
-    """A panel for every device, this machine's measured, the cards' computed; SVG to a file, the figures printed."""
+    """A panel for every device, measured here or computed for cards; SVG to a file, the figures printed."""
     from blockpress import costs
     from blockpress.bench.chart import check_matplotlib, crossed, svg
     from blockpress.bench.panels import CARD_USERS, STEPS, USERS, crossover_table, roofline

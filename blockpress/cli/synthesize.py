@@ -1,6 +1,6 @@
-"""`blockpress synthesize`: a checkpoint of random weights in a real shape, to measure speed and memory on.
+"""`blockpress synthesize`: a checkpoint of random weights in a real shape, to measure speed and memory with.
 
-Invariant: what is written says in config.json and README.md that it is random.
+Invariant: config.json and README.md of the checkpoint say that it is random.
 
 Run it:  blockpress synthesize tiny ./random --format nvfp4
 """

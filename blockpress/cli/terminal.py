@@ -1,7 +1,6 @@
-"""Who reads what a command prints: a person at a terminal, or a program.
+"""Output for a person at a terminal, or for a program.
 
-Invariant: an escape code goes to a terminal only, and never to one that is dumb. Answers go to stdout; whatever else
-there is to say goes to stderr.
+Invariant: escape codes go to a terminal only, and never to a dumb one. Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def console(stream: TextIO) -> Console:
-    """A rich console that prints what it is given: no markup, no emoji names, no colouring of numbers."""
+    """A rich console that prints text literally: no markup, no emoji names, no colouring of numbers."""
     from rich.console import Console
 
     return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def note(text: str) -> None:
-    """A line for whoever watches, beside the answer."""
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Say what takes a moment, on a terminal only, and take it back afterwards."""
+    """Show a status line while the block runs, on a terminal only."""
     if not is_terminal(sys.stderr):
         yield
         return
@@ -47,7 +46,7 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def without_controls(text: str) -> str:
-    """`text` as a terminal may see it: control characters but line ends and tabs are spelled out, not obeyed.
+    """`text` made safe for a terminal: control characters other than line ends and tabs are escaped.
 
     >>> without_controls("a\\x1b[31mb\\n")
     'a\\\\x1b[31mb\\n'

@@ -1,7 +1,7 @@
-"""`blockpress train`: run a recipe, watch it, stop it, go on, and write the checkpoint.
+"""`blockpress train`: run a recipe, report, stop, resume, and write the checkpoint.
 
-Invariant: a run ends between two steps, however it ends, so that what is saved is a state that the run has been in.
-A Ctrl-C and a SIGTERM wait for the step under way; the second one does not.
+Invariant: a run ends between two steps, however it ends, so that the saved state is one that the run has been in.
+A Ctrl-C or a SIGTERM waits for the current step; a second one does not.
 
 Run it:  blockpress train sudoku --minutes 10
 """
@@ -148,7 +148,7 @@ def _find(name: str | None) -> recipes.TrainingRecipe:
 
 
 class _Run:
-    """One run: who may stop it, and what is said about it."""
+    """One run: its reasons to stop, and its reports."""
 
     def __init__(self, minutes: float | None) -> None:
         if minutes is not None and not minutes > 0:
@@ -158,7 +158,7 @@ class _Run:
         self._stepped: Callable[[int], None] = lambda step: None
 
     def go(self, trainer: Trainer, report_every: int, again: str) -> None:
-        """Train to the end or to a stop; save, export and say how to go on."""
+        """Train to the end or to a stop; save, export and print how to resume."""
         from blockpress.train.parallel import leave
 
         first = os.environ.get("RANK", "0") == "0"
@@ -228,7 +228,7 @@ def _export(trainer: Trainer, folder: Path, raw: bool) -> None:
 
 
 def _silent(report: TrainReport) -> None:
-    """Only the first process speaks."""
+    """Reports of the other processes: only the first prints."""
 
 
 def _check_state(folder: Path, wanted: bool) -> None:
@@ -279,7 +279,7 @@ def _compiler_errors() -> Iterator[None]:
 
 @contextmanager
 def _workers(count: int) -> Iterator[None]:
-    """Start this very command `count` - 1 times more, as the other processes of the run, and end them with it."""
+    """Start this command `count` - 1 more times, as the other processes of the run, and end them with it."""
     if count == 1 or "WORLD_SIZE" in os.environ:
         yield
         return
@@ -291,7 +291,7 @@ def _workers(count: int) -> Iterator[None]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "blockpress", *sys.argv[1:]]
-    # A session of their own keeps a Ctrl-C from them: the first process tells them when to stop.
+    # A session of their own shields them from Ctrl-C: the first process tells them when to stop.
     others = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, start_new_session=True)
         for rank in range(1, count)
@@ -300,6 +300,6 @@ def _workers(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for other in others:  # the first process has finished, saved and exported: nothing is left to be done
+        for other in others:  # the first process has finished, saved and exported: nothing is left to do
             other.kill()
             other.wait()
