@@ -63,7 +63,8 @@ Seed = Annotated[int, typer.Option(metavar="S", help="Of weights, prompts, noise
 Soft = Annotated[str | None, typer.Option("--soft-embedding", metavar="E", help="exact or sparse. Default: exact.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of torch. Default: torch's choice.")]
 Against = Annotated[
-    str | None, typer.Option(metavar="P", help="Take turns with transformers, or with reference, our plain loop.")
+    str | None,
+    typer.Option(metavar="P", help="transformers, or reference (the reference loop), in turns with the engine."),
 ]
 AgainstDtype = Annotated[
     str | None,
