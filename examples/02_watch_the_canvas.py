@@ -1,4 +1,4 @@
-"""Watch a canvas settle: what each step accepted, how sure it was, what it changed.
+"""Watch a canvas settle: what each step accepted, its entropy, and what it changed.
 
 Run it:  python examples/02_watch_the_canvas.py
 """

@@ -1,8 +1,8 @@
-"""Policies are values: hand over another rule for what to keep, and compare.
+"""Policies are values: pass another acceptance rule, and compare.
 
-A rule maps the entropy of every position to which of them keep their token. It travels in the sampling, so whatever
-answers honours it: `generate`, a chat, an engine that answers others at the same time. Here a fixed share of the canvas
-is accepted at every step in place of the entropy bound.
+A rule maps the entropy of every position to whether it keeps its token. It is part of the sampling, so every path
+honours it: `generate`, a chat, an engine that serves others at the same time. Here a fixed share of the canvas is
+accepted at every step in place of the entropy bound.
 Run it:  python examples/03_own_acceptance.py
 """
 
@@ -16,7 +16,7 @@ from blockpress import sudoku
 
 @dataclass(frozen=True)
 class SurestShare:
-    """Accept the surest `share` of the positions, however unsure they are."""
+    """Accept the `share` of positions with the lowest entropy, however high it is."""
 
     share: float
 

@@ -25,7 +25,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 def batch(rows: int) -> torch.Tensor:
-    """Prompt and answer alike: six tokens from 2 to 9, twice."""
+    """Rows [rows, 12]: six random tokens from 2 to 9, then the same six as the answer."""
     prompt = torch.randint(2, 10, (rows, LENGTH), generator=generator)
     return torch.cat((prompt, prompt), dim=1)
 

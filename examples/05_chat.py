@@ -1,4 +1,4 @@
-"""A conversation with a tool: the model asks, we answer, it goes on. Any checkpoint with a chat template will do.
+"""A conversation with a tool: the model calls it, we answer, it continues. Needs a checkpoint with a chat template.
 
 python examples/05_chat.py google/diffusiongemma-26B-A4B-it "What is the time in Paris?"
 """
@@ -25,7 +25,7 @@ def clock(zone: str) -> str:
 
 lm = blockpress.load(sys.argv[1])
 messages = [{"role": "user", "content": sys.argv[2]}]
-for _ in range(4):  # a question of ours, then at most three rounds of calls
+for _ in range(4):  # our question, then at most three rounds of calls
     reply = lm.chat(messages, tools=[CLOCK], thinking=True, thinking_budget=400, max_tokens=800)
     messages.append(reply.message)
     if reply.finish_reason != "tool_calls":
@@ -33,7 +33,7 @@ for _ in range(4):  # a question of ours, then at most three rounds of calls
     for call in reply.tool_calls:
         try:
             content = clock(**call.arguments)
-        except (KeyError, TypeError, ValueError) as error:  # what a model asks for may be nonsense
+        except (KeyError, TypeError, ValueError) as error:  # a model may pass wrong arguments
             content = f"error: {error}"
         messages.append({"role": "tool", "name": call.name, "content": content})
 

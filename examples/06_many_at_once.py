@@ -1,6 +1,6 @@
 """One engine, many callers: eight puzzles in one event loop, each answered as soon as its canvas has settled.
 
-All canvases that are under way share every forward, each at a step of its own; one caller loses patience and leaves.
+All canvases in progress share every forward, each at a step of its own; one caller leaves early.
 Run it:  python examples/06_many_at_once.py
 """
 
@@ -20,7 +20,7 @@ async def ask(engine: ThreadedEngine, number: int) -> None:
         match event:
             case blockpress.Denoised() if number == 7:
                 print(f"puzzle {number}: its caller has left")
-                return  # whoever leaves the loop cancels the request
+                return  # leaving the loop cancels the request
             case blockpress.Done(reply=reply):
                 right = reply.text == sudoku.layout(puzzles[number].solution)
                 print(f"puzzle {number}: {'solved' if right else 'wrong'} in {reply.usage.steps} steps")
