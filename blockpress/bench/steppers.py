@@ -45,7 +45,7 @@ class EngineStepper:
     def page_bytes(self) -> int:
         """Bytes of the pages that requests hold."""
         pages, token_bytes = self.core.scheduler.stats.pages, _token_bytes(self.core.network)
-        return sum(count.held * self.core.store.page * token_bytes[kind] for kind, count in pages.items())
+        return sum(count.held * self.core.kv_cache.page * token_bytes[kind] for kind, count in pages.items())
 
     def submit(self, request: Request) -> None:
         self.core.submit(request)

@@ -126,10 +126,7 @@ class SudokuView:
 
     def see(self, event: Event) -> None:
         if isinstance(event, Denoised):
-            positions = [cell + cell // SIDE for cell in range(len(self._puzzle))]
-            tokens, marks = event.argmax.tolist(), states(event)
-            self._chars = [self._char(tokens[i]) if i < len(tokens) else "?" for i in positions]
-            self._states = [marks[i] if i < len(marks) else State.NOISE for i in positions]
+            self._chars, self._states = sudoku_cells(self._lm, event)
 
     def finish(self, verdict: str) -> None:
         """End the run; `verdict` describes its result."""
@@ -170,11 +167,6 @@ class SudokuView:
             return [Text(part) for part in self.meter.now()]
         style = "bold red" if State.CONFLICT in self._states else "bold green"
         return [Text(self._verdict, style=style), *(Text(part) for part in self.meter.result())]
-
-    def _char(self, token: int) -> str:
-        assert self._lm.tokenizer is not None
-        piece = self._lm.tokenizer.token(token)
-        return piece if len(piece) == 1 and piece.isdecimal() else "?"
 
 
 class TextView:

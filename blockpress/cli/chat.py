@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class ChatSession:
     """A model and how it is prompted. `chat`: by its chat template; otherwise prompts are passed as they are.
 
-    `shown`: message parts (images and videos) that precede the text of a chat's first message.
+    `shown`: message parts (images and videos) that precede the text of a chat's first message. `record`:
+    where answers are recorded.
     """
 
     lm: LM

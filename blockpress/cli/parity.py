@@ -125,7 +125,8 @@ def _experts(generator: Generator, device: str) -> Iterator[DoctorCheck]:
         x, gate_up, down = (tensor.to(dtype) for tensor in (hidden_rows, gate_up_rows, down_rows))
         fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.loop))
         in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
-        path = "C++" if in_cpp else "matrix tiles in C++" if grouped.supports(x, gate_up, down) else "grouped products"
+        tiles = cpu_experts.supports_amx(x, gate_up, down)
+        path = "C++" if in_cpp else "matrix tiles in C++" if tiles else "grouped products"
         yield _compared("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
 
 

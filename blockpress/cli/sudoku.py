@@ -41,7 +41,7 @@ class Answer:
     """The result of one puzzle. `text` is the decoded canvas up to its stop; `seconds` its share of its batch's time.
 
     entropy: of the last step, the mean over the canvas in nats a token. settled: whether the canvas settled before the
-    last step.
+    last step. events: those of its canvas, in order.
     """
 
     puzzle: str

@@ -5,10 +5,10 @@
 Each request has a slot, which holds its canvas between two forwards; each is at a step of its own. On a GPU a forward
 of canvases only is a captured graph (`cuda_graphs.py`).
 
-Before the rows run all inputs are sent; after them the processor waits for the device once, for the flags of every
-canvas, its argmax, whether what was heard is sound, and what was asked of it (the next token of an autoregressive
-request). A forward of a prompt alone is not waited for. What else waits: judging a proposal (`judge.judge`); without
-Triton experts that are not run all at once (`ops/experts.py`) and the sparse signal (`ops/vocabulary/`).
+All inputs are sent before the forward. After it the host waits for the device once, for the flags and the argmax of
+every canvas, whether hidden states are finite, and the sampled tokens of autoregressive requests. A forward of prompts
+only is not waited for. What else waits: scoring drafts (`scoring.score_tokens`), and, without Triton, experts that are
+not run all at once (`ops/experts.py`) and the sparse self-conditioning embedding (`ops/vocabulary/`).
 
 Invariant: a failed forward can be run again, request by request: a second run writes the same into the same pages, and
 if canvases have moved on to their next step, `stepped` says that they must not run again.

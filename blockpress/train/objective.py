@@ -199,7 +199,7 @@ def losses(network: Network, rows: TrainingBatch, drawn: Draw, objective: Object
     hidden = network.run(network.embed(rows.tokens), positions, causal_attention, causal=True)
     causal = next_token_loss(network, hidden, rows) if objective.causal_weight else hidden.new_zeros(()).float()
 
-    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in layer.own) for layer in causal_attention]
+    contexts = [tuple(x.repeat_interleave(objective.draws, 0) for x in layer.new_kv) for layer in causal_attention]
     canvas = drawn.noisy.shape[1]
     masks = {
         layer.kind: canvas_mask(drawn.starts, length, canvas, config.sliding_window if layer.sliding else None)

@@ -1,9 +1,9 @@
 """The vocabulary's kernels: checked against full logits, and timed against their floors.
 
-Checks compute what `generate.plain_denoiser` does, from full logits: the product rounded to the weight's dtype, cap and
-temperature in float32, argmax, `ops.vocabulary.sample`, entropy in float64, and the rounded soft embedding. A token may
-differ only where the deciding margin is below 1e-6 of the row's mass (sample) or 1e-5 (argmax): exponentials on a GPU
-are not those of the host.
+Checks compute what `denoisers.plain_denoiser` does, from full logits: the product rounded to the weight's dtype, cap
+and temperature in float32, argmax, `ops.vocabulary.sample`, entropy in float64, and the rounded soft embedding. A token
+may differ only where the deciding margin is below 1e-6 of the row's mass (sample) or 1e-5 (argmax): exponentials on a
+GPU are not those of the host.
 
 Invariant: what is measured is what `ops.kernels.vocabulary.sample_from_hidden` calls, captured in a graph.
 Run it:  make check-gpu; make bench-gpu PART=vocabulary
