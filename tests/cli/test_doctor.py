@@ -75,10 +75,10 @@ def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.Mo
         vocabulary.sample_from_hidden,
         integers.matmul,
     )
-    monkeypatch.setattr(integers, "product", lambda x, weight: 1.001 * product(x, weight))
-    monkeypatch.setattr(experts, "mix", lambda x, weights, *given: mix(x, 1.05 * weights, *given))
-    monkeypatch.setattr(spans, "look", lambda query, given: look(1.05 * query, given))
-    monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(1.05 * x, weight, **given))
+    monkeypatch.setattr(integers, "matmul", lambda x, weight: 1.001 * product(x, weight))
+    monkeypatch.setattr(experts, "moe_forward", lambda x, weights, *given: mix(x, 1.05 * weights, *given))
+    monkeypatch.setattr(spans, "varlen_attention", lambda query, given: look(1.05 * query, given))
+    monkeypatch.setattr(vocabulary, "sample_from_hidden", lambda x, weight, **given: see(1.05 * x, weight, **given))
     found = names(call)
     assert [found[name] for name in ("vocabulary", "experts", "spans", "integers")] == ["fail"] * 4
 
@@ -87,7 +87,7 @@ def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) 
     lm = load("sudoku-nano")
     assert parity.engine(lm, doctor.PUZZLE).status == "ok"
     see = vocabulary.sample_from_hidden
-    monkeypatch.setattr(vocabulary, "see", lambda x, weight, **given: see(-x, weight, **given))
+    monkeypatch.setattr(vocabulary, "sample_from_hidden", lambda x, weight, **given: see(-x, weight, **given))
     done = parity.engine(lm, doctor.PUZZLE)
     assert done.status == "fail" and "other tokens" in done.detail and "BLOCKPRESS_NATIVE" in done.hint
 

@@ -101,6 +101,6 @@ def test_of_many_prompts_fewer_positions_are_kept(
 ) -> None:
     lm, one = model(random_network(tiny)), 2 * tiny.vocab_size * 4
     for room, positions in ((6 * len(PROMPTS) * one, 6), (7 * len(PROMPTS) * one - 1, 6), (1, 1), (10**9, 12)):
-        monkeypatch.setattr("blockpress.evals.divergence.MOST_KEPT", room)
+        monkeypatch.setattr("blockpress.evals.divergence.MAX_BYTES", room)
         kept = record(lm, PROMPTS).probabilities
         assert kept.shape == (len(PROMPTS), 2, positions, tiny.vocab_size)
