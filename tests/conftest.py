@@ -86,9 +86,14 @@ def random_network() -> RandomNetwork:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """A stand-in for a GPU, without shape checks: each of them would be calls of torch, too."""
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shape checks: they take up to two thirds of the time, and whole answers are made of parts that are tested alone."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def card(unchecked: None) -> Iterator[Card]:
+    """A stand-in for a GPU, without shape checks: each of them would be calls of torch, too."""
     with standin() as there:
         yield there
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +37,8 @@ from blockpress.lm.execute import run_reference
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
 from tests.chat_tokenizer import TOKENIZER, VOCABULARY, backend, ids
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)
@@ -484,7 +485,6 @@ def random_lm(random_network) -> LM:  # type: ignore[no-untyped-def]
 
 
 def test_random_weights_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     talks = [[{"role": "user", "content": word}] for word in ["Hi", "Say one word.", "4?"]]
     options: dict[str, Any] = {"max_tokens": 30, "thinking": True, "thinking_budget": 6}
     alone = [random_lm.chat(talk, seed=seed, **options) for seed in range(6) for talk in talks]

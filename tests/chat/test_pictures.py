@@ -29,6 +29,8 @@ from blockpress.multimodal import expand, insert_placeholders, prepare_images
 from blockpress.text import Tokenizer
 from tests import chat_tokenizer
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PICTURE_TOKENS = ["<|image>", "<image|>", "<|video|>"]
 TEMPLATE = ChatTemplate.own().source
 SHORT = Sampling(steps=4)

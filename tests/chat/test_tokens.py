@@ -33,6 +33,8 @@ from .test_conversation import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 class Speaking(Scripted):
     """Its next token is the first that its script goes on with; where that is banned, an "x"."""

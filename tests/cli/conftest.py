@@ -25,7 +25,7 @@ from .. import chat_tokenizer
 
 
 @dataclass(frozen=True)
-class ToolCallEvent:
+class Ended:
     """How a command ended and what it printed."""
 
     code: int
@@ -42,14 +42,19 @@ class Screen(io.StringIO):
         return True
 
 
-Call = Callable[..., ToolCallEvent]
+Call = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def whole_commands(unchecked: None) -> None:
+    """Commands run whole models."""
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """`call("sudoku", "--random", 1, stdin="", screen=None)`; with a `Screen`, that is stdout."""
 
-    def call(*arguments: object, stdin: str = "", screen: Screen | None = None) -> ToolCallEvent:
+    def call(*arguments: object, stdin: str = "", screen: Screen | None = None) -> Ended:
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -57,7 +62,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
                 patch.setattr(sys, "stdout", screen)
             code = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
-        return ToolCallEvent(code, printed.out if screen is None else screen.getvalue(), printed.err)
+        return Ended(code, printed.out if screen is None else screen.getvalue(), printed.err)
 
     return call
 

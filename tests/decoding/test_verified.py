@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +28,8 @@ from tests.conftest import make_random_network
 from .test_autoregressive import Told
 from .test_scoring import CANVAS, CONFIG, LOOSE, PROMPTS, VOCAB, replies
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 ALL = LOOSE.with_(checks=CANVAS)
 """Every check proves a token, so that each canvas ends in agreement."""
 
@@ -36,12 +37,6 @@ ALL = LOOSE.with_(checks=CANVAS)
 @pytest.fixture(scope="module")
 def network() -> Network:
     return make_random_network(CONFIG, seed=3).requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shape checks: `test_judge` makes them on the same paths, and they take most of the time here."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def rows(prompts: Sequence[list[int]] = PROMPTS, canvas: int = CANVAS, **changes: Any) -> list[SequenceState]:

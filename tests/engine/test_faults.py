@@ -23,6 +23,8 @@ from blockpress.model import Network
 from .driver import AnySampling, play, poem, reply, row
 from .special import damped
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=4, confidence=0.0)
 ROOM = EngineOptions(memory=1 << 22)

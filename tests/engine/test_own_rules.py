@@ -19,6 +19,8 @@ from .driver import AnySampling, play, poem, prompts, reply, row
 from .special import CONFIG as CAPTURED
 from .special import asked, damped, on_paper
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 ROOM = EngineOptions(memory=1 << 22)
 SHORT = Sampling(steps=5, confidence=0.0)

@@ -20,6 +20,8 @@ from ..conftest import make_random_network
 from .driver import AnySampling, play, poem, prompts, reply, row
 from .special import damped
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = replace(PRESETS["tiny"](), context_length=192, num_experts=8)  # so many that they are grouped
 SHORT = Sampling(steps=4, confidence=0.0)
 WARM = AutoregressiveSampling(temperature=1.2, top_k=20)

@@ -22,6 +22,8 @@ from blockpress.model import Network
 from .driver import play, poem, prompts, reply, row
 from .special import damped
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=4, confidence=0.0)
 ROOM = EngineOptions(memory=1 << 22)

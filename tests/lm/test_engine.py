@@ -25,14 +25,11 @@ from blockpress.lm import LM
 from blockpress.lm.execute import SharedCore, run_reference
 from tests.engine.special import damped
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SAMPLING = Sampling(steps=4, confidence=0.0)
 PROMPTS = [[5 + i, *range(3, 3 + 9 * i)] for i in range(1, 7)]
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def make(**options: int) -> LM:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,8 @@ from blockpress.errors import BlockpressError, CheckpointError, PromptTooLong, R
 from blockpress.lm import LM
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONFIG: ModelConfig = replace(PRESETS["tiny"](), vocab_size=16, canvas_length=8, context_length=40)
 CANVAS = CONFIG.canvas_length
@@ -62,12 +63,6 @@ def bare(lm: LM) -> LM:
 def replies(lm: LM) -> list[Reply]:
     """Every prompt alone."""
     return [lm.generate(prompt, seed=7, max_tokens=20) for prompt in PROMPTS]
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shape checks: they are made on the same paths elsewhere, and take two thirds of the time here."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # ------------------------------------------------------------------------------------------------------ same tokens

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 
@@ -67,9 +66,3 @@ def small() -> ModelConfig:
 def copy_recipe() -> Callable[..., TrainingRecipe]:
     """`copy_recipe(**changes)`."""
     return make_copy_recipe
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shape checks: hundreds of steps take a third of the time."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
