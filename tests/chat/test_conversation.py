@@ -25,7 +25,6 @@ from blockpress.decoding import (
     MalformedToolCallEvent,
     ReasoningDelta,
     Reply,
-    SequenceState,
     Text,
     ToolCallEvent,
 )
@@ -409,10 +408,8 @@ def test_a_canvas_written_again_has_draws_of_its_own():
         return KeyedDraws(seeds, canvases, **size)
 
     lm = model(terse(BLANKS))
-    prompt = lm._chat.encode(HI).ids
-    turn = lm._chat.output_processor(prompt, stop_ids=(TURN_END,))
-    row = SequenceState(0, prompt, 0, stop_ids=(TURN_END,), canvas_length=CANVAS, room=99, processor=turn)
-    list(generate(lm.network, [row], Sampling(), make_draws=keyed))
+    (request,) = lm.chat_requests(HI)
+    list(generate(lm.network, [request.row], Sampling(), keyed=keyed))
     assert len(asked) == RETRIES + 1 and len({number for (number,) in asked}) == len(asked)
 
 

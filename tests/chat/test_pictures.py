@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from PIL import Image
 
 import blockpress
 from blockpress import LM, Done
-from blockpress.chat import ChatTemplate
+from blockpress.chat import Chat, ChatTemplate
 from blockpress.checkpoints import load_picture_settings, load_vision, save_checkpoint
 from blockpress.checkpoints.safetensors import vision as weights_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
@@ -105,6 +106,10 @@ def test_what_is_shown_matters_and_a_batch_changes_nothing(lm: LM):
     assert first.tokens == alone[0].tokens != again.tokens
 
 
+def chat_of(lm: LM) -> Chat:
+    return Chat.of(lm.tokenizer, lm.path, lm.config, partial(load_picture_settings, lm.path, lm.config))
+
+
 def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
@@ -122,7 +127,7 @@ def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
         said("assistant", "Noise."),
         *showing("Again ", one),
     ]
-    question = lm._chat.encode(talk)
+    question = chat_of(lm).question(talk)
     settings = load_picture_settings(lm.path, lm.config)
     wanted = prepare_images([one, two, one], settings)
     assert [p.patches.tolist() for p in question.pictures] == [p.patches.tolist() for p in wanted]
@@ -156,19 +161,18 @@ def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
     other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
     assert backend.token_to_id("<|video|>") is None
     video = {"type": "video", "video": str(film)}
-    assert [run.length for run in other._chat.encode(showing(video, "?")).image_spans] == [
-        run.length for run in lm._chat.encode(showing(video, "?")).image_spans
+    assert [run.length for run in chat_of(other).question(showing(video, "?")).runs] == [
+        run.length for run in chat_of(lm).question(showing(video, "?")).runs
     ]
-    question = other._chat.encode(showing("I typed <|video|> and <|image|>: ", image(1)))
-    assert len(question.image_spans) == 1
+    question = chat_of(other).question(showing("I typed <|video|> and <|image|>: ", image(1)))
+    assert len(question.runs) == 1
     assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
 
 
 def test_token_by_token_sees_the_same(lm: LM):
-    question = lm._chat.encode(showing("See ", image(1)))
+    question = chat_of(lm).question(showing("See ", image(1)))
     with torch.inference_mode():
-        features = lm._tower(question.pictures)
-        images = [{run.start: f for run, f in zip(question.image_spans, features, strict=True)}]
+        images = [request.row.images for request in lm.chat_requests(showing("See ", image(1)))]
         hidden, _ = lm.network.read(torch.tensor([question.ids]), lm.network.empty_cache(1), images=images)
         wanted = int(lm.network.logits(hidden[:, -1:]).argmax())
     reply = lm.chat(showing("See ", image(1)), mode="autoregressive", max_tokens=1, retry_empty=False)
@@ -196,8 +200,8 @@ def _frames(count: int) -> Iterator[av.VideoFrame]:
 
 def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
     message = [{"role": "user", "content": [{"type": "video", "video": str(film)}, {"type": "text", "text": "What?"}]}]
-    question = lm._chat.encode(message)
-    assert len(question.pictures) == len(question.image_spans) == 3
+    question = chat_of(lm).question(message)
+    assert len(question.pictures) == len(question.runs) == 3
     assert lm.tokenizer is not None
     text = lm.tokenizer.decode([i for i in question.ids if i != lm.config.image_id], skip_special=False)
     assert "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>What?" in text
@@ -206,7 +210,7 @@ def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
 
 def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
     def tokens(count: int | None) -> int:
-        return len(lm._chat.encode(showing(image(1)), soft_tokens=count).ids)
+        return len(chat_of(lm).question(showing(image(1)), soft_tokens=count).ids)
 
     assert tokens(70) < tokens(None)
     with pytest.raises(BlockpressError, match="71"):
@@ -214,9 +218,9 @@ def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
 
 
 def test_a_placeholder_that_somebody_typed_is_text(lm: LM):
-    question = lm._chat.encode(showing("I typed <|image|> and show ", image(1)))
-    assert len(question.pictures) == len(question.image_spans) == 1
-    assert lm._chat.encode([{"role": "user", "content": "<|image|>"}]).pictures == []
+    question = chat_of(lm).question(showing("I typed <|image|> and show ", image(1)))
+    assert len(question.pictures) == len(question.runs) == 1
+    assert chat_of(lm).question([{"role": "user", "content": "<|image|>"}]).pictures == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from blockpress.decoding.generate import generate
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.attention import PagedAttention
-from blockpress.engine.cuda_graphs import CudaGraphs, GraphBody, Recorded
+from blockpress.engine.cuda_graphs import Captured, Record, Recorded, Work
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops.attention import plain
@@ -142,12 +142,14 @@ class OnPaper:
         return replay, outputs
 
 
-def on_paper(network: Network, options: EngineOptions, attention: PagedAttention | None = None) -> EngineCore:
+def on_paper(
+    network: Network, options: EngineOptions, attention: PagedAttention | None = None, record: Record | None = None
+) -> EngineCore:
     """A core that takes the way of a GPU: looks through spans, steps of canvases alone from graphs."""
     core = EngineCore(network, options)
     runner = core.runner
     runner.attention = attention or InTorch()
-    runner.captured = CudaGraphs(
-        network, runner.slots, core.kv_cache, options.soft_embedding, runner.attention, OnPaper(core)
+    runner.captured = Captured(
+        network, runner.slots, core.store, options.soft_embedding, runner.attention, record or OnPaper(core)
     )
     return core

@@ -10,7 +10,7 @@ import torch
 from blockpress.decoding import Denoised
 from blockpress.engine import EngineCore, EngineOptions
 from blockpress.engine.canvas_state import StepFeatures
-from blockpress.engine.cuda_graphs import SIZES, CapturedGraph, GraphKey, why_not_capturable
+from blockpress.engine.cuda_graphs import SIZES, Graph, Key, Recorded, why_not_capturable
 from blockpress.model import Network
 
 from .driver import play, prompts, reply
@@ -57,16 +57,15 @@ def test_what_is_told_of_a_step_stays_as_it_was_told(network: Network):
 
 def test_a_capture_that_fails_is_said_and_costs_no_token(network: Network):
     given, how = prompts(CONFIG, 3, 30, seed=1), [SHORT] * 3
-    core = on_paper(network, EngineOptions(memory=MEMORY))
-    graphs = core.runner.captured
-    assert graphs is not None
     calls = []
 
-    def fail(work: object) -> None:
+    def fail(work: object) -> Recorded:
         calls.append(work)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    graphs._record = fail  # type: ignore[assignment]
+    core = on_paper(network, EngineOptions(memory=MEMORY), record=fail)
+    graphs = core.runner.captured
+    assert graphs is not None
     requests = asked(given, how)
     told = play(core, requests)
     assert [reply(told[one]) for one in requests] == [alone(network, i, given[i], how[i]) for i in range(3)]

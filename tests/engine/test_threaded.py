@@ -165,6 +165,8 @@ def test_a_broken_core_is_told_to_everybody(network: Network, monkeypatch: pytes
     monkeypatch.setattr(engine.core, "step", broken)
     with pytest.raises(EngineError, match="out of order"):
         list(engine.events(request(0)))
-    engine._worker.join(10)
+    for thread in threading.enumerate():
+        if thread.name == "blockpress-engine":
+            thread.join(10)
     with pytest.raises(EngineError, match="out of order"):
         engine.events(request(1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,10 +18,11 @@ import blockpress
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Denoised, Done, Event, Reply
 from blockpress.engine import EngineOptions
-from blockpress.engine.core import EngineStats
+from blockpress.engine.core import Stats
+from blockpress.engine.kv_cache import KVCache
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
-from blockpress.lm.execute import SharedCore, run_reference
+from blockpress.lm.execute import run_reference
 from tests.engine.special import damped
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -164,17 +164,20 @@ def test_other_weights_are_not_answered_from_old_pages(lm: LM):
     assert after == lm.generate(prompt, max_tokens=20) != before
 
 
+def stores() -> int:
+    """How many caches there are in this process."""
+    gc.collect()
+    return sum(type(each) is KVCache for each in gc.get_objects())
+
+
 def test_closing_gives_the_memory_back_and_the_model_can_be_asked_again(alone: list[Reply]):
+    before = stores()
     with make() as lm:
         assert lm.generate(PROMPTS[0], max_tokens=40, seed=3) == alone[0]
-        shared = lm.engine._made[1]  # type: ignore[index]
-        assert isinstance(shared, SharedCore) and shared._core is not None
-        store = weakref.ref(shared._core.kv_cache)
+        assert stores() == before + 1
         stream = lm.stream(PROMPTS[1], max_tokens=40)
         next(stream)
-        del shared
-    gc.collect()
-    assert store() is None and lm.engine.stats is None
+    assert stores() == before and lm.engine.stats is None
     with pytest.raises(EngineError, match="closed"):
         list(stream)
     assert lm.generate(PROMPTS[1], max_tokens=40, seed=3) == alone[1]

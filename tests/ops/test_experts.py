@@ -79,7 +79,12 @@ def test_the_source_builds_whatever_the_processor():
     assert compiled.library("experts") is not None, "else the tests of tiles are skipped, and nobody sees why"
 
 
-@pytest.mark.skipif(in_cpp._library() is None, reason="no matrix tiles, or no compiler")
+with torch.inference_mode():
+    HALF = torch.ones(1, 32, 32, dtype=torch.bfloat16)
+    tiles = pytest.mark.skipif(not grouped.fits(HALF[0], HALF, HALF), reason="no matrix tiles, or no compiler")
+
+
+@tiles
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.inference_mode()
@@ -95,7 +100,7 @@ def test_tiles_are_the_definition(tokens: int, top_k: int):
     assert torch.equal(experts.moe_forward(*given).double(), got), "and it is the one that is taken"
 
 
-@pytest.mark.skipif(in_cpp._library() is None, reason="no matrix tiles, or no compiler")
+@tiles
 @torch.inference_mode()
 def test_threads_and_neighbours_do_not_show():
     x, weights, chosen, gate_up, down = wide(5, 2, 200)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockpress.ops import vocabulary
+from blockpress.ops import compiled, vocabulary
 from blockpress.ops.linear import linear
 from blockpress.ops.vocabulary import blocks, native
 
@@ -18,7 +18,7 @@ HIDDEN = 24
 
 @pytest.fixture(params=["torch", "native", "tables"])
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "torch" and native._library() is None:
+    if request.param != "torch" and compiled.library("vocabulary") is None:
         pytest.skip("no C++ compiler")
     if request.param == "tables":
         monkeypatch.setattr(native, "FEW", 0)

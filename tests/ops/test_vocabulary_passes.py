@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blockpress.ops import compiled
 from blockpress.ops.vocabulary import native, passes
 from blockpress.ops.vocabulary.passes import Probabilities
 from blockpress.ops.vocabulary.plain import TILE
@@ -20,7 +21,7 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 256, 257, 300,
 TEMPERATURE = 0.8
 KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 
-pytestmark = pytest.mark.skipif(native._library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(compiled.library("vocabulary") is None, reason="no C++ compiler")
 
 
 def block(vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.ops import vocabulary
+from blockpress.ops import compiled, vocabulary
 from blockpress.ops.linear import combine, linear
 from blockpress.ops.packed import Codes
 from blockpress.ops.vocabulary import blocks, native, passes, plain
@@ -27,7 +27,7 @@ VERSIONS = ["torch", "native", "tables"]
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which version `see(native=version != "torch")` runs; small tables are made where no tables would be."""
-    if request.param != "torch" and native._library() is None:
+    if request.param != "torch" and compiled.library("vocabulary") is None:
         pytest.skip("no C++ compiler")
     if request.param == "tables":
         monkeypatch.setattr(native, "FEW", 0)

@@ -118,7 +118,8 @@ def own_distances(name: str, seed: int) -> dict[str, float]:
     return {kind: worst(sdpa, c.eager, kind) for kind in kinds(c.eager[0])}
 
 
-def oracle(name: str, seed: int, rounded: bool = False) -> tuple[DiffusionGemmaForBlockDiffusion, list[Text]]:
+@lru_cache(maxsize=4)
+def oracle(name: str, seed: int, rounded: bool) -> tuple[DiffusionGemmaForBlockDiffusion, list[Text]]:
     case = CASES[name]
     theirs = build(case.config, seed)
     if rounded:

@@ -1,4 +1,4 @@
-"""No gradients, and a table of the worst figure of every comparison at the end of the run.
+"""No gradients, no shape checks, and a table of the worst figure of every comparison at the end of the run.
 
 A test says what it measured with `report(comparison, value, limit)`; properties travel with xdist's reports.
 """
@@ -15,7 +15,7 @@ Report = Callable[[str, float, float], None]
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad(unchecked: None) -> Iterator[None]:
     with torch.no_grad():
         yield
 

@@ -66,7 +66,7 @@ def test_one_layer_alone(name: str, report: Report) -> None:
     and the other has not would part them by as much as both are from float32.
     """
     errors: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    high, rows = oracle(name, seed=0, rounded=True)
+    high, rows = oracle(name, 0, True)
     low, exact = to_bfloat16(high), network_like(high, CASES[name].config)
     for how, op in (("eager", "plain"), ("sdpa", "fused")):
         network = network_like(low, CASES[name].config, OPS[op])

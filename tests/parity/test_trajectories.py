@@ -11,7 +11,7 @@ Rows of ours run together in one ragged batch, the oracle's alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -85,13 +85,13 @@ CASES = {
 }
 
 
-@lru_cache(maxsize=2)
+@cache
 def oracle(name: str) -> DiffusionGemmaForBlockDiffusion:
     case = CASES[name]
     return build(case.config, case.seed, case.sharpness, case.branch)
 
 
-@lru_cache(maxsize=2)
+@cache
 def recorded(name: str, stop_ids: tuple[int, ...] = ()) -> list[Recording]:
     """The oracle's rows of a case, each with draws of its own."""
     case, theirs = CASES[name], oracle(name)
