@@ -39,6 +39,7 @@ def asked(tmp_path: Path, tiny: ModelConfig, random_network: Any) -> dict[str, l
     return {"05_chat.py": [str(tmp_path / "talker"), "What is the time?"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path: Path, tmp_path: Path, asked: dict[str, list[str]]) -> None:
     done = subprocess.run(

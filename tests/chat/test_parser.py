@@ -153,10 +153,13 @@ def test_a_call_in_a_prompt_is_read_back(gemma: Tokenizer, given: dict[str, Any]
     assert parse(gemma, ids[begin:end]) == [answer("Look."), ToolCall(name="f", arguments=given)]
 
 
+TEMPLATE = ChatTemplate.own()
+
+
 @given(arguments)
 def test_the_template_writes_calls_as_the_writer_does(given: dict[str, Any]):
     call = {"type": "function", "function": {"name": "f", "arguments": given}}
-    text = ChatTemplate.own().render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    text = TEMPLATE.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
     assert f"<|tool_call>{write_call('f', given)}<tool_call|>" in text
 
 

@@ -30,6 +30,8 @@ from blockpress.model.layers import packed_weights
 from tests.builders.files import INDEX, SINGLE, bits, change_json, refusal
 from tests.builders.quantised import FORMS, write
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
+
 NAMES = ("fp8 channel", "int8 group asymmetric", "int4 group asymmetric", "nvfp4", "modelopt nvfp4")
 QUERY = "model.decoder.layers.0.self_attn.q_proj"
 EXPERT = "model.decoder.layers.1.experts.2.down_proj"
@@ -85,7 +87,7 @@ def test_changed_bytes_of_a_header(name: str, whole: dict[str, Path], tmp_path: 
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     draw, refused = random.Random(name), 0
-    places = [*range(8), *(draw.randrange(8, end) for _ in range(60))]
+    places = [*range(8), *(draw.randrange(8, end) for _ in range(32))]
     for place in places:
         changed = bytearray(data)
         changed[place] = draw.choice([changed[place] ^ 1 << draw.randrange(8), draw.choice(b'0123456789"[]{},:')])
@@ -111,7 +113,7 @@ def test_tensors_that_are_gone_doubled_or_of_another_type(name: str, whole: dict
     folder = Path(shutil.copytree(whole[name], tmp_path / "copy"))
     wanted, tensors = contents(load_network(folder)), load_file(folder / SINGLE)
     draw = random.Random(name)
-    for number in range(40):
+    for number in range(24):
         # Without the causal pass's own scalars the canvas's count, so their loss is not seen.
         changed, victim = dict(tensors), draw.choice(sorted(name for name in tensors if "encoder" not in name))
         gone = changed.pop(victim)
@@ -148,7 +150,7 @@ def test_fields_of_the_config(name: str, whole: dict[str, Path], tmp_path: Path)
     wanted, data = contents(load_network(folder)), json.loads((folder / "config.json").read_text())
     draw, refused, tried = random.Random(name), 0, 0
     for path in leaves(data["quantization_config"]):
-        for value in (*draw.sample(ODD, 5), "gone"):
+        for value in (*draw.sample(ODD, 3), "gone"):
             changed = copy.deepcopy(data)
             place = changed["quantization_config"]
             for key in path[:-1]:
@@ -161,7 +163,7 @@ def test_fields_of_the_config(name: str, whole: dict[str, Path], tmp_path: Path)
             refused += loads_equal_or_refuses(folder, wanted, (path, value))
             tried += 1
     assert refused > tried // 6
-    assert tried > 20
+    assert tried > 10
 
 
 @pytest.mark.parametrize(

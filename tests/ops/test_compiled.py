@@ -92,6 +92,7 @@ def test_a_source_that_does_not_compile_is_no_library(source: Path, monkeypatch:
         compiled.library.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in ("avx2", "portable") if level in processor().levels])
 def test_the_operations_agree_at_lower_levels(level: str) -> None:
     """The same comparisons with the plain versions as `blockpress doctor` makes, in a process of that level."""

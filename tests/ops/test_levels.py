@@ -57,6 +57,7 @@ def compare(level: str) -> None:
             layers.test_rows_that_leave_keys_and_values_alone(name, dtype, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_same_at_every_level(level: str) -> None:

@@ -350,6 +350,7 @@ def test_the_loss_of_a_network_that_knows_nothing_is_that_of_guessing(small: Mod
     assert loss.causal.item() == pytest.approx(math.log(16), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_eight_rows_are_learnt_by_heart(small: ModelConfig):
     """Both parts fall to almost nothing: the first token tells the row, so all that follows can be known."""

@@ -232,6 +232,7 @@ torch.set_num_threads(1)
 recipe = make_copy_recipe(objective=Objective(draws=2, on_policy=1), micro=4)
 for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
     plain, traced = (Trainer(recipe, Path(sys.argv[1]), dtype=dtype) for _ in range(2))
+    assert torch.equal(plain.train_step(), traced.train_step())  # makes what is made once, else it is traced twice
     traced._losses = torch.compile(traced._plain_losses, dynamic=False, backend="eager")
     for _ in range(2):
         one, other = plain.train_step(), traced.train_step()
@@ -240,6 +241,7 @@ for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
 """
 
 
+@pytest.mark.slow
 def test_both_types_run_compiled_and_plain(tmp_path: Path):
     """Traced as for the compiler, but run by torch: code of its own would take minutes to build. In a process without
     the checks of shapes, which the compiler would trace as well."""
