@@ -409,7 +409,7 @@ def test_a_canvas_written_again_has_draws_of_its_own():
 
     lm = model(terse(BLANKS))
     (request,) = lm.chat_requests(HI)
-    list(generate(lm.network, [request.row], Sampling(), keyed=keyed))
+    list(generate(lm.network, [request.row], Sampling(), make_draws=keyed))
     assert len(asked) == RETRIES + 1 and len({number for (number,) in asked}) == len(asked)
 
 

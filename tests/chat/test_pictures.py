@@ -127,7 +127,7 @@ def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
         said("assistant", "Noise."),
         *showing("Again ", one),
     ]
-    question = chat_of(lm).question(talk)
+    question = chat_of(lm).encode(talk)
     settings = load_picture_settings(lm.path, lm.config)
     wanted = prepare_images([one, two, one], settings)
     assert [p.patches.tolist() for p in question.pictures] == [p.patches.tolist() for p in wanted]
@@ -161,16 +161,16 @@ def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
     other = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=tokenizer)
     assert backend.token_to_id("<|video|>") is None
     video = {"type": "video", "video": str(film)}
-    assert [run.length for run in chat_of(other).question(showing(video, "?")).runs] == [
-        run.length for run in chat_of(lm).question(showing(video, "?")).runs
+    assert [run.length for run in chat_of(other).encode(showing(video, "?")).image_spans] == [
+        run.length for run in chat_of(lm).encode(showing(video, "?")).image_spans
     ]
-    question = chat_of(other).question(showing("I typed <|video|> and <|image|>: ", image(1)))
-    assert len(question.runs) == 1
+    question = chat_of(other).encode(showing("I typed <|video|> and <|image|>: ", image(1)))
+    assert len(question.image_spans) == 1
     assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
 
 
 def test_token_by_token_sees_the_same(lm: LM):
-    question = chat_of(lm).question(showing("See ", image(1)))
+    question = chat_of(lm).encode(showing("See ", image(1)))
     with torch.inference_mode():
         images = [request.row.images for request in lm.chat_requests(showing("See ", image(1)))]
         hidden, _ = lm.network.read(torch.tensor([question.ids]), lm.network.empty_cache(1), images=images)
@@ -200,8 +200,8 @@ def _frames(count: int) -> Iterator[av.VideoFrame]:
 
 def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
     message = [{"role": "user", "content": [{"type": "video", "video": str(film)}, {"type": "text", "text": "What?"}]}]
-    question = chat_of(lm).question(message)
-    assert len(question.pictures) == len(question.runs) == 3
+    question = chat_of(lm).encode(message)
+    assert len(question.pictures) == len(question.image_spans) == 3
     assert lm.tokenizer is not None
     text = lm.tokenizer.decode([i for i in question.ids if i != lm.config.image_id], skip_special=False)
     assert "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>What?" in text
@@ -210,7 +210,7 @@ def test_a_video_is_a_frame_a_second(lm: LM, film: Path):
 
 def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
     def tokens(count: int | None) -> int:
-        return len(chat_of(lm).question(showing(image(1)), soft_tokens=count).ids)
+        return len(chat_of(lm).encode(showing(image(1)), soft_tokens=count).ids)
 
     assert tokens(70) < tokens(None)
     with pytest.raises(BlockpressError, match="71"):
@@ -218,9 +218,9 @@ def test_fewer_soft_tokens_make_a_shorter_prompt(lm: LM):
 
 
 def test_a_placeholder_that_somebody_typed_is_text(lm: LM):
-    question = chat_of(lm).question(showing("I typed <|image|> and show ", image(1)))
-    assert len(question.pictures) == len(question.runs) == 1
-    assert chat_of(lm).question([{"role": "user", "content": "<|image|>"}]).pictures == []
+    question = chat_of(lm).encode(showing("I typed <|image|> and show ", image(1)))
+    assert len(question.pictures) == len(question.image_spans) == 1
+    assert chat_of(lm).encode([{"role": "user", "content": "<|image|>"}]).pictures == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from blockpress.decoding.generate import generate
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.attention import PagedAttention
-from blockpress.engine.cuda_graphs import Captured, Record, Recorded, Work
+from blockpress.engine.cuda_graphs import CudaGraphs, GraphBody, Record, Recorded
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.ops.attention import plain
@@ -149,7 +149,7 @@ def on_paper(
     core = EngineCore(network, options)
     runner = core.runner
     runner.attention = attention or InTorch()
-    runner.captured = Captured(
-        network, runner.slots, core.store, options.soft_embedding, runner.attention, record or OnPaper(core)
+    runner.captured = CudaGraphs(
+        network, runner.slots, core.kv_cache, options.soft_embedding, runner.attention, record or OnPaper(core)
     )
     return core

@@ -10,7 +10,7 @@ import torch
 from blockpress.decoding import Denoised
 from blockpress.engine import EngineCore, EngineOptions
 from blockpress.engine.canvas_state import StepFeatures
-from blockpress.engine.cuda_graphs import SIZES, Graph, Key, Recorded, why_not_capturable
+from blockpress.engine.cuda_graphs import SIZES, CapturedGraph, GraphKey, Recorded, why_not_capturable
 from blockpress.model import Network
 
 from .driver import play, prompts, reply

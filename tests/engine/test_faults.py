@@ -17,7 +17,7 @@ from blockpress.config import PRESETS, AutoregressiveSampling, Sampling
 from blockpress.decoding import Done, Event, Failed
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine, modes
-from blockpress.engine.scheduler import Work
+from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.model import Network
 
@@ -176,7 +176,7 @@ def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypat
             raise MemoryError("no room for the copy back")
         return words
 
-    monkeypatch.setattr("blockpress.engine.runner.fetch", failing)
+    monkeypatch.setattr("blockpress.engine.runner.to_host", failing)
     canvases, token = [request(0), request(1)], request(2, AutoregressiveSampling())
     told = play(core, [*canvases, token])
     for one in canvases:

@@ -184,16 +184,16 @@ def test_numbers_are_read_as_they_were_written():
     torch.testing.assert_close(torch.stack((canvases.temperature, canvases.bound, canvases.confidence))[:, 0], wanted)
 
 
-def denying(index: int, denied: dict[int, set[int]]) -> Request:
-    turn = TextOutputProcessor(None)
-    turn.denied = denied
-    return Request(row(CONFIG, index, [5], SHORT, turn=turn), SHORT)
+def banning(index: int, banned: dict[int, set[int]]) -> Request:
+    processor = TextOutputProcessor(None)
+    processor.banned_ids = banned
+    return Request(row(CONFIG, index, [5], SHORT, processor=processor), SHORT)
 
 
-def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
+def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
     """A table of ids that nobody denies twice is filled anew in place, and grows only where it must."""
     slots, at, spaces = CanvasState(network, 3), [], (range(8), range(8, 16), range(16, 36))
-    requests = [denying(i, {token: {token % 12} for token in ids}) for i, ids in enumerate(spaces)]
+    requests = [banning(i, {token: {token % 12} for token in ids}) for i, ids in enumerate(spaces)]
     for i, (request, ids) in enumerate(zip(requests, spaces, strict=True)):
         request.slot = i
         rules = slots.begin([request])
@@ -203,12 +203,12 @@ def test_denied_ids_keep_their_place_until_there_are_more(network: Network):
         assert len(set(columns)) == len(columns) == rules.banned
         places = {token: slots.banned[i, :, columns.index(token)].nonzero().flatten().tolist() for token in ids}
         assert places == {token: [token % 12] for token in ids}
-        assert int(slots.denied[i].sum()) == len(ids)
-    assert [width for _, width in at] == [LEAST_IDS, 16, 32]
-    requests[2].slot, other = None, denying(3, {40: {1}})
+        assert int(slots.banned[i].sum()) == len(ids)
+    assert [width for _, width in at] == [MIN_IDS, 16, 32]
+    requests[2].slot, other = None, banning(3, {40: {1}})
     other.slot = 2
-    assert slots.begin([other]).denied == 32 and slots.ids.data_ptr() == at[2][0]
-    assert int(slots.denied[2].sum()) == 1
+    assert slots.begin([other]).banned == 32 and slots.ids.data_ptr() == at[2][0]
+    assert int(slots.banned[2].sum()) == 1
     free = Request(row(CONFIG, 4, [5], SHORT), SHORT)
     free.slot = 2
     assert slots.begin([free]) == StepFeatures(begins=True) and not slots.banned[2].any()

@@ -18,7 +18,7 @@ import blockpress
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Denoised, Done, Event, Reply
 from blockpress.engine import EngineOptions
-from blockpress.engine.core import Stats
+from blockpress.engine.core import EngineStats
 from blockpress.engine.kv_cache import KVCache
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM

@@ -81,7 +81,7 @@ def test_the_source_builds_whatever_the_processor():
 
 with torch.inference_mode():
     HALF = torch.ones(1, 32, 32, dtype=torch.bfloat16)
-    tiles = pytest.mark.skipif(not grouped.fits(HALF[0], HALF, HALF), reason="no matrix tiles, or no compiler")
+    tiles = pytest.mark.skipif(not in_cpp.supports_amx(HALF[0], HALF, HALF), reason="no matrix tiles, or no compiler")
 
 
 @tiles

@@ -113,9 +113,9 @@ from blockpress.ops.vocabulary import blocks
 torch.set_num_threads(1)
 native, blocks.BUFFER = sys.argv[1] == "native", 1 << 23
 for rows in (32, 256):
-    vocabulary.judge(
+    vocabulary.score_targets(
         torch.zeros(rows, 8), torch.zeros(131_072, 8), cap=30.0, tokens=torch.zeros(rows, dtype=torch.long), top=5,
-        wide=True, denied=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
+        wide=True, banned=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
     )
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -286,7 +286,7 @@ from blockpress.ops.vocabulary import blocks
 torch.set_num_threads(1)
 signal, native, blocks.BUFFER = sys.argv[1], sys.argv[2] == "native", 1 << 23
 for rows in (32, 256):
-    seen = vocabulary.see(
+    seen = vocabulary.sample_from_hidden(
         torch.zeros(rows, 8, dtype=torch.bfloat16), torch.zeros(131_072, 8, dtype=torch.bfloat16), cap=30.0,
         temperature=torch.ones(rows), uniform=torch.zeros(rows, dtype=torch.float64),
         scale=torch.ones((), dtype=torch.bfloat16), signal=signal, native=native,

@@ -234,7 +234,7 @@ parallel.leave()
 
 
 @pytest.mark.slow
-def test_processes_share_the_slots(copy_recipe: Callable[..., Recipe], tmp_path: Path):
+def test_processes_share_the_slots(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
