@@ -40,10 +40,12 @@ def requests(max_tokens: int, steps: int = 4) -> list[Request]:
         SHORT.with_(steps=steps - 1),
     ]
     given = prompts(CONFIG, len(how), 30, seed=2, shared=14)
-    changes = {"max_tokens": max_tokens}
     rows = [
-        (special if isinstance(one, Sampling) else row_of)(i, given[i], one, **changes) for i, one in enumerate(how)
-    ]  # type: ignore[operator]
+        special(i, given[i], one, max_tokens=max_tokens)
+        if isinstance(one, Sampling)
+        else row_of(i, given[i], one, max_tokens=5)  # each token is a forward
+        for i, one in enumerate(how)
+    ]
     return [Request(*pair) for pair in zip(rows, how, strict=True)]
 
 

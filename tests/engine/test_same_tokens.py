@@ -74,7 +74,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("kind", "count", "options"),
-    [(kind, 8, options) for kind in ("diffusion", "autoregressive") for options in OPTIONS]
+    [pytest.param(kind, 8, how, marks=pytest.mark.slow) for kind in ("diffusion", "autoregressive") for how in OPTIONS]
     + [("mixed", count, options) for count in COUNTS for options in ("roomy", "scarce")],
 )
 def test_engine_and_poem_agree(network: Network, alone: Alone, kind: str, count: int, options: str):
@@ -100,7 +100,7 @@ def test_a_family_without_canvases_is_answered_alike(options: str):
         assert reply(told[request]) == poem(sibling, config, given[i], i, how[i])
 
 
-@pytest.mark.parametrize("options", ["roomy", "scarce", "chunks of 7"])
+@pytest.mark.parametrize("options", ["roomy", "scarce", pytest.param("chunks of 7", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_what_the_causal_pass_says_is_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
     """Verified decoding and log-probabilities, token by token too, beside requests that ask for neither."""
@@ -138,6 +138,7 @@ def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network
     assert core.scheduler.running == core.scheduler.waiting == 0
 
 
+@pytest.mark.slow
 def test_the_shipped_model_solves_alike():
     """Trained weights, settled canvases of 90, a batch of 8 that shares a page with nobody."""
     lm = blockpress.load("sudoku-nano")

@@ -95,7 +95,12 @@ CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, i
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("mixed", "verified")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, card: Card):
     """Whatever it holds; once more where canvases that were read are judged, and once more for the log-probabilities of
     tokens, however many requests there are."""
@@ -177,6 +182,7 @@ def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
     assert {tally.figures for *_, tally in found} == {(1, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Card):
     """Read onto the card. Without Triton the experts are run one by one: a wait a layer says who has how many tokens."""
