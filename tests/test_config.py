@@ -82,7 +82,7 @@ def refused(call: Callable[[], object], kind: type[BlockpressError], *told: str)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_travel_through_the_file(name: str):
+def test_presets_round_trip(name: str):
     config = PRESETS[name]()
     data = json.loads(json.dumps(config.to_dict()))
     assert ModelConfig.from_dict(data) == config
@@ -96,7 +96,7 @@ def test_the_published_file_is_the_preset():
     assert read_back.vision == PUBLISHED["vision_config"]
 
 
-def test_what_is_not_understood_is_written_back():
+def test_unknown_fields_are_written_back():
     data = ModelConfig.from_dict(PUBLISHED).to_dict()
     assert data["text_config"]["a_key_of_the_future"] == {"kept": True}
     assert (data["boi_token_id"], data["eoi_token_id"]) == (255_999, 258_882)
@@ -126,7 +126,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-def test_any_mix_of_layers_travels_through_the_file(layers: tuple[LayerConfig, ...]):
+def test_any_mix_of_layers_round_trips(layers: tuple[LayerConfig, ...]):
     config = replace(TINY, layers=layers)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))).layers == layers
 
@@ -139,7 +139,7 @@ ROPES = [
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_ropes_travel_through_the_file(rope: Rope):
+def test_ropes_round_trip(rope: Rope):
     config = replace(TINY, sliding_rope=rope, full_rope=rope)
     again = ModelConfig.from_dict(config.to_dict())
     assert again.rope("sliding_attention") == again.rope("full_attention") == rope
@@ -156,7 +156,7 @@ def sizes(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("key", [str, int], ids=["text keys", "whole keys"])
-def test_both_spellings_say_the_same(key: Callable[[int], Any]):
+def test_both_spellings_of_full_heads_are_read(key: Callable[[int], Any]):
     base = {"num_hidden_layers": 4, "layer_types": KINDS, "head_dim": 8, "num_key_value_heads": 2}
     published = read({**base, "global_head_dim": 16, "num_global_key_value_heads": 1}, drop=NO_SPELLING[2:])
     full = {"head_dim": 16, "num_key_value_heads": 1}
@@ -173,7 +173,7 @@ def test_per_layer_config_holds_only_differences():
     assert sizes(ModelConfig.from_dict(data)) == [(8, 2), (8, 4), (8, 2), (8, 2)]
 
 
-def test_with_neither_spelling_full_heads_have_512_features():
+def test_without_either_spelling_full_heads_have_512_features():
     assert sizes(read(drop=NO_SPELLING)) == [(8, 2), (512, 2)]
 
 
@@ -317,7 +317,7 @@ def test_a_value_out_of_range_is_named(key: str, value: Any, name: str):
         ({"rope_type": "default", "rope_theta": 1e4, "beta_fast": 32}, "rope_parameters.beta_fast"),
     ],
 )
-def test_a_rope_that_is_not_understood_is_refused(entry: dict[str, Any], name: str):
+def test_an_unknown_rope_is_refused(entry: dict[str, Any], name: str):
     refused(lambda: read({"rope_parameters": {"sliding_attention": entry}}), ConfigError, name)
 
 
@@ -353,7 +353,7 @@ DENSE: dict[str, Any] = {"num_experts": 0, "top_k_experts": 0, "expert_size": 0}
     ],
     ids=["experts", "dense", "values of their own", "layers that differ", "no softcap", "ids"],
 )
-def test_a_sibling_travels_through_the_file(family: Any, changes: dict[str, Any]):
+def test_a_sibling_round_trips(family: Any, changes: dict[str, Any]):
     config = replace(SIBLING, family=family, image_id=63 if family == "gemma4" else None, **changes)
     data = json.loads(json.dumps(config.to_dict()))
     assert ModelConfig.from_dict(data) == config
@@ -383,7 +383,7 @@ def test_the_sibling_of_26_billion_is_the_same_stack_without_a_canvas():
         ({"family": "diffusion_gemma", "keys_are_values": False}, "attention_k_eq_v"),
     ],
 )
-def test_what_a_family_cannot_be_is_named(changes: dict[str, Any], name: str):
+def test_invalid_families_are_named(changes: dict[str, Any], name: str):
     refused(lambda: replace(SIBLING, **changes), ConfigError, name)
 
 
@@ -436,13 +436,13 @@ def test_stop_may_be_one_text_or_many(stop: Any):
     assert Sampling(stop=stop).stop == ("ab",)
 
 
-def test_a_changed_copy_leaves_the_rest():
+def test_with_changes_only_the_given_fields():
     assert Sampling(steps=5, stop="x").with_(t_max=0.9) == Sampling(steps=5, stop="x", t_max=0.9)
     refused(lambda: Sampling().with_(temperature=1.0), RequestError, "temperature")
 
 
 @pytest.mark.parametrize("rule", ["accept", "settle"])
-def test_a_rule_of_ones_own_is_not_left_out_of_the_file_in_silence(rule: str):
+def test_a_custom_rule_cannot_be_saved(rule: str):
     sampling = Sampling(**{rule: len})
     refused(lambda: GenerationConfig(sampling=sampling).to_dict(), ConfigError, rule, "len")
 
@@ -466,14 +466,14 @@ REFERENCE = {
 }
 
 
-def test_the_references_file():
+def test_the_reference_s_generation_config_is_read():
     generation = GenerationConfig.from_dict(REFERENCE, TINY)
     assert generation.sampling == Sampling()
     assert generation.stop_ids == (1, 106, 50)
     assert generation.to_dict() == REFERENCE
 
 
-def test_every_field_of_the_file_counts():
+def test_every_generation_field_is_read():
     other = {
         "max_denoising_steps": 7,
         "sampler_config": {"entropy_bound": 0.3},

@@ -92,12 +92,12 @@ def test_one_public_name_has_one_meaning() -> None:
     assert twice == {}
 
 
-def test_no_room_is_a_drawer() -> None:
+def test_no_room_is_named_utils_or_common() -> None:
     drawers = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
     assert [module_name(path) for path in SOURCES if drawers & set(module_name(path).split("."))] == []
 
 
-def test_one_room_asks_what_processor_memory_and_cards_there_are() -> None:
+def test_only_hardware_asks_about_the_machine() -> None:
     asking = re.compile(
         r"cpuinfo|get_cpu_capability|platform\.processor|cpu_count|"
         r"proc/|sysconf|getrusage|mem_get_info|get_device_(name|properties|capability)"
@@ -106,7 +106,7 @@ def test_one_room_asks_what_processor_memory_and_cards_there_are() -> None:
     assert found == {f"blockpress.hardware.{name}" for name in ("memory", "process", "system")}
 
 
-def test_the_door_is_sorted_and_opens() -> None:
+def test_the_public_names_are_sorted_and_importable() -> None:
     def order(name: str) -> tuple[int, str]:  # constants, classes, functions: as ruff sorts every other `__all__`
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 

@@ -124,7 +124,7 @@ def test_the_peak_of_the_engines_forwards_is_predicted(name: str, dtype: str) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_the_peak_of_reading_is_predicted(dtype: str) -> None:
+def test_the_peak_of_prefill_is_predicted(dtype: str) -> None:
     """A chunk of a prompt at its beginning, and one after a context."""
     core, (request,) = begun(LONG_CONTEXT, dtype, 1500)
     for behind in (0, CHUNK):

@@ -33,7 +33,7 @@ def test_every_class_of_the_module_is_in_the_tree_and_exported():
     assert errors.__all__ == sorted(errors.__all__)
 
 
-def test_the_door_gives_the_root():
+def test_the_root_is_a_public_name():
     assert blockpress.BlockpressError is BlockpressError
 
 
@@ -51,14 +51,14 @@ def test_no_other_room_makes_public_errors():
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_it_is_documented_in_a_sentence_of_its_own(kind: type[BlockpressError]):
+def test_every_error_has_its_own_sentence(kind: type[BlockpressError]):
     own = vars(kind).get("__doc__")
     assert own
     assert own.strip().split("\n")[0].endswith(".")
 
 
 @pytest.mark.parametrize("kind", TREE[1:])
-def test_it_is_drawn_under_its_parent(kind: type[BlockpressError]):
+def test_every_error_is_drawn_under_its_parent(kind: type[BlockpressError]):
     assert errors.__doc__ is not None
     drawn = re.findall(r"^( *[│├└─ ]*)(\w+)(?:  .*)?$", errors.__doc__.split("\n\n")[1], flags=re.MULTILINE)
     path: dict[int, str] = {}
@@ -81,12 +81,12 @@ def test_str_is_one_line_with_message_and_hint(kind: type[BlockpressError]):
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_none_is_made_without_a_hint(kind: type[BlockpressError]):
+def test_every_error_needs_a_hint(kind: type[BlockpressError]):
     with pytest.raises(TypeError, match="hint"):
         kind("the field x is 3")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copy", "pickle"])
-def test_it_survives_the_way_between_processes(again):  # type: ignore[no-untyped-def]
+def test_errors_can_be_pickled(again):  # type: ignore[no-untyped-def]
     error = again(errors.PuzzleError("the field x is 3", hint="x must be 4"))
     assert str(error) == "the field x is 3 (hint: x must be 4)"

@@ -66,7 +66,7 @@ def test_a_processor_is_read_from_its_text(level: str, tmp_path: Path, monkeypat
     )
 
 
-def test_a_level_needs_all_below_it() -> None:
+def test_an_isa_level_needs_all_flags_below_it() -> None:
     lone = Processor(
         name="odd", vendor="", cores=1, flags=frozenset(["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"])
     )
@@ -91,7 +91,7 @@ def test_a_mac_is_described_by_sysctl(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (hardware.processor().name, hardware.isa()) == ("Apple M2", "neon")
 
 
-def test_a_lower_level_is_taken_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_lower_isa_levels_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx512_bf16")
     for level in ("avx512", "avx2", "portable", "avx512_bf16"):
         monkeypatch.setenv("BLOCKPRESS_ISA", level)
@@ -135,7 +135,9 @@ def test_rates_are_measured_once_a_machine(measured: list[Rates], tmp_path: Path
 
 
 @pytest.mark.parametrize("name", [*speed._SWITCHES, "BLOCKPRESS_ISA"])
-def test_rates_are_those_of_the_switches(name: str, measured: list[Rates], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_kept_by_environment_switches(
+    name: str, measured: list[Rates], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = hardware.rates()
     monkeypatch.setenv(name, "portable" if name == "BLOCKPRESS_ISA" else "AVX2")
     assert again() != first and len(measured) == 2
@@ -143,7 +145,7 @@ def test_rates_are_those_of_the_switches(name: str, measured: list[Rates], monke
     assert again() == first and len(measured) == 2
 
 
-def test_rates_are_those_of_the_threads(measured: list[Rates]) -> None:
+def test_rates_are_kept_by_number_of_threads(measured: list[Rates]) -> None:
     threads = torch.get_num_threads()
     first = hardware.rates()
     torch.set_num_threads(threads + 1)
@@ -182,7 +184,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     assert again() == measured[2]
 
 
-def test_the_best_that_was_seen_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_rates_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = iter([made(mkl=90.0, int8=1.0), made(mkl=80.0, int8=200.0, float16=7.0)])
     monkeypatch.setattr(speed, "measure", lambda: next(busy))
     best = hardware.remeasure()
@@ -198,7 +200,7 @@ def test_measuring_is_quick_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.reading > 0 and all(found.of(way) > 0 for way in found.products)
 
 
-def test_shapes_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_shapes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_fastest", lambda action: 0.2)  # seconds, whatever the product
     assert list(hardware.measure().products["bfloat16"]) == ["1x512x512"]
     monkeypatch.setattr(speed, "_fastest", lambda action: 1e-6)
@@ -221,7 +223,7 @@ SLOW, FAST = made(mkl=100.0, onednn=100.0, bfloat16=19.0, float16=19.0), made(mk
         ("portable", made(mkl=5.0), False, False),
     ],
 )
-def test_products_are_in_the_fastest_type(
+def test_the_compute_type_is_the_fastest(
     level: str, rates: Rates, bfloat16: bool, float16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, level)
@@ -232,7 +234,7 @@ def test_products_are_in_the_fastest_type(
     assert compute_dtype(torch.float32, CPU) == torch.float32
 
 
-def test_flags_decide_nothing_where_torch_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restricted_isa_decides_by_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx512_bf16")
     monkeypatch.setattr(speed, "rates", lambda: SLOW)
     for name in speed._SWITCHES:
@@ -243,7 +245,7 @@ def test_flags_decide_nothing_where_torch_is_held_back(monkeypatch: pytest.Monke
     assert compute_dtype(torch.bfloat16, CPU) == torch.float32
 
 
-def test_the_type_of_products_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compute_type_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx512_bf16")
     for asked in ("float32", "bfloat16"):
         monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", asked)
@@ -257,7 +259,7 @@ def test_the_type_of_products_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         compute_dtype(torch.bfloat16, CPU)
 
 
-def test_integers_are_taken_where_they_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_used_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx2")
     monkeypatch.setattr(speed, "rates", lambda: made(mkl=100.0, onednn=100.0, bfloat16=19.0, int8=400.0))
     assert compute_dtype(torch.bfloat16, CPU) == torch.float32, "they round, so that speed is no reason"
@@ -269,7 +271,7 @@ def test_integers_are_taken_where_they_are_asked_for_alone(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("level", "way"), [("avx2", "onednn"), ("avx512_bf16", "onednn"), ("amx", "mkl"), ("neon", "mkl")])  # fmt: skip
-def test_float32_is_onednns_on_amd(level: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_uses_onednn_on_amd(level: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, level)
     assert hardware.float32_way() == way
     speed.float32_way.cache_clear()
@@ -295,7 +297,7 @@ CGROUPS: dict[str, tuple[dict[str, str], int, int]] = {  # files, GiB free, GiB 
 
 
 @pytest.mark.parametrize("name", CGROUPS)
-def test_a_containers_limit_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_s_memory_limit_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, free, total = CGROUPS[name]
     for path, text in ({"proc/meminfo": MEMINFO} | files).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +307,7 @@ def test_a_containers_limit_counts(name: str, tmp_path: Path, monkeypatch: pytes
     assert hardware.free_memory()["cpu"] == free * GIB
 
 
-def test_without_linux_the_whole_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_linux_the_whole_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "ROOT", tmp_path)
     free, total = memory.main_memory()
     assert free == total > 0
@@ -322,7 +324,7 @@ def checks(name: str) -> list[str]:
     return found
 
 
-def test_doctor_tells_the_level_and_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_isa_level_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fake(monkeypatch, "avx2")
     for name, value in {"processor": lambda: found, "remeasure": lambda: made(onednn=104.0, mkl=50.0, bfloat16=19.0, int8=217.0)}.items():  # fmt: skip
         monkeypatch.setattr(hardware, name, value)
@@ -336,7 +338,7 @@ def test_doctor_tells_the_level_and_the_rates(monkeypatch: pytest.MonkeyPatch) -
     assert detail.endswith("reads 9 GB/s; bfloat16 weights are computed in float32")
 
 
-def test_doctor_says_that_neon_was_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_warns_that_neon_is_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fake(monkeypatch, "neon")
     monkeypatch.setattr(hardware, "processor", lambda: found)
     monkeypatch.setattr(hardware, "remeasure", lambda: made(mkl=50.0))
@@ -344,7 +346,7 @@ def test_doctor_says_that_neon_was_never_run(monkeypatch: pytest.MonkeyPatch) ->
     assert "ISA level neon" in detail and "have not run" in detail
 
 
-def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_says_where_the_compute_type_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "diffusiongemma-26B-A4B"
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "float32")
     described = show.describe(name)
@@ -359,7 +361,7 @@ def test_show_says_where_the_type_of_products_is_another(monkeypatch: pytest.Mon
     assert not [line for line in show.show_lines(show.describe(name)) if line.startswith("computed in")]
 
 
-def test_cards_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_are_listed_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {0: ("H200", 90 * GIB, 139 * GIB), 1: ("L4", 5 * GIB, 22 * GIB)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(known))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: known[index][0])
@@ -378,7 +380,7 @@ def test_cards_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks("cuda") == ["no GPU: everything runs on the processor"]
 
 
-def test_what_a_process_takes_is_its_own_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_memory_is_read_from_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     account = tmp_path / "proc" / "self" / "status"
     account.parent.mkdir(parents=True)
     monkeypatch.setattr(system, "ROOT", tmp_path)

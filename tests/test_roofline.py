@@ -40,14 +40,14 @@ TOKENS = {
 
 
 @pytest.mark.parametrize(("device", "form"), STEPS, ids="-".join)
-def test_steps_are_those_of_the_reference(device: str, form: str) -> None:
+def test_costs_of_a_step_are_those_of_the_reference(device: str, form: str) -> None:
     for power, expected in enumerate(STEPS[device, form]):
         parts = costs.forward(PUBLISHED, WIDTHS[form], BatchShape(canvases=(L,) * 2**power))
         assert 1000 * costs.floor_seconds(parts, DEVICES[device]) == pytest.approx(expected, rel=0.009)
 
 
 @pytest.mark.parametrize("form", TOKENS)
-def test_single_tokens_are_those_of_the_reference(form: str) -> None:
+def test_costs_of_autoregressive_decoding_are_those_of_the_reference(form: str) -> None:
     for power, expected in enumerate(TOKENS[form]):
         speed = costs.throughput(PUBLISHED, WIDTHS[form], DEVICES["h200"], 2**power, mode="autoregressive")
         assert speed == pytest.approx(expected, rel=0.009)
@@ -78,7 +78,7 @@ def totals(which: BatchShape) -> tuple[float, float]:
 
 
 @given(rows, rows)
-def test_together_is_the_same_work_and_fewer_bytes(one: BatchShape, other: BatchShape) -> None:
+def test_a_batch_is_the_same_work_with_fewer_bytes(one: BatchShape, other: BatchShape) -> None:
     both = BatchShape(
         canvases=one.canvases + other.canvases,
         reads=one.reads + other.reads,
@@ -106,7 +106,7 @@ def test_a_causal_layer_counts_the_pairs_of_its_mask() -> None:
     assert work.flops == 4 * TINY.num_heads * layer.head_dim * sum(seen)
 
 
-def test_nothing_costs_nothing() -> None:
+def test_an_empty_batch_costs_nothing() -> None:
     assert costs.forward(TINY, WIDTHS["fp8"], BatchShape()) == {}
 
 
@@ -122,7 +122,7 @@ def test_an_unknown_rate_is_refused_by_name() -> None:
         DEVICES["h200"].rate("float32")
 
 
-def test_roofline_and_rooflines_know_no_torch() -> None:
+def test_costs_import_no_torch() -> None:
     code = "import sys, blockpress.bench.chart, blockpress.bench.panels as p; p.roofline(p.costs.DEVICES['h100']); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True

@@ -64,7 +64,7 @@ COSTS: dict[str, tuple[Callable[[Tensor], Any], tuple[int, int, int]]] = {
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_is_waited_for_and_what_is_copied_is_counted(card: Card, name: str):
+def test_waits_and_copies_are_counted(card: Card, name: str):
     call, figures = COSTS[name]
     x = there()
     card.take()
@@ -87,12 +87,12 @@ MIXED: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_two_devices_do_not_mix(card: Card, name: str):
+def test_tensors_of_two_devices_do_not_mix(card: Card, name: str):
     with pytest.raises(RuntimeError, match="device"):
         MIXED[name](there())
 
 
-def test_values_and_addresses_are_not_to_be_had_by_other_ways(card: Card):
+def test_values_and_addresses_cannot_be_read_unseen(card: Card):
     x = there()
     assert x.device == CUDA and x.is_cuda and not x.is_cpu and x.dtype == torch.long
     assert isinstance(torch.empty_like(x), OnCard) and isinstance(x.max(-1).values, OnCard)
@@ -102,7 +102,7 @@ def test_values_and_addresses_are_not_to_be_had_by_other_ways(card: Card):
         x.data_ptr()
 
 
-def test_a_copy_that_is_queued_is_noise_until_it_is_waited_for(card: Card):
+def test_a_queued_copy_is_noise_until_waited_for(card: Card):
     first, second = (torch.empty(3, dtype=torch.long, pin_memory=True) for _ in range(2))
     first.copy_(sent([1, 2, 3]), non_blocking=True)
     event = torch.cuda.Event()
@@ -115,7 +115,7 @@ def test_a_copy_that_is_queued_is_noise_until_it_is_waited_for(card: Card):
     assert second.tolist() == [4, 5, 6]
 
 
-def test_nothing_is_left_of_it():
+def test_the_stand_in_leaves_torch_unchanged():
     names = ("Event", "device_count", "is_available", "mem_get_info", "synchronize")
     before = [getattr(torch.cuda, name) for name in names]
     with standin():
@@ -125,7 +125,7 @@ def test_nothing_is_left_of_it():
     assert type(torch.ones(2) + 1) is Tensor and not torch.ones(2).is_cuda
 
 
-def test_a_module_goes_there_and_learns_as_it_does_here(card: Card):
+def test_a_module_trains_there_as_on_the_processor(card: Card):
     here = nn.Linear(3, 2)
     away = nn.Linear(3, 2)
     away.load_state_dict(here.state_dict())
@@ -161,7 +161,7 @@ def answers(network: Network, way: str, pictures: bool = False) -> list[Reply]:
 
 
 @pytest.mark.parametrize(("way", "pictures"), [*((way, False) for way in WAYS), ("diffusion", True), ("greedy", True)])
-def test_the_reference_loop_gives_the_same_there(way: str, pictures: bool, card: Card):
+def test_the_reference_loop_gives_the_same_tokens_there(way: str, pictures: bool, card: Card):
     with plain_torch():
         wanted = answers(damped(), way, pictures)
     network = damped().to("cuda")
@@ -169,7 +169,7 @@ def test_the_reference_loop_gives_the_same_there(way: str, pictures: bool, card:
     assert answers(network, way, pictures) == wanted
 
 
-def test_a_token_of_the_reference_loop_is_waited_for_twice(card: Card):
+def test_an_autoregressive_token_of_the_reference_loop_has_two_waits(card: Card):
     """Once for the token, once for the places in the cache, however many layers there are."""
     network = damped().to("cuda")
     answers(network, "greedy")
@@ -179,7 +179,7 @@ def test_a_token_of_the_reference_loop_is_waited_for_twice(card: Card):
 
 
 @pytest.mark.parametrize("objective", [Objective(draws=2), Objective(draws=3, on_policy=1, stratified=True)])
-def test_steps_of_training_are_the_same_there(objective: Objective, tmp_path: Path, card: Card):
+def test_training_steps_are_the_same_there(objective: Objective, tmp_path: Path, card: Card):
     """Float32, uncompiled. torch clips and moves the tensors of a list by other kernels here: sums are in other order."""
     recipe = make_copy_recipe(objective=objective)
     trainers = [Trainer(recipe, tmp_path, device=device, dtype=torch.float32) for device in ("cpu", "cuda")]

@@ -92,7 +92,7 @@ def test_parse_undoes_layout(seed: int, blanks: int) -> None:
     assert sudoku.parse_puzzle(grid.replace("0", ".")) == grid
 
 
-def test_layout_is_nine_lines_without_an_end() -> None:
+def test_layout_is_nine_lines_without_a_final_newline() -> None:
     lines = sudoku.layout(WIKIPEDIA).split("\n")
     assert lines[0] == "530070000" and lines[8] == "000080079" and [len(line) for line in lines] == [9] * 9
 
@@ -136,7 +136,7 @@ def test_parse_names_what_is_wrong(text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_is_solved_needs_every_unit() -> None:
+def test_is_solved_checks_every_unit() -> None:
     assert sudoku.is_solved(WIKIPEDIA_SOLUTION)
     assert not sudoku.is_solved(WIKIPEDIA)
     assert not sudoku.is_solved(WIKIPEDIA_SOLUTION[:-1])
@@ -146,7 +146,7 @@ def test_is_solved_needs_every_unit() -> None:
     assert not any(map(sudoku.is_solved, (rows_only, columns_only, rows_and_columns_only)))
 
 
-def test_agrees_looks_at_givens_alone() -> None:
+def test_agrees_compares_givens_only() -> None:
     assert sudoku.agrees(WIKIPEDIA, WIKIPEDIA_SOLUTION)
     assert sudoku.agrees(WIKIPEDIA, WIKIPEDIA)
     assert not sudoku.agrees(WIKIPEDIA, "6" + WIKIPEDIA_SOLUTION[1:])
@@ -167,7 +167,7 @@ def test_solve_known_puzzles(name: str) -> None:
 @pytest.mark.parametrize(
     "puzzle", [NORVIG_IMPOSSIBLE, blank_but(r1c1="5", r1c9="5"), "12345678" + "0" * 9 + "9" + "0" * 63]
 )
-def test_no_solution(puzzle: str) -> None:
+def test_unsolvable_puzzles_have_no_solution(puzzle: str) -> None:
     assert sudoku.solve(puzzle) is None
     assert sudoku.count_solutions(puzzle) == 0
 
@@ -216,7 +216,7 @@ def test_random_solutions_are_solved_and_follow_the_seed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_prefix_of_a_dig_has_one_solution(seed: int) -> None:
+def test_every_stage_of_digging_has_one_solution(seed: int) -> None:
     rng = Random(seed)
     solution = sudoku.random_solution(rng)
     order = sudoku.dig(solution, rng)
@@ -268,7 +268,7 @@ def test_generate_gives_up_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "17 to 20" in caught.value.hint
 
 
-def test_pool_entries_depend_on_seed_and_place_alone() -> None:
+def test_pool_entries_depend_only_on_seed_and_index() -> None:
     solutions, orders = sudoku.puzzle_pool(3, 6)
     later_solutions, later_orders = sudoku.puzzle_pool(3, 2, start=4)
     assert (solutions.dtype, orders.dtype) == (np.uint8, np.int8) and solutions.shape == orders.shape == (6, 81)
@@ -376,6 +376,6 @@ def test_fingerprints_tell_grids_apart() -> None:
     assert len(sudoku.fingerprints(np.zeros((0, 81), np.uint8))) == 0
 
 
-def test_needs_no_torch() -> None:
+def test_sudoku_needs_no_torch() -> None:
     code = "import sys, blockpress.sudoku; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -43,7 +43,7 @@ def ran(subject: Subject, work: Workload, kind: str) -> BenchRun:
 
 
 @pytest.mark.parametrize("kind", ["reference", "engine"])
-def test_every_row_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
+def test_every_canvas_step_and_commit_is_counted_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     canvas = tiny_subject.config.canvas_length
     work = Workload(batch=ROWS, prompt_len=PROMPT, max_tokens=2 * canvas, steps=STEPS)
     run = ran(tiny_subject, work, kind)
@@ -56,7 +56,7 @@ def test_every_row_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reference", "engine"])
-def test_every_token_is_in_its_forward(tiny_subject: Subject, kind: str) -> None:
+def test_every_autoregressive_token_is_counted_in_its_forward(tiny_subject: Subject, kind: str) -> None:
     work = Workload(mode="autoregressive", batch=ROWS, prompt_len=PROMPT, max_tokens=5)
     run = ran(tiny_subject, work, kind)
     assert [forward.rows.logit_rows for forward in run.forwards] == [((PROMPT - 1 + i, 1),) * ROWS for i in range(5)]
@@ -64,7 +64,7 @@ def test_every_token_is_in_its_forward(tiny_subject: Subject, kind: str) -> None
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_engine_and_reference_loop_are_driven_to_the_same_answers(tiny_subject: Subject, mode: str) -> None:
+def test_engine_and_reference_loop_give_the_same_answers(tiny_subject: Subject, mode: str) -> None:
     # Few steps: each makes a difference of rounding some 1.5 times as large in a network of random weights.
     steps = STEPS if mode == "diffusion" else None
     work = Workload(mode=mode, batch=ROWS, prompt_len=PROMPT, max_tokens=20, steps=steps, seed=5)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ class Slow:
         return events
 
 
-def test_a_closed_circle_holds_as_many_as_there_are_users(tiny_subject: Subject) -> None:
+def test_closed_loop_load_keeps_as_many_requests_as_users(tiny_subject: Subject) -> None:
     work = Workload(concurrency=2, requests=5, prompt_len=PROMPT, max_tokens=12, steps=2)
     stepper = Slow(EngineStepper(tiny_subject.network, running=4), most=2)
     run = drive(stepper, work, requests(tiny_subject, work), CPU)
@@ -146,7 +146,7 @@ def test_a_full_queue_is_counted_and_the_others_are_answered(tiny_subject: Subje
 
 
 @pytest.mark.parametrize("broken", [{1}, {0, 1, 2}], ids=["one", "all"])
-def test_what_fails_is_told(tiny_subject: Subject, broken: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_requests_are_reported(tiny_subject: Subject, broken: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     run_batch = Runner.run
 
     def run(self: Runner, works: Sequence[ScheduledRequest]) -> object:
@@ -167,7 +167,7 @@ def test_what_fails_is_told(tiny_subject: Subject, broken: set[int], monkeypatch
         recorded.whole()
 
 
-def test_arrivals_are_those_of_the_seed_and_rate() -> None:
+def test_arrival_times_follow_from_seed_and_rate() -> None:
     def times(seed: int) -> Iterator[float]:
         return arrivals(Workload(rate=50.0, seed=seed))
 
@@ -176,7 +176,7 @@ def test_arrivals_are_those_of_the_seed_and_rate() -> None:
     assert one[-1] == pytest.approx(2000 / 50.0, rel=0.1)
 
 
-def test_seconds_end_the_arrivals(tiny_subject: Subject) -> None:
+def test_no_request_arrives_after_the_given_seconds(tiny_subject: Subject) -> None:
     work = Workload(rate=1000.0, seconds=0.01, prompt_len=PROMPT, max_tokens=12, steps=1)
     due = [time for time, _ in zip(arrivals(work), range(1000), strict=False) if time < 0.01]
     run = ran(tiny_subject, work, "engine")
@@ -184,7 +184,7 @@ def test_seconds_end_the_arrivals(tiny_subject: Subject) -> None:
     assert [one.arrived for one in run.traces] == due
 
 
-def test_widths_say_what_is_stored(tiny_subject: Subject) -> None:
+def test_weight_formats_are_those_stored(tiny_subject: Subject) -> None:
     low = randomised("tiny", shape_named("tiny"), dtype="bfloat16")
     for subject, size, math in ((tiny_subject, 4, "float32"), (low, 2, "bfloat16")):
         found = stored_formats(subject.network)
@@ -192,7 +192,7 @@ def test_widths_say_what_is_stored(tiny_subject: Subject) -> None:
         assert sum(weight_bytes(subject.network).values()) == size * sum(costs.parameters(subject.config).values())
 
 
-def test_the_peak_is_that_of_the_process() -> None:
+def test_peak_memory_is_that_of_the_process() -> None:
     size = 64 << 20
     peak = Peak(CPU)
     with mmap.mmap(-1, size) as pages:  # fresh from the kernel: an allocator may hand out what earlier tests touched
@@ -218,7 +218,7 @@ def test_measure_warms_up_runs_and_reports(tiny_subject: Subject) -> None:
         ({"mode": "autoregressive", "steps": 3}, "--steps is given in the mode autoregressive"),
     ],
 )
-def test_a_workload_that_cannot_be_meant_is_refused(wrong: dict[str, object], text: str) -> None:
+def test_an_invalid_workload_is_refused(wrong: dict[str, object], text: str) -> None:
     with pytest.raises(RequestError, match=text):
         Workload(**wrong)  # type: ignore[arg-type]
 

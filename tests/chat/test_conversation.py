@@ -138,7 +138,7 @@ def check_joined(events: list[Event]) -> Reply:
 # ---------------------------------------------------------------------------------------------------------- a turn
 
 
-def test_a_turn_over_many_canvases():
+def test_a_turn_may_span_many_canvases():
     turn = '<|channel>thought\nI look it up, twice.\n<channel|>Let me see.<|tool_call>call:ls{path:<|"|>a "b" {c<|"|>,n:[1,null]}'
     turn += "<tool_call|><|tool_call>call:ls{}<tool_call|><|tool_response>"
     reply = check_joined(events_of(model(whole(turn)), thinking=True))
@@ -150,7 +150,7 @@ def test_a_turn_over_many_canvases():
     assert (reply.usage.thought_cut, reply.usage.empty_retries) == (False, 0)
 
 
-def test_the_prompt_is_the_templates():
+def test_the_prompt_is_rendered_by_the_template():
     lm = model(whole("4<turn|>"))
     assert isinstance(lm.network, Scripted)
     lm.chat([{"role": "system", "content": "Be."}, *HI], tools=[{"type": "function", "function": {"name": "f"}}])
@@ -166,7 +166,7 @@ def test_the_prompt_is_the_templates():
     )
 
 
-def test_a_reply_goes_back_as_a_message():
+def test_a_reply_can_be_sent_back_as_a_message():
     turn = "<|channel>thought\nhm\n<channel|>So:<|tool_call>call:ls{n:1}<tool_call|><|tool_response>"
     lm = model(lambda behind, attempt: "ok<turn|>" if "response" in behind else whole(turn)(behind, attempt))
     assert isinstance(lm.network, Scripted)
@@ -187,12 +187,14 @@ def test_a_reply_goes_back_as_a_message():
         ("<|tool_call>call:f{<eos>", {}, "stop", 0, 1),
     ],
 )
-def test_why_a_turn_ended(turn: str, options: dict[str, Any], reason: str, calls: int, broken: int):
+def test_the_finish_reason_says_why_a_turn_ended(
+    turn: str, options: dict[str, Any], reason: str, calls: int, broken: int
+):
     reply = check_joined(events_of(model(whole(turn)), **options))
     assert (reply.finish_reason, len(reply.tool_calls), len(reply.broken_calls)) == (reason, calls, broken)
 
 
-def test_a_broken_call_is_told_with_its_text():
+def test_a_malformed_call_is_returned_with_its_text():
     reply = check_joined(events_of(model(whole("<|tool_call>call:f(a)<tool_call|>b<turn|>"))))
     assert reply.broken_calls == (MalformedToolCall(raw="call:f(a)", fault="there is no '{' behind the name"),)
     assert (reply.text, reply.finish_reason) == ("b", "stop")
@@ -246,7 +248,7 @@ def thinker(thought: str, answer: str) -> Script:
 
 @settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(0, 40))
-def test_the_budget_is_exact(budget: int, length: int):
+def test_the_thinking_budget_is_exact(budget: int, length: int):
     thought = LOREM[:length]
     lm = model(thinker(f"{thought}<channel|>" + "early" * 9, "answer<turn|>"))
     reply = check_joined(events_of(lm, thinking=True, thinking_budget=budget))
@@ -294,7 +296,7 @@ def test_in_a_call_no_thought_is_counted_or_closed():
 
 
 @pytest.mark.parametrize("budget", [2, 200])
-def test_a_thought_behind_a_stop_text_counts_as_nothing(budget: int):
+def test_a_thought_after_a_stop_text_is_not_counted(budget: int):
     """The stop text begins in the first canvas and ends in the second, where a thought follows it."""
     lm = model(whole("abcdefghijST" + "OP<|channel>uvwxyzuvwxyz<turn|>"))
     reply = check_joined(
@@ -305,14 +307,14 @@ def test_a_thought_behind_a_stop_text_counts_as_nothing(budget: int):
 
 
 @pytest.mark.parametrize("limit", range(8, 16))
-def test_the_limit_counts_thoughts_and_the_closing_token(limit: int):
+def test_max_tokens_counts_thoughts_and_the_closing_token(limit: int):
     reply = model(thinker(LOREM, "answer<turn|>")).chat(HI, thinking=True, thinking_budget=10, max_tokens=limit)
     assert reply.tokens == ids("<|channel>thought\nab<channel|>answer")[:limit]
     assert reply.finish_reason == "length"
     assert reply.usage.thought_cut == (limit >= 12)
 
 
-def test_a_budget_that_ends_with_the_context():
+def test_a_thinking_budget_may_end_with_the_context():
     lm = model(thinker(LOREM, "answer<turn|>"))
     prompt = lm.chat(HI, thinking=True, max_tokens=1).usage.prompt_tokens
     lm.network.config = replace(CONFIG, context_length=prompt + CANVAS)
@@ -346,7 +348,7 @@ def terse(script: Sequence[str]) -> Script:
     ],
     ids=["none", "fresh noise", "banned", "blanks", "a blank banned", "a short one", "the last chance", "given up"],
 )
-def test_an_empty_answer_is_written_again(script: list[str], text: str, retries: int):
+def test_an_empty_answer_is_retried(script: list[str], text: str, retries: int):
     reply = check_joined(events_of(model(terse(script))))
     assert (reply.text, reply.finish_reason, reply.usage.empty_retries) == (text, "stop", retries)
     assert reply.usage.canvases == 1
@@ -355,11 +357,11 @@ def test_an_empty_answer_is_written_again(script: list[str], text: str, retries:
     assert (reply.tokens, reply.usage.empty_retries) == (ids(script[0])[: len(reply.tokens)], 0)
 
 
-def test_a_call_is_no_empty_answer():
+def test_a_tool_call_is_not_an_empty_answer():
     assert model(whole("<|tool_call>call:f{}<tool_call|><turn|>")).chat(HI).usage.empty_retries == 0
 
 
-def test_a_denied_stop_is_denied_where_it_came_too_early_and_nowhere_else():
+def test_a_retry_bans_the_stop_id_only_where_it_came_too_early():
     reply = model(lambda behind, attempt: "<turn|><turn|>").chat(HI)
     # "x" is what this network writes where its first choice is banned.
     assert (reply.text, reply.tokens, reply.usage.empty_retries) == ("x", ids("x<turn|>"), 1)
@@ -368,7 +370,7 @@ def test_a_denied_stop_is_denied_where_it_came_too_early_and_nowhere_else():
     assert (reply.text, reply.finish_reason) == ("x", "stop")
 
 
-def test_a_network_that_will_not_speak():
+def test_a_network_that_only_ends_turns_gives_an_empty_reply_after_all_retries():
     reply = check_joined(events_of(model(terse(BLANKS))))
     assert (reply.text, reply.tokens, reply.finish_reason) == ("", ids(BLANKS[-1]), "stop")
     assert reply.usage.empty_retries == RETRIES == len(BLANKS) - 1
@@ -376,7 +378,7 @@ def test_a_network_that_will_not_speak():
     assert (reply.text, reply.tokens, reply.usage.empty_retries) == ("\n", ids(BLANKS[0]), 0)
 
 
-def test_behind_a_thought_content_is_what_comes_after_it():
+def test_after_a_thought_only_what_follows_it_is_content():
     lm = model(terse(["<|channel>a<channel|><turn|>", "<|channel>a<channel|>4<turn|>"]))
     reply = check_joined(events_of(lm, thinking=True))
     assert (reply.thinking, reply.text, reply.usage.empty_retries) == ("a", "4", 1)
@@ -385,7 +387,7 @@ def test_behind_a_thought_content_is_what_comes_after_it():
     assert (reply.thinking, reply.text, reply.usage.empty_retries) == ("a", "4", 1)
 
 
-def test_a_later_canvas_is_written_again_behind_the_same_context():
+def test_a_retried_canvas_keeps_its_context():
     def script(behind: str, attempt: int) -> str:
         blank = "<|channel>" + "a" * (CANVAS - 2) + "<channel|>"
         return blank if not behind else ["<turn|>", "ok<turn|>"][attempt]
@@ -400,7 +402,7 @@ def test_a_later_canvas_is_written_again_behind_the_same_context():
     assert steps == [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2), (1, 1, 1), (1, 1, 2)]
 
 
-def test_a_canvas_written_again_has_draws_of_its_own():
+def test_a_retried_canvas_has_its_own_draws():
     asked = []
 
     def keyed(seeds: list[int], canvases: list[int], **size: Any) -> KeyedDraws:
@@ -481,7 +483,7 @@ def random_lm(random_network) -> LM:  # type: ignore[no-untyped-def]
     )
 
 
-def test_random_weights_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.MonkeyPatch):
+def test_random_weights_answer_the_same_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.MonkeyPatch):
     talks = [[{"role": "user", "content": word}] for word in ["Hi", "Say one word.", "4?"]]
     options: dict[str, Any] = {"max_tokens": 30, "thinking": True, "thinking_budget": 6}
     alone = [random_lm.chat(talk, seed=seed, **options) for seed in range(6) for talk in talks]
@@ -534,14 +536,14 @@ def test_bad_arguments_are_named_before_anything_runs(method: str, options: dict
     assert isinstance(lm.network, Scripted) and not lm.network.begun
 
 
-def test_a_model_without_a_template_does_not_chat():
+def test_a_model_without_a_template_refuses_to_chat():
     for tokenizer in (None, Tokenizer(backend())):
         lm = LM(path=Path("here"), network=Scripted(whole("")), generation=GenerationConfig(), tokenizer=tokenizer)
         with pytest.raises(CheckpointError, match="here has no chat template"):
             lm.chat(HI)
 
 
-def test_a_model_without_the_tokens_neither_thinks_nor_calls(tmp_path: Path):
+def test_a_model_without_control_tokens_refuses_thinking_and_tools(tmp_path: Path):
     from blockpress.text.builder import digits_tokenizer
 
     digits = Tokenizer(digits_tokenizer(), chat_template="{{ messages[0].content }}")

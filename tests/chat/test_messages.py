@@ -22,7 +22,7 @@ def call(name: str = "ls", arguments: Any = None, **more: Any) -> dict[str, Any]
 CALLER = {"role": "assistant", "content": None, "tool_calls": [call(id="a"), call("cat", id="b")]}
 
 
-def test_a_conversation_in_the_form_that_templates_read():
+def test_messages_are_converted_to_the_form_that_templates_read():
     given = [
         {"role": "system", "content": "Be brief."},
         {"role": "developer", "content": [{"type": "text", "text": "x"}]},
@@ -46,7 +46,7 @@ def test_a_conversation_in_the_form_that_templates_read():
     assert check_messages(checked)[0] == checked
 
 
-def test_what_is_shown_is_taken_out_in_order():
+def test_media_are_collected_in_order():
     parts = [
         {"type": "image", "image": b"png"},
         {"type": "text", "text": "and"},
@@ -82,7 +82,7 @@ ROUND: dict[str, Any] = {}
 ROUND["round"] = ROUND
 
 
-def test_what_is_nested_as_deep_as_it_may_be_is_written():
+def test_the_deepest_allowed_nesting_is_rendered():
     checked, _ = check_messages([USER, {"role": "assistant", "tool_calls": [call(arguments=nested(64))]}])
     assert "{a:" * 63 + "{}" + "}" * 63 in ChatTemplate.own().render(checked)
 
@@ -159,7 +159,7 @@ def tool(name: str = "ls", **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **more}}
 
 
-def test_tools():
+def test_tools_are_converted_to_the_form_that_templates_read():
     assert check_tools(None) is check_tools([]) is None
     schema = {"properties": {"path": {"type": "string"}}, "required": ("path",)}
     assert check_tools([tool(description="List", parameters=schema, strict=False), tool("cat")]) == [

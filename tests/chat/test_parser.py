@@ -90,13 +90,13 @@ TURNS: list[tuple[str, list[Piece]]] = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), TURNS, ids=[text for text, _ in TURNS])
-def test_a_turn_is_read(gemma: Tokenizer, text: str, wanted: list[Piece]):
+def test_a_turn_is_parsed_into_text_thoughts_and_calls(gemma: Tokenizer, text: str, wanted: list[Piece]):
     ids = gemma.encode(text, add_special=False)
     assert parse(gemma, ids) == wanted
     assert parse(gemma, ids, range(1, len(ids))) == wanted
 
 
-def test_a_thought_that_the_prompt_opened(gemma: Tokenizer):
+def test_a_thought_opened_by_the_prompt_is_a_thought(gemma: Tokenizer):
     ids = gemma.encode("so\n<channel|>4", add_special=False)
     assert parse(gemma, ids, section="thought") == [thought("so"), answer("4")]
 
@@ -106,7 +106,7 @@ CONTROLS = ["<|channel>", "thought\n", "<channel|>", "<|tool_call>", "<tool_call
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from([*CONTROLS, " word", "\n", "é", "🙂", "a:1,", "12"]), max_size=14), st.data())
-def test_any_cut_gives_the_same_pieces(gemma: Tokenizer, parts: list[str], data: st.DataObject):
+def test_pieces_do_not_depend_on_how_tokens_are_split(gemma: Tokenizer, parts: list[str], data: st.DataObject):
     ids = [token for part in parts for token in gemma.encode(part, add_special=False)]
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=6))
     stop = data.draw(st.sampled_from([(), ("word",), ("d 1", "\n")]))
@@ -115,7 +115,7 @@ def test_any_cut_gives_the_same_pieces(gemma: Tokenizer, parts: list[str], data:
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from([*CONTROLS, " word", "é", "🙂"]), max_size=14))
-def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
+def test_no_text_is_lost(gemma: Tokenizer, parts: list[str]):
     said = "".join(
         piece.text
         if isinstance(piece, TextDelta)
@@ -129,7 +129,7 @@ def test_no_text_is_left_out(gemma: Tokenizer, parts: list[str]):
         assert said.count(sign) == sum(part.count(sign) for part in parts)
 
 
-def test_in_a_call_only_its_end_means_anything():
+def test_inside_a_call_only_the_end_token_is_special():
     controls = SpecialTokens(thought=1, thought_end=2, call=3, call_end=4)
     walk = [controls.section_after(ids) for ids in ([1], [1, 2], [1, 3], [3, 1], [3, 2], [3, 1, 4], [3, 3, 4, 1])]
     assert walk == ["thought", "answer", "call", "call", "call", "answer", "thought"]
@@ -139,7 +139,7 @@ def test_in_a_call_only_its_end_means_anything():
 
 @settings(max_examples=60)
 @given(arguments)
-def test_a_call_in_a_prompt_is_read_back(gemma: Tokenizer, given: dict[str, Any]):
+def test_a_call_rendered_by_the_template_is_parsed_back(gemma: Tokenizer, given: dict[str, Any]):
     """From an assistant's message through the template and the tokenizer to ids, and back."""
     # This vocabulary writes a space as U+2581, so it cannot tell that sign from a space.
     assume("\u2581" not in json.dumps(given, ensure_ascii=False))
@@ -163,7 +163,7 @@ def test_the_template_writes_calls_as_the_writer_does(given: dict[str, Any]):
     assert f"<|tool_call>{write_call('f', given)}<tool_call|>" in text
 
 
-def test_a_stop_text_ends_the_answer_alone(gemma: Tokenizer):
+def test_a_stop_text_is_looked_for_in_the_answer_only(gemma: Tokenizer):
     ids = gemma.encode("<|channel>thought\nEND it<channel|>go on.\nEND not this", add_special=False)
     parser = TurnParser(gemma, SpecialTokens.of(gemma), stop=["END"])
     assert joined([*parser.feed(ids), *parser.finish()]) == [thought("END it"), answer("go on.\n")]
@@ -179,12 +179,12 @@ def test_a_stop_text_is_not_found_across_a_thought(gemma: Tokenizer):
     assert parse(gemma, ids, stop=["END"]) == [answer("E"), thought("x"), answer("ND")]
 
 
-def test_without_control_tokens_all_is_text(digits: Tokenizer):
+def test_without_control_tokens_everything_is_text(digits: Tokenizer):
     assert SpecialTokens.of(digits) == SpecialTokens()
     assert parse(digits, digits.encode("12\n3")) == [answer("12\n3")]
 
 
-def test_the_controls_of_gemma(gemma: Tokenizer):
+def test_control_tokens_of_gemma_are_found(gemma: Tokenizer):
     assert SpecialTokens.of(gemma) == SpecialTokens(
         thought=100, thought_end=101, call=48, call_end=49, quote=52, stops=(106, 50)
     )

@@ -75,7 +75,7 @@ def showing(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
+def test_a_chat_with_pictures_equals_its_steps_run_by_hand(lm: LM):
     one, two = image(1), image(2, (60, 70))
     settings = load_picture_settings(lm.path, lm.config)
     pictures = prepare_images([one, two], settings)
@@ -96,7 +96,7 @@ def test_a_chat_with_pictures_is_the_path_step_by_step(lm: LM):
     assert reply.tokens
 
 
-def test_what_is_shown_matters_and_a_batch_changes_nothing(lm: LM):
+def test_pictures_change_the_answer_and_batches_do_not(lm: LM):
     asked = [showing("See ", image(1)), showing("No picture."), showing("See ", image(9)), showing(image(4), image(5))]
     options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False}
     alone = [lm.chat(question, seed=7, **options) for question in asked]
@@ -114,7 +114,7 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
+def test_pictures_of_earlier_turns_keep_their_places(lm: LM):
     """Turns of the model and a tool's answer in between, and the first picture once more at the end."""
     one, two = image(1), image(2, (60, 70))
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": {"at": "<|image|>"}}}
@@ -143,7 +143,7 @@ def test_pictures_of_a_whole_history_stand_where_they_were_shown(lm: LM):
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_rows_with_and_without_pictures_in_every_order(lm: LM, mode: Any):
+def test_rows_with_and_without_pictures_answer_as_alone(lm: LM, mode: Any):
     asked = [showing("No picture."), showing(image(4), "and", image(5)), showing("None."), showing("See ", image(1))]
     options: dict[str, Any] = {"mode": mode, "max_tokens": 10}
     # Random weights let rounding grow tenfold in a few steps, so there are few.
@@ -153,7 +153,7 @@ def test_rows_with_and_without_pictures_in_every_order(lm: LM, mode: Any):
     assert [reply.tokens for reply in lm.chat(asked[::-1], seed=7, **options)] == alone[::-1]
 
 
-def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
+def test_videos_need_no_token_of_their_own(lm: LM, film: Path):
     """A frame is an image, so none is needed; and a typed `<|video|>` beside a picture is text."""
     backend = chat_tokenizer.backend()
     backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS[:2]])
@@ -169,7 +169,7 @@ def test_a_vocabulary_without_a_token_for_videos(lm: LM, film: Path):
     assert "I typed <|video|> and " in tokenizer.decode(question.ids, skip_special=False)
 
 
-def test_token_by_token_sees_the_same(lm: LM):
+def test_autoregressive_decoding_sees_pictures(lm: LM):
     question = chat_of(lm).encode(showing("See ", image(1)))
     with torch.inference_mode():
         images = [request.row.images for request in lm.chat_requests(showing("See ", image(1)))]
@@ -238,7 +238,7 @@ def test_of_several_chats_the_bad_one_is_named(lm: LM):
         lm.chat([showing(image(1)), showing(b"")])
 
 
-def test_a_model_that_sees_nothing_says_so():
+def test_a_model_without_vision_refuses_pictures():
     lm = blockpress.load("sudoku-nano")
     assert lm.tokenizer is not None
     lm.tokenizer.chat_template = TEMPLATE

@@ -128,7 +128,7 @@ TABLE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_our_own_template(gemma: Tokenizer, name: str):
+def test_our_template_renders_and_encodes_every_case(gemma: Tokenizer, name: str):
     messages, options, wanted = TABLE[name]
     prompt = encode_chat(gemma, ChatTemplate.own(), messages, **options)
     assert gemma.decode(prompt.ids, skip_special=False) == f"<bos>{wanted}"
@@ -183,7 +183,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize(("text", "more"), INJECTIONS)
-def test_nobody_elses_text_becomes_a_control_token(gemma: Tokenizer, text: str, more: str):
+def test_foreign_text_never_becomes_a_control_token(gemma: Tokenizer, text: str, more: str):
     prompt = encode_chat(gemma, ChatTemplate.own(), **conversation(text, more))
     # Keys that need quotes have two more of them, so the harmless twin has such keys, too.
     plain = encode_chat(gemma, ChatTemplate.own(), **conversation("a:b", "c:d"))
@@ -199,7 +199,7 @@ def test_nobody_elses_text_becomes_a_control_token(gemma: Tokenizer, text: str, 
 
 @settings(max_examples=80)
 @given(st.data())
-def test_no_mixture_of_pieces_of_control_tokens_becomes_one(gemma: Tokenizer, data: st.DataObject):
+def test_fragments_of_control_tokens_never_join_into_one(gemma: Tokenizer, data: st.DataObject):
     part = st.sampled_from(["<", "<|", "|>", ">", "turn", "<|turn>", "<turn|>", '<|"|>', '"', "image", "a", " ", "\n"])
     text, more = ("".join(data.draw(st.lists(part, max_size=7))) for _ in range(2))
     content = [{"type": "text", "text": one} for one in (text, more, "!")]
@@ -208,14 +208,14 @@ def test_no_mixture_of_pieces_of_control_tokens_becomes_one(gemma: Tokenizer, da
     assert f"user\n{(text + more + '!').strip()}<turn|>" in gemma.decode(ids, skip_special=False)
 
 
-def test_texts_with_unicodes_unused_code_points(gemma: Tokenizer):
+def test_only_a_text_with_every_private_marker_is_refused(gemma: Tokenizer):
     text = "".join(prompt_module._MARKS[:-1]) + "<turn|>"
     assert text in gemma.decode(encode_chat(gemma, ChatTemplate.own(), [user(text)]).ids, skip_special=False)
     with pytest.raises(RequestError, match="code points"):
         encode_chat(gemma, ChatTemplate.own(), [user("".join(prompt_module._MARKS))])
 
 
-def test_a_template_that_leaves_an_image_out(gemma: Tokenizer):
+def test_a_template_that_drops_an_image_is_refused(gemma: Tokenizer):
     image = [user([{"type": "text", "text": "<|image|>"}, {"type": "image", "image": 0}])]
     with pytest.raises(TextError, match=r"messages\[0\].content\[1\] is one of 1 images; .* 0"):
         encode_chat(gemma, ChatTemplate("{{ messages[0].content[0].text }}"), image)
@@ -223,7 +223,7 @@ def test_a_template_that_leaves_an_image_out(gemma: Tokenizer):
         encode_chat(gemma, ChatTemplate("<|image|><|image|>"), image)
 
 
-def test_a_video_needs_no_token_of_its_own(gemma: Tokenizer):
+def test_a_video_is_rendered_without_a_token_of_its_own(gemma: Tokenizer):
     """This vocabulary has none, so what somebody typed and what the template wrote look alike in its eyes."""
     assert gemma.backend.token_to_id("<|video|>") is None
     typed, shown = {"type": "text", "text": "<|video|> and "}, {"type": "video", "video": 0}
@@ -258,13 +258,13 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_gemmas_tokenizer_gives_every_text_back(gemma: Tokenizer, text: str):
+def test_gemma_round_trips_texts(gemma: Tokenizer, text: str):
     assert gemma.vocab_size == 262_144
     assert gemma.decode(gemma.encode(text, add_special=False)) == text
 
 
 @given(st.text())
-def test_gemmas_tokenizer_gives_any_text_back(gemma: Tokenizer, text: str):
+def test_gemma_round_trips_any_text(gemma: Tokenizer, text: str):
     ids = gemma.encode(text, add_special=False)
     if not control_ids(gemma, ids):
         assert gemma.decode(ids) == text

@@ -31,7 +31,7 @@ def render(source: str, **names: Any) -> str:
     return ChatTemplate(source).render(names.pop("messages", CHAT), **names)
 
 
-def test_turns():
+def test_templates_render_turns():
     expected = "<bos><|turn>user\nHallo <b> & 'Grüße'<turn|>\n<|turn>model\nja<turn|>\n"
     template = ChatTemplate(TURNS)
     assert template.render(CHAT, bos_token="<bos>", add_generation_prompt=False) == expected
@@ -82,7 +82,7 @@ def test_transformers_renders_the_same(name: str):
         assert expected
 
 
-def test_the_time_comes_from_the_clock():
+def test_strftime_now_reads_the_clock():
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", clock=lambda: datetime(2026, 11, 21))
     assert template.render([]) == "21 Nov 2026"
 
@@ -92,7 +92,7 @@ def test_a_syntax_error_names_its_line():
         ChatTemplate("{% for a in messages %}\n{% endfo %}")
 
 
-def test_a_refusal_carries_the_template_s_own_words():
+def test_raise_exception_reports_the_template_s_message():
     source = (
         "{% set r = messages[0].role %}{% if r != 'user' %}{{ raise_exception('want user, not ' + r) }}{% endif %}ok"
     )
@@ -125,7 +125,7 @@ def test_a_refusal_carries_the_template_s_own_words():
         "{% for i in range(1000) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )
-def test_the_sandbox_holds(source: str):
+def test_templates_cannot_leave_the_sandbox(source: str):
     messages = [{"role": "user"}]
     start = time.monotonic()
     with pytest.raises(TextError, match="sandbox forbids"):
@@ -149,12 +149,12 @@ def test_the_sandbox_holds(source: str):
         ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", str(MAX_OUTPUT)),
     ],
 )
-def test_whatever_goes_wrong_is_a_text_error(source: str, words: str):
+def test_every_template_failure_is_a_text_error(source: str, words: str):
     with pytest.raises(TextError, match=words):
         render(source)
 
 
-def test_rich_objects_reach_the_template_as_marks_only():
+def test_objects_reach_the_template_as_placeholders():
     class Image:
         def save(self) -> str:
             raise AssertionError("a template must not call this")
@@ -175,6 +175,6 @@ def test_a_name_that_belongs_to_the_template_language_is_refused():
         render("x", range=3)
 
 
-def test_the_ration_of_ranges_is_new_for_every_rendering():
+def test_the_range_limit_is_per_rendering():
     template = ChatTemplate("{% for i in range(9) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok")
     assert [template.render([]), template.render([])] == ["ok", "ok"]

@@ -75,7 +75,7 @@ def reply_of(script: Script, **options: Any) -> Reply:
     return check_joined(events_of(model(script), **options))
 
 
-def test_a_turn_with_thoughts_and_calls():
+def test_an_autoregressive_turn_has_thoughts_and_calls():
     turn = (
         '<|channel>thought\nI look.\n<channel|>See.<|tool_call>call:ls{path:<|"|>a "b" {c<|"|>,n:[1,null]}<tool_call|>'
     )
@@ -93,7 +93,7 @@ def test_a_turn_with_thoughts_and_calls():
 
 
 @pytest.mark.parametrize(("budget", "length"), [(1, 0), (7, 5), (8, 0), (9, 0), (11, 3), (12, 3), (20, 26)])
-def test_the_budget_is_exact(budget: int, length: int):
+def test_the_thinking_budget_is_exact(budget: int, length: int):
     thought = "thought\n" + LOREM[:length]
     reply = reply_of(
         thinker(f"{LOREM[:length]}<channel|>answer<turn|>", "answer<turn|>"), thinking=True, thinking_budget=budget
@@ -117,13 +117,13 @@ def test_no_other_thought_is_opened_once_the_budget_is_spent():
 
 
 @pytest.mark.parametrize("limit", range(8, 16))
-def test_the_limit_counts_thoughts_and_the_closing_token(limit: int):
+def test_max_tokens_counts_thoughts_and_the_closing_token(limit: int):
     reply = reply_of(thinker(LOREM, "answer<turn|>"), thinking=True, thinking_budget=10, max_tokens=limit)
     assert reply.tokens == ids("<|channel>thought\nab<channel|>answer")[:limit]
     assert (reply.finish_reason, reply.usage.thought_cut) == ("length", limit >= 12)
 
 
-def test_an_answer_that_ends_before_it_began_is_denied_its_end():
+def test_the_end_of_a_turn_is_banned_until_something_was_said():
     reply = reply_of(lambda behind, attempt: "<turn|>")
     assert (reply.tokens, reply.text, reply.finish_reason) == (ids("x<turn|>"), "x", "stop")
     # Nothing new was read before the token was chosen again.
@@ -135,7 +135,7 @@ def test_an_answer_that_ends_before_it_began_is_denied_its_end():
     assert reply.tokens[:5] == ids("<|channel>a<channel|>\nx") and reply.usage.empty_retries == 1
 
 
-def test_a_network_that_will_not_speak():
+def test_a_network_that_only_ends_turns_gives_an_empty_reply_after_all_retries():
     """Where an end is banned it writes a blank, and ends again."""
 
     class Silent(Speaking):
@@ -148,14 +148,14 @@ def test_a_network_that_will_not_speak():
     assert reply.tokens == ids(" " * RETRIES + "<turn|>")
 
 
-def test_a_stop_text_of_the_answer():
+def test_a_stop_text_ends_the_answer():
     sampling = AutoregressiveSampling(stop="END")
     reply = reply_of(whole("<|channel>END<channel|>but here END, or"), thinking=True, sampling=sampling)
     assert (reply.thinking, reply.text, reply.finish_reason) == ("END", "but here ", "stop")
     assert reply.tokens == ids("<|channel>END<channel|>but here ")
 
 
-def test_a_cancelled_chat_keeps_what_was_chosen():
+def test_a_cancelled_chat_keeps_its_tokens():
     reply = reply_of(whole("<|channel>thought\nabc"), thinking=True, cancel=After(12))
     assert (reply.finish_reason, reply.text, reply.thinking) == ("cancelled", "", "ab")
     assert reply.usage.reasoning_tokens == 10

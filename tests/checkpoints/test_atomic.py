@@ -28,7 +28,7 @@ def older(folder: Path) -> Path:
     return folder
 
 
-def test_files_of_the_older_checkpoint_go(single: Path, tmp_path: Path) -> None:
+def test_files_of_the_older_checkpoint_are_removed(single: Path, tmp_path: Path) -> None:
     """The file that ModelOpt writes would be taken for the new weights' own, and the tokenizer for theirs."""
     synthesize("tiny", older(tmp_path / "random"))
     assert load_network(tmp_path / "random").config.vocab_size == 64
@@ -39,7 +39,7 @@ def test_files_of_the_older_checkpoint_go(single: Path, tmp_path: Path) -> None:
         assert "notes.txt" in left and "model-00001-of-00002.safetensors" not in left
 
 
-def test_a_save_takes_what_spoke_of_the_older_weights_with_it(single: Path, tmp_path: Path) -> None:
+def test_a_save_removes_files_that_describe_the_older_weights(single: Path, tmp_path: Path) -> None:
     network = load_network(single)
     save_checkpoint(older(tmp_path / "out"), network, generation=GenerationConfig(), kept_from=single)
     left = {file.name for file in (tmp_path / "out").iterdir()}
@@ -47,7 +47,7 @@ def test_a_save_takes_what_spoke_of_the_older_weights_with_it(single: Path, tmp_
     load_network(tmp_path / "out")
 
 
-def test_what_fails_leaves_no_directory(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_no_directory(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(CheckpointError, match="GiB left"):
         convert_checkpoint(single, tmp_path / "out", format_named("fp8"))
@@ -62,7 +62,7 @@ def test_what_fails_leaves_no_directory(single: Path, tmp_path: Path, monkeypatc
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["theirs"]
 
 
-def test_a_source_that_cannot_be_read_is_not_taken_for_the_target(
+def test_a_source_that_cannot_be_read_is_not_the_target(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class MalformedToolCallEvent:

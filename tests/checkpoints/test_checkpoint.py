@@ -19,7 +19,7 @@ from tests.builders.files import figures
 from tests.builders.gguf_files import wide, write_gguf
 
 
-def test_a_gguf_file_is_a_model(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_a_gguf_file_is_opened_as_a_checkpoint(tiny: ModelConfig, tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     write_gguf(file, wide(tiny), Type.Q8_0, keys={"diffusion.eb_max_steps": 6})
     lm = blockpress.load(file)
@@ -34,14 +34,14 @@ def test_a_gguf_file_is_a_model(tiny: ModelConfig, tmp_path: Path) -> None:
         lm.chat([{"role": "user", "content": [{"type": "image", "image": b""}]}])
 
 
-def test_a_directory_is_a_model() -> None:
+def test_a_directory_is_opened_as_a_checkpoint() -> None:
     checkpoint = open_checkpoint("sudoku-nano")
     assert checkpoint.gguf is None
     assert checkpoint.config == blockpress.load("sudoku-nano").config
     assert checkpoint.tokenizer() is not None
 
 
-def test_what_was_opened_is_loaded_without_its_name(single: Path, tiny: ModelConfig, tmp_path: Path) -> None:
+def test_an_open_checkpoint_loads_without_its_path(single: Path, tiny: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", wide(tiny), Type.Q8_0)
     for place in (single, tmp_path / "x.gguf"):
         opened = open_checkpoint(place)
@@ -54,7 +54,7 @@ def test_what_was_opened_is_loaded_without_its_name(single: Path, tiny: ModelCon
     assert load_network(opened, config=longer).config is longer
 
 
-def test_opening_reads_nothing_that_is_not_asked_for(copied: Copied, single: Path) -> None:
+def test_opening_reads_lazily(copied: Copied, single: Path) -> None:
     """What is damaged is said by who needs it: a config, while the weights are gone, and the other way round."""
     folder = copied()
     (folder / "model.safetensors").unlink()
@@ -69,7 +69,7 @@ def test_opening_reads_nothing_that_is_not_asked_for(copied: Copied, single: Pat
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_damaged_file_is_named_each_time(name: str, copied: Copied) -> None:
+def test_a_damaged_file_is_named_at_every_access(name: str, copied: Copied) -> None:
     folder = copied()
     (folder / name).write_text("{")
     opened = Checkpoint(path=folder)
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_named_each_time(name: str, copied: Copied) -> None:
         assert "fetch the file again" in caught.value.hint
 
 
-def test_what_is_neither_is_said(tmp_path: Path) -> None:
+def test_neither_directory_nor_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nothing-like-it"):
         open_checkpoint("nothing-like-it")
     (tmp_path / "a.gguf").touch()

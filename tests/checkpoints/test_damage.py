@@ -81,7 +81,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("little_memory")
-def test_changed_bytes_of_a_header(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_changed_header_bytes_are_refused_or_harmless(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     wanted = contents(load_network(whole[name]))
     file = Path(shutil.copytree(whole[name], tmp_path / "copy")) / SINGLE
     data = file.read_bytes()
@@ -99,7 +99,7 @@ def test_changed_bytes_of_a_header(name: str, whole: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_cut_short(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_truncated_files_are_refused(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     file = Path(shutil.copytree(whole[name], tmp_path / "copy")) / SINGLE
     data = file.read_bytes()
     draw = random.Random(name)
@@ -109,7 +109,7 @@ def test_files_cut_short(name: str, whole: dict[str, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tensors_that_are_gone_doubled_or_of_another_type(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_changed_tensors_are_refused_or_harmless(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole[name], tmp_path / "copy"))
     wanted, tensors = contents(load_network(folder)), load_file(folder / SINGLE)
     draw = random.Random(name)
@@ -145,7 +145,7 @@ ODD = [None, 0, 3, -1, 10**30, 1.5, "", "float", "int", "group", "re:(", [], [3]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fields_of_the_config(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_changed_quantization_fields_are_refused_or_harmless(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole[name], tmp_path / "copy"))
     wanted, data = contents(load_network(folder)), json.loads((folder / "config.json").read_text())
     draw, refused, tried = random.Random(name), 0, 0
@@ -175,7 +175,7 @@ def test_fields_of_the_config(name: str, whole: dict[str, Path], tmp_path: Path)
     ],
     ids=["a shard that is not there", "a tensor that no shard holds", "a shard elsewhere"],
 )
-def test_an_index_that_is_wrong(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+def test_a_wrong_index_is_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     folder = write(tmp_path, FORMS["nvfp4"], shard_bytes=20_000).folder
     change_json(folder / INDEX, change)
     assert isinstance(refusal(folder), CheckpointError)

@@ -64,7 +64,7 @@ def small(tiny: ModelConfig) -> ModelConfig:
     ],
     ids=lambda kind: kind.name,
 )
-def test_a_file_runs_as_its_values(kind: Type, config: ModelConfig, tmp_path: Path) -> None:
+def test_a_gguf_network_computes_what_its_values_compute(kind: Type, config: ModelConfig, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "x.gguf", config, kind)
     network = load_gguf_network(tmp_path / "x.gguf", dtype="float32")
     ours, theirs = weights_of(network), truth.state_dict()
@@ -117,7 +117,7 @@ def test_types_are_mixed_as_in_published_files(config: ModelConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
-def test_gate_and_up_may_lie_apart(kind: Type, config: ModelConfig, tmp_path: Path) -> None:
+def test_gate_and_up_may_be_stored_apart(kind: Type, config: ModelConfig, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "x.gguf", config, kind, apart=True)
     network = load_gguf_network(tmp_path / "x.gguf", dtype="float32")
     assert all(torch.equal(value, truth.state_dict()[name]) for name, value in weights_of(network).items())
@@ -135,7 +135,7 @@ def test_gate_and_up_may_be_of_different_types(config: ModelConfig, tmp_path: Pa
     torch.testing.assert_close(up, truth.chunk(2, dim=1)[1], rtol=0, atol=0.002)
 
 
-def test_a_part_of_a_model_is_refused(small: ModelConfig, tmp_path: Path) -> None:
+def test_a_split_gguf_file_is_refused(small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small, keys={"split.count": 3})
     error = refusal(tmp_path / "x.gguf")
     assert "one of 3 parts" in error.message
@@ -169,7 +169,7 @@ def put(name: str, like: str, plus: float = 0.0) -> Change:
         (put("rope_freqs.weight", "rope_freqs.weight", 1), ConfigError, "rope_freqs.weight"),
     ],
 )
-def test_tensors_that_do_not_fit(
+def test_tensors_that_do_not_fit_are_refused(
     change: Change, error: type[BlockpressError], words: str, small: ModelConfig, tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "x.gguf", small, change=change)
@@ -181,12 +181,12 @@ def test_tensors_that_do_not_fit(
 @pytest.mark.parametrize(
     "change", [put("output.weight", "token_embd.weight"), drop("rope_freqs.weight")], ids=["tie", "rope"]
 )
-def test_tensors_that_say_nothing_new(change: Change, small: ModelConfig, tmp_path: Path) -> None:
+def test_redundant_tensors_are_optional(change: Change, small: ModelConfig, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "x.gguf", small, change=change)
     assert torch.equal(figures(load_gguf_network(tmp_path / "x.gguf")), figures(truth))
 
 
-def test_without_scalars_of_its_own_the_causal_pass_takes_the_canvas_ones(small: ModelConfig, tmp_path: Path) -> None:
+def test_missing_causal_scalars_default_to_the_canvas_scalars(small: ModelConfig, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "x.gguf", small, change=drop("blk.0.enc_layer_output_scale.weight"))
     layer = load_gguf_network(tmp_path / "x.gguf").layers[0]
     assert torch.equal(layer.causal_scalar, truth.layers[0].layer_scalar)
@@ -202,7 +202,7 @@ def test_scalars_may_be_named_without_weight(small: ModelConfig, tmp_path: Path)
     assert torch.equal(figures(load_gguf_network(tmp_path / "x.gguf")), figures(truth))
 
 
-def test_arguments(small: ModelConfig, tmp_path: Path) -> None:
+def test_load_arguments_are_checked(small: ModelConfig, tmp_path: Path) -> None:
     file, seen = tmp_path / "x.gguf", []
     write_gguf(file, small, Type.Q8_0)
     network = load_gguf_network(str(file), progress=lambda done, total: seen.append((done, total)))
@@ -220,9 +220,7 @@ def test_arguments(small: ModelConfig, tmp_path: Path) -> None:
         load_gguf_network(tmp_path / "absent.gguf")
 
 
-def test_a_device_without_room_is_said_with_the_size(
-    small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_names_the_size(small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -237,7 +235,7 @@ def test_a_device_without_room_is_said_with_the_size(
     ("dtype", "compute"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.BF16])
-def test_the_room_asked_for_is_the_room_taken(
+def test_memory_is_checked_for_what_is_allocated(
     dtype: str, compute: str, kind: Type, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -248,9 +246,7 @@ def test_the_room_asked_for_is_the_room_taken(
     assert asked == [packed + sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])]
 
 
-def test_a_disk_that_fails_is_an_error_of_ours(
-    small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_error_is_an_error_of_ours(small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
@@ -260,7 +256,7 @@ def test_a_disk_that_fails_is_an_error_of_ours(
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])
-def test_a_head_of_its_own_is_found_in_every_piece(
+def test_a_head_that_differs_from_the_embedding_is_refused(
     place: int, small: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(tensors: dict[str, Any]) -> None:
@@ -274,7 +270,7 @@ def test_a_head_of_its_own_is_found_in_every_piece(
     assert "output.weight differs" in refusal(tmp_path / "x.gguf").message
 
 
-def test_pictures_are_refused_for_want_of_a_tower(small: ModelConfig, tmp_path: Path) -> None:
+def test_pictures_are_refused_without_a_vision_tower(small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small)
     config = open_gguf(tmp_path / "x.gguf").config
     for opener in (load_vision, load_picture_settings):
@@ -282,7 +278,7 @@ def test_pictures_are_refused_for_want_of_a_tower(small: ModelConfig, tmp_path: 
             opener(tmp_path / "x.gguf", config=config)
 
 
-def test_text_in_text_out(small: ModelConfig, tmp_path: Path) -> None:
+def test_a_gguf_model_generates_text(small: ModelConfig, tmp_path: Path) -> None:
     """A whole answer from one file: weights, sampler, stop ids and vocabulary; packed as its floats give it."""
     truth = write_gguf(tmp_path / "x.gguf", small, Type.Q8_0, keys={"diffusion.eb_max_steps": 6})
     file = open_gguf(tmp_path / "x.gguf")
@@ -298,7 +294,7 @@ def test_text_in_text_out(small: ModelConfig, tmp_path: Path) -> None:
     assert 0 < len(replies[0].tokens) <= 30
 
 
-def test_find(tmp_path: Path) -> None:
+def test_find_gguf_resolves_files_and_directories(tmp_path: Path) -> None:
     assert find_gguf(tmp_path) is None
     assert find_gguf(tmp_path / "absent") is None
     assert find_gguf("\0") is None

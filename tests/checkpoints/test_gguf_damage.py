@@ -27,7 +27,7 @@ def file(tiny: ModelConfig, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's address-space limit")
-def test_damage_is_an_error_of_ours(file: Path) -> None:
+def test_random_damage_is_refused_or_harmless(file: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.builders.gguf_breaker", str(file), "60", "1"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
@@ -48,7 +48,7 @@ def test_damage_is_an_error_of_ours(file: Path) -> None:
         (b"GGUF\3\0\0\0" + b"\xff" * 16, DamagedFile, "announces"),
     ],
 )
-def test_files_of_other_kinds(data: bytes, error: type[CheckpointError], words: str, tmp_path: Path) -> None:
+def test_other_file_formats_are_refused(data: bytes, error: type[CheckpointError], words: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(error) as caught:
         open_gguf(tmp_path / "x.gguf")
@@ -56,7 +56,7 @@ def test_files_of_other_kinds(data: bytes, error: type[CheckpointError], words: 
     assert words in caught.value.message
 
 
-def test_a_file_that_shrinks_while_it_is_read(file: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(file: Path) -> None:
     header = read_header(file)
     last = max(header.tensors.values(), key=lambda tensor: tensor.start)
     with file.open("r+b") as stream:
@@ -72,7 +72,7 @@ def test_a_file_cut_short_is_refused_by_its_header(file: Path) -> None:
         open_gguf(file)
 
 
-def test_a_tensor_begins_where_the_last_one_ended(file: Path) -> None:
+def test_tensors_must_be_contiguous(file: Path) -> None:
     data = bytearray(file.read_bytes())
     place = data.index(b"blk.1.attn_k.weight") + len(b"blk.1.attn_k.weight") + 4 + 2 * 8 + 4
     data[place + 1] ^= 1
@@ -81,14 +81,14 @@ def test_a_tensor_begins_where_the_last_one_ended(file: Path) -> None:
         open_gguf(file)
 
 
-def test_layers_are_not_counted_up_to_a_number_that_lies(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_an_absurd_layer_count_is_refused_at_once(tiny: ModelConfig, tmp_path: Path) -> None:
     keys = {"block_count": 1_000_000, "attention.sliding_window_pattern": 6, "attention.head_count_kv": 1}
     write_gguf(tmp_path / "x.gguf", narrow(tiny), keys=keys)
     with pytest.raises(ConfigError, match="block_count is 1000000"):
         open_gguf(tmp_path / "x.gguf")
 
 
-def test_a_length_that_lies_names_its_key(file: Path) -> None:
+def test_a_false_length_names_its_key(file: Path) -> None:
     """What sends the package's own reader to allocate without end."""
     data = bytearray(file.read_bytes())
     place = data.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8

@@ -27,7 +27,7 @@ def small(tiny: ModelConfig) -> ModelConfig:
     return narrow(tiny)
 
 
-def test_metadata_is_the_config_it_was_made_from(small: ModelConfig, tmp_path: Path) -> None:
+def test_metadata_gives_back_its_config(small: ModelConfig, tmp_path: Path) -> None:
     for made in (small, replace(small, full_rope=Rope(theta=5e5, kind="proportional", partial=0.5), canvas_length=9)):
         write_gguf(tmp_path / "x.gguf", made, Type.Q8_0)
         assert open_gguf(tmp_path / "x.gguf").config == made
@@ -66,7 +66,7 @@ def test_the_published_header_is_the_published_model() -> None:
     assert read_generation(header, published).stop_ids == (1, 106, 50)
 
 
-def test_config_json_of_it_gives_it_back(small: ModelConfig, tmp_path: Path) -> None:
+def test_config_json_round_trips_gguf_metadata(small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small, Type.Q8_0)
     read = open_gguf(tmp_path / "x.gguf").config
     assert ModelConfig.from_dict(read.to_dict()) == read
@@ -84,14 +84,14 @@ def test_config_json_of_it_gives_it_back(small: ModelConfig, tmp_path: Path) -> 
         ({"rope.freq_base": None, "rope.freq_base_swa": None}, {}),
     ],
 )  # fmt: skip
-def test_other_spellings_are_read(
+def test_alternative_metadata_keys_are_read(
     keys: dict[str, Any], expected: dict[str, Any], small: ModelConfig, tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "x.gguf", small, Type.Q8_0, keys=keys)
     assert open_gguf(tmp_path / "x.gguf").config == replace(small, **expected)
 
 
-def test_sampler_and_stop_ids(small: ModelConfig, tmp_path: Path) -> None:
+def test_sampler_and_stop_ids_are_read(small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small)
     generation = open_gguf(tmp_path / "x.gguf").generation
     assert (generation.sampling, generation.stop_ids) == (Sampling(), (1, 6, 7))
@@ -131,7 +131,7 @@ def test_sampler_and_stop_ids(small: ModelConfig, tmp_path: Path) -> None:
         ({"split.count": [1, 2]}, "is not understood"),
     ],
 )  # fmt: skip
-def test_metadata_that_cannot_be_meant(keys: dict[str, Any], words: str, small: ModelConfig, tmp_path: Path) -> None:
+def test_invalid_metadata_is_refused(keys: dict[str, Any], words: str, small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small, keys=keys)
     error = refusal(tmp_path / "x.gguf")
     assert isinstance(error, ConfigError)

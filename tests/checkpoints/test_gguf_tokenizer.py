@@ -102,7 +102,7 @@ def packed(keys: dict[str, Any]) -> bytes:
     return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(named)) + b"".join(text(k) + one(v) for k, v in named.items())
 
 
-def test_the_published_vocabulary_comes_through_a_file(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_the_published_vocabulary_round_trips(keys: dict[str, Any], tmp_path: Path) -> None:
     few = {key: value[:300] if isinstance(value, list | np.ndarray) else value for key, value in keys.items()}
     listed = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in few.items()}
     write_file(tmp_path / "few.gguf", listed, {})
@@ -113,7 +113,7 @@ def test_the_published_vocabulary_comes_through_a_file(keys: dict[str, Any], tmp
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_published_ids(text: str, ours: Tokenizer, published: Tokenizer) -> None:
+def test_gguf_ids_equal_the_published_tokenizer_s(text: str, ours: Tokenizer, published: Tokenizer) -> None:
     ids = published.encode(text, add_special=False)
     assert ours.encode(text, add_special=False) == ids
     # The file calls <mask> a control token, as transformers does; tokenizer.json alone does not.
@@ -124,11 +124,11 @@ def test_the_published_ids(text: str, ours: Tokenizer, published: Tokenizer) -> 
 
 @given(text=st.text(st.characters(codec="utf-8") | st.sampled_from([" ", "\n", "\t", "▁", "<", ">", "|"]), max_size=60))
 @settings(max_examples=200)
-def test_the_published_ids_of_any_text(text: str, ours: Tokenizer, published: Tokenizer) -> None:
+def test_gguf_ids_of_any_text_equal_the_published_tokenizer_s(text: str, ours: Tokenizer, published: Tokenizer) -> None:
     assert ours.encode(text, add_special=False) == published.encode(text, add_special=False)
 
 
-def test_the_published_added_tokens(ours: Tokenizer, published: Tokenizer) -> None:
+def test_added_tokens_are_the_published_ones(ours: Tokenizer, published: Tokenizer) -> None:
     """Which pieces are cut out of a text is not in the file: it follows from what they are."""
 
     def added(tokenizer: Tokenizer) -> dict[int, tuple[str, bool]]:
@@ -140,13 +140,13 @@ def test_the_published_added_tokens(ours: Tokenizer, published: Tokenizer) -> No
     assert ours.special_ids == published.special_ids | {4}
 
 
-def test_bos_and_names(ours: Tokenizer) -> None:
+def test_bos_and_token_names_are_read(ours: Tokenizer) -> None:
     assert ours.encode("Hi")[0] == ours.bos == 2
     assert ours.encode("<bos>Hi") == ours.encode("Hi")
     assert (ours.eos, ours.pad, ours.special_tokens["mask_token"]) == (1, 0, "<mask>")
 
 
-def test_a_saved_tokenizer_is_the_same(tmp_path: Path) -> None:
+def test_a_saved_gguf_tokenizer_is_the_same(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(header_of(tmp_path))
     assert tokenizer is not None
     text = "abc ab\n\n  <table>a<turn|>"
@@ -155,7 +155,7 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path) -> None:
     assert tokenizer.encode(text) == Tokenizer.from_directory(tmp_path / "saved").encode(text) == ids
 
 
-def test_a_file_may_have_none(tmp_path: Path) -> None:
+def test_a_gguf_file_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
     for model in ("none", "no_vocab", None):
         assert read_tokenizer(header_of(tmp_path, model=model)) is None
 
@@ -179,7 +179,9 @@ def test_a_file_may_have_none(tmp_path: Path) -> None:
         ({"eos_token_id": "x"}, DamagedFile, "eos_token_id is 'x'"),
     ],
 )
-def test_damage(changes: dict[str, Any], error: type[BlockpressError], words: str, tmp_path: Path) -> None:
+def test_damaged_tokenizers_are_refused(
+    changes: dict[str, Any], error: type[BlockpressError], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(error) as caught:
         read_tokenizer(header_of(tmp_path, **changes))
     assert words in caught.value.message

@@ -25,7 +25,7 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-def test_the_catalogue_holds_every_tensor_once(single: Path, sharded: Path) -> None:
+def test_every_tensor_is_listed_once(single: Path, sharded: Path) -> None:
     assert len(shards(sharded)) > 2
     for folder in (single, sharded):
         found, real = read_index(folder), tensors_of(folder)
@@ -36,18 +36,18 @@ def test_the_catalogue_holds_every_tensor_once(single: Path, sharded: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.bool, torch.float8_e4m3fn])
-def test_bytes_are_those_of_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_byte_counts_follow_from_types(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(3, 5, dtype=dtype)}, tmp_path / SINGLE)
     assert read_index(tmp_path)["x"].bytes == 15 * dtype.itemsize
 
 
-def test_the_single_file_counts_where_both_are_there(copied: Copied, single: Path) -> None:
+def test_a_single_file_takes_precedence_over_shards(copied: Copied, single: Path) -> None:
     folder = copied(in_shards=True)
     (folder / SINGLE).write_bytes((single / SINGLE).read_bytes())
     assert {stored.file.name for stored in read_index(folder).values()} == {SINGLE}
 
 
-def test_a_file_cut_anywhere_is_refused(copied: Copied) -> None:
+def test_a_file_truncated_anywhere_is_refused(copied: Copied) -> None:
     file = copied() / SINGLE
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -64,7 +64,7 @@ def test_a_file_cut_anywhere_is_refused(copied: Copied) -> None:
     assert type(refusal(file.parent)) is DamagedFile
 
 
-def test_a_shard_cut_short_is_named(copied: Copied) -> None:
+def test_a_truncated_shard_is_named(copied: Copied) -> None:
     folder = copied(in_shards=True)
     last = shards(folder)[-1]
     last.write_bytes(last.read_bytes()[:-1])
@@ -198,14 +198,14 @@ def test_a_link_to_a_shard_is_followed(copied: Copied, sharded: Path) -> None:
     assert same(dict(load_network(folder).state_dict()), dict(load_network(sharded).state_dict()))
 
 
-def test_other_formats_are_said_not_to_be_read(copied: Copied) -> None:
+def test_other_formats_are_refused_by_name(copied: Copied) -> None:
     folder = copied()
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     error = refusal(folder)
     assert "safetensors only" in error.hint
 
 
-def test_the_index_may_say_more_than_it_must_and_less(copied: Copied, sharded: Path) -> None:
+def test_an_index_may_have_extra_keys_and_no_metadata(copied: Copied, sharded: Path) -> None:
     folder = copied(in_shards=True)
     data = json.loads((folder / INDEX).read_text())
     assert data.keys() > {"weight_map"}

@@ -53,7 +53,7 @@ def values(network: Network) -> Network:
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-def test_floats_are_rounded(storage: torch.dtype, single: Path) -> None:
+def test_float_checkpoints_are_rounded_to_int8(storage: torch.dtype, single: Path) -> None:
     exact = load_network(single, dtype=storage, compute_dtype=storage)
     network = load_network(single, dtype=storage, compute_dtype="int8")
     check(network, storage)
@@ -68,7 +68,7 @@ def test_floats_are_rounded(storage: torch.dtype, single: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8 channel", "int8 group asymmetric", "fp8 channel", "int4 group", "nvfp4"])
-def test_packed_checkpoints(form: str, tmp_path: Path) -> None:
+def test_packed_checkpoints_run_in_int8(form: str, tmp_path: Path) -> None:
     made = write(tmp_path, FORMS[form])
     packed, network = load_network(made.folder), load_network(made.folder, compute_dtype="int8")
     check(network, torch.bfloat16 if made.config.dtype == "bfloat16" else torch.float32)
@@ -83,14 +83,14 @@ def test_packed_checkpoints(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
-def test_gguf(kind: str, tmp_path: Path) -> None:
+def test_gguf_files_run_in_int8(kind: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", narrow(TINY), gguf.GGMLQuantizationType[kind])
     network = load_gguf_network(tmp_path / "x.gguf", dtype="bfloat16", compute_dtype="int8")
     products = {name for name, weight in held(network).items() if isinstance(weight, IntegerWeight)}
     assert products == multiplied(network) and network.product_dtype == torch.int8
 
 
-def test_a_canvas_comes_out_as_from_floats() -> None:
+def test_int8_generates_the_canvas_of_floats() -> None:
     """Rounding shows in the logits, and hardly ever in what a trained model writes of a puzzle that is no riddle."""
     whole, integers = blockpress.load("sudoku-nano"), blockpress.load("sudoku-nano", compute_dtype="int8")
     assert integers.network.product_dtype == torch.int8
@@ -100,7 +100,7 @@ def test_a_canvas_comes_out_as_from_floats() -> None:
     assert 1e-4 < float((own - exact).norm() / exact.norm()) < 0.05
 
 
-def test_what_cannot_be_saved_or_moved(single: Path, tmp_path: Path) -> None:
+def test_an_int8_network_is_neither_saved_nor_moved(single: Path, tmp_path: Path) -> None:
     network = load_network(single, compute_dtype="int8")
     with pytest.raises(RequestError, match="is packed, and no floats are left"):
         save_checkpoint(tmp_path / "no", network, generation=GenerationConfig())
@@ -109,7 +109,7 @@ def test_what_cannot_be_saved_or_moved(single: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "bench-4k"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_what_the_formula_says(name: str, dtype: str) -> None:
+def test_memory_equals_the_formula(name: str, dtype: str) -> None:
     config = shape_named(name)
     network = randomised(name, config, dtype=dtype, compute_dtype="int8").network
     buffers = sum(buffer.nbytes for buffer in network.buffers())
@@ -120,7 +120,7 @@ def test_memory_is_what_the_formula_says(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma4", "dense"])
-def test_memory_of_the_sibling(family: str) -> None:
+def test_memory_of_the_sibling_equals_the_formula(family: str) -> None:
     config = replace(TINY, family="gemma4", canvas_length=1)
     if family == "dense":
         config = replace(config, num_experts=0, top_k_experts=0, expert_size=0)
@@ -130,13 +130,13 @@ def test_memory_of_the_sibling(family: str) -> None:
     assert sum(weight_bytes(network).values()) + 2 * buffers == costs.integer_weights(config, config.dtype)
 
 
-def test_packed_files_count_as_integers_too(tmp_path: Path) -> None:
+def test_the_formula_counts_packed_files(tmp_path: Path) -> None:
     made = write(tmp_path, FORMS["int4 group"])
     need = needed(made.config, 10, compute_dtype="int8", files=survey(made.folder))
     assert need.weights == costs.integer_weights(made.config, made.config.dtype)
 
 
-def test_a_benchmark_says_so() -> None:
+def test_a_benchmark_reports_int8() -> None:
     subject = randomised("tiny", TINY, dtype="bfloat16", compute_dtype="int8")
     assert subject.types == {"dtype": "bfloat16", "compute_dtype": "int8"}
     assert subject.in_types == "bfloat16, computed in int8"
@@ -162,14 +162,14 @@ def test_a_benchmark_says_so() -> None:
         (replace(TINY, expert_size=1 << 20), "cpu", "the model's expert_size is 1048576", "leave 32 bits"),
     ],
 )
-def test_what_is_refused(config: ModelConfig, device: str, message: str, hint: str) -> None:
+def test_unsupported_int8_is_refused_by_name(config: ModelConfig, device: str, message: str, hint: str) -> None:
     for asked in ("int8", torch.int8):
         with pytest.raises(RequestError) as caught:
             choose_types("bfloat16", asked, config, torch.device(device))
         assert message in caught.value.message and hint in caught.value.hint
 
 
-def test_the_tower_is_of_floats(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vision_tower_stays_float(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match=r"compute_dtype is int8, and the vision tower.*give compute_dtype float32"):
         load_vision(single, dtype="bfloat16", compute_dtype="int8")
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
@@ -178,7 +178,7 @@ def test_the_tower_is_of_floats(single: Path, monkeypatch: pytest.MonkeyPatch) -
     assert load_network(single, dtype="bfloat16").product_dtype == torch.int8, "the variable is for the network"
 
 
-def test_the_variable_is_no_way_onto_a_card(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_refused_on_a_gpu_even_by_variable(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
     with pytest.raises(ConfigError, match=r"BLOCKPRESS_COMPUTE_DTYPE is 'int8', and the device is 'meta'"):
         load_network(single, device="meta")

@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_are_refused(
         raise error
 
 
-def test_what_does_not_fit_is_refused_before_a_weight_is_read(copied: Copied) -> None:
+def test_a_mismatch_is_refused_before_a_weight_is_read(copied: Copied) -> None:
     folder = copied()
     change_tensors(folder, put("model.decoder.extra", torch.zeros(1)))
     calls: list[tuple[int, int]] = []
@@ -162,7 +162,7 @@ def with_tables(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [with_ties, first_names_only, with_tables])
-def test_what_other_programs_write_beside_the_weights_is_taken(change: Change, copied: Copied, single: Path) -> None:
+def test_redundant_tensors_of_other_programs_are_accepted(change: Change, copied: Copied, single: Path) -> None:
     folder = copied()
     change_tensors(folder, change)
     assert same(dict(load_network(folder).state_dict()), dict(load_network(single).state_dict()))
@@ -181,7 +181,7 @@ def test_ties_may_be_stored_in_another_type(copied: Copied) -> None:
     assert same(dict(load_network(folder).state_dict()), wanted)
 
 
-def test_without_scalars_of_its_own_the_causal_pass_takes_the_canvas_s(copied: Copied) -> None:
+def test_missing_causal_scalars_default_to_the_canvas_scalars(copied: Copied) -> None:
     folder = copied()
     before = load_network(folder)
     assert not torch.equal(before.layers[1].causal_scalar, before.layers[1].layer_scalar)
@@ -227,7 +227,7 @@ def test_an_unknown_dtype_in_the_config_is_the_file_s(given: object, copied: Cop
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "cpu:nine"])
-def test_a_device_that_there_is_not_is_the_caller_s_mistake(device: str, single: Path) -> None:
+def test_an_unknown_device_is_the_caller_s_mistake(device: str, single: Path) -> None:
     error = refusal(single, device=device)
     assert type(error) is RequestError
     assert device in error.message
@@ -241,9 +241,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("full", FULL, ids=["CUDA", "CPU", "Python"])
-def test_a_device_without_room_is_said_with_the_size(
-    full: Exception, single: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_names_the_size(full: Exception, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise full
 
@@ -253,7 +251,7 @@ def test_a_device_without_room_is_said_with_the_size(
     assert re.search(r"device 'cpu' has no room for the weights, which take \d+\.\d GiB", error.message)
 
 
-def test_a_fault_of_ours_is_not_taken_for_a_lack_of_room(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_error_is_not_reported_as_out_of_memory(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "put", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         load_network(single)
@@ -342,7 +340,7 @@ def test_a_config_of_something_else_is_refused(
     ],
     ids=["empty", "open", "cut short", "a list", "null", "not UTF-8", "too deep", "a web page"],
 )
-def test_json_that_is_damaged_is_said_so(name: str, content: bytes, copied: Copied, seeing: ModelConfig) -> None:
+def test_damaged_json_is_named(name: str, content: bytes, copied: Copied, seeing: ModelConfig) -> None:
     folder = copied()
     (folder / name).write_bytes(content)
     with pytest.raises(DamagedFile, match=name) as caught:
@@ -351,7 +349,7 @@ def test_json_that_is_damaged_is_said_so(name: str, content: bytes, copied: Copi
 
 
 @pytest.mark.parametrize("change", [{"t_min": "cold"}, {"sampler_config": 3}, {"eos_token_id": "end"}])
-def test_a_sampler_that_cannot_be_is_refused(change: dict[str, Any], copied: Copied, seeing: ModelConfig) -> None:
+def test_an_invalid_sampler_is_refused(change: dict[str, Any], copied: Copied, seeing: ModelConfig) -> None:
     folder = copied()
     change_json(folder / "generation_config.json", lambda data: data.update(change))
     with pytest.raises(ConfigError):

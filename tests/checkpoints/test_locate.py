@@ -24,11 +24,11 @@ def package(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return models
 
 
-def test_a_directory_is_itself(single: Path) -> None:
+def test_a_directory_resolves_to_itself(single: Path) -> None:
     assert resolve(single) == resolve(str(single)) == single
 
 
-def test_a_shipped_model_goes_by_its_name(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_model_is_found_by_name(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shipped() == {"some-model": package / "some-model"}
     assert resolve("some-model") == package / "some-model"
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,7 @@ def test_an_unknown_name_lists_the_shipped_ones_and_says_download(package: Path,
     assert "download" in caught.value.hint and "blockpress pull" in caught.value.hint
 
 
-def test_a_gguf_file_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_resolves_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "some-Q4_K_M.gguf"
     file.write_bytes(b"GGUF")
     assert resolve(file) == resolve(str(file)) == file
@@ -95,14 +95,14 @@ def test_a_directory_without_config_is_no_checkpoint(opener: object, tmp_path: P
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_file_is_no_checkpoint(opener: object, single: Path) -> None:
+def test_another_file_is_no_checkpoint(opener: object, single: Path) -> None:
     assert callable(opener)
     with pytest.raises(CheckpointError, match="is a file, not a checkpoint"):
         opener(single / "model.safetensors")
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_nothing_is_no_checkpoint(opener: object, tmp_path: Path) -> None:
+def test_an_empty_path_is_no_checkpoint(opener: object, tmp_path: Path) -> None:
     assert callable(opener)
     with pytest.raises(ModelNotFound, match="nowhere"):
         opener(tmp_path / "nowhere")

@@ -121,7 +121,7 @@ def peaks(workspace: Path) -> Peaks:
 
 
 @pytest.mark.parametrize(("case", "itemsize"), [("shards", 2), ("cast", 4)])
-def test_loading_holds_the_weights_and_one_tensor(case: str, itemsize: int, peaks: Peaks) -> None:
+def test_loading_peaks_at_the_weights_and_one_tensor(case: str, itemsize: int, peaks: Peaks) -> None:
     peak, sizes = peaks[case]
     weights, largest = sum(sizes.values()) * itemsize, max(sizes.values()) * itemsize
     assert largest + SLACK < 0.4 * weights, "a second copy of the weights, or a mapped file, would not pass"
@@ -129,7 +129,7 @@ def test_loading_holds_the_weights_and_one_tensor(case: str, itemsize: int, peak
     assert peak < weights + largest + SLACK, f"{peak / MIB:.0f} MiB for weights of {weights / MIB:.0f}"
 
 
-def test_saving_holds_one_shard_beside_the_network(peaks: Peaks) -> None:
+def test_saving_peaks_at_the_network_and_one_shard(peaks: Peaks) -> None:
     peak, sizes = peaks["saved"]
     assert max(sizes.values()) * 2 <= SHARD
     assert sum(sizes.values()) * 2 > SHARD + SLACK, "a copy of the whole network would not pass"

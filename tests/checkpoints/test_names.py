@@ -79,7 +79,7 @@ def test_the_large_model_has_the_names_and_shapes_of_the_reference() -> None:
         ("model.decoder.layers.0.mlp.up_proj.weight.absmax", "quantised"),
     ],
 )
-def test_a_name_is_of_one_kind(name: str, kind: str | None) -> None:
+def test_a_name_belongs_to_one_kind_of_tensor(name: str, kind: str | None) -> None:
     kinds = {"vision": is_vision, "derived": is_derived, "quantised": is_quantised}
     assert [label for label, holds in kinds.items() if holds(name)] == ([kind] if kind else [])
     assert (our_name(name) is None) == (kind == "vision")

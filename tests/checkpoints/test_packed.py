@@ -37,7 +37,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write(tmp_path_factory.mktemp("packed"), FORMS[request.param])
 
 
-def test_values_are_those_of_the_format_s_own_tools(written: Written) -> None:
+def test_unpacked_values_equal_those_of_the_format_s_own_tools(written: Written) -> None:
     packed = all_packed(load_network(written.folder))
     assert len(packed) == 2 * 2 + 2 * 3 + 4 + 3 + 3, "experts, MLPs, attention and self-conditioning"
     for name, weight in packed.items():
@@ -54,7 +54,7 @@ def test_values_are_those_of_the_format_s_own_tools(written: Written) -> None:
                 assert bits(weight.unpack(dtype)) == bits(value.to(dtype)), name
 
 
-def test_what_a_network_computes_is_what_its_floats_compute(written: Written) -> None:
+def test_a_packed_network_computes_what_its_floats_compute(written: Written) -> None:
     network, reference = load_network(written.folder), written.reference()
     floats = {name: as_multiplied(weight) for name, weight in all_packed(network).items()}
     assert reference.load_state_dict(floats, strict=False).unexpected_keys == []
@@ -96,7 +96,7 @@ def test_embedding_and_head_may_be_packed(name: str, tmp_path: Path) -> None:
     assert bits(rows) == bits(packed["embed_tokens.weight"].unpack(torch.float32)[ids])
 
 
-def test_experts_alone_may_be_packed_as_nvidia_has_it(tmp_path: Path) -> None:
+def test_experts_alone_may_be_packed_in_modelopt_s_layout(tmp_path: Path) -> None:
     made = write(tmp_path, FORMS["modelopt nvfp4"], packs=lambda base: ".experts." in base)
     packed = all_packed(load_network(made.folder))
     assert set(packed) == {f"layers.{n}.experts.{which}" for n in (0, 1) for which in ("gate_up_proj", "down_proj")}
@@ -112,7 +112,7 @@ def test_plain_experts_may_be_stored_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [500, 4_000, 20_000])
-def test_the_parts_of_a_matrix_may_lie_in_different_shards(shard_bytes: int, tmp_path: Path) -> None:
+def test_parts_of_a_matrix_may_lie_in_different_shards(shard_bytes: int, tmp_path: Path) -> None:
     whole = write(tmp_path / "whole", FORMS["nvfp4"])
     parted = write(tmp_path / "parted", FORMS["nvfp4"], shard_bytes=shard_bytes)
     assert len(list(parted.folder.glob("*.safetensors"))) > 3
@@ -142,7 +142,7 @@ def test_one_checkpoint_may_have_several_formats(tmp_path: Path) -> None:
     assert "q_proj is stored as e4m3, quantization_config says 4-bit float" in refusal(made.folder).message
 
 
-def test_the_file_beside_config_json_counts_where_config_json_says_nothing(tmp_path: Path) -> None:
+def test_hf_quant_config_counts_where_config_json_says_nothing(tmp_path: Path) -> None:
     made = write(tmp_path, FORMS["modelopt nvfp4"])
     before = figures(load_network(made.folder))
     change_json(made.folder / "config.json", lambda d: d.pop("quantization_config"))
@@ -164,7 +164,7 @@ def test_scales_of_activations_and_of_the_cache_change_nothing(tmp_path: Path) -
     assert isinstance(refusal(made.folder), CheckpointError)
 
 
-def test_packed_weights_follow_the_network(tmp_path: Path) -> None:
+def test_packed_weights_move_with_the_network(tmp_path: Path) -> None:
     made = write(tmp_path, FORMS["int8 channel"])
     network = load_network(made.folder)
     before = {name: weight.nbytes for name, weight in all_packed(network).items()}
@@ -174,7 +174,7 @@ def test_packed_weights_follow_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4 group", "fp8 channel"])
-def test_narrow_types_run(name: str, dtype: str, tmp_path: Path) -> None:
+def test_packed_weights_run_in_narrow_types(name: str, dtype: str, tmp_path: Path) -> None:
     # Every token goes through all experts: rounding must not choose others.
     made = write(tmp_path, FORMS[name], config=replace(small_config(), top_k_experts=3))
     network = load_network(made.folder, dtype=dtype, compute_dtype=dtype)
@@ -186,7 +186,7 @@ def test_narrow_types_run(name: str, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "compute"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
-def test_the_room_asked_for_is_the_room_taken(
+def test_memory_is_checked_for_what_is_allocated(
     dtype: str, compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, asked = write(tmp_path, FORMS["fp8 channel"]), []

@@ -226,7 +226,7 @@ def test_tensors_that_do_not_belong_together_are_refused(
         raise error
 
 
-def test_groups_that_do_not_divide_a_row(tmp_path: Path) -> None:
+def test_groups_that_do_not_divide_a_row_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, FORMS["int4 group asymmetric"]).folder
     change_json(
         folder / "config.json",
@@ -237,7 +237,7 @@ def test_groups_that_do_not_divide_a_row(tmp_path: Path) -> None:
     assert "groups of 24 do not divide" in error.message
 
 
-def test_a_scale_of_zero_of_a_group_of_tiny_values_is_meant(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_a_zero_scale_is_accepted_for_tiny_values(whole: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole["nvfp4"], tmp_path / "copy"))
     change_tensors(folder, damage(f"{QUERY}.weight_scale", with_first(0.0)))
     weight = load_network(folder).layers[0].self_attn.q_proj.weight
@@ -273,7 +273,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("said", "text"), SAID.values(), ids=SAID.keys())
-def test_methods_that_nothing_reads_are_refused_by_name(
+def test_unknown_methods_are_refused_by_name(
     said: dict[str, Any], text: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole["nvfp4"], tmp_path / "copy"))
@@ -285,7 +285,7 @@ def test_methods_that_nothing_reads_are_refused_by_name(
 
 
 @pytest.mark.parametrize(("said", "text"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
-def test_arguments_that_nothing_reads_are_refused_by_name(
+def test_unknown_arguments_are_refused_by_name(
     said: dict[str, Any], text: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole["int4 group asymmetric"], tmp_path / "copy"))
@@ -299,7 +299,7 @@ def test_arguments_that_nothing_reads_are_refused_by_name(
         raise error
 
 
-def test_a_matrix_has_the_scheme_of_its_own_group(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_a_matrix_uses_the_scheme_of_its_group(whole: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole["int4 group asymmetric"], tmp_path / "copy"))
 
     def add_a_group(data: dict[str, Any]) -> None:

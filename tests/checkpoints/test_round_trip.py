@@ -87,7 +87,7 @@ def check_as_near(network: Network, theirs: DiffusionGemmaForBlockDiffusion) -> 
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_theirs_to_ours_and_back(config: ModelConfig, in_shards: bool, tmp_path: Path) -> None:
+def test_a_transformers_checkpoint_round_trips(config: ModelConfig, in_shards: bool, tmp_path: Path) -> None:
     dtype = getattr(torch, config.dtype)
     theirs = build(config, seed=3)
     theirs = theirs if dtype == torch.float32 else to_bfloat16(theirs)
@@ -117,7 +117,7 @@ def test_theirs_to_ours_and_back(config: ModelConfig, in_shards: bool, tmp_path:
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_ours_to_theirs_and_back(
+def test_our_checkpoint_round_trips_through_transformers(
     config: ModelConfig, in_shards: bool, tmp_path: Path, random_network: RandomNetwork
 ) -> None:
     vision, kept = minimal_vision(1, config.hidden_size)
@@ -167,7 +167,7 @@ def test_both_spellings_of_the_full_layers_sizes_are_read(spelling: str, tmp_pat
     assert distance(figures(load_network(tmp_path)), their_figures(theirs)) < 1e-4
 
 
-def test_what_is_stored_in_bfloat16_may_run_in_float32(
+def test_a_bfloat16_checkpoint_may_run_in_float32(
     seeing: ModelConfig, random_network: RandomNetwork, tmp_path: Path
 ) -> None:
     network = random_network(seeing, 5)
@@ -195,7 +195,7 @@ def test_vision_tensors_survive_byte_for_byte(seeing: ModelConfig, tmp_path: Pat
     assert load_config(tmp_path).vision == seeing.vision
 
 
-def test_the_sampler_travels_both_ways(seeing: ModelConfig, random_network: RandomNetwork, tmp_path: Path) -> None:
+def test_the_sampler_round_trips(seeing: ModelConfig, random_network: RandomNetwork, tmp_path: Path) -> None:
     sampling = Sampling(steps=7, entropy_bound=0.5, t_min=0.3, t_max=0.9, stability=2, confidence=0.01)
     generation = GenerationConfig(sampling=sampling, stop_ids=(1, 5))
     kept = minimal_vision(0, seeing.hidden_size)[1]
@@ -215,7 +215,7 @@ def test_a_fresh_model_of_theirs_has_the_default_sampler(tmp_path: Path) -> None
     assert load_generation(tmp_path, replace(TINY, eos_ids=(4, 9))).stop_ids == (4, 9)
 
 
-def test_a_loaded_network_is_still_and_owns_its_memory(single: Path) -> None:
+def test_a_loaded_network_is_in_eval_mode_and_owns_its_memory(single: Path) -> None:
     network = load_network(single)
     assert isinstance(network, Network)
     assert not network.training

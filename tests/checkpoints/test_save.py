@@ -48,7 +48,7 @@ def network(seeing: ModelConfig, random_network: RandomNetwork) -> Network:
     return random_network(seeing, 2)
 
 
-def test_a_small_network_is_one_file_that_says_pt(blind: Network, tmp_path: Path) -> None:
+def test_a_small_network_is_one_file_marked_pt(blind: Network, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "new" / "model", blind, generation=GENERATION)
     folder = tmp_path / "new" / "model"
     assert sorted(snapshot(folder)) == ["config.json", "generation_config.json", SINGLE]
@@ -58,7 +58,7 @@ def test_a_small_network_is_one_file_that_says_pt(blind: Network, tmp_path: Path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")
-def test_files_have_the_rights_that_the_umask_gives(blind: Network, tmp_path: Path) -> None:
+def test_files_have_the_mode_of_the_umask(blind: Network, tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         save_checkpoint(tmp_path, blind, generation=GENERATION, shard_bytes=SHARD)
@@ -68,7 +68,7 @@ def test_files_have_the_rights_that_the_umask_gives(blind: Network, tmp_path: Pa
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 10_000, SHARD])
-def test_shards_hold_at_most_their_bytes_and_the_index_all_of_them(
+def test_shards_respect_their_size_and_the_index_lists_all_tensors(
     shard_bytes: int, blind: Network, tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path, blind, generation=GENERATION, shard_bytes=shard_bytes)
@@ -95,7 +95,7 @@ def test_the_same_network_gives_the_same_bytes(blind: Network, tmp_path: Path) -
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
-def test_a_network_in_training_is_saved_as_it_stands(blind: Network, tmp_path: Path) -> None:
+def test_a_network_in_training_is_saved_unchanged(blind: Network, tmp_path: Path) -> None:
     blind.train().requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in blind.state_dict().items()}
     save_checkpoint(tmp_path, blind, generation=GENERATION, dtype=torch.bfloat16)
@@ -105,13 +105,13 @@ def test_a_network_in_training_is_saved_as_it_stands(blind: Network, tmp_path: P
     assert load_config(tmp_path).dtype == "bfloat16"
 
 
-def test_scalars_that_are_one_tensor_are_written_twice(blind: Network, tmp_path: Path) -> None:
+def test_shared_scalars_are_written_twice(blind: Network, tmp_path: Path) -> None:
     blind.layers[0].causal_scalar = blind.layers[0].layer_scalar
     save_checkpoint(tmp_path, blind, generation=GENERATION)
     assert torch.equal(load_network(tmp_path).layers[0].causal_scalar, blind.layers[0].layer_scalar)
 
 
-def test_what_the_config_does_not_name_travels(copied: Copied, tmp_path: Path) -> None:
+def test_unknown_config_fields_are_kept(copied: Copied, tmp_path: Path) -> None:
     folder = copied()
     change_json(
         folder / "config.json", lambda d: (d.update(note="kept"), d["text_config"].update(dtype="float32", a=1))
@@ -133,7 +133,7 @@ def test_layers_of_one_kind_may_differ(tiny: ModelConfig, random_network: Random
     assert same(dict(again.state_dict()), dict(network.state_dict()))
 
 
-def test_the_tokenizer_and_the_image_processor_come_along(network: Network, copied: Copied, tmp_path: Path) -> None:
+def test_tokenizer_and_image_processor_are_copied(network: Network, copied: Copied, tmp_path: Path) -> None:
     source = copied()
     write_digits_tokenizer(source)
     (source / "processor_config.json").write_text('{"image_seq_length": 280}')
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_replaced_by_what_was_loaded_from_it(
     ids=["full disk", "interrupt"],
 )
 @pytest.mark.parametrize("call", [1, 2, 4])
-def test_a_save_that_breaks_off_leaves_the_old_checkpoint(
+def test_a_failed_save_leaves_the_old_checkpoint(
     call: int, error: BaseException, kind: type[BaseException], copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(in_shards=True)
@@ -224,7 +224,7 @@ def test_a_save_cut_off_between_the_renames_is_no_checkpoint_and_can_be_finished
     assert same(dict(load_network(folder).state_dict()), dict(network.state_dict()))
 
 
-def test_a_path_that_cannot_be_written_is_said_so(blind: Network, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_named(blind: Network, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError, match="cannot be written"):
@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[BlockpressError], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "kind", "text"), WRONG.values(), ids=WRONG.keys())
-def test_arguments_that_cannot_be_meant_are_refused_before_anything_is_written(
+def test_invalid_arguments_are_refused_before_anything_is_written(
     arguments: dict[str, Any], kind: type[BlockpressError], text: str, network: Network, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=text):
@@ -269,7 +269,7 @@ def test_vision_tensors_need_a_config_that_names_their_tower(blind: Network, sin
     assert load_config(tmp_path).vision == seeing.vision and blind.config.vision is None
 
 
-def test_a_text_only_copy_stays_one(network: Network, copied: Copied, tmp_path: Path) -> None:
+def test_a_text_only_copy_stays_text_only(network: Network, copied: Copied, tmp_path: Path) -> None:
     folder = copied()
     blind = load_network(folder, config=replace(network.config, vision=None))
     save_checkpoint(tmp_path / "blind", blind, generation=GENERATION)

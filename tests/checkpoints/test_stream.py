@@ -31,7 +31,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor
     shard_bytes=st.integers(1, 4000),
     order=st.randoms(use_true_random=False),
 )
-def test_the_library_reads_what_was_written(
+def test_safetensors_reads_what_was_written(
     kinds: list[tuple[tuple[int, ...], torch.dtype]],
     shard_bytes: int,
     order: object,
@@ -69,7 +69,7 @@ def test_the_library_reads_what_was_written(
             assert opened.metadata() == {"format": "pt"}
 
 
-def test_a_tensor_that_is_not_whole_or_too_long_is_our_mistake(tmp_path: Path) -> None:
+def test_writing_too_few_or_too_many_bytes_is_an_assertion(tmp_path: Path) -> None:
     slots = [Slot(name="a", code="F32", shape=(4,))]
     with pytest.raises(AssertionError, match="a among them"), streamed(tmp_path, slots) as writer:
         writer.write("a", torch.ones(3))
@@ -78,7 +78,7 @@ def test_a_tensor_that_is_not_whole_or_too_long_is_our_mistake(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shard_bytes", [0, -1])
-def test_a_shard_size_that_cannot_be_meant_is_refused(shard_bytes: int, tmp_path: Path) -> None:
+def test_an_invalid_shard_size_is_refused(shard_bytes: int, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="shard_bytes"), streamed(tmp_path, [], shard_bytes):
         pass
 

@@ -50,7 +50,7 @@ def near(got: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
-def test_matrices_stay_and_the_rest_is_widened(storage: str, single: Path) -> None:
+def test_matrices_keep_the_storage_type_and_the_rest_is_widened(storage: str, single: Path) -> None:
     exact = load_network(single, dtype=storage, compute_dtype=storage)
     network = load_network(single, dtype=storage, compute_dtype="float32")
     kind = DTYPES[storage]
@@ -69,19 +69,19 @@ def test_matrices_stay_and_the_rest_is_widened(storage: str, single: Path) -> No
     assert weight_bytes(network)["embedding"] == weight_bytes(exact)["embedding"]
 
 
-def test_what_is_computed_is_what_the_same_values_in_float32_give(single: Path) -> None:
+def test_results_equal_those_of_the_same_values_in_float32(single: Path) -> None:
     network = load_network(single, **BOTH)
     assert near(figures(network), figures(floats(network)))
 
 
-def test_the_state_has_every_matrix_as_it_is_stored(single: Path) -> None:
+def test_state_dict_has_matrices_as_stored(single: Path) -> None:
     exact = load_network(single, dtype="bfloat16", compute_dtype="bfloat16").state_dict()
     state = load_network(single, **BOTH).state_dict()
     assert state.keys() == exact.keys()
     assert same({n: t.bfloat16() for n, t in state.items()}, dict(exact))
 
 
-def test_a_saved_network_has_the_stored_bits(tmp_path: Path, single: Path) -> None:
+def test_saving_keeps_the_stored_bits(tmp_path: Path, single: Path) -> None:
     network, kept = load_network(single, **BOTH), minimal_vision(0, 32)[1]
     save_checkpoint(tmp_path / "again", network, generation=GenerationConfig(), kept=kept)
     exact = load_network(single, dtype="bfloat16", compute_dtype="bfloat16")
@@ -90,13 +90,13 @@ def test_a_saved_network_has_the_stored_bits(tmp_path: Path, single: Path) -> No
     assert load_network(tmp_path / "again").config.dtype == "bfloat16"
 
 
-def test_a_move_takes_the_matrices_along(single: Path) -> None:
+def test_matrices_move_with_the_network(single: Path) -> None:
     network = load_network(single, **BOTH).to("meta")
     assert {weight.device.type for weight in held(network).values()} == {"meta"}
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "F32", "Q8_0"])
-def test_gguf(kind: str, tiny: ModelConfig, tmp_path: Path) -> None:
+def test_gguf_files_keep_their_storage_type(kind: str, tiny: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", narrow(tiny), gguf.GGMLQuantizationType[kind])
     network = load_gguf_network(tmp_path / "x.gguf", **BOTH)
     matrices = held(network)
@@ -119,7 +119,7 @@ def test_packed_checkpoints_keep_their_codes(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "no", network, generation=GenerationConfig())
 
 
-def test_the_tower(single: Path) -> None:
+def test_the_vision_tower_keeps_its_storage_type(single: Path) -> None:
     exact = load_vision(single, dtype="bfloat16", compute_dtype="bfloat16")
     tower = load_vision(single, **BOTH)
     assert held(tower).keys() == packable(tower) == packable(exact)
@@ -129,7 +129,7 @@ def test_the_tower(single: Path) -> None:
     assert tower.vision_tower.patch_embedder.position_embedding_table.dtype == torch.float32
 
 
-def test_random_weights_are_the_same_in_both() -> None:
+def test_random_weights_do_not_depend_on_the_compute_type() -> None:
     exact = randomised("tiny", shape_named("tiny"), dtype="bfloat16", compute_dtype="bfloat16").network
     subject = randomised("tiny", shape_named("tiny"), **BOTH)
     assert subject.in_types == "bfloat16, computed in float32"
@@ -137,7 +137,7 @@ def test_random_weights_are_the_same_in_both() -> None:
     assert same({n: t.bfloat16() for n, t in state.items()}, dict(exact.state_dict()))
 
 
-def test_a_canvas_comes_out_as_from_the_same_values_in_float32() -> None:
+def test_a_canvas_equals_that_of_the_same_values_in_float32() -> None:
     """The shipped model is stored in bfloat16 on disk, so that both types in memory hold the same values."""
     prompt = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79".replace(".", "0")
     prompt = layout(prompt)
@@ -160,7 +160,7 @@ TINY = PRESETS["tiny"]()
         (None, None, ("float32", "float32")),
     ],
 )
-def test_types_that_are_chosen(
+def test_types_follow_from_arguments_config_and_machine(
     dtype: str | None, compute: str | torch.dtype | None, wanted: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BLOCKPRESS_COMPUTE_DTYPE", raising=False)
@@ -189,7 +189,9 @@ def test_types_that_are_chosen(
         ("int8", None, "dtype is 'int8'", "float32, bfloat16, float16, or None"),
     ],
 )
-def test_types_that_are_refused(dtype: str, compute: str | torch.dtype, message: str, hint: str, single: Path) -> None:
+def test_invalid_types_are_refused_by_name(
+    dtype: str, compute: str | torch.dtype, message: str, hint: str, single: Path
+) -> None:
     for load in (load_network, blockpress.load):
         with pytest.raises(RequestError) as caught:
             load(single, dtype=dtype, compute_dtype=compute)
@@ -197,7 +199,7 @@ def test_types_that_are_refused(dtype: str, compute: str | torch.dtype, message:
         assert hint in caught.value.hint
 
 
-def test_what_the_machine_computes_in(monkeypatch: pytest.MonkeyPatch, single: Path) -> None:
+def test_the_compute_type_follows_the_machine(monkeypatch: pytest.MonkeyPatch, single: Path) -> None:
     monkeypatch.setenv(VARIABLE, "float32")
     assert load_network(single, dtype="bfloat16").dtype == torch.float32
     assert load_network(single, dtype="bfloat16", compute_dtype="bfloat16").dtype == torch.bfloat16
@@ -210,7 +212,7 @@ def test_what_the_machine_computes_in(monkeypatch: pytest.MonkeyPatch, single: P
 
 
 @torch.inference_mode()
-def test_a_lookup_touches_its_rows_alone(monkeypatch: pytest.MonkeyPatch, single: Path) -> None:
+def test_an_embedding_lookup_widens_only_its_rows(monkeypatch: pytest.MonkeyPatch, single: Path) -> None:
     network, sizes = load_network(single, **BOTH), []
     unpack = HalfFloats.unpack
     monkeypatch.setattr(HalfFloats, "unpack", lambda self, dtype: sizes.append(self.shape) or unpack(self, dtype))

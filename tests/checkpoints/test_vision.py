@@ -71,7 +71,7 @@ def test_the_minimal_tower_is_small_repeatable_and_sees() -> None:
     ("config", "name"),
     [({"model_type": "siglip"}, "model_type"), ({"hidden_size": 0}, "hidden_size"), ({"head_dim": "8"}, "head_dim")],
 )
-def test_a_tower_that_cannot_be_is_refused_by_name(config: dict[str, Any], name: str) -> None:
+def test_an_invalid_tower_is_refused_by_name(config: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         vision_tensors(config, 8)
 
@@ -159,7 +159,9 @@ def test_a_checkpoint_without_a_tower_says_so(own: Path) -> None:
         ("num_hidden_layers", 10**12, MissingWeights, "asks for 1000000000000 layers"),
     ],
 )
-def test_sizes_that_no_tower_has(field: str, value: int, kind: type[Exception], message: str, own: Path) -> None:
+def test_invalid_tower_sizes_are_refused(
+    field: str, value: int, kind: type[Exception], message: str, own: Path
+) -> None:
     data = json.loads((own / "config.json").read_text())
     data["vision_config"][field] = value
     (own / "config.json").write_text(json.dumps(data))
@@ -167,7 +169,7 @@ def test_sizes_that_no_tower_has(field: str, value: int, kind: type[Exception], 
         load_vision(own)
 
 
-def test_a_device_that_is_not_there_is_refused(single: Path) -> None:
+def test_an_unknown_device_is_refused(single: Path) -> None:
     with pytest.raises(RequestError, match="device 'xpu:7'"):
         load_vision(single, device="xpu:7")
     with pytest.raises(RequestError, match="dtype"):

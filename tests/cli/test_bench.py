@@ -36,7 +36,7 @@ def told(call: Call, *more: object) -> dict[str, Any]:
     return json.loads(done.out)
 
 
-def test_diffusion_with_a_fixed_number_of_steps(call: Call) -> None:
+def test_diffusion_is_measured_with_a_fixed_number_of_steps(call: Call) -> None:
     said = told(call, "--steps", 3, "--batch", 2, "--max-tokens", 24)
     assert set(said) == FIELDS and said["random_weights"] is True
     assert (said["answered"], said["tokens"], said["canvases"], said["steps"], said["forwards"]) == (2, 48, 4, 12, 6)
@@ -47,7 +47,7 @@ def test_diffusion_with_a_fixed_number_of_steps(call: Call) -> None:
     assert said["prefill_ms"] <= said["forwards"] * said["forward_ms"]["mean"] <= 1000 * said["seconds"]
 
 
-def test_adaptive_steps_token_by_token_and_verified(call: Call) -> None:
+def test_adaptive_autoregressive_and_verified_modes_are_measured(call: Call) -> None:
     adaptive = told(call, "--soft-embedding", "sparse")
     assert 1 <= adaptive["steps"] == adaptive["forwards"] <= 48 and adaptive["soft_embedding"] == "sparse"
     token = told(call, "--mode", "autoregressive", "--dtype", "bfloat16")
@@ -57,7 +57,7 @@ def test_adaptive_steps_token_by_token_and_verified(call: Call) -> None:
     assert verified["steps"] >= 2 and verified["tokens"] == 12 and verified["answered"] == 1
 
 
-def test_storage_and_arithmetic(call: Call) -> None:
+def test_storage_and_compute_types_are_reported(call: Call) -> None:
     types = ["--dtype", "bfloat16", "--compute-dtype", "float32"]
     said = told(call, "--steps", 2, *types)
     assert (said["dtype"], said["compute_dtype"]) == ("bfloat16", "float32")
@@ -69,7 +69,7 @@ def test_storage_and_arithmetic(call: Call) -> None:
 
 
 @pytest.mark.parametrize("online", [["--rate", "1000"], ["--concurrency", "2"]], ids=" ".join)
-def test_online(call: Call, online: list[str]) -> None:
+def test_online_load_is_measured(call: Call, online: list[str]) -> None:
     said = told(call, "--steps", 2, "--requests", 3, *online)
     assert said["answered"] == 3 and said["tokens"] == 36 and said["first_canvas_ms"]["p95"] > 0
 
@@ -93,7 +93,7 @@ def test_a_config_gives_the_shape(call: Call, untrained: Path) -> None:
 # Torch's own, where `transformers` first asks it for a compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("rival", ["reference", "transformers"])
-def test_taking_turns(call: Call, rival: str) -> None:
+def test_a_rival_is_measured_in_turns(call: Call, rival: str) -> None:
     said = told(call, "--steps", 2, "--against", rival, "--rounds", 2)
     assert said["against"].startswith(rival) and said["steps"] == 2
     assert len(said["ours_seconds"]) == len(said["theirs_seconds"]) == 2
@@ -102,14 +102,14 @@ def test_taking_turns(call: Call, rival: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-def test_a_rival_runs_in_the_type_that_is_asked_for(call: Call) -> None:
+def test_a_rival_runs_in_the_given_type(call: Call) -> None:
     types = ["--dtype", "bfloat16", "--compute-dtype", "float32"]
     for more, wanted in (([], "bfloat16"), (["--against-dtype", "float32"], "float32")):
         said = told(call, "--steps", 1, "--rounds", 1, "--against", "transformers", *types, *more)
         assert said["against"].endswith(f" in {wanted}") and said["compute_dtype"] == "float32"
 
 
-def test_without_transformers_it_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_is_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = call(*TINY, "--steps", 1, "--against", "transformers")
     assert done.code == 2 and "needs a transformers" in done.err and "pip install" in done.err
@@ -124,7 +124,7 @@ def test_without_matplotlib_a_sweep_is_refused_before_it_measures(
     assert done.code == 2 and "matplotlib" in done.err and "pip install 'blockpress[bench]'" in done.err
 
 
-def test_a_sweep_is_drawn_and_told(call: Call, tmp_path: Path) -> None:
+def test_a_sweep_is_drawn_and_printed(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "sweep.svg"
     given = ["bench", "--preset", "tiny", "--sweep", "--out", out, "--device", "cpu", "--device", "h200", "--json"]
     done = call(*given, "--users", "1,2", "--steps", 5)

@@ -34,14 +34,14 @@ def denoised(step: int, tokens: list[int], accepted: str, changed: str, *, settl
     )
 
 
-def test_states() -> None:
+def test_cells_have_states() -> None:
     noise, accepted, changed, settled = State.NOISE, State.ACCEPTED, State.CHANGED, State.SETTLED
     assert states(denoised(1, [5, 6, 7], "a-a", "ccc")) == [accepted, noise, accepted]
     assert states(denoised(2, [5, 6, 7], "a-a", "cc-")) == [changed, noise, accepted]
     assert states(denoised(3, [5, 6, 7], "a--", "---", settled=True)) == [settled] * 3
 
 
-def test_marks_differ_in_more_than_colour() -> None:
+def test_states_differ_without_colour() -> None:
     colours = ("green", "red")
     looks = {(s.mark, " ".join(word for word in s.style.split() if word not in colours)) for s in State}
     assert len(looks) == len(State)
@@ -56,7 +56,7 @@ def test_a_grid_has_thirteen_lines_or_nine() -> None:
     assert len(compact) == 9 and compact[0].plain == "5 3 4 6 7 8 9 1 2"
 
 
-def test_a_kept_given_is_underlined_and_noise_hides_its_sign() -> None:
+def test_kept_givens_are_underlined_and_noise_is_hidden() -> None:
     cells = answer_cells("50", ["5", "7"], [State.ACCEPTED, State.NOISE])
     assert [cell.text for cell in cells] == [" 5 ", " · "] and "underline" in cells[0].style
     assert answer_cells("5", ["6"], [State.CHANGED]) == [Cell("[6]", State.CHANGED.style)]
@@ -71,14 +71,14 @@ def test_a_finished_canvas_shows_what_is_wrong() -> None:
     assert final_states(puzzle, "?" + SOLUTION[1:], accepted)[0] is State.CONFLICT
 
 
-def test_parts_are_fitted_and_cropped() -> None:
+def test_parts_are_wrapped_and_cropped() -> None:
     parts = [Text("one"), Text("two"), Text("three")]
     assert [line.plain for line in fit(parts, 9)] == ["one   two", "three"]
     assert [line.plain for line in fit([Text("a long part")], 6)] == ["a long", "part"]
     assert [line.plain for line in cropped(parts, 3, 2)] == ["one", "two"]
 
 
-def test_the_meter_counts_what_the_model_did_and_not_the_watcher() -> None:
+def test_the_meter_leaves_out_the_time_of_drawing() -> None:
     meter = Meter(Sampling(), stop_ids=(1,), canvas_length=3)
     assert meter.now()[0] == "step 0 of at most 48" and meter.milliseconds is None
     meter.see(denoised(1, [5, 6, 1], "a-a", "ccc"))
@@ -102,7 +102,7 @@ def test_a_second_canvas_costs_its_commit() -> None:
     assert meter.forwards == 3 and meter.tokens_per_forward == pytest.approx(4 / 3)
 
 
-def test_a_second_canvas_that_is_begun_again_is_committed_once() -> None:
+def test_a_retried_canvas_is_committed_once() -> None:
     meter = Meter(Sampling(), stop_ids=(1,), canvas_length=2)
     for canvas, attempt, step in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 1), (1, 1, 2), (1, 2, 1)):
         event = denoised(step, [5, 6], "aa", "cc")
@@ -110,7 +110,7 @@ def test_a_second_canvas_that_is_begun_again_is_committed_once() -> None:
     assert meter.forwards == 6 + 1
 
 
-def test_running_text_leaves_upwards_line_by_line(untrained: Path) -> None:
+def test_finished_lines_scroll_up(untrained: Path) -> None:
     lm = blockpress.load(untrained)
     view = TextView(lm, lm.generation.sampling)
     view.see(denoised(1, [6, 4, 7, 8, 1, 9], "aa-aaa", "cccccc"))
@@ -128,9 +128,9 @@ def test_running_text_leaves_upwards_line_by_line(untrained: Path) -> None:
     assert view.draw(60, 20)[0].plain.startswith("stopped")
 
 
-def test_cells_have_places_in_the_shipped_model(untrained: Path) -> None:
+def test_the_shipped_model_s_cells_are_a_grid(untrained: Path) -> None:
     assert one_token_a_cell(blockpress.load(untrained))
 
 
-def test_control_characters_are_spelled_out() -> None:
+def test_control_characters_are_escaped() -> None:
     assert without_controls("a\tb\nc\x07\x1b]0;x\x9b") == "a\tb\nc\\x07\\x1b]0;x\\x9b"

@@ -48,7 +48,7 @@ def test_a_model_with_a_template_chats(call: Call, talker: Path) -> None:
     assert ended(reply) in done.err
 
 
-def test_its_options_are_honoured(call: Call, talker: Path) -> None:
+def test_chat_options_are_honoured(call: Call, talker: Path) -> None:
     lm = blockpress.load(talker)
     messages = [{"role": "system", "content": "Be brief."}, *HI]
     wanted = lm.chat(messages, max_tokens=20, thinking=True, thinking_budget=3)
@@ -59,13 +59,13 @@ def test_its_options_are_honoured(call: Call, talker: Path) -> None:
     assert said == json.loads(json.dumps(reply_to_dict(lm.chat(messages, max_tokens=20), chat=True)))
 
 
-def test_raw_gives_the_prompt_as_it_is(call: Call, talker: Path) -> None:
+def test_raw_sends_the_prompt_unchanged(call: Call, talker: Path) -> None:
     reply = blockpress.load(talker).generate("Hi", max_tokens=20)
     said = json.loads(call("run", talker, "Hi", "--raw", "--json", "--max-tokens", 20).out)
     assert (said["tokens"], said["usage"]) == (reply.tokens, vars(reply.usage))
 
 
-def test_events_of_a_chat(call: Call, talker: Path) -> None:
+def test_chat_events_are_one_json_object_a_line(call: Call, talker: Path) -> None:
     lm = blockpress.load(talker)
     done = call("run", talker, "Hi", "--events", "--thinking", "--max-tokens", 20)
     events = list(lm.chat_stream(HI, thinking=True, max_tokens=20))
@@ -86,7 +86,7 @@ def test_a_plain_prompt_takes_no_chat_options(call: Call, talker: Path, options:
 
 
 @pytest.mark.parametrize("budget", [0, -1])
-def test_a_budget_is_a_count(call: Call, talker: Path, budget: int) -> None:
+def test_a_thinking_budget_must_be_a_count(call: Call, talker: Path, budget: int) -> None:
     done = call("run", talker, "Hi", "--thinking-budget", budget)
     assert done.code == 2 and "--thinking-budget" in done.err
 
@@ -105,7 +105,7 @@ EVENTS = [
 ]
 
 
-def test_what_is_said_aside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_and_notes_go_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def told(events: list[Any]) -> str:
         aside = Aside()
         for event in events:
@@ -124,7 +124,7 @@ def test_what_is_said_aside(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert told(EVENTS[:2]) == "\x1b[2mI a\x1b[0m\x1b[2mdd.\nAll\\x1b of\x1b[0m"
 
 
-def test_thoughts_stand_above_the_answer_dimmed(talker: Path) -> None:
+def test_thoughts_are_dimmed_above_the_answer(talker: Path) -> None:
     view = ChatView(blockpress.load(talker), Sampling())
     for event in EVENTS:
         view.see(event)
@@ -138,7 +138,7 @@ def test_thoughts_stand_above_the_answer_dimmed(talker: Path) -> None:
     assert lines[-1][1] == ""
 
 
-def test_how_a_chat_ended_in_words() -> None:
+def test_the_summary_says_how_a_chat_ended() -> None:
     assert ended(DONE.reply) == (
         "called after 9 tokens: 1 canvas, 2 steps, 1 begun again because empty, 3 tokens of thought"
     )
@@ -151,7 +151,7 @@ class Typed(io.StringIO):
         return True
 
 
-def test_a_conversation_goes_on_with_all_that_was_said(
+def test_a_conversation_resends_its_history(
     call: Call, talker: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

@@ -84,7 +84,7 @@ def test_a_wrong_fast_path_fails_and_is_named(call: Call, monkeypatch: pytest.Mo
     assert [found[name] for name in ("vocabulary", "experts", "spans", "integers")] == ["fail"] * 4
 
 
-def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_differing_engine_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load("sudoku-nano")
     assert parity.engine(lm, doctor.PUZZLE).status == "ok"
     see = vocabulary.sample_from_hidden
@@ -93,7 +93,7 @@ def test_another_answer_of_the_engine_is_found(monkeypatch: pytest.MonkeyPatch) 
     assert done.status == "fail" and "other tokens" in done.detail and "BLOCKPRESS_NATIVE" in done.hint
 
 
-def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "library", lambda name: None)
     (told,) = parity.native()
     assert told.status == "warn" and "by torch alone" in told.detail and "g++" in told.hint

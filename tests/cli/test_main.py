@@ -40,7 +40,7 @@ def test_help_names_every_command_and_shows_examples(call: Call) -> None:
     assert call().out == text
 
 
-def test_version(call: Call) -> None:
+def test_version_is_printed(call: Call) -> None:
     assert call("--version").out == f"blockpress {__version__}\n"
 
 
@@ -126,7 +126,7 @@ def test_bad_input_is_one_line_with_a_hint_and_code_2(name: str, call: Call, fol
 
 
 @pytest.mark.parametrize("arguments", [["sudoku", "123"], ["sodoku"], ["run", "sudoku-nano", "1", "--t-max", "nan"]])
-def test_the_process_itself_ends_so(arguments: list[str]) -> None:
+def test_bad_input_ends_the_process_with_status_2(arguments: list[str]) -> None:
     done = start(*arguments)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockpress: ") and "(hint: " in done.stderr
@@ -148,7 +148,7 @@ def test_every_error_of_the_tree_is_one_line(
     assert (done.code, done.out, done.err) == (2, "", "blockpress: the thing is wrong (hint: mend it)\n")
 
 
-def test_our_own_mistake_is_said_to_be_ours(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_reported_as_a_bug(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: str) -> None:
         raise ZeroDivisionError("by zero")
 
@@ -159,7 +159,7 @@ def test_our_own_mistake_is_said_to_be_ours(call: Call, monkeypatch: pytest.Monk
     assert "Traceback" in call("show").err
 
 
-def test_a_full_disk_is_no_mistake_of_ours(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_reported_as_a_bug(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: str) -> None:
         raise OSError(28, "No space left on device", "/tmp/x")
 
@@ -178,7 +178,7 @@ def test_ctrl_c_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
-def test_a_reader_that_has_gone_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m blockpress sudoku --random 3000 --givens 60 --seed 1 --puzzle-only | head -1"
     done = subprocess.run(
         ["bash", "-c", command + "; echo ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=120
@@ -187,6 +187,6 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert done.stderr.splitlines() == ["seed 1 (the same again: --random 3000 --givens 60 --seed 1)"]
 
 
-def test_the_module_is_the_command_too() -> None:
+def test_python_m_blockpress_is_the_command() -> None:
     assert cli.main.__module__ == "blockpress.cli.main"
     assert start("--version").stdout == f"blockpress {__version__}\n"

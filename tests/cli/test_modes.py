@@ -77,7 +77,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def test_token_by_token_is_the_librarys_answer(call: Call, untrained: Path) -> None:
+def test_autoregressive_mode_gives_the_library_s_answer(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
     for options, sampling in ((("--mode", "autoregressive", "--seed", 3), None), (WARM, HOT)):
         reply = lm.generate(PROMPT, 12, 3, sampling, mode="autoregressive")
@@ -90,7 +90,7 @@ def test_token_by_token_is_the_librarys_answer(call: Call, untrained: Path) -> N
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])
-def test_log_probabilities_stand_beside_the_tokens(call: Call, untrained: Path, mode: Any) -> None:
+def test_json_and_events_have_log_probabilities(call: Call, untrained: Path, mode: Any) -> None:
     lm, options = blockpress.load(untrained), ("--mode", mode, "--max-tokens", 12, "--steps", 2, "--logprobs", 2)
     options = options if mode != "autoregressive" else (*options[:4], *options[6:])
     sampling = None if mode == "autoregressive" else lm.generation.sampling.with_(steps=2)
@@ -108,7 +108,7 @@ def test_log_probabilities_stand_beside_the_tokens(call: Call, untrained: Path, 
     assert (said["usage"]["checks"] > 0) == (mode == "verified")
 
 
-def test_checks_are_counted_in_words_and_their_number_is_honoured(call: Call, untrained: Path) -> None:
+def test_checks_are_reported_and_their_limit_is_honoured(call: Call, untrained: Path) -> None:
     options = ("--max-tokens", 5, "--steps", 2)
     reply = blockpress.load(untrained).generate(PROMPT, 5, sampling=Sampling(steps=2, checks=1))
     said = json.loads(call("run", untrained, PROMPT, "--json", "--checks", 1, *options).out)
@@ -119,7 +119,7 @@ def test_checks_are_counted_in_words_and_their_number_is_honoured(call: Call, un
     )
 
 
-def test_events_of_single_tokens(call: Call, untrained: Path) -> None:
+def test_autoregressive_events_are_an_object_a_token(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
     events = list(lm.stream(PROMPT, 12, 3, HOT, mode="autoregressive"))
     said = [
@@ -131,7 +131,7 @@ def test_events_of_single_tokens(call: Call, untrained: Path) -> None:
     assert [len(event["tokens"]) for event in said if event["event"] == "commit"] == [1] * said[-1]["usage"]["forwards"]
 
 
-def test_a_chat_token_by_token(call: Call, seeing: Path) -> None:
+def test_an_autoregressive_chat_gives_the_library_s_answer(call: Call, seeing: Path) -> None:
     wanted = blockpress.load(seeing).chat(
         [{"role": "user", "content": "Hi"}], thinking=True, seed=3, sampling=HOT, mode="autoregressive", max_tokens=20
     )
@@ -150,7 +150,7 @@ def test_a_chat_token_by_token(call: Call, seeing: Path) -> None:
         (("--temperature", 0), {"temperature": 0.0}),
     ],
 )
-def test_the_models_own_sampling_with_what_is_given(
+def test_options_override_the_checkpoint_s_sampling(
     call: Call, causal: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[Any, ...], wanted: dict[str, Any]
 ) -> None:
     seen: list[Any] = []
@@ -174,7 +174,7 @@ def test_a_model_without_canvases_needs_no_mode(call: Call, causal: Path) -> Non
 
 @pytest.mark.usefixtures("weightless")
 @pytest.mark.parametrize("option", ["steps", "entropy-bound", "t-min", "t-max", "stability", "confidence", "checks"])
-def test_an_option_of_canvases_is_refused_token_by_token(
+def test_diffusion_options_are_refused_in_autoregressive_mode(
     call: Call, untrained: Path, causal: Path, option: str
 ) -> None:
     done = call("run", untrained, "1", "--mode", "autoregressive", f"--{option}", 1)
@@ -186,7 +186,7 @@ def test_an_option_of_canvases_is_refused_token_by_token(
 
 @pytest.mark.usefixtures("weightless")
 @pytest.mark.parametrize("option", ["temperature", "top-k", "top-p"])
-def test_an_option_of_single_tokens_is_refused_with_canvases(call: Call, untrained: Path, option: str) -> None:
+def test_autoregressive_options_are_refused_in_diffusion_mode(call: Call, untrained: Path, option: str) -> None:
     for mode in ((), ("--mode", "diffusion")):
         done = call("run", untrained, "1", *mode, f"--{option}", 1)
         assert done.code == 2 and f"--{option} is given in the mode diffusion" in done.err
@@ -194,7 +194,7 @@ def test_an_option_of_single_tokens_is_refused_with_canvases(call: Call, untrain
 
 
 @pytest.mark.usefixtures("weightless")
-def test_what_cannot_be_is_refused_before_the_weights(call: Call, untrained: Path, causal: Path) -> None:
+def test_invalid_options_are_refused_before_weights_are_read(call: Call, untrained: Path, causal: Path) -> None:
     token = ("--mode", "autoregressive")
     for model, options, words in (
         (causal, ("--mode", "diffusion"), "has no canvas"),
@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused_before_the_weights(call: Call, untrained: Pat
     assert done.code == 2 and "family gemma4, which has no canvas" in done.err
 
 
-def test_pictures_stand_before_the_text(call: Call, seeing: Path, shown: tuple[Path, Path, Path]) -> None:
+def test_images_come_before_the_text(call: Call, seeing: Path, shown: tuple[Path, Path, Path]) -> None:
     one, two, film = map(str, shown)
     content: list[dict[str, Any]] = [{"type": "image", "image": one}, {"type": "image", "image": two}]
     content += [{"type": "video", "video": film}, {"type": "text", "text": "What?"}]
@@ -237,7 +237,7 @@ def test_pictures_stand_before_the_text(call: Call, seeing: Path, shown: tuple[P
 
 
 @pytest.mark.usefixtures("weightless")
-def test_pictures_that_cannot_be_shown(
+def test_unusable_images_are_refused(
     call: Call, seeing: Path, untrained: Path, talker: Path, shown: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     one, _, film = shown
@@ -306,7 +306,7 @@ def test_a_stream_on_a_terminal_is_spelled_out_and_kept_apart(
     assert printed()[0] == "a\\x1b\nb\n"
 
 
-def test_how_single_tokens_ended_in_words() -> None:
+def test_the_summary_says_how_an_autoregressive_answer_ended() -> None:
     usage = Usage(1, 9, 0, 0, 9, 1.0)
     assert ended(Reply("", [], "length", usage)) == "at its length after 9 tokens: 9 forwards"
     usage = replace(usage, completion_tokens=1, forwards=1, reasoning_tokens=1)
@@ -314,7 +314,7 @@ def test_how_single_tokens_ended_in_words() -> None:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_the_meter_counts_as_the_usage_does(seeing: Path, mode: Any) -> None:
+def test_the_meter_counts_as_usage_does(seeing: Path, mode: Any) -> None:
     """Counted event by event, answers that were begun again included."""
     lm, retries = blockpress.load(seeing), 0
     sampling = lm.generation.sampling if mode == "diffusion" else HOT
@@ -329,7 +329,7 @@ def test_the_meter_counts_as_the_usage_does(seeing: Path, mode: Any) -> None:
     assert retries
 
 
-def test_the_meter_of_single_tokens_speaks_of_no_steps() -> None:
+def test_the_autoregressive_meter_has_no_steps() -> None:
     meter = Meter(HOT, stop_ids=(1,), canvas_length=1)
     assert meter.now() == ["0.0 tokens per forward"] == meter.result()
     for number in range(3):
@@ -367,7 +367,7 @@ def typing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
-def test_a_conversation_keeps_pictures_and_forgets_thoughts(
+def test_a_conversation_keeps_pictures_and_drops_thoughts(
     call: Call,
     seeing: Path,
     shown: tuple[Path, Path, Path],

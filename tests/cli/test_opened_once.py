@@ -124,14 +124,14 @@ def headers(found: Counter[str], folder: Path) -> set[int]:
     return {found[name] for name in weights(folder)}
 
 
-def test_load(folder: Path, reads: Reads) -> None:
+def test_load_opens_files_once(folder: Path, reads: Reads) -> None:
     blockpress.load(folder)
     said_once(reads(folder), folder)
     # Names and shapes, of all files before the first weight; and the library's own, when it opens a file to read it.
     assert headers(reads(folder), folder) == {2}
 
 
-def test_load_what_modelopt_packed(packed: Path, tmp_path: Path, reads: Reads) -> None:
+def test_load_opens_modelopt_files_once(packed: Path, tmp_path: Path, reads: Reads) -> None:
     """Its own file, in which it says how, is read once as well."""
     (tmp_path / MODELOPT).write_text('{"quantization": {"quant_algo": "FP8"}}')
     for file in packed.iterdir():
@@ -146,7 +146,7 @@ def test_load_what_modelopt_packed(packed: Path, tmp_path: Path, reads: Reads) -
     assert found[MODELOPT] == 1
 
 
-def test_pictures(folder: Path, reads: Reads) -> None:
+def test_pictures_open_files_once(folder: Path, reads: Reads) -> None:
     lm = blockpress.load(folder)
     loaded = reads(folder)
     picture = Image.fromarray(np.zeros((48, 48, 3), np.uint8))
@@ -160,21 +160,23 @@ def test_pictures(folder: Path, reads: Reads) -> None:
     assert headers(again, folder) in ({1}, {0, 1})
 
 
-def test_run(folder: Path, call: Call, reads: Reads) -> None:
+def test_run_opens_files_once(folder: Path, call: Call, reads: Reads) -> None:
     done = call("run", folder, "Hi", "--system", "Be short.", "--max-tokens", 2)
     assert done.code == 0, done.err
     said_once(reads(folder), folder)
     assert headers(reads(folder), folder) == {2}
 
 
-def test_show(folder: Path, call: Call, reads: Reads) -> None:
+def test_show_opens_files_once(folder: Path, call: Call, reads: Reads) -> None:
     assert call("show", folder).code == 0
     said_once(reads(folder), folder, tokenizer=0)
     assert headers(reads(folder), folder) == {1}
 
 
 @pytest.mark.parametrize("name", ["seeing", "in_shards"])
-def test_quantize(name: str, request: pytest.FixtureRequest, call: Call, reads: Reads, tmp_path: Path) -> None:
+def test_quantize_opens_files_once(
+    name: str, request: pytest.FixtureRequest, call: Call, reads: Reads, tmp_path: Path
+) -> None:
     folder: Path = request.getfixturevalue(name)
     done = call("quantize", folder, tmp_path / "plain", "--format", "int8", "--no-report")
     assert done.code == 0, done.err
@@ -184,7 +186,7 @@ def test_quantize(name: str, request: pytest.FixtureRequest, call: Call, reads: 
     assert headers(reads(folder), folder) == {2}
 
 
-def test_quantize_with_its_report(seeing: Path, call: Call, reads: Reads, tmp_path: Path) -> None:
+def test_quantize_with_a_report_opens_files_once(seeing: Path, call: Call, reads: Reads, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("quantize", seeing, out, "--format", "int8", "--samples", 1)
     assert done.code == 0 and "step 1: KL" in done.out, done.err
@@ -196,7 +198,7 @@ def test_quantize_with_its_report(seeing: Path, call: Call, reads: Reads, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["load", "run", "show"])
-def test_a_model_of_the_hub(
+def test_a_hub_model_s_files_are_opened_once(
     command: str, in_shards: Path, call: Call, reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a download is whole is seen from its index, which is then handed on."""
@@ -217,7 +219,7 @@ def test_a_model_of_the_hub(
 
 
 @pytest.mark.parametrize("command", ["load", "run", "chat", "show"])
-def test_a_gguf_file(command: str, gguf: Path, call: Call, reads: Reads) -> None:
+def test_a_gguf_file_is_opened_once(command: str, gguf: Path, call: Call, reads: Reads) -> None:
     if command == "load":
         blockpress.load(gguf)
     else:

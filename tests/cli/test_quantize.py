@@ -57,7 +57,7 @@ def test_a_model_without_a_tokenizer_is_asked_in_token_ids(call: Call, tmp_path:
     assert json.loads(done.out)["report"]["prompt_kind"] == "random token ids"
 
 
-def test_without_room_in_memory_the_report_is_left_out(
+def test_without_enough_memory_the_report_is_left_out(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("blockpress.hardware.free_memory", lambda: {"cpu": 1000})
@@ -104,7 +104,7 @@ def test_prompts_need_a_tokenizer_before_anything_is_written(call: Call, tmp_pat
         ((), ("--format",)),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_invalid_arguments_are_refused_before_anything_is_written(
     arguments: tuple[object, ...], words: tuple[str, ...], call: Call, tmp_path: Path
 ) -> None:
     done = call("quantize", "sudoku-nano", tmp_path / "out", *arguments)
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_is_not_overwritten_by_itself(call: Call) -> None:
+def test_the_output_must_not_be_the_input(call: Call) -> None:
     assert "itself" in call("quantize", "sudoku-nano", resolve("sudoku-nano"), "--format", "fp8").err
 
 

@@ -35,7 +35,7 @@ def test_json_is_the_reply(call: Call, untrained: Path) -> None:
     assert said["finish_reason"] == reply.finish_reason and said["usage"] == vars(reply.usage)
 
 
-def test_events_are_an_object_a_line(call: Call, untrained: Path) -> None:
+def test_events_are_one_json_object_a_line(call: Call, untrained: Path) -> None:
     lm = blockpress.load(untrained)
     sampling = lm.generation.sampling.with_(steps=2)
     done = call("run", untrained, PROMPT, "--events", "--max-tokens", 95, "--steps", 2)
@@ -89,7 +89,7 @@ def test_a_type_and_a_device_are_honoured(call: Call) -> None:
     assert json.loads(done.out)["text"] == expected.text
 
 
-def test_on_a_terminal_the_canvas_is_shown_and_the_text_stays(call: Call, screen: Screen) -> None:
+def test_a_terminal_shows_the_canvas_and_keeps_the_text(call: Call, screen: Screen) -> None:
     done = call("run", "sudoku-nano", PROMPT, "--fast", screen=screen)
     text = blockpress.load("sudoku-nano").generate(PROMPT).text
     assert text is not None and "\n".join(done.out.replace("\r", "").split("\x1b")[-1:]) != ""

@@ -103,9 +103,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_packed_weights_are_named_and_counted_as_they_lie_on_disk(
-    call: Call, untrained: Path, tmp_path: Path, name: str
-) -> None:
+def test_packed_weights_are_named_and_counted_as_stored(call: Call, untrained: Path, tmp_path: Path, name: str) -> None:
     """One layer's experts packed to a byte a weight: what is packed is said, and counts with its scales as stored."""
     shutil.copytree(untrained, tmp_path / "packed")
     tensors = load_file(untrained / "model.safetensors")
@@ -124,7 +122,7 @@ def test_packed_weights_are_named_and_counted_as_they_lie_on_disk(
     assert f"format               {name}, packed by" in call("show", tmp_path / "packed").out
 
 
-def test_weights_that_are_not_packed_count_as_they_are_loaded(call: Call, untrained: Path) -> None:
+def test_plain_weights_are_counted_as_loaded(call: Call, untrained: Path) -> None:
     said = json.loads(call("show", untrained, "--json").out)
     tensors = load_file(untrained / "model.safetensors")
     stored = sum(
@@ -136,7 +134,7 @@ def test_weights_that_are_not_packed_count_as_they_are_loaded(call: Call, untrai
     assert said["memory"]["in"]["float32"]["weights"] == stored == 2 * said["memory"]["in"]["bfloat16"]["weights"]
 
 
-def test_the_context_is_chosen(call: Call, untrained: Path) -> None:
+def test_the_context_option_is_honoured(call: Call, untrained: Path) -> None:
     said = json.loads(call("show", untrained, "--context", 100, "--json").out)["memory"]
     assert said["tokens"] == 100
     for need in said["in"].values():
@@ -150,7 +148,7 @@ def test_the_context_is_chosen(call: Call, untrained: Path) -> None:
         assert done.code == 2 and f"--context is {wrong}" in done.err
 
 
-def test_what_fits_is_said_for_every_device(call: Call, untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_device_says_what_fits(call: Call, untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need = json.loads(call("show", untrained, "--json").out)["memory"]["in"]
     free = {
         "cpu": need["float32"]["total"],

@@ -37,7 +37,7 @@ def answered(text: str, puzzle: str = PUZZLE) -> Answer:
     )
 
 
-def test_a_solved_answer() -> None:
+def test_a_solved_answer_is_recognised() -> None:
     done = answered(sudoku.layout(SOLUTION))
     assert done.grid == SOLUTION and done.valid and done.solved
     assert done.verdict == "solved in 3 steps; the model is sure: 0.0031 nats a token"
@@ -55,14 +55,14 @@ def test_a_solved_answer() -> None:
         ("", False, "no grid"),
     ],
 )
-def test_what_is_not_solved(text: str, valid: bool, word: str) -> None:
+def test_unsolved_answers_are_recognised(text: str, valid: bool, word: str) -> None:
     done = answered(text)
     assert (done.valid, done.solved) == (valid, False)
     assert done.verdict.startswith("NOT solved: ") and word in done.verdict
     assert done.to_dict()["answer"] == (text.replace("\n", "") if done.grid else text)
 
 
-def test_without_a_terminal_stdout_is_the_grid_alone(call: Call) -> None:
+def test_without_a_terminal_stdout_is_only_the_grid(call: Call) -> None:
     done = call("sudoku", PUZZLE)
     assert done.code == 0 and re.fullmatch(r"([1-9]{9}\n){9}", done.out)
     assert done.out == sudoku.layout(SOLUTION) + "\n"
@@ -76,7 +76,7 @@ def test_a_puzzle_is_read_in_every_form(form: str, call: Call) -> None:
     assert call("sudoku", "-", "--puzzle-only", stdin=form).out == expected
 
 
-def test_a_file_of_puzzles(call: Call, tmp_path: Path) -> None:
+def test_puzzles_are_read_from_a_file(call: Call, tmp_path: Path) -> None:
     other = sudoku.generate_puzzle(5, 50).puzzle
     file = tmp_path / "puzzles"
     file.write_text(f"\ufeff# two\n{PUZZLE}\n\n  {other.replace('0', '.')}  \n")
@@ -140,7 +140,7 @@ def test_the_answer_is_the_first_sample_of_one_canvas(call: Call, untrained: Pat
         assert reply.usage.canvases == 1
 
 
-def test_what_is_not_solved_is_said_and_shown_as_it_is(call: Call, untrained: Path) -> None:
+def test_an_unsolved_answer_is_reported_and_shown(call: Call, untrained: Path) -> None:
     done = call("sudoku", "-n", 2, "--seed", 1, "--steps", 2, "-m", untrained)
     lines = done.err.splitlines()
     assert done.code == 0 and len([line for line in lines if "NOT solved: " in line]) == 2
@@ -148,7 +148,7 @@ def test_what_is_not_solved_is_said_and_shown_as_it_is(call: Call, untrained: Pa
     assert ESCAPE not in done.out + done.err
 
 
-def test_on_a_terminal_the_canvas_is_shown(call: Call, screen: Screen) -> None:
+def test_a_terminal_shows_the_canvas(call: Call, screen: Screen) -> None:
     done = call("sudoku", "-n", 1, "--givens", 60, "--seed", 2, "--fast", screen=screen)
     assert done.code == 0 and ESCAPE in done.out
     for word in ("noise", "accepted", "changed", "settled", "given", "step 1 of at most 48", "nats", "ms per forward"):
@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(call: Call, screen: Screen, monkey
     assert (done.code, done.err) == (130, "\nblockpress: interrupted\n") and done.out.endswith("\x1b[?25h")
 
 
-def test_no_color_keeps_the_marks(call: Call, screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_keeps_the_text_marks(call: Call, screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     out = call("sudoku", PUZZLE, "--fast", screen=screen).out
     codes = {part for code in re.findall(r"\x1b\[([0-9;]*)m", out) for part in code.split(";")}
@@ -197,7 +197,7 @@ def test_a_view_is_never_larger_than_its_terminal(untrained: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
-def test_in_a_real_terminal() -> None:
+def test_a_pseudo_terminal_shows_the_canvas() -> None:
     import pty
 
     child, terminal = pty.fork()

@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_does_not_wait(call: Call, at: dict[int, Callable[[], No
     assert not (tmp_path / "trainer.pt").exists()
 
 
-def test_minutes_end_a_run_cleanly_and_any_state_can_be_exported(call: Call, at: object, tmp_path: Path) -> None:
+def test_a_time_limit_ends_a_run_and_any_state_can_be_exported(call: Call, at: object, tmp_path: Path) -> None:
     done = call("train", "counting", "--out", tmp_path / "a", "--no-compile", "--minutes", 1e-9)
     assert done.code == 0 and "stopped at step 0 of 6 (its time is over)" in done.err
     done = call("train", "counting", "--out", tmp_path / "a", "--export", tmp_path / "b")
@@ -168,7 +168,7 @@ def test_both_the_average_and_the_last_weights_can_be_exported(
         (("--resume", "--init", "sudoku-nano"), "--init"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(
+def test_conflicting_options_are_refused(
     call: Call, at: object, tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
     (tmp_path / "trainer.pt").touch()

@@ -97,7 +97,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(seeds: list[int], chosen: l
     assert together == alone
 
 
-def test_a_seed_decides_and_every_place_draws_anew(network: Network) -> None:
+def test_draws_follow_the_seed_and_differ_by_position(network: Network) -> None:
     drawn = answers(network, [[5, 6, 7]] * 30, sampling=AutoregressiveSampling(temperature=50.0))
     assert len({tuple(tokens) for tokens in drawn}) == 30
     # At that temperature the tokens are all but uniform: of 300, each comes about 19 times.
@@ -106,7 +106,7 @@ def test_a_seed_decides_and_every_place_draws_anew(network: Network) -> None:
     assert drawn == answers(network, [[5, 6, 7]] * 30, sampling=AutoregressiveSampling(temperature=50.0))
 
 
-def test_one_token_to_draw_from_is_the_likeliest(network: Network) -> None:
+def test_top_k_of_one_is_greedy(network: Network) -> None:
     likeliest = answers(network, PROMPTS)
     assert answers(network, PROMPTS, sampling=AutoregressiveSampling(temperature=9.0, top_k=1)) == likeliest
     assert answers(network, PROMPTS, sampling=AutoregressiveSampling(temperature=9.0, top_p=1e-6)) == likeliest
@@ -116,12 +116,12 @@ def test_one_token_to_draw_from_is_the_likeliest(network: Network) -> None:
 # ------------------------------------------------------------------------------------------------- limits and counts
 
 
-def test_the_room_of_the_context_ends_an_answer(network: Network) -> None:
+def test_the_end_of_the_context_ends_an_answer(network: Network) -> None:
     found = replies(generate_autoregressive(network, rows(PROMPTS, room=6, max_tokens=None)))
     assert [(len(reply.tokens), reply.finish_reason) for reply in found] == [(6, "length")] * 4
 
 
-def test_a_forward_is_counted_for_every_token(network: Network) -> None:
+def test_every_token_counts_as_a_forward(network: Network) -> None:
     free = answers(network, PROMPTS)
     for index, reply in enumerate(replies(generate_autoregressive(network, rows(PROMPTS, stop_ids=(free[0][2],))))):
         usage = reply.usage
@@ -130,9 +130,7 @@ def test_a_forward_is_counted_for_every_token(network: Network) -> None:
         assert usage.prompt_tokens == len(PROMPTS[index])
 
 
-def test_the_network_reads_the_prompts_and_then_a_token_a_row(
-    network: Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_prefilled_then_each_row_reads_a_token(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, read = [], network.read
 
     def watched(tokens: Any, *args: Any) -> Any:
@@ -145,7 +143,7 @@ def test_the_network_reads_the_prompts_and_then_a_token_a_row(
     assert shapes == [(4, 7), (4, 1), (4, 1), (4, 1)]
 
 
-def test_a_token_is_told_as_soon_as_it_is_chosen(network: Network) -> None:
+def test_a_token_is_emitted_as_soon_as_it_is_sampled(network: Network) -> None:
     events = list(generate_autoregressive(network, rows(PROMPTS[:2], max_tokens=3)))
     kinds = [(type(event).__name__, event.row) for event in events]
     assert kinds == [("Committed", 0), ("Committed", 1)] * 2 + [(k, r) for r in (0, 1) for k in ("Committed", "Done")]
@@ -154,7 +152,7 @@ def test_a_token_is_told_as_soon_as_it_is_chosen(network: Network) -> None:
     assert [(event.canvas, event.steps) for event in committed] == [(0, 0), (1, 0), (2, 0)]
 
 
-def test_cancelling_keeps_what_is_there(network: Network) -> None:
+def test_cancelling_keeps_the_tokens_so_far(network: Network) -> None:
     cancel, events = threading.Event(), []
     for event in generate_autoregressive(network, rows(PROMPTS), cancel=cancel):
         events.append(event)
@@ -230,7 +228,7 @@ def test_banned_tokens_are_never_written(network: Network) -> None:
     assert len(found) == 10 and not set(found) & set(free)
 
 
-def test_a_token_that_ended_too_early_is_drawn_again_from_the_same_context(network: Network) -> None:
+def test_an_early_stop_is_sampled_again_from_the_same_context(network: Network) -> None:
     """Greedily it comes again, without another forward; the next one is taken."""
     first = answers(network, [PROMPTS[0]])[0][0]
     made = rows([PROMPTS[0]], stop_ids=(first,), processor=Told({}, again=2))
@@ -239,7 +237,7 @@ def test_a_token_that_ended_too_early_is_drawn_again_from_the_same_context(netwo
     assert (reply.usage.empty_retries, reply.usage.forwards) == (2, 1)
 
 
-def test_a_row_that_draws_again_waits_while_the_others_go_on(network: Network) -> None:
+def test_a_row_that_samples_again_does_not_hold_up_others(network: Network) -> None:
     free = answers(network, PROMPTS)
     stop = free[1][0]
     turns = [None, Told({}, again=3), None, None]
@@ -251,14 +249,14 @@ def test_a_row_that_draws_again_waits_while_the_others_go_on(network: Network) -
     assert found[1].usage.forwards == 1
 
 
-def test_tokens_put_in_place_of_the_own_are_read_together(network: Network) -> None:
+def test_replaced_tokens_are_read_in_one_forward(network: Network) -> None:
     reply = replies(generate_autoregressive(network, rows([PROMPTS[0]], processor=Told({}, cut_at=2))))[0]
     free = greedy(network, PROMPTS[0], (), 2)
     assert reply.tokens == [*free, 2, 3, *greedy(network, [*PROMPTS[0], *free, 2, 3], (), 6)]
     assert (reply.usage.completion_tokens, reply.usage.forwards) == (10, 9)
 
 
-def test_the_shipped_model_goes_on_token_by_token() -> None:
+def test_the_shipped_model_decodes_autoregressively() -> None:
     """The weights of a diffusion model, as its own causal pass continues them."""
     import blockpress
     from blockpress.checkpoints import load_network

@@ -149,7 +149,7 @@ def test_one_canvas_from_prompt_to_reply(tokenizer: Tokenizer):
 # ---------------------------------------------------------------------------------------------------------- events
 
 
-def test_events_come_in_order_and_tell_every_row_apart(tokenizer: Tokenizer):
+def test_events_come_in_order_for_every_row(tokenizer: Tokenizer):
     texts = ["1." + "0" * 10, "2" * 30 + "." + "0" * 5, "3" * 14 + "." + "0" * 9]
     run = play([answer(text) for text in texts], tokenizer, steps=lambda row, canvas: 2 + (row * 2 + canvas) % 5)
     for row, canvases in enumerate([1, 3, 2]):
@@ -171,7 +171,7 @@ def test_events_come_in_order_and_tell_every_row_apart(tokenizer: Tokenizer):
     assert clock == sorted(clock)
 
 
-def test_the_first_step_has_changed_all_and_the_settled_one_nothing():
+def test_the_first_step_changes_all_and_the_settled_one_nothing():
     first, *between, last = play([answer("1" * 12)], max_tokens=12, steps=lambda row, canvas: 5).of(0, Denoised)
     assert first.changed.all()
     assert all(event.changed.all() for event in between[:-1])
@@ -185,7 +185,7 @@ def test_the_first_step_has_changed_all_and_the_settled_one_nothing():
     st.sampled_from([(), ("77",), ("12", "2345"), ("890123",)]),
     st.none() | st.integers(1, 40),
 )
-def test_joined_stream_text_is_the_replys_and_no_row_depends_on_another(
+def test_streamed_text_joins_to_the_reply_and_rows_are_independent(
     tokenizer: Tokenizer, lengths: list[int], stop: Sequence[str], max_tokens: int | None
 ):
     scripts = [(ENDLESS[row:][:length] + ".") for row, length in enumerate(lengths)]
@@ -221,18 +221,18 @@ def test_max_tokens_is_exact(tokenizer: Tokenizer, limit: int, with_text: bool):
 
 
 @pytest.mark.parametrize(("limit", "reason"), [(5, "length"), (6, "stop"), (7, "stop")])
-def test_the_limit_and_the_stop_id_at_the_same_place(limit: int, reason: str):
+def test_a_stop_id_at_the_token_limit_is_a_stop(limit: int, reason: str):
     reply = play([answer("12345.")], max_tokens=limit).reply()
     assert (reply.tokens, reply.finish_reason) == (ids("12345.")[:limit], reason)
 
 
 @pytest.mark.parametrize(("room", "canvases"), [(CANVAS, 1), (2 * CANVAS - 1, 1), (2 * CANVAS, 2), (40, 3)])
-def test_the_contexts_end(room: int, canvases: int):
+def test_the_end_of_the_context_ends_an_answer(room: int, canvases: int):
     reply = play([answer("")], room=room).reply()
     assert (len(reply.tokens), reply.finish_reason) == (canvases * CANVAS, "length")
 
 
-def test_the_contexts_end_releases_the_held_text(tokenizer: Tokenizer):
+def test_the_end_of_the_context_releases_held_text(tokenizer: Tokenizer):
     # The canvas ends in what may be the beginning of the stop string.
     reply = play([answer("")], tokenizer, room=CANVAS, stop=["12"]).reply()
     assert (reply.text, reply.finish_reason) == ("0", "stop")
@@ -244,7 +244,7 @@ def test_the_contexts_end_releases_the_held_text(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize("place", [0, 1, CANVAS - 1, CANVAS, CANVAS + 5, 2 * CANVAS - 1])
-def test_a_stop_id_cuts_behind_itself_and_no_later_canvas_is_begun(place: int):
+def test_a_stop_id_is_kept_and_ends_the_answer(place: int):
     run = play([answer(ENDLESS[:place] + ".")])
     reply = run.reply()
     assert (reply.tokens, reply.finish_reason) == (ids(ENDLESS[:place] + "."), "stop")
@@ -254,7 +254,7 @@ def test_a_stop_id_cuts_behind_itself_and_no_later_canvas_is_begun(place: int):
     assert run.network.reads == [[1]] + [[CANVAS]] * (place // CANVAS)
 
 
-def test_the_first_of_several_stop_ids_counts():
+def test_the_first_stop_id_counts():
     reply = play([answer("123456.")], stop_ids=[EOS, 8, 10]).reply()
     assert (reply.tokens, reply.finish_reason) == (ids("123"), "stop")
 
@@ -285,20 +285,20 @@ def test_a_stop_string_ends_the_text_before_itself(tokenizer: Tokenizer, stop: l
     assert "".join(event.text for event in run.of(0, Text)) == text
 
 
-def test_no_canvas_is_begun_behind_a_stop_string(tokenizer: Tokenizer):
+def test_no_canvas_starts_after_a_stop_string(tokenizer: Tokenizer):
     run = play([answer("")], tokenizer, stop=["9012"])
     assert set(run.network.calls) == {(0, 0), (0, 1)}
     assert run.reply().usage.canvases == 2
 
 
-def test_a_stop_string_that_never_comes_holds_nothing_back_in_the_end(tokenizer: Tokenizer):
+def test_an_unfinished_stop_string_is_released_at_the_end(tokenizer: Tokenizer):
     reply = play([answer("123451234.")], tokenizer, stop=["12346"]).reply()
     assert (reply.text, reply.finish_reason) == ("123451234", "stop")
     reply = play([answer("")], tokenizer, stop=["99"], max_tokens=30).reply()
     assert (reply.text, reply.finish_reason) == (ENDLESS[:30], "length")
 
 
-def test_a_stop_string_behind_the_stop_id_or_the_limit_is_not_seen(tokenizer: Tokenizer):
+def test_a_stop_string_after_the_stop_id_or_the_limit_is_ignored(tokenizer: Tokenizer):
     assert play([answer("12.34")], tokenizer, stop=["34"]).reply().tokens == ids("12.")
     reply = play([answer("1234")], tokenizer, stop=["34"], max_tokens=3).reply()
     assert (reply.text, reply.finish_reason) == ("123", "length")
@@ -319,7 +319,7 @@ class After:
 
 
 @pytest.mark.parametrize(("count", "canvases"), [(1, 0), (3, 0), (4, 0), (5, 1), (8, 1), (10, 2)])
-def test_cancelled_between_steps(tokenizer: Tokenizer, count: int, canvases: int):
+def test_cancelling_between_steps_keeps_committed_tokens(tokenizer: Tokenizer, count: int, canvases: int):
     run = play([answer("")], tokenizer, steps=lambda row, canvas: 4, cancel=After(count))
     reply = run.reply()
     assert reply.finish_reason == "cancelled"
@@ -366,13 +366,13 @@ def test_usage_counts_by_the_projects_definitions(tokenizer: Tokenizer):
         assert [event.steps for event in run.of(row, Committed)] == taken
 
 
-def test_what_a_stop_string_cuts_off_is_not_counted(tokenizer: Tokenizer):
+def test_text_cut_by_a_stop_string_is_not_counted(tokenizer: Tokenizer):
     usage = play([answer("")], tokenizer, stop=["9012"]).reply().usage
     assert (usage.completion_tokens, usage.steps, usage.forwards) == (9, 4, 5)
     assert usage.tokens_per_forward == pytest.approx(9 / 5)
 
 
-def test_an_unsettled_canvas_ends_at_the_cap_with_its_last_argmax():
+def test_an_unsettled_canvas_ends_at_the_last_step_with_its_argmax():
     run = play([answer("")], steps=lambda row, canvas: 100, max_tokens=CANVAS, stop_ids=[], sampling=Sampling(steps=7))
     last = run.of(0, Denoised)[-1]
     assert (last.step, last.settled) == (7, False)
@@ -383,7 +383,7 @@ def test_an_unsettled_canvas_ends_at_the_cap_with_its_last_argmax():
 # -------------------------------------------------------------------------------------------------- the other side
 
 
-def test_every_canvas_gets_its_rows_seeds_and_numbers():
+def test_draws_are_keyed_by_row_seed_and_canvas_number():
     asked = []
 
     def keyed(seeds: list[int], canvases: list[int], **size: Any) -> KeyedDraws:
@@ -399,7 +399,7 @@ def test_every_canvas_gets_its_rows_seeds_and_numbers():
     ]
 
 
-def test_closing_early_leaves_nothing_behind():
+def test_closing_early_frees_the_network():
     network = Scripted([answer("")])
     events: Iterator[Event] = generate(network, rows_for(1), Sampling())
     for _ in range(3):
@@ -417,7 +417,7 @@ def test_closing_early_leaves_nothing_behind():
     )
 
 
-def test_padding_puts_short_rows_to_the_left():
+def test_short_rows_are_padded_on_the_right():
     tokens, counts = pad(Scripted([]), [[5, 6, 7], [8], [9, 10]])
     assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
     assert counts.tolist() == [3, 1, 2]

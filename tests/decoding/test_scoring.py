@@ -81,7 +81,7 @@ def check_equal(ours: Sequence[TokenLogprob] | None, theirs: Sequence[TokenLogpr
 
 @pytest.mark.parametrize("block", [1, 3, 32])
 @torch.inference_mode()
-def test_a_ragged_batch_is_judged_as_each_row_whole(
+def test_a_ragged_batch_is_scored_as_each_row_alone(
     network: Network, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(blocks, "BUFFER", block * VOCAB * 4)
@@ -105,7 +105,7 @@ def test_a_ragged_batch_is_judged_as_each_row_whole(
 
 
 @torch.inference_mode()
-def test_what_was_read_can_be_taken_back(network: Network) -> None:
+def test_a_scored_draft_can_be_dropped_from_the_cache(network: Network) -> None:
     made, asked = rows(PROMPTS), [[1, 2, 3, 4], [7, 7], [15], []]
     last, cache = prefill_verified(network, made)
     states, seen = causal_forward(network, asked, last, cache)
@@ -121,7 +121,7 @@ def test_what_was_read_can_be_taken_back(network: Network) -> None:
 
 
 @torch.inference_mode()
-def test_a_denied_id_is_not_expected_and_keeps_its_probability(network: Network) -> None:
+def test_a_banned_id_is_never_greedy_and_keeps_its_logprob(network: Network) -> None:
     free = rows(PROMPTS[:1])
     states, _ = causal_forward(network, [[1, 2, 3]], *prefill_verified(network, free))
     (plain,) = score_tokens(network, states, free, [[1, 2, 3]])
@@ -132,7 +132,7 @@ def test_a_denied_id_is_not_expected_and_keeps_its_probability(network: Network)
 
 
 @torch.inference_mode()
-def test_all_of_the_vocabulary_sums_to_one(network: Network) -> None:
+def test_logprobs_of_the_vocabulary_sum_to_one(network: Network) -> None:
     made = rows(PROMPTS[:2], logprobs=VOCAB)
     states, _ = causal_forward(network, [[1, 2], [3]], *prefill_verified(network, made))
     for judged in score_tokens(network, states, made, [[1, 2], [3]]):
@@ -146,7 +146,7 @@ def test_all_of_the_vocabulary_sums_to_one(network: Network) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_reply_tells_those_of_its_tokens(network: Network, mode: str) -> None:
+def test_a_reply_has_the_logprobs_of_its_tokens(network: Network, mode: str) -> None:
     """Also where `max_tokens` cuts a canvas, and where a stop id ends one."""
     free = replies(answer(network, rows(PROMPTS, mode), mode))
     for stop_ids in ((), (free[0].tokens[3], free[1].tokens[7])):
@@ -169,7 +169,7 @@ def test_a_row_of_a_batch_is_the_row_alone(network: Network, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_asking_for_them_changes_no_token(network: Network, mode: str) -> None:
+def test_asking_for_logprobs_changes_no_token(network: Network, mode: str) -> None:
     told = replies(answer(network, rows(PROMPTS, mode), mode))
     silent = replies(answer(network, rows(PROMPTS, mode, logprobs=None), mode))
     for one, other in zip(told, silent, strict=True):
@@ -180,7 +180,7 @@ def test_asking_for_them_changes_no_token(network: Network, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_that_tells_none_beside_one_that_does(network: Network, mode: str) -> None:
+def test_rows_with_and_without_logprobs_share_a_batch(network: Network, mode: str) -> None:
     made = rows(PROMPTS, mode)
     made[1].logprobs, made[2].logprobs = None, 0
     found = replies(answer(network, made, mode))
@@ -190,7 +190,7 @@ def test_a_row_that_tells_none_beside_one_that_does(network: Network, mode: str)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tokens_that_a_turn_put_there_are_told_like_others(network: Network, mode: str) -> None:
+def test_inserted_tokens_have_logprobs(network: Network, mode: str) -> None:
     """A turn cuts the third token, or a canvas behind its beginning, and writes two of its own."""
     turn = Told({}, cut_at=2 if mode == "autoregressive" else 0)
     (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, processor=turn), mode))
@@ -199,7 +199,7 @@ def test_tokens_that_a_turn_put_there_are_told_like_others(network: Network, mod
     check_equal(reply.logprobs, truth(network, PROMPTS[0], reply.tokens, 2))
 
 
-def test_a_forward_for_the_second_of_them_is_counted(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_forward_for_logprobs_is_counted(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, what a turn puts behind its own first token is read once more, before it is committed."""
     reads, read = [], network.read
     monkeypatch.setattr(network, "read", lambda *given: reads.append(given) or read(*given))
@@ -227,7 +227,7 @@ class Stopping(Told):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("begins", "ends"), [(2, 4), (5, 8), (0, 9)])
-def test_a_stop_text_takes_them_back_with_the_tokens(network: Network, mode: str, begins: int, ends: int) -> None:
+def test_a_stop_text_cuts_logprobs_with_the_tokens(network: Network, mode: str, begins: int, ends: int) -> None:
     (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, processor=Stopping(begins, ends)), mode))
     assert (len(reply.tokens), reply.finish_reason) == (begins, "stop")
     check_equal(reply.logprobs, truth(network, PROMPTS[0], reply.tokens, 2))
@@ -235,7 +235,7 @@ def test_a_stop_text_takes_them_back_with_the_tokens(network: Network, mode: str
 
 @pytest.mark.parametrize("gap", [0.0, 9.0, 15.0, 20.0])
 @pytest.mark.parametrize("native", [False, True])
-def test_log_probabilities_count_many_small_ones(gap: float, native: bool) -> None:
+def test_logprobs_count_many_small_probabilities(gap: float, native: bool) -> None:
     logits = torch.zeros(1, 262_144)
     logits[:, 7] = gap
     one = torch.ones(1, 1)

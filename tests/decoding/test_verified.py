@@ -58,7 +58,9 @@ TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=9)
 
 
 @given(TOKENS, TOKENS, st.dictionaries(st.integers(0, 8), st.integers(0, 3), max_size=4), st.sets(st.integers(0, 3)))
-def test_a_verdict(tokens: list[int], expected: list[int], pinned: dict[int, int], stop_ids: set[int]) -> None:
+def test_a_draft_is_verified_up_to_the_first_disagreement(
+    tokens: list[int], expected: list[int], pinned: dict[int, int], stop_ids: set[int]
+) -> None:
     size = min(len(tokens), len(expected))
     pinned = {place: token for place, token in pinned.items() if place < size}
     tokens, expected = [pinned.get(i, token) for i, token in enumerate(tokens[:size])], expected[:size]
@@ -76,7 +78,7 @@ def test_a_verdict(tokens: list[int], expected: list[int], pinned: dict[int, int
         assert found.finished and found.tokens == tokens
 
 
-def test_the_last_place_that_counts_leaves_nothing_open() -> None:
+def test_a_disagreement_at_the_last_counted_position_is_corrected() -> None:
     assert verify_draft([5, 6, 7], [5, 6, 8], {}, {1}, 3).finished
     assert not verify_draft([5, 6, 7], [5, 6, 8], {}, {1}, 4).finished
     # A stop id that the causal pass would not have written yet: behind it the canvas goes on.
@@ -103,7 +105,7 @@ def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int
         assert sum(reply.usage.rounds for reply in found) > 0 or limit == 1 or stop_ids
 
 
-def test_every_check_proves_a_token(network: Network) -> None:
+def test_every_check_accepts_at_least_one_token(network: Network) -> None:
     wanted, before = greedy(network, max_tokens=CANVAS), [0] * len(PROMPTS)
     for checks in range(CANVAS + 1):
         found = replies(list(generate_verified(network, rows(max_tokens=CANVAS), LOOSE.with_(checks=checks))))
@@ -233,7 +235,7 @@ def test_a_check_that_agrees_is_the_commit() -> None:
     assert (usage.canvases, usage.steps, usage.forwards, usage.checks, usage.rounds) == (2, 4, 6, 2, 0)
 
 
-def test_a_wrong_last_token_is_put_right_without_another_round() -> None:
+def test_a_wrong_last_token_is_corrected_without_another_round() -> None:
     right = [*range(4, 4 + 2 * CANVAS)]
     network = Agreeing([*right[: CANVAS - 1], 0, *right[CANVAS:]])
     (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
@@ -244,7 +246,7 @@ def test_a_wrong_last_token_is_put_right_without_another_round() -> None:
     assert (reply.usage.steps, reply.usage.forwards, reply.usage.checks, reply.usage.rounds) == (4, 7, 2, 0)
 
 
-def test_a_stop_id_that_the_causal_pass_wants_ends_the_answer_there() -> None:
+def test_a_stop_id_of_the_causal_pass_ends_the_answer() -> None:
     network = Agreeing([4, 5, 0, 7, 8, 9])
     made = rows([[3]], stop_ids=(6,), logprobs=1)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
@@ -252,14 +254,14 @@ def test_a_stop_id_that_the_causal_pass_wants_ends_the_answer_there() -> None:
     assert [(said.token, said.top[0][0]) for said in reply.logprobs or []] == [(4, 4), (5, 5), (6, 6)]
 
 
-def test_what_stands_behind_a_stop_id_is_not_compared() -> None:
+def test_tokens_after_a_stop_id_are_not_compared() -> None:
     network = Agreeing([4, 5, 6, 0, 0, 0])
     (reply,) = replies(list(generate_verified(network, rows([[3]], stop_ids=(6,)), Sampling(checks=4))))
     assert (reply.tokens, reply.usage.checks, reply.usage.rounds) == ([4, 5, 6], 1, 0)
     assert network.reads[1:] == [[[4, 5, 6]]]
 
 
-def test_a_spent_budget_commits_what_is_there() -> None:
+def test_after_the_last_check_the_draft_is_committed() -> None:
     network = Agreeing([4, 0, 0, 0, 0, 0])
     (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=CANVAS), Sampling(checks=2))))
     # Place 1 is put right, then place 2; the third disagreement is not looked for.
@@ -270,7 +272,7 @@ def test_a_spent_budget_commits_what_is_there() -> None:
 # ----------------------------------------------------------------------------------------------------- the other side
 
 
-def test_an_empty_canvas_is_begun_again_from_the_same_context(network: Network) -> None:
+def test_an_empty_canvas_is_retried_from_the_same_context(network: Network) -> None:
     """The causal pass wants to stop at once, and so does what comes after it."""
     stop = greedy(network)[0][0]
     made = rows(PROMPTS[:1], stop_ids=(stop,), processor=Told({}, again=2))
@@ -290,7 +292,7 @@ class Closing(Told):
         return [*tokens, 2] if self._token in tokens else tokens
 
 
-def test_a_token_that_the_turn_puts_there_is_not_compared() -> None:
+def test_inserted_tokens_are_not_compared() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing(right)
     made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[0]), logprobs=0)
@@ -299,7 +301,7 @@ def test_a_token_that_the_turn_puts_there_is_not_compared() -> None:
     assert (reply.usage.checks, reply.usage.rounds) == (1, 0)
 
 
-def test_a_correction_that_the_turn_would_cut_is_denoised_once_more() -> None:
+def test_a_correction_that_would_be_cut_is_denoised_again() -> None:
     """What the turn puts behind it has not been read yet, so it has no log-probability."""
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing([*right[:-1], 0])
@@ -309,7 +311,7 @@ def test_a_correction_that_the_turn_would_cut_is_denoised_once_more() -> None:
     assert (reply.usage.checks, reply.usage.rounds) == (2, 1)
 
 
-def test_banned_tokens_are_not_put_in_by_a_check(network: Network) -> None:
+def test_a_check_never_inserts_a_banned_token(network: Network) -> None:
     free = greedy(network)[0]
     banned = {token: range(CANVAS) for token in set(free[:4])}
     (reply,) = replies(list(generate_verified(network, rows(PROMPTS[:1], processor=Told(banned)), ALL)))
@@ -329,7 +331,7 @@ class After:
 
 
 @pytest.mark.parametrize("count", [1, 4, 9, 20])
-def test_cancelled_between_steps_whatever_the_round(
+def test_cancelling_works_between_steps_of_every_round(
     network: Network, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     ran = watched(network, monkeypatch)
@@ -340,7 +342,7 @@ def test_cancelled_between_steps_whatever_the_round(
     assert len(done.reply.logprobs or []) == len(done.reply.tokens) == CANVAS * usage.canvases
 
 
-def test_no_two_beginnings_of_a_row_draw_the_same():
+def test_every_round_of_a_row_has_its_own_draws():
     """The key of a canvas's draws, over many canvases and as many beginnings as checks can make."""
     numbers = set()
     for canvas in (0, 1, 7, 1023):

@@ -27,12 +27,12 @@ def plain(entropies: list[float], bound: float) -> list[bool]:
 
 
 @given(CANVAS, BOUND)
-def test_the_definition(entropies: list[float], bound: float):
+def test_accepted_positions_follow_the_definition(entropies: list[float], bound: float):
     assert accepted([entropies], bound) == [plain(entropies, bound)]
 
 
 @given(ANY, st.floats(1e-6, 1e-3))
-def test_the_surest_is_always_accepted(entropies: list[float], bound: float):
+def test_the_surest_position_is_always_accepted(entropies: list[float], bound: float):
     (mask,) = accepted([entropies], bound)
     assert mask[entropies.index(min(entropies))]
 
@@ -55,11 +55,11 @@ def test_permuted_positions_permute_the_mask(entropies: list[float], bound: floa
     st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(EXACT, min_size=n, max_size=n), min_size=2, max_size=5)),
     BOUND,
 )
-def test_rows_do_not_touch(rows: list[list[float]], bound: float):
+def test_rows_are_independent(rows: list[list[float]], bound: float):
     assert accepted(rows, bound) == [accepted([row], bound)[0] for row in rows]
 
 
-def test_the_bound_itself_is_within():
+def test_the_bound_is_inclusive():
     # Sums before each: 0, 1/4, 3/4.
     assert accepted([[0.25, 0.5, 4.0]], 0.75) == [[True, True, True]]
     assert accepted([[0.25, 0.5, 4.0]], 0.7499) == [[True, True, False]]

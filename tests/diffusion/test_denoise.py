@@ -180,7 +180,7 @@ def test_a_batch_equals_the_plain_loop_row_by_row(seed: int, seeds: list[int], p
     assert script.calls == [[row for row in range(len(seeds)) if len(rows[row]) > n] for n in range(len(steps))]
 
 
-def test_the_cases_above_settle_early_at_the_cap_and_at_different_steps():
+def test_the_batch_cases_settle_at_different_steps_and_at_the_cap():
     policy = Policy(steps=12, bound=0.1, stability=1, confidence=0.1)
     draws = KeyedDraws(range(5), [0] * 5, length=LENGTH, vocab=VOCAB)
     taken = [{len(row) for row in run(Script(seed, policy.schedule), draws, 5, policy)[1]} for seed in range(20)]
@@ -190,7 +190,7 @@ def test_the_cases_above_settle_early_at_the_cap_and_at_different_steps():
 
 
 @pytest.mark.parametrize("stability", [0, 1, 2, 3])
-def test_the_first_settled_step_is_stability_plus_one(stability: int):
+def test_a_constant_canvas_settles_after_stability_plus_one_steps(stability: int):
     def sure(
         rows: Tensor, step: int, canvas: Tensor, signal: Tensor | None, t: Tensor, draws: Draws, edits: None
     ) -> DenoiserOutput:
@@ -206,7 +206,7 @@ def test_the_first_settled_step_is_stability_plus_one(stability: int):
     assert [step.settled.tolist() for step in steps] == [[False] * 2] * stability + [[True] * 2]
 
 
-def test_an_unsure_canvas_runs_to_the_cap_and_keeps_its_last_argmax():
+def test_an_unsure_canvas_runs_all_steps_and_keeps_its_argmax():
     policy = Policy(steps=6, bound=0.1, stability=1, confidence=0.0)
     draws = KeyedDraws([3], [0], length=LENGTH, vocab=VOCAB)
     steps, (row,) = run(Script(1, policy.schedule), draws, 1, policy)

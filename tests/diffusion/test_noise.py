@@ -75,9 +75,7 @@ def test_a_draw_is_the_documented_function_of_its_coordinates(seed: int, canvas:
     st.integers(0, 48),
     st.data(),
 )
-def test_neither_the_batch_nor_its_order_nor_the_rows_at_hand_matter(
-    rows: list[tuple[int, int]], step: int, data: st.DataObject
-):
+def test_draws_do_not_depend_on_the_batch(rows: list[tuple[int, int]], step: int, data: st.DataObject):
     seeds, canvases = zip(*rows, strict=True)
     asked = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
     together = numbers(draws(seeds, canvases), asked, step)
@@ -87,7 +85,7 @@ def test_neither_the_batch_nor_its_order_nor_the_rows_at_hand_matter(
 
 
 @given(st.lists(st.tuples(st.integers(-5, 2**65), st.integers(0, 3), st.integers(1, 48)), min_size=1, max_size=6))
-def test_a_steps_draws_in_one_pass_are_those_one_by_one(rows: list[tuple[int, int, int]]):
+def test_draws_made_together_equal_those_made_one_by_one(rows: list[tuple[int, int, int]]):
     """Made from tensors of words, too."""
     seeds, canvases, steps = (list(x) for x in zip(*rows, strict=True))
     keyed, every, number = draws(seeds, canvases), torch.arange(len(rows)), torch.tensor(steps)
@@ -97,7 +95,7 @@ def test_a_steps_draws_in_one_pass_are_those_one_by_one(rows: list[tuple[int, in
     assert all(torch.equal(a, b) for a, b in zip(other.of_step(number), wanted, strict=True))
 
 
-def test_asking_in_another_order_changes_nothing():
+def test_draws_do_not_depend_on_the_order_of_calls():
     one, other = draws([5], [0]), draws([5], [0])
     forwards = [numbers(one, [0], step) for step in range(5)]
     backwards = [numbers(other, [0], step) for step in reversed(range(5))][::-1]
@@ -108,7 +106,7 @@ def test_longer_canvases_and_other_rows_begin_with_the_same_draws():
     assert torch.equal(numbers(draws([5], [1], length=40), [0], 3)[0][:, :6], numbers(draws([5], [1]), [0], 3)[0])
 
 
-def test_every_coordinate_makes_a_difference():
+def test_every_coordinate_changes_the_draws():
     def drawn(seed: int = 1, canvas: int = 0, step: int = 1) -> tuple[Tensor, Tensor]:
         return numbers(draws([seed], [canvas], length=32, vocab=2**20), [0], step)
 
@@ -158,7 +156,7 @@ def test_uniforms_are_uniform_and_independent_of_their_neighbours():
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**64), st.integers(1, 48))
-def test_a_sample_follows_the_uniform_of_its_place(seed: int, step: int):
+def test_a_sample_uses_the_uniform_of_its_position(seed: int, step: int):
     keyed = draws([seed], [2], vocab=4)
     sampled = keyed.sample(torch.tensor([0]), step, torch.zeros(1, 6, 4))
     assert torch.equal(sampled, (keyed.uniform(torch.tensor([0]), step) * 4).long())

@@ -42,7 +42,7 @@ def test_a_batch_with_pins_equals_the_plain_loop_row_by_row(
 
 
 @given(st.integers(0, 10**6), PINNED, POLICY)
-def test_a_row_without_pins_is_as_it_was(seed: int, pinned: list[dict[int, int]], policy: Policy) -> None:
+def test_a_row_without_pins_is_unchanged(seed: int, pinned: list[dict[int, int]], policy: Policy) -> None:
     pinned = [{}, *pinned]
     draws = KeyedDraws(range(len(pinned)), [0] * len(pinned), length=LENGTH, vocab=VOCAB)
     script = Script(seed, policy.schedule)
@@ -60,7 +60,7 @@ def test_a_canvas_that_is_all_pins_settles_as_soon_as_it_may() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_pin_is_what_a_belief_in_one_token_alone_gives(dtype: torch.dtype) -> None:
+def test_a_pin_reads_as_certainty_of_one_token(dtype: torch.dtype) -> None:
     """The same reading to the last bit as from logits in which every other id is banned at the pinned places."""
     config = replace(PRESETS["tiny"](), canvas_length=6)
     network = make_random_network(config, seed=2).to(dtype)

@@ -12,7 +12,7 @@ from blockpress.diffusion import Schedule
 
 
 @given(st.integers(1, 64), st.floats(0.05, 2), st.floats(0, 2))
-def test_the_closed_formula(steps: int, t_min: float, spread: float):
+def test_temperatures_follow_the_formula(steps: int, t_min: float, spread: float):
     schedule = Schedule(steps=steps, t_min=t_min, t_max=t_min + spread)
     for step, remaining in zip(range(1, steps + 1), range(steps, 0, -1), strict=True):
         temperature = schedule.temperature(step)
@@ -22,7 +22,7 @@ def test_the_closed_formula(steps: int, t_min: float, spread: float):
         assert temperature.item() == pytest.approx(float(wanted), rel=2e-7)
 
 
-def test_it_starts_at_t_max_and_ends_one_step_above_t_min():
+def test_temperatures_start_at_t_max_and_end_one_step_above_t_min():
     schedule = Schedule(steps=48, t_min=0.4, t_max=0.8)
     temperatures = [schedule.temperature(step).item() for step in range(1, 49)]
     assert temperatures[0] == pytest.approx(0.8)

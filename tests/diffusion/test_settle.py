@@ -25,6 +25,6 @@ def test_a_confidence_of_zero_never_settles():
     assert not StableAndConfident(0, 0.0)(torch.tensor([9]), torch.zeros(1, 4)).item()
 
 
-def test_both_are_needed_in_the_same_row():
+def test_settling_needs_stability_and_confidence():
     unchanged, entropy = torch.tensor([0, 1, 0, 1]), torch.tensor([[0.0], [0.0], [9.0], [9.0]])
     assert StableAndConfident(1, 0.1)(unchanged, entropy).tolist() == [False, True, False, False]

@@ -8,7 +8,7 @@ from blockpress.diffusion import TokenMask
 from blockpress.ops import vocabulary
 
 
-def test_banned_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
+def test_banned_ids_are_never_chosen_and_others_are_unchanged():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)) * 3
     edits = TokenMask.of([{0: {0}}, {}, {2: range(99), 6: (1, 4)}], 5)
     assert edits is not None
@@ -24,5 +24,5 @@ def test_banned_ids_are_neither_best_nor_drawn_and_the_rest_is_as_it_was():
     assert vocabulary.entropy(edited).isfinite().all()
 
 
-def test_nothing_denied_is_no_edits():
+def test_an_empty_mask_is_none():
     assert TokenMask.of([{}, {}], 4) is None

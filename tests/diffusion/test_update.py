@@ -45,7 +45,7 @@ def reading_of(given: list[Any]) -> DenoiserOutput:
 
 
 @given(rows, st.booleans())
-def test_a_step_is_what_it_is_in_lists(given: list[Any], own: bool):
+def test_a_step_equals_a_plain_version_in_lists(given: list[Any], own: bool):
     accept: Accept = sure if own else EntropyBound(0.1)
     settle: Settle = long_the_same if own else StableAndConfident(1, 0.1)
     _, _, noise, previous, _, unchanged = zip(*given, strict=True)
@@ -66,7 +66,7 @@ def test_a_step_is_what_it_is_in_lists(given: list[Any], own: bool):
         assert bool(done.settled[row]) == (count > 2 if own else count >= 1 and spent / LENGTH < 0.1)
 
 
-def test_a_sampling_brings_its_own_rules_or_the_references():
+def test_custom_rules_replace_the_defaults():
     sampling = Sampling(entropy_bound=0.3, stability=2, confidence=0.01)
     assert step_rules(sampling) == (EntropyBound(0.3), StableAndConfident(2, 0.01))
     assert step_rules(sampling.with_(accept=sure)) == (sure, StableAndConfident(2, 0.01))
@@ -86,7 +86,7 @@ ONE = [([1] * LENGTH, [2] * LENGTH, [3] * LENGTH, [1] * LENGTH, [0.0] * LENGTH, 
         ("settle", lambda unchanged, entropy: None, "settle gave NoneType"),
     ],
 )
-def test_a_rule_that_gives_something_else_is_refused_by_name(name: str, rule: Callable[..., Any], said: str):
+def test_a_rule_with_a_wrong_result_is_refused_by_name(name: str, rule: Callable[..., Any], said: str):
     accept, settle = step_rules(Sampling().with_(**{name: rule}))
     with pytest.raises(RequestError, match=said):
         update(reading_of(ONE), torch.tensor([ONE[0][2]]), torch.tensor([ONE[0][3]]), torch.tensor([0]), accept, settle)

@@ -82,12 +82,12 @@ def interpreted() -> None:
     print("alike")
 
 
-def test_spans_are_seen_as_pages_are() -> None:
+def test_span_attention_gives_the_tokens_of_page_attention() -> None:
     compare(InTorch(), max_tokens=29)
 
 
 @pytest.mark.interpreter
-def test_the_kernels_see_what_pages_hold() -> None:
+def test_triton_attention_gives_the_tokens_of_page_attention() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", "from tests.engine.test_attention import interpreted; interpreted()"]
@@ -96,7 +96,7 @@ def test_the_kernels_see_what_pages_hold() -> None:
     assert done.stdout == "alike\n", done.stderr
 
 
-def test_kernels_are_for_gpus_alone() -> None:
+def test_kernels_are_used_only_on_gpus_and_supported_heads() -> None:
     """And for heads that they can read: of powers of two, from 16 on."""
     store = EngineCore(damped(), OPTIONS).kv_cache
     assert store.dims == {16, 32} and kernels_for(store) is None
@@ -105,7 +105,7 @@ def test_kernels_are_for_gpus_alone() -> None:
         assert (kernels_for(Mock(spec=KVCache, device=torch.device("cuda"), dims=dims)) is not None) == found
 
 
-def test_pictures_are_looked_at_through_pages() -> None:
+def test_pictures_use_page_attention() -> None:
     """The tokens of a picture see each other in both directions, which is no span of the kernels."""
     core = on_paper(damped(), OPTIONS)
     [request] = requests(14)[:1]

@@ -25,7 +25,7 @@ def network() -> Network:
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
-def test_replayed_steps_give_the_poems_tokens(network: Network, count: int):
+def test_replayed_graphs_give_the_tokens_of_the_reference_loop(network: Network, count: int):
     """Steps and temperatures of their own, banned and pinned tokens, padding, pages of NaN where nothing was written."""
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = [SHORT.with_(steps=3 + i % 3, t_max=0.8 + 0.1 * i) for i in range(count)]
@@ -39,7 +39,7 @@ def test_replayed_steps_give_the_poems_tokens(network: Network, count: int):
     assert graphs.replays > graphs.captures > 0
 
 
-def test_what_is_told_of_a_step_stays_as_it_was_told(network: Network):
+def test_events_are_not_overwritten_by_later_replays(network: Network):
     """Events are copies: the next replay writes over the outputs."""
     given = prompts(CONFIG, 2, 20, seed=3)
     core, requests = on_paper(network, EngineOptions(memory=MEMORY)), asked(given, [SHORT, SHORT])
@@ -55,7 +55,7 @@ def test_what_is_told_of_a_step_stays_as_it_was_told(network: Network):
     assert len({tuple(event.argmax.tolist()) for event, _ in kept}) > 2
 
 
-def test_a_capture_that_fails_is_said_and_costs_no_token(network: Network):
+def test_a_failed_capture_is_reported_and_changes_no_token(network: Network):
     given, how = prompts(CONFIG, 3, 30, seed=1), [SHORT] * 3
     calls = []
 
@@ -73,7 +73,7 @@ def test_a_capture_that_fails_is_said_and_costs_no_token(network: Network):
     assert (len(calls), graphs.replays) == (1, 0)
 
 
-def test_what_a_graph_has_no_canvas_for_is_nobodys():
+def test_unused_graph_rows_are_padding():
     """A canvas of the last forward must not be stepped again: its request may be paused, and go on later."""
     graph = CapturedGraph(4, [9, 9], torch.device("cpu"))
     graph.fill([[1, 1], [2, 2], [3, 3]])
@@ -81,7 +81,7 @@ def test_what_a_graph_has_no_canvas_for_is_nobodys():
     assert graph.numbers.tolist() == [[4, 4], [9, 9], [9, 9], [9, 9]]
 
 
-def test_few_graphs_serve_all_forwards():
+def test_few_graphs_cover_all_batch_shapes():
     """At most a third of a graph's canvases is nobody's, and page tables grow in few leaps."""
     for count in range(1, 257):
         key = GraphKey.of(count, 1, 256, StepFeatures())
@@ -95,7 +95,7 @@ def test_few_graphs_serve_all_forwards():
     )
 
 
-def test_what_would_wait_for_the_device_is_not_captured(network: Network):
+def test_forwards_that_synchronize_are_not_captured(network: Network):
     assert "no kernel reads its pages" in (why_not_capturable(network, None) or "")
     pytest.importorskip("triton")
     assert "experts of layers.0.experts in torch.float32" in (why_not_capturable(network, InTorch()) or "")
@@ -104,7 +104,7 @@ def test_what_would_wait_for_the_device_is_not_captured(network: Network):
 
 
 @pytest.mark.gpu
-def test_graphs_do_what_the_same_kernels_do_eagerly():
+def test_graphs_equal_eager_kernels():
     """bfloat16 on a GPU: forwards of as many canvases are rounded alike, so every token is the same."""
     network = damped().to(device="cuda", dtype=torch.bfloat16)
     given, how = prompts(CONFIG, 6, 60, seed=6, shared=30), [SHORT] * 6

@@ -54,7 +54,7 @@ def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Reques
 
 @pytest.mark.parametrize("sampling", [SHORT, SHORT.with_(checks=2), AutoregressiveSampling()])
 @pytest.mark.parametrize("fails", ["take", "cut"])
-def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnySampling, fails: str):
+def test_a_failing_output_processor_ends_only_its_request(network: Network, sampling: AnySampling, fails: str):
     core = EngineCore(network, ROOM)
     requests = [request(0, sampling), request(1, sampling, turn=BrokenTurn(fails)), request(2, sampling)]
     told = play(core, requests)
@@ -65,7 +65,7 @@ def test_a_turn_at_fault_ends_its_request_alone(network: Network, sampling: AnyS
     assert core.stats.failures == 1 and not core.num_tracked
 
 
-def test_a_cancellation_that_fails_is_an_end_too(network: Network):
+def test_a_failing_cancellation_still_ends_the_request(network: Network):
     core = EngineCore(network, ROOM)
     requests = [request(0, turn=BrokenTurn("finish")), request(1)]
     told = play(core, requests, cancels={0: 2})
@@ -73,7 +73,7 @@ def test_a_cancellation_that_fails_is_an_end_too(network: Network):
     assert reply(told[requests[1]]) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
 
 
-def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, monkeypatch: pytest.MonkeyPatch):
+def test_a_sampling_error_ends_only_its_request(network: Network, monkeypatch: pytest.MonkeyPatch):
     sampling, choose = AutoregressiveSampling(), modes.sample_next
 
     def failing(network: Network, rows: Sequence[Any], *rest: Any) -> Tensor:
@@ -89,7 +89,7 @@ def test_a_token_that_cannot_be_chosen_is_one_requests_matter(network: Network, 
         assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
 
 
-def test_what_a_failed_forward_allocated_is_gone_before_the_next(network: Network, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_forward_s_memory_is_freed_before_the_next(network: Network, monkeypatch: pytest.MonkeyPatch):
     """Else a forward that was too large for the memory would leave no room for the small ones that follow it."""
     core, alive = EngineCore(network, ROOM), set[int]()
     run: Callable[..., Any] = core.runner.run
@@ -129,7 +129,7 @@ def held(engine: ThreadedEngine) -> Iterator[None]:
     go_on.set()
 
 
-def test_a_request_that_cannot_be_taken_holds_up_nobody(network: Network):
+def test_a_refused_request_does_not_hold_up_others(network: Network):
     """Submitted twice: refused by name; the first submission, and whoever came behind, get their answers."""
     with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         one, other = request(0), request(1)
@@ -140,7 +140,7 @@ def test_a_request_that_cannot_be_taken_holds_up_nobody(network: Network):
         assert isinstance(list(behind)[-1], Done) and isinstance(list(first)[-1], Done)
 
 
-def test_who_never_asks_for_an_event_and_lets_go_is_cancelled(network: Network):
+def test_a_dropped_event_iterator_cancels_its_request(network: Network):
     long = SHORT.with_(steps=48)
     with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         left = request(0, long, max_tokens=170)
@@ -151,7 +151,7 @@ def test_who_never_asks_for_an_event_and_lets_go_is_cancelled(network: Network):
         assert left.row.finish_reason == "cancelled"
 
 
-def test_a_caller_who_cannot_be_told_is_left(network: Network):
+def test_a_failing_callback_cancels_only_its_request(network: Network):
     def deaf(_: Event | BlockpressError) -> None:
         raise OSError("nobody there")
 
@@ -162,11 +162,11 @@ def test_a_caller_who_cannot_be_told_is_left(network: Network):
     assert left.row.finish_reason == "cancelled"
 
 
-def test_free_memory_of_any_device_is_known():
+def test_an_engine_sizes_itself_on_other_devices():
     assert EngineCore(damped(CONFIG).to("meta")).stats.page_bytes > 0
 
 
-def test_a_canvas_that_has_moved_on_is_not_run_again(network: Network, monkeypatch: pytest.MonkeyPatch):
+def test_a_canvas_that_was_stepped_is_not_rerun_after_a_failure(network: Network, monkeypatch: pytest.MonkeyPatch):
     """The forward fails behind the step: another run would take one step more, so the canvases fail by name."""
     core, calls = EngineCore(network, ROOM), list[int]()
 

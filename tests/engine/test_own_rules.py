@@ -44,7 +44,7 @@ def network() -> Network:
     return damped(CONFIG)
 
 
-def test_batches_that_mix_rules_give_what_each_gives_alone(network: Network):
+def test_mixed_rules_answer_as_alone(network: Network):
     """Two that share a rule, two with others, the built-in ones, checks, and a request without canvases."""
     half = SurestShare(0.5)
     how: list[AnySampling] = [
@@ -75,7 +75,7 @@ class Empty(SurestShare):
         return 0
 
 
-def test_a_rule_counts_whatever_its_truth_value(network: Network):
+def test_a_rule_that_is_falsy_counts(network: Network):
     own = SHORT.with_(accept=Empty(0.5))
     requests = [Request(row(CONFIG, 0, [5, 6, 7], own), own)]
     told = play(EngineCore(network, ROOM), requests)
@@ -95,7 +95,7 @@ def fails(*_: Tensor) -> Tensor:
         ({"settle": lambda unchanged, entropy: entropy.mean() < 1}, r"sampling.settle gave torch.bool []"),
     ],
 )
-def test_a_rule_at_fault_ends_its_request_alone(network: Network, changes: dict[str, Callable[..., Any]], said: str):
+def test_a_failing_rule_ends_only_its_request(network: Network, changes: dict[str, Callable[..., Any]], said: str):
     how = [SHORT, SHORT.with_(**changes), SHORT.with_(accept=SurestShare(0.5))]
     requests = [Request(row(CONFIG, i, [5, 6, 7], s), s) for i, s in enumerate(how)]
     core = EngineCore(network, ROOM)
@@ -107,7 +107,7 @@ def test_a_rule_at_fault_ends_its_request_alone(network: Network, changes: dict[
     assert core.stats.failures == 1
 
 
-def test_own_rules_run_eagerly_and_graphs_go_on(network: Network):
+def test_custom_rules_run_eagerly_beside_graphs(network: Network):
     core = on_paper(damped(), EngineOptions(memory=1 << 23))
     graphs = core.runner.captured
     assert graphs is not None

@@ -46,7 +46,7 @@ def test_digests_agree_as_far_as_contexts_do(other: Request, equal: int):
     [(SUN, MOON), (SUN, HashedImageSpan(1, 3, b"sun")), (SUN, HashedImageSpan(2, 4, b"sun"))],
     ids=["shows", "start", "length"],
 )
-def test_pictures_are_told_apart(one: HashedImageSpan, other: HashedImageSpan):
+def test_different_pictures_have_different_digests(one: HashedImageSpan, other: HashedImageSpan):
     a, b = (prefix_cache.extend_digests(ask(TEXT, pictures=(picture,)), 5, PAGE) for picture in (one, other))
     assert not {*a} & {*b}
 
@@ -102,7 +102,7 @@ def knows(full: str, sliding: str) -> Callable[[int], tuple[bool, bool]]:
         ("+++++", "+++++", None, 5),
     ],
 )
-def test_the_longest_prefix(full: str, sliding: str, window: int | None, found: int):
+def test_the_longest_cached_prefix_is_found(full: str, sliding: str, window: int | None, found: int):
     assert prefix_cache.longest_prefix(ask(TEXT), PAGE, knows(full, sliding), window) == found
 
 
@@ -116,7 +116,7 @@ def test_the_longest_prefix(full: str, sliding: str, window: int | None, found: 
         (3, "diffusion", 0),
     ],
 )
-def test_who_hears_a_token_reads_it(length: int, speaks: str, found: int):
+def test_tokens_whose_logits_are_wanted_are_computed(length: int, speaks: str, found: int):
     assert prefix_cache.longest_prefix(ask(TEXT[:length], speaks), PAGE, knows("+" * 5, "+" * 5), 6) == found
 
 
@@ -128,7 +128,7 @@ def test_who_hears_a_token_reads_it(length: int, speaks: str, found: int):
     st.integers(1, 12),
     st.sampled_from(["diffusion", "autoregressive"]),
 )
-def test_the_longest_prefix_is_the_one_defined(
+def test_the_longest_cached_prefix_follows_the_definition(
     length: int, known: list[tuple[bool, bool]], window: int, start: int, wide: int, speaks: str
 ):
     picture = HashedImageSpan(start, wide, b"sun")
@@ -157,7 +157,7 @@ def read(tables: BlockTables, request: Request, part: int = 5) -> None:
         tables.mark_written(request, stop)
 
 
-def test_a_second_request_takes_over_what_the_first_one_read():
+def test_a_second_request_reuses_the_prefix_of_the_first():
     """Pages of 4 tokens, a window of 6. The first has read 18 tokens; the second begins with the first 16 of them.
 
     full      first [0, 1, 2, 3, 4]     second [0, 1, 2, 3]          16 tokens that it need not read
@@ -188,7 +188,7 @@ def test_reuse_can_be_switched_off(reuse: bool):
     assert bool(first.digests) == reuse
 
 
-def test_what_is_spoilt_is_taken_over_by_nobody():
+def test_pages_with_nan_are_not_reused():
     tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
     first = ask(TEXT)
     read(tables, first)
@@ -198,7 +198,7 @@ def test_what_is_spoilt_is_taken_over_by_nobody():
     tables.check([])
 
 
-def test_the_end_of_a_context_is_given_up_before_its_beginning():
+def test_the_end_of_a_context_is_evicted_before_its_beginning():
     tables = BlockTables(small(), EngineOptions(), {"full_attention": 5})
     first = ask(TEXT)
     read(tables, first)
@@ -207,7 +207,7 @@ def test_the_end_of_a_context_is_given_up_before_its_beginning():
     assert [len(found) for found in tables.match(ask(TEXT)).values()] == [3]
 
 
-def test_full_pages_follow_one_another_however_a_prompt_is_read():
+def test_full_pages_are_contiguous_however_a_prompt_is_chunked():
     """Three contexts read in turn, a page at a time: the full pages of each are in one piece from the first part on."""
     tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 15))
     requests = [ask(TEXT), ask(TEXT[::-1]), ask([3] * 20)]

@@ -35,7 +35,7 @@ def network() -> Network:
     return damped()
 
 
-def test_banned_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_read(network: Network):
+def test_banned_and_pinned_tokens_match_the_reference_and_unwritten_pages_are_never_read(network: Network):
     given, how = prompts(CONFIG, 7, 50, seed=7, shared=20), [SHORT.with_(steps=2 + i % 3) for i in range(7)]
     requests = asked(given, how)
     told = play(poison(EngineCore(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
@@ -50,7 +50,7 @@ def test_banned_and_pinned_tokens_are_the_poems_and_unwritten_pages_are_never_re
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("what", ["signal", "pages"])
-def test_a_number_that_is_none_hurts_its_own_request_alone(network: Network, what: str, maker: str):
+def test_a_nan_fails_only_its_request(network: Network, what: str, maker: str):
     """NaN in one request's signal or pages: it fails, the others' tokens are the poem's, and so are those of who comes
     into its slot and its pages."""
     given, how = prompts(CONFIG, 6, 30, seed=11), [SHORT] * 6
@@ -70,7 +70,7 @@ def test_a_number_that_is_none_hurts_its_own_request_alone(network: Network, wha
         assert reply(told[requests[i]]) == alone(network, i, given[i], how[i]), f"request {i}"
 
 
-def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(network: Network):
+def test_a_nan_in_a_logit_row_fails_only_its_request(network: Network):
     how, given = AutoregressiveSampling(), prompts(CONFIG, 3, 30, seed=14)
     core, requests = EngineCore(network, OPTIONS), [Request(row(CONFIG, i, given[i], how), how) for i in range(3)]
     for request in requests:
@@ -87,7 +87,7 @@ def test_a_number_that_is_none_among_what_is_heard_hurts_its_own_request_alone(n
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_canvas_settles_after_as_many_steps_as_it_is_to_stay_the_same(maker: str):
+def test_a_canvas_settles_after_its_stability(maker: str):
     """The shipped model, whose canvases do settle; its answer, steps included, is the poem's. Sure it is at any time, so
     that nothing but the argmax decides."""
     lm = blockpress.load("sudoku-nano")
@@ -112,7 +112,7 @@ def spoil(core: EngineCore, request: Request, what: str) -> None:
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_forward_that_breaks_is_run_again_one_by_one(network: Network, maker: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_forward_is_rerun_request_by_request(network: Network, maker: str, monkeypatch: pytest.MonkeyPatch):
     given, how = prompts(CONFIG, 3, 30, seed=12), [SHORT] * 3
     core, requests = MAKERS[maker](network, OPTIONS), asked(given, how)
     run, forwards = network.run, []
@@ -130,7 +130,7 @@ def test_a_forward_that_breaks_is_run_again_one_by_one(network: Network, maker: 
     assert len(forwards) > 8
 
 
-def test_a_step_changes_its_own_slots_and_tells_what_it_did(network: Network):
+def test_a_step_changes_only_its_slots(network: Network):
     """Entries of nobody, and slots of others, leave a canvas as it is alone."""
     requests = [Request(row(CONFIG, i, [5, 6], SHORT), SHORT) for i in range(2)]
     numbers = []
@@ -169,7 +169,7 @@ def stepped(network: Network, slots: CanvasState, entries: Tensor) -> Any:
     return finish_step(network, slots, canvases, StepFeatures(), begun, hidden, "exact")
 
 
-def test_numbers_are_read_as_they_were_written():
+def test_canvas_fields_round_trip():
     how = Sampling(steps=7, t_min=0.3, t_max=1.1, entropy_bound=0.15, stability=2, confidence=0.007)
     one = row(CONFIG, 0, [5, 6, 7], how)
     one.seed = -(2**40) - 3
@@ -190,7 +190,7 @@ def banning(index: int, banned: dict[int, set[int]]) -> Request:
     return Request(row(CONFIG, index, [5], SHORT, processor=processor), SHORT)
 
 
-def test_banned_ids_keep_their_place_until_there_are_more(network: Network):
+def test_banned_ids_keep_their_column_until_the_table_grows(network: Network):
     """A table of ids that nobody denies twice is filled anew in place, and grows only where it must."""
     slots, at, spaces = CanvasState(network, 3), [], (range(8), range(8, 16), range(16, 36))
     requests = [banning(i, {token: {token % 12} for token in ids}) for i, ids in enumerate(spaces)]
@@ -227,7 +227,7 @@ class Blank(InTorch):
 
 
 @torch.inference_mode()
-def test_no_value_of_the_device_decides_what_a_forward_does():
+def test_a_forward_reads_no_value_from_the_device():
     """On the meta device tensors have no values: whoever waits for one, or for a shape made of some, raises."""
     core = EngineCore(damped().to("meta"), OPTIONS)
     runner = core.runner
@@ -269,7 +269,7 @@ class There(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_forward_is_waited_for_once(network: Network, monkeypatch: pytest.MonkeyPatch):
+def test_a_forward_copies_back_once(network: Network, monkeypatch: pytest.MonkeyPatch):
     core, requests = (
         EngineCore(network, OPTIONS),
         asked(prompts(CONFIG, 3, 30, seed=13), [SHORT.with_(checks=1), SHORT, SHORT]),

@@ -77,7 +77,9 @@ OPTIONS = {
     [pytest.param(kind, 8, how, marks=pytest.mark.slow) for kind in ("diffusion", "autoregressive") for how in OPTIONS]
     + [("mixed", count, options) for count in COUNTS for options in ("roomy", "scarce")],
 )
-def test_engine_and_poem_agree(network: Network, alone: Alone, kind: str, count: int, options: str):
+def test_engine_and_reference_loop_give_the_same_replies(
+    network: Network, alone: Alone, kind: str, count: int, options: str
+):
     """Requests of mixed lengths that arrive at different times; each is compared with its own run alone."""
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings(kind, count)
@@ -89,7 +91,7 @@ def test_engine_and_poem_agree(network: Network, alone: Alone, kind: str, count:
 
 
 @pytest.mark.parametrize("options", ["roomy", "chunks of 7"])
-def test_a_family_without_canvases_is_answered_alike(options: str):
+def test_a_family_without_canvases_gives_the_same_replies(options: str):
     """Gemma 4: pages of 256 tokens, one kind of scalar, no slots."""
     config = replace(CONFIG, family="gemma4", canvas_length=1)
     sibling = make_random_network(config, seed=2).requires_grad_(False)
@@ -102,7 +104,7 @@ def test_a_family_without_canvases_is_answered_alike(options: str):
 
 @pytest.mark.parametrize("options", ["roomy", "scarce", pytest.param("chunks of 7", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_what_the_causal_pass_says_is_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
+def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
     """Verified decoding and log-probabilities, token by token too, beside requests that ask for neither."""
     how: list[AnySampling] = [SHORT.with_(checks=2), SHORT, WARM, Sampling(steps=3, checks=9), SHORT.with_(checks=1)]
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
@@ -120,7 +122,7 @@ def test_what_the_causal_pass_says_is_the_same(network: Network, alone: Alone, l
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network, alone: Alone, count: int):
+def test_cancelled_requests_keep_committed_tokens_and_disturb_no_other(network: Network, alone: Alone, count: int):
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings("mixed", count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
@@ -139,7 +141,7 @@ def test_cancelled_ones_keep_what_was_committed_and_hurt_nobody(network: Network
 
 
 @pytest.mark.slow
-def test_the_shipped_model_solves_alike():
+def test_the_shipped_model_gives_the_same_replies():
     """Trained weights, settled canvases of 90, a batch of 8 that shares a page with nobody."""
     lm = blockpress.load("sudoku-nano")
     given = [lm.encode(sudoku.layout(sudoku.generate_puzzle(seed, givens=36).puzzle)) for seed in range(8)]
@@ -150,7 +152,7 @@ def test_the_shipped_model_solves_alike():
         assert reply(told[request]) == poem(lm.network, lm.config, given[i], i, sampling, max_tokens=None)
 
 
-def test_events_are_those_of_the_poem(network: Network):
+def test_events_are_those_of_the_reference_loop(network: Network):
     """Step by step: canvas, argmax, accepted, entropies; and one `Done` at the end."""
     from blockpress.decoding.generate import generate
 

@@ -51,7 +51,7 @@ class Show:
         return drawn(works, self.names)
 
 
-def test_one_request_from_prompt_to_end():
+def test_one_request_is_scheduled_from_prompt_to_end():
     show = Show(chunk=5)
     request = show.ask("A", TEXT[:8])
     assert request.state == "waiting" and request.slot is None
@@ -67,7 +67,7 @@ def test_one_request_from_prompt_to_end():
     assert (request.state, request.slot, request.tables, show.scheduler.schedule()) == ("ended", None, {}, [])
 
 
-def test_each_is_at_a_step_of_its_own():
+def test_requests_in_a_batch_are_at_different_steps():
     show = Show(chunk=6, reuse_prefixes=False)
     show.ask("A", TEXT[:4])
     assert show.forward() == "A 0:4 ~"
@@ -80,7 +80,7 @@ def test_each_is_at_a_step_of_its_own():
     ]
 
 
-def test_prompts_are_read_in_turn_within_the_prefill_tokens():
+def test_prompts_share_the_prefill_tokens_in_turn():
     """Seven tokens a forward, five a request; canvases and commits are not counted."""
     show = Show(chunk=5, prefill_tokens=7, reuse_prefixes=False)
     for name in "ABC":
@@ -103,13 +103,13 @@ def test_prompts_are_read_in_turn_within_the_prefill_tokens():
     ],
     ids=["longer than a chunk", "a chunk", "within", "longer than the prefill tokens"],
 )
-def test_a_picture_is_read_as_a_whole(chunk: int, tokens: int, lines: list[str]):
+def test_a_picture_is_never_split(chunk: int, tokens: int, lines: list[str]):
     show = Show(chunk=chunk, prefill_tokens=tokens)
     show.ask("A", TEXT[:10], pictures=(HashedImageSpan(2, 6, b"sun"),))
     assert [show.forward() for _ in lines] == lines
 
 
-def test_a_picture_that_does_not_fit_beside_others_waits_for_a_forward_of_its_own():
+def test_a_picture_that_does_not_fit_waits_for_its_own_forward():
     show = Show(chunk=4, prefill_tokens=5)
     (
         show.ask("A", TEXT[:4]),
@@ -119,7 +119,7 @@ def test_a_picture_that_does_not_fit_beside_others_waits_for_a_forward_of_its_ow
     assert [show.forward(), show.forward(), show.forward()] == ["A 0:4 ~", "A ~  B 0:6 ~", "A ~  B ~  C 0:2 ~"]
 
 
-def test_a_beginning_that_was_read_is_not_read_again():
+def test_a_cached_prefix_is_not_read_again():
     show = Show()
     show.ask("A", TEXT[:12])
     assert show.forward() == "A 0:12 ~"
@@ -128,7 +128,7 @@ def test_a_beginning_that_was_read_is_not_read_again():
     assert show.scheduler.stats.reused_tokens == 12 + 12 + 8
 
 
-def test_what_was_written_is_a_beginning_as_well():
+def test_generated_tokens_are_a_prefix_too():
     """The second turn of a conversation: prompt and answer of the first are in pages still."""
     show = Show()
     first = show.ask("A", TEXT[:6])
@@ -138,7 +138,7 @@ def test_what_was_written_is_a_beginning_as_well():
     assert show.forward() == "B 12:16 ~"
 
 
-def test_the_youngest_pauses_where_pages_run_out_and_goes_on_at_its_step():
+def test_the_youngest_is_preempted_and_resumes_at_its_step():
     """Six pages of four tokens. A takes the one that is left, then one of B's."""
     show = Show(pages=6, reuse_prefixes=False)
     a, b = show.ask("A", TEXT[:8]), show.ask("B", TEXT[8:18])
@@ -154,13 +154,13 @@ def test_the_youngest_pauses_where_pages_run_out_and_goes_on_at_its_step():
     assert (b.slot, b.step) == (1, 3)
 
 
-def test_who_is_youngest_pauses_itself():
+def test_the_youngest_preempts_itself():
     show = Show(pages=6, reuse_prefixes=False)
     show.ask("A", TEXT[:12]), show.ask("B", TEXT[8:20])
     assert [show.forward("B"), show.forward()] == ["A 0:12 ~  B 0:12 ~", "A ~"]
 
 
-def test_nobody_is_let_in_whose_prompt_would_have_to_pause():
+def test_no_request_is_admitted_that_would_be_preempted_at_once():
     """Of eight pages A has six; B needs three, and C comes behind B."""
     show = Show(pages=8, chunk=4, reuse_prefixes=False)
     show.ask("A", TEXT[:24]), show.ask("B", TEXT[:12]), show.ask("C", TEXT[:1])
@@ -168,7 +168,7 @@ def test_nobody_is_let_in_whose_prompt_would_have_to_pause():
     assert show.scheduler.waiting == 2
 
 
-def test_a_slot_goes_to_the_next():
+def test_a_freed_slot_is_given_to_the_next_request():
     show = Show(max_running=2)
     a, b, c = (show.ask(name, TEXT[:4]) for name in "ABC")
     assert show.forward() == "A 0:4 ~  B 0:4 ~"
@@ -178,7 +178,7 @@ def test_a_slot_goes_to_the_next():
 
 
 @pytest.mark.parametrize("when", ["waiting", "running", "preempted"])
-def test_a_cancelled_request_leaves_nothing_behind(when: str):
+def test_a_cancelled_request_frees_its_pages(when: str):
     show = Show(pages=6)
     show.ask("A", TEXT[:8])
     b = show.ask("B", TEXT[8:18])
@@ -194,7 +194,7 @@ def test_a_cancelled_request_leaves_nothing_behind(when: str):
     assert show.forward()[0] == "A"
 
 
-def test_a_work_whose_request_has_ended_is_not_booked():
+def test_work_of_an_ended_request_is_not_booked():
     show = Show()
     request = show.ask("A", TEXT[:8])
     (work,) = show.scheduler.schedule()
@@ -204,7 +204,7 @@ def test_a_work_whose_request_has_ended_is_not_booked():
     assert not any(pages.reusable for pages in show.scheduler.stats.pages.values())
 
 
-def test_the_queue_has_an_end():
+def test_the_queue_has_a_limit():
     show = Show(max_running=1, max_waiting=2)
     show.ask("A", TEXT[:4]), show.ask("B", TEXT[:4])
     with pytest.raises(Overloaded, match="2 requests wait, and max_waiting is 2") as caught:
@@ -251,16 +251,16 @@ def written(speaks: str, prompt: int, pages: int) -> list[int]:
         ("autoregressive", 18, [18, 19, 20]),
     ],
 )
-def test_an_answer_goes_as_far_as_the_pages_do(speaks: str, prompt: int, lengths: list[int]):
+def test_an_answer_ends_where_pages_end(speaks: str, prompt: int, lengths: list[int]):
     assert written(speaks, prompt, pages=5) == lengths
 
 
-def test_where_pages_abound_the_context_is_the_limit():
+def test_with_pages_to_spare_the_context_is_the_limit():
     assert written("diffusion", 40, pages=50)[-1] == 56
 
 
 @pytest.mark.parametrize("speaks", ["diffusion", "autoregressive"])
-def test_begun_again_is_read_no_more(speaks: str):
+def test_a_retried_canvas_reads_no_context_again(speaks: str):
     """A canvas that said nothing is written once more; so is a token, from the state that was heard."""
     show = Show()
     request = show.ask("A", TEXT[:4], speaks)
@@ -279,7 +279,7 @@ MISUSES: dict[str, Callable[[Show, Request], object]] = {
 
 
 @pytest.mark.parametrize("said", MISUSES)
-def test_our_own_mistakes_are_noticed(said: str):
+def test_the_consistency_check_finds_corruption(said: str):
     show = Show()
     request = show.ask("A", TEXT[:4])
     with pytest.raises(AssertionError, match=said):
@@ -289,7 +289,7 @@ def test_our_own_mistakes_are_noticed(said: str):
 @pytest.mark.parametrize(
     "name", ["options", "request", "sizing", "block_pool", "prefix_cache", "block_tables", "scheduler"]
 )
-def test_plans_are_made_without_torch(name: str):
+def test_the_scheduler_imports_no_torch(name: str):
     """Nor by way of a room that knows it, but for the names of types."""
     source = (Path(engine.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     loaded = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -77,7 +77,7 @@ def test_the_hint_names_the_least_memory(preset: str, chunk: int):
 
 
 @pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
-def test_one_kind_of_layer_takes_all(kind: Any):
+def test_a_single_kind_of_layer_gets_all_pages(kind: Any):
     config = replace(PRESETS["tiny"](), layers=(LayerConfig(kind=kind, head_dim=8, kv_heads=2),))
     page = costs.context_bytes(config, "float32")[kind] * page_length(config)
     assert plan_pages(config, "float32", EngineOptions(chunk=12), 20 * page + 1) == {kind: 20}
@@ -104,7 +104,7 @@ def test_free_runs_are_a_set_of_ids(total: int, moves: list[tuple[int, int]]):
         assert sorted(runs.ids()) == sorted(free) and runs.count == len(free)
 
 
-def test_requests_that_grow_side_by_side_stay_in_one_piece():
+def test_growing_requests_stay_contiguous():
     """Pages of four requests, taken in turn: each one's follow one another in memory.
 
     16 pages    a a a a | c c c c | b b b b | d d d d
@@ -132,7 +132,7 @@ def filled(total: int) -> BlockPool:
     return pool
 
 
-def test_what_was_released_longest_ago_is_given_up_first():
+def test_eviction_is_least_recently_released_first():
     pool = filled(6)
     pool.retain(0)
     pool.release(0)  # in use again since, so 1 is the oldest now
@@ -142,7 +142,7 @@ def test_what_was_released_longest_ago_is_given_up_first():
     pool.check()
 
 
-def test_the_next_page_in_memory_is_given_up_if_it_is_old_enough():
+def test_the_adjacent_page_is_evicted_if_old_enough():
     """Behind page 1, of 0 to 7: 2 is of the older half, and taken; behind page 5, 6 is not, and the oldest is."""
     pool = filled(8)
     pool.retain(1), pool.retain(5)
@@ -151,7 +151,7 @@ def test_the_next_page_in_memory_is_given_up_if_it_is_old_enough():
     pool.check()
 
 
-def test_held_pages_are_never_given_up():
+def test_held_pages_are_never_evicted():
     pool = filled(3)
     pool.retain(1)
     assert pool.allocate(3) is None
@@ -161,7 +161,7 @@ def test_held_pages_are_never_given_up():
     assert pool.allocate(1) == [1]
 
 
-def test_the_second_page_of_the_same_contents_stays_unknown():
+def test_a_duplicate_page_is_not_indexed():
     pool = BlockPool(2)
     pool.allocate(2)
     pool.publish(0, b"x"), pool.publish(1, b"x")
@@ -173,7 +173,7 @@ def test_the_second_page_of_the_same_contents_stays_unknown():
     pool.check()
 
 
-def test_what_is_withdrawn_is_nobody_s_any_more():
+def test_withdrawn_pages_are_not_found():
     pool = filled(2)
     pool.retain(1)
     pool.withdraw(b"\0"), pool.withdraw(b"\1"), pool.withdraw(b"other")
@@ -185,7 +185,7 @@ def test_what_is_withdrawn_is_nobody_s_any_more():
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1))
-def test_all_or_nothing(total: int, counts: list[int]):
+def test_allocation_is_all_or_nothing(total: int, counts: list[int]):
     pool, held = BlockPool(total), 0
     for count in counts:
         pages = pool.allocate(count)
@@ -196,7 +196,7 @@ def test_all_or_nothing(total: int, counts: list[int]):
     pool.check()
 
 
-def test_several_pages_are_given_in_one_piece_if_old_ones_make_it_one():
+def test_old_pages_are_evicted_for_a_contiguous_run():
     """0 and 3 are free, the others reusable: 1 and its old neighbour 2 are given up to join them.
 
     0 . | 1 + | 2 + | 3 . | 4 + ...        two pages: 0 and 1, not 0 and 3

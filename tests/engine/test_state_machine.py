@@ -160,7 +160,7 @@ TestCrowd = Crowd.TestCase
 TestCrowd.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-def test_the_crowd_is_crowded() -> None:
+def test_the_random_load_preempts_evicts_and_reuses() -> None:
     """What the machine is for does happen in such pools: pauses, evictions, reuse; otherwise it would prove nothing."""
     simulator = Simulator(small(), EngineOptions(max_running=4, chunk=6), dict.fromkeys(KINDS["both"], 12))
     chance = random.Random(1)
@@ -178,7 +178,7 @@ def test_the_crowd_is_crowded() -> None:
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_the_same_crowd_makes_the_same_plans(reuse: bool) -> None:
+def test_scheduling_is_deterministic(reuse: bool) -> None:
     def plans() -> list[tuple[int, int, int, bool]]:
         options = EngineOptions(max_running=3, chunk=6, reuse_prefixes=reuse)
         simulator, chance, made = Simulator(small(), options, dict.fromkeys(KINDS["both"], 12)), random.Random(2), []

@@ -44,9 +44,7 @@ def answers(network: Network, soft_embedding: SoftEmbedding) -> tuple[list[list[
 
 
 @pytest.mark.parametrize("rows", [5, 1000])
-def test_tiles_and_blocks_of_the_vocabulary_do_not_show(
-    network: Network, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_do_not_depend_on_vocabulary_tiles(network: Network, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of so many rows, which are no whole canvases."""
     monkeypatch.setattr(blocks, "BUFFER", rows * SEVERAL_TILES.vocab_size * 4)
     given, found = answers(network, "exact")
@@ -55,7 +53,7 @@ def test_tiles_and_blocks_of_the_vocabulary_do_not_show(
     assert any(token >= TILE for answer in found for token in answer.tokens)
 
 
-def test_a_sparse_soft_embedding_answers_too(network: Network) -> None:
+def test_a_sparse_soft_embedding_generates(network: Network) -> None:
     """Other tokens may come of it, but whole answers."""
     _, found = answers(network, "sparse")
     assert {answer.finish_reason for answer in found} <= {"stop", "length"} and all(answer.tokens for answer in found)

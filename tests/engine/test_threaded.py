@@ -38,7 +38,7 @@ def request(index: int, prompt: Sequence[int] = (5, 6, 7), sampling: Sampling = 
     return Request(row(CONFIG, index, list(prompt), sampling, **changes), sampling)
 
 
-def test_streams_in_an_event_loop(network: Network):
+def test_streams_run_in_an_event_loop(network: Network):
     """Eight at once, each with the tokens of the poem; what is streamed arrives while others are still written."""
     given = prompts(CONFIG, 8, 30, seed=0)
 
@@ -56,7 +56,7 @@ def test_streams_in_an_event_loop(network: Network):
         ) // 4
 
 
-def test_blocks_a_thread_and_answers_several(network: Network):
+def test_one_thread_answers_several_callers(network: Network):
     given, found = prompts(CONFIG, 6, 30, seed=1), {}
     with ThreadedEngine(EngineCore(network, ROOM)) as engine:
 
@@ -73,7 +73,7 @@ def test_blocks_a_thread_and_answers_several(network: Network):
     }
 
 
-def test_whoever_leaves_a_stream_is_cancelled(network: Network):
+def test_leaving_a_stream_cancels_its_request(network: Network):
     long = SHORT.with_(steps=40)
 
     async def leave(engine: ThreadedEngine) -> None:
@@ -134,7 +134,7 @@ def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: py
             assert reply(told[one]) == poem(network, CONFIG, given[i], i, SHORT)
 
 
-def test_not_a_number_ends_its_request_and_is_reused_by_nobody(network: Network):
+def test_nan_pages_end_their_request_and_are_not_reused(network: Network):
     """A picture of NaN: the request fails by name, and a later one of the same prompt without it is answered."""
     core = EngineCore(network, ROOM)
     good, bad = request(0, [5] * 30), request(1, [5] * 30)
@@ -146,7 +146,7 @@ def test_not_a_number_ends_its_request_and_is_reused_by_nobody(network: Network)
         assert reply(events[i]) == poem(network, CONFIG, [5] * 30, i, SHORT)
 
 
-def test_closing_ends_what_is_under_way(network: Network):
+def test_closing_ends_running_requests(network: Network):
     engine = ThreadedEngine(EngineCore(network, ROOM))
     events = engine.events(request(0, sampling=SHORT.with_(steps=48), max_tokens=170))
     next(events)
@@ -156,7 +156,7 @@ def test_closing_ends_what_is_under_way(network: Network):
         engine.events(request(1))
 
 
-def test_a_broken_core_is_told_to_everybody(network: Network, monkeypatch: pytest.MonkeyPatch):
+def test_a_broken_core_fails_every_request(network: Network, monkeypatch: pytest.MonkeyPatch):
     engine = ThreadedEngine(EngineCore(network, ROOM))
 
     def broken() -> list[Any]:

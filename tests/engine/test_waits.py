@@ -101,7 +101,7 @@ QUICK = ("mixed", "verified")
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, card: Card):
+def test_a_device_gives_the_same_tokens_with_one_wait_a_forward(case: str, card: Card):
     """Whatever it holds; once more where canvases that were read are judged, and once more for the log-probabilities of
     tokens, however many requests there are."""
     how, logprobs, options, cancels = CASES[case]
@@ -128,7 +128,7 @@ def test_tokens_are_the_same_there_and_a_forward_is_waited_for_once(case: str, c
         assert tally.figures == (seen + checked + told, 0), (works, tally)
 
 
-def test_a_prompt_alone_is_not_waited_for(card: Card):
+def test_prefill_alone_has_no_wait(card: Card):
     """Chunks whose keys and values alone are wanted: nothing comes back."""
     core = EngineCore(there(damped(), card), replace(ROOMY, chunk=16, reuse_prefixes=False))
     found, prompt = watched(card, core), [5, 6, 7] * 20
@@ -141,7 +141,7 @@ def test_a_prompt_alone_is_not_waited_for(card: Card):
         found.clear()
 
 
-def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
+def test_features_on_the_device_cost_no_wait(card: Card):
     features = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
     prompt = prompts(CONFIG, 1, 1, seed=2)[0] * 50
 
@@ -159,7 +159,7 @@ def test_pictures_that_are_there_already_are_not_waited_for(card: Card):
     assert {tally.figures for *_, tally in found} == {(1, 0)}
 
 
-def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
+def test_a_family_without_canvases_has_one_wait_a_token(card: Card):
     config = replace(CONFIG, family="gemma4", canvas_length=1)
 
     def answers(core: EngineCore) -> list[Reply]:
@@ -184,7 +184,7 @@ def test_a_family_without_canvases_is_waited_for_once_a_token(card: Card):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
-def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Card):
+def test_packed_weights_give_the_same_tokens_on_a_device(form: str, tmp_path: Path, card: Card):
     """Read onto the card. Without Triton the experts are run one by one: a wait a layer says who has how many tokens."""
     synthesize("tiny", tmp_path / form, FORMATS[form]())
 
@@ -204,9 +204,7 @@ def test_packed_weights_give_the_same_there(form: str, tmp_path: Path, card: Car
     assert {tally.figures for *_, tally in found} == {(1 + len(network.layers), 0)}
 
 
-def test_a_token_that_is_no_number_or_cannot_be_chosen_is_one_requests_matter_there(
-    card: Card, monkeypatch: pytest.MonkeyPatch
-):
+def test_nan_and_sampling_errors_end_only_their_request_on_a_device(card: Card, monkeypatch: pytest.MonkeyPatch):
     """One request's keys are NaN, another's turn cannot say what it denies: the third is answered, in as many waits."""
     network = there(damped(), card)
     for how in (GREEDY, WARM):

@@ -33,7 +33,7 @@ def shaken(network: Network, config: ModelConfig, by: float) -> Network:
     return other
 
 
-def test_a_model_is_itself(tiny: ModelConfig, random_network: RandomNetwork) -> None:
+def test_a_model_has_no_divergence_from_itself(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     lm = model(random_network(tiny))
     found = compare_recordings(record(lm, PROMPTS, seed=5), record(lm, PROMPTS, seed=5, batch=2))
     for step in (found.first, found.second):
@@ -43,7 +43,7 @@ def test_a_model_is_itself(tiny: ModelConfig, random_network: RandomNetwork) -> 
     assert (found.prompts, found.positions, found.seed) == (3, min(POSITIONS, tiny.canvas_length), 5)
 
 
-def test_more_noise_is_further_away(tiny: ModelConfig, random_network: RandomNetwork) -> None:
+def test_divergence_grows_with_noise(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     network = random_network(tiny)
     truth = record(model(network), PROMPTS)
     near, far = (compare_recordings(truth, record(model(shaken(network, tiny, by)), PROMPTS)) for by in (0.01, 0.2))
@@ -53,9 +53,7 @@ def test_more_noise_is_further_away(tiny: ModelConfig, random_network: RandomNet
         assert 1 >= one.agreement > other.agreement
 
 
-def test_the_second_step_has_each_models_own_belief_as_its_signal(
-    tiny: ModelConfig, random_network: RandomNetwork
-) -> None:
+def test_the_second_step_uses_each_model_s_own_probabilities(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     """A model that differs in self-conditioning alone is the same at step 1 and another at step 2."""
     network = random_network(tiny)
     other = shaken(network, tiny, 0)
@@ -77,7 +75,7 @@ def recording(beliefs: torch.Tensor, steps: tuple[int, ...], answers: tuple[tupl
     )
 
 
-def test_figures_by_hand() -> None:
+def test_figures_equal_those_computed_by_hand() -> None:
     p = torch.tensor([0.5, 0.5]).expand(1, 2, 1, 2)
     q = torch.tensor([0.25, 0.75]).expand(1, 2, 1, 2)
     found = compare_recordings(recording(p, (4,), ((1, 2, 3, 9),)), recording(q, (6,), ((1, 2, 4),)))
@@ -86,7 +84,7 @@ def test_figures_by_hand() -> None:
     assert (found.steps_original, found.steps_changed, found.tokens_same) == (4, 6, 0.5)
 
 
-def test_what_cannot_be_compared_is_refused(tiny: ModelConfig, random_network: RandomNetwork) -> None:
+def test_incomparable_models_are_refused(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     lm = model(random_network(tiny))
     with pytest.raises(RequestError, match="prompts is empty"):
         record(lm, [])
@@ -96,7 +94,7 @@ def test_what_cannot_be_compared_is_refused(tiny: ModelConfig, random_network: R
             compare_recordings(one, other)
 
 
-def test_of_many_prompts_fewer_positions_are_kept(
+def test_memory_bounds_the_positions_kept(
     tiny: ModelConfig, random_network: RandomNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, one = model(random_network(tiny)), 2 * tiny.vocab_size * 4

@@ -48,7 +48,7 @@ def test_calibration_counts_every_answer_in_one_class():
     ]  # fmt: skip
 
 
-def test_the_table_has_a_line_a_score():
+def test_the_table_has_a_row_a_score():
     lines = steps_table([score("one", OUTCOMES[:2], 2.5), score("two", OUTCOMES[2:3], 1.0)]).split("\n")
     assert len(lines) == 4
     assert lines[2] == "| one | 2 | 50.0 % ± 35.4 | 10.00 | 4.00 | 0.0 % | 50.0 % |"
@@ -93,7 +93,7 @@ def test_only_the_whole_grid_counts_as_solved(tmp_path: Path, batch: int):
     assert all(outcome.entropy is not None and outcome.entropy < 1e-3 for outcome in got)
 
 
-def test_the_card_tells_the_whole_history_and_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_model_card_has_the_history_and_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(card, "load_config", lambda path: PRESETS["sudoku-nano"]())
     run = {"step": 7, "draws": 70, "seconds": 3600, "hardware": "a processor", "parameters": 2_487_960, "seed": 3}
     first = run | {"recipe": "sudoku", "segments": [{}, {}, {}]}
@@ -112,7 +112,7 @@ def test_the_card_tells_the_whole_history_and_every_table(tmp_path: Path, monkey
     assert page.count("| one |") == 2 and "| 0.05 and more | 1 | 0.0 % |" in page
 
 
-def test_held_out_grids_are_no_images_of_the_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_held_out_grids_are_no_symmetric_images_of_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pool = sudoku.puzzle_pool(4, 3)
     monkeypatch.setattr(measure, "sudoku_pool", lambda *asked: pool)
     asked = {}

@@ -63,7 +63,7 @@ def held(lm: LM) -> int:
     return sum(pages.held for pages in stats(lm).scheduler.pages.values())
 
 
-def test_it_is_made_for_the_first_event(lm: LM):
+def test_the_engine_is_made_for_the_first_event(lm: LM):
     assert lm.engine.stats is None
     stream = lm.stream(PROMPTS[0], max_tokens=4)
     assert lm.engine.stats is None
@@ -71,7 +71,7 @@ def test_it_is_made_for_the_first_event(lm: LM):
     assert stats(lm).forwards == 1
 
 
-def test_a_conversation_is_not_read_again_and_answered_alike(lm: LM):
+def test_a_conversation_reuses_its_prefix_and_answers_the_same(lm: LM):
     """Each turn begins with all that was said before it; only what is behind the last whole page is read."""
     prompt, page = PROMPTS[2], CONFIG.canvas_length
     for turn in range(4):
@@ -86,7 +86,7 @@ def test_a_conversation_is_not_read_again_and_answered_alike(lm: LM):
     assert stats(lm).scheduler.ended == 4 and held(lm) == 0
 
 
-def test_threads_share_it(lm: LM, alone: list[Reply]):
+def test_threads_share_the_engine(lm: LM, alone: list[Reply]):
     ready = threading.Barrier(len(PROMPTS))
 
     def ask(prompt: list[int]) -> Reply:
@@ -98,7 +98,7 @@ def test_threads_share_it(lm: LM, alone: list[Reply]):
     assert stats(lm).scheduler.submitted == len(PROMPTS)
 
 
-def test_one_forward_is_for_all_who_wait(lm: LM, alone: list[Reply]):
+def test_one_forward_serves_all_waiting_callers(lm: LM, alone: list[Reply]):
     """Two streams read in turn: each forward serves both."""
     streams = [lm.stream(prompt, max_tokens=40, seed=3) for prompt in PROMPTS[:2]]
     replies: dict[int, Reply] = {}
@@ -141,7 +141,7 @@ def test_a_stream_that_is_collected_inside_a_forward_does_not_block(lm: LM, alon
     assert lm.generate(PROMPTS[2], max_tokens=40, seed=3) == alone[2] and held(lm) == 0
 
 
-def test_a_failure_is_its_calls_alone(lm: LM, alone: list[Reply]):
+def test_a_failure_ends_only_its_call(lm: LM, alone: list[Reply]):
     def broken(entropy: Tensor) -> Tensor:
         raise ValueError("a rule at fault")
 
@@ -154,7 +154,7 @@ def test_a_failure_is_its_calls_alone(lm: LM, alone: list[Reply]):
     assert lm.generate(PROMPTS[1], max_tokens=40, seed=3) == alone[1] and held(lm) == 0
 
 
-def test_other_weights_are_not_answered_from_old_pages(lm: LM):
+def test_changed_weights_do_not_use_old_pages(lm: LM):
     prompt = PROMPTS[5]
     before = lm.generate(prompt, max_tokens=20)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def stores() -> int:
     return sum(type(each) is KVCache for each in gc.get_objects())
 
 
-def test_closing_gives_the_memory_back_and_the_model_can_be_asked_again(alone: list[Reply]):
+def test_closing_frees_memory_and_the_model_can_be_used_again(alone: list[Reply]):
     before = stores()
     with make() as lm:
         assert lm.generate(PROMPTS[0], max_tokens=40, seed=3) == alone[0]
@@ -191,7 +191,7 @@ def test_more_prompts_than_run_at_once_take_turns(alone: list[Reply]):
         assert stats(lm).scheduler.submitted == len(PROMPTS)
 
 
-def test_its_limits_are_set_where_a_model_is_loaded():
+def test_load_sets_the_engine_s_limits():
     with blockpress.load("sudoku-nano", memory=1 << 22, max_running=3) as lm:
         assert (lm.engine.options.memory, lm.engine.options.max_running) == (1 << 22, 3)
         lm.generate([2, *[9] * 90], max_tokens=90, sampling=Sampling(steps=1))

@@ -68,7 +68,7 @@ def replies(lm: LM) -> list[Reply]:
 # ------------------------------------------------------------------------------------------------------ same tokens
 
 
-def test_these_weights_accept_settle_and_stop(lm: LM, replies: list[Reply]):
+def test_the_test_weights_accept_settle_and_stop(lm: LM, replies: list[Reply]):
     events = [event for prompt in PROMPTS for event in lm.stream(prompt, seed=7, max_tokens=20)]
     steps = [event for event in events if isinstance(event, Denoised)]
     canvases = [event for event in events if isinstance(event, Committed)]
@@ -113,14 +113,14 @@ def test_streamed_and_joined_equals_the_whole(lm: LM, replies: list[Reply]):
     assert replies[1].text == lm.decode(replies[1].tokens)
 
 
-def test_one_list_of_seeds_for_one_prompt(lm: LM):
+def test_several_seeds_for_one_prompt(lm: LM):
     seeds = [0, 1, 2**70, -3]
     assert lm.generate(PROMPTS[0], seed=seeds, max_tokens=8) == [
         lm.generate(PROMPTS[0], seed=seed, max_tokens=8) for seed in seeds
     ]
 
 
-def test_a_seed_a_prompt(lm: LM):
+def test_one_seed_for_each_prompt(lm: LM):
     assert lm.generate(PROMPTS[:2], seed=[4, 9], max_tokens=8) == [
         lm.generate(PROMPTS[0], seed=4, max_tokens=8),
         lm.generate(PROMPTS[1], seed=9, max_tokens=8),
@@ -160,7 +160,7 @@ def test_texts_and_ids_may_be_mixed(lm: LM, replies: list[Reply]):
 
 
 @pytest.mark.parametrize("limit", [1, CANVAS - 1, CANVAS, CANVAS + 1, 5 * CANVAS // 2 - 1])
-def test_max_tokens_takes_a_beginning_of_the_longer_answer(lm: LM, replies: list[Reply], limit: int):
+def test_max_tokens_gives_a_prefix_of_the_longer_answer(lm: LM, replies: list[Reply], limit: int):
     for reply, longer in zip(lm.generate(PROMPTS, seed=7, max_tokens=limit), replies, strict=True):
         assert reply.tokens == longer.tokens[:limit]
         assert reply.usage.completion_tokens == len(reply.tokens)
@@ -269,7 +269,7 @@ def test_without_a_tokenizer_stop_texts_are_refused(bare: LM):
 # ------------------------------------------------------------------------------------------------------------ logits
 
 
-def test_denoise_logits_with_the_null_signal_is_not_with_zero_logits(lm: LM):
+def test_no_previous_logits_differ_from_zero_logits(lm: LM):
     prompt, canvas = [5, 6, 7], list(range(CANVAS))
     null = lm.denoise_logits(prompt, canvas)
     zeros = lm.denoise_logits(prompt, canvas, torch.zeros(CANVAS, 16))
@@ -278,7 +278,7 @@ def test_denoise_logits_with_the_null_signal_is_not_with_zero_logits(lm: LM):
     assert (null - zeros).norm() > 0.01 * null.norm()
 
 
-def test_denoise_logits_are_the_readings_of_generate(lm: LM):
+def test_denoise_logits_are_what_generate_samples_from(lm: LM):
     """Two steps by hand, from the noise and the samples that the draws give."""
     from blockpress.diffusion import KeyedDraws
 
@@ -385,7 +385,7 @@ def test_prompts_must_be_text_or_ids(lm: LM, prompt: Any, told: str):
     refused(lambda: lm.generate(prompt), RequestError, "prompt", told)
 
 
-def test_text_without_a_token_is_refused_by_its_place(lm: LM):
+def test_text_without_tokens_is_refused_by_position(lm: LM):
     refused(lambda: lm.generate("12\n3x"), TextError, "'x'", "line 2, column 2")
 
 
@@ -426,12 +426,12 @@ def test_sampling_must_be_a_sampling(lm: LM, value: Any):
         (lambda lm: lm.next_token_logits([5] * 41), ["41", "40"]),
     ],
 )
-def test_logits_are_asked_for_with_good_ids(lm: LM, call: Any, told: Sequence[str]):
+def test_ids_for_logits_are_checked(lm: LM, call: Any, told: Sequence[str]):
     refused(lambda: call(lm), RequestError, *told)
 
 
 @pytest.mark.parametrize("method", ["decode", "next_token_logits"])
-def test_other_ids_are_checked_too(lm: LM, method: str):
+def test_every_id_argument_is_checked(lm: LM, method: str):
     refused(lambda: getattr(lm, method)(torch.zeros(2, 2, dtype=torch.long)), RequestError, "ids", "(2, 2)")
 
 
@@ -441,7 +441,7 @@ def test_arguments_are_checked_when_stream_is_called_and_not_at_its_first_event(
         lm.stream("1", max_tokens=0)
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model(lm: LM, random_network):  # type: ignore[no-untyped-def]
+def test_a_tokenizer_larger_than_the_model_is_refused(lm: LM, random_network):  # type: ignore[no-untyped-def]
     small = LM(
         path=lm.path,
         network=random_network(replace(CONFIG, vocab_size=8)),

@@ -61,7 +61,7 @@ def test_append_and_select_do_what_lists_do(batch: int, data: st.DataObject):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.none() | st.integers(1, 12))
-def test_recent_holds_all_that_any_row_can_see_and_no_more(lengths: list[int], window: int | None):
+def test_recent_keeps_exactly_what_a_row_can_see(lengths: list[int], window: int | None):
     rows = [[100 * row + i for i in range(length)] for row, length in enumerate(lengths)]
     cache = append(empty(len(rows)), rows)
     for layer in range(len(SHAPES)):

@@ -108,7 +108,7 @@ def check(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0) 
 @pytest.mark.parametrize("length", [1, 7, 40])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_layer(name: str, dtype: torch.dtype, length: int, batch: int) -> None:
+def test_the_fused_layer_equals_the_modules(name: str, dtype: torch.dtype, length: int, batch: int) -> None:
     layer = layer_of(name).to(dtype)
     x = numbers(batch, length, layer.input_layernorm.weight.numel(), dtype=dtype)
     check(layer, x)
@@ -122,7 +122,7 @@ def test_the_same_layer(name: str, dtype: torch.dtype, length: int, batch: int) 
 @pytest.mark.parametrize("skip", [1, 6, 13])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rows_that_leave_keys_and_values_alone(name: str, dtype: torch.dtype, skip: int) -> None:
+def test_kv_only_rows_equal_the_modules(name: str, dtype: torch.dtype, skip: int) -> None:
     layer = layer_of(name).to(dtype)
     x = numbers(1, 14, layer.input_layernorm.weight.numel(), dtype=dtype)
     check(layer, x, skip=skip)
@@ -142,7 +142,7 @@ def of_integers(layer: Layer) -> Layer:
 
 @pytest.mark.parametrize("length", [1, 7, 40])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_layer_of_integers(name: str, length: int) -> None:
+def test_the_fused_int8_layer_equals_the_modules(name: str, length: int) -> None:
     """Floats between the products differ in their last bits, which now and then makes another code: a step of 127."""
     layer = of_integers(layer_of(name))
     x = numbers(1, length, layer.input_layernorm.weight.numel())
@@ -158,7 +158,7 @@ def test_the_same_layer_of_integers(name: str, length: int) -> None:
     assert 1e-4 < off < 0.3, "it is rounded, so that now and then a token goes to another expert"
 
 
-def test_integers_beside_floats_are_left_to_the_modules() -> None:
+def test_mixed_int8_and_float_layers_use_the_modules() -> None:
     """What shares its rows is multiplied in one way, or each by itself."""
     for name in ("q_proj", "o_proj"):
         layer = of_integers(layer_of("canvas, own values"))
@@ -168,7 +168,7 @@ def test_integers_beside_floats_are_left_to_the_modules() -> None:
         torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=2e-2, atol=2e-2)
 
 
-def test_what_it_leaves_to_the_modules() -> None:
+def test_unsupported_inputs_use_the_modules() -> None:
     layer, x = layer_of("canvas, own values"), numbers(2, 6, 32)
     assert fusing.fused_layer(layer, x, 0) is not None
     assert fusing.fused_layer(layer, x, 2) is None and fusing.fused_layer(layer, x[:1], 6) is None
@@ -180,7 +180,7 @@ def test_what_it_leaves_to_the_modules() -> None:
         assert fusing.fused_layer(layer, x, 0) is None, "a product's type is autocast's to choose"
 
 
-def test_gradients_are_torchs() -> None:
+def test_gradients_use_the_modules() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     run(layer, x)
     with torch.enable_grad():
@@ -190,7 +190,7 @@ def test_gradients_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["strided", "slice of rows", "of a wider tensor"])
-def test_activations_lie_where_they_lie(kind: str) -> None:
+def test_strided_activations_give_the_same(kind: str) -> None:
     layer = layer_of("canvas, own values")
     x = {
         "strided": numbers(1, 18, 32)[:, ::2],
@@ -201,7 +201,7 @@ def test_activations_lie_where_they_lie(kind: str) -> None:
     check(layer, x, causal=(torch.arange(18) % 3 == 0)[::2])
 
 
-def test_what_attention_gives_lies_where_it_lies() -> None:
+def test_strided_attention_output_gives_the_same() -> None:
     """Heads side by side or not, rows some way apart."""
     layer, x = layer_of("canvas, own values"), numbers(1, 9, 32)
 
@@ -212,7 +212,7 @@ def test_what_attention_gives_lies_where_it_lies() -> None:
     torch.testing.assert_close(run(layer, x, op=apart)[0], run(layer, x)[0], rtol=0, atol=0)
 
 
-def test_tables_of_angles_in_another_type() -> None:
+def test_rotary_tables_of_another_type_give_the_same() -> None:
     layer, x = layer_of("canvas, own values").bfloat16(), numbers(1, 9, 32, dtype=torch.bfloat16)
     rotary, look = tables(layer, 1, 9, torch.float32), CachedAttention(None, None, attention.plain)
     assert torch.equal(layer(x, rotary, look, causal=True), run(layer, x)[0])
@@ -232,7 +232,7 @@ def matrices(layer: Layer) -> list[tuple[nn.Module, str]]:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", ["canvas, own values", "dense, values of keys", "odd sizes"])
-def test_weights_narrower_than_activations(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+def test_weights_narrower_than_activations_give_the_same(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     layer = layer_of(name)
     for owner, weight in matrices(layer):
         put_packed(owner, weight, HalfFloats(values=getattr(owner, weight).to(stored)))
@@ -241,7 +241,7 @@ def test_weights_narrower_than_activations(name: str, dtype: torch.dtype, stored
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
-def test_codes_are_unpacked_on_the_way(layout: str) -> None:
+def test_packed_codes_give_the_same(layout: str) -> None:
     """Of 8 and of 4 bits, in a matrix, in the MLP and in the experts."""
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     made = layouts.LAYOUTS[layout]
@@ -252,7 +252,7 @@ def test_codes_are_unpacked_on_the_way(layout: str) -> None:
     torch.testing.assert_close(run(layer, x)[0], in_torch(layer, x)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_of_gguf_are_unpacked_by_the_modules() -> None:
+def test_gguf_blocks_use_the_modules() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     packed = blocks.Blocks(torch.zeros(32, 34, dtype=torch.uint8), blocks.LAYOUTS["Q8_0"])
     put_packed(layer.self_attn.q_proj, "weight", packed)
@@ -287,7 +287,7 @@ def test_a_change_of_weights_is_seen(change: str) -> None:
     assert not torch.allclose(got, before, atol=1e-2), "it is a change"
 
 
-def test_a_change_of_type_in_place_is_seen() -> None:
+def test_an_in_place_change_of_type_is_seen() -> None:
     """The same object at the same address, read another way."""
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     weight = layer.mlp.up_proj.weight
@@ -309,7 +309,7 @@ def test_a_change_of_type_is_seen() -> None:
     assert not torch.equal(first, rounded)
 
 
-def test_a_copy_has_weights_of_its_own() -> None:
+def test_a_copied_layer_has_its_own_weights() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     before = run(layer, x)[0]
     other = copy.deepcopy(layer)
@@ -323,7 +323,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
     assert torch.equal(run(layer, x)[0], run(other, x)[0])
 
 
-def test_a_layer_that_is_gone_is_forgotten() -> None:
+def test_a_deleted_layer_is_forgotten() -> None:
     layer, x = layer_of("canvas, own values"), numbers(1, 6, 32)
     run(layer, x)
     held = len(fusing._LAYERS)

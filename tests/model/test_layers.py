@@ -22,7 +22,7 @@ def network(tiny: ModelConfig, random_network) -> Network:  # type: ignore[no-un
     return random_network(tiny, seed=4)
 
 
-def test_the_gated_mlp():
+def test_the_gated_mlp_follows_the_formula():
     mlp = GatedMLP(6, 10)
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
     gate, up, down = (part.weight.double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -47,7 +47,7 @@ def test_full_layers_have_no_v_proj_and_sliding_ones_do(network: Network):
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["sliding", "full"])
-def test_attention(network: Network, index: int):
+def test_attention_follows_the_formula(network: Network, index: int):
     """Normed queries and keys, turned by their places; values normed without a weight; no 1/sqrt(dim)."""
     part, sizes = network.layers[index].self_attn, network.config.layers[index]
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
@@ -81,7 +81,7 @@ def test_self_conditioning_norms_without_weight_even_a_zero_signal(tiny: ModelCo
     torch.testing.assert_close(part(embedded, signal), rms(embedded + told), rtol=1e-5, atol=1e-6)
 
 
-def test_self_conditioning_is_of_the_dense_mlps_size(tiny: ModelConfig):
+def test_self_conditioning_has_the_size_of_the_dense_mlp(tiny: ModelConfig):
     shapes = {name: tuple(x.shape) for name, x in SelfConditioning(tiny).named_parameters()}
     assert shapes == {
         "pre_norm.weight": (32,),

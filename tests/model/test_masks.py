@@ -13,7 +13,7 @@ WINDOW = st.none() | st.integers(1, 12)
 
 
 @given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW)
-def test_causal(lengths: list[int], spare: int, own: int, window: int | None):
+def test_the_causal_mask_is_the_drawing(lengths: list[int], spare: int, own: int, window: int | None):
     width = max(lengths) + spare
     mask = causal_mask(torch.tensor(lengths), width, own, window)
     assert mask.shape == (len(lengths), own, width + own)
@@ -27,7 +27,9 @@ def test_causal(lengths: list[int], spare: int, own: int, window: int | None):
 
 
 @given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW, st.data())
-def test_causal_with_pictures(lengths: list[int], spare: int, own: int, window: int | None, data: st.DataObject):
+def test_the_causal_mask_with_pictures_is_the_drawing(
+    lengths: list[int], spare: int, own: int, window: int | None, data: st.DataObject
+):
     """Beside what it sees anyway, a token sees exactly the tokens of its own picture."""
     width = max(lengths) + spare
     numbers = [data.draw(st.lists(st.integers(-1, 2), min_size=own, max_size=own)) for _ in lengths]
@@ -42,7 +44,7 @@ def test_causal_with_pictures(lengths: list[int], spare: int, own: int, window: 
 
 
 @given(LENGTHS, st.integers(0, 3), st.integers(1, 7), WINDOW, st.integers(0, 5))
-def test_canvas(lengths: list[int], spare: int, canvas: int, window: int | None, start: int):
+def test_the_canvas_mask_is_the_drawing(lengths: list[int], spare: int, canvas: int, window: int | None, start: int):
     start = min(start, max(lengths))
     width = max(lengths) + spare - start
     mask = canvas_mask(torch.tensor(lengths), width, canvas, window, start)
@@ -54,7 +56,7 @@ def test_canvas(lengths: list[int], spare: int, canvas: int, window: int | None,
 
 
 @given(LENGTHS, st.integers(1, 7), WINDOW)
-def test_nobody_is_left_without_anything_to_see(lengths: list[int], own: int, window: int | None):
+def test_no_query_is_masked_entirely(lengths: list[int], own: int, window: int | None):
     for mask in (causal_mask, canvas_mask):
         assert mask(torch.tensor(lengths), max(lengths), own, window).any(-1).all()
 

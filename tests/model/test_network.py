@@ -91,7 +91,7 @@ def test_a_row_in_a_ragged_batch_equals_the_row_alone(network: Network, lengths:
 
 
 @torch.no_grad()
-def test_padding_holds_no_meaning(network: Network):
+def test_padding_has_no_influence(network: Network):
     padded, counts = tokens(2, 9), torch.tensor([9, 4])
     other = padded.clone()
     other[1, 4:] = 63 - other[1, 4:]
@@ -142,7 +142,7 @@ def influential(network: Network, length: int) -> list[int]:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @torch.no_grad()
-def test_on_sliding_layers_the_reach_is_one_window_a_layer(local_network, layers: int):  # type: ignore[no-untyped-def]
+def test_sliding_layers_reach_one_window_a_layer(local_network, layers: int):  # type: ignore[no-untyped-def]
     # A canvas sees window - 1 tokens of the context, and each of those, a layer below, window - 1 before itself.
     assert influential(local_network(layers), 30) == list(range(30 - layers * (WINDOW - 1), 30))
 
@@ -211,7 +211,7 @@ def test_each_pass_has_its_own_layer_scalars(random_network):  # type: ignore[no
 
 
 @torch.no_grad()
-def test_one_matrix_embeds_heads_and_conditions(network: Network):
+def test_one_matrix_is_embedding_head_and_soft_embedding(network: Network):
     weight = network.embed_tokens.weight
     row = tokens(1, CANVAS)
     assert torch.equal(network.embed(row), weight[row] * torch.tensor(32**0.5))
@@ -255,9 +255,7 @@ def test_layers_of_one_kind_may_differ_in_their_key_value_heads(random_network):
     assert network.denoise(tokens(3, CANVAS), cache, None).isfinite().all()
 
 
-def test_tables_of_angles_are_kept_for_the_same_positions_alone(
-    random_network: RandomNetwork, tiny: ModelConfig
-) -> None:
+def test_rotary_tables_are_cached_for_the_same_positions_only(random_network: RandomNetwork, tiny: ModelConfig) -> None:
     network, dtype = random_network(tiny), torch.float32
     here, there = torch.arange(5)[None], torch.arange(1, 6)[None]
     with torch.inference_mode():

@@ -16,7 +16,7 @@ X = torch.zeros(2, 6, 3)
 COUNTS = torch.tensor([6, 4])
 
 
-def test_every_feature_has_its_place() -> None:
+def test_every_feature_is_placed() -> None:
     first, second = torch.arange(1.0, 7).view(2, 3), torch.full((1, 3), 9.0)
     x, runs = insert_images(X, COUNTS, [{4: second, 1: first}, {}])
     assert x[0, :, 0].tolist() == [0, 1, 4, 0, 9, 0]
@@ -42,12 +42,12 @@ def test_features_are_rounded_to_the_network_s_type() -> None:
     ],
     ids=["rows", "features", "padding", "before", "none", "overlap"],
 )
-def test_what_does_not_fit_is_refused(images: list[dict[int, torch.Tensor]]) -> None:
+def test_features_that_do_not_fit_are_refused(images: list[dict[int, torch.Tensor]]) -> None:
     with pytest.raises(MediaError, match=r"rows|do not fit"):
         insert_images(X, COUNTS, images)
 
 
-def test_a_network_without_pictures_reads_as_ever(random_network: RandomNetwork, tiny: ModelConfig) -> None:
+def test_pictures_change_nothing_before_them(random_network: RandomNetwork, tiny: ModelConfig) -> None:
     """No pictures, and a mapping without any, are the same; a picture changes all that sees it and nothing before."""
     network = random_network(tiny)
     tokens = torch.arange(10)[None] % tiny.vocab_size

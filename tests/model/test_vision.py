@@ -175,7 +175,7 @@ def test_a_wrong_tower_is_found() -> None:
         assert distance(found, right) >= 100 * FLOAT32
 
 
-def test_a_picture_does_not_feel_its_company(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_in_a_batch_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, config = oracle("plain")
     ours = tower_like(theirs, config)
     pictures = [picture(6, 6, config, seed) for seed in range(5)] + [picture(6, 12, config)]
@@ -189,7 +189,7 @@ def test_a_picture_does_not_feel_its_company(monkeypatch: pytest.MonkeyPatch) ->
     assert ours([]) == []
 
 
-def test_what_the_tower_cannot_read_is_refused() -> None:
+def test_unreadable_patches_are_refused() -> None:
     _, config = oracle("plain")
     ours = VisionTower(config, TEXT)
     good = picture(6, 12, config)

@@ -125,7 +125,7 @@ def test_transparency_lies_on_white() -> None:
     assert open_image(stored(palette, transparency=hidden)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+def test_sixteen_bit_images_are_scaled_not_clipped() -> None:
     wide = np.array([[0, 255, 257, 32_896, 65_535]], dtype=np.uint16)
     for file in (stored(Image.fromarray(wide)), stored(Image.fromarray(wide), "TIFF")):
         assert np.asarray(open_image(file))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
@@ -144,7 +144,7 @@ def test_a_photograph_stands_upright_as_the_reference_loads_it(turn: int) -> Non
     assert np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))), np.asarray(upright))
 
 
-def test_of_an_animation_the_first_frame_counts() -> None:
+def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue")]
     for format in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if format == "WEBP" else {}
@@ -169,7 +169,7 @@ WHOLE = {format: stored(noise(40, 30), format) for format in FORMATS}
 
 @settings(max_examples=150)
 @given(st.sampled_from(FORMATS), st.data())
-def test_damage_is_an_error_of_ours_or_an_image(format: str, data: st.DataObject) -> None:
+def test_a_damaged_image_is_read_or_refused(format: str, data: st.DataObject) -> None:
     """Bytes cut off or overwritten anywhere: no exception of a decoder gets out, and no warning."""
     file = bytearray(WHOLE[format])
     if data.draw(st.booleans()):
@@ -190,7 +190,7 @@ def test_a_file_cut_short_is_refused(format: str) -> None:
         open_image(WHOLE[format][: len(WHOLE[format]) * 2 // 3])
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A header that promises 30,000 x 30,000 pixels, and one above our own limit only."""
     data = bytearray(stored(Image.new("L", (1, 1))))
     for width, height in ((30_000, 30_000), (10_000, 9_500), (8_001, 10_000)):
@@ -224,7 +224,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch)
     ],
     ids=lambda value: f"mode {value.mode}" if isinstance(value, Image.Image) else str(value),
 )
-def test_what_is_no_image_is_refused(source: Any, message: str) -> None:
+def test_data_that_is_no_image_is_refused(source: Any, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         open_image(source)
 

@@ -94,7 +94,7 @@ def test_only_placeholders_change(ids: list[int], data: st.DataObject) -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.data())
-def test_no_part_ends_inside_a_run(length: int, size: int, data: st.DataObject) -> None:
+def test_no_chunk_ends_inside_a_picture(length: int, size: int, data: st.DataObject) -> None:
     runs, at = [], data.draw(st.integers(0, 9))
     while at < length:
         runs.append(ImageSpan(at, data.draw(st.integers(1, min(15, length - at)))))
@@ -111,7 +111,7 @@ def test_no_part_ends_inside_a_run(length: int, size: int, data: st.DataObject) 
         start = stop
 
 
-def test_the_numbers_must_agree() -> None:
+def test_placeholders_and_pictures_must_agree_in_number() -> None:
     for images, videos, message in (
         ([], [film(0)], "there are 0 images for 1 placeholder"),
         ([picture()] * 2, [film(0)], "there are 2 images for 1 placeholder"),
@@ -126,7 +126,7 @@ def test_the_numbers_must_agree() -> None:
         expand([5, IMAGE], [], CONFIG)
 
 
-def test_a_model_without_the_tokens_reads_text_only() -> None:
+def test_a_model_without_image_tokens_refuses_pictures() -> None:
     small: ModelConfig = PRESETS["tiny"]()
     assert expand([1, 2], [], small).ids == [1, 2]
     with pytest.raises(ConfigError, match=r"token_id is \d+ .*below vocab_size \(64\)"):

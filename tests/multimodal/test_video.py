@@ -75,7 +75,7 @@ def test_a_number_of_frames_is_spaced_as_the_reference_spaces_it(total: int, cou
 @pytest.mark.parametrize(
     ("format", "codec"), [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("mpegts", "mpeg2video")]
 )
-def test_one_frame_a_second(format: str, codec: str, tmp_path: Path) -> None:
+def test_videos_are_sampled_at_one_frame_a_second(format: str, codec: str, tmp_path: Path) -> None:
     data = film(34, format=format, codec=codec)
     (tmp_path / "film").write_bytes(data)
     for source in (data, tmp_path / "film", str(tmp_path / "film")):
@@ -116,7 +116,7 @@ def test_a_phone_s_video_stands_upright() -> None:
     assert rows > columns  # of a film of 64 x 48
 
 
-def test_videos_in_a_text() -> None:
+def test_frames_have_timestamps_in_the_prompt() -> None:
     films = prepare_videos([film(20), film(10)], CUT)
     (image,) = prepare_images([Image.new("RGB", (9, 9))], CUT)
     text, pictures = insert_placeholders("a<|video|>b<|image|>c<|video|>", [image], films)
@@ -140,7 +140,7 @@ def test_large_frames_are_refused_before_they_are_decoded(monkeypatch: pytest.Mo
         read_video(film(2), CUT, 70)
 
 
-def test_a_script_that_names_another_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_playlist_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg itself would open the file beside it and show what is in there."""
     (tmp_path / "private.mp4").write_bytes(film(20))
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def _sound() -> bytes:
         "half an avi",
     ],
 )
-def test_what_is_no_video_is_refused(data: bytes, message: str) -> None:
+def test_data_that_is_no_video_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         read_video(data, CUT, 70)
     with pytest.raises(MediaError, match=r"^video 1 of 1: "):
@@ -206,7 +206,7 @@ WHOLE = film(12, size=(16, 16))
 
 @settings(max_examples=60)
 @given(st.data())
-def test_damage_is_an_error_of_ours_or_a_video(data: st.DataObject) -> None:
+def test_a_damaged_video_is_read_or_refused(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(WHOLE) - 4))
     file = WHOLE[:at] + data.draw(st.binary(max_size=4)) + (WHOLE[at + 4 :] if data.draw(st.booleans()) else b"")
     try:

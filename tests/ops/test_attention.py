@@ -47,7 +47,7 @@ def masks(queries: int = 5, keys: int = 9) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("mask", ["none", "own", "shared"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_the_definition(version: str, mask: str, heads: int, kv_heads: int):
+def test_every_version_follows_the_definition(version: str, mask: str, heads: int, kv_heads: int):
     query, key, value = inputs(heads, kv_heads)
     got = VERSIONS[version](query, key, value, masks()[mask])
     torch.testing.assert_close(got.double(), truth(query, key, value, masks()[mask]), rtol=1e-5, atol=1e-6)
@@ -68,7 +68,7 @@ def test_gradients_agree(mask: str, gradients: bool):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_masked_has_no_influence_at_all(version: str):
+def test_masked_keys_have_no_influence(version: str):
     query, key, value = inputs(4, 2)
     mask = torch.ones(1, 5, 9, dtype=torch.bool)
     mask[:, :, 6:] = False

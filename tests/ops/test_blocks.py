@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_format() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=25)
-def test_values_are_the_packages_own(name: str, seed: int) -> None:
+def test_values_equal_those_of_the_gguf_package(name: str, seed: int) -> None:
     """Infinite and not-a-number scales are among the bytes."""
     data = random_bytes(name, 7, seed=seed)
     ours, theirs = Blocks(data, LAYOUTS[name]).unpack(torch.float32), truth(data, name)
@@ -65,7 +65,7 @@ def test_narrow_types_are_rounded_once(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sane(name, 5, 3)
     whole = weight.unpack(torch.float32)
     monkeypatch.setattr(blocks, "CHUNK", 4 * LAYOUTS[name].values)
@@ -73,7 +73,7 @@ def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_index_selects_what_it_selects_of_the_values(name: str) -> None:
+def test_indexing_selects_the_values(name: str) -> None:
     weight = sane(name, 4, 6)
     values = weight.unpack(torch.float32)
     rows = torch.tensor([3, 0, 3])
@@ -87,7 +87,7 @@ def test_an_index_selects_what_it_selects_of_the_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_products_are_those_of_the_floats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_equal_those_of_the_floats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "TILE", 3 * 2 * LAYOUTS[name].values)
     weight = sane(name, 8)
     values = weight.unpack(torch.float32)

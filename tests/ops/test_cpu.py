@@ -62,7 +62,9 @@ def check(got: Tensor, x: Tensor, columns: Tensor) -> None:
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @settings(max_examples=40)
 @given(rows=st.integers(1, 30), depth=st.integers(1, 90), columns=st.integers(1, 100), seed=st.integers(0, 99))
-def test_linear(own: torch.dtype, stored: torch.dtype, rows: int, depth: int, columns: int, seed: int) -> None:
+def test_linear_equals_torch(
+    own: torch.dtype, stored: torch.dtype, rows: int, depth: int, columns: int, seed: int
+) -> None:
     x, weight = numbers(rows, depth, dtype=own, seed=seed), numbers(columns, depth, dtype=stored, seed=seed + 1)
     check(linear(x, weight), x, weight.T)
 
@@ -78,7 +80,7 @@ LARGE = {
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @pytest.mark.parametrize("case", LARGE)
-def test_linear_beyond_a_block(case: str, own: torch.dtype, stored: torch.dtype) -> None:
+def test_linear_larger_than_a_block_equals_torch(case: str, own: torch.dtype, stored: torch.dtype) -> None:
     rows, depth, columns = LARGE[case]
     x, weight = numbers(rows, depth, dtype=own), numbers(columns, depth, dtype=stored, seed=1)
     check(linear(x, weight), x, weight.T)
@@ -86,7 +88,7 @@ def test_linear_beyond_a_block(case: str, own: torch.dtype, stored: torch.dtype)
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 23])
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-def test_what_lies_in_larger_storage(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
+def test_strided_operands_give_the_same(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
     """Rows of x, of the weight and of the result some way apart; nothing is written between them."""
     x = numbers(rows, 53, dtype=own)[:, 3:40]
     weight = numbers(45, 41, dtype=stored, seed=1)[:, 1:38]
@@ -104,7 +106,7 @@ def test_what_lies_in_larger_storage(own: torch.dtype, stored: torch.dtype, rows
 
 
 @pytest.mark.parametrize("own", TYPES)
-def test_no_rows(own: torch.dtype) -> None:
+def test_no_rows_give_no_rows(own: torch.dtype) -> None:
     """An expert's or a request's share of a batch may be empty."""
     assert linear(numbers(0, 9, dtype=own), numbers(80, 9)).shape == (0, 80)
     assert combine(numbers(0, 9, dtype=own), numbers(9, 80)).shape == (0, 80)
@@ -123,14 +125,18 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @settings(max_examples=25)
 @given(rows=st.integers(1, 30), vocab=st.integers(1, 90), hidden=st.integers(1, 100), seed=st.integers(0, 99))
-def test_combine(own: torch.dtype, stored: torch.dtype, rows: int, vocab: int, hidden: int, seed: int) -> None:
+def test_combine_equals_torch(
+    own: torch.dtype, stored: torch.dtype, rows: int, vocab: int, hidden: int, seed: int
+) -> None:
     share, weight = numbers(rows, vocab, dtype=own, seed=seed), numbers(vocab, hidden, dtype=stored, seed=seed + 1)
     check(combine(share, weight), share, weight)
 
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(2, 4500, 33), (250, 40, 64), (13, 2048, 300)])
-def test_combine_beyond_a_block(rows: int, vocab: int, hidden: int, own: torch.dtype, stored: torch.dtype) -> None:
+def test_combine_larger_than_a_block_equals_torch(
+    rows: int, vocab: int, hidden: int, own: torch.dtype, stored: torch.dtype
+) -> None:
     share = numbers(rows, vocab + 3, dtype=own)[:, 1 : 1 + vocab]
     weight = numbers(vocab, hidden + 5, dtype=stored, seed=1)[:, 2 : 2 + hidden]
     check(combine(share, weight), share, weight)
@@ -187,7 +193,7 @@ def test_results_are_rounded_to_bfloat16_as_torch_rounds(rows: int) -> None:
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @given(chosen=st.lists(st.integers(0, 39), min_size=5, max_size=30))
 @settings(max_examples=20)
-def test_neighbours_do_not_show(own: torch.dtype, stored: torch.dtype, chosen: list[int]) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(own: torch.dtype, stored: torch.dtype, chosen: list[int]) -> None:
     x, weight, some = numbers(40, 403, dtype=own), numbers(70, 403, dtype=stored), torch.tensor(chosen)
     assert torch.equal(linear(x[some], weight), linear(x, weight)[some])
     share, weight = numbers(40, 203, dtype=own), numbers(203, 70, dtype=stored)
@@ -196,7 +202,7 @@ def test_neighbours_do_not_show(own: torch.dtype, stored: torch.dtype, chosen: l
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @pytest.mark.parametrize("rows", [1, 4, 5, 60])
-def test_threads_do_not_show(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
+def test_results_do_not_depend_on_threads(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
     x, weight = numbers(rows, 303, dtype=own), numbers(333, 303, dtype=stored)
     alone, mean = linear(x, weight), combine(x, weight.T.contiguous())
     for count in (2, 3):
@@ -205,7 +211,7 @@ def test_threads_do_not_show(own: torch.dtype, stored: torch.dtype, rows: int) -
             assert torch.equal(combine(x, weight.T.contiguous()), mean)
 
 
-def test_which_products_come_here() -> None:
+def test_supported_products_use_cpp() -> None:
     x, weight = numbers(6, 40), numbers(30, 40, dtype=torch.float16)
     assert torch.equal(plain_products.linear(x, HalfFloats(values=weight)), linear(x, weight))
     share = numbers(6, 30)
@@ -219,7 +225,7 @@ def test_which_products_come_here() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-def test_what_was_there_before_does_not_show(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
+def test_old_buffer_contents_have_no_influence(own: torch.dtype, stored: torch.dtype, rows: int) -> None:
     """Memory is kept from call to call, with what stood in it: here nothing but NaN."""
     bad = linear(torch.full((30, 257), torch.nan, dtype=own), torch.full((200, 257), torch.nan, dtype=stored))
     assert bool(bad.isnan().all())
@@ -268,7 +274,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
 @pytest.mark.parametrize("case", MIXTURES)
-def test_experts(case: str, own: torch.dtype, stored: torch.dtype) -> None:
+def test_experts_equal_the_reference(case: str, own: torch.dtype, stored: torch.dtype) -> None:
     """No further from float64 than the loop is over weights in the activations' type (in float32: hardly)."""
     x, weights, chosen, gate_up, down = routed(*MIXTURES[case], stored)
     given = x.to(own), weights, chosen, gate_up, down
@@ -289,7 +295,7 @@ def test_experts(case: str, own: torch.dtype, stored: torch.dtype) -> None:
         assert torch.equal(experts.moe_forward(*given[:3], *held), got), "and it is the one that is taken"
 
 
-def test_some_experts_have_no_token() -> None:
+def test_experts_without_tokens_are_skipped() -> None:
     given = routed(12, 6, 2, 32, 16, torch.float32)
     counts = torch.bincount(given[2].flatten(), minlength=6)
     assert counts.min() == 0 and counts.max() > 2 * counts.float().mean(), "the case is what it says"
@@ -298,13 +304,13 @@ def test_some_experts_have_no_token() -> None:
 
 
 @pytest.mark.parametrize("own", TYPES)
-def test_no_tokens_for_the_experts(own: torch.dtype) -> None:
+def test_experts_take_an_empty_batch(own: torch.dtype) -> None:
     x, *others = routed(0, 4, 2, 32, 16, own)
     assert mix(x.to(own), *others).shape == (0, 32)
 
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-def test_neighbours_and_threads_do_not_show_in_experts(own: torch.dtype, stored: torch.dtype) -> None:
+def test_experts_do_not_depend_on_neighbours_or_threads(own: torch.dtype, stored: torch.dtype) -> None:
     x, weights, chosen, gate_up, down = routed(290, 5, 2, 35, 33, stored)
     x = x.to(own)
     whole = mix(x, weights, chosen, gate_up, down)
@@ -343,7 +349,7 @@ LOOKS = {
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", LOOKS)
-def test_attention(case: str, dtype: torch.dtype, turned: bool) -> None:
+def test_attention_equals_the_reference(case: str, dtype: torch.dtype, turned: bool) -> None:
     queries, pieces, masked, heads, kv, dim = LOOKS[case]
     keys = sum(pieces)
     mask = numbers(masked, keys, seed=5) > 0 if masked else None
@@ -367,7 +373,7 @@ def test_attention(case: str, dtype: torch.dtype, turned: bool) -> None:
             assert torch.equal(in_cpp_attention.attend(query, spans)[:, 2:], got)
 
 
-def test_nothing_to_see_is_nothing() -> None:
+def test_a_query_without_keys_gives_zeros() -> None:
     span = AttentionSpan(start=0, stop=5, kv=(piece(2, 0, 16, torch.float32, 0),))
     in_cpp_attention.attend(
         numbers(4, 5, 16), [AttentionSpan(start=0, stop=5, kv=(piece(2, 9, 16, torch.float32, 0),))]
@@ -376,7 +382,7 @@ def test_nothing_to_see_is_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_numbers_that_are_none_stay_with_their_query(dtype: torch.dtype) -> None:
+def test_attention_keeps_nan_in_its_query(dtype: torch.dtype) -> None:
     query = numbers(4, 9, 16, dtype=dtype)
     query[1, 4] = torch.nan
     got = in_cpp_attention.attend(query, [AttentionSpan(start=0, stop=9, kv=(piece(2, 40, 16, dtype, 0),))])
@@ -387,7 +393,7 @@ def test_numbers_that_are_none_stay_with_their_query(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_numbers_that_are_none_stay_in_their_row_and_column(rows: int, dtype: torch.dtype) -> None:
+def test_products_keep_nan_in_its_row_and_column(rows: int, dtype: torch.dtype) -> None:
     x, weight = numbers(rows, 30, dtype=dtype), numbers(40, 30, dtype=dtype)
     x[0, 7], weight[21, 3] = torch.nan, torch.inf
     got, wanted = linear(x, weight), x.double() @ weight.double().T

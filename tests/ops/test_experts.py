@@ -36,7 +36,7 @@ def truth(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Ten
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("count", "top_k"), CASES)
-def test_the_definition(version: str, count: int, top_k: int):
+def test_every_version_follows_the_definition(version: str, count: int, top_k: int):
     given = inputs(count, top_k)
     torch.testing.assert_close(VERSIONS[version](*given).double(), truth(*given), rtol=1e-5, atol=1e-6)
 
@@ -75,7 +75,7 @@ def wide(count: int, top_k: int, tokens: int, seed: int = 0) -> tuple[Tensor, Te
 
 
 @pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
-def test_the_source_builds_whatever_the_processor():
+def test_the_source_builds_on_any_processor():
     assert compiled.library("experts") is not None, "else the tests of tiles are skipped, and nobody sees why"
 
 
@@ -88,7 +88,7 @@ with torch.inference_mode():
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.inference_mode()
-def test_tiles_are_the_definition(tokens: int, top_k: int):
+def test_matrix_tiles_follow_the_definition(tokens: int, top_k: int):
     given = wide(5, top_k, tokens, seed=tokens)
     assert in_cpp.supports_amx(given[0], *given[3:])
     got, plain, wanted = (
@@ -102,7 +102,7 @@ def test_tiles_are_the_definition(tokens: int, top_k: int):
 
 @tiles
 @torch.inference_mode()
-def test_threads_and_neighbours_do_not_show():
+def test_matrix_tiles_do_not_depend_on_threads_or_neighbours():
     x, weights, chosen, gate_up, down = wide(5, 2, 200)
     whole, threads = in_cpp.amx_grouped(x, weights, chosen, gate_up, down), torch.get_num_threads()
     torch.set_num_threads(2)
@@ -117,7 +117,7 @@ def test_threads_and_neighbours_do_not_show():
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_sorted_tokens_are_the_loop(native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_sorted_tokens_give_what_the_loop_gives(native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     if not native:
         monkeypatch.setattr(rows, "_library", lambda: None)
         monkeypatch.setattr(bridge, "supports", lambda x: False)
@@ -128,7 +128,7 @@ def test_sorted_tokens_are_the_loop(native: bool, dtype: torch.dtype, monkeypatc
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_the_router(top_k: int):
+def test_the_router_picks_and_weighs_by_the_definition(top_k: int):
     generator = torch.Generator().manual_seed(top_k)
     scores, scale = torch.randn(9, 5, generator=generator) * 3, torch.rand(5, generator=generator) + 0.5
     weights, chosen = experts.route(scores, top_k, scale)

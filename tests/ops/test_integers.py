@@ -46,7 +46,7 @@ def in_cpp(x: Tensor, weight: IntegerWeight, out: Tensor | None = None) -> Tenso
 @needs_cpp
 @settings(max_examples=60)
 @given(rows=st.integers(1, 30), depth=st.integers(1, 150), columns=st.integers(1, 100), seed=st.integers(0, 99))
-def test_linear(rows: int, depth: int, columns: int, seed: int) -> None:
+def test_int8_linear_follows_the_definition(rows: int, depth: int, columns: int, seed: int) -> None:
     x, weight = numbers(rows, depth, seed=seed), codes(columns, depth, seed=seed)
     got = in_cpp(x, weight)
     assert torch.equal(got, matmul(x, weight)) and torch.equal(got, linear.linear(x, weight))
@@ -64,7 +64,7 @@ LARGE = {
 
 @needs_cpp
 @pytest.mark.parametrize("case", LARGE)
-def test_linear_beyond_a_block(case: str) -> None:
+def test_int8_linear_larger_than_a_block_follows_the_definition(case: str) -> None:
     rows, depth, columns = LARGE[case]
     x, weight = numbers(rows, depth), codes(columns, depth)
     assert torch.equal(in_cpp(x, weight), matmul(x, weight))
@@ -72,7 +72,7 @@ def test_linear_beyond_a_block(case: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [1, 3, 5, 23])
-def test_sums_are_those_of_numpys_int32(rows: int) -> None:
+def test_sums_equal_numpy_int32(rows: int) -> None:
     """Scales of 1, so that the result is the sum; below 2^24, where float32 holds every integer."""
     draw = np.random.default_rng(rows)
     x = draw.integers(-127, 128, (rows, 900)).astype(np.int32)
@@ -102,7 +102,7 @@ def test_the_largest_codes_do_not_saturate(rows: int, signs: tuple[int, int]) ->
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 23])
-def test_what_lies_in_larger_storage(rows: int) -> None:
+def test_strided_operands_give_the_same(rows: int) -> None:
     """Rows of x and of the result some way apart; nothing is written between them."""
     x, weight = numbers(rows, 53)[:, 3:40], codes(45, 37)
     whole = torch.full((rows, 60), 7.0)
@@ -122,7 +122,7 @@ def test_bfloat16_is_rounded_once() -> None:
 @needs_cpp
 @given(chosen=st.lists(st.integers(0, 39), min_size=1, max_size=30))
 @settings(max_examples=20)
-def test_neighbours_and_threads_do_not_show(chosen: list[int]) -> None:
+def test_results_do_not_depend_on_neighbours_or_threads(chosen: list[int]) -> None:
     """Not even where there are few: sums are exact."""
     x, weight, some = numbers(40, 403), codes(170, 403), torch.tensor(chosen)
     whole = in_cpp(x, weight)
@@ -134,7 +134,7 @@ def test_neighbours_and_threads_do_not_show(chosen: list[int]) -> None:
 
 @pytest.mark.parametrize("op", [matmul, pytest.param(in_cpp, marks=needs_cpp)])
 @pytest.mark.parametrize("rows", [4, 9])
-def test_rows_that_have_no_codes(op: object, rows: int) -> None:
+def test_rows_that_cannot_be_rounded_give_zero_or_nan(op: object, rows: int) -> None:
     """Zeros and what is nearly 0 give 0, what is not finite gives NaN, and no row shows in another."""
     x, weight = numbers(rows, 50), codes(20, 50)
     x[0], x[1] = 0, 1e-31 * x[1]
@@ -161,7 +161,7 @@ def limit(x: Tensor, weight: IntegerWeight, own_codes: bool) -> Tensor:
 @given(
     rows=st.integers(1, 9), depth=st.integers(1, 300), spread=st.sampled_from([0.0, 1.0, 3.0]), seed=st.integers(0, 99)
 )
-def test_the_error_of_a_product(rows: int, depth: int, spread: float, seed: int) -> None:
+def test_the_error_of_a_product_is_bounded(rows: int, depth: int, spread: float, seed: int) -> None:
     """Of values of very different sizes, too."""
     x = numbers(rows, depth, seed=seed) * torch.exp(spread * numbers(rows, depth, seed=seed + 1))
     floats = numbers(40, depth, seed=seed + 2) * torch.exp(spread * numbers(40, depth, seed=seed + 3))
@@ -171,7 +171,7 @@ def test_the_error_of_a_product(rows: int, depth: int, spread: float, seed: int)
         assert bool((off <= limit(x, weight, values is None)).all())
 
 
-def test_the_usual_error() -> None:
+def test_the_usual_error_is_small() -> None:
     """Of normal values: each rounding has a variance of a twelfth of its step's square."""
     x, floats = numbers(64, 512), numbers(256, 512, seed=1)
     weight, exact = quantized(floats), x.double() @ floats.double().T
@@ -183,7 +183,7 @@ def test_the_usual_error() -> None:
 # ---- weights
 
 
-def test_int8_codes_under_a_scale_a_row_are_taken_as_they_are() -> None:
+def test_int8_codes_with_row_scales_are_used_unchanged() -> None:
     stored = layouts.int8((3, 40, 24), 0)
     made = quantized(stored)
     assert made.codes.data_ptr() == stored.codes.data_ptr() and torch.equal(made.scale, stored.scale[..., 0])
@@ -205,7 +205,7 @@ STORED = {
 
 @pytest.mark.parametrize("tile", [1, 100, 1 << 20])
 @pytest.mark.parametrize("kind", STORED)
-def test_a_weight_in_any_layout_is_rounded(kind: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_in_any_layout_is_rounded_to_int8(kind: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a step at most, a tile at a time or all at once."""
     monkeypatch.setattr(integers, "TILE", tile)
     stored = STORED[kind]()
@@ -224,7 +224,7 @@ def test_a_row_of_zeros_has_codes_of_zero() -> None:
     assert not made.codes.any() and not linear.linear(numbers(3, 5), made).any()
 
 
-def test_the_values_that_a_packed_weight_has() -> None:
+def test_unpack_and_factors_give_the_values() -> None:
     weight = codes(9, 20)
     exact = weight.codes.float() * weight.scale[:, None]
     assert torch.equal(weight.unpack(torch.float32), exact) and torch.equal(
@@ -236,7 +236,7 @@ def test_the_values_that_a_packed_weight_has() -> None:
     assert weight.factors(torch.float16)[1] is None
 
 
-def test_other_codes_of_eight_bits_are_no_integers() -> None:
+def test_other_eight_bit_codes_are_not_used_as_int8() -> None:
     """A scale a row is not enough: fp8 has it, too."""
     stored = layouts.fp8((40, 32), 0)
     assert isinstance(stored, Codes) and stored.codes.dtype != torch.int8
@@ -248,7 +248,7 @@ def test_other_codes_of_eight_bits_are_no_integers() -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("tokens", [1, 4, 5, 70, 300])
-def test_experts(tokens: int) -> None:
+def test_int8_experts_follow_the_definition(tokens: int) -> None:
     count, k, hidden, size = 6, 2, 50, 37
     gate_up, down = codes(count, 2 * size, hidden), codes(count, hidden, size, seed=1)
     gate_up = IntegerWeight(codes=gate_up.codes, scale=gate_up.scale / 600)

@@ -30,7 +30,7 @@ def close(got: Tensor, wanted: Tensor, share: float = 1e-5) -> bool:
 
 
 @given(name=NAMES, rows=st.integers(1, 7), outputs=st.integers(1, 9), seed=SEEDS, tile=TILES)
-def test_linear(name: str, rows: int, outputs: int, seed: int, tile: int) -> None:
+def test_packed_linear_equals_its_floats(name: str, rows: int, outputs: int, seed: int, tile: int) -> None:
     weight = LAYOUTS[name]((outputs, 64), seed)
     x = normal(2, rows, 64, seed=seed)
     with mock.patch.object(linear, "TILE", tile):
@@ -41,7 +41,7 @@ def test_linear(name: str, rows: int, outputs: int, seed: int, tile: int) -> Non
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_in_narrow_types(name: str, dtype: torch.dtype) -> None:
+def test_packed_linear_in_narrow_types_equals_its_floats(name: str, dtype: torch.dtype) -> None:
     weight, x = LAYOUTS[name]((48, 96), 1), normal(5, 96).to(dtype)
     got = linear.linear(x, weight)
     assert got.dtype == dtype
@@ -51,7 +51,7 @@ def test_linear_in_narrow_types(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_float16_holds_what_it_holds_of_the_values(name: str) -> None:
+def test_float16_results_fit_where_the_values_do(name: str) -> None:
     """A product that fits the type, although the sum of the codes' products does not."""
     weight = LAYOUTS[name]((48, 96), 1)
     floats = weight.unpack(torch.float32)
@@ -61,7 +61,7 @@ def test_float16_holds_what_it_holds_of_the_values(name: str) -> None:
 
 
 @given(name=NAMES, seed=SEEDS, tile=TILES, data=st.data())
-def test_lookup_and_combine(name: str, seed: int, tile: int, data: st.DataObject) -> None:
+def test_packed_lookup_and_combine_equal_their_floats(name: str, seed: int, tile: int, data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(1, 9))
     weight = LAYOUTS[name]((vocabulary, 64), seed)
     floats = weight.unpack(torch.float32)
@@ -74,7 +74,7 @@ def test_lookup_and_combine(name: str, seed: int, tile: int, data: st.DataObject
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_experts(name: str) -> None:
+def test_packed_experts_equal_their_floats(name: str) -> None:
     gate_up, down = LAYOUTS[name]((5, 2 * 32, 64), 0), LAYOUTS[name]((5, 64, 32), 1)
     x = normal(9, 64) / 8
     weights, chosen = experts.route(normal(9, 5, seed=2), 2, torch.ones(5))

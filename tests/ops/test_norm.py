@@ -10,7 +10,7 @@ from blockpress.ops.norm import rms_norm
 
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_formula(size: float, weighted: bool):
+def test_rms_norm_follows_the_formula(size: float, weighted: bool):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 5, 16, generator=generator) * size
     weight = torch.randn(16, generator=generator) if weighted else None

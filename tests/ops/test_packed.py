@@ -98,7 +98,7 @@ def test_factors_are_exact(name: str, shape: tuple[int, int], seed: int, dtype: 
 
 
 @given(name=NAMES, seed=SEEDS, data=st.data())
-def test_an_index_selects_as_it_does_from_the_floats(name: str, seed: int, data: st.DataObject) -> None:
+def test_indexing_selects_as_from_the_floats(name: str, seed: int, data: st.DataObject) -> None:
     shape = (data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), 64)
     weight = LAYOUTS[name](shape, seed)
     floats = weight.unpack(torch.float32)
@@ -118,7 +118,7 @@ def test_an_index_selects_as_it_does_from_the_floats(name: str, seed: int, data:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_bytes_and_places(name: str) -> None:
+def test_byte_counts_and_devices_are_reported(name: str) -> None:
     weight = LAYOUTS[name]((3, 4, 64), 0)
     assert weight.nbytes == sum(tensor.nbytes for tensor in weight.tensors().values())
     assert weight.device == torch.device("cpu")
@@ -127,7 +127,7 @@ def test_bytes_and_places(name: str) -> None:
     assert type(moved) is type(weight)
 
 
-def test_what_a_value_takes() -> None:
+def test_bits_a_value_of_every_layout() -> None:
     """Bits a value, scales included, of the sizes of the published model."""
     bits = {name: make((2, 64, 1408), 0).nbytes * 8 / (2 * 64 * 1408) for name, make in LAYOUTS.items()}
     assert bits["nvfp4"] == pytest.approx(4.5, abs=0.03)
@@ -138,12 +138,12 @@ def test_what_a_value_takes() -> None:
 
 @settings(max_examples=20)
 @given(columns=st.integers(1, 9), seed=SEEDS)
-def test_eight_bit_floats_of_any_width(columns: int, seed: int) -> None:
+def test_eight_bit_floats_unpack_at_any_width(columns: int, seed: int) -> None:
     weight = fp8((3, columns), seed)
     assert torch.equal(weight.unpack(torch.float32), defined(weight).float())
 
 
-def test_all_codes_are_read() -> None:
+def test_every_code_is_unpacked() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     floats = every[(every & 0x7F) != 0x7F].view(E4M3).view(2, 127)
     codes = Codes(codes=floats, scale=torch.ones(2, 1), group=127)

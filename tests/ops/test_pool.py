@@ -50,14 +50,14 @@ def test_no_more_threads_than_asked_for() -> None:
     assert threading.get_native_id() in who and len(who) <= 2
 
 
-def test_threads_take_part() -> None:
+def test_two_threads_run_parts_at_once() -> None:
     """Parts that wait for each other end only if two threads have them at once."""
     both = threading.Barrier(2, timeout=20)
     parallel(2, 2, lambda i: both.wait())
     assert not both.broken
 
 
-def test_a_worker_that_is_put_aside_holds_up_its_own_part_alone() -> None:
+def test_a_suspended_worker_holds_up_only_its_part() -> None:
     """One part waits until all others are done: the others do not wait for it, whoever has it."""
     others = threading.Semaphore(0)
     done: list[int] = []
@@ -74,13 +74,13 @@ def test_a_worker_that_is_put_aside_holds_up_its_own_part_alone() -> None:
     assert sorted(done) == list(range(20)) and done[-1] == 0
 
 
-def test_parts_may_ask_for_parts() -> None:
+def test_parallel_calls_may_nest() -> None:
     done: list[tuple[int, int]] = []
     parallel(4, 2, lambda i: parallel(3, 2, lambda j: done.append((i, j))))
     assert Counter(done) == Counter((i, j) for i in range(4) for j in range(3))
 
 
-def test_callers_at_once_do_not_mix_their_parts() -> None:
+def test_concurrent_callers_do_not_mix_their_parts() -> None:
     """Several threads of Python, each with a product of its own; the library lets go of the GIL."""
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     xs = [torch.randn(rows, 90, generator=draw) for rows in (3, 20, 64, 130)]
@@ -99,7 +99,7 @@ def test_callers_at_once_do_not_mix_their_parts() -> None:
         torch.set_num_threads(threads)
 
 
-def test_many_short_jobs() -> None:
+def test_many_short_jobs_finish() -> None:
     """The pool opens and closes as fast as it can; a worker that comes late finds the next job, or none."""
     library = compiled.library("pool")
     assert library is not None
@@ -125,7 +125,7 @@ def _in_child(answers) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_process_has_workers_of_its_own() -> None:
+def test_a_forked_process_has_its_own_workers() -> None:
     """Its parent's did not come along. And the parent's are still there afterwards."""
     _in_child(multiprocessing.SimpleQueue())
     fork = multiprocessing.get_context("fork")
@@ -144,7 +144,7 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_process_that_was_forked_in_the_midst_of_a_job() -> None:
+def test_a_process_forked_during_a_job_works() -> None:
     """A part of one thread's job is under way while another thread forks: the child's pool is free all the same."""
     begun, may_end = threading.Event(), threading.Event()
 
@@ -181,7 +181,7 @@ assert done == list(range(9)), done
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits of Linux")
-def test_threads_that_the_system_refuses_are_done_without() -> None:
+def test_refused_threads_are_done_without() -> None:
     """There is no room for their stacks: the caller does all parts, in order."""
     library = compiled.library("pool")
     assert library is not None

@@ -34,7 +34,7 @@ def test_pairs_turn_as_complex_numbers(rope: Rope, dim: int):
 
 
 @pytest.mark.parametrize("rope", [DEFAULT, PROPORTIONAL])
-def test_a_product_depends_on_the_distance_alone(rope: Rope):
+def test_a_product_depends_only_on_the_distance(rope: Rope):
     query, key = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
 
     def product(at: int, to: int) -> float:
@@ -45,7 +45,7 @@ def test_a_product_depends_on_the_distance_alone(rope: Rope):
     assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-3)
 
 
-def test_position_zero_turns_nothing():
+def test_position_zero_is_the_identity():
     x = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(0))
     cos, sin = rotary_tables(torch.tensor([[0]]), inverse_frequencies(DEFAULT, 8), torch.float32)
     assert torch.equal(rotate(x, cos, sin), x)
@@ -58,7 +58,7 @@ def test_the_published_full_layer_turns_64_of_its_256_pairs():
     assert frequencies[63].item() == pytest.approx(1e6 ** (-126 / 512), rel=1e-6)
 
 
-def test_tables_come_in_the_asked_type():
+def test_tables_have_the_given_type():
     cos, sin = rotary_tables(torch.tensor([[3]]), inverse_frequencies(DEFAULT, 8), torch.bfloat16)
     wide, _ = rotary_tables(torch.tensor([[3]]), inverse_frequencies(DEFAULT, 8), torch.float32)
     assert cos.dtype == sin.dtype == torch.bfloat16

@@ -82,7 +82,9 @@ shapes = st.lists(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(shape=shapes, sizes=st.sampled_from([(1, 1), (4, 2), (6, 1)]), seed=st.integers(0, 99))
-def test_any_spans(version: str, shape: list[tuple[int, list[int], bool]], sizes: tuple[int, int], seed: int) -> None:
+def test_any_spans_equal_the_reference(
+    version: str, shape: list[tuple[int, list[int], bool]], sizes: tuple[int, int], seed: int
+) -> None:
     heads, kv = sizes
     check(build(shape, kv, torch.float32, seed), heads, version=version)
 
@@ -98,14 +100,16 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("version", [*VERSIONS, "torch alone"])
 @pytest.mark.parametrize("case", CASES)
-def test_what_an_engine_asks(case: str, version: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_like_spans_equal_the_reference(
+    case: str, version: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if version == "torch alone":
         monkeypatch.setattr("blockpress.ops.rows.fits", lambda *_: False)
     check(build(CASES[case], 2, dtype, 1), 4, dtype, version)
 
 
 @pytest.mark.skipif(bridge.library() is None, reason="no C++ compiler")
-def test_it_is_c_where_that_can_be_had() -> None:
+def test_cpp_is_used_where_supported() -> None:
     made = build(CASES["mixed"], 2, torch.float32, 1)
     query = torch.randn(4, made[-1].stop, DIM, generator=torch.Generator().manual_seed(0))
     with mock.patch.object(spans, "_look") as in_torch:
@@ -116,7 +120,7 @@ def test_it_is_c_where_that_can_be_had() -> None:
         assert in_torch.called, "gradients are torch's"
 
 
-def test_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "SCORES", 4 * 3 * 130)
     made = build([(40, [100, 30], True), (40, [90, 40], False), (1, [50], False)], 2, torch.float32, 5)
     check(made, 4, version="torch")
@@ -130,7 +134,7 @@ def test_single_tokens_run_as_one_product(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_masked_or_fills_up_has_no_influence_at_all(version: str) -> None:
+def test_masked_keys_and_padding_have_no_influence(version: str) -> None:
     made = build([(3, [8], True), (3, [20], False)], 2, torch.float32, 3)
     query = torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), only(version):

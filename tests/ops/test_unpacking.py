@@ -59,12 +59,12 @@ def alike(ours: Tensor, theirs: Tensor) -> None:
     runs=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_any_size(name: str, lead: list[int], rows: int, runs: int, seed: int) -> None:
+def test_any_size_unpacks_to_the_same_bits(name: str, lead: list[int], rows: int, runs: int, seed: int) -> None:
     same_bits(LAYOUTS[name]((*lead, rows, 32 * runs), seed))
 
 
 @pytest.mark.parametrize("name", FOURS)
-def test_parts_and_threads(name: str) -> None:
+def test_parts_and_threads_unpack_to_the_same_bits(name: str) -> None:
     weight, threads = LAYOUTS[name]((3, 300, 256), 1), torch.get_num_threads()
     for part in (weight[1], weight[2][7:90], weight[0][torch.tensor([5, 0, 5])]):
         same_bits(part)
@@ -75,14 +75,14 @@ def test_parts_and_threads(name: str) -> None:
         torch.set_num_threads(threads)
 
 
-def test_every_scale_of_a_byte_is_read() -> None:
+def test_every_scale_byte_is_unpacked() -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(64, 1)
     for kind, group in (("e4m3", 16), ("e8m0", 32)):
         scales = torch.arange(64 * 512 // group).remainder(256).to(torch.uint8).view(64, -1)
         same_bits(Float4(packed=packed, scale=scales, kind=kind, group=group))  # type: ignore[arg-type]
 
 
-def test_what_is_left_to_the_tables() -> None:
+def test_unsupported_layouts_use_the_tables() -> None:
     narrow, wide = LAYOUTS["int4 groups asymmetric"]((4, 96), 0), LAYOUTS["int4"]((4, 96), 0)
     halves = Nibbles(packed=wide.packed, scale=wide.scale.half(), group=96)  # type: ignore[union-attr]
     with mock.patch.object(unpacking, "fours") as native:
@@ -93,14 +93,14 @@ def test_what_is_left_to_the_tables() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 70), seed=st.integers(0, 99))
-def test_e4m3_of_any_size(dtype: torch.dtype, rows: int, columns: int, seed: int) -> None:
+def test_e4m3_of_any_size_unpacks_to_the_same_bits(dtype: torch.dtype, rows: int, columns: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=draw).view(E4M3)
     alike(unpacking.unpack_e4m3(codes, dtype), codes.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_every_e4m3_code_in_parts_and_threads(dtype: torch.dtype) -> None:
+def test_every_e4m3_code_unpacks_to_the_same_bits(dtype: torch.dtype) -> None:
     codes, threads = torch.arange(256, dtype=torch.uint8).repeat(3, 300).view(E4M3), torch.get_num_threads()
     for part in (codes, codes[1], codes[:, 5:90], codes.t()):
         alike(unpacking.unpack_e4m3(part, dtype), part.to(dtype))
@@ -113,7 +113,7 @@ def test_every_e4m3_code_in_parts_and_threads(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "fp8 groups"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_codes_go_through_c_and_are_those_of_the_tables(name: str, dtype: torch.dtype) -> None:
+def test_cpp_unpacks_to_the_bits_of_the_tables(name: str, dtype: torch.dtype) -> None:
     weight = LAYOUTS[name]((2, 9, 96), 3)
     with tables():
         wanted = readings(weight, dtype)
@@ -126,7 +126,7 @@ def test_codes_go_through_c_and_are_those_of_the_tables(name: str, dtype: torch.
 
 @pytest.mark.parametrize("name", FOURS)
 @torch.inference_mode()
-def test_experts_of_four_bits(name: str) -> None:
+def test_four_bit_experts_unpack_to_the_same_bits(name: str) -> None:
     draw = torch.Generator().manual_seed(4)
     gate_up, down = LAYOUTS[name]((5, 64, 96), 1), LAYOUTS[name]((5, 96, 32), 2)
     x = torch.randn(23, 96, generator=draw).bfloat16() * 0.05

@@ -35,7 +35,7 @@ def inverse_cdf(scaled: Tensor, uniform: Tensor) -> tuple[list[int], list[float]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
-def test_entropy(size: int, spread: float):
+def test_entropy_follows_the_definition(size: int, spread: float):
     scaled = logits(size, spread)
     log_p = torch.log_softmax(scaled.double(), dim=-1)
     torch.testing.assert_close(
@@ -52,7 +52,7 @@ def test_many_small_probabilities_beside_a_large_one_all_count(gap: float):
     torch.testing.assert_close(vocabulary.entropy(scaled).double(), wanted, rtol=1e-6, atol=0)
 
 
-def test_entropy_at_both_ends():
+def test_entropy_of_certain_and_uniform_logits():
     one_hot = torch.full((1, 1, 8), -math.inf)
     one_hot[..., 3] = 2.0
     assert vocabulary.entropy(one_hot).item() == 0
@@ -106,7 +106,7 @@ def test_samples_have_the_frequencies_of_the_softmax():
     torch.testing.assert_close(counts / 20_000, torch.softmax(scaled[0, 0], -1), rtol=0, atol=1e-4)
 
 
-def test_what_lies_around_a_sample_has_no_influence():
+def test_a_sample_does_not_depend_on_other_rows():
     scaled, uniform = logits(5000), torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     alone = [
         vocabulary.sample(scaled[i : i + 1, j : j + 1], uniform[i : i + 1, j : j + 1]) for i in (0, 1) for j in range(3)

@@ -35,7 +35,7 @@ def logits(hidden: Tensor, weight: Tensor, cap: float | None, wide: bool) -> Ten
 @pytest.mark.parametrize("vocab", [3, 17, 300, vocabulary.TILE + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("cap", "wide"), [(30.0, True), (30.0, False), (None, True), (None, False)])
-def test_it_gives_the_log_softmax_of_full_logits(
+def test_logprobs_equal_log_softmax_of_full_logits(
     version: str, vocab: int, dtype: torch.dtype, cap: float | None, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = torch.Generator().manual_seed(vocab)
@@ -59,7 +59,7 @@ def test_it_gives_the_log_softmax_of_full_logits(
     assert all(len(set(ids)) == top for ids in got.logprobs.top_ids.tolist())
 
 
-def test_equal_tokens_come_in_their_order(version: str) -> None:
+def test_equal_logprobs_come_in_token_order(version: str) -> None:
     hidden, weight = torch.ones(1, 4), torch.ones(6, 4)
     weight[[1, 4]] = 2.0
     got = vocabulary.score_targets(
@@ -69,7 +69,7 @@ def test_equal_tokens_come_in_their_order(version: str) -> None:
     assert got.greedy.tolist() == [1] and got.logprobs.top_ids.tolist() == [[1, 4]]
 
 
-def test_nothing_to_judge(version: str) -> None:
+def test_no_rows_give_no_logprobs(version: str) -> None:
     none = torch.empty(0, dtype=torch.long)
     got = vocabulary.score_targets(
         torch.empty(0, 4), torch.ones(6, 4), cap=None, tokens=none, top=3, wide=True, native=version != "torch"
@@ -81,7 +81,7 @@ def test_nothing_to_judge(version: str) -> None:
 
 @pytest.mark.parametrize("top", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_denied_is_not_greedy_and_keeps_its_probability(
+def test_banned_tokens_are_never_greedy_and_keep_their_logprob(
     version: str, dtype: torch.dtype, top: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = torch.Generator().manual_seed(5)

@@ -65,7 +65,7 @@ def limits(scaled: Tensor) -> Tensor:
 @pytest.mark.parametrize("cap", [30.0, None])
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
 @pytest.mark.parametrize(("dtype", "tables"), KINDS)
-def test_a_pass_reads_what_float64_shows(
+def test_one_pass_equals_float64(
     vocab: int, cap: float | None, belief: Probabilities, dtype: torch.dtype, tables: bool
 ) -> None:
     product = block(vocab, dtype)
@@ -136,7 +136,7 @@ def test_equal_logits_are_counted_and_drawn_exactly(belief: Probabilities, dtype
 
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
 @pytest.mark.parametrize(("dtype", "tables"), KINDS)
-def test_the_first_of_the_largest_is_found(belief: Probabilities, dtype: torch.dtype, tables: bool) -> None:
+def test_argmax_is_the_first_of_equals(belief: Probabilities, dtype: torch.dtype, tables: bool) -> None:
     for vocab, places in ((5, [4]), (300, [255, 256]), (300, [270, 299]), (2 * TILE + 5, [TILE, 2 * TILE + 4])):
         product = torch.randn(1, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
         product[0, places] = 9.0
@@ -146,7 +146,7 @@ def test_the_first_of_the_largest_is_found(belief: Probabilities, dtype: torch.d
 
 
 @pytest.mark.parametrize("belief", [None, "whole", "sparse"])
-def test_a_weight_that_rounds_to_that_of_the_maximum_is_no_maximum(belief: Probabilities) -> None:
+def test_argmax_compares_logits_not_rounded_weights(belief: Probabilities) -> None:
     most = torch.tensor(0.01)
     product = torch.full((1, 600), -50.0)
     product[0, 300], product[0, 500] = torch.nextafter(most, -most), most  # exp(-1e-9) is 1 in float32

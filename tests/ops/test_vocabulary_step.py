@@ -118,14 +118,14 @@ def same(c: Case, got: vocabulary.SampleStats, want: vocabulary.SampleStats, nea
 @pytest.mark.parametrize("vocab", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [30.0, None])
-def test_it_sees_what_full_logits_show(version: str, vocab: int, dtype: torch.dtype, cap: float | None) -> None:
+def test_statistics_equal_those_of_full_logits(version: str, vocab: int, dtype: torch.dtype, cap: float | None) -> None:
     for spread in (0.0, 0.5, 3.0, 60.0):
         c = case(vocab, dtype=dtype, cap=cap, spread=spread)
         same(c, c.see(version), truth(c))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beliefs_are_rounded_as_the_truth_rounds_them(version: str, dtype: torch.dtype) -> None:
+def test_probabilities_are_rounded_as_the_reference_rounds_them(version: str, dtype: torch.dtype) -> None:
     c = case(3 * TILE + 7, rows=8, dtype=dtype, spread=4.0)
     product = linear(c.hidden, c.weight)
     want = torch.softmax(full(c).to(dtype), dim=-1, dtype=torch.float32).to(dtype)
@@ -147,7 +147,7 @@ def test_the_lowest_of_equal_tokens_is_the_argmax(version: str) -> None:
         assert c.see(version).argmax[0] == first
 
 
-def test_banned_tokens_are_not_seen(version: str) -> None:
+def test_banned_tokens_have_no_probability(version: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for cap in (30.0, None):
             c = case(TILE + 50, rows=4, dtype=dtype, cap=cap)
@@ -160,7 +160,7 @@ def test_banned_tokens_are_not_seen(version: str) -> None:
             assert not (banned & where).any() and banned[2].any()
 
 
-def test_what_is_broken_stays_in_its_row(version: str) -> None:
+def test_nan_stays_in_its_row(version: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         c = case(500, rows=4, dtype=dtype)
         c.hidden[1] = math.nan
@@ -207,7 +207,7 @@ def test_the_largest_uniform_number_draws_a_possible_token(version: str, dtype: 
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_any_number_of_rows(version: str, rows: int) -> None:
+def test_any_number_of_rows_works(version: str, rows: int) -> None:
     for vocab in (16, TILE + 3):
         c = case(vocab, rows=max(rows, 1))
         c = Case(**{**vars(c), **{name: getattr(c, name)[:rows] for name in ("hidden", "temperature", "uniform")}})
@@ -218,7 +218,7 @@ def test_any_number_of_rows(version: str, rows: int) -> None:
             assert got.signal is None or got.signal.shape == (rows, HIDDEN)
 
 
-def test_rows_do_not_touch_whatever_their_block(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_independent_of_their_block(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     c = case(TILE + 9, rows=13)
     whole = c.see(version)
     monkeypatch.setattr(blocks, "BUFFER", 4 * (TILE + 9) * 4)  # blocks of 4 rows
@@ -230,7 +230,7 @@ def test_rows_do_not_touch_whatever_their_block(version: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_what_their_floats_give(version: str, dtype: torch.dtype) -> None:
+def test_packed_weights_equal_their_floats(version: str, dtype: torch.dtype) -> None:
     c = case(700, dtype=dtype)
     codes = torch.randint(-127, 128, (700, HIDDEN), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     packed = Codes(codes=codes, scale=torch.full((700, 1), 2.0**-8, dtype=dtype), zero_point=None, group=HIDDEN)
@@ -243,7 +243,7 @@ def test_packed_weights_give_what_their_floats_give(version: str, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cap", [30.0, None])
-def test_a_sparse_belief_leaves_out_no_more_than_it_may(version: str, dtype: torch.dtype, cap: float | None) -> None:
+def test_sparse_probabilities_drop_no_more_than_allowed(version: str, dtype: torch.dtype, cap: float | None) -> None:
     kinds = set()
     for seed, spread in enumerate((0.0, 1.0, 2.0, 5.0, 12.0, 30.0)):
         c = case(TILE + 77, rows=6, dtype=dtype, cap=cap, spread=spread, seed=seed)

@@ -18,7 +18,7 @@ CLOSER = 0.001
 
 
 @cases
-def test_the_whole_network(name: str, report: Report) -> None:
+def test_bfloat16_weights_computed_in_float32_are_nearer_than_bfloat16(name: str, report: Report) -> None:
     """In every group of figures our distance is at most a thousandth of the oracle's bfloat16 run's.
 
     Both compute from the same bfloat16 values. What is left of ours is the order of float32 sums: a share of 2^-16 of

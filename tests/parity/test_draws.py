@@ -93,7 +93,7 @@ def test_draws_follow_the_reference_distribution(
 @pytest.mark.parametrize(
     ("key", "value"), [("repetition_penalty", 1.1), ("num_beams", 4), ("min_p", 0.1), ("suppress_tokens", [3])]
 )
-def test_another_way_to_choose_a_token_is_refused_by_name(key: str, value: Any) -> None:
+def test_unsupported_samplers_are_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         GenerationConfig.from_dict({key: value}, TINY)
 

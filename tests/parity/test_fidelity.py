@@ -44,7 +44,7 @@ def heading(kind: str) -> str:
 
 @ops
 @cases
-def test_float32(name: str, op: str, report: Report) -> None:
+def test_the_float32_network_equals_the_oracle_s(name: str, op: str, report: Report) -> None:
     """Prefill states, cache, next-token and canvas logits, with and without a signal, before and after a commit."""
     for seed in range(CASES[name].seeds):
         c, own = compared(name, seed), own_distances(name, seed)
@@ -58,7 +58,7 @@ def test_float32(name: str, op: str, report: Report) -> None:
 
 @ops
 @cases
-def test_one_layer_alone(name: str, op: str, report: Report) -> None:
+def test_one_float32_layer_equals_the_oracle_s(name: str, op: str, report: Report) -> None:
     """Each layer by itself: no error of an earlier one can hide in its own, or be taken for it."""
     network = network_like(oracle(name, 0, False)[0], CASES[name].config, OPS[op])
     for call in their_layers(name):

@@ -52,7 +52,7 @@ def check(reply: Reply, prompt: Sequence[int], logits: Tensor) -> None:
 
 
 @pytest.mark.parametrize("checks", [0, 2])
-def test_of_canvases(checks: int) -> None:
+def test_logprobs_of_canvases_equal_the_oracle_s(checks: int) -> None:
     config = replace(TINY, canvas_length=8)
     theirs = build(config, 0)
     theirs.set_attn_implementation("eager")
@@ -68,7 +68,7 @@ def test_of_canvases(checks: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["experts, keys are values", "dense, saved by itself, no softcap"])
-def test_of_single_tokens(name: str, workspace: object) -> None:
+def test_logprobs_of_autoregressive_tokens_equal_the_oracle_s(name: str, workspace: object) -> None:
     theirs, directory = checkpoint(name, workspace)  # type: ignore[arg-type]
     rows = prompts(CASES[name], seed=2)
     replies = answers(load_network(directory), rows, AutoregressiveSampling(temperature=1.0))

@@ -59,7 +59,7 @@ def test_the_vision_tower_is_a_small_one(theirs: DiffusionGemmaForBlockDiffusion
     assert sum(p.numel() for p in theirs.parameters()) <= 4_500_000
 
 
-def test_the_same_logits(
+def test_the_shipped_model_has_the_oracle_s_logits(
     theirs: DiffusionGemmaForBlockDiffusion, lm: LM, puzzles: list[Puzzle], report: Report
 ) -> None:
     """Our public calls against theirs: canvas logits without and with a signal, and next-token logits."""
@@ -100,7 +100,7 @@ def _their_logits(
     return logits
 
 
-def test_the_same_share_is_solved(
+def test_the_shipped_model_solves_as_many_puzzles(
     theirs: DiffusionGemmaForBlockDiffusion, lm: LM, puzzles: list[Puzzle], report: Report
 ) -> None:
     """Both solve the same puzzles equally often, each with draws of its own and the shipped settings.
@@ -139,6 +139,6 @@ def two_sided(first: int, second: int) -> float:
     return min(1.0, 2 * sum(math.comb(count, k) for k in range(least + 1)) / 2**count)
 
 
-def test_the_statistic() -> None:
+def test_the_test_of_equal_shares_is_exact() -> None:
     assert two_sided(0, 0) == two_sided(3, 3) == 1.0
     assert two_sided(11, 0) == two_sided(0, 11) < CHANCE < two_sided(10, 0)

@@ -125,7 +125,7 @@ def test_configurations_are_read_alike(name: str, workspace: Path) -> None:
 
 
 @cases
-def test_every_tensor_has_one_name(name: str, workspace: Path) -> None:
+def test_every_tensor_name_round_trips(name: str, workspace: Path) -> None:
     """The names that we would write are those that `transformers` wrote, and each is read back as what it is."""
     config = CASES[name].config
     stored = {n for n in load_file(checkpoint(name, workspace)[1] / "model.safetensors") if "vision" not in n}

@@ -172,7 +172,7 @@ def worst(figures: list[Figures], names: list[str]) -> dict[str, float]:
     return {kind: max(distance(a[kind], b[kind]) for a, b in zip(figures, theirs, strict=True)) for kind in theirs[0]}
 
 
-def test_the_rows_are_what_they_say() -> None:
+def test_the_rows_cover_the_cases() -> None:
     assert [len(row.prompt.ids) for row in rows().values()][-1] == 10
     for name, (_, sizes) in ROWS.items():
         found = [run.length for run in rows()[name].prompt.image_spans]
@@ -180,7 +180,7 @@ def test_the_rows_are_what_they_say() -> None:
     assert min(run.length for row in rows().values() for run in row.prompt.image_spans) > 2 * CONFIG.sliding_window
 
 
-def test_prompts_with_pictures(report: Report) -> None:
+def test_prompts_with_pictures_equal_the_oracle_s(report: Report) -> None:
     names = list(ROWS)
     for kind, measured in worst(ours(names, network_like(oracle(), CONFIG)), names).items():
         report(f"float32, with pictures: {kind.rstrip(' 0123456789')}", measured, FLOAT32)
@@ -189,12 +189,12 @@ def test_prompts_with_pictures(report: Report) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 64, 90])
 @pytest.mark.parametrize("name", ["two pictures among text", "two adjacent", "a picture last"])
-def test_a_prefill_in_parts_is_the_same(name: str, size: int) -> None:
+def test_chunked_prefill_with_pictures_is_the_same(name: str, size: int) -> None:
     for kind, measured in worst(ours([name], network_like(oracle(), CONFIG), size), [name]).items():
         assert measured <= FLOAT32, f"{kind}: {measured:.2e}"
 
 
-def test_a_config_without_the_word_reads_pictures_causally() -> None:
+def test_without_bidirectional_attention_pictures_are_causal() -> None:
     config = replace(CONFIG, source={**CONFIG.source, "text_config": {}})
     for name in ("two pictures among text", "a picture first"):
         (figures,) = ours([name], network_like(oracle(), config))
@@ -235,7 +235,7 @@ def _runs(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
 
 
 @pytest.mark.parametrize("mistake", [_causal, _one_run_for_all, _run_too_long, _scaled])
-def test_a_wrong_reading_is_found(
+def test_a_wrong_mask_or_place_is_found(
     mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake(monkeypatch)
@@ -244,6 +244,6 @@ def test_a_wrong_reading_is_found(
     assert measured["canvas"] >= 100 * FLOAT32
 
 
-def test_the_config_travels() -> None:
+def test_the_vision_config_round_trips() -> None:
     """What marks a picture is read back from what is written."""
     assert ModelConfig.from_dict(CONFIG.to_dict()).source["boi_token_id"] == BEGIN

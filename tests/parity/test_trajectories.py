@@ -155,7 +155,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_another_sampler_is_found(what: str) -> None:
+def test_a_wrong_sampler_is_found(what: str) -> None:
     """The comparison can fail: a setting that is off by a little parts the trajectories."""
     name, changes = WRONG[what]
     recordings = recorded(name)
@@ -163,7 +163,7 @@ def test_another_sampler_is_found(what: str) -> None:
         compare(recordings, ours(name, recordings, **changes), CASES[name].sampling)
 
 
-def test_another_network_is_found() -> None:
+def test_a_wrong_network_is_found() -> None:
     name = "two layers"
     recordings = recorded(name)
     network = network_like(oracle(name), SMALL)

@@ -54,7 +54,7 @@ def logits(size: int, spread: float, seed: int, rows: int = 1, columns: int = 5)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 20.0])
-def test_entropy(size: int, spread: float) -> None:
+def test_entropy_equals_torch_distributions(size: int, spread: float) -> None:
     """Against torch.distributions, and both against float64; logits up to 75, as softcap and temperature leave them."""
     scaled = logits(size, spread, seed=size)
     ours = vocabulary.entropy(scaled)
@@ -66,7 +66,7 @@ def test_entropy(size: int, spread: float) -> None:
     assert bool((ours >= -1e-6).all())
 
 
-def test_entropy_of_the_sure_and_of_the_undecided() -> None:
+def test_entropy_of_certain_and_uniform_logits() -> None:
     sure = torch.full((1, 1, 9), -math.inf)
     sure[..., 4] = 3.0
     assert vocabulary.entropy(sure).item() == 0

@@ -117,9 +117,7 @@ def test_the_converted_checkpoint_restores_to_the_original_within_the_reported_e
 
 
 @named
-def test_names_types_and_shapes_are_those_that_the_outline_announced(
-    form: Format, source: Path, tmp_path: Path
-) -> None:
+def test_names_types_and_shapes_are_those_of_the_recipe(form: Format, source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "out", form)
     stored = {name: (t.dtype, t.shape) for name, t in read_index(source).items()}
     slots = {slot.name: (slot.code, slot.shape) for slot in make_recipe(stored, form).slots()}
@@ -152,7 +150,7 @@ def test_compressed_tensors_accepts_the_config_and_targets_the_layers_that_are_s
         assert ignored != (name in modules) or embedding, name
 
 
-def test_files_beside_the_weights_are_copied_and_the_card_is_not(source: Path, tmp_path: Path) -> None:
+def test_other_files_are_copied_except_the_model_card(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_checkpoint(source, out, format_named("fp8"))
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
@@ -163,7 +161,7 @@ def test_files_beside_the_weights_are_copied_and_the_card_is_not(source: Path, t
     assert set(report["kinds"]) == {"attention", "dense MLP", "experts", "self-conditioning"}
 
 
-def test_what_is_kept_is_copied_and_listed(source: Path, tmp_path: Path) -> None:
+def test_kept_layers_are_copied_and_listed(source: Path, tmp_path: Path) -> None:
     patterns = ["*.self_attn.*", "*layers.0.experts.down_proj", "*layers.1.experts*", "nothing.*"]
     done = convert_checkpoint(source, tmp_path / "out", format_named("int8"), keep=patterns)
     names = set(tensors_of(tmp_path / "out"))
@@ -179,13 +177,13 @@ def test_what_is_kept_is_copied_and_listed(source: Path, tmp_path: Path) -> None
         assert torch.equal(back[name], original[name])
 
 
-def test_experts_only(source: Path, tmp_path: Path) -> None:
+def test_experts_alone_can_be_converted(source: Path, tmp_path: Path) -> None:
     done = convert_checkpoint(source, tmp_path / "out", format_named("nvfp4"), experts_only=True)
     assert set(done.kinds) == {"experts"}
     assert "model.decoder.self_conditioning.up_proj" in done.ignore
 
 
-def test_columns_that_do_not_fit_stay_with_a_note(single: Path, tmp_path: Path) -> None:
+def test_layers_whose_columns_do_not_fit_are_kept_with_a_note(single: Path, tmp_path: Path) -> None:
     done = convert_checkpoint(single, tmp_path / "out", format_named("int4"))
     assert len(done.notes) == 5 and all("do not fit int4" in text for text in done.notes)
     assert "model.decoder.layers.0.mlp.down_proj" in done.ignore and not any(
@@ -197,7 +195,7 @@ def test_columns_that_do_not_fit_stay_with_a_note(single: Path, tmp_path: Path) 
     )
 
 
-def test_layers_that_engines_fuse_share_their_outer_scale(source: Path, tmp_path: Path) -> None:
+def test_fused_layers_share_their_global_scale(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "out", format_named("nvfp4"))
     modules = modules_of(tmp_path / "out")
     outer = {home: float(parts["weight_global_scale"]) for home, parts in modules.items()}
@@ -251,7 +249,7 @@ def refused(kind: type[BlockpressError], source: Path, target: Path, form: Forma
     return caught.value.message
 
 
-def test_what_cannot_be_converted_is_refused_by_name(
+def test_unconvertible_models_are_refused_by_name(
     source: Path, copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -280,7 +278,7 @@ def test_what_cannot_be_converted_is_refused_by_name(
     assert snapshot(out) == before, "whatever went wrong, the older checkpoint stays and nothing is left beside it"
 
 
-def test_ties_are_compared_and_left_out(copied: Callable[..., Path], tmp_path: Path) -> None:
+def test_tied_tensors_are_compared_and_left_out(copied: Callable[..., Path], tmp_path: Path) -> None:
     folder, name = copied(), "model.encoder.language_model.layers.0.mlp.up_proj.weight"
     mine = name.replace("encoder.language_model", "decoder")
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[mine].clone()}))

@@ -48,7 +48,7 @@ def relative(form: Format, original: Tensor) -> float:
 
 @names
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_what_is_written_is_what_compressed_tensors_reads(form: Format, dtype: torch.dtype) -> None:
+def test_compressed_tensors_reads_the_encoded_values(form: Format, dtype: torch.dtype) -> None:
     encoded = form.encode(weight(1, dtype=dtype))
     read = restore(form, encoded.tensors)
     assert read.dtype == encoded.values.dtype
@@ -98,7 +98,7 @@ def test_e2m1_rounds_ties_to_even_as_compressed_tensors_does() -> None:
 
 
 @names
-def test_tiles_do_not_show(form: Format) -> None:
+def test_results_do_not_depend_on_tiles(form: Format) -> None:
     rows = 2 * TILE // 256 + 3
     original = weight(4, rows=rows)
     # nvfp4's global scale is that of the whole, whatever the part.
@@ -122,7 +122,7 @@ def test_more_bits_have_less_error(seed: int, tail: float) -> None:
 
 
 @given(seed=st.integers(0, 2**31))
-def test_the_search_never_loses(seed: int) -> None:
+def test_the_scale_search_never_increases_the_error(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     original = torch.randn(8, 64, generator=generator) ** 3
     for form, group in ((Nvfp4(), 16), (Int4Groups(), 32), (Int8Rows(), 64)):
@@ -134,7 +134,7 @@ def test_the_search_never_loses(seed: int) -> None:
         assert bool((searched <= plain + unseen).all()), form.name
 
 
-def test_the_search_gains_what_it_costs_time_for() -> None:
+def test_the_scale_search_reduces_the_error() -> None:
     original = torch.randn(64, 1024, generator=torch.Generator().manual_seed(5))
     assert relative(Nvfp4(), original) < 0.88 * relative(PLAIN["nvfp4"], original)
     assert relative(Int4Groups(), original) < 0.92 * relative(PLAIN["int4"], original)
@@ -161,7 +161,7 @@ def test_zeros_and_tiny_values_have_usable_scales(form: Format) -> None:
 
 
 @names
-def test_drawn_codes_are_normal_values_of_the_spread_asked_for(form: Format) -> None:
+def test_random_codes_have_the_given_standard_deviation(form: Format) -> None:
     rng = np.random.default_rng(7)
     tensors = form.draw(256, 1024, 0.03, rng)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == form.layout(256, 1024, torch.bfloat16)

@@ -13,7 +13,7 @@ from blockpress.quantize.encoders import ErrorSum
 
 
 @given(seed=st.integers(0, 2**31), cut=st.integers(1, 299))
-def test_figures_are_those_of_the_definitions_however_cut(seed: int, cut: int) -> None:
+def test_figures_follow_the_definitions_in_any_tiles(seed: int, cut: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     original = torch.randn(300, 7, generator=generator)
     restored = original + 0.1 * torch.randn(300, 7, generator=generator)
@@ -28,7 +28,7 @@ def test_figures_are_those_of_the_definitions_however_cut(seed: int, cut: int) -
     assert found.largest == pytest.approx(float((x - y).abs().max()), rel=1e-6)
 
 
-def test_equal_weights_have_no_error_and_lost_ones_have_all_of_it() -> None:
+def test_equal_weights_have_no_error_and_zeros_have_full_error() -> None:
     ones, zeros = torch.ones(4, 4), torch.zeros(4, 4)
     for original, restored, relative, cosine in (
         (ones, ones, 0, 1),

@@ -70,9 +70,7 @@ def test_every_linear_layer_is_made_smaller_and_loads_packed(
     assert float((one - other).norm() / one.norm()) < 0.1
 
 
-def test_what_is_kept_of_experts_that_are_stacked_is_named_as_it_is_stored(
-    random_network: RandomNetwork, tmp_path: Path
-) -> None:
+def test_kept_stacked_experts_are_named_as_stored(random_network: RandomNetwork, tmp_path: Path) -> None:
     source = write(tmp_path / "source", BY_ITSELF, "gemma4_text", random_network)
     done = convert_checkpoint(source, tmp_path / "out", format_named("int8"), keep=["*layers.1.experts*"])
     assert r"re:model\.layers\.1\.experts\.(\d+\.)?(gate|up|gate_up)_proj$" in done.ignore
@@ -92,7 +90,7 @@ def test_a_refusal_says_what_would_help(random_network: RandomNetwork, tmp_path:
     assert "original" in refused.value.hint
 
 
-def test_a_scalar_counts_as_read(random_network: RandomNetwork, tmp_path: Path) -> None:
+def test_scalars_count_as_read(random_network: RandomNetwork, tmp_path: Path) -> None:
     source = write(tmp_path / "source", GEMMA4, "gemma4", random_network)
     tensors = tensors_of(source) | {"model.language_model.rotary_emb.inv_freq": torch.ones(())}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})

@@ -86,7 +86,7 @@ def test_the_large_preset_stops_at_all_of_its_ids(tmp_path: Path) -> None:
         (RequestError, {"seed": -1}),
     ],
 )
-def test_what_cannot_be_meant_is_refused(kind: type[Exception], arguments: dict[str, object], tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(kind: type[Exception], arguments: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(kind) as caught:
         synthesize(**{"preset": "tiny", "target": tmp_path / "out"} | arguments)  # type: ignore[arg-type]
     assert str(next(iter(arguments.values()))) in str(caught.value)

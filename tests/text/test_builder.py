@@ -9,14 +9,14 @@ import pytest
 from blockpress.text.builder import DIGITS_VOCABULARY, digits_tokenizer, write_digits_tokenizer
 
 
-def test_the_ids_are_these():
+def test_ids_of_the_digits_tokenizer_are_fixed():
     tokenizer = digits_tokenizer()
     expected = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"0123456789", "<|image|>"]
     assert [tokenizer.id_to_token(number) for number in range(17)] == [*expected, None]
     assert list(DIGITS_VOCABULARY) == expected
 
 
-def test_every_character_is_one_token_behind_bos():
+def test_every_character_is_one_token_after_bos():
     tokenizer = digits_tokenizer()
     assert tokenizer.encode("53\n\n0<|image|>9").ids == [2, 10, 8, 4, 4, 5, 15, 14]
     assert tokenizer.encode("5x😀\r").ids == [2, 10, 3, 3, 3]

@@ -22,7 +22,7 @@ def plain(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 @given(SIGNS, st.lists(st.text(alphabet="abc", min_size=1, max_size=6), max_size=4), st.data())
-def test_any_cut_equals_the_whole(text: str, stops: list[str], data: st.DataObject):
+def test_stops_do_not_depend_on_how_text_is_split(text: str, stops: list[str], data: st.DataObject):
     finder = StopFinder(stops)
     out, rest = "", text
     while rest:
@@ -75,5 +75,5 @@ def test_a_wrong_stop_string_is_named(stop: object, message: str):
     assert message in str(caught.value)
 
 
-def test_the_drawing():
+def test_the_documented_example_holds():
     assert doctest.testmod(blockpress.text.stops).failed == 0

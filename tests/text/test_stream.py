@@ -79,7 +79,7 @@ def cut(ids: list[int], data: st.DataObject) -> list[list[int]]:
 @pytest.mark.parametrize("kind", MADE)
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_cut_of_any_ids_gives_the_decoded_text(kind: str, data: st.DataObject):
+def test_streamed_text_is_the_decoded_text_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=24))
     skip = data.draw(st.booleans())
@@ -91,7 +91,7 @@ def test_any_cut_of_any_ids_gives_the_decoded_text(kind: str, data: st.DataObjec
 @pytest.mark.parametrize("kind", MADE)
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_cut_stops_where_the_whole_text_has_its_first_stop(kind: str, data: st.DataObject):
+def test_a_stop_is_found_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=16))
     text = tokenizer.decode(ids)
@@ -115,7 +115,7 @@ def test_any_cut_stops_where_the_whole_text_has_its_first_stop(kind: str, data: 
 
 
 @pytest.mark.parametrize("kind", LIVE)
-def test_plain_words_come_at_once(kind: str):
+def test_plain_words_are_not_held_back(kind: str):
     tokenizer = MADE[kind]
     word = tokenizer.backend.token_to_id("abc" if kind == "byte level" else "a")
     decoder = StreamDecoder(tokenizer)
@@ -127,7 +127,7 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
     return [tokenizer.backend.token_to_id(piece) for piece in pieces]
 
 
-def test_byte_tokens_at_the_start_whose_space_is_taken_off():
+def test_a_stripped_leading_space_of_byte_tokens_stays_stripped():
     tokenizer = MADE["llama"]
     ids = ids_of(tokenizer, "<0x20>", "<0x20>", "<0xC3>", "<0xA9>", "<0x41>")
     out, decoder = stream(tokenizer, [[one] for one in ids], stop=["A"])
@@ -150,7 +150,7 @@ def test_half_a_character_waits_and_ends_as_decode_has_it():
     assert (decoder.feed(euro[:2]), decoder.finish(), decoder.finish()) == ("", "\ufffd\ufffd", "")
 
 
-def test_skipped_control_tokens_do_not_part_a_character_and_are_counted():
+def test_skipped_control_tokens_do_not_split_a_character():
     tokenizer = MADE["gemma"]
     control = tokenizer.backend.token_to_id("<s>")
     ids = ids_of(tokenizer, "a", "<s>", "<0xC3>", "<s>", "<0xA9>", "<s>", "a", ".")
@@ -165,7 +165,7 @@ def test_a_stop_at_the_very_start_needs_no_tokens():
     assert (out, decoder.stopped, decoder.tokens_used) == ("", "a", 0)
 
 
-def test_a_wrong_id_leaves_the_stream_as_it_was():
+def test_a_wrong_id_leaves_the_stream_unchanged():
     tokenizer = MADE["gemma"]
     letter = tokenizer.backend.token_to_id("a")
     decoder = StreamDecoder(tokenizer)
@@ -203,7 +203,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("piece", ["a", "<0x41>", "▁", "<0xFF>"])
-def test_the_work_grows_with_the_length_only(piece: str):
+def test_work_is_linear_in_length(piece: str):
     tokenizer = LIVE["llama"]()
     counted = tokenizer.backend = Counted(tokenizer.backend)  # type: ignore[assignment]
     one = tokenizer.backend.token_to_id(piece)
@@ -212,7 +212,7 @@ def test_the_work_grows_with_the_length_only(piece: str):
     assert counted.decoded <= 3 * 3000
 
 
-def test_gemma_random_ids(gemma: Tokenizer):
+def test_gemma_random_ids_stream_to_the_decoded_text(gemma: Tokenizer):
     draw = random.Random(5)
     for _ in range(60):
         pool = [range(gemma.vocab_size), range(238, 494), range(300)][draw.randrange(3)]
@@ -226,7 +226,7 @@ def test_gemma_random_ids(gemma: Tokenizer):
 TEXT = "  Ein Satz.\n\n\n\tdef f(x): return x**2  # 日本語 👩‍👩‍👧‍👦 𐌰𐌱 हिन्दी \ufffd <|turn>model\nfin"
 
 
-def test_gemma_real_text_cut_at_every_place(gemma: Tokenizer):
+def test_gemma_text_streams_whatever_the_split(gemma: Tokenizer):
     ids = gemma.encode(TEXT)
     whole = gemma.decode(ids)
     assert whole == TEXT.replace("<|turn>", "")
@@ -242,6 +242,6 @@ def test_gemma_real_text_cut_at_every_place(gemma: Tokenizer):
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
 @example("\ud7ff\ue000\U0010ffff")
-def test_gemma_any_text_one_token_at_a_time(gemma: Tokenizer, text: str):
+def test_gemma_any_text_streams_token_by_token(gemma: Tokenizer, text: str):
     ids = gemma.encode(text)
     assert stream(gemma, [[one] for one in ids])[0] == gemma.decode(ids)

@@ -49,7 +49,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_gemma_gives_every_script_back(gemma: Tokenizer, name: str):
+def test_gemma_round_trips_every_script(gemma: Tokenizer, name: str):
     ids = gemma.encode(SCRIPTS[name])
     assert gemma.decode(ids) == SCRIPTS[name]
     assert max(ids) < gemma.vocab_size == 262_144
@@ -57,7 +57,7 @@ def test_gemma_gives_every_script_back(gemma: Tokenizer, name: str):
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
-def test_gemma_gives_any_text_back(gemma: Tokenizer, text: str):
+def test_gemma_round_trips_any_text(gemma: Tokenizer, text: str):
     # This vocabulary writes a space as U+2581, so it cannot tell that sign from a space.
     assume("\u2581" not in text)
     assert gemma.decode(gemma.encode(text), skip_special=False) == text
@@ -77,7 +77,7 @@ def test_gemma_byte_tokens_join_to_characters(gemma: Tokenizer):
     assert gemma.token(bytes_of[0]) == "<0xE2>"
 
 
-def test_digits(digits: Tokenizer):
+def test_the_digits_tokenizer_encodes_puzzles(digits: Tokenizer):
     assert (digits.vocab_size, digits.pad, digits.eos, digits.bos) == (16, 0, 1, 2)
     assert digits.special_ids == {0, 1, 2, 3, 15}
     assert digits.encode("53\n") == [2, 10, 8, 4]
@@ -87,7 +87,7 @@ def test_digits(digits: Tokenizer):
 
 
 @given(st.text(alphabet="0123456789\n"))
-def test_digits_give_their_text_back(digits: Tokenizer, text: str):
+def test_the_digits_tokenizer_round_trips(digits: Tokenizer, text: str):
     assert digits.decode(digits.encode(text)) == text
 
 
@@ -101,14 +101,14 @@ def test_digits_give_their_text_back(digits: Tokenizer, text: str):
         ("<unk>5é", "é", 1, 7),
     ],
 )
-def test_text_out_of_the_vocabulary_is_named(digits: Tokenizer, text: str, sign: str, line: int, column: int):
+def test_text_outside_the_vocabulary_is_named(digits: Tokenizer, text: str, sign: str, line: int, column: int):
     with pytest.raises(TextError) as caught:
         digits.encode(text)
     assert f"{sign!r} (U+{ord(sign):04X}) at line {line}, column {column}" in caught.value.message
     assert "'9'" in caught.value.hint
 
 
-def test_an_unknown_token_that_is_written_out_is_meant(digits: Tokenizer):
+def test_a_written_unknown_token_is_accepted(digits: Tokenizer):
     assert digits.encode("5<unk>6") == [2, 10, 3, 11]
 
 
@@ -310,7 +310,7 @@ def test_added_tokens_that_are_no_controls_stay_in_the_text():
     )
 
 
-def test_the_room_needs_neither_torch_nor_transformers():
+def test_text_needs_neither_torch_nor_transformers():
     code = "import sys, blockpress.text, blockpress.text.builder; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]

@@ -81,7 +81,7 @@ def test_no_puzzle_comes_twice(pool: BlockPool):
 
 
 @pytest.mark.parametrize(("progress", "low", "high"), [(0.0, 60, 70), (0.25, 50, 60), (0.5, 40, 50), (1.0, 40, 50)])
-def test_givens_follow_the_curriculum(pool: BlockPool, progress: float, low: int, high: int):
+def test_the_number_of_givens_follows_the_curriculum(pool: BlockPool, progress: float, low: int, high: int):
     prompts = source(pool).rows(3, 400, progress).tokens[:, :90]
     givens = ((prompts > 5) & (prompts <= 14)).sum(1)
     assert (int(givens.min()), int(givens.max())) == (low, high)
@@ -89,14 +89,14 @@ def test_givens_follow_the_curriculum(pool: BlockPool, progress: float, low: int
     assert counts.min() > 0.4 * 400 / 11
 
 
-def test_where_a_grid_cannot_be_dug_that_far_it_keeps_what_it_needs(pool: BlockPool):
+def test_a_grid_that_cannot_be_dug_further_keeps_its_givens(pool: BlockPool):
     rows = source(pool, givens=Givens(first=(17, 17), last=(17, 17), over=0.0)).rows(0, 12, 1.0)
     prompts = rows.tokens[:, :90]
     reached = 81 - (pool[1] >= 0).sum(1)
     assert set(((prompts > 5) & (prompts <= 14)).sum(1).tolist()) <= set(reached.tolist())
 
 
-def test_a_curriculum_without_a_way_is_at_its_end():
+def test_a_curriculum_of_zero_length_is_at_its_end():
     assert Givens(first=(60, 70), last=(30, 40), over=0.0).range(0.0) == (30, 40)
 
 

@@ -225,7 +225,7 @@ def deviation(counts: Tensor) -> float:
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_every_canvas_of_a_row_is_as_likely(stratified: bool):
+def test_every_canvas_of_a_row_is_equally_likely(stratified: bool):
     got = drawn(draws=2000, stratified=stratified)
     for row, (prompt, canvases) in enumerate(zip(PROMPTS.tolist(), CANVASES.tolist(), strict=True)):
         starts = got.starts[row * 2000 : (row + 1) * 2000]
@@ -243,7 +243,7 @@ def test_clean_tokens_are_those_of_the_chosen_canvas():
 
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
-def test_the_corrupted_share_is_t_but_for_lucky_noise(t: float, stratified: bool):
+def test_the_corrupted_share_is_t_less_unchanged_noise(t: float, stratified: bool):
     rows = TrainingBatch(
         torch.randint(16, (4, 400), generator=generator()), torch.ones(4, dtype=int), torch.ones(4, dtype=int)
     )
@@ -313,7 +313,7 @@ def test_a_draw_is_a_function_of_its_generator():
 
 
 @torch.no_grad()
-def test_the_fill_is_trained_by_both_parts(network: Network):
+def test_eos_fill_is_trained_by_both_losses(network: Network):
     rows = TrainingBatch(torch.tensor([[7, 8, 9, 5, 6, EOS, EOS, EOS, EOS]]), torch.tensor([3]), torch.tensor([1]))
     drawn = controlled(rows, network.config, [0], [])
     assert drawn.clean[0].tolist() == [5, 6, EOS, EOS, EOS, EOS]
@@ -339,7 +339,7 @@ STEPS = 250
 
 @pytest.mark.parametrize("conditioned", [0.0, 1.0])
 @torch.no_grad()
-def test_the_loss_of_a_network_that_knows_nothing_is_that_of_guessing(small: ModelConfig, conditioned: float):
+def test_an_untrained_network_has_the_loss_of_guessing(small: ModelConfig, conditioned: float):
     network = Network(small)
     initialise(network, 0)
     network.norm.weight.fill_(1e-3)
@@ -352,7 +352,7 @@ def test_the_loss_of_a_network_that_knows_nothing_is_that_of_guessing(small: Mod
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_eight_rows_are_learnt_by_heart(small: ModelConfig):
+def test_eight_rows_are_memorised(small: ModelConfig):
     """Both parts fall to almost nothing: the first token tells the row, so all that follows can be known."""
     network = Network(small)
     initialise(network, 1)

@@ -15,7 +15,7 @@ from blockpress.train.optimizer import Muon, OptimizerConfig, build_average, bui
 
 
 @given(st.integers(1, 200), st.integers(0, 50), st.floats(0, 1), st.floats(0, 1))
-def test_warm_up_plateau_and_a_straight_line_down(steps: int, warmup: int, decay: float, final: float):
+def test_the_rate_warms_up_stays_and_decays_linearly(steps: int, warmup: int, decay: float, final: float):
     config = OptimizerConfig(warmup=warmup, decay=decay, final=final)
     for step in range(steps):
         warm = 1.0 if step + 1 >= warmup else (step + 1) / warmup
@@ -24,7 +24,7 @@ def test_warm_up_plateau_and_a_straight_line_down(steps: int, warmup: int, decay
         assert config.factor(step, steps) == pytest.approx(warm * (final + (1 - final) * falling))
 
 
-def test_the_first_step_moves_and_the_last_is_just_above_the_end():
+def test_the_first_rate_is_not_zero_and_the_last_is_above_the_end():
     config = OptimizerConfig(warmup=100, decay=0.5, final=0.1)
     assert config.factor(0, 1000) == pytest.approx(0.01)
     assert config.factor(500, 1000) == 1
@@ -33,7 +33,7 @@ def test_the_first_step_moves_and_the_last_is_just_above_the_end():
 
 
 @pytest.mark.parametrize("muon_rate", [None, 1e-2])
-def test_every_parameter_has_one_rule(small: ModelConfig, muon_rate: float | None):
+def test_every_parameter_has_one_optimizer(small: ModelConfig, muon_rate: float | None):
     network = Network(small)
     optimizers = build_optimizers(network, OptimizerConfig(rate=2e-3, muon_rate=muon_rate))
     owners = [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
@@ -80,7 +80,7 @@ def test_a_bad_optimizer_is_refused_by_name(field: str, value: object):
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 1000))
-def test_singular_vectors_stay_and_singular_values_come_near_one(rows: int, columns: int, seed: int):
+def test_orthogonalisation_keeps_singular_vectors(rows: int, columns: int, seed: int):
     x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     left, sizes, right = torch.linalg.svd(x, full_matrices=False)
     got = left.mT @ orthogonal(x) @ right.mT
@@ -92,7 +92,7 @@ def test_singular_vectors_stay_and_singular_values_come_near_one(rows: int, colu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_moves_as_torchs_does(dtype: torch.dtype):
+def test_muon_equals_torch_muon(dtype: torch.dtype):
     """torch's computes in bfloat16, so it is no nearer to ours than bfloat16 goes."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 16), (16, 24), (16, 16), (24, 16)]

@@ -25,7 +25,7 @@ def test_an_unknown_recipe_is_named_and_the_known_ones_listed(name: str):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits_together(name: str, tmp_path: Path):
+def test_every_recipe_is_consistent(name: str, tmp_path: Path):
     built = recipe(name)
     assert built.name == name
     assert built.about
@@ -38,14 +38,14 @@ def test_a_recipe_fits_together(name: str, tmp_path: Path):
     assert (tokenizer.bos, tokenizer.eos) == (built.config.bos_id, built.config.eos_ids[0])
 
 
-def test_the_sudoku_recipe_trains_the_shipped_network_for_the_references_sampler():
+def test_the_sudoku_recipe_trains_the_shipped_configuration():
     built = recipe("sudoku")
     assert built.config == PRESETS["sudoku-nano"]()
     assert built.generation.sampling == Sampling()
     assert built.generation.stop_ids == (1,)
 
 
-def test_the_sudoku_recipe_asks_for_its_pool_by_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_sudoku_recipe_s_pool_follows_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from blockpress import sudoku
 
     asked = []

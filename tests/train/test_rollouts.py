@@ -87,7 +87,7 @@ def by_the_sampler(network: Network, context: list[int], canvas: int, seed: int)
 
 
 @pytest.mark.parametrize(("past", "groups"), [(0, 1), (2, 1), (0, 3)])
-def test_a_slot_visits_what_the_sampler_visits(network: Network, past: int, groups: int):
+def test_a_rollout_visits_the_sampler_s_states(network: Network, past: int, groups: int):
     objective = Objective(draws=3, on_policy=2, ages=8, past=past, groups=groups)
     watched = Watched(network, objective, steps=30 if groups == 1 else 48)
     settled = compared = 0
@@ -109,7 +109,7 @@ def test_a_slot_visits_what_the_sampler_visits(network: Network, past: int, grou
     assert len(lengths) > 3  # the first ones end at random ages
 
 
-def test_a_row_stays_until_each_of_its_slots_has_ended(network: Network):
+def test_a_row_is_kept_until_all_its_rollouts_end(network: Network):
     objective = Objective(draws=2, on_policy=2, ages=5)
     watched = Watched(network, objective, steps=20)
     config = network.config
@@ -130,7 +130,7 @@ def test_a_row_stays_until_each_of_its_slots_has_ended(network: Network):
 
 
 @torch.no_grad()
-def test_a_state_is_read_under_the_signal_that_the_sampler_carries(network: Network):
+def test_a_rollout_state_uses_the_sampler_s_signal(network: Network):
     objective = Objective(draws=3, on_policy=2, self_conditioning=0.5, stratified=True)
     rollouts = Watched(network, objective, steps=4).rollouts
     rows = rollouts.rows(clean_rows(network.config, 4), 4)
@@ -146,7 +146,7 @@ def test_a_state_is_read_under_the_signal_that_the_sampler_carries(network: Netw
         assert torch.allclose(got.logits[own], want, atol=1e-5)
 
 
-def test_states_stand_behind_the_corrupted_draws_of_their_row(network: Network):
+def test_rollout_states_follow_the_corrupted_draws_of_their_row(network: Network):
     objective = Objective(draws=3, on_policy=2, self_conditioning=1.0)
     rollouts = Rollouts(network, objective, EASY, len(SHAPES), seed=5)
     rows = rollouts.rows(clean_rows(network.config, 0), 0)
@@ -162,7 +162,7 @@ def test_states_stand_behind_the_corrupted_draws_of_their_row(network: Network):
 
 
 @pytest.mark.parametrize("on_policy", [0, 2])
-def test_without_a_causal_loss_nothing_behind_the_canvases_is_read(network: Network, on_policy: int):
+def test_without_a_causal_loss_nothing_after_the_canvases_is_read(network: Network, on_policy: int):
     objective = Objective(draws=2, on_policy=on_policy, causal_weight=0.0)
     rollouts = Rollouts(network, Objective(draws=2, on_policy=2), EASY, len(SHAPES), seed=5)
     rows = rollouts.rows(clean_rows(network.config, 0), 0)
@@ -192,7 +192,7 @@ def on_policy(copy_recipe: Callable[..., TrainingRecipe], **changes: object) -> 
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_goes_on_to_the_bit(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path, stop: int):
+def test_a_resumed_run_is_bit_identical(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path, stop: int):
     whole = Trainer(on_policy(copy_recipe), tmp_path / "whole")
     list(whole.run())
     first = Trainer(on_policy(copy_recipe), tmp_path)
@@ -211,7 +211,7 @@ def test_a_resumed_run_goes_on_to_the_bit(copy_recipe: Callable[..., TrainingRec
     assert len(whole.rollouts.canvas) == 16
 
 
-def test_states_of_another_number_of_slots_are_refused(network: Network):
+def test_a_state_with_another_number_of_rollouts_is_refused(network: Network):
     one, other = (Rollouts(network, Objective(draws=2, on_policy=2), EASY, rows, seed=1) for rows in (2, 3))
     with pytest.raises(ValueError, match="prompts is \\[2\\], \\[3\\] is needed"):
         other.load(one.state())
@@ -234,7 +234,7 @@ parallel.leave()
 
 
 @pytest.mark.slow
-def test_processes_share_the_slots(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path):
+def test_two_processes_train_as_one(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -57,7 +57,7 @@ def test_a_run_reports_and_logs_one_line_a_report(whole: Trainer):
     assert lines[0]["seconds"] < lines[-1]["seconds"]
 
 
-def test_every_parameter_has_moved(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+def test_every_parameter_is_trained(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
     fresh = weights(Trainer(copy_recipe(), tmp_path))
     scalars = {name for name in fresh if name.endswith("_scalar")}
     assert {name for name, value in weights(whole).items() if torch.equal(value, fresh[name])} == scalars
@@ -146,7 +146,7 @@ def refused(copy_recipe: Recipes, out: Path, *told: str, **changes: object) -> N
     assert caught.value.hint
 
 
-def test_there_must_be_a_state_to_resume(copy_recipe: Recipes, tmp_path: Path):
+def test_resuming_without_a_state_is_refused(copy_recipe: Recipes, tmp_path: Path):
     refused(copy_recipe, tmp_path, "no state", str(tmp_path))
 
 
@@ -154,7 +154,7 @@ def test_a_state_of_another_recipe_is_refused(whole: Trainer, copy_recipe: Recip
     refused(copy_recipe, whole.out, "'copy'", name="sudoku")
 
 
-def test_a_state_cut_short_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+def test_a_truncated_state_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
     content = (whole.out / STATE).read_bytes()
     for length in (0, len(content) // 2, len(content) - 10):
         (tmp_path / STATE).write_bytes(content[:length])
@@ -175,7 +175,7 @@ def test_a_state_of_another_shape_is_refused(whole: Trainer, copy_recipe: Recipe
         pytest.param("network", id="without its network"),
     ],
 )
-def test_a_state_that_is_no_state_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path, damage: object):
+def test_a_file_that_is_no_state_is_refused(whole: Trainer, copy_recipe: Recipes, tmp_path: Path, damage: object):
     if isinstance(damage, bytes):
         (tmp_path / STATE).write_bytes(damage)
     elif isinstance(damage, str):
@@ -242,14 +242,14 @@ for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
 
 
 @pytest.mark.slow
-def test_both_types_run_compiled_and_plain(tmp_path: Path):
+def test_compiled_and_plain_steps_agree_in_both_types(tmp_path: Path):
     """Traced as for the compiler, but run by torch: code of its own would take minutes to build. In a process without
     the checks of shapes, which the compiler would trace as well."""
     done = subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_a_word_the_type_is_the_fast_one(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_default_type_is_the_fast_one(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("bfloat16", "float32"):
         monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", name)
         trainer = Trainer(copy_recipe(), tmp_path)
@@ -257,7 +257,7 @@ def test_without_a_word_the_type_is_the_fast_one(copy_recipe: Recipes, tmp_path:
         assert {group.dtype for group in trainer.optimizers[1:]} == {trainer.dtype}  # type: ignore[attr-defined]
 
 
-def test_integers_are_refused_by_name_and_hurt_no_run_that_asks_for_another_type(
+def test_int8_is_refused_by_name_unless_another_type_is_given(
     copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("BLOCKPRESS_COMPUTE_DTYPE", "int8")
@@ -269,7 +269,7 @@ def test_integers_are_refused_by_name_and_hurt_no_run_that_asks_for_another_type
     assert same(begun, weights(Trainer(recipe, tmp_path, dtype=torch.float32)))
 
 
-def test_rows_of_one_length_share_a_micro_batch_and_are_cut_to_it(copy_recipe: Recipes, tmp_path: Path):
+def test_micro_batches_hold_rows_of_one_length_bucket(copy_recipe: Recipes, tmp_path: Path):
     short, long = 1, trainer_module.BUCKET // 6
 
     class Mixed:

@@ -23,7 +23,9 @@ SMALL = [check.name for check in checks() if not check.large]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_span_sees_what_it_may(name: str, checked: Callable[[str], dict[str, dict[str, Any]]]) -> None:
+def test_the_attention_kernel_equals_the_reference(
+    name: str, checked: Callable[[str], dict[str, dict[str, Any]]]
+) -> None:
     line = checked("attention")[name]
     assert line["passed"], line
 

@@ -26,12 +26,12 @@ REPORT = re.compile(
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_kernel_is_right(name: str, checked: Callable[[str], dict[str, dict[str, Any]]]) -> None:
+def test_the_expert_kernels_equal_the_reference(name: str, checked: Callable[[str], dict[str, dict[str, Any]]]) -> None:
     line = checked("experts")[name]
     assert line["passed"], line
 
 
-def test_every_kind_meets_every_routing() -> None:
+def test_the_checks_cover_every_format_and_routing() -> None:
     for kind in ("bfloat16", "e4m3", "int4 row", "int4 g32", "int4 g64", "nvfp4", "mxfp4"):
         for routing in ("uniform", "skewed", "one"):
             assert any(check.name.startswith(f"{kind} {routing} ") for check in checks())
@@ -46,7 +46,7 @@ def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(compiled: Callable
         assert int(match["programs"]) >= 1, match["name"]
 
 
-def test_what_the_kernels_take(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_supported_weight_layouts(interpreted: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """On a CPU nothing suits; of the layouts, those with zero points or int8 codes go the plain way."""
     code = """
 import torch

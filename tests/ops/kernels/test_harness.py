@@ -29,7 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("command", ["check", "bench"])
-def test_without_a_gpu_one_line_and_status_2(command: str, interpreted: Run) -> None:
+def test_without_a_gpu_the_harness_exits_with_one_line(command: str, interpreted: Run) -> None:
     done = interpreted("-m", "blockpress.bench.gpu", command, interpret=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
 
@@ -83,7 +83,7 @@ def small() -> ModelConfig:
 
 
 @pytest.mark.parametrize("form", filled.EXPERTS)
-def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
+def test_the_timed_step_gives_finite_numbers(form: str, small: ModelConfig) -> None:
     network = filled.filled(small, form, torch.device("cpu"))
     with torch.inference_mode():
         seen = steps.denoise_step(network, 2, 5)()
@@ -92,7 +92,7 @@ def test_the_step_that_is_timed_is_whole(form: str, small: ModelConfig) -> None:
 
 
 @pytest.mark.parity
-def test_the_baseline_is_whole(small: ModelConfig) -> None:
+def test_the_baseline_step_gives_tokens(small: ModelConfig) -> None:
     pytest.importorskip("transformers")
     with torch.inference_mode():
         drawn = baseline.baseline_step(baseline.build(small, torch.device("cpu")), 2, 5)()

@@ -22,7 +22,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_reading_is_right(name: str, checked: Callable[[str], dict[str, dict[str, Any]]]) -> None:
+def test_the_vocabulary_kernels_equal_full_logits(
+    name: str, checked: Callable[[str], dict[str, dict[str, Any]]]
+) -> None:
     line = checked("vocabulary")[name]
     assert line["passed"], line
 
