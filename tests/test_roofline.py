@@ -42,7 +42,7 @@ TOKENS = {
 @pytest.mark.parametrize(("device", "form"), STEPS, ids="-".join)
 def test_costs_of_a_step_are_those_of_the_reference(device: str, form: str) -> None:
     for power, expected in enumerate(STEPS[device, form]):
-        parts = costs.forward(PUBLISHED, WIDTHS[form], BatchShape(canvases=(L,) * 2**power))
+        parts = costs.forward_cost(PUBLISHED, WIDTHS[form], BatchShape(canvases=(L,) * 2**power))
         assert 1000 * costs.floor_seconds(parts, DEVICES[device]) == pytest.approx(expected, rel=0.009)
 
 
@@ -55,7 +55,7 @@ def test_costs_of_autoregressive_decoding_are_those_of_the_reference(form: str) 
 
 def test_a_commit_beside_a_step_costs_less_than_alone() -> None:
     def floor(**rows: tuple[object, ...]) -> float:
-        parts = costs.forward(PUBLISHED, WIDTHS["bf16"], BatchShape(**rows))  # type: ignore[arg-type]
+        parts = costs.forward_cost(PUBLISHED, WIDTHS["bf16"], BatchShape(**rows))  # type: ignore[arg-type]
         return 1000 * costs.floor_seconds(parts, DEVICES["h200"])
 
     step, commit = floor(canvases=(L,)), floor(reads=((L - 256, 256),))
@@ -73,7 +73,7 @@ rows = st.builds(
 
 
 def totals(which: BatchShape) -> tuple[float, float]:
-    parts = costs.forward(TINY, WIDTHS["bf16"], which).values()
+    parts = costs.forward_cost(TINY, WIDTHS["bf16"], which).values()
     return sum(work.flops for work in parts), sum(work.bytes for work in parts)
 
 
@@ -81,7 +81,7 @@ def totals(which: BatchShape) -> tuple[float, float]:
 def test_a_batch_is_the_same_work_with_fewer_bytes(one: BatchShape, other: BatchShape) -> None:
     both = BatchShape(
         canvases=one.canvases + other.canvases,
-        reads=one.reads + other.reads,
+        prefills=one.prefills + other.prefills,
         logit_rows=one.logit_rows + other.logit_rows,
     )
     apart = [totals(one), totals(other)]
@@ -92,8 +92,11 @@ def test_a_batch_is_the_same_work_with_fewer_bytes(one: BatchShape, other: Batch
 
 @given(st.integers(0, 100), st.integers(1, 60), st.integers(1, 60))
 def test_a_chunked_prefill_is_the_same_arithmetic(context: int, first: int, second: int) -> None:
-    whole = totals(BatchShape(reads=((context, first + second),)))
-    chunks = [totals(BatchShape(reads=((context, first),))), totals(BatchShape(reads=((context + first, second),)))]
+    whole = totals(BatchShape(prefills=((context, first + second),)))
+    chunks = [
+        totals(BatchShape(prefills=((context, first),))),
+        totals(BatchShape(prefills=((context + first, second),))),
+    ]
     assert chunks[0][0] + chunks[1][0] == pytest.approx(whole[0])
 
 
@@ -102,17 +105,17 @@ def test_a_causal_layer_counts_the_pairs_of_its_mask() -> None:
     seen = [min(context + i + 1, window) for i in range(tokens)]
     layer = TINY.layers[0]
     config = replace(TINY, layers=(layer, layer))  # a read stops before the attention of the last
-    work = costs.forward(config, WIDTHS["bf16"], BatchShape(reads=((context, tokens),)))["attention sliding"]
+    work = costs.forward_cost(config, WIDTHS["bf16"], BatchShape(prefills=((context, tokens),)))["attention sliding"]
     assert work.flops == 4 * TINY.num_heads * layer.head_dim * sum(seen)
 
 
 def test_an_empty_batch_costs_nothing() -> None:
-    assert costs.forward(TINY, WIDTHS["fp8"], BatchShape()) == {}
+    assert costs.forward_cost(TINY, WIDTHS["fp8"], BatchShape()) == {}
 
 
 def test_a_sparse_soft_embedding_and_idle_experts_are_left_out() -> None:
     step = BatchShape(canvases=(L,))
-    parts = costs.forward(PUBLISHED, WIDTHS["fp8"], step, soft=False, touched=84)
+    parts = costs.forward_cost(PUBLISHED, WIDTHS["fp8"], step, soft=False, touched=84)
     assert "soft embedding" not in parts
     assert parts["experts"].bytes == pytest.approx(22.84e9 * 84 / 128, rel=1e-3)
 

@@ -158,7 +158,7 @@ def _shares(subject: Subject, run: BenchRun, device: costs.Device, soft: bool) -
     seconds = sum(forward.seconds for forward in run.forwards)
     totals = [0.0, 0.0, 0.0]
     for forward in run.forwards:
-        parts = costs.forward(subject.config, stored, forward.rows, soft=soft)
+        parts = costs.forward_cost(subject.config, stored, forward.rows, soft=soft)
         for index, floor in enumerate((costs.byte_seconds, costs.arithmetic_seconds, costs.floor_seconds)):
             totals[index] += floor(parts, device)
     return tuple(total / seconds if seconds else 0.0 for total in totals)  # type: ignore[return-value]
@@ -166,8 +166,8 @@ def _shares(subject: Subject, run: BenchRun, device: costs.Device, soft: bool) -
 
 def _step_bytes(subject: Subject, rows: costs.BatchShape) -> int:
     """Peak allocation of a forward of the engine; every canvas and every read as if after the longest context."""
-    contexts = [*rows.canvases, *(context for context, _ in (*rows.reads, *rows.logit_rows))]
-    tokens = sum(count for _, count in (*rows.reads, *rows.logit_rows))
+    contexts = [*rows.canvases, *(context for context, _ in (*rows.prefills, *rows.logit_rows))]
+    tokens = sum(count for _, count in (*rows.prefills, *rows.logit_rows))
     dtype = str(subject.network.dtype).removeprefix("torch.")
     return costs.engine_peak(subject.config, dtype, max(contexts, default=0), len(rows.canvases), tokens)
 

@@ -67,7 +67,7 @@ def rows_of(scheduled: Sequence[ScheduledRequest]) -> BatchShape:
             logit_rows.append((entry.stop - entry.num_logit_tokens, entry.num_logit_tokens))
         if entry.canvas:
             canvases.append(entry.stop)
-    return BatchShape(canvases=tuple(canvases), reads=tuple(reads), logit_rows=tuple(logit_rows))
+    return BatchShape(canvases=tuple(canvases), prefills=tuple(reads), logit_rows=tuple(logit_rows))
 
 
 class ReferenceStepper:
@@ -113,14 +113,14 @@ class ReferenceStepper:
         if token:
             last = tuple((context + count - 1, 1) for context, count in reads)
             self.rows = BatchShape(
-                logit_rows=last, reads=tuple((context, count - 1) for context, count in reads if count > 1)
+                logit_rows=last, prefills=tuple((context, count - 1) for context, count in reads if count > 1)
             )
             return self._with_requests(self._finish(live))
         first_step = not self._active
         self._active = self._active or {request.row.index for request in live}
         denoised = [request for request in live if request.row.index in self._active]
         canvases = tuple(len(request.row.prompt) + _committed(request) for request in denoised)
-        self.rows = BatchShape(canvases=canvases, reads=reads if first_step else ())
+        self.rows = BatchShape(canvases=canvases, prefills=reads if first_step else ())
         events: list[Event] = []
         steps = cast(Sampling, sampling).steps
         for event in [next(self._events) for _ in range(len(self._active))]:

@@ -123,7 +123,7 @@ def _experts(generator: Generator, device: str) -> Iterator[DoctorCheck]:
     weights, chosen = experts.route(scores, 4, torch.ones(count, device=device))
     for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
         x, gate_up, down = (tensor.to(dtype) for tensor in (hidden_rows, gate_up_rows, down_rows))
-        fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.loop))
+        fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.moe_loop))
         in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
         tiles = cpu_experts.supports_amx(x, gate_up, down)
         path = "C++" if in_cpp else "matrix tiles in C++" if tiles else "grouped products"

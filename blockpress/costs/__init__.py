@@ -36,7 +36,7 @@ from blockpress.costs.roofline import (
     byte_seconds,
     distinct,
     floor_seconds,
-    forward,
+    forward_cost,
     throughput,
 )
 
@@ -61,7 +61,7 @@ __all__ = [
     "engine_peak",
     "expert_parameters",
     "floor_seconds",
-    "forward",
+    "forward_cost",
     "integer_weights",
     "paged_bytes",
     "parameters",

@@ -63,7 +63,7 @@ class BatchShape:
     chunk or commit. logit_rows: (context, tokens) of those whose logits the head computes."""
 
     canvases: tuple[int, ...] = ()
-    reads: tuple[tuple[int, int], ...] = ()
+    prefills: tuple[tuple[int, int], ...] = ()
     logit_rows: tuple[tuple[int, int], ...] = ()
 
 
@@ -73,7 +73,7 @@ class Cost:
 
     flops: float
     bytes: float
-    math: str
+    product_dtype: str
 
 
 def distinct(experts: int, chosen: int, tokens: int) -> float:
@@ -85,7 +85,7 @@ def distinct(experts: int, chosen: int, tokens: int) -> float:
     return experts * (1 - (1 - chosen / experts) ** tokens) if experts else 0.0
 
 
-def forward(
+def forward_cost(
     config: ModelConfig, widths: WeightFormats, batch: BatchShape, *, touched: float | None = None, soft: bool = True
 ) -> dict[str, Cost]:
     """Operations and bytes of the parts of one forward.
@@ -114,7 +114,7 @@ def forward(
     """
     canvas = len(batch.canvases) * config.canvas_length
     head_rows = canvas + sum(tokens for _, tokens in batch.logit_rows)
-    all_rows = head_rows + sum(tokens for _, tokens in batch.reads)
+    all_rows = head_rows + sum(tokens for _, tokens in batch.prefills)
     # The rows that pass a whole layer: all, except in the last, where a read stops at its keys and values.
     layer_rows = [all_rows] * (len(config.layers) - 1) + [head_rows]
     sparse, rest = config.num_experts > 0, widths.rest
@@ -210,16 +210,16 @@ def throughput(
     """
     if mode == "autoregressive":
         rows = BatchShape(logit_rows=((context, 1),) * users)
-        return users / floor_seconds(forward(config, widths, rows), device)
+        return users / floor_seconds(forward_cost(config, widths, rows), device)
     length = config.canvas_length
     alone = BatchShape(canvases=(context,) * users)
-    first = BatchShape(canvases=(context,) * users, reads=((max(0, context - length), length),) * users)
-    later_step, first_step = (floor_seconds(forward(config, widths, rows), device) for rows in (alone, first))
+    first = BatchShape(canvases=(context,) * users, prefills=((max(0, context - length), length),) * users)
+    later_step, first_step = (floor_seconds(forward_cost(config, widths, rows), device) for rows in (alone, first))
     return users * length / (first_step + (steps - 1) * later_step)
 
 
 def _time(cost: Cost, device: Device) -> float:
-    return cost.flops / device.rate(cost.math) if cost.flops else 0.0
+    return cost.flops / device.rate(cost.product_dtype) if cost.flops else 0.0
 
 
 def _product(weights: int, width: Width, row_counts: Iterable[int], extra_bytes: float = 0.0) -> Cost:
@@ -247,7 +247,7 @@ def _attention(config: ModelConfig, width: Width, batch: BatchShape) -> dict[str
         last = index == len(config.layers) - 1
         counts = [_canvas(config, layer, context) for context in batch.canvases]
         counts += [
-            _causal(config, layer, *read) for read in (batch.logit_rows if last else batch.logit_rows + batch.reads)
+            _causal(config, layer, *read) for read in (batch.logit_rows if last else batch.logit_rows + batch.prefills)
         ]
         name = "attention sliding" if layer.sliding else "attention full"
         pairs, keys = totals.get(name, (0.0, 0.0))

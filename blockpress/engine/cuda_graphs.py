@@ -101,7 +101,7 @@ class CudaGraphs:
     def step(self, parts: Sequence[Part], features: StepFeatures) -> StepOutputs | None:
         """One step of these canvases, whose contexts are in pages; None if it must run eagerly.
 
-        The outputs are copies, except `host_words`, which the next step overwrites.
+        The outputs are copies, except `packed_results`, which the next step overwrites.
         """
         if self.failed is not None:
             return None
@@ -119,7 +119,7 @@ class CudaGraphs:
             accepted=outputs.accepted[used].clone(),
             entropy=outputs.entropy[used].clone(),
             changed=outputs.changed[used].clone(),
-            host_words=outputs.host_words[used],
+            packed_results=outputs.packed_results[used],
         )
 
     @torch.inference_mode()

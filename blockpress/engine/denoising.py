@@ -143,7 +143,7 @@ class StepOutputs:
     accepted: Bool[Tensor, "canvases canvas"]
     entropy: Float32[Tensor, "canvases canvas"]
     changed: Bool[Tensor, "canvases canvas"]
-    host_words: Int64[Tensor, "canvases words"]
+    packed_results: Int64[Tensor, "canvases words"]
 
 
 def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, features: StepFeatures) -> StepInputs:
@@ -210,7 +210,7 @@ def finish_step(
         accepted=result.accepted,
         entropy=output.entropy,
         changed=result.changed,
-        host_words=host_words,
+        packed_results=host_words,
     )
 
 

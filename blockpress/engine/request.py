@@ -47,7 +47,7 @@ class Request:
         """The images of the prompt, in order; set when the request is submitted."""
         self.context = list(row.prompt)
         """The tokens of the context: the prompt, then what was committed."""
-        self.pending_start = len(self.context)
+        self.last_commit_start = len(self.context)
         """The position at which the tokens of the last commit begin: they are read in one forward, never in chunks."""
         self.num_computed_tokens = 0
         """How many tokens of the context are in pages."""
@@ -60,7 +60,7 @@ class Request:
         self.digests: list[bytes] = []
         """Digests of the context's full pages; computed once, as far as they were needed."""
         self.num_draft_tokens = 0
-        """How many of the context's last tokens, from `pending_start` on, are a draft that is not yet verified."""
+        """How many of the context's last tokens, from `last_commit_start` on, are a draft that is not yet verified."""
         self.state: State = "new"
         self.number = -1
         """Its rank in order of submission."""

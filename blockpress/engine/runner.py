@@ -176,13 +176,13 @@ class Runner:
     def _to_host(
         self, logit_states: Tensor, step: StepOutputs | None, sampled: SampledTokens
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
-        """Whether each logit row's state is finite, the step's `host_words`, and the sampled tokens, all on the host.
+        """Whether each logit row's state is finite, the step's `packed_results`, and the sampled tokens, all on the host.
 
         It is one copy, and the one wait of a forward; if there is nothing to copy, nothing waits.
         """
         queued = {request: ids for request, ids in sampled.items() if isinstance(ids, Tensor)}
         parts = [logit_states.isfinite().all(-1).long(), *queued.values()]
-        parts += [] if step is None else [step.host_words.flatten()]
+        parts += [] if step is None else [step.packed_results.flatten()]
         parts = [part for part in parts if len(part)]
         copied = to_host(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
         sizes = [len(logit_states), *map(len, queued.values())]
@@ -192,7 +192,7 @@ class Runner:
         }
         tokens |= {request: ids.tolist() for request, ids in zip(queued, ids_on_host, strict=True)}
         words = copied[sum(sizes) :]
-        return finite != 0, words if step is None else words.view(step.host_words.shape), tokens
+        return finite != 0, words if step is None else words.view(step.packed_results.shape), tokens
 
     def _steps(
         self, batch: Batch, outputs: StepOutputs, words: Tensor

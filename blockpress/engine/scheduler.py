@@ -189,7 +189,7 @@ class Scheduler:
             draft: whether `accept_draft` may still reject the tokens.
         """
         assert request.state == "running" and not request.num_pending_tokens, "the context has not been read"
-        request.pending_start = len(request.context)
+        request.last_commit_start = len(request.context)
         request.context += tokens
         request.num_draft_tokens = len(tokens) if draft else 0
         request.step = 0
@@ -236,13 +236,13 @@ class Scheduler:
         None if it needs more than is left; then later requests get none either, so that prompts are read in order.
         """
         end = len(request.context)
-        if read >= request.pending_start:
+        if read >= request.last_commit_start:
             stop = end
         elif left == 0:
             return None, 0
         else:
             spans = [ImageSpan(span.start, span.length) for span in request.image_spans]
-            stop = part_end(read, min(read + min(self._options.chunk, left), request.pending_start), spans)
+            stop = part_end(read, min(read + min(self._options.chunk, left), request.last_commit_start), spans)
             if stop - read > left and left < self._options.prefill_tokens:
                 return None, 0  # an image is read as a whole, and needs a forward with all its prefill tokens left
             left = max(0, left - (stop - read))

@@ -4,7 +4,7 @@
     sorted   1: 0 1 | 2: 1 2 | 3: 0 2          `ordered`: products expert by expert, then each token's sum
 
 `gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. All versions
-give the same sums: `loop` (the reference, expert by expert over the tokens that chose it), `dense` (all experts as one
+give the same sums: `moe_loop` (the reference, expert by expert over the tokens that chose it), `moe_dense` (all experts as one
 wide MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and without gradients
 `ordered`. Packed weights are unpacked one expert at a time, and only those that a token chose. C++ is in `cpu/`, Triton
 in `kernels/`.
@@ -29,7 +29,7 @@ from blockpress.ops.linear import linear
 from blockpress.ops.weight import Packed
 
 MANY = 1024
-"""Most tokens for which, on a CPU, the arithmetic that `dense` wastes costs less than sorting them."""
+"""Most tokens for which, on a CPU, the arithmetic that `moe_dense` wastes costs less than sorting them."""
 
 
 def route(
@@ -42,7 +42,7 @@ def route(
     return weights * expert_scale.float()[chosen], chosen
 
 
-def loop(
+def moe_loop(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
@@ -59,7 +59,7 @@ def loop(
     return out
 
 
-def dense(
+def moe_dense(
     x: Float[Tensor, "tokens hidden"],
     weights: Float32[Tensor, "tokens k"],
     chosen: Int[Tensor, "tokens k"],
@@ -81,7 +81,7 @@ def ordered(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """`loop` for weights of any kind, with one sort instead of a search for every expert's tokens."""
+    """`moe_loop` for weights of any kind, with one sort instead of a search for every expert's tokens."""
     tokens, k = chosen.shape
     if not tokens:
         return torch.empty_like(x)
@@ -108,7 +108,7 @@ def moe_forward(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The fastest version here. `dense` does experts / top_k times the arithmetic; that pays up to twice."""
+    """The fastest version here. `moe_dense` does experts / top_k times the arithmetic; that pays up to twice."""
     if x.is_cuda and kernels.available():
         from blockpress.ops.kernels import experts as in_triton
 
@@ -122,5 +122,5 @@ def moe_forward(
         if in_cpp.supports_amx(x, gate_up, down):
             return in_cpp.amx_grouped(x, weights, chosen, gate_up, down)
         if down.shape[0] <= 2 * chosen.shape[1] and (gradients or len(x) <= MANY):
-            return dense(x, weights, chosen, gate_up, down)
-    return (loop if gradients else ordered)(x, weights, chosen, gate_up, down)
+            return moe_dense(x, weights, chosen, gate_up, down)
+    return (moe_loop if gradients else ordered)(x, weights, chosen, gate_up, down)

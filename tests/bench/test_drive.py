@@ -49,7 +49,7 @@ def test_every_canvas_step_and_commit_is_counted_in_its_forward(tiny_subject: Su
     run = ran(tiny_subject, work, kind)
     rows = [forward.rows for forward in run.forwards]
     first, commit = ((0, PROMPT),) * ROWS, ((PROMPT, canvas),) * ROWS
-    assert [one.reads for one in rows] == [first, *[()] * (STEPS - 1), commit, *[()] * (STEPS - 1)]
+    assert [one.prefills for one in rows] == [first, *[()] * (STEPS - 1), commit, *[()] * (STEPS - 1)]
     assert [one.canvases for one in rows] == [(PROMPT,) * ROWS] * STEPS + [(PROMPT + canvas,) * ROWS] * STEPS
     assert [forward.prefill for forward in run.forwards] == [True] + [False] * (2 * STEPS - 1)
     assert [forward.tokens for forward in run.forwards] == ([0] * (STEPS - 1) + [ROWS * canvas]) * 2
@@ -60,7 +60,7 @@ def test_every_autoregressive_token_is_counted_in_its_forward(tiny_subject: Subj
     work = Workload(mode="autoregressive", batch=ROWS, prompt_len=PROMPT, max_tokens=5)
     run = ran(tiny_subject, work, kind)
     assert [forward.rows.logit_rows for forward in run.forwards] == [((PROMPT - 1 + i, 1),) * ROWS for i in range(5)]
-    assert [forward.rows.reads for forward in run.forwards] == [((0, PROMPT - 1),) * ROWS] + [()] * 4
+    assert [forward.rows.prefills for forward in run.forwards] == [((0, PROMPT - 1),) * ROWS] + [()] * 4
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
@@ -96,8 +96,8 @@ def test_shares_are_floors_over_time(tiny_subject: Subject) -> None:
     run = ran(tiny_subject, work, "engine")
     run.forwards = [replace(forward, seconds=2.0) for forward in run.forwards]
     found = report(tiny_subject, work, run, MACHINE)
-    rows = [costs.BatchShape(canvases=(PROMPT,), reads=((0, PROMPT),)), costs.BatchShape(canvases=(PROMPT,))]
-    parts = [costs.forward(tiny_subject.config, stored_formats(tiny_subject.network), one) for one in rows]
+    rows = [costs.BatchShape(canvases=(PROMPT,), prefills=((0, PROMPT),)), costs.BatchShape(canvases=(PROMPT,))]
+    parts = [costs.forward_cost(tiny_subject.config, stored_formats(tiny_subject.network), one) for one in rows]
     flops = sum(work.flops for part in parts for work in part.values())
     assert found.arithmetic_share == pytest.approx(flops / 1e9 / 4.0)
     assert found.byte_share < found.floor_share and found.arithmetic_share <= found.floor_share

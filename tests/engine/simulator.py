@@ -163,12 +163,12 @@ class Simulator:
             assert not any(
                 one.start < cut < one.stop for one in request.image_spans for cut in (work.start, work.stop)
             ), "a picture is cut"
-            if work.start < request.pending_start:
+            if work.start < request.last_commit_start:
                 whole = [one for one in request.image_spans if one.start == work.start]
                 assert work.stop - work.start <= max(self.options.chunk, *(one.length for one in whole), 0)
                 assert work.stop - work.start <= self.options.prefill_tokens or (whole and not prefill)
                 prefill += work.stop - work.start
-        reading = sum(work.start < work.request.pending_start for work in works)
+        reading = sum(work.start < work.request.last_commit_start for work in works)
         assert prefill <= self.options.prefill_tokens or reading == 1
 
 

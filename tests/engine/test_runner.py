@@ -241,14 +241,14 @@ def test_a_forward_reads_no_value_from_the_device():
     rules = runner.slots.begin(requests)
     assert rules == StepFeatures(begins=True, pinned=True, banned=16)
     heard, done = runner._forward(batch, rules)
-    assert done is not None and done.host_words.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
+    assert done is not None and done.packed_results.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1
     graphs = CudaGraphs(runner.network, runner.slots, core.kv_cache, "exact", Blank(), there_alone)  # type: ignore[arg-type]
     finished = graphs.step(batch.canvases, rules)
-    assert graphs.failed is None and finished is not None and finished.host_words.is_meta
+    assert graphs.failed is None and finished is not None and finished.packed_results.is_meta
     graphs.prepare(3)
     assert (graphs.captures, graphs.failed) == (4, None)
     with pytest.raises((NotImplementedError, RuntimeError)):
-        finished.host_words.tolist()
+        finished.packed_results.tolist()
     with pytest.raises(AssertionError), There():
         torch.tensor([1, 2]).to("meta")
 

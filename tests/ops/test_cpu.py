@@ -250,7 +250,7 @@ def routed(tokens: int, count: int, k: int, hidden: int, size: int, stored: torc
 
 
 def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`experts.loop` in float64."""
+    """`experts.moe_loop` in float64."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(chosen.shape[1])):
         expert = chosen[token, slot]
@@ -281,7 +281,7 @@ def test_experts_equal_the_reference(case: str, own: torch.dtype, stored: torch.
     got, wanted = mix(*given), mixture(*given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bridge, "supports", lambda x: False)
-        plain = experts.loop(*given[:3], gate_up.to(own), down.to(own))
+        plain = experts.moe_loop(*given[:3], gate_up.to(own), down.to(own))
         if own == stored == torch.bfloat16:
             sorted_ = experts.ordered(*given)
             assert (got != sorted_).sum() <= 0.05 * got.numel() + 1, "rounded where torch rounds"

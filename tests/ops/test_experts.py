@@ -11,7 +11,12 @@ from blockpress.ops import compiled, experts, rows
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import experts as in_cpp
 
-VERSIONS = {"loop": experts.loop, "every": experts.dense, "ordered": experts.ordered, "mix": experts.moe_forward}
+VERSIONS = {
+    "loop": experts.moe_loop,
+    "every": experts.moe_dense,
+    "ordered": experts.ordered,
+    "mix": experts.moe_forward,
+}
 CASES = [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 3)]
 
 
@@ -44,7 +49,7 @@ def test_every_version_follows_the_definition(version: str, count: int, top_k: i
 @pytest.mark.parametrize(("count", "top_k"), CASES)
 def test_gradients_agree(count: int, top_k: int):
     gradients = []
-    for version in (experts.loop, experts.dense):
+    for version in (experts.moe_loop, experts.moe_dense):
         x, weights, chosen, gate_up, down = inputs(count, top_k)
         leaves = [leaf.requires_grad_() for leaf in (x, weights, gate_up, down)]
         version(x, weights, chosen, gate_up, down).square().sum().backward()
@@ -93,7 +98,7 @@ def test_matrix_tiles_follow_the_definition(tokens: int, top_k: int):
     assert in_cpp.supports_amx(given[0], *given[3:])
     got, plain, wanted = (
         in_cpp.amx_grouped(*given).double(),
-        experts.loop(*given).double(),
+        experts.moe_loop(*given).double(),
         truth(*(x.float() if x.is_floating_point() else x for x in given)),
     )
     assert (got - wanted).norm() <= 1.05 * (plain - wanted).norm(), "no less exact than the plain version"
@@ -124,7 +129,7 @@ def test_sorted_tokens_give_what_the_loop_gives(native: bool, dtype: torch.dtype
     x, weights, chosen, gate_up, down = wide(5, 2, 100)
     given = x.to(dtype), weights, chosen, gate_up.to(dtype), down.to(dtype)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
-    torch.testing.assert_close(experts.ordered(*given), experts.loop(*given), **close)
+    torch.testing.assert_close(experts.ordered(*given), experts.moe_loop(*given), **close)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])

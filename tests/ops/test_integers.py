@@ -258,7 +258,7 @@ def test_int8_experts_follow_the_definition(tokens: int) -> None:
     stacks = in_cpp_experts.stacked(gate_up, down)
     assert stacks is not None
     got = in_cpp_experts.moe_forward(x, weights, chosen, stacks)
-    for plain in (experts.loop, experts.ordered):
+    for plain in (experts.moe_loop, experts.ordered):
         wanted = plain(x, weights, chosen, gate_up, down)
         # GeGLU differs in the last bits, which now and then makes another code of what lies between the products.
         assert float((got - wanted).norm() / wanted.norm()) < 2e-3

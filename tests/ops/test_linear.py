@@ -82,7 +82,7 @@ def test_packed_experts_equal_their_floats(name: str) -> None:
     # A row of `down` has one group of 32, whose bfloat16 scale factors leave unrounded.
     share = 2**-8 if name == "int4 groups" else 1e-5
     assert close(
-        experts.moe_forward(x, weights, chosen, gate_up, down), experts.loop(x, weights, chosen, *floats), share
+        experts.moe_forward(x, weights, chosen, gate_up, down), experts.moe_loop(x, weights, chosen, *floats), share
     )
 
 

@@ -132,7 +132,7 @@ def test_four_bit_experts_unpack_to_the_same_bits(name: str) -> None:
     x = torch.randn(23, 96, generator=draw).bfloat16() * 0.05
     given = (x, *experts.route(torch.randn(23, 5, generator=draw), 2, torch.ones(5)), gate_up, down)
     with tables():
-        wanted = experts.loop(*given)
+        wanted = experts.moe_loop(*given)
     got = experts.ordered(*given)
     assert (got - wanted).float().norm() <= 0.01 * wanted.float().norm()
     assert torch.equal(experts.moe_forward(*given), got)

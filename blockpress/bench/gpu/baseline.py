@@ -20,7 +20,7 @@ from blockpress.bench.gpu.steps import CONTEXT
 from blockpress.bench.gpu.timing import DEVICE, timed
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.config.vision import MINIMAL_TOWER
-from blockpress.costs import WIDTHS, BatchShape, floor_seconds, forward
+from blockpress.costs import WIDTHS, BatchShape, floor_seconds, forward_cost
 
 BATCHES = (1, 4)
 TEMPERATURE = 0.6
@@ -35,7 +35,9 @@ def bench(report: GpuReport) -> None:
         report.note(f"no baseline: {type(reason).__name__}: {str(reason)[:300]}")
         return
     for batch in BATCHES:
-        parts = forward(PRESETS["diffusiongemma-26B-A4B"](), WIDTHS["bf16"], BatchShape(canvases=(CONTEXT,) * batch))
+        parts = forward_cost(
+            PRESETS["diffusiongemma-26B-A4B"](), WIDTHS["bf16"], BatchShape(canvases=(CONTEXT,) * batch)
+        )
         floor = 1000 * floor_seconds(parts, DEVICE)
         work = baseline_step(model, batch, CONTEXT)
         for how, run in (("eager", work), ("compiled", torch.compile(work))):

@@ -1,4 +1,4 @@
-"""The experts' kernels: checked against `ops.experts.loop`, and timed against the bytes of their weights.
+"""The experts' kernels: checked against `ops.experts.moe_loop`, and timed against the bytes of their weights.
 
 Figures: 30 layers with distinct weights in one captured graph, so that no weight is in a cache; a layer's time is the
 graph's over 30. The floor is the longer of the time of the chosen experts' bytes and that of the operations
@@ -113,11 +113,11 @@ def _mixed(
     if isinstance(gate_up, Codes) and isinstance(down, Codes) and rounds:
         return distance(got, rounded_loop(x, weights, chosen, gate_up, down))
     floats = [w.float() if isinstance(w, Tensor) else w.unpack(torch.float32) for w in (gate_up, down)]
-    return distance(got, plain.loop(x.float(), weights, chosen, *floats))
+    return distance(got, plain.moe_loop(x.float(), weights, chosen, *floats))
 
 
 def rounded_loop(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Packed, down: Packed) -> Tensor:
-    """`ops.experts.loop` in float32, with activations rounded to e4m3 where the kernels round them."""
+    """`ops.experts.moe_loop` in float32, with activations rounded to e4m3 where the kernels round them."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, slot = torch.where(chosen == expert)
@@ -143,7 +143,7 @@ def _exact(tokens: int, device: torch.device) -> float:
     x = hidden_rows(tokens, SMALL.hidden, device, 5, torch.float32)
     weights, chosen = routing("uniform", tokens, SMALL, device, tokens)
     got = kernels.moe_forward(x, weights, chosen, gate_up, down)
-    return distance(got, plain.loop(x, weights, chosen, gate_up, down))
+    return distance(got, plain.moe_loop(x, weights, chosen, gate_up, down))
 
 
 def _arranged(how: str, tokens: int, tile: int, shape: ExpertShape, device: torch.device) -> float:

@@ -25,7 +25,7 @@ from blockpress.bench.gpu.filled import EXPERTS, filled, formats_named
 from blockpress.bench.gpu.report import GpuReport
 from blockpress.bench.gpu.timing import DEVICE, Timing, captured, timed
 from blockpress.config import PRESETS, ModelConfig
-from blockpress.costs import BatchShape, context_bytes, floor_seconds, forward
+from blockpress.costs import BatchShape, context_bytes, floor_seconds, forward_cost
 from blockpress.model import Cache, Network
 from blockpress.ops.vocabulary import SampleStats
 
@@ -52,7 +52,7 @@ def bench(report: GpuReport) -> None:
 
 def _measure(report: GpuReport, network: Network, form: str, batch: int) -> None:
     work = denoise_step(network, batch, CONTEXT)
-    parts = forward(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
+    parts = forward_cost(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
     floor = 1000 * floor_seconds(parts, DEVICE)
     _add(report, f"{form} B={batch} eager", timed(work, warmups=2, repeats=5), batch, floor, network.config)
     try:
@@ -71,7 +71,7 @@ def _measure_engine(report: GpuReport, network: Network, form: str, batch: int) 
     except ImportError as reason:  # a bare machine may lack the tokenizer's packages
         report.note(f"{form} B={batch} engine: {reason}")
         return
-    parts = forward(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
+    parts = forward_cost(network.config, formats_named(form), BatchShape(canvases=(CONTEXT,) * batch))
     _add(report, f"{form} B={batch} engine", taken, batch, 1000 * floor_seconds(parts, DEVICE), network.config)
     if eager is not None:
         report.note(f"{form} B={batch} engine: nothing was captured: {eager}")

@@ -36,7 +36,7 @@ from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.checkpoints.gguf import load_gguf_network
 from blockpress.checkpoints.index import open_safetensors
 from blockpress.checkpoints.names import published_name
-from blockpress.checkpoints.safetensors.mapping import Slot, Target, map_tensors
+from blockpress.checkpoints.safetensors.mapping import Slot, Target, plan_mapping
 from blockpress.checkpoints.safetensors.packed import Field
 from blockpress.config import ModelConfig
 from blockpress.errors import UnexpectedWeights
@@ -87,7 +87,7 @@ def load_network(
     target_device = choose_device(device)
     types = choose_types(dtype, compute_dtype, config, target_device)
     network = without_memory(lambda: Network(config))
-    targets = map_tensors(network, checkpoint.tensors, checkpoint.quantization)
+    targets = plan_mapping(network, checkpoint.tensors, checkpoint.quantization)
     matrices, products = packable(network), multiplied(network)
     sizes = (
         target.memory(types.size(matrix=target.ours in matrices, product=target.ours in products)) for target in targets

@@ -89,7 +89,7 @@ class _Destination:
         return self.ours.rpartition(".")[0]
 
 
-def map_tensors(
+def plan_mapping(
     network: Network, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
 ) -> list[Target]:
     """Targets that fill the network first, then those that are compared with it.
