@@ -117,7 +117,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Rates]:
         calls.append(made(mkl=100.0 + len(calls), bfloat16=19.0))
         return calls[-1]
 
-    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "measure_rates", measure)
     return calls
 
 
@@ -186,7 +186,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 def test_the_best_rates_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = iter([made(mkl=90.0, int8=1.0), made(mkl=80.0, int8=200.0, float16=7.0)])
-    monkeypatch.setattr(speed, "measure", lambda: next(busy))
+    monkeypatch.setattr(speed, "measure_rates", lambda: next(busy))
     best = hardware.remeasure()
     assert [best.of(way) for way in ("mkl", "int8", "float16", "bfloat16")] == [90.0, 200.0, 7.0, 0.0]
     assert hardware.rates() == best == again()

@@ -68,7 +68,7 @@ rows = st.builds(
     BatchShape,
     canvases=st.lists(st.integers(0, 200), max_size=4).map(tuple),
     reads=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 60)), max_size=4).map(tuple),
-    heard=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 12)), max_size=4).map(tuple),
+    logit_rows=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 12)), max_size=4).map(tuple),
 )
 
 

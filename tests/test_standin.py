@@ -194,7 +194,7 @@ def test_training_steps_are_the_same_there(objective: Objective, tmp_path: Path,
 def test_losses_of_two_processes_are_summed_there(tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch):
     """What is exchanged is one tensor of one device; here the other process adds nothing."""
     exchanged: list[Tensor] = []
-    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_reduce", exchanged.append)
     Trainer(make_copy_recipe(), tmp_path, device="cuda", dtype=torch.float32).train_step()
     assert [isinstance(each, OnCard) for each in exchanged] == [True]

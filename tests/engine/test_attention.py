@@ -57,7 +57,7 @@ def compare(attention: PagedAttention, see: Callable[..., vocabulary.SampleStats
     for core in cores:
         with pytest.MonkeyPatch.context() as patch:
             if see is not None and core is cores[1]:
-                patch.setattr(vocabulary, "see", see)
+                patch.setattr(vocabulary, "sample_from_hidden", see)
             told = play(core, asked := requests(**given), arrivals=[0, 1, 1, 3])
         steps = [event for one in asked for event in told[one] if isinstance(event, Denoised)]
         seen.append(([reply(told[one]) for one in asked], torch.stack([step.entropy for step in steps])))
@@ -118,7 +118,7 @@ def test_pictures_use_page_attention() -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blockpress.engine.runner.looks", listening)
+        patch.setattr("blockpress.engine.runner.build_attention", listening)
         play(core, [request])
     assert TritonPagedAttention not in kinds[0]
     assert {TritonPagedAttention} in kinds

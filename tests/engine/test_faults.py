@@ -81,7 +81,7 @@ def test_a_sampling_error_ends_only_its_request(network: Network, monkeypatch: p
             raise ValueError("no token for this one")
         return choose(network, rows, *rest)
 
-    monkeypatch.setattr(modes, "choose", failing)
+    monkeypatch.setattr(modes, "sample_next", failing)
     requests = [request(i, sampling) for i in range(3)]
     told = play(EngineCore(network, ROOM), requests)
     assert isinstance(told[requests[1]][-1], Failed)

@@ -73,7 +73,7 @@ def test_equal_digests_are_equal_contexts(data: st.DataObject):
 def test_digests_are_computed_once(monkeypatch: pytest.MonkeyPatch):
     made = []
     plain = prefix_cache.page_digest
-    monkeypatch.setattr(prefix_cache, "digest", lambda *all_: made.append(1) or plain(*all_))
+    monkeypatch.setattr(prefix_cache, "page_digest", lambda *all_: made.append(1) or plain(*all_))
     request = ask(TEXT)
     (
         prefix_cache.extend_digests(request, 2, PAGE),

@@ -277,7 +277,7 @@ def test_a_forward_copies_back_once(network: Network, monkeypatch: pytest.Monkey
     for request in requests:
         core.submit(request)
     fetched = []
-    monkeypatch.setattr("blockpress.engine.runner.fetch", lambda tensor: fetched.append(tensor.shape) or tensor)
+    monkeypatch.setattr("blockpress.engine.runner.to_host", lambda tensor: fetched.append(tensor.shape) or tensor)
     forwards = 0
     while core.busy:
         core.step()

@@ -112,7 +112,7 @@ def test_engine_like_spans_equal_the_reference(
 def test_cpp_is_used_where_supported() -> None:
     made = build(CASES["mixed"], 2, torch.float32, 1)
     query = torch.randn(4, made[-1].stop, DIM, generator=torch.Generator().manual_seed(0))
-    with mock.patch.object(spans, "_look") as in_torch:
+    with mock.patch.object(spans, "_attend_group") as in_torch:
         with torch.inference_mode():
             varlen_attention(query, made)
         assert not in_torch.called

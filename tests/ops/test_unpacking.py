@@ -37,7 +37,7 @@ def same_bits(weight: Layout) -> None:
     for dtype in TYPES:
         with tables():
             wanted = readings(weight, dtype)
-        with mock.patch.object(unpacking, "fours", wraps=unpacking.unpack_4bit) as native:
+        with mock.patch.object(unpacking, "unpack_4bit", wraps=unpacking.unpack_4bit) as native:
             got = readings(weight, dtype)
         assert native.call_count == 2, "both readings went through C++"
         for ours, theirs in zip(got, wanted, strict=True):
@@ -85,7 +85,7 @@ def test_every_scale_byte_is_unpacked() -> None:
 def test_unsupported_layouts_use_the_tables() -> None:
     narrow, wide = LAYOUTS["int4 groups asymmetric"]((4, 96), 0), LAYOUTS["int4"]((4, 96), 0)
     halves = Nibbles(packed=wide.packed, scale=wide.scale.half(), group=96)  # type: ignore[union-attr]
-    with mock.patch.object(unpacking, "fours") as native:
+    with mock.patch.object(unpacking, "unpack_4bit", side_effect=AssertionError):
         narrow.unpack(torch.bfloat16)  # groups of 8
         halves.unpack(torch.bfloat16)  # rounded to float16 first
     assert not native.called
@@ -117,7 +117,7 @@ def test_cpp_unpacks_to_the_bits_of_the_tables(name: str, dtype: torch.dtype) ->
     weight = LAYOUTS[name]((2, 9, 96), 3)
     with tables():
         wanted = readings(weight, dtype)
-    with mock.patch.object(unpacking, "e4m3", wraps=unpacking.unpack_e4m3) as native:
+    with mock.patch.object(unpacking, "unpack_e4m3", wraps=unpacking.unpack_e4m3) as native:
         got = readings(weight, dtype)
     assert native.called
     for ours, theirs in zip(got, wanted, strict=True):

@@ -219,7 +219,7 @@ def _scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     right = pictures.insert_images
     scale = CONFIG.hidden_size**0.5
     monkeypatch.setattr(
-        "blockpress.model.network.place",
+        "blockpress.model.network.insert_images",
         lambda x, counts, images: right(x, counts, [{at: f * scale for at, f in row.items()} for row in images]),
     )
 
@@ -231,7 +231,7 @@ def _runs(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
         x, runs = right(x, counts, images)
         return x, change(runs)
 
-    monkeypatch.setattr("blockpress.model.network.place", placed)
+    monkeypatch.setattr("blockpress.model.network.insert_images", placed)
 
 
 @pytest.mark.parametrize("mistake", [_causal, _one_run_for_all, _run_too_long, _scaled])
