@@ -135,7 +135,7 @@ class StepInputs:
 class StepOutputs:
     """What a step did to its canvases.
 
-    host_words: what the host waits for, per canvas: whether it settled, whether it is finished, whether every number is
+    packed_results: what the host waits for, per canvas: whether it settled, whether it is finished, whether every number is
     finite, and the argmax canvas, all as integers.
     """
 
@@ -200,7 +200,7 @@ def finish_step(
     accept, settle = custom_rules(canvases, requests)
     result = update(output, inputs.noise, inputs.argmax, inputs.unchanged, accept, settle)
     flags = torch.stack((result.settled, result.settled | canvases.last, output.entropy.isfinite().all(-1)), dim=1)
-    host_words = torch.cat((flags.long(), output.argmax), dim=1)
+    packed_results = torch.cat((flags.long(), output.argmax), dim=1)
     slots.canvas.index_copy_(0, at, result.canvas)
     slots.signal.index_copy_(0, at, output.signal)
     slots.argmax.index_copy_(0, at, output.argmax)
@@ -210,7 +210,7 @@ def finish_step(
         accepted=result.accepted,
         entropy=output.entropy,
         changed=result.changed,
-        packed_results=host_words,
+        packed_results=packed_results,
     )
 
 

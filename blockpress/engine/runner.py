@@ -176,7 +176,7 @@ class Runner:
     def _to_host(
         self, logit_states: Tensor, step: StepOutputs | None, sampled: SampledTokens
     ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
-        """Whether each logit row's state is finite, the step's `packed_results`, and the sampled tokens, all on the host.
+        """Whether each logit row's state is finite, the step's `packed_results`, the sampled tokens; all on the host.
 
         It is one copy, and the one wait of a forward; if there is nothing to copy, nothing waits.
         """
