@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -52,19 +54,22 @@ def test_the_parts_import_on_a_bare_machine(interpreted: Run) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_check_fails_by_nan_by_excess_and_by_raising(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_fails_by_nan_by_excess_and_by_raising(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def raises(device: torch.device) -> float:
         raise ValueError("no")
 
-    cpu = torch.device("cpu")
     errors: list[tuple[Callable[[torch.device], float], bool]] = [
         (lambda device: 0.1, True), (lambda device: 0.3, False), (lambda device: float("nan"), False), (raises, False),
     ]  # fmt: skip
-    for error, passes in errors:
-        assert check._passes("part", check.KernelCheck(name="one", limit=0.2, error=error), cpu) is passes
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["passed"] for line in lines] == [passes for _, passes in errors]
-    assert lines[-1]["raised"] == "ValueError: no"
+    checks = [check.Check(name="one", limit=0.2, error=error) for error, _ in errors]
+    monkeypatch.setitem(sys.modules, "blockpress.bench.gpu.part", Mock(checks=lambda: checks))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    assert not check.run(["part"], torch.device("cpu"))
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["passed"] for line in lines] == [passes for _, passes in errors]
+    assert json.loads(lines[-1])["raised"] == "ValueError: no" and total == "1 of 4 checks passed"
 
 
 def test_a_figure_is_printed_at_once_and_again_in_the_table() -> None:

@@ -5,20 +5,19 @@ The checks themselves are those of the GPU harness (`blockpress/bench/gpu/vocabu
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from blockpress.bench.gpu.vocabulary import checks
+from blockpress.bench.gpu.vocabulary import Case, checks, draw
 
-pytest.importorskip("triton")
+belief = pytest.importorskip("blockpress.ops.kernels.belief", exc_type=ImportError)
 
 pytestmark = pytest.mark.interpreter
 
 SMALL = [check.name for check in checks() if not check.large]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -39,21 +38,10 @@ def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(compiled: Callable
             assert (wgmma > 0) == ("multiply" in line), line
 
 
-def test_a_sparse_batch_has_rows_of_both_kinds(interpreted: Run) -> None:
-    """Otherwise the check of its signal would say nothing of one of them."""
-    code = """
-import warnings; warnings.simplefilter("ignore")
-import torch
-from blockpress.bench.gpu.vocabulary import VocabularyCase, _run_kernel, draw_case
-from blockpress.ops.kernels import vocabulary
-whole = vocabulary._dense_rows
-def told(read, weight, scale, signal, order, amount):
-    print(int(amount), len(signal))
-    whole(read, weight, scale, signal, order, amount)
-vocabulary._dense_rows = told
-case = VocabularyCase(rows=6, vocab=4500, signal="sparse", spread=12.0, banned=3)
-_run_kernel(case, draw_case(case, torch.device("cpu")))
-"""
-    done = interpreted("-c", code)
-    dense, rows = (int(word) for word in done.stdout.split())
-    assert 0 < dense < rows, done.stderr
+def test_a_sparse_batch_has_rows_of_both_kinds() -> None:
+    """Few likely tokens, and so many that all are read: else the check of its signal would say nothing of one of them."""
+    case = Case(rows=6, vocab=4500, signal="sparse", spread=12.0, denied=3)
+    probabilities = torch.softmax(draw(case, torch.device("cpu")).scaled, -1)
+    likely = probabilities > belief.LEAST
+    covered = (probabilities * likely).sum(-1) > 1 - belief.DROPPED
+    assert 0 < int((covered & (likely.sum(-1) <= belief.KEPT)).sum()) < case.rows
