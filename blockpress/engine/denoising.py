@@ -135,8 +135,8 @@ class StepInputs:
 class StepOutputs:
     """What a step did to its canvases.
 
-    packed_results: what the host waits for, per canvas: whether it settled, whether it is finished, whether every number is
-    finite, and the argmax canvas, all as integers.
+    packed_results: what the host waits for, per canvas: whether it settled, is finished, has only finite
+    numbers, and its argmax tokens.
     """
 
     argmax: Int[Tensor, "canvases canvas"]

@@ -6,8 +6,8 @@
 `gate_up` is [experts, 2 * size, hidden] with the gate's rows first, `down` is [experts, hidden, size]. All versions
 give the same sums: `moe_loop` (the reference, expert by expert over the tokens that chose it), `moe_dense` (all
 experts as one wide MLP with weight 0 for those not chosen: fewer, larger products, best where experts are few), and
-without gradients `ordered`. Packed weights are unpacked one expert at a time, and only those that a token chose. C++ is in `cpu/`, Triton
-in `kernels/`.
+without gradients `ordered`. Packed weights are unpacked one expert at a time, and only those that a token chose. C++ is
+in `cpu/`, Triton in `kernels/`.
 
 Invariant of `ordered`: a sum depends on its token's own experts alone, in the order in which the router chose them.
 Run it:  python -m pytest tests/ops/test_experts.py

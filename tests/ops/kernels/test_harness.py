@@ -63,10 +63,10 @@ def test_a_check_fails_by_nan_by_excess_and_by_raising(
     errors: list[tuple[Callable[[torch.device], float], bool]] = [
         (lambda device: 0.1, True), (lambda device: 0.3, False), (lambda device: float("nan"), False), (raises, False),
     ]  # fmt: skip
-    checks = [check.Check(name="one", limit=0.2, error=error) for error, _ in errors]
+    checks = [check.KernelCheck(name="one", limit=0.2, error=error) for error, _ in errors]
     monkeypatch.setitem(sys.modules, "blockpress.bench.gpu.part", Mock(checks=lambda: checks))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
-    assert not check.run(["part"], torch.device("cpu"))
+    assert not check.run_checks(["part"], torch.device("cpu"))
     *lines, total = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["passed"] for line in lines] == [passes for _, passes in errors]
     assert json.loads(lines[-1])["raised"] == "ValueError: no" and total == "1 of 4 checks passed"

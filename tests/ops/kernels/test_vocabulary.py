@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from blockpress.bench.gpu.vocabulary import Case, checks, draw
+from blockpress.bench.gpu.vocabulary import VocabularyCase, checks, draw_case
 
-belief = pytest.importorskip("blockpress.ops.kernels.belief", exc_type=ImportError)
+kernels = pytest.importorskip("blockpress.ops.kernels.probabilities", exc_type=ImportError)
 
 pytestmark = pytest.mark.interpreter
 
@@ -40,8 +40,8 @@ def test_the_compiler_uses_the_matrix_unit_and_spills_nothing(compiled: Callable
 
 def test_a_sparse_batch_has_rows_of_both_kinds() -> None:
     """Few likely tokens, and so many that all are read: else the check of its signal would say nothing of one of them."""
-    case = Case(rows=6, vocab=4500, signal="sparse", spread=12.0, denied=3)
-    probabilities = torch.softmax(draw(case, torch.device("cpu")).scaled, -1)
-    likely = probabilities > belief.LEAST
-    covered = (probabilities * likely).sum(-1) > 1 - belief.DROPPED
-    assert 0 < int((covered & (likely.sum(-1) <= belief.KEPT)).sum()) < case.rows
+    case = VocabularyCase(rows=6, vocab=4500, signal="sparse", spread=12.0, banned=3)
+    probabilities = torch.softmax(draw_case(case, torch.device("cpu")).scaled, -1)
+    likely = probabilities > kernels.LEAST
+    covered = (probabilities * likely).sum(-1) > 1 - kernels.DROPPED
+    assert 0 < int((covered & (likely.sum(-1) <= kernels.KEPT)).sum()) < case.rows
