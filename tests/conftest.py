@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jaxtyping
@@ -85,10 +86,18 @@ def random_network() -> RandomNetwork:
     return make_random_network
 
 
+@contextmanager
+def without_shape_checks() -> Iterator[None]:
+    """They take up to two thirds of the time, and whole answers are made of parts that are tested alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
+
+
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shape checks: they take up to two thirds of the time, and whole answers are made of parts that are tested alone."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def unchecked() -> Iterator[None]:
+    with without_shape_checks():
+        yield
 
 
 @pytest.fixture

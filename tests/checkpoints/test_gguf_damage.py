@@ -26,6 +26,7 @@ def file(tiny: ModelConfig, tmp_path: Path) -> Path:
     return tmp_path / "x.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's address-space limit")
 def test_random_damage_is_refused_or_harmless(file: Path) -> None:
     done = subprocess.run(

@@ -77,7 +77,10 @@ measure(lambda: load_network(folder / "cast", dtype="float32"))
 measure(lambda network: save(network, "again", dtype="bfloat16", shard_bytes=shard_bytes), folder / "saved")
 """
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' count of pages")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' count of pages"),
+]
 
 
 def hollow(folder: Path, config: ModelConfig, shards: int) -> dict[str, int]:

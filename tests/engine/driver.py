@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jaxtyping
-import pytest
 import torch
 
 from blockpress.config import AutoregressiveSampling, ModelConfig, Sampling
@@ -16,6 +14,8 @@ from blockpress.decoding.generate import generate
 from blockpress.decoding.verified import generate_verified
 from blockpress.engine import EngineCore, Request
 from blockpress.model import Network
+
+from ..conftest import without_shape_checks
 
 AnySampling = Sampling | AutoregressiveSampling
 
@@ -46,17 +46,13 @@ def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySamplin
 def poem(
     network: Network, config: ModelConfig, prompt: list[int], index: int, sampling: AnySampling, **kw: Any
 ) -> Reply:
-    """What the poem answers to one prompt alone; `images` of the row are among the changes.
-
-    Without shape checks, which take two thirds of its time: they are on where the poem itself is tested.
-    """
+    """What the poem answers to one prompt alone; `images` of the row are among the changes."""
     images = kw.pop("images", {})
     one = row(config, index, prompt, sampling, **kw)
     one.images = images
     looked_at = isinstance(sampling, Sampling) and (sampling.checks or one.logprobs is not None)
-    write = generate_verified if looked_at else generate if isinstance(sampling, Sampling) else generate_autoregressive
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    write = verified if looked_at else generate if isinstance(sampling, Sampling) else autoregress
+    with without_shape_checks():
         [reply] = [event.reply for event in write(network, [one], sampling) if isinstance(event, Done)]  # type: ignore[operator]
     return reply
 

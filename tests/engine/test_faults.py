@@ -56,7 +56,7 @@ def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Reques
 @pytest.mark.parametrize("fails", ["take", "cut"])
 def test_a_failing_output_processor_ends_only_its_request(network: Network, sampling: AnySampling, fails: str):
     core = EngineCore(network, ROOM)
-    requests = [request(0, sampling), request(1, sampling, turn=BrokenTurn(fails)), request(2, sampling)]
+    requests = [request(0, sampling), request(1, sampling, processor=BrokenTurn(fails)), request(2, sampling)]
     told = play(core, requests)
     last = told[requests[1]][-1]
     assert isinstance(last, Failed) and "a turn at fault" in last.error.message
@@ -67,7 +67,7 @@ def test_a_failing_output_processor_ends_only_its_request(network: Network, samp
 
 def test_a_failing_cancellation_still_ends_the_request(network: Network):
     core = EngineCore(network, ROOM)
-    requests = [request(0, turn=BrokenTurn("finish")), request(1)]
+    requests = [request(0, processor=BrokenTurn("finish")), request(1)]
     told = play(core, requests, cancels={0: 2})
     assert isinstance(told[requests[0]][-1], Failed)
     assert reply(told[requests[1]]) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from blockpress.engine.kv_cache import KVCache
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
+from tests.conftest import without_shape_checks
 from tests.engine.special import damped
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -46,8 +46,7 @@ def lm() -> Iterator[LM]:
 
 @pytest.fixture(scope="module")
 def alone() -> list[Reply]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with without_shape_checks():
         lm = make()
         lm.answer = run_reference
         return [lm.generate(prompt, max_tokens=40, seed=3) for prompt in PROMPTS]
