@@ -202,9 +202,9 @@ def test_measuring_is_quick_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slow_shapes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_fastest", lambda action: 0.2)  # seconds, whatever the product
-    assert list(hardware.measure().products["bfloat16"]) == ["1x512x512"]
+    assert list(hardware.measure_rates().products["bfloat16"]) == ["1x512x512"]
     monkeypatch.setattr(speed, "_fastest", lambda action: 1e-6)
-    assert len(hardware.measure().products["bfloat16"]) == len(speed._SHAPES)
+    assert len(hardware.measure_rates().products["bfloat16"]) == len(speed._SHAPES)
 
 
 SLOW, FAST = made(mkl=100.0, onednn=100.0, bfloat16=19.0, float16=19.0), made(mkl=100.0, onednn=90.0, bfloat16=100.0)

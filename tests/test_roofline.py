@@ -58,8 +58,8 @@ def test_a_commit_beside_a_step_costs_less_than_alone() -> None:
         parts = costs.forward_cost(PUBLISHED, WIDTHS["bf16"], BatchShape(**rows))  # type: ignore[arg-type]
         return 1000 * costs.floor_seconds(parts, DEVICES["h200"])
 
-    step, commit = floor(canvases=(L,)), floor(reads=((L - 256, 256),))
-    both = floor(canvases=(L,), reads=((L - 256, 256),))
+    step, commit = floor(canvases=(L,)), floor(prefills=((L - 256, 256),))
+    both = floor(canvases=(L,), prefills=((L - 256, 256),))
     assert commit == pytest.approx(11.99 * 29 / 30, rel=0.01)  # the last layer's keys and values alone
     assert both - step == pytest.approx(1.37 * 29 / 30, abs=0.1)
 
@@ -67,7 +67,7 @@ def test_a_commit_beside_a_step_costs_less_than_alone() -> None:
 rows = st.builds(
     BatchShape,
     canvases=st.lists(st.integers(0, 200), max_size=4).map(tuple),
-    reads=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 60)), max_size=4).map(tuple),
+    prefills=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 60)), max_size=4).map(tuple),
     logit_rows=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 12)), max_size=4).map(tuple),
 )
 

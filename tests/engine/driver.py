@@ -51,7 +51,7 @@ def poem(
     one = row(config, index, prompt, sampling, **kw)
     one.images = images
     looked_at = isinstance(sampling, Sampling) and (sampling.checks or one.logprobs is not None)
-    write = verified if looked_at else generate if isinstance(sampling, Sampling) else autoregress
+    write = generate_verified if looked_at else generate if isinstance(sampling, Sampling) else generate_autoregressive
     with without_shape_checks():
         [reply] = [event.reply for event in write(network, [one], sampling) if isinstance(event, Done)]  # type: ignore[operator]
     return reply

@@ -104,7 +104,7 @@ def test_engine_like_spans_equal_the_reference(
     case: str, version: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if version == "torch alone":
-        monkeypatch.setattr("blockpress.ops.rows.fits", lambda *_: False)
+        monkeypatch.setattr("blockpress.ops.rows.supports", lambda *_: False)
     check(build(CASES[case], 2, dtype, 1), 4, dtype, version)
 
 
