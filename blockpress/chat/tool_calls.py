@@ -2,11 +2,12 @@
 
     call:book{guests:2,name:<|"|>Ann "A" Lee<|"|>,notes:[<|"|>a<|"|>,null],when:{day:3,late:true}}
 
-Why: a string may hold any sign, also `"`, `{` and line ends, and needs no escapes, because its quote is a token and not
-text. So a call is read from the pieces of text between those tokens, never from one joined text.
+Why: a string may hold any character, also `"`, `{` and line ends, and needs no escapes, because its quote is a token
+and not text. So a call is read from the pieces of text between those tokens, never from one joined text.
 
-Invariant: `read_call` of what `write_call` wrote gives the same name and arguments; what is no call comes back whole as
-a `MalformedToolCall` that says why, and never as a call with something left out.
+Invariant: `read_call` of what `write_call` wrote gives the same name and arguments. What is not quite of this form is
+mended where it can be read in one way only; what is no call comes back whole as a `MalformedToolCall` that says why,
+and never as a call with something left out (ADR 0027).
 
 Run: python -m pytest tests/chat/test_tool_calls.py
 """
@@ -14,32 +15,34 @@ Run: python -m pytest tests/chat/test_tool_calls.py
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
-__all__ = ["QUOTE", "MalformedToolCall", "ToolCall", "read_call", "write_call"]
+from blockpress.chat.call_quotes import QuoteSearch
+from blockpress.chat.call_syntax import MAX_DEPTH, CallState, finish, read_head, read_outside
+from blockpress.chat.call_values import QUOTED, CallFault, Typing
+
+__all__ = ["MAX_DEPTH", "QUOTE", "MalformedToolCall", "ToolCall", "read_call", "write_call"]
 
 QUOTE = '<|"|>'
 """The text of the token that opens and closes a string."""
 
-MAX_DEPTH = 64
-"""Objects and arrays inside each other; deeper ones are a fault."""
-
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_NEEDS_QUOTES = frozenset(':,{}[]"')
-_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
+_NEEDS_QUOTES = frozenset(":,{}[]\"'")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A call that could be read: the tool's name, and its arguments as JSON values."""
+    """A call that could be read: the tool's name, and its arguments as JSON values.
+
+    mended: whether it was not of the form that `write_call` or JSON gives, and could be read all the same. Calls that
+    ask for the same are equal, however they were written.
+    """
 
     name: str
     arguments: dict[str, Any]
+    mended: bool = field(default=False, compare=False)
 
 
 @final
@@ -77,170 +80,56 @@ def _write_key(key: str) -> str:
     return key if bare else f"{QUOTE}{key}{QUOTE}"
 
 
-def read_call(pieces: Sequence[str]) -> ToolCall | MalformedToolCall:
+def read_call(
+    pieces: Sequence[str], tools: Mapping[str, Mapping[str, Any]] | None = None, *, closed: bool = True
+) -> ToolCall | MalformedToolCall:
     """Read a call from the pieces of text between its quote tokens: outside, string, outside, string, ..., outside.
 
-    Read too, because models write it: strings in JSON's own quotes, bare words as strings, blanks around anything.
+    Args:
+        pieces: as a tokenizer gives them; the tokens themselves are left out.
+        tools: the names of tools with their `parameters`, JSON schemas that say which types bare words have.
+        closed: whether the model has written the call's end; otherwise nothing that is open at the end is closed.
 
     >>> read_call(['call:say{what:', 'a "b" {c', '}'])
-    ToolCall(name='say', arguments={'what': 'a "b" {c'})
-    >>> read_call(["call:say{n:1"]).fault
+    ToolCall(name='say', arguments={'what': 'a "b" {c'}, mended=False)
+    >>> read_call(["call:find{zip:00501,near:[1.,'x']"], {"find": {"properties": {"zip": {"type": "string"}}}})
+    ToolCall(name='find', arguments={'zip': '00501', 'near': [1.0, 'x']}, mended=True)
+    >>> read_call(["call:say{n:1"], closed=False).fault
     'it ends inside an object'
     """
-    raw = QUOTE.join(pieces)
-    if len(pieces) % 2 == 0:
-        return MalformedToolCall(raw=raw, fault="a string is not closed")
     try:
-        name, arguments = _Reader(pieces).call()
-    except _Fault as fault:
-        return MalformedToolCall(raw=raw, fault=str(fault))
-    return ToolCall(name=name, arguments=arguments)
+        name, rest, begin = read_head(pieces[0] if pieces else "", quoted=len(pieces) > 1)
+        parts = [rest, *pieces[1:]]
+        try:
+            state = _in_pairs(begin, parts, closed=closed)
+        except CallFault:
+            found = QuoteSearch(parts, closed=closed).run(begin)
+            if found is None:
+                raise
+            state = found
+        typing = Typing((tools or {}).get(name, {}))
+        arguments = typing.value(json.loads(state.json, object_pairs_hook=_without_twins), typing.root)
+    except CallFault as fault:
+        return MalformedToolCall(raw=QUOTE.join(pieces), fault=str(fault))
+    return ToolCall(name=name, arguments=arguments, mended=state.mended or typing.mended)
 
 
-class _Fault(Exception):
-    """Why the text is no call."""
+def _in_pairs(state: CallState, parts: Sequence[str], *, closed: bool) -> CallState:
+    """The end of the reading in which each quote token opens a string or closes it, in turn."""
+    for place, part in enumerate(parts):
+        if place % 2 == 0:
+            state = read_outside(state, part, quoted=place + 1 < len(parts))
+        elif place + 1 == len(parts):
+            raise CallFault("a string is not closed")
+        else:
+            state = state.put(part, QUOTED)
+    return finish(state, closed=closed)
 
 
-@final
-class _Reader:
-    """Recursive descent over signs and quoted strings: a `str` of one sign, or a tuple that holds a whole string."""
-
-    def __init__(self, pieces: Sequence[str]) -> None:
-        self._items: list[str | tuple[str]] = []
-        for number, piece in enumerate(pieces):
-            self._items += [(piece,)] if number % 2 else list(piece)
-        self._at = 0
-
-    def call(self) -> tuple[str, dict[str, Any]]:
-        prefix, name = self._text_until(":").strip(), ""
-        if prefix != "call":
-            raise _Fault("it does not begin with 'call:'")
-        self._at += 1
-        name = self._text_until("{").strip()
-        if not name:
-            raise _Fault("the call has no name")
-        if self._peek() != "{":
-            raise _Fault("there is no '{' behind the name")
-        arguments = self._object(1)
-        if self._peek() is not None:
-            raise _Fault(f"there is {self._here()} behind the call")
-        return name, arguments
-
-    def _value(self, depth: int) -> Any:
-        item = self._peek()
-        if isinstance(item, tuple):
-            self._at += 1
-            return item[0]
-        if item in ("{", "[") and depth > MAX_DEPTH:
-            raise _Fault(f"it is nested deeper than {MAX_DEPTH}")
-        if item == "{":
-            return self._object(depth)
-        if item == "[":
-            return self._array(depth)
-        if item == '"':
-            return self._json_string()
-        return _scalar(self._text_until(",", "}", "]", "{", "[").strip())
-
-    def _object(self, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        self._at += 1
-        while not self._closes("}", first=not found):
-            key = self._key()
-            if self._peek() != ":":
-                raise _Fault(f"there is no ':' behind the key {key!r}")
-            self._at += 1
-            if key in found:
-                raise _Fault(f"the key {key!r} comes twice")
-            found[key] = self._value(depth + 1)
-        return found
-
-    def _array(self, depth: int) -> list[Any]:
-        found: list[Any] = []
-        self._at += 1
-        while not self._closes("]", first=not found):
-            found.append(self._value(depth + 1))
-        return found
-
-    def _closes(self, end: str, *, first: bool) -> bool:
-        """Step over the end, or over the comma before another entry."""
-        item = self._peek()
-        if item is None:
-            raise _Fault("it ends inside an " + ("object" if end == "}" else "array"))
-        if item == end:
-            self._at += 1
-            return True
-        if not first:
-            if item != ",":
-                raise _Fault(f"there is {self._here()} where ',' or {end!r} should be")
-            self._at += 1
-        return False
-
-    def _key(self) -> str:
-        item = self._peek()
-        if isinstance(item, tuple):
-            self._at += 1
-            return item[0]
-        if item == '"':
-            return self._json_string()
-        key = self._text_until(":", ",", "{", "}", "[", "]").strip()
-        if not key:
-            raise _Fault(f"there is {self._here()} where a key should be")
-        return key
-
-    def _json_string(self) -> str:
-        begin, escaped = self._at, False
-        for place in range(begin + 1, len(self._items)):
-            item = self._items[place]
-            if isinstance(item, tuple):
-                break
-            if item == '"' and not escaped:
-                self._at = place + 1
-                text = "".join(str(sign) for sign in self._items[begin : place + 1])
-                try:
-                    value: str = json.loads(text, strict=False)
-                except ValueError:
-                    raise _Fault("a string in plain quotes is no JSON string") from None
-                return value
-            escaped = item == "\\" and not escaped
-        raise _Fault("a string in plain quotes is not closed")
-
-    def _text_until(self, *ends: str) -> str:
-        begin = self._at
-        while self._at < len(self._items):
-            item = self._items[self._at]
-            if isinstance(item, tuple):
-                if "".join(str(sign) for sign in self._items[begin : self._at]).strip():
-                    raise _Fault("a quoted string stands behind text without quotes")
-                raise _Fault("a quoted string stands where it means nothing")
-            if item in ends:
-                break
-            self._at += 1
-        return "".join(str(sign) for sign in self._items[begin : self._at])
-
-    def _peek(self) -> str | tuple[str] | None:
-        """The next item that is no blank, or None at the end."""
-        while self._at < len(self._items):
-            item = self._items[self._at]
-            if isinstance(item, tuple) or not item.isspace():
-                return item
-            self._at += 1
-        return None
-
-    def _here(self) -> str:
-        item = self._peek()
-        return "the end" if item is None else "a quoted string" if isinstance(item, tuple) else repr(item)
-
-
-def _scalar(text: str) -> Any:
-    """A JSON number, truth value or null; any other bare word is a string."""
-    if not text:
-        raise _Fault("a value is missing")
-    if text in _WORDS:
-        return _WORDS[text]
-    if not _NUMBER.fullmatch(text):
-        return text
-    try:
-        number = json.loads(text)
-    except ValueError:  # more digits than Python turns into a number
-        return text
-    return text if isinstance(number, float) and math.isinf(number) else number
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise CallFault(f"the key {twin!r} comes twice")
+    return found

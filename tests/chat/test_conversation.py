@@ -196,7 +196,7 @@ def test_the_finish_reason_says_why_a_turn_ended(
 
 def test_a_malformed_call_is_returned_with_its_text():
     reply = check_joined(events_of(model(whole("<|tool_call>call:f(a)<tool_call|>b<turn|>"))))
-    assert reply.broken_calls == (MalformedToolCall(raw="call:f(a)", fault="there is no '{' behind the name"),)
+    assert reply.broken_calls == (MalformedToolCall(raw="call:f(a)", fault="there is no '{' after the name"),)
     assert (reply.text, reply.finish_reason) == ("b", "stop")
 
 
