@@ -1,7 +1,7 @@
 """Chat: from messages to the prompt's token ids, and from the model's tokens to its parsed answer.
 
     messages --template, prompt--> ids and pictures       messages, template, prompt
-    ids --parser--> text, reasoning, tool calls           parser, tool_calls
+    ids --parser--> text, reasoning, tool calls           parser, sections, tool_calls, call_*
     both together; thinking budget and retries            conversation, turn
 
 Invariant: no import of torch or transformers; an invalid conversation is refused by name before any computation.

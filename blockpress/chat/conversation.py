@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from blockpress.chat.messages import Media
+from blockpress.chat.messages import Media, check_tools
 from blockpress.chat.parser import SpecialTokens, TurnParser
 from blockpress.chat.prompt import encode_chat
 from blockpress.chat.template import ChatTemplate
@@ -148,10 +148,17 @@ class Chat:
         stop_ids: Sequence[int],
         thinking_budget: int | None = None,
         retry_empty: bool = True,
+        tools: Any = None,
     ) -> ChatOutputProcessor:
-        """The processor for the answer after a prompt. `thinking_budget`: most reasoning tokens; None: no limit."""
+        """The processor for the answer after a prompt.
+
+        thinking_budget: most reasoning tokens; None: no limit. tools: as in the prompt; the arguments of a call get the
+        types that its tool declares.
+        """
         progress = ThinkingProgress(section=self.controls.section_after(prompt))
-        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=progress.section)
+        functions = [tool["function"] for tool in check_tools(tools) or ()]
+        offered = {function["name"]: function.get("parameters", {}) for function in functions}
+        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=progress.section, tools=offered)
         return ChatOutputProcessor(
             self.tokenizer,
             self.controls,

@@ -60,7 +60,7 @@ class ChatOutputProcessor:
         self._stop_ids, self._budget, self._retries = stop_ids, budget, retries
         self._too_early: dict[int, set[int]] = {}
         self._cut_at: int | None = None
-        self._thought_cut = False
+        self._thought_cut = self._ended = False
 
     @property
     def has_text(self) -> bool:
@@ -115,6 +115,7 @@ class ChatOutputProcessor:
     def take(self, tokens: list[int]) -> list[Piece]:
         before = self._parser.tokens_used
         pieces = self._parser.feed(tokens)
+        self._ended = bool(tokens) and tokens[-1] in self._stop_ids
         # A stop string may have begun in an earlier canvas; then none of these tokens are used.
         used = tokens[: max(0, self._parser.tokens_used - before)]
         for token in used:
@@ -124,7 +125,7 @@ class ChatOutputProcessor:
         return pieces
 
     def finish(self) -> list[Piece]:
-        return self._parser.finish()
+        return self._parser.finish(cut=not self._ended)
 
     def _closed(self, tokens: list[int], end: int | None) -> list[int]:
         assert end is not None

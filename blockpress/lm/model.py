@@ -278,11 +278,8 @@ class LM:
         encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
-        def make_processor(prompt: list[int]) -> OutputProcessor:
-            return self._chat.output_processor(
-                prompt, stop=sampling.stop, stop_ids=stop_ids, thinking_budget=thinking_budget, retry_empty=retry_empty
-            )
-
+        limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
+        make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
         ids = [chat.ids for chat in encoded]
         rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs)
         self._attach_images(rows, encoded)

@@ -42,6 +42,8 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)
 HI = [{"role": "user", "content": "Hi"}]
+ZIP = {"type": "object", "properties": {"zip": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": ZIP}}]
 LOREM = "abcdefghijklmnopqrstuvwxyz" * 8
 
 
@@ -185,6 +187,11 @@ def test_a_reply_can_be_sent_back_as_a_message():
         ("<|tool_call>call:f{}<tool_call|>ab<eos>", {"sampling": Sampling(stop="b")}, "stop", 1, 0),
         ("<|tool_call>call:f(a)<tool_call|><eos>", {}, "stop", 0, 1),
         ("<|tool_call>call:f{<eos>", {}, "stop", 0, 1),
+        ("<|tool_call>call:f{}<eos>", {}, "tool_calls", 1, 0),
+        ("call:f{}<eos>", {"tools": TOOLS}, "tool_calls", 1, 0),
+        ("call:f{}<eos>", {"tools": TOOLS, "max_tokens": 8}, "length", 0, 0),
+        ("call:g{}<eos>", {"tools": TOOLS}, "stop", 0, 0),
+        ("call:f{}<eos>", {}, "stop", 0, 0),
     ],
 )
 def test_the_finish_reason_says_why_a_turn_ended(
@@ -192,6 +199,12 @@ def test_the_finish_reason_says_why_a_turn_ended(
 ):
     reply = check_joined(events_of(model(whole(turn)), **options))
     assert (reply.finish_reason, len(reply.tool_calls), len(reply.broken_calls)) == (reason, calls, broken)
+
+
+def test_a_call_is_read_by_the_schema_of_the_tool_that_the_chat_was_given():
+    lm = model(whole("<|tool_call>call:f{zip:501}<tool_call|><eos>"))
+    assert check_joined(events_of(lm, tools=TOOLS)).tool_calls == (ToolCall(name="f", arguments={"zip": "501"}),)
+    assert check_joined(events_of(lm)).tool_calls == (ToolCall(name="f", arguments={"zip": 501}),)
 
 
 def test_a_malformed_call_is_returned_with_its_text():

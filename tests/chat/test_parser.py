@@ -24,6 +24,7 @@ from blockpress.chat import (
 from blockpress.chat.tool_calls import write_call
 from blockpress.text import Tokenizer
 
+from .. import speech
 from .test_tool_calls import arguments
 
 
@@ -54,6 +55,7 @@ def parse(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int] = (), **
 
 
 LS = ToolCall(name="ls", arguments={})
+SAY = ToolCall(name="say", arguments={"a": "x"})
 TURNS: list[tuple[str, list[Piece]]] = [
     ("Hello.<turn|>", [answer("Hello.")]),
     ("<turn|>", []),
@@ -68,7 +70,23 @@ TURNS: list[tuple[str, list[Piece]]] = [
         "<|channel>thought\na<channel|>b<|channel>thought\nc<channel|>d",
         [thought("a"), answer("b"), thought("\n\nc"), answer("d")],
     ),
-    ("a<channel|>b", [answer("ab")]),
+    ("<|channel>t<channel|>4", [thought("t"), answer("4")]),
+    ("<|channel>tho\n<channel|>4", [thought("tho"), answer("4")]),
+    ("<|channel>thoughtful<channel|>4", [thought("thoughtful"), answer("4")]),
+    ("<|channel>thought \nto<channel|>4", [thought("to"), answer("4")]),
+    ("<|channel>though<turn|>", [thought("though")]),
+    ("<|channel>a<|channel>thought\nb<channel|>c", [thought("a\n\nb"), answer("c")]),
+    ("<|channel><channel|><|channel>a<channel|>c", [thought("a"), answer("c")]),
+    # An end of what is not open parts the text around it.
+    ("I think so.<channel|>Hi", [answer("I think so.\n\nHi")]),
+    ("a<channel|> b", [answer("a\n\n b")]),
+    ("a\n<channel|>b", [answer("a\nb")]),
+    ("a<channel|><channel|>b<channel|>", [answer("a\n\nb")]),
+    ("<channel|>b", [answer("b")]),
+    ("a<tool_call|>b", [answer("a\n\nb")]),
+    ("a<|channel><channel|>b", [answer("a\n\nb")]),
+    ("<|channel>a<tool_call|>b<channel|>c", [thought("a\n\nb"), answer("c")]),
+    ("<|tool_call>call:ls{}<tool_call|><tool_call|>Done.", [LS, answer("Done.")]),
     ("<|tool_call>call:ls{}<tool_call|><|tool_response>", [LS]),
     ("Look:<|tool_call>call:ls{}<tool_call|><|tool_call>call:ls{}<tool_call|>", [answer("Look:"), LS, LS]),
     ('<|tool_call>call:say{a:<|"|>"{<|"|>}<tool_call|>', [ToolCall(name="say", arguments={"a": '"{'})]),
@@ -77,6 +95,16 @@ TURNS: list[tuple[str, list[Piece]]] = [
         '<|tool_call>call:say{a:<|"|>x<turn|>',
         [MalformedToolCall(raw='call:say{a:<|"|>x', fault="the call is not closed")],
     ),
+    (
+        '<|tool_call>call:say{a:<|"|>x<|"|><turn|>',
+        [MalformedToolCall(raw='call:say{a:<|"|>x<|"|>', fault="the call is not closed")],
+    ),
+    # What a call lacks before its end is mended, and a whole call without its end is one.
+    ("<|tool_call>call:ls{<tool_call|>", [LS]),
+    ('<|tool_call>call:say{a:<|"|>x}<tool_call|>', [SAY]),
+    ("<|tool_call>call:ls{}<turn|>", [LS]),
+    ('<|tool_call>call:say{a:<|"|>x<|"|>}', [SAY]),
+    ("<|tool_call>call:ls{}<|tool_call>call:ls{}<tool_call|>", [LS, LS]),
     (
         "<|tool_call>call:ls{<|tool_call>call:ls{}<tool_call|>",
         [MalformedToolCall(raw="call:ls{", fault="the call is not closed"), LS],
@@ -101,16 +129,125 @@ def test_a_thought_opened_by_the_prompt_is_a_thought(gemma: Tokenizer):
     assert parse(gemma, ids, section="thought") == [thought("so"), answer("4")]
 
 
+def test_a_thought_that_the_prompt_opened_is_all_that_comes(gemma: Tokenizer):
+    """Its label is in the prompt, so what is like a label is a thought, too; but for one that is written again."""
+    for text, wanted in (("tho", "tho"), ("thought", "thought"), ("thought\nso", "so"), ("t\n", "t")):
+        ids = gemma.encode(f"{text}<channel|>4", add_special=False)
+        assert parse(gemma, ids, section="thought") == [thought(wanted), answer("4")]
+
+
+WITHOUT_OPENER: list[tuple[str, list[Piece]]] = [
+    ("call:ls{}<turn|>", [LS]),
+    ("call:ls{}", [LS]),
+    ('Look.\ncall: say {a:<|"|>x<|"|>}\n<turn|>', [answer("Look.\n"), SAY]),
+    ("<|channel>thought\na<channel|>call:ls{}<turn|>", [thought("a"), LS]),
+    ("call:ls{}\ncall:ls{}<|tool_response>", [LS, LS]),
+    ('call:say{a:<|"|>call:ls{}\ncall:ls{}<|"|>}', [ToolCall(name="say", arguments={"a": "call:ls{}\ncall:ls{}"})]),
+    ("call:ls{}<|tool_call>call:ls{}<tool_call|>", [LS, LS]),
+    # Its end came, so it is a call, and may be mended.
+    ('call:say{a:<|"|>x}<tool_call|>ok', [SAY, answer("ok")]),
+    (
+        "call:ls{a:<tool_call|>ok",
+        [MalformedToolCall(raw="call:ls{a:", fault="it ends inside an object"), answer("ok")],
+    ),
+    # Text that speaks of a call.
+    ("Use call:ls{}", [answer("Use call:ls{}")]),
+    ("call:ls{}\nThat lists.", [answer("call:ls{}\nThat lists.")]),
+    ("call:ls{}call:ls{}", [answer("call:ls{}call:ls{}")]),
+    ("call:ls{a:1<turn|>", [answer("call:ls{a:1")]),
+    ("call:rm{}<turn|>", [answer("call:rm{}")]),
+    ("call: me, call:ls{", [answer("call: me, call:ls{")]),
+    ("call<turn|>", [answer("call")]),
+    # A thought begins the turn, and ends.
+    ("thought\nI add.\n<channel|>4", [thought("I add."), answer("4")]),
+    ("\nthought \nI add.<channel|>4", [answer("\n"), thought("I add."), answer("4")]),
+    ("thought<channel|>4", [answer("4")]),
+    ("thought\n<channel|>4", [answer("4")]),
+    ("thought\nI add.<turn|>", [answer("thought\nI add.")]),
+    ("thought\nI add.<tool_call|>4", [answer("thought\nI add.\n\n4")]),
+    ("thoughtful<channel|>4", [answer("thoughtful\n\n4")]),
+    ("A\nthought\nB<channel|>4", [answer("A\nthought\nB\n\n4")]),
+]
+
+
+@pytest.mark.parametrize(("text", "wanted"), WITHOUT_OPENER, ids=[text for text, _ in WITHOUT_OPENER])
+def test_a_call_or_a_thought_without_its_opener(text: str, wanted: list[Piece]):
+    """By a tokenizer of single characters, and so wherever a token may end."""
+    ids = speech.ids(text)
+    tools = {"ls": {}, "say": {}}
+    for cuts in ((), range(1, len(ids))):
+        found = parse(speech.TOKENIZER, ids, cuts, tools=tools)
+        assert found == wanted
+        mended = [piece.mended for piece in found if isinstance(piece, ToolCall)]
+        assert all(mended[: len(mended) - text.count("<|tool_call>")])
+
+
+def test_what_is_cut_off_is_no_call(gemma: Tokenizer):
+    """Though nothing of it is missing so far: more might have come."""
+    for text, wanted in (
+        ("<|tool_call>call:ls{}", MalformedToolCall(raw="call:ls{}", fault="the call is not closed")),
+        ("call:ls{}", answer("call:ls{}")),
+        ("<|tool_call>call:ls{}<tool_call|>", LS),
+    ):
+        parser = TurnParser(gemma, SpecialTokens.of(gemma))
+        assert [*parser.feed(gemma.encode(text, add_special=False)), *parser.finish(cut=True)] == [wanted]
+
+
+def test_only_tools_that_were_given_are_called_without_an_opener(gemma: Tokenizer):
+    ids = gemma.encode("call:ls{}<turn|>", add_special=False)
+    for tools, wanted in ((None, LS), ({"ls": {}}, LS), ({}, answer("call:ls{}")), ({"l": {}}, answer("call:ls{}"))):
+        assert parse(gemma, ids, tools=tools) == [wanted]
+
+
+def test_a_call_is_read_by_the_schema_of_its_tool(gemma: Tokenizer):
+    ids = gemma.encode("<|tool_call>call:find{zip:501}<tool_call|>", add_special=False)
+    tools = {"find": {"properties": {"zip": {"type": "string"}}}}
+    assert parse(gemma, ids, tools=tools) == [ToolCall(name="find", arguments={"zip": "501"})]
+
+
+def test_stop_texts_are_looked_for_in_what_is_no_call_after_all(gemma: Tokenizer):
+    ids = gemma.encode("a\ncall:ls{}END b", add_special=False)
+    assert parse(gemma, ids, range(len(ids)), stop=["END"]) == [answer("a\ncall:ls{}")]
+    parser = TurnParser(gemma, SpecialTokens.of(gemma), stop=["END"])
+    assert joined([*parser.feed(ids), *parser.finish()]) == [answer("a\ncall:ls{}")]
+    assert parser.stopped == "END" and gemma.decode(ids[: parser.tokens_used]) == "a\ncall:ls{}"
+    ids = gemma.encode("call:say{a:END}<turn|>", add_special=False)
+    assert parse(gemma, ids, stop=["END"]) == [ToolCall(name="say", arguments={"a": "END"})]
+
+
 CONTROLS = ["<|channel>", "thought\n", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<turn|>", "call:f{", "}"]
+turns = st.lists(st.sampled_from([*CONTROLS, " word", "\n", "\ncall:f{}", "é", "🙂", "a:1,", "12", "tho"]), max_size=14)
 
 
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from([*CONTROLS, " word", "\n", "é", "🙂", "a:1,", "12"]), max_size=14), st.data())
+@given(turns, st.data())
 def test_pieces_do_not_depend_on_how_tokens_are_split(gemma: Tokenizer, parts: list[str], data: st.DataObject):
     ids = [token for part in parts for token in gemma.encode(part, add_special=False)]
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=6))
-    stop = data.draw(st.sampled_from([(), ("word",), ("d 1", "\n")]))
-    assert parse(gemma, ids, cuts, stop=stop) == parse(gemma, ids, stop=stop)
+    options: dict[str, Any] = {
+        "stop": data.draw(st.sampled_from([(), ("word",), ("d 1", "\n")])),
+        "section": data.draw(st.sampled_from(["answer", "thought"])),
+        "tools": data.draw(st.sampled_from([None, {}, {"f": {}}])),
+    }
+    assert parse(gemma, ids, cuts, **options) == parse(gemma, ids, **options)
+
+
+@settings(max_examples=60)
+@given(turns)
+def test_pieces_are_never_taken_back(gemma: Tokenizer, parts: list[str]):
+    """What comes of the beginning of a turn is the beginning of what comes of the turn."""
+    ids = [token for part in parts for token in gemma.encode(part, add_special=False)]
+    parser = TurnParser(gemma, SpecialTokens.of(gemma))
+    whole, said = parse(gemma, ids), list[Piece]()
+    for token in ids:
+        said = joined([*said, *parser.feed([token])])
+        if not said:
+            continue
+        assert said[:-1] == whole[: len(said) - 1]
+        last, there = said[-1], whole[len(said) - 1]
+        if isinstance(last, TextDelta) and isinstance(there, TextDelta):
+            there = TextDelta(there.kind, there.text[: len(last.text)])
+        assert last == there
 
 
 @settings(max_examples=60)
@@ -121,11 +258,10 @@ def test_no_text_is_lost(gemma: Tokenizer, parts: list[str]):
         if isinstance(piece, TextDelta)
         else piece.raw
         if isinstance(piece, MalformedToolCall)
-        else "call:" + piece.name
+        else f"call:{piece.name}{json.dumps(piece.arguments, ensure_ascii=False)}"
         for piece in parse(gemma, [token for part in parts for token in gemma.encode(part, add_special=False)])
     )
     for sign in ("word", "é", "🙂"):
-        # A call that could be read holds none of these, and what could not be read holds all of its text.
         assert said.count(sign) == sum(part.count(sign) for part in parts)
 
 
