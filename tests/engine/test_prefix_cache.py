@@ -192,7 +192,7 @@ def test_pages_with_nan_are_not_reused():
     tables = BlockTables(small(), EngineOptions(), dict.fromkeys(KINDS["both"], 10))
     first = ask(TEXT)
     read(tables, first)
-    tables.release(first, spoilt=True)
+    tables.release(first, discard=True)
     assert not any(tables.match(ask(TEXT)).values())
     assert [(pool.available, pool.reusable) for pool in tables.pools.values()] == [(10, 0)] * 2
     tables.check([])

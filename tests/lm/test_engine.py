@@ -116,7 +116,7 @@ def test_leaving_early_ends_the_work(lm: LM, alone: list[Reply]):
             break
     assert lm.generate(PROMPTS[1], max_tokens=40, seed=3) == alone[1]
     assert stats(lm).scheduler.running == 0 and held(lm) == 0
-    assert not lm.engine._made[1]._inboxes  # type: ignore[index]
+    assert not lm.engine._current[1]._inboxes  # type: ignore[index]
 
 
 def test_a_stream_that_is_collected_inside_a_forward_does_not_block(lm: LM, alone: list[Reply]):
