@@ -1,4 +1,4 @@
-"""The rows of a forward: every token of every work once, in the order silent, heard, canvases."""
+"""The rows of a forward: every token of every work once, in the order kv_only, with_logits, canvases."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def wanted(work: ScheduledRequest) -> dict[str, list[int]]:
     last = request.num_logit_tokens if work.stop == len(request.context) else 0
     heard = [at for at in range(work.start, work.stop) if at >= work.stop - last]
     return {
-        "silent": [at for at in range(work.start, work.stop) if at not in heard],
-        "heard": heard,
+        "kv_only": [at for at in range(work.start, work.stop) if at not in heard],
+        "with_logits": heard,
         "canvases": list(range(work.stop, work.stop + PAGE)) if work.canvas else [],
     }
 
@@ -51,7 +51,7 @@ def test_every_token_has_one_row(shares: list[tuple[int, bool, int, int, int]]) 
     positions = batch.positions(torch.device("cpu"))[0].tolist() if batch.num_rows else []
     found: dict[tuple[Request, str], list[int]] = {}
     row = 0
-    for kind in ("silent", "heard", "canvases"):
+    for kind in ("kv_only", "with_logits", "canvases"):
         parts: tuple[Any, ...] = getattr(batch, kind)
         for part in parts:
             assert (part.start, part.canvas) == (row, kind == "canvases") and part.stop > row
@@ -60,7 +60,7 @@ def test_every_token_has_one_row(shares: list[tuple[int, bool, int, int, int]]) 
             found[part.request, kind] = positions[part.start : part.stop]
             if not part.canvas:
                 assert part.tokens == [10 + at for at in positions[part.start : part.stop]]
-        ends = {"silent": batch.num_kv_only, "heard": batch.num_causal, "canvases": batch.num_rows}
+        ends = {"kv_only": batch.num_kv_only, "with_logits": batch.num_causal, "canvases": batch.num_rows}
         assert row == ends[kind]
     expected = {(work.request, kind): at for work in works for kind, at in wanted(work).items() if at}
     assert found == expected

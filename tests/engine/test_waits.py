@@ -211,7 +211,7 @@ def test_nan_and_sampling_errors_end_only_their_request_on_a_device(card: Card, 
         wanted = lone(network, how)
         core, requests = EngineCore(network, ROOMY), asked([how] * 3)
         found = watched(card, core)
-        monkeypatch.setattr(type(requests[1].row), "banned", property(banned_by({requests[1].row})))
+        monkeypatch.setattr(type(requests[1].row), "banned_ids", property(banned_by({requests[1].row})))
         told = play_spoilt(core, requests, spoilt=requests[0])
         monkeypatch.undo()
         failed = [told[request][-1] for request in requests[:2]]
