@@ -149,7 +149,7 @@ def test_a_step_changes_only_its_slots(network: Network):
                 x for x in touched if x is not None
             )
         at = rows.index(1)
-        assert finished.host_words[at].tolist() == [0, 0, 1, *finished.argmax[at].tolist()]
+        assert finished.packed_results[at].tolist() == [0, 0, 1, *finished.argmax[at].tolist()]
         results.append((slots.canvas[3], slots.argmax[3], finished.accepted[at], finished.changed[at]))
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))

@@ -83,7 +83,7 @@ def test_a_sparse_soft_embedding_is_near_the_exact_one_and_changes_nothing_else(
     sizes = torch.linspace(0.1, 4, SEVERAL_TILES.canvas_length)[:, None]
     hidden = torch.randn(SEVERAL_TILES.canvas_length, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
     (exact, wanted), (sparse, got) = (stepped(network, kind, hidden * sizes) for kind in ("exact", "sparse"))
-    assert torch.equal(exact.host_words, sparse.host_words) and torch.equal(exact.accepted, sparse.accepted)
+    assert torch.equal(exact.packed_results, sparse.packed_results) and torch.equal(exact.accepted, sparse.accepted)
     assert torch.equal(exact.entropy, sparse.entropy)
     longest = float(network.embed_tokens.weight.norm(dim=-1).max() * network.embed_scale())
     apart = (got - wanted).norm(dim=-1)
