@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from blockpress.chat.call_syntax import ENDS, NAMED, CallState, finish, read_outside, unescaped
-from blockpress.chat.call_values import QUOTED, CallFault
+from blockpress.chat.call_values import QUOTED, _CallFault
 
 __all__ = ["QuoteSearch"]
 
@@ -81,7 +81,7 @@ class QuoteSearch:
             # The last token may as well close a word before it that has no quotes.
             if not fault and place + 1 == last and state.mended == was_mended:
                 yield last + 1, self._without_end(state), "end"
-        except CallFault:
+        except _CallFault:
             return
         if not (state.wants_key or state.wants_value):
             return
@@ -128,7 +128,7 @@ class QuoteSearch:
                 continue
             try:
                 before = read_outside(state, piece[:begin], quoted=False)
-            except CallFault:
+            except _CallFault:
                 continue
             # With a word before it that has no quotes either, the string might begin there.
             if before.mended == state.mended and (before.want == "value" or (before.wants_value and "," not in text)):
@@ -138,13 +138,13 @@ class QuoteSearch:
         """The end of the call, if its last piece is a string with what closes the containers behind it."""
         text, body = self._pieces[-1], self._pieces[-1]
         if not (self._closed and state.wants_value) or _ENTRY.search(text) or (state.want != "value" and "," in text):
-            raise CallFault("a string is not closed")
+            raise _CallFault("a string is not closed")
         ends = [ENDS[char] for char in reversed(state.stack)]
         for number in range(1, len(ends) + 1):
             found = re.search(r"\s*".join(map(re.escape, ends[:number])) + r"\s*\Z", text)
             body = text[: found.start()] if found else body
         if not _is_balanced(body) or not (body or state.want == "value"):
-            raise CallFault("a string is not closed")
+            raise _CallFault("a string is not closed")
         return finish(read_outside(state.put(body, QUOTED), text[len(body) :], quoted=False), closed=True)
 
 

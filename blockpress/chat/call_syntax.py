@@ -6,7 +6,7 @@
 Models leave out a last brace, double a brace, and write a comma too many. That is mended on the way, since there is one
 way to do it. Which quote tokens open and close a string is the caller's to say (`tool_calls`, `call_quotes`).
 
-Invariant: every word of the text is in the JSON, or it is a `CallFault`. The time is in proportion to the text, and
+Invariant: every word of the text is in the JSON, or it is a `_CallFault`. The time is in proportion to the text, and
 nothing calls itself.
 
 Run: python -m pytest tests/chat/test_tool_calls.py
@@ -18,7 +18,7 @@ import json
 import re
 from typing import NamedTuple
 
-from blockpress.chat.call_values import BARE, QUOTED, CallFault, is_json
+from blockpress.chat.call_values import BARE, QUOTED, _CallFault, is_json
 
 __all__ = ["ENDS", "MAX_DEPTH", "NAMED", "CallState", "finish", "read_head", "read_outside", "unescaped"]
 
@@ -74,7 +74,7 @@ class CallState(NamedTuple):
         return self.want in ("value", "first element", "element")
 
     def put(self, text: str, mark: str) -> CallState:
-        """With a key, or with a value, of which `mark` says how it was written. CallFault: neither fits here."""
+        """With a key, or with a value, of which `mark` says how it was written. _CallFault: neither fits here."""
         comma = "," if self.want in ("key", "element") else ""
         if self.wants_key:
             return self._replace(want="colon", written=(self.written, f"{comma}{json.dumps(text)}:"))
@@ -85,7 +85,7 @@ class CallState(NamedTuple):
     def open(self, char: str) -> CallState:
         """In another object or array, or after the second brace of a doubled one."""
         if len(self.stack) == MAX_DEPTH:
-            raise CallFault(f"it is nested deeper than {MAX_DEPTH}")
+            raise _CallFault(f"it is nested deeper than {MAX_DEPTH}")
         if char == _GHOST:
             return self._replace(stack=self.stack + char, mended=True)
         comma = "," if self.want == "element" else ""
@@ -100,34 +100,34 @@ class CallState(NamedTuple):
             return CallState(above, "close", self.written, mended)
         return CallState(above, "comma" if above else "end", (self.written, ENDS[top]), mended)
 
-    def fault(self, what: str) -> CallFault:
+    def fault(self, what: str) -> _CallFault:
         """That `what` stands where something else should be."""
         if self.want in ("end", "surplus"):
-            return CallFault(f"there is {what} after the call")
+            return _CallFault(f"there is {what} after the call")
         if self.want == "colon":
-            return CallFault("there is no ':' after a key")
+            return _CallFault("there is no ':' after a key")
         wanted = f"',' or {ENDS[self.stack[-1]]!r}" if self.want == "comma" else _WANTED.get(self.want, "a value")
-        return CallFault(f"there is {what} where {wanted} should be")
+        return _CallFault(f"there is {what} where {wanted} should be")
 
 
 def read_head(text: str, *, quoted: bool) -> tuple[str, str, CallState]:
     """The call's name, what follows its brace, and the state there. `quoted`: a string follows the text.
 
-    The word `call` may be left out. CallFault: it is no beginning of a call.
+    The word `call` may be left out. _CallFault: it is no beginning of a call.
     """
     head, brace, rest = text.partition("{")
     if quoted and not brace:
-        raise CallFault("a quoted string stands before the arguments")
+        raise _CallFault("a quoted string stands before the arguments")
     word, colon, name = (part.strip() for part in head.partition(":"))
     mended = not colon or word != "call"
     if mended:
         name = name if not word else "" if colon or word == "call" else word
         if not brace or not re.fullmatch(r"[\w.-][\w.:-]*", name):
-            raise CallFault("it does not begin with 'call:'")
+            raise _CallFault("it does not begin with 'call:'")
     if not name:
-        raise CallFault("the call has no name")
+        raise _CallFault("the call has no name")
     if not brace:
-        raise CallFault("there is no '{' after the name")
+        raise _CallFault("there is no '{' after the name")
     return name, rest, CallState("{", "first key", (None, "{"), mended=mended)
 
 
@@ -169,7 +169,7 @@ def _read_entry(state: CallState, text: str, at: int, *, quoted: bool, has_singl
             value, end = _JSON_STRING.raw_decode(text, at)
         except json.JSONDecodeError as error:
             closed = not error.msg.startswith("Unterminated")
-            raise CallFault(f"a string in plain quotes is {'no JSON string' if closed else 'not closed'}") from None
+            raise _CallFault(f"a string in plain quotes is {'no JSON string' if closed else 'not closed'}") from None
         return state.put(value, QUOTED), end
     single = _SINGLE.match(text, at) if text[at] == "'" and has_single else None
     if single is not None and not (quoted and single.end() == len(text)):
@@ -178,9 +178,9 @@ def _read_entry(state: CallState, text: str, at: int, *, quoted: bool, has_singl
     assert found is not None
     word = found[0].strip()
     if quoted and found.end() == len(text):
-        raise CallFault("a quoted string stands after text without quotes")
+        raise _CallFault("a quoted string stands after text without quotes")
     if state.want in ("first element", "element") and re.match(NAMED, word):
-        raise CallFault(f"there is {word[:40]!r} where a value should be")
+        raise _CallFault(f"there is {word[:40]!r} where a value should be")
     mended = state.mended or (state.wants_value and not is_json(word))
     return state.put(word, BARE)._replace(mended=mended), found.end()
 
@@ -209,7 +209,7 @@ def finish(state: CallState, *, closed: bool) -> CallState:
     if state.want in ("end", "surplus"):
         return state
     if not closed or state.want in ("value", "colon"):
-        raise CallFault(f"it ends inside an {'array' if state.stack[-1] == '[' else 'object'}")
+        raise _CallFault(f"it ends inside an {'array' if state.stack[-1] == '[' else 'object'}")
     while state.stack:
         state = state.close()._replace(mended=True)
     return state

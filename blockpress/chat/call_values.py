@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
-__all__ = ["BARE", "QUOTED", "CallFault", "Typing", "is_json", "read_bare"]
+__all__ = ["BARE", "QUOTED", "Typing", "is_json", "read_bare"]
 
 QUOTED, BARE = "q", "b"
 """What a string in the translated call begins with: whether the model wrote its text in quotes."""
@@ -41,12 +41,12 @@ _TYPES: dict[type, frozenset[str]] = {
 }
 
 
-class CallFault(Exception):
+class _CallFault(Exception):
     """Why a text is no call."""
 
 
 def _refuse(constant: str) -> Any:
-    raise CallFault(f"{constant} is no JSON value")
+    raise _CallFault(f"{constant} is no JSON value")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
@@ -64,7 +64,7 @@ def is_json(text: str) -> bool:
 def read_bare(text: str) -> tuple[Any, bool]:
     """What a word without quotes means, and whether JSON reads it so.
 
-    CallFault names NaN and the infinities, which JSON does not have.
+    _CallFault names NaN and the infinities, which JSON does not have.
 
     >>> read_bare("-1.5e3"), read_bare("108."), read_bare("New York")
     ((-1500.0, True), (108.0, False), ('New York', False))
@@ -88,7 +88,7 @@ class Typing:
         """Whether a value was given a type that its text alone does not have."""
 
     def value(self, node: Any, schema: Any) -> Any:
-        """`node`: objects and arrays of strings that begin with QUOTED or BARE. CallFault: it has no value."""
+        """`node`: objects and arrays of strings that begin with QUOTED or BARE. _CallFault: it has no value."""
         if isinstance(node, dict):
             return {key: self.value(entry, self._child(schema, key)) for key, entry in node.items()}
         if isinstance(node, list):
@@ -101,7 +101,7 @@ class Typing:
             return text
         if not text and types and "string" not in types:
             if "null" not in types:
-                raise CallFault("a value is missing")
+                raise _CallFault("a value is missing")
             return None
         value, known = read_bare(text)
         if not types or _TYPES[type(value)] & types:
@@ -124,7 +124,7 @@ class Typing:
         if types & {"object", "array"}:
             try:
                 whole = _DECODER.decode(word)
-            except (ValueError, CallFault, RecursionError):
+            except (ValueError, _CallFault, RecursionError):
                 return otherwise
             if isinstance(whole, dict | list) and _TYPES[type(whole)] & types:
                 return whole

@@ -21,7 +21,7 @@ from typing import Any, final
 
 from blockpress.chat.call_quotes import QuoteSearch
 from blockpress.chat.call_syntax import MAX_DEPTH, CallState, finish, read_head, read_outside
-from blockpress.chat.call_values import QUOTED, CallFault, Typing
+from blockpress.chat.call_values import QUOTED, Typing, _CallFault
 
 __all__ = ["MAX_DEPTH", "QUOTE", "MalformedToolCall", "ToolCall", "read_call", "write_call"]
 
@@ -102,14 +102,14 @@ def read_call(
         parts = [rest, *pieces[1:]]
         try:
             state = _in_pairs(begin, parts, closed=closed)
-        except CallFault:
+        except _CallFault:
             found = QuoteSearch(parts, closed=closed).run(begin)
             if found is None:
                 raise
             state = found
         typing = Typing((tools or {}).get(name, {}))
         arguments = typing.value(json.loads(state.json, object_pairs_hook=_without_twins), typing.root)
-    except CallFault as fault:
+    except _CallFault as fault:
         return MalformedToolCall(raw=QUOTE.join(pieces), fault=str(fault))
     return ToolCall(name=name, arguments=arguments, mended=state.mended or typing.mended)
 
@@ -120,7 +120,7 @@ def _in_pairs(state: CallState, parts: Sequence[str], *, closed: bool) -> CallSt
         if place % 2 == 0:
             state = read_outside(state, part, quoted=place + 1 < len(parts))
         elif place + 1 == len(parts):
-            raise CallFault("a string is not closed")
+            raise _CallFault("a string is not closed")
         else:
             state = state.put(part, QUOTED)
     return finish(state, closed=closed)
@@ -131,5 +131,5 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twin = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise CallFault(f"the key {twin!r} comes twice")
+        raise _CallFault(f"the key {twin!r} comes twice")
     return found

@@ -21,7 +21,7 @@ ROWS = 256
 FLOATS = ["peak", "rest", "moment", "coarse", "temperature", "entropy", "highest", "mass", "rough", "parts", "share"]
 """Arguments that are float32 in every kernel; but `share` is bfloat16 in `probabilities.multiply`."""
 
-WHOLE = ["ids", "edges", "best", "order", "amount", "kept", "chosen", "firsts", "counts", "stops", "table", "places"]
+WHOLE = ["ids", "edges", "best", "order", "amount", "chosen", "firsts", "counts", "stops", "table", "slot_mapping"]
 STRIDED = ["query", "key", "value", "key_pages", "value_pages"]
 
 
@@ -165,7 +165,7 @@ def _attention() -> Iterator[Variant]:
             shape = {"num_warps": tile.warps, "num_stages": tile.stages}
             yield _variant(f"attend {label} {tokens} rows", attention.attend_kernel, constants, shape)
         constants = {"PARTS": 4, "ROWS": 16, "DIM": dim}
-        yield _variant(f"attend combine {label}", attention.combine_kernel, constants, {}, {"seen": "*fp32"})
+        yield _variant(f"attend combine {label}", attention.combine_kernel, constants, {}, {"partial": "*fp32"})
         constants = {"PAGE": 256, "DIM": dim, "WIDTH": dim}
         yield _variant(f"attend write {label}", attention.write_kernel, constants, {"num_warps": 1})
 
@@ -176,14 +176,14 @@ def _variant(
     """A kernel with the types that its arguments' names imply; all numbers but counts of rows are divisible by 16."""
     shape = dict(shape)
     warps, stages = shape.pop("num_warps", 4), shape.pop("num_stages", 3)
-    known = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WHOLE, "*i32") | {"seen": "*bf16"}
+    known = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WHOLE, "*i32") | {"partial": "*bf16"}
     known |= {"uniform": "*fp64", "argmax": "*i64", "sample": "*i64", "banned": "*i8", "causals": "*i8"}
     known |= dict.fromkeys(("highests", "totals"), "*fp32") | dict.fromkeys(("cap", "least", "dropped"), "fp32")
     known |= dict.fromkeys(
-        ["n", "vocab", "width", "count", "tiles", "stretches", "tokens", "heads", "window", "rows", "table_row"], "i32"
+        ["n", "vocab", "width", "count", "tiles", "splits", "tokens", "heads", "window", "rows", "table_row"], "i32"
     )
     if constants.get("PARTED"):
-        known |= {"seen": "*fp32"}
+        known |= {"partial": "*fp32"}
     if kernel is probabilities.multiply:
         known |= {"share": "*bf16"}
     constants = constants | shape

@@ -50,12 +50,12 @@ def test_supported_weight_layouts(interpreted: Callable[..., subprocess.Complete
     """On a CPU nothing suits; of the layouts, those with zero points or int8 codes go the plain way."""
     code = """
 import torch
-from blockpress.ops.kernels.experts import kind_of, suits
+from blockpress.ops.kernels.experts import packing_of, supports
 from tests.ops.layouts import LAYOUTS
-print({name: kind_of(make((2, 64, 128), 0)) for name, make in LAYOUTS.items()})
+print({name: packing_of(make((2, 64, 128), 0)) for name, make in LAYOUTS.items()})
 x = torch.zeros(1, 8, dtype=torch.bfloat16)
 with torch.no_grad():
-    print(suits(x, torch.zeros(2, 8, 8, dtype=torch.bfloat16), torch.zeros(2, 8, 4, dtype=torch.bfloat16)))
+    print(supports(x, torch.zeros(2, 8, 8, dtype=torch.bfloat16), torch.zeros(2, 8, 4, dtype=torch.bfloat16)))
 """
     done = interpreted("-c", code)
     assert done.returncode == 0, done.stderr
