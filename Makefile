@@ -30,11 +30,14 @@ endef
 demo: $(VENV)/.installed
 	@$(BIN)/blockpress sudoku --random 1 --givens 45 --seed $${SEED:-$$RANDOM}
 
+# Python keeps what it has compiled, whatever the environment says: else each process that a test starts compiles it anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.developing
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# What loads no oracle, interprets no kernel and takes no ten seconds: for while you write.
+# What loads no oracle, interprets no kernel and takes no seconds, without checks of shapes: for while you write.
 test-fast: WORKERS = 2
+test-fast: export JAXTYPING_DISABLE := 1
 test-fast: override PYTEST_ARGS += -m "not parity and not interpreter and not slow"
 test-fast: test
 

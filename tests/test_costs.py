@@ -22,7 +22,10 @@ from blockpress.ops.cpu import bridge
 from blockpress.ops.vocabulary import blocks
 
 WITHIN = 0.05
-pytestmark = pytest.mark.skipif(compiled.library("rows") is None, reason="no C++ compiler: torch's softmax takes more")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiled.library("rows") is None, reason="no C++ compiler: torch's softmax takes more"),
+]
 
 SLIDING = LayerConfig(kind="sliding_attention", head_dim=64, kv_heads=4)
 FULL = LayerConfig(kind="full_attention", head_dim=128, kv_heads=2)

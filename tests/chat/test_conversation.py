@@ -220,6 +220,7 @@ def test_stop_texts_belong_to_the_answer():
     assert reply.tokens == ids("<|channel>thought\nnot END here\n<channel|>but here ")
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.integers(1, 60), st.none() | st.integers(1, 40), st.sampled_from([(), ("c", "zz"), ("lm",)]))
 def test_streamed_and_joined_equals_the_whole(length: int, limit: int | None, stop: tuple[str, ...]):
@@ -259,6 +260,7 @@ def thinker(thought: str, answer: str) -> Script:
     return script
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(0, 40))
 def test_the_thinking_budget_is_exact(budget: int, length: int):
@@ -496,6 +498,7 @@ def random_lm(random_network) -> LM:  # type: ignore[no-untyped-def]
     )
 
 
+@pytest.mark.slow
 def test_random_weights_answer_the_same_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.MonkeyPatch):
     talks = [[{"role": "user", "content": word}] for word in ["Hi", "Say one word.", "4?"]]
     options: dict[str, Any] = {"max_tokens": 30, "thinking": True, "thinking_budget": 6}

@@ -51,16 +51,21 @@ def small(tiny: ModelConfig) -> ModelConfig:
     "kind",
     [
         Type.F32,
-        Type.F16,
-        Type.BF16,
         Type.Q8_0,
-        Type.Q4_0,
-        Type.Q4_1,
-        Type.Q5_0,
-        Type.Q5_1,
         Type.Q4_K,
-        Type.Q5_K,
-        Type.Q6_K,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (
+                Type.F16,
+                Type.BF16,
+                Type.Q4_0,
+                Type.Q4_1,
+                Type.Q5_0,
+                Type.Q5_1,
+                Type.Q5_K,
+                Type.Q6_K,
+            )
+        ),
     ],
     ids=lambda kind: kind.name,
 )
@@ -76,6 +81,7 @@ def test_a_gguf_network_computes_what_its_values_compute(kind: Type, config: Mod
     assert set(packed_weights(network.layers[0].experts)) == ({"gate_up_proj", "down_proj"} if packed else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q3_K, Type.IQ4_XS], ids=lambda kind: kind.name)
 def test_other_types_are_unpacked_by_the_package(kind: Type, config: ModelConfig, tmp_path: Path) -> None:
     truth = write_gguf(tmp_path / "x.gguf", config, kind)
@@ -84,6 +90,7 @@ def test_other_types_are_unpacked_by_the_package(kind: Type, config: ModelConfig
     check_runs_as(network, truth)
 
 
+@pytest.mark.slow
 def test_without_the_package_its_extra_is_named(config: ModelConfig, tmp_path: Path) -> None:
     """Layouts of our own need no package; the others say which extra to install."""
     write_gguf(tmp_path / "ours.gguf", config, Type.Q4_K)

@@ -73,6 +73,7 @@ def test_a_truncated_shard_is_named(copied: Copied) -> None:
     assert last.name in error.message
 
 
+@pytest.mark.slow
 def test_a_changed_header_is_refused_or_harmless(copied: Copied, single: Path) -> None:
     file = copied() / SINGLE
     whole, weights = file.read_bytes(), dict(load_network(single).state_dict())

@@ -54,6 +54,7 @@ def test_unpacked_values_equal_those_of_the_format_s_own_tools(written: Written)
                 assert bits(weight.unpack(dtype)) == bits(value.to(dtype)), name
 
 
+@pytest.mark.slow
 def test_a_packed_network_computes_what_its_floats_compute(written: Written) -> None:
     network, reference = load_network(written.folder), written.reference()
     floats = {name: as_multiplied(weight) for name, weight in all_packed(network).items()}
@@ -172,6 +173,7 @@ def test_packed_weights_move_with_the_network(tmp_path: Path) -> None:
     assert {name: weight.nbytes for name, weight in all_packed(network).items()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4 group", "fp8 channel"])
 def test_packed_weights_run_in_narrow_types(name: str, dtype: str, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_a_config_gives_the_shape(call: Call, untrained: Path) -> None:
 
 
 # Torch's own, where `transformers` first asks it for a compiler.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("rival", ["reference", "transformers"])
 def test_a_rival_is_measured_in_turns(call: Call, rival: str) -> None:

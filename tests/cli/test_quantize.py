@@ -42,6 +42,7 @@ def test_the_report_compares_both_models(call: Call, tmp_path: Path) -> None:
         assert words in printed
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_file(call: Call, tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("123456789\n\n000000000\n")
     done = call(

@@ -196,6 +196,7 @@ def test_a_view_is_never_larger_than_its_terminal(untrained: Path) -> None:
             assert len(lines) <= height and max(line.cell_len for line in lines) <= width
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
 def test_a_pseudo_terminal_shows_the_canvas() -> None:
     import pty

@@ -85,6 +85,7 @@ def test_the_default_is_greedy_and_batched(network: Network) -> None:
     assert len({len(tokens) for tokens in wanted}) > 1
 
 
+@pytest.mark.slow
 @given(
     seeds=st.lists(st.integers(-(2**70), 2**70), min_size=4, max_size=4),
     chosen=st.lists(st.sampled_from(range(4)), min_size=1, max_size=4, unique=True),

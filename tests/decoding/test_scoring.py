@@ -28,6 +28,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 4], [6, 6]]
 LOOSE = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 WARM = AutoregressiveSampling(temperature=1.3, top_k=12, top_p=0.97)
 MODES = {"diffusion": LOOSE, "verified": LOOSE.with_(checks=2), "autoregressive": WARM}
+each_mode = pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "verified")) for mode in MODES]
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_logprobs_of_the_vocabulary_sum_to_one(network: Network) -> None:
 # ---------------------------------------------------------------------------------------------------- of every mode
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 def test_a_reply_has_the_logprobs_of_its_tokens(network: Network, mode: str) -> None:
     """Also where `max_tokens` cuts a canvas, and where a stop id ends one."""
     free = replies(answer(network, rows(PROMPTS, mode), mode))
@@ -159,7 +162,7 @@ def test_a_reply_has_the_logprobs_of_its_tokens(network: Network, mode: str) -> 
     assert len({len(reply.tokens) for reply in replies(events)}) > 1
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 def test_a_row_of_a_batch_is_the_row_alone(network: Network, mode: str) -> None:
     together = replies(answer(network, rows(PROMPTS, mode), mode))
     for index, reply in enumerate(together):
@@ -168,7 +171,7 @@ def test_a_row_of_a_batch_is_the_row_alone(network: Network, mode: str) -> None:
         check_equal(alone.logprobs, reply.logprobs or [])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 def test_asking_for_logprobs_changes_no_token(network: Network, mode: str) -> None:
     told = replies(answer(network, rows(PROMPTS, mode), mode))
     silent = replies(answer(network, rows(PROMPTS, mode, logprobs=None), mode))
@@ -179,7 +182,7 @@ def test_asking_for_logprobs_changes_no_token(network: Network, mode: str) -> No
         assert one.usage.steps == other.usage.steps
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 def test_rows_with_and_without_logprobs_share_a_batch(network: Network, mode: str) -> None:
     made = rows(PROMPTS, mode)
     made[1].logprobs, made[2].logprobs = None, 0
@@ -189,7 +192,7 @@ def test_rows_with_and_without_logprobs_share_a_batch(network: Network, mode: st
     assert len(found[2].logprobs or []) == len(found[2].tokens)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 def test_inserted_tokens_have_logprobs(network: Network, mode: str) -> None:
     """A turn cuts the third token, or a canvas behind its beginning, and writes two of its own."""
     turn = Told({}, cut_at=2 if mode == "autoregressive" else 0)
@@ -225,7 +228,7 @@ class Stopping(Told):
         return said
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 @pytest.mark.parametrize(("begins", "ends"), [(2, 4), (5, 8), (0, 9)])
 def test_a_stop_text_cuts_logprobs_with_the_tokens(network: Network, mode: str, begins: int, ends: int) -> None:
     (reply,) = replies(answer(network, rows(PROMPTS[:1], mode, processor=Stopping(begins, ends)), mode))

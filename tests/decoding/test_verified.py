@@ -94,6 +94,7 @@ def test_without_checks_it_is_generate(network: Network) -> None:
     assert [plain(event) for event in ours] == [plain(event) for event in theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, CANVAS, None])
 def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int | None) -> None:
     free = greedy(network)
@@ -185,6 +186,7 @@ def watched(network: Network, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logprobs", [None, 0])
 @pytest.mark.parametrize("limit", [5, None])
 @pytest.mark.parametrize("checks", [0, 2, CANVAS])

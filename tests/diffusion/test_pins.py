@@ -41,6 +41,7 @@ def test_a_batch_with_pins_equals_the_plain_loop_row_by_row(
             assert all(step.entropy[place, pin] == 0 for pin in pinned[row])
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), PINNED, POLICY)
 def test_a_row_without_pins_is_unchanged(seed: int, pinned: list[dict[int, int]], policy: Policy) -> None:
     pinned = [{}, *pinned]

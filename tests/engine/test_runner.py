@@ -48,6 +48,7 @@ def test_banned_and_pinned_tokens_match_the_reference_and_unwritten_pages_are_ne
             assert found <= pinned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("what", ["signal", "pages"])
 def test_a_nan_fails_only_its_request(network: Network, what: str, maker: str):

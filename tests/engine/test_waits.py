@@ -95,7 +95,7 @@ CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, i
 }
 
 
-QUICK = ("mixed", "verified")
+QUICK = ("mixed",)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,7 @@ def test_packed_weights_give_the_same_tokens_on_a_device(form: str, tmp_path: Pa
     assert {tally.figures for *_, tally in found} == {(1 + len(network.layers), 0)}
 
 
+@pytest.mark.slow
 def test_nan_and_sampling_errors_end_only_their_request_on_a_device(card: Card, monkeypatch: pytest.MonkeyPatch):
     """One request's keys are NaN, another's turn cannot say what it denies: the third is answered, in as many waits."""
     network = there(damped(), card)

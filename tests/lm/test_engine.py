@@ -119,6 +119,7 @@ def test_leaving_early_ends_the_work(lm: LM, alone: list[Reply]):
     assert not lm.engine._current[1]._inboxes  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_collected_inside_a_forward_does_not_block(lm: LM, alone: list[Reply]):
     """Garbage is collected where it pleases the interpreter: here by a rule in the middle of a step, under the lock."""
     other: list[Iterator[Event]] = [lm.stream(PROMPTS[0], max_tokens=40)]
@@ -169,6 +170,7 @@ def stores() -> int:
     return sum(type(each) is KVCache for each in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_closing_frees_memory_and_the_model_can_be_used_again(alone: list[Reply]):
     before = stores()
     with make() as lm:

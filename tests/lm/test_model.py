@@ -192,6 +192,7 @@ def test_a_stop_text_cuts_the_same_answer(lm: LM, replies: list[Reply]):
 # --------------------------------------------------------------------------------------- checks and log-probabilities
 
 
+@pytest.mark.slow
 def test_verified_is_diffusion_with_checks(lm: LM, replies: list[Reply]):
     checked = lm.generate(PROMPTS[1], seed=7, max_tokens=20, mode="verified")
     assert checked == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=4))
@@ -201,6 +202,7 @@ def test_verified_is_diffusion_with_checks(lm: LM, replies: list[Reply]):
     assert twice == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="diffusion")
 
 
+@pytest.mark.slow
 def test_verified_to_the_end_is_the_greedy_answer(lm: LM):
     checked = lm.generate(PROMPTS, max_tokens=20, sampling=LOOSE.with_(checks=CANVAS))
     greedy = lm.generate(PROMPTS, max_tokens=20, mode="autoregressive")

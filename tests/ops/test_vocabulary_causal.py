@@ -121,6 +121,7 @@ for rows in (32, 256):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["native", "torch"])
 def test_memory_does_not_grow_with_the_tokens(kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY, kind], capture_output=True, text=True, check=True)

@@ -295,6 +295,7 @@ for rows in (32, 256):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "signal"), [("native", "exact"), ("native", "sparse"), ("torch", "exact")])
 def test_memory_does_not_grow_with_the_rows(kind: str, signal: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY, signal, kind], capture_output=True, text=True, check=True)

@@ -77,7 +77,7 @@ def cut(ids: list[int], data: st.DataObject) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.data())
 def test_streamed_text_is_the_decoded_text_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]
@@ -89,7 +89,7 @@ def test_streamed_text_is_the_decoded_text_however_ids_are_split(kind: str, data
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_stop_is_found_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]

@@ -86,6 +86,7 @@ def by_the_sampler(network: Network, context: list[int], canvas: int, seed: int)
     return list(denoise(plain_denoiser(network, cache), draws, 1, schedule, accept, settle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("past", "groups"), [(0, 1), (2, 1), (0, 3)])
 def test_a_rollout_visits_the_sampler_s_states(network: Network, past: int, groups: int):
     objective = Objective(draws=3, on_policy=2, ages=8, past=past, groups=groups)
@@ -191,6 +192,7 @@ def on_policy(copy_recipe: Callable[..., TrainingRecipe], **changes: object) -> 
     return copy_recipe(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_is_bit_identical(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path, stop: int):
     whole = Trainer(on_policy(copy_recipe), tmp_path / "whole")
