@@ -80,9 +80,7 @@ Stability = Annotated[
 Confidence = Annotated[float | None, typer.Option(metavar="NATS", help="Mean entropy below which a canvas may settle.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 Image = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Show this image first; repeatable.")]
-Video = Annotated[
-    list[str] | None, typer.Option(metavar="PATH", help="Show this video, behind the images; repeatable.")
-]
+Video = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Show this video, after the images; repeatable.")]
 SoftTokens = Annotated[
     int | None,
     typer.Option(metavar="N", help="Most tokens of an image or a video's frame: 70, 140, 280, 560 or 1120."),
