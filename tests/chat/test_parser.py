@@ -24,7 +24,7 @@ from blockpress.chat import (
 from blockpress.chat.tool_calls import write_call
 from blockpress.text import Tokenizer
 
-from .. import speech
+from .. import chat_tokenizer
 from .test_tool_calls import arguments
 
 
@@ -173,10 +173,10 @@ WITHOUT_OPENER: list[tuple[str, list[Piece]]] = [
 @pytest.mark.parametrize(("text", "wanted"), WITHOUT_OPENER, ids=[text for text, _ in WITHOUT_OPENER])
 def test_a_call_or_a_thought_without_its_opener(text: str, wanted: list[Piece]):
     """By a tokenizer of single characters, and so wherever a token may end."""
-    ids = speech.ids(text)
+    ids = chat_tokenizer.ids(text)
     tools = {"ls": {}, "say": {}}
     for cuts in ((), range(1, len(ids))):
-        found = parse(speech.TOKENIZER, ids, cuts, tools=tools)
+        found = parse(chat_tokenizer.TOKENIZER, ids, cuts, tools=tools)
         assert found == wanted
         mended = [piece.mended for piece in found if isinstance(piece, ToolCall)]
         assert all(mended[: len(mended) - text.count("<|tool_call>")])
