@@ -1,4 +1,4 @@
-"""The poem with a network that writes what it was told: events, limits, stops, cancellation and counts, known in advance."""
+"""The reference loop with a network that gives a set answer: events, limits, stops, cancellation, counts."""
 
 from __future__ import annotations
 

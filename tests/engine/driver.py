@@ -43,10 +43,10 @@ def row(config: ModelConfig, index: int, prompt: list[int], sampling: AnySamplin
     return SequenceState(index, prompt, 100 + index, **{**given, **changes})
 
 
-def poem(
+def reference_reply(
     network: Network, config: ModelConfig, prompt: list[int], index: int, sampling: AnySampling, **kw: Any
 ) -> Reply:
-    """What the poem answers to one prompt alone; `images` of the row are among the changes."""
+    """What the reference loop answers to one prompt alone; `images` of the row are among the changes."""
     images = kw.pop("images", {})
     one = row(config, index, prompt, sampling, **kw)
     one.images = images
@@ -57,7 +57,7 @@ def poem(
     return reply
 
 
-def play(
+def drive(
     core: EngineCore,
     requests: Sequence[Request],
     arrivals: Sequence[int] = (),

@@ -56,7 +56,7 @@ def asked(given: Sequence[list[int]], samplings: Sequence[Sampling], **changes: 
 
 
 def alone(network: Network, index: int, prompt: list[int], sampling: Sampling) -> Reply:
-    """What the poem makes of a special row."""
+    """What the reference loop makes of a special row."""
     events = generate(network, [special(index, prompt, sampling)], sampling)
     [reply] = [event.reply for event in events if isinstance(event, Done)]
     return reply

@@ -24,7 +24,7 @@ from blockpress.engine.attention import PagedAttention, TritonPagedAttention, bu
 from blockpress.engine.kv_cache import KVCache
 from blockpress.ops import vocabulary
 
-from .driver import AnySampling, play, prompts, reply, row
+from .driver import AnySampling, drive, prompts, reply, row
 from .special import CONFIG, SHORT, InTorch, damped, on_paper, poison, special
 
 row_of = partial(row, CONFIG)
@@ -58,7 +58,7 @@ def compare(attention: PagedAttention, see: Callable[..., vocabulary.SampleStats
         with pytest.MonkeyPatch.context() as patch:
             if see is not None and core is cores[1]:
                 patch.setattr(vocabulary, "sample_from_hidden", see)
-            told = play(core, asked := requests(**given), arrivals=[0, 1, 1, 3])
+            told = drive(core, asked := requests(**given), arrivals=[0, 1, 1, 3])
         steps = [event for one in asked for event in told[one] if isinstance(event, Denoised)]
         seen.append(([reply(told[one]) for one in asked], torch.stack([step.entropy for step in steps])))
     (answers, entropy), (others, other) = seen
@@ -119,6 +119,6 @@ def test_pictures_use_page_attention() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockpress.engine.runner.build_attention", listening)
-        play(core, [request])
+        drive(core, [request])
     assert TritonPagedAttention not in kinds[0]
     assert {TritonPagedAttention} in kinds

@@ -13,7 +13,7 @@ from blockpress.engine.canvas_state import StepFeatures
 from blockpress.engine.cuda_graphs import SIZES, CapturedGraph, GraphKey, Recorded, why_not_capturable
 from blockpress.model import Network
 
-from .driver import play, prompts, reply
+from .driver import drive, prompts, reply
 from .special import CONFIG, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 MEMORY = 1 << 23
@@ -31,7 +31,7 @@ def test_replayed_graphs_give_the_tokens_of_the_reference_loop(network: Network,
     how = [SHORT.with_(steps=3 + i % 3, t_max=0.8 + 0.1 * i) for i in range(count)]
     core = poison(on_paper(network, EngineOptions(memory=MEMORY, max_running=7)))
     requests = asked(given, how)
-    told = play(core, requests, arrivals=[3 * i % 7 for i in range(count)])
+    told = drive(core, requests, arrivals=[3 * i % 7 for i in range(count)])
     for i, request in enumerate(requests):
         assert reply(told[request]) == alone(network, i, given[i], how[i]), f"request {i} of {count}"
     graphs = core.runner.captured
@@ -67,7 +67,7 @@ def test_a_failed_capture_is_reported_and_changes_no_token(network: Network):
     graphs = core.runner.captured
     assert graphs is not None
     requests = asked(given, how)
-    told = play(core, requests)
+    told = drive(core, requests)
     assert [reply(told[one]) for one in requests] == [alone(network, i, given[i], how[i]) for i in range(3)]
     assert core.runner.eager == "RuntimeError: operation not permitted when stream is capturing"
     assert (len(calls), graphs.replays) == (1, 0)
@@ -115,7 +115,7 @@ def test_graphs_equal_eager_kernels():
         if not graphs:
             core.runner.captured = None
         requests = asked(given, how, stop_ids=())
-        answers.append([reply(told) for told in play(core, requests).values()])
+        answers.append([reply(told) for told in drive(core, requests).values()])
         captured = core.runner.captured
         assert captured is None or (captured.failed is None and captured.replays > 0)
     assert answers[0] == answers[1]

@@ -21,7 +21,7 @@ from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, EngineError
 from blockpress.model import Network
 
-from .driver import AnySampling, play, poem, reply, row
+from .driver import AnySampling, drive, reference_reply, reply, row
 from .special import damped
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -57,20 +57,20 @@ def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Reques
 def test_a_failing_output_processor_ends_only_its_request(network: Network, sampling: AnySampling, fails: str):
     core = EngineCore(network, ROOM)
     requests = [request(0, sampling), request(1, sampling, processor=BrokenTurn(fails)), request(2, sampling)]
-    told = play(core, requests)
+    told = drive(core, requests)
     last = told[requests[1]][-1]
     assert isinstance(last, Failed) and "a turn at fault" in last.error.message
     for i in (0, 2):
-        assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
+        assert reply(told[requests[i]]) == reference_reply(network, CONFIG, [5, 6, 7], i, sampling)
     assert core.stats.failures == 1 and not core.num_tracked
 
 
 def test_a_failing_cancellation_still_ends_the_request(network: Network):
     core = EngineCore(network, ROOM)
     requests = [request(0, processor=BrokenTurn("finish")), request(1)]
-    told = play(core, requests, cancels={0: 2})
+    told = drive(core, requests, cancels={0: 2})
     assert isinstance(told[requests[0]][-1], Failed)
-    assert reply(told[requests[1]]) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+    assert reply(told[requests[1]]) == reference_reply(network, CONFIG, [5, 6, 7], 1, SHORT)
 
 
 def test_a_sampling_error_ends_only_its_request(network: Network, monkeypatch: pytest.MonkeyPatch):
@@ -83,10 +83,10 @@ def test_a_sampling_error_ends_only_its_request(network: Network, monkeypatch: p
 
     monkeypatch.setattr(modes, "sample_next", failing)
     requests = [request(i, sampling) for i in range(3)]
-    told = play(EngineCore(network, ROOM), requests)
+    told = drive(EngineCore(network, ROOM), requests)
     assert isinstance(told[requests[1]][-1], Failed)
     for i in (0, 2):
-        assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, sampling)
+        assert reply(told[requests[i]]) == reference_reply(network, CONFIG, [5, 6, 7], i, sampling)
 
 
 def test_a_failed_forward_s_memory_is_freed_before_the_next(network: Network, monkeypatch: pytest.MonkeyPatch):
@@ -109,7 +109,7 @@ def test_a_failed_forward_s_memory_is_freed_before_the_next(network: Network, mo
         return run(works)
 
     monkeypatch.setattr(core.runner, "run", failing)
-    told = play(core, [request(0), request(1)])
+    told = drive(core, [request(0), request(1)])
     assert [reply(events).finish_reason for events in told.values()]
 
 
@@ -158,7 +158,7 @@ def test_a_failing_callback_cancels_only_its_request(network: Network):
     with ThreadedEngine(EngineCore(network, ROOM)) as engine:
         left = request(0, SHORT.with_(steps=48), max_tokens=170)
         engine.submit(left, deaf)
-        assert reply(list(engine.events(request(1)))) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+        assert reply(list(engine.events(request(1)))) == reference_reply(network, CONFIG, [5, 6, 7], 1, SHORT)
     assert left.row.finish_reason == "cancelled"
 
 
@@ -178,8 +178,8 @@ def test_a_canvas_that_was_stepped_is_not_rerun_after_a_failure(network: Network
 
     monkeypatch.setattr("blockpress.engine.runner.to_host", failing)
     canvases, token = [request(0), request(1)], request(2, AutoregressiveSampling())
-    told = play(core, [*canvases, token])
+    told = drive(core, [*canvases, token])
     for one in canvases:
         last = told[one][-1]
         assert isinstance(last, Failed) and "copy back" in last.error.message
-    assert reply(told[token]) == poem(network, CONFIG, [5, 6, 7], 2, AutoregressiveSampling())
+    assert reply(told[token]) == reference_reply(network, CONFIG, [5, 6, 7], 2, AutoregressiveSampling())

@@ -15,7 +15,7 @@ from blockpress.decoding import Denoised, Failed
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
-from .driver import AnySampling, play, poem, prompts, reply, row
+from .driver import AnySampling, drive, prompts, reference_reply, reply, row
 from .special import CONFIG as CAPTURED
 from .special import asked, damped, on_paper
 
@@ -58,9 +58,9 @@ def test_mixed_rules_answer_as_alone(network: Network):
     ]
     given = prompts(CONFIG, len(how), 40, seed=6, shared=20)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(EngineCore(network, ROOM), requests, arrivals=[0, 0, 1, 2, 2, 3, 3])
+    told = drive(EngineCore(network, ROOM), requests, arrivals=[0, 0, 1, 2, 2, 3, 3])
     for i, request in enumerate(requests):
-        assert reply(told[request]) == poem(network, CONFIG, given[i], i, how[i]), f"request {i}"
+        assert reply(told[request]) == reference_reply(network, CONFIG, given[i], i, how[i]), f"request {i}"
     for i, share in ((0, 0.5), (2, 0.9)):
         steps = [event for event in told[requests[i]] if isinstance(event, Denoised)]
         keep = round(share * CONFIG.canvas_length)
@@ -78,8 +78,8 @@ class Empty(SurestShare):
 def test_a_rule_that_is_falsy_counts(network: Network):
     own = SHORT.with_(accept=Empty(0.5))
     requests = [Request(row(CONFIG, 0, [5, 6, 7], own), own)]
-    told = play(EngineCore(network, ROOM), requests)
-    assert reply(told[requests[0]]) == poem(network, CONFIG, [5, 6, 7], 0, own)
+    told = drive(EngineCore(network, ROOM), requests)
+    assert reply(told[requests[0]]) == reference_reply(network, CONFIG, [5, 6, 7], 0, own)
 
 
 def fails(*_: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ def test_a_failing_rule_ends_only_its_request(network: Network, changes: dict[st
     how = [SHORT, SHORT.with_(**changes), SHORT.with_(accept=SurestShare(0.5))]
     requests = [Request(row(CONFIG, i, [5, 6, 7], s), s) for i, s in enumerate(how)]
     core = EngineCore(network, ROOM)
-    told = play(core, requests)
+    told = drive(core, requests)
     last = told[requests[1]][-1]
     assert isinstance(last, Failed) and said in last.error.message
     for i in (0, 2):
-        assert reply(told[requests[i]]) == poem(network, CONFIG, [5, 6, 7], i, how[i])
+        assert reply(told[requests[i]]) == reference_reply(network, CONFIG, [5, 6, 7], i, how[i])
     assert core.stats.failures == 1
 
 
@@ -112,7 +112,7 @@ def test_custom_rules_run_eagerly_beside_graphs(network: Network):
     graphs = core.runner.captured
     assert graphs is not None
     given, own = prompts(CAPTURED, 2, 20, seed=3), SHORT.with_(accept=SurestShare(0.5))
-    play(core, asked(given, [own, own]))
+    drive(core, asked(given, [own, own]))
     assert graphs.replays == 0
-    play(core, asked(given, [SHORT, SHORT]))
+    drive(core, asked(given, [SHORT, SHORT]))
     assert graphs.replays > 0 and core.runner.eager is None

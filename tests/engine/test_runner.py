@@ -23,7 +23,7 @@ from blockpress.engine.cuda_graphs import CudaGraphs
 from blockpress.engine.denoising import FIELDS, CanvasBatch, begin_step, finish_step, packed_entry, padding_entry
 from blockpress.model import Network
 
-from .driver import play, poem, prompts, reply, row
+from .driver import drive, prompts, reference_reply, reply, row
 from .special import BANNED, CONFIG, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 OPTIONS = EngineOptions(memory=1 << 23, max_running=5)
@@ -38,7 +38,7 @@ def network() -> Network:
 def test_banned_and_pinned_tokens_match_the_reference_and_unwritten_pages_are_never_read(network: Network):
     given, how = prompts(CONFIG, 7, 50, seed=7, shared=20), [SHORT.with_(steps=2 + i % 3) for i in range(7)]
     requests = asked(given, how)
-    told = play(poison(EngineCore(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
+    told = drive(poison(EngineCore(network, OPTIONS)), requests, arrivals=[0, 0, 1, 2, 2, 4, 9])
     for i, request in enumerate(requests):
         answer = reply(told[request])
         assert answer == alone(network, i, given[i], how[i]), f"request {i}"
@@ -52,8 +52,8 @@ def test_banned_and_pinned_tokens_match_the_reference_and_unwritten_pages_are_ne
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("what", ["signal", "pages"])
 def test_a_nan_fails_only_its_request(network: Network, what: str, maker: str):
-    """NaN in one request's signal or pages: it fails, the others' tokens are the poem's, and so are those of who comes
-    into its slot and its pages."""
+    """NaN in one request's signal or pages: it fails. The others' tokens are the reference loop's, and so are those of
+    who comes into its slot and its pages."""
     given, how = prompts(CONFIG, 6, 30, seed=11), [SHORT] * 6
     core, requests = MAKERS[maker](network, OPTIONS), asked(given, how)
     for request in requests:
@@ -84,20 +84,20 @@ def test_a_nan_in_a_logit_row_fails_only_its_request(network: Network):
             spoil(core, requests[1], "pages")
     assert isinstance(told[requests[1]][-1], Failed)
     for i in (0, 2):
-        assert reply(told[requests[i]]) == poem(network, CONFIG, given[i], i, how), f"request {i}"
+        assert reply(told[requests[i]]) == reference_reply(network, CONFIG, given[i], i, how), f"request {i}"
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_canvas_settles_after_its_stability(maker: str):
-    """The shipped model, whose canvases do settle; its answer, steps included, is the poem's. Sure it is at any time, so
-    that nothing but the argmax decides."""
+    """The shipped model, whose canvases do settle; its answer, steps included, is the reference loop's. It is sure at
+    any time, so that nothing but the argmax decides."""
     lm = blockpress.load("sudoku-nano")
     prompt, steps = lm.encode(sudoku.layout(sudoku.generate_puzzle(3, givens=36).puzzle)), []
     for stability in (1, 3):
         how = lm.generation.sampling.with_(stability=stability, confidence=10.0)
         request = Request(row(lm.config, 0, prompt, how, max_tokens=90), how)
-        answer = reply(play(MAKERS[maker](lm.network, EngineOptions(memory=1 << 26)), [request])[request])
-        assert answer == poem(lm.network, lm.config, prompt, 0, how, max_tokens=90)
+        answer = reply(drive(MAKERS[maker](lm.network, EngineOptions(memory=1 << 26)), [request])[request])
+        assert answer == reference_reply(lm.network, lm.config, prompt, 0, how, max_tokens=90)
         steps.append(answer.usage.steps)
     assert steps[1] == steps[0] + 2
 
@@ -125,7 +125,7 @@ def test_a_failed_forward_is_rerun_request_by_request(network: Network, maker: s
         return run(x, *others, **more)
 
     monkeypatch.setattr(network, "run", breaking)
-    told = play(core, requests)
+    told = drive(core, requests)
     monkeypatch.undo()
     assert [reply(told[one]) for one in requests] == [alone(network, i, given[i], how[i]) for i in range(3)]
     assert len(forwards) > 8

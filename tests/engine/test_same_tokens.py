@@ -1,4 +1,4 @@
-"""The engine writes what the poem writes, whoever runs beside, whatever is reused, cut into chunks or paused."""
+"""The engine writes what the reference loop writes, whoever runs beside, whatever is reused, cut into chunks or paused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.model import Network
 
 from ..conftest import make_random_network
-from .driver import AnySampling, play, poem, prompts, reply, row
+from .driver import AnySampling, drive, prompts, reference_reply, reply, row
 from .special import damped
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -39,13 +39,13 @@ Alone = Callable[..., Reply]
 
 @pytest.fixture(scope="module")
 def alone(network: Network) -> Alone:
-    """`alone(prompt, index, sampling, logprobs=None)`: the poem's answer, which knows of no options, once for all tests."""
+    """`alone(prompt, index, sampling, logprobs=None)`: the reference loop's answer, once for all tests."""
     kept: dict[tuple[object, ...], Reply] = {}
 
     def answer(prompt: list[int], index: int, sampling: AnySampling, logprobs: int | None = None) -> Reply:
         key = (tuple(prompt), index, sampling, logprobs)
         if key not in kept:
-            kept[key] = poem(network, CONFIG, prompt, index, sampling, logprobs=logprobs)
+            kept[key] = reference_reply(network, CONFIG, prompt, index, sampling, logprobs=logprobs)
         return kept[key]
 
     return answer
@@ -85,7 +85,7 @@ def test_engine_and_reference_loop_give_the_same_replies(
     given = prompts(CONFIG, count, 60, seed=count, shared=30)
     how = samplings(kind, count)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(EngineCore(network, OPTIONS[options]), requests, arrivals=[2 * i % 7 for i in range(count)])
+    told = drive(EngineCore(network, OPTIONS[options]), requests, arrivals=[2 * i % 7 for i in range(count)])
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i])
         assert got == wanted, f"request {i} of {count}"
@@ -98,9 +98,9 @@ def test_a_family_without_canvases_gives_the_same_replies(options: str):
     sibling = make_random_network(config, seed=2).requires_grad_(False)
     given, how = prompts(config, 5, 60, seed=3, shared=30), samplings("autoregressive", 5)
     requests = [Request(row(config, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
-    told = play(EngineCore(sibling, replace(OPTIONS[options], memory=1 << 23)), requests, arrivals=[0, 1, 1, 5, 9])
+    told = drive(EngineCore(sibling, replace(OPTIONS[options], memory=1 << 23)), requests, arrivals=[0, 1, 1, 5, 9])
     for i, request in enumerate(requests):
-        assert reply(told[request]) == poem(sibling, config, given[i], i, how[i])
+        assert reply(told[request]) == reference_reply(sibling, config, given[i], i, how[i])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, 
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
     tell = [logprobs if i != 1 else None for i in range(len(how))]
     requests = [Request(row(CONFIG, i, p, how[i], logprobs=tell[i]), how[i]) for i, p in enumerate(given)]
-    told = play(EngineCore(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
+    told = drive(EngineCore(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i], logprobs=tell[i])
         assert (got.tokens, got.usage, got.finish_reason) == (wanted.tokens, wanted.usage, wanted.finish_reason)
@@ -131,7 +131,7 @@ def test_cancelled_requests_keep_committed_tokens_and_disturb_no_other(network: 
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]
     cancels = {i: 1 + 3 * i % 11 for i in range(0, count, 2)}
     core = EngineCore(network, EngineOptions(memory=1 << 22, max_running=8))
-    told = play(core, requests, cancels=cancels)
+    told = drive(core, requests, cancels=cancels)
     assert reply(told[requests[0]]).finish_reason == "cancelled"
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i])
@@ -150,9 +150,9 @@ def test_the_shipped_model_gives_the_same_replies():
     given = [lm.encode(sudoku.layout(sudoku.generate_puzzle(seed, givens=36).puzzle)) for seed in range(8)]
     sampling = lm.generation.sampling.with_(steps=16)
     requests = [Request(row(lm.config, i, p, sampling, max_tokens=None), sampling) for i, p in enumerate(given)]
-    told = play(EngineCore(lm.network, EngineOptions(memory=1 << 26)), requests)
+    told = drive(EngineCore(lm.network, EngineOptions(memory=1 << 26)), requests)
     for i, request in enumerate(requests):
-        assert reply(told[request]) == poem(lm.network, lm.config, given[i], i, sampling, max_tokens=None)
+        assert reply(told[request]) == reference_reply(lm.network, lm.config, given[i], i, sampling, max_tokens=None)
 
 
 def test_events_are_those_of_the_reference_loop(network: Network):
@@ -161,7 +161,7 @@ def test_events_are_those_of_the_reference_loop(network: Network):
 
     [prompt] = prompts(CONFIG, 1, 30, seed=1)
     request = Request(row(CONFIG, 0, prompt, SHORT), SHORT)
-    told = play(EngineCore(network, EngineOptions(memory=1 << 22)), [request])[request]
+    told = drive(EngineCore(network, EngineOptions(memory=1 << 22)), [request])[request]
     wanted = list(generate(network, [row(CONFIG, 0, prompt, SHORT)], SHORT))
     assert [type(event) for event in told] == [type(event) for event in wanted]
     for ours, theirs in zip(told, wanted, strict=True):
@@ -183,9 +183,9 @@ def test_pictures_are_read_whole_and_reused(network: Network):
             one = row(CONFIG, i, prompt, SHORT)
             one.images = images
             requests.append(Request(one, SHORT))
-        told = play(EngineCore(network, options), requests, arrivals=[0, 12, 12])
+        told = drive(EngineCore(network, options), requests, arrivals=[0, 12, 12])
         wanted = [
-            poem(network, CONFIG, prompt, i, SHORT, images=images)
+            reference_reply(network, CONFIG, prompt, i, SHORT, images=images)
             for i, images in enumerate([shown[0], shown[0], shown[1]])
         ]
         assert [reply(told[request]) for request in requests] == wanted

@@ -19,7 +19,7 @@ from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
 from blockpress.ops.vocabulary import TILE, blocks
 
-from .driver import play, poem, prompts, reply, row
+from .driver import drive, prompts, reference_reply, reply, row
 from .special import CONFIG, damped
 
 SEVERAL_TILES = replace(CONFIG, vocab_size=TILE + 37)
@@ -39,7 +39,7 @@ def answers(network: Network, soft_embedding: SoftEmbedding) -> tuple[list[list[
     given = prompts(SEVERAL_TILES, 4, 20, seed=5)
     core = EngineCore(network, EngineOptions(memory=1 << 23, soft_embedding=soft_embedding))
     requests = [Request(row(SEVERAL_TILES, i, prompt, LOOSE[i]), LOOSE[i]) for i, prompt in enumerate(given)]
-    told = play(core, requests, arrivals=[0, 0, 1, 3])
+    told = drive(core, requests, arrivals=[0, 0, 1, 3])
     return given, [reply(told[request]) for request in requests]
 
 
@@ -48,7 +48,7 @@ def test_tokens_do_not_depend_on_vocabulary_tiles(network: Network, rows: int, m
     """Blocks of so many rows, which are no whole canvases."""
     monkeypatch.setattr(blocks, "BUFFER", rows * SEVERAL_TILES.vocab_size * 4)
     given, found = answers(network, "exact")
-    assert found == [poem(network, SEVERAL_TILES, prompt, i, LOOSE[i]) for i, prompt in enumerate(given)]
+    assert found == [reference_reply(network, SEVERAL_TILES, prompt, i, LOOSE[i]) for i, prompt in enumerate(given)]
     assert len({token for answer in found for token in answer.tokens}) > 5
     assert any(token >= TILE for answer in found for token in answer.tokens)
 

@@ -19,7 +19,7 @@ from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import EngineError, Overloaded, RequestError
 from blockpress.model import Network
 
-from .driver import play, poem, prompts, reply, row
+from .driver import drive, prompts, reference_reply, reply, row
 from .special import damped
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -39,7 +39,7 @@ def request(index: int, prompt: Sequence[int] = (5, 6, 7), sampling: Sampling = 
 
 
 def test_streams_run_in_an_event_loop(network: Network):
-    """Eight at once, each with the tokens of the poem; what is streamed arrives while others are still written."""
+    """Eight at once, each with the tokens of the reference loop; what is streamed arrives while others are still written."""
     given = prompts(CONFIG, 8, 30, seed=0)
 
     async def one(engine: ThreadedEngine, i: int) -> list[Event]:
@@ -50,7 +50,7 @@ def test_streams_run_in_an_event_loop(network: Network):
             return await asyncio.gather(*(one(engine, i) for i in range(8)))
 
     for i, events in enumerate(asyncio.run(every())):
-        assert reply(events) == poem(network, CONFIG, given[i], i, SHORT)
+        assert reply(events) == reference_reply(network, CONFIG, given[i], i, SHORT)
         assert [type(event) for event in events].count(Committed) == len(
             [e for e in events if isinstance(e, Denoised)]
         ) // 4
@@ -69,7 +69,7 @@ def test_one_thread_answers_several_callers(network: Network):
         for thread in threads:
             thread.join(60)
     assert {i: reply(events) for i, events in found.items()} == {
-        i: poem(network, CONFIG, given[i], i, SHORT) for i in range(6)
+        i: reference_reply(network, CONFIG, given[i], i, SHORT) for i in range(6)
     }
 
 
@@ -85,7 +85,7 @@ def test_leaving_a_stream_cancels_its_request(network: Network):
         asyncio.run(leave(engine))
         gc.collect()
         after = list(engine.events(request(1)))  # answered behind the cancellation
-        assert reply(after) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+        assert reply(after) == reference_reply(network, CONFIG, [5, 6, 7], 1, SHORT)
         assert engine.core.scheduler.stats.ended == 2
         engine.core.scheduler.check()
 
@@ -109,7 +109,7 @@ def test_a_refusal_is_raised_where_the_answer_was_awaited(network: Network):
     with ThreadedEngine(EngineCore(network, EngineOptions(memory=1 << 15, max_running=2))) as engine:
         with pytest.raises(RequestError, match="pages hold a context of"):
             list(engine.events(request(0, [5] * 180)))
-        assert reply(list(engine.events(request(1)))) == poem(network, CONFIG, [5, 6, 7], 1, SHORT)
+        assert reply(list(engine.events(request(1)))) == reference_reply(network, CONFIG, [5, 6, 7], 1, SHORT)
 
 
 def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: pytest.MonkeyPatch):
@@ -125,13 +125,13 @@ def test_an_error_in_one_request_ends_that_one(network: Network, monkeypatch: py
     monkeypatch.setattr(core.runner, "run", failing)
     given = prompts(CONFIG, 5, 30, seed=2)
     requests = [request(i, given[i]) for i in range(5)]
-    told = play(core, requests)
+    told = drive(core, requests)
     for i, one in enumerate(requests):
         if i == 2:
             assert isinstance(told[one][-1], Failed) and not any(isinstance(event, Done) for event in told[one])
             assert "no room for this one" in told[one][-1].error.message
         else:
-            assert reply(told[one]) == poem(network, CONFIG, given[i], i, SHORT)
+            assert reply(told[one]) == reference_reply(network, CONFIG, given[i], i, SHORT)
 
 
 def test_nan_pages_end_their_request_and_are_not_reused(network: Network):
@@ -139,11 +139,11 @@ def test_nan_pages_end_their_request_and_are_not_reused(network: Network):
     core = EngineCore(network, ROOM)
     good, bad = request(0, [5] * 30), request(1, [5] * 30)
     bad.row.images = {4: torch.full((6, CONFIG.hidden_size), float("nan"))}
-    told = play(core, [good, bad, request(2, [5] * 30)], arrivals=[0, 0, 9])
+    told = drive(core, [good, bad, request(2, [5] * 30)], arrivals=[0, 0, 9])
     events = list(told.values())
     assert isinstance(events[1][-1], Failed) and "NaN" in events[1][-1].error.message
     for i in (0, 2):
-        assert reply(events[i]) == poem(network, CONFIG, [5] * 30, i, SHORT)
+        assert reply(events[i]) == reference_reply(network, CONFIG, [5] * 30, i, SHORT)
 
 
 def test_closing_ends_running_requests(network: Network):

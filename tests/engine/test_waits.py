@@ -26,7 +26,7 @@ from blockpress.quantize.synthetic import synthesize
 
 from ..conftest import make_random_network
 from ..standin import Card, Tally, plain_torch
-from .driver import AnySampling, play, prompts, reply, row
+from .driver import AnySampling, drive, prompts, reply, row
 from .special import CONFIG, SHORT, damped, special
 
 GREEDY = AutoregressiveSampling()
@@ -40,7 +40,7 @@ def there(network: Network, card: Card) -> Network:
     """The network on the card, with what it makes once: the tables of angles, and those of codes."""
     network = network.to("cuda")
     requests = [Request(row(network.config, 0, [5, 6, 7], how, room=60), how) for how in ways(network)]
-    play(EngineCore(network, ROOMY), requests)
+    drive(EngineCore(network, ROOMY), requests)
     card.take()
     return network
 
@@ -111,10 +111,10 @@ def test_a_device_gives_the_same_tokens_with_one_wait_a_forward(case: str, card:
     )  # so long that pages run out
     with plain_torch():
         requests = asked(how, logprobs, **changes)
-        wanted = [reply(told) for told in play(EngineCore(damped(), options), requests, arrivals, cancels).values()]
+        wanted = [reply(told) for told in drive(EngineCore(damped(), options), requests, arrivals, cancels).values()]
     core = EngineCore(there(damped(), card), options)
     found, requests = watched(card, core), asked(how, logprobs, **changes)
-    answers = play(core, requests, arrivals, cancels)
+    answers = drive(core, requests, arrivals, cancels)
     assert [reply(answers[request]) for request in requests] == wanted
     assert len(found) > 5 and (core.scheduler.stats.preemptions > 0) == (case == "preempted")
     for works, drafts, tally in found:
@@ -133,7 +133,7 @@ def test_prefill_alone_has_no_wait(card: Card):
     core = EngineCore(there(damped(), card), replace(ROOMY, chunk=16, reuse_prefixes=False))
     found, prompt = watched(card, core), [5, 6, 7] * 20
     for how in (GREEDY, SHORT):
-        play(core, [Request(row(CONFIG, 0, prompt, how), how)])
+        drive(core, [Request(row(CONFIG, 0, prompt, how), how)])
         figures = [tally.figures for *_, tally in found]
         silent = [works[0].num_logit_tokens == 0 and not works[0].canvas for works, *_ in found]
         assert silent[:2] == [True, True] and not silent[-1]
@@ -149,7 +149,7 @@ def test_features_on_the_device_cost_no_wait(card: Card):
         one = row(CONFIG, 0, prompt, SHORT)
         one.images = {at: features.to(core.network.device) for at in (7, 30)}
         request = Request(one, SHORT)
-        return reply(play(core, [request])[request])
+        return reply(drive(core, [request])[request])
 
     with plain_torch():
         wanted = answer(EngineCore(damped(), ROOMY))
@@ -168,7 +168,7 @@ def test_a_family_without_canvases_has_one_wait_a_token(card: Card):
             Request(row(config, i, p, how), how)
             for i, (p, how) in enumerate(zip(given, (WARM, GREEDY, WARM), strict=True))
         ]
-        told = play(core, requests)
+        told = drive(core, requests)
         return [reply(told[request]) for request in requests]
 
     def network() -> Network:
@@ -192,7 +192,7 @@ def test_packed_weights_give_the_same_tokens_on_a_device(form: str, tmp_path: Pa
         config = core.network.config
         given = prompts(config, 3, 20, seed=3)
         requests = [Request(row(config, i, p, SHORT, room=40), SHORT) for i, p in enumerate(given)]
-        told = play(core, requests)
+        told = drive(core, requests)
         return [reply(told[request]) for request in requests]
 
     with plain_torch():
@@ -233,7 +233,7 @@ def banned_by(broken: set[Any]) -> Callable[[Any], Mapping[int, Any]]:
 
 def lone(network: Network, how: AnySampling) -> Reply:
     request = asked([how] * 3)[2]
-    return reply(play(EngineCore(network, ROOMY), [request])[request])
+    return reply(drive(EngineCore(network, ROOMY), [request])[request])
 
 
 def play_spoilt(core: EngineCore, requests: Sequence[Request], spoilt: Request) -> dict[Request, list[Event]]:
