@@ -98,7 +98,7 @@ def forward_cost(
 
     >>> from blockpress.config import PRESETS
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
-    >>> parts = forward(published, WIDTHS["bf16"], BatchShape(canvases=(2048,)))
+    >>> parts = forward_cost(published, WIDTHS["bf16"], BatchShape(canvases=(2048,)))
     >>> for name, cost in parts.items():
     ...     print(f"{name:18} {cost.flops / 1e9:6.1f} GFLOP {cost.bytes / 1e9:7.3f} GB")
     projections         568.4 GFLOP   2.220 GB
@@ -152,7 +152,7 @@ def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     >>> from blockpress.costs.devices import DEVICES
     >>> published = PRESETS["diffusiongemma-26B-A4B"]()
     >>> def floors(widths, device, *batches):
-    ...     steps = [forward(published, WIDTHS[widths], BatchShape(canvases=(2048,) * batch)) for batch in batches]
+    ...     steps = [forward_cost(published, WIDTHS[widths], BatchShape(canvases=(2048,) * batch)) for batch in batches]
     ...     return [round(1000 * floor_seconds(step, DEVICES[device]), 2) for step in steps]
     >>> floors("bf16", "h200", 1, 2, 4, 8, 16)
     [12.99, 15.35, 20.08, 29.54, 52.64]
@@ -168,7 +168,7 @@ def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
     >>> commit = BatchShape(reads=((2048, 256),))
     >>> fused = BatchShape(reads=((2048, 256),), canvases=(2304,))
     >>> for rows in (commit, fused):
-    ...     print(round(1000 * floor_seconds(forward(published, WIDTHS["bf16"], rows), DEVICES["h200"]), 2))
+    ...     print(round(1000 * floor_seconds(forward_cost(published, WIDTHS["bf16"], rows), DEVICES["h200"]), 2))
     11.53
     14.26
     """
