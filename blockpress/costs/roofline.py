@@ -165,8 +165,8 @@ def floor_seconds(parts: Mapping[str, Cost], device: Device) -> float:
 
     The commit of a canvas alone, which needs only keys and values of the last layer, and together with a step:
 
-    >>> commit = BatchShape(reads=((2048, 256),))
-    >>> fused = BatchShape(reads=((2048, 256),), canvases=(2304,))
+    >>> commit = BatchShape(prefills=((2048, 256),))
+    >>> fused = BatchShape(prefills=((2048, 256),), canvases=(2304,))
     >>> for rows in (commit, fused):
     ...     print(round(1000 * floor_seconds(forward_cost(published, WIDTHS["bf16"], rows), DEVICES["h200"]), 2))
     11.53
