@@ -150,3 +150,14 @@ def renamed(module: str, older: Mapping[str, Any], exported: list[str]) -> Calla
         return older[name]
 
     return getattribute
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """What a class has in the place of a field or method that has another name now: it works, with a warning."""
+
+    def read(instance: Any) -> Any:
+        name = type(instance).__name__
+        warnings.warn(f"{name}.{old} is now {name}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(instance, new)
+
+    return property(read)

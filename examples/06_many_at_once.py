@@ -15,7 +15,7 @@ puzzles = [sudoku.generate_puzzle(seed=seed, givens=45) for seed in range(8)]
 
 
 async def ask(engine: ThreadedEngine, number: int) -> None:
-    [request] = lm.requests(sudoku.layout(puzzles[number].puzzle), seed=number)
+    [request] = lm.build_requests(sudoku.layout(puzzles[number].puzzle), seed=number)
     async for event in engine.stream(request):
         match event:
             case blockpress.Denoised() if number == 7:

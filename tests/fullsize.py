@@ -61,7 +61,7 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
     prompt = torch.randint(0, config.vocab_size, (prompt_length,), generator=draw).tolist()
     core = EngineCore(lm.network, EngineOptions(max_running=2))
     sampling = Sampling(steps=steps, confidence=0.0)
-    one = [*lm.requests([prompt], config.canvas_length + 1, 0, sampling)]
+    one = [*lm.build_requests([prompt], config.canvas_length + 1, 0, sampling)]
     core.submit(one[0])
     timed(f"prefill of {prompt_length}, first step", core.step)
     for number in range(2, steps + 1):
@@ -71,7 +71,7 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
     assert entropies and all(bool(entropy.isfinite().all()) for entropy in entropies), "the entropies are not finite"
     while core.busy:
         core.step()
-    tokens = [*lm.requests([prompt[:4]], 2, mode="autoregressive")]
+    tokens = [*lm.build_requests([prompt[:4]], 2, mode="autoregressive")]
     core.submit(tokens[0])
     core.step()
     timed("a token by itself", core.step)

@@ -90,12 +90,12 @@ def ask(lm: LM, engine: ThreadedEngine, rng: random.Random, prompts: list[list[i
     if rng.random() < 1 / 8:
         changes, named = rng.choice(MALFORMED)
         with pytest.raises(RequestError, match=named):
-            lm.requests(**{"prompt": prompts[0], **changes})
+            lm.build_requests(**{"prompt": prompts[0], **changes})
         with log.lock:
             log.ends["refused"] += 1
         return
     asked = question(lm, rng, prompts)
-    [request] = lm.requests(**asked)
+    [request] = lm.build_requests(**asked)
     leave = rng.randint(1, 9) if rng.random() < 1 / 6 else None
     begun, steps = time.perf_counter(), 0
     try:

@@ -12,12 +12,14 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import grimp
 import pytest
 
 import blockpress
-from blockpress import engine, errors, sudoku
+from blockpress import decoding, engine, errors, sudoku
+from blockpress.lm import LM
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
@@ -181,6 +183,22 @@ def test_an_older_name_still_works_and_says_the_newer_one(module: ModuleType, ol
     with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
         found = getattr(module, old)
     assert found is getattr(module, new) and old not in dir(module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        (decoding.Usage, "rounds", "redos"),
+        (decoding.Denoised, "attempt", "retry"),
+        (LM, "requests", "build_requests"),
+        (LM, "chat_requests", "build_chat_requests"),
+    ],
+)
+def test_an_older_attribute_still_works_and_says_the_newer_one(kind: type, old: str, new: str) -> None:
+    one = Mock(spec_set=[new])
+    with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
+        assert getattr(kind, old).fget(one) is getattr(one, new)
+    assert hasattr(kind, new)
 
 
 def called(node: ast.AST) -> set[str]:

@@ -49,7 +49,7 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
         return {
             "event": "step",
             "canvas": event.canvas,
-            "attempt": event.attempt,
+            "retry": event.retry,
             "checks": event.checks,
             "step": event.step,
             "text": None if lm.tokenizer is None else lm.decode(event.argmax),

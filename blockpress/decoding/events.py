@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, ToolCall
-from blockpress.errors import BlockpressError
+from blockpress.errors import BlockpressError, renamed_attribute
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -25,8 +25,8 @@ class Usage:
     tokens_per_forward: returned tokens per forward. reasoning_tokens: returned tokens inside thoughts, without the
     control tokens around them. thought_cut: whether the budget closed a thought. empty_retries: canvases that were
     written again because they ended the answer before it began; their steps are counted, their tokens are not.
-    checks: verifications of settled canvases by the causal pass. rounds: how often one led to a redo of part of a
-    canvas. A verification is a forward; where it accepts the whole canvas, it is also the commit.
+    checks: verifications of settled canvases by the causal pass. redos: how often one led to denoising part of a
+    canvas again. A verification is a forward; where it accepts the whole canvas, it is also the commit.
     """
 
     prompt_tokens: int
@@ -39,7 +39,9 @@ class Usage:
     thought_cut: bool = False
     empty_retries: int = 0
     checks: int = 0
-    rounds: int = 0
+    redos: int = 0
+
+    rounds = renamed_attribute("rounds", "redos")
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ class Denoised:
     entropy: Float32[Tensor, " canvas"]
     changed: Bool[Tensor, " canvas"]
     settled: bool
-    attempt: int = 0
+    retry: int = 0
     checks: int = 0
+
+    attempt = renamed_attribute("attempt", "retry")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class SequenceState:
         """The images of the prompt: the position of each one's first soft token, and its features."""
         self.canvases: list[FinishedCanvas] = []
         self.finish_reason: FinishReason | None = None
-        self.attempt = 0
+        self.retry = 0
         """How many times the current canvas has been restarted because the answer was empty."""
         self.pins: Mapping[int, int] = {}
         """Tokens that the current canvas must hold, by position."""
@@ -99,7 +99,7 @@ class SequenceState:
         self._pieces: list[Piece] = []
         self._logprobs: list[TokenLogprob] = []
         self._retries = self._retried_steps = 0
-        self._restarts = self._causal_passes = self._verifications = self._rounds = 0
+        self._restarts = self._causal_passes = self._verifications = self._redos = 0
         self._draft, self._earlier_steps = FinishedCanvas([], 0), 0
         self._read_tokens: list[int] = []
 
@@ -167,7 +167,7 @@ class SequenceState:
         self._earlier_steps = self._draft.steps
         self._draft, self.num_kept = FinishedCanvas([], self._earlier_steps), 0
         self._read_tokens, self.new_tokens = [], []
-        self.pins, self._restarts, self._rounds = pins, self._restarts + 1, self._rounds + 1
+        self.pins, self._restarts, self._redos = pins, self._restarts + 1, self._redos + 1
 
     def commit(self, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
         """Commit the draft, or restart the canvas; yields the events of what this adds to the answer.
@@ -183,11 +183,11 @@ class SequenceState:
         kept = self._processor.cut(valid)
         stopped = end is not None and kept is valid
         if stopped and self._processor.should_retry(valid):
-            self.attempt, self._restarts, self._retries = self.attempt + 1, self._restarts + 1, self._retries + 1
+            self.retry, self._restarts, self._retries = self.retry + 1, self._restarts + 1, self._retries + 1
             self._retried_steps += canvas.steps
             return
         kept, context = kept[: self._room], (canvas.tokens if kept is valid else kept)[: self._room]
-        self.attempt, self._restarts, self._room = 0, 0, self._room - len(context)
+        self.retry, self._restarts, self._room = 0, 0, self._room - len(context)
         self.num_kept = common_prefix(read_tokens, context)
         self.new_tokens = context[self.num_kept :]
         self.canvases.append(FinishedCanvas(context, canvas.steps, read=bool(read_tokens) and not self.new_tokens))
@@ -263,7 +263,7 @@ class SequenceState:
 
     def _usage(self) -> Usage:
         steps = sum(canvas.steps for canvas in self.canvases) + self._draft.steps + self._retried_steps
-        num_started = len(self.canvases) + (self._draft.steps > 0 or self.attempt > 0)
+        num_started = len(self.canvases) + (self._draft.steps > 0 or self.retry > 0)
         commits = sum(not canvas.read for canvas in self.canvases[: max(0, num_started - 1)])
         forwards = steps + self._causal_passes + commits
         reasoning, cut = self._processor.counts
@@ -278,7 +278,7 @@ class SequenceState:
             thought_cut=cut,
             empty_retries=self._retries,
             checks=self._verifications,
-            rounds=self._rounds,
+            redos=self._redos,
         )
 
 
@@ -293,7 +293,7 @@ def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
         entropy=step.entropy[index],
         changed=step.changed[index],
         settled=bool(step.settled[index]),
-        attempt=row.attempt,
+        retry=row.retry,
         checks=row.checks,
     )
 

@@ -210,7 +210,7 @@ class Runner:
                 entropy=outputs.entropy[i],
                 changed=outputs.changed[i],
                 settled=bool(settled),
-                attempt=request.row.attempt,
+                retry=request.row.retry,
                 checks=request.row.checks,
             )
             results[request] = (denoised, argmax if ended and finite else None, bool(finite))

@@ -25,7 +25,7 @@ AnySampling = Sampling | AutoregressiveSampling
 
 
 class ChatOptions(TypedDict, total=False):
-    """The options of `LM.chat`; `LM.chat_requests` describes them."""
+    """The options of `LM.chat`; `LM.build_chat_requests` describes them."""
 
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool

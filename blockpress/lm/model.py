@@ -21,7 +21,7 @@ from blockpress.checkpoints import Checkpoint, load_picture_settings, load_visio
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding import Cancel, Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
 from blockpress.engine import EngineOptions, Request
-from blockpress.errors import CheckpointError
+from blockpress.errors import CheckpointError, renamed_attribute
 from blockpress.lm.arguments import (
     AnySampling,
     ChatOptions,
@@ -173,10 +173,10 @@ class LM:
 
         Arguments are checked at once, before the first event is requested. Leaving the loop early cancels the answers.
         """
-        requests = self.requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
+        requests = self.build_requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
         return self.answer(self.network, requests, cancel)
 
-    def requests(
+    def build_requests(
         self,
         prompt: Prompt | Sequence[Prompt],
         max_tokens: int | None = None,
@@ -219,7 +219,7 @@ class LM:
             messages: in OpenAI's format (`chat.messages.check_messages` has the fields); `Reply.message` is an answer
                 as such a message.
             seed: as in `generate`.
-            options: `cancel`, as in `generate`, and those of `chat_requests`, which describes each.
+            options: `cancel`, as in `generate`, and those of `build_chat_requests`, which describes each.
 
         Returns:
             a `Reply`, or a list of them if `messages` or `seed` is one. `finish_reason` is "tool_calls" if the answer
@@ -242,9 +242,9 @@ class LM:
         """
         given: dict[str, Any] = {**options}
         cancel = given.pop("cancel", None)
-        return self.answer(self.network, self.chat_requests(messages, seed=seed, **given), cancel)
+        return self.answer(self.network, self.build_chat_requests(messages, seed=seed, **given), cancel)
 
-    def chat_requests(
+    def build_chat_requests(
         self,
         messages: Conversation | Sequence[Conversation],
         *,
@@ -284,6 +284,9 @@ class LM:
         rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs)
         self._attach_images(rows, encoded)
         return [Request(row, sampling) for row in rows]
+
+    requests = renamed_attribute("requests", "build_requests")  # until version 0.3
+    chat_requests = renamed_attribute("chat_requests", "build_chat_requests")
 
     @cached_property
     def _chat(self) -> Chat:

@@ -413,7 +413,7 @@ def test_a_retried_canvas_keeps_its_context():
     assert (reply.text, reply.usage.empty_retries, reply.usage.canvases) == ("ok", 1, 2)
     # Two canvases of two steps, one written twice, and one commit.
     assert (reply.usage.steps, reply.usage.forwards) == (6, 7)
-    steps = [(event.canvas, event.attempt, event.step) for event in events if isinstance(event, Denoised)]
+    steps = [(event.canvas, event.retry, event.step) for event in events if isinstance(event, Denoised)]
     assert steps == [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2), (1, 1, 1), (1, 1, 2)]
 
 
@@ -425,7 +425,7 @@ def test_a_retried_canvas_has_its_own_draws():
         return KeyedDraws(seeds, canvases, **size)
 
     lm = model(terse(BLANKS))
-    (request,) = lm.chat_requests(HI)
+    (request,) = lm.build_chat_requests(HI)
     list(generate(lm.network, [request.row], Sampling(), make_draws=keyed))
     assert len(asked) == RETRIES + 1 and len({number for (number,) in asked}) == len(asked)
 

@@ -135,7 +135,7 @@ def test_pictures_of_earlier_turns_keep_their_places(lm: LM):
     assert all(set(question.ids[run.start : run.stop]) == {lm.config.image_id} for run in question.image_spans)
     assert sum(run.length for run in question.image_spans) == question.ids.count(lm.config.image_id or -1)
     # The same features at both places of the same picture, and another answer where the last one differs.
-    (request,) = lm.chat_requests(talk)
+    (request,) = lm.build_chat_requests(talk)
     first, second, third = (request.row.images[run.start] for run in question.image_spans)
     assert torch.equal(first, third) and first.shape != second.shape
     options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
@@ -172,7 +172,7 @@ def test_videos_need_no_token_of_their_own(lm: LM, film: Path):
 def test_autoregressive_decoding_sees_pictures(lm: LM):
     question = chat_of(lm).encode(showing("See ", image(1)))
     with torch.inference_mode():
-        images = [request.row.images for request in lm.chat_requests(showing("See ", image(1)))]
+        images = [request.row.images for request in lm.build_chat_requests(showing("See ", image(1)))]
         hidden, _ = lm.network.read(torch.tensor([question.ids]), lm.network.empty_cache(1), images=images)
         wanted = int(lm.network.logits(hidden[:, -1:]).argmax())
     reply = lm.chat(showing("See ", image(1)), mode="autoregressive", max_tokens=1, retry_empty=False)

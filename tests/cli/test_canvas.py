@@ -106,7 +106,7 @@ def test_a_retried_canvas_is_committed_once() -> None:
     meter = Meter(Sampling(), stop_ids=(1,), canvas_length=2)
     for canvas, attempt, step in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 1), (1, 1, 2), (1, 2, 1)):
         event = denoised(step, [5, 6], "aa", "cc")
-        meter.see(Denoised(**(vars(event) | {"canvas": canvas, "attempt": attempt})))
+        meter.see(Denoised(**(vars(event) | {"canvas": canvas, "retry": attempt})))
     assert meter.forwards == 6 + 1
 
 

@@ -112,7 +112,7 @@ def test_checks_are_reported_and_their_limit_is_honoured(call: Call, untrained: 
     options = ("--max-tokens", 5, "--steps", 2)
     reply = blockpress.load(untrained).generate(PROMPT, 5, sampling=Sampling(steps=2, checks=1))
     said = json.loads(call("run", untrained, PROMPT, "--json", "--checks", 1, *options).out)
-    assert said == plain(reply_to_dict(reply)) and (reply.usage.checks, reply.usage.rounds) == (1, 1)
+    assert said == plain(reply_to_dict(reply)) and (reply.usage.checks, reply.usage.redos) == (1, 1)
     assert (
         "1 canvas, 4 steps, 1 check"
         in call("run", untrained, PROMPT, "--mode", "verified", "--checks", 1, *options).err

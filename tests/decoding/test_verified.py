@@ -103,7 +103,7 @@ def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int
         found = replies(list(generate_verified(network, rows(**changes), ALL)))
         assert [reply.tokens for reply in found] == greedy(network, **changes)
         # Random weights agree with themselves by chance alone, so there was something to do.
-        assert sum(reply.usage.rounds for reply in found) > 0 or limit == 1 or stop_ids
+        assert sum(reply.usage.redos for reply in found) > 0 or limit == 1 or stop_ids
 
 
 def test_every_check_accepts_at_least_one_token(network: Network) -> None:
@@ -203,7 +203,7 @@ def test_usage_counts_what_the_network_ran(
         assert usage.forwards == ran["denoise"] + ran["read"] - 1  # the prompt's
         assert usage.tokens_per_forward == pytest.approx(usage.completion_tokens / usage.forwards)
         assert usage.steps == sum(event.steps for event in events if isinstance(event, Committed))
-        assert (usage.rounds <= usage.checks) and (usage.checks > 0) == (checks > 0)
+        assert (usage.redos <= usage.checks) and (usage.checks > 0) == (checks > 0)
 
 
 class Agreeing(Network):
@@ -234,7 +234,7 @@ def test_a_check_that_agrees_is_the_commit() -> None:
     assert reply.tokens == network.answer
     assert network.reads == [[[3]], [network.answer[:CANVAS]], [network.answer[CANVAS:]]]
     usage = reply.usage
-    assert (usage.canvases, usage.steps, usage.forwards, usage.checks, usage.rounds) == (2, 4, 6, 2, 0)
+    assert (usage.canvases, usage.steps, usage.forwards, usage.checks, usage.redos) == (2, 4, 6, 2, 0)
 
 
 def test_a_wrong_last_token_is_corrected_without_another_round() -> None:
@@ -245,21 +245,21 @@ def test_a_wrong_last_token_is_corrected_without_another_round() -> None:
     # Of the checked canvas all but the last token is context already.
     wrong = network.answer[:CANVAS]
     assert network.reads == [[[3]], [wrong], [[right[CANVAS - 1]]], [right[CANVAS:]]]
-    assert (reply.usage.steps, reply.usage.forwards, reply.usage.checks, reply.usage.rounds) == (4, 7, 2, 0)
+    assert (reply.usage.steps, reply.usage.forwards, reply.usage.checks, reply.usage.redos) == (4, 7, 2, 0)
 
 
 def test_a_stop_id_of_the_causal_pass_ends_the_answer() -> None:
     network = Agreeing([4, 5, 0, 7, 8, 9])
     made = rows([[3]], stop_ids=(6,), logprobs=1)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
-    assert (reply.tokens, reply.finish_reason, reply.usage.rounds) == ([4, 5, 6], "stop", 0)
+    assert (reply.tokens, reply.finish_reason, reply.usage.redos) == ([4, 5, 6], "stop", 0)
     assert [(said.token, said.top[0][0]) for said in reply.logprobs or []] == [(4, 4), (5, 5), (6, 6)]
 
 
 def test_tokens_after_a_stop_id_are_not_compared() -> None:
     network = Agreeing([4, 5, 6, 0, 0, 0])
     (reply,) = replies(list(generate_verified(network, rows([[3]], stop_ids=(6,)), Sampling(checks=4))))
-    assert (reply.tokens, reply.usage.checks, reply.usage.rounds) == ([4, 5, 6], 1, 0)
+    assert (reply.tokens, reply.usage.checks, reply.usage.redos) == ([4, 5, 6], 1, 0)
     assert network.reads[1:] == [[[4, 5, 6]]]
 
 
@@ -268,7 +268,7 @@ def test_after_the_last_check_the_draft_is_committed() -> None:
     (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=CANVAS), Sampling(checks=2))))
     # Place 1 is put right, then place 2; the third disagreement is not looked for.
     assert reply.tokens == [4, 5, 6, 0, 0, 0]
-    assert (reply.usage.checks, reply.usage.rounds, reply.usage.forwards) == (2, 2, 6 + 2)
+    assert (reply.usage.checks, reply.usage.redos, reply.usage.forwards) == (2, 2, 6 + 2)
 
 
 # ----------------------------------------------------------------------------------------------------- the other side
@@ -300,7 +300,7 @@ def test_inserted_tokens_are_not_compared() -> None:
     made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[0]), logprobs=0)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2]
-    assert (reply.usage.checks, reply.usage.rounds) == (1, 0)
+    assert (reply.usage.checks, reply.usage.redos) == (1, 0)
 
 
 def test_a_correction_that_would_be_cut_is_denoised_again() -> None:
@@ -310,7 +310,7 @@ def test_a_correction_that_would_be_cut_is_denoised_again() -> None:
     made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[-1]), logprobs=0)
     (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
     assert reply.tokens == [*right, 2] == [said.token for said in reply.logprobs or []]
-    assert (reply.usage.checks, reply.usage.rounds) == (2, 1)
+    assert (reply.usage.checks, reply.usage.redos) == (2, 1)
 
 
 def test_a_check_never_inserts_a_banned_token(network: Network) -> None:
@@ -318,7 +318,7 @@ def test_a_check_never_inserts_a_banned_token(network: Network) -> None:
     banned = {token: range(CANVAS) for token in set(free[:4])}
     (reply,) = replies(list(generate_verified(network, rows(PROMPTS[:1], processor=Told(banned)), ALL)))
     assert len(reply.tokens) == 16 and not set(reply.tokens) & set(banned)
-    assert reply.usage.rounds > 0
+    assert reply.usage.redos > 0
 
 
 class After:

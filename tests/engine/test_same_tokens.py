@@ -121,7 +121,7 @@ def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, 
         assert ours == theirs
         values = [[t.logprob for t in r.logprobs or ()] for r in (got, wanted)]
         torch.testing.assert_close(torch.tensor(values[0]), torch.tensor(values[1]), rtol=1e-4, atol=1e-4)
-    assert sum(reply(told[request]).usage.rounds for request in requests) > 0
+    assert sum(reply(told[request]).usage.redos for request in requests) > 0
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -196,7 +196,7 @@ def test_a_stop_text_cuts_the_same_answer(lm: LM, replies: list[Reply]):
 def test_verified_is_diffusion_with_checks(lm: LM, replies: list[Reply]):
     checked = lm.generate(PROMPTS[1], seed=7, max_tokens=20, mode="verified")
     assert checked == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=4))
-    assert 0 < checked.usage.checks <= 4 * checked.usage.canvases and checked.usage.rounds
+    assert 0 < checked.usage.checks <= 4 * checked.usage.canvases and checked.usage.redos
     assert checked != replies[1] and replies[1].usage.checks == 0
     twice = lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="verified")
     assert twice == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="diffusion")
