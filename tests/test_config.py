@@ -177,7 +177,7 @@ def test_without_either_spelling_full_heads_have_512_features():
     assert sizes(read(drop=NO_SPELLING)) == [(8, 2), (512, 2)]
 
 
-def test_full_layers_share_the_general_key_value_heads_unless_told():
+def test_full_layers_use_the_general_key_value_heads_by_default():
     assert sizes(read({"global_head_dim": 32}, drop=("num_global_key_value_heads",))) == [(8, 2), (32, 2)]
     assert sizes(read({"num_global_key_value_heads": None})) == [(8, 2), (16, 2)]
 

@@ -235,7 +235,7 @@ def test_a_dig_blanks_every_cell_that_it_can() -> None:
         assert slow_count(sudoku.puzzle_at(solution, (*order, cell), 80 - len(order))) == 2
 
 
-def test_dig_stops_where_told() -> None:
+def test_dig_stops_at_the_given_count() -> None:
     solution = sudoku.random_solution(Random(3))
     whole, part = sudoku.dig(solution, Random(4)), sudoku.dig(solution, Random(4), stop=50)
     assert part == whole[:31]

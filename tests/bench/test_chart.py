@@ -33,7 +33,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_picture_holds_the_figures(case: str) -> None:
+def test_the_chart_shows_the_figures(case: str) -> None:
     drawn, between = CASES[case]
     text = svg([drawn, drawn])
     root = ET.fromstring(text)
@@ -99,6 +99,6 @@ def test_crossings_are_near_those_of_the_reference(device: str, steps: int, user
     assert found is not None and found[0] == pytest.approx(users, rel=0.15)
 
 
-def test_weights_that_do_not_fit_are_said_so() -> None:
+def test_weights_that_do_not_fit_are_reported() -> None:
     assert "do not fit" in roofline(costs.DEVICES["rtx5090"], form="bf16").note
     assert "do not fit" not in roofline(costs.DEVICES["rtx5090"], form="w4").note

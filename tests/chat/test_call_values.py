@@ -99,7 +99,7 @@ def test_a_value_is_read_by_its_schema(text: str, schema: Any, wanted: Any):
 @pytest.mark.parametrize(
     ("text", "schema", "fault"), [("NaN", NUMBER, "NaN"), ("", INTEGER, "missing")], ids=["NaN", "nothing"]
 )
-def test_what_is_no_value_breaks_the_call(text: str, schema: Any, fault: str):
+def test_an_invalid_value_makes_the_call_malformed(text: str, schema: Any, fault: str):
     call = read_call([f"call:f{{a:{text}}}"], {"f": {"properties": {"a": schema}}})
     assert isinstance(call, MalformedToolCall) and fault in call.fault
 
@@ -107,12 +107,12 @@ def test_what_is_no_value_breaks_the_call(text: str, schema: Any, fault: str):
 @pytest.mark.parametrize(
     ("text", "schema", "mended"), [("7", STRING, True), ("7", INTEGER, False), ('<|"|>7<|"|>', STRING, False)]
 )
-def test_a_type_that_the_text_alone_does_not_have_is_mended(text: str, schema: Any, mended: bool):
+def test_values_are_converted_to_the_type_of_the_schema(text: str, schema: Any, mended: bool):
     call = read_call(f"call:f{{a:{text}}}".split(QUOTE), {"f": {"properties": {"a": schema}}})
     assert isinstance(call, ToolCall) and call.mended is mended
 
 
-def test_another_tool_s_schema_means_nothing():
+def test_another_tool_s_schema_is_ignored():
     assert read_call(["call:f{a:7}"], {"g": {"properties": {"a": STRING}}}) == ToolCall(name="f", arguments={"a": 7})
 
 
@@ -147,7 +147,7 @@ schemas = st.recursive(
 
 
 @given(schemas, st.text('ab:{}[],1."N '))
-def test_no_schema_is_too_strange(schema: Any, text: str):
+def test_no_schema_makes_reading_raise(schema: Any, text: str):
     """Whatever a tool declares, reading raises nothing."""
     tools = {"f": schema if isinstance(schema, dict) else {}}
     assert isinstance(read_call(["call:f{a:" + text, "b", "}"], tools), ToolCall | MalformedToolCall)

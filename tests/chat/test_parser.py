@@ -129,7 +129,7 @@ def test_a_thought_opened_by_the_prompt_is_a_thought(gemma: Tokenizer):
     assert parse(gemma, ids, section="thought") == [thought("so"), answer("4")]
 
 
-def test_a_thought_that_the_prompt_opened_is_all_that_comes(gemma: Tokenizer):
+def test_text_like_a_label_is_part_of_a_thought_that_the_prompt_opened(gemma: Tokenizer):
     """Its label is in the prompt, so what is like a label is a thought, too; but for one that is written again."""
     for text, wanted in (("tho", "tho"), ("thought", "thought"), ("thought\nso", "so"), ("t\n", "t")):
         ids = gemma.encode(f"{text}<channel|>4", add_special=False)
@@ -171,7 +171,7 @@ WITHOUT_OPENER: list[tuple[str, list[Piece]]] = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), WITHOUT_OPENER, ids=[text for text, _ in WITHOUT_OPENER])
-def test_a_call_or_a_thought_without_its_opener(text: str, wanted: list[Piece]):
+def test_calls_and_thoughts_without_their_opener_are_found(text: str, wanted: list[Piece]):
     """By a tokenizer of single characters, and so wherever a token may end."""
     ids = chat_tokenizer.ids(text)
     tools = {"ls": {}, "say": {}}
@@ -182,7 +182,7 @@ def test_a_call_or_a_thought_without_its_opener(text: str, wanted: list[Piece]):
         assert all(mended[: len(mended) - text.count("<|tool_call>")])
 
 
-def test_what_is_cut_off_is_no_call(gemma: Tokenizer):
+def test_a_truncated_call_is_no_call(gemma: Tokenizer):
     """Though nothing of it is missing so far: more might have come."""
     for text, wanted in (
         ("<|tool_call>call:ls{}", MalformedToolCall(raw="call:ls{}", fault="the call is not closed")),
@@ -205,7 +205,7 @@ def test_a_call_is_read_by_the_schema_of_its_tool(gemma: Tokenizer):
     assert parse(gemma, ids, tools=tools) == [ToolCall(name="find", arguments={"zip": "501"})]
 
 
-def test_stop_texts_are_looked_for_in_what_is_no_call_after_all(gemma: Tokenizer):
+def test_stop_texts_are_found_in_text_that_only_looked_like_a_call(gemma: Tokenizer):
     ids = gemma.encode("a\ncall:ls{}END b", add_special=False)
     assert parse(gemma, ids, range(len(ids)), stop=["END"]) == [answer("a\ncall:ls{}")]
     parser = TurnParser(gemma, SpecialTokens.of(gemma), stop=["END"])

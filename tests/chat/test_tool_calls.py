@@ -50,7 +50,7 @@ def is_same(call: object, given: dict[str, object]) -> bool:
 
 
 @given(arguments.filter(lambda value: not quoted(value)))
-def test_what_is_written_is_read_back(given: dict[str, object]):
+def test_calls_round_trip(given: dict[str, object]):
     call = read_call(pieces(write_call("tool.name-1", given)))
     assert is_same(call, given)
     assert isinstance(call, ToolCall) and call.name == "tool.name-1" and not call.mended
@@ -68,7 +68,7 @@ def test_what_is_written_is_read_back(given: dict[str, object]):
         ("f", {"größe": "„ü“\n"}, 'call:f{größe:<|"|>„ü“\n<|"|>}'),
     ],
 )
-def test_how_a_call_is_written(name: str, given: dict[str, object], written: str):
+def test_calls_are_written_in_the_published_form(name: str, given: dict[str, object], written: str):
     assert write_call(name, given) == written
 
 
@@ -83,7 +83,7 @@ def test_how_a_call_is_written(name: str, given: dict[str, object], written: str
     ],
     ids=["blanks", "JSON's quotes", "keys", "numbers", "any character"],
 )
-def test_what_json_reads_is_read_too(text: str, wanted: dict[str, object]):
+def test_json_arguments_are_read_too(text: str, wanted: dict[str, object]):
     call = read_call(pieces(text))
     assert call == ToolCall(name="ls", arguments=wanted)
     assert isinstance(call, ToolCall) and not call.mended
@@ -147,7 +147,7 @@ MENDED: list[tuple[str, dict[str, object]]] = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), MENDED, ids=[text[:60] for text, _ in MENDED])
-def test_what_can_be_read_in_one_way_is_mended(text: str, wanted: dict[str, object]):
+def test_unambiguous_mistakes_are_repaired(text: str, wanted: dict[str, object]):
     call = read_call(pieces(text))
     assert is_same(call, wanted)
     assert isinstance(call, ToolCall) and call.name == "f" and call.mended
@@ -202,18 +202,18 @@ def test_what_can_be_read_in_one_way_is_mended(text: str, wanted: dict[str, obje
         ('call:ls{a:<|"|>5<|"|> tall<|"|>,b:<|"|>6<|"|> wide<|"|>}', "','"),
     ],
 )
-def test_what_is_no_call_comes_back_whole_with_the_reason(text: str, fault: str):
+def test_malformed_calls_are_returned_whole_with_the_reason(text: str, fault: str):
     call = read_call(pieces(text))
     assert isinstance(call, MalformedToolCall)
     assert call.raw == text
     assert fault in call.fault
 
 
-def test_no_pieces_are_no_call():
+def test_an_empty_text_is_no_call():
     assert read_call([]) == MalformedToolCall(raw="", fault="it does not begin with 'call:'")
 
 
-def test_the_deepest_that_is_allowed():
+def test_the_deepest_allowed_nesting_is_read():
     inner: object = []
     for _ in range(MAX_DEPTH - 2):
         inner = [inner]
@@ -232,13 +232,13 @@ def test_the_deepest_that_is_allowed():
         'call:f{a:<|"|>' + "} " * 5000,
     ],
 )
-def test_the_work_that_a_hostile_text_makes_is_bounded(text: str):
+def test_hostile_texts_cost_bounded_work(text: str):
     """Each of these takes for ever where readings are tried one after the other."""
     assert isinstance(read_call(pieces(text)), ToolCall | MalformedToolCall)
 
 
 @given(st.lists(st.text(alphabet="call:f{}[],\"'x1.N \n\\"), max_size=6), st.booleans())
-def test_any_text_is_a_call_or_broken(texts: list[str], closed: bool):
+def test_any_text_is_a_call_or_malformed(texts: list[str], closed: bool):
     call = read_call(texts, closed=closed)
     if isinstance(call, MalformedToolCall):
         assert call.raw == QUOTE.join(texts) and call.fault
@@ -258,7 +258,7 @@ def texts_in(value: object) -> Iterator[str]:
 
 
 @given(st.lists(st.text(alphabet="xyz{}[],:' \n"), min_size=1, max_size=6))
-def test_no_letter_is_left_out_of_a_mended_call(texts: list[str]):
+def test_a_repaired_call_keeps_every_letter(texts: list[str]):
     """And none is made up."""
     call = read_call(["call:f{a:" + texts[0], *texts[1:]])
     if isinstance(call, ToolCall):
@@ -330,7 +330,7 @@ def test_braces_that_are_missing_at_the_end_are_added(given: dict[str, object], 
 
 
 @given(plain, st.data())
-def test_a_call_that_is_cut_off_is_none(given: dict[str, object], data: st.DataObject):
+def test_a_truncated_call_is_no_call(given: dict[str, object], data: st.DataObject):
     text = write_call("f", given)
     cut = data.draw(st.integers(0, len(text) - 1))
     assert isinstance(read_call(pieces(text[:cut]), closed=False), MalformedToolCall)
@@ -365,12 +365,14 @@ def transformers_reads(text: str, **more: Any) -> Any:
     return message["tool_calls"][0]["function"]["arguments"]
 
 
+@pytest.mark.parity
 @given(st.dictionaries(names, values_of(their_scalars, names), max_size=3))
 def test_transformers_reads_well_formed_calls_the_same(given: dict[str, object]):
     text = write_call("f", given)
     assert is_same(read_call(pieces(text)), transformers_reads(text))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("text", "schema"),
     [

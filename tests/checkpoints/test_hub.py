@@ -70,7 +70,7 @@ def blobs() -> dict[str, Path]:
 
 
 class TestWhole:
-    def test_what_was_pulled_loads_by_its_name(self, model: Repository, sharded: Path) -> None:
+    def test_a_pulled_model_loads_by_name(self, model: Repository, sharded: Path) -> None:
         path = pull()
         assert resolve(NAME.repo) == resolve(f"{NAME.repo}@main") == resolve(f"{NAME.repo}@{model.commit[:8]}") == path
         assert torch.equal(figures(load_network(resolve(NAME.repo))), figures(load_network(sharded)))
@@ -82,13 +82,15 @@ class TestWhole:
         assert there == {name for name in model.files if "/" not in name and not name.endswith((".bin", ".pt", ".md"))}
         assert not any(request.path.endswith((".bin", ".pt", ".onnx")) for request in hub.requests)
 
-    def test_other_tools_find_it_in_the_same_cache(self, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_tools_find_pulled_files_in_the_cache(
+        self, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = pull()
         assert try_to_load_from_cache(NAME.repo, "config.json") == str(path / "config.json")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert snapshot_download(NAME.repo, local_files_only=True) == str(path)
 
-    def test_what_other_tools_fetched_is_not_fetched_again(self, hub: Hub, model: Repository) -> None:
+    def test_files_fetched_by_other_tools_are_reused(self, hub: Hub, model: Repository) -> None:
         path = snapshot_download(
             NAME.repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"]
         )
@@ -103,7 +105,7 @@ class TestWhole:
         api = f"/api/models/{NAME.repo}"
         assert [request.path for request in hub.requests] == [f"{api}/revision/main", f"{api}/tree/{model.commit}"]
 
-    def test_a_new_commit_takes_the_name_when_it_is_whole(self, hub: Hub, model: Repository) -> None:
+    def test_a_name_moves_to_a_new_commit_once_it_is_complete(self, hub: Hub, model: Repository) -> None:
         old = pull()
         model.files |= {"config.json": model.files["config.json"] + b"\n", "new.json": b"{}"}
         new = plan(NAME)
@@ -121,14 +123,14 @@ class TestWhole:
             "config.json",
         }
 
-    def test_some_files_of_a_new_commit_do_not_take_the_name_of_a_whole_model(self, model: Repository) -> None:
+    def test_a_name_does_not_move_to_a_partial_commit(self, model: Repository) -> None:
         old = pull()
         model.files["config.json"] += b"\n"
         part = pull(include=["*.json"])
         assert part != old and (part / "config.json").is_file() and resolve(NAME.repo) == old
         assert pull() == resolve(NAME.repo) == part
 
-    def test_a_name_that_was_cut_while_it_was_written_stands_for_nothing(self, model: Repository) -> None:
+    def test_a_truncated_ref_is_ignored(self, model: Repository) -> None:
         path = pull()
         (cached.home_of(NAME.repo) / "refs" / "main").write_text("")
         assert cached.commit_of(NAME.repo, "main") is None
@@ -136,7 +138,7 @@ class TestWhole:
             resolve(NAME.repo)
         assert path.name[:12] in caught.value.hint and pull() == path == resolve(NAME.repo)
 
-    def test_a_revision_goes_by_its_own_name(self, model: Repository) -> None:
+    def test_a_revision_is_loaded_by_its_own_name(self, model: Repository) -> None:
         path = pull(HubName(repo=NAME.repo, revision="v1"))
         assert resolve(f"{NAME.repo}@v1") == path
         with pytest.raises(ModelNotFound, match="revision 'main'") as caught:
@@ -164,7 +166,7 @@ class TestWhole:
 class TestCut:
     @pytest.mark.parametrize("redirects", [False, True], ids=["from the hub", "from elsewhere"])
     @pytest.mark.parametrize("resets", [False, True], ids=["ended early", "reset"])
-    def test_a_broken_line_is_continued_where_it_broke(
+    def test_a_broken_connection_resumes_where_it_broke(
         self, hub: Hub, model: Repository, resets: bool, redirects: bool
     ) -> None:
         shard, hub.resets, hub.redirects = shard_of(model), resets, redirects
@@ -177,7 +179,7 @@ class TestCut:
             assert ranges == [None, "bytes=10000-", "bytes=14000-"], "in thousands, as they are written"
         assert (path / shard).read_bytes() == model.files[shard]
 
-    def test_a_stopped_pull_is_continued_by_the_next(self, hub: Hub, model: Repository) -> None:
+    def test_a_cut_download_resumes_with_the_next_pull(self, hub: Hub, model: Repository) -> None:
         shard = shard_of(model)
 
         def stop(file: RepoFile, done: int) -> None:
@@ -198,7 +200,7 @@ class TestCut:
         assert (path / shard).read_bytes() == model.files[shard]
         assert not any(name.endswith(".incomplete") for name in blobs())
 
-    def test_a_line_that_never_holds_is_given_up(self, hub: Hub, model: Repository) -> None:
+    def test_a_connection_that_always_breaks_is_given_up(self, hub: Hub, model: Repository) -> None:
         hub.cut[shard_of(model)] = [0] * 20
         error = refused()
         assert shard_of(model) in error.message and "pulling again" in error.hint
@@ -243,7 +245,7 @@ class TestDamaged:
         model.files[damaged] = true
         assert (pull() / damaged).read_bytes() == true
 
-    def test_damage_on_the_librarys_own_way_is_found_too(self, model: Repository) -> None:
+    def test_damage_is_found_in_the_library_s_own_downloads_too(self, model: Repository) -> None:
         """The faster protocol brings the file itself; what it brings is checked all the same."""
         shard = shard_of(model)
         model.xet.add(shard)
@@ -276,7 +278,7 @@ class TestDamaged:
         left.write_bytes(b"x" * (len(model.files[shard]) + 1))
         assert (pull() / shard).read_bytes() == model.files[shard]
 
-    def test_leftovers_of_other_content_are_found_out_and_the_next_pull_is_whole(self, model: Repository) -> None:
+    def test_leftovers_of_other_content_are_refused_and_the_next_pull_is_complete(self, model: Repository) -> None:
         shard = shard_of(model)
         left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(shard)}.incomplete"
         left.parent.mkdir(parents=True)
@@ -299,7 +301,7 @@ class TestRefused:
     }
 
     @pytest.mark.parametrize(("answer", "said"), CASES.items(), ids=[f"{status} {code}" for status, code in CASES])
-    def test_the_hubs_refusals_say_what_to_do(
+    def test_errors_of_the_hub_say_what_to_do(
         self, hub: Hub, model: Repository, answer: tuple[int, str], said: tuple[str, str]
     ) -> None:
         model.refuse = answer
@@ -307,11 +309,11 @@ class TestRefused:
         assert said[0] in error.message and said[1] in error.hint
         assert len(hub.of("/revision/main")) == 1, "asked once"
 
-    def test_who_is_logged_in_is_told_to_accept_the_licence_only(self, model: Repository) -> None:
+    def test_a_logged_in_user_is_told_only_to_accept_the_licence(self, model: Repository) -> None:
         model.refuse = (403, "GatedRepo")
         assert "log in" not in refused().hint
 
-    def test_no_network_is_said_at_once(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_network_is_reported_at_once(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         tries = []
 
         class Counted(socket.socket):
@@ -332,11 +334,13 @@ class TestRefused:
         mine = [address for address in tries if "agent" not in str(address)]
         assert 1 <= len(mine) <= 2, "one question, and at most one of the library's own"
 
-    def test_offline_means_offline(self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_mode_never_connects(self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert "HF_HUB_OFFLINE" in refused().message and hub.requests == []
 
-    def test_a_full_disk_is_known_before(self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_is_reported_before_the_download(
+        self, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         needed = plan(NAME)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed.bytes_left + (64 << 20) - 1))
         with pytest.raises(HubError, match="GB of disk") as caught:
@@ -345,7 +349,7 @@ class TestRefused:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed.bytes_left + (64 << 20)))
         check_room(needed)
 
-    def test_a_disk_that_fills_up_is_said(self, model: Repository) -> None:
+    def test_a_disk_that_fills_up_is_reported(self, model: Repository) -> None:
         def full(file: RepoFile, done: int) -> None:
             if done:
                 raise OSError(28, os.strerror(28))
@@ -363,7 +367,7 @@ def chosen(*paths: str, **arguments: object) -> set[str]:
 
 
 class TestChoice:
-    def test_weights_come_once(self) -> None:
+    def test_only_one_copy_of_the_weights_is_fetched(self) -> None:
         assert chosen("model.safetensors", "model-00001-of-00001.safetensors", "consolidated.safetensors") == {
             "model.safetensors"
         }
@@ -372,10 +376,10 @@ class TestChoice:
         }
         assert chosen("model.safetensors", "some-Q4_K_M.gguf", "config.json") == {"model.safetensors", "config.json"}
 
-    def test_one_gguf_file_needs_no_choice(self) -> None:
+    def test_a_single_gguf_file_is_chosen(self) -> None:
         assert chosen("some-Q8_0.gguf", "mmproj-F16.gguf", "README.md") == {"some-Q8_0.gguf"}
 
-    def test_several_are_listed_with_their_sizes(self) -> None:
+    def test_several_gguf_files_are_listed_with_their_sizes(self) -> None:
         files = [
             RepoFile(path=f"some-{mix}.gguf", size=size, oid="")
             for mix, size in (("Q4_K_M", 16_800_000_000), ("Q8_0", 27_000_000_000))
@@ -386,11 +390,11 @@ class TestChoice:
         assert [file.path for file in select_files("me/x", files, file="some-Q8_0.gguf")] == ["some-Q8_0.gguf"]
 
     @pytest.mark.parametrize("file", ["other.gguf", "config.json", "big-00001-of-00002.gguf"])
-    def test_a_file_that_cannot_be_meant_is_refused(self, file: str) -> None:
+    def test_an_unusable_file_name_is_refused(self, file: str) -> None:
         with pytest.raises(RequestError, match="--file"):
             chosen("a.gguf", "b.gguf", "config.json", "big-00001-of-00002.gguf", file=file)
 
-    def test_include_and_exclude(self) -> None:
+    def test_include_and_exclude_select_files(self) -> None:
         files = ("model.safetensors", "config.json", "README.md", "onnx/m.onnx", "extra/a.json")
         assert chosen(*files, include=["*.json"]) == {"config.json", "extra/a.json"}
         assert chosen(*files, include=["extra/", "README.md"]) == {"extra/a.json", "README.md"}
@@ -406,7 +410,7 @@ class TestChoice:
             chosen("pytorch_model.bin", "config.json")
         assert "pytorch_model.bin" in caught.value.hint
 
-    def test_no_file_leads_outside(self) -> None:
+    def test_file_names_never_lead_outside(self) -> None:
         with pytest.raises(HubError, match="outside"):
             chosen("model.safetensors", "../../config.json", include=["*"])
 
@@ -418,7 +422,7 @@ class TestChoice:
         "a/" + "b" * 95, "a/b@" + "c" * 300, "a/b/" + "c" * 300 + ".gguf", "a/\u0663",
     ],
 )  # fmt: skip
-def test_what_is_no_name_on_the_hub(text: str) -> None:
+def test_invalid_hub_names_are_refused(text: str) -> None:
     assert HubName.parse(text) is None
 
 
@@ -430,7 +434,7 @@ def test_resolving_never_connects(hub: Hub) -> None:
 
 
 class TestRemoved:
-    def test_what_lies_in_the_librarys_shared_store_goes_too(self, hub: Hub, model: Repository) -> None:
+    def test_removing_frees_the_library_s_shared_store(self, hub: Hub, model: Repository) -> None:
         """The faster protocol keeps files once for all repositories, under `blobs/` of the whole cache."""
         store = pytest.importorskip("huggingface_hub.utils._shared_blobs", reason="older libraries have no such store")
         pull()
@@ -454,7 +458,7 @@ class TestRemoved:
         assert not cached.home_of(NAME.repo).exists()
         assert all(resolve(copy.repo).is_dir() for copy in copies)
 
-    def test_what_there_is_no_right_to_is_said(self, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_permissions_are_reported(self, model: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
         pull()
 
         def denied(*_: object) -> None:
@@ -465,7 +469,7 @@ class TestRemoved:
             cached.remove(NAME.repo)
         assert "rights" in caught.value.hint and resolve(NAME.repo).is_dir()
 
-    def test_leftovers_without_a_snapshot_are_counted_and_go(self, hub: Hub, model: Repository) -> None:
+    def test_leftovers_without_a_snapshot_are_counted_and_removed(self, hub: Hub, model: Repository) -> None:
         hub.cut = {path: [1_000 if path == "config.json" else 0] + [0] * 20 for path in model.files}
         model.files = {"config.json": b" " * 2_000, "model.safetensors": b"s" * 3_000}
         refused()

@@ -142,7 +142,7 @@ def test_a_tower_that_does_not_fit_is_refused(own: Path, change: Any, kind: type
         load_vision(own)
 
 
-def test_a_checkpoint_without_a_tower_says_so(own: Path) -> None:
+def test_a_checkpoint_without_a_tower_is_named(own: Path) -> None:
     data = json.loads((own / "config.json").read_text())
     del data["vision_config"]
     (own / "config.json").write_text(json.dumps(data))

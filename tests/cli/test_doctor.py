@@ -24,7 +24,7 @@ def test_this_machine_is_ready(call: Call) -> None:
     assert "ms a forward" in done.out and "differ by" in done.out
 
 
-def test_wrong_attention_fails_and_says_so(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_attention_is_a_failed_check(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = attention.fused
     # A wrong scale of the output alone would be normed away.
     monkeypatch.setattr(attention, "fused", lambda query, *given: fused(1.01 * query, *given))

@@ -48,7 +48,7 @@ def ggufs(tiny: ModelConfig, workspace: Path) -> dict[str, bytes]:
 
 
 class TestPull:
-    def test_pulled_listed_run_and_removed(self, call: Call, model: Repository, untrained: Path) -> None:
+    def test_a_model_is_pulled_listed_run_and_removed(self, call: Call, model: Repository, untrained: Path) -> None:
         done = call("pull", NAME)
         assert done.code == 0 and f"{NAME}: {len(model.files)} files fetched" in done.out and "\x1b" not in done.err
         listed = done.err.splitlines()
@@ -65,20 +65,20 @@ class TestPull:
         assert gone == {"removed": NAME, "revision": None, "freed": on_disk}
         assert not cached.home_of(NAME).exists() and call("show", NAME).code == 2
 
-    def test_json(self, call: Call, model: Repository) -> None:
+    def test_json_reports_what_was_fetched(self, call: Call, model: Repository) -> None:
         said = json.loads(call("pull", f"{NAME}@v1", "--json").out)
         assert said["path"] == str(resolve(f"{NAME}@v1")) and said["missing"] is None
         assert said["files_fetched"] == len(model.files) and said["bytes_fetched"] == sum(
             map(len, model.files.values())
         )
 
-    def test_some_files_are_said_to_be_no_model(self, call: Call, model: Repository) -> None:
+    def test_a_partial_pull_is_reported_as_no_model(self, call: Call, model: Repository) -> None:
         done = call("pull", NAME, "--include", "*.json")
         assert done.code == 0 and "not a whole model yet: there are no weights" in done.out
         assert call("pull", NAME, "--exclude", "tokenizer*").code == 0
         assert "not a whole" not in call("pull", NAME).out
 
-    def test_one_of_several_gguf_files(self, call: Call, hub: Hub, ggufs: dict[str, bytes]) -> None:
+    def test_one_of_several_gguf_files_is_pulled(self, call: Call, hub: Hub, ggufs: dict[str, bytes]) -> None:
         hub.repositories[NAME] = Repository({**ggufs, "README.md": b"#"})
         asked = call("pull", NAME)
         assert asked.code == 2 and "--file" in asked.err and "a-Q4_K_M.gguf (0.0 GB)" in asked.err
@@ -101,14 +101,14 @@ class TestPull:
         assert 144 / 256 * matrices < weights < 144 / 256 * matrices * 1.02 + 4 * said["parameters"]["norms"]
         assert "Q4_K_M, packed by gguf: attention, dense MLP" in call("show", NAME).out
 
-    def test_bars_on_a_terminal(
+    def test_a_terminal_gets_progress_bars(
         self, model: Repository, call: Call, screen: Screen, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sys, "stderr", screen)
         assert call("pull", NAME).code == 0
         assert "model.safetensors" in screen.getvalue() and "\x1b[" in screen.getvalue()
 
-    def test_what_will_not_fit_is_said_and_fetched(
+    def test_a_model_that_will_not_fit_is_reported_and_fetched(
         self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("blockpress.hardware.free_memory", lambda: {"cpu": 1000})
@@ -127,11 +127,13 @@ class TestPull:
             (["me/nothing"], "no repository me/nothing"),
         ],
     )
-    def test_what_cannot_be_meant(self, call: Call, model: Repository, arguments: list[str], said: str) -> None:
+    def test_invalid_arguments_are_refused(
+        self, call: Call, model: Repository, arguments: list[str], said: str
+    ) -> None:
         done = call("pull", *arguments)
         assert done.code == 2 and said in done.err and "hint" in done.err
 
-    def test_offline_says_what_is_missing(
+    def test_offline_mode_names_what_is_missing(
         self, call: Call, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -150,7 +152,9 @@ class TestPull:
         done = call("pull", NAME, "--include", "*.json")
         assert done.code == 2 and "--include is given with HF_HUB_OFFLINE" in done.err
 
-    def test_the_environment_reaches_the_library(self, hub: Hub, model: Repository, tmp_path: Path) -> None:
+    def test_the_library_s_environment_variables_are_honoured(
+        self, hub: Hub, model: Repository, tmp_path: Path
+    ) -> None:
         """A process of its own, as people have it: HF_ENDPOINT and HF_HOME are read when it starts."""
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
 
@@ -164,7 +168,7 @@ class TestPull:
 
 
 class TestList:
-    def test_shipped_and_cached_and_nothing_else(self, call: Call, hub: Hub, model: Repository) -> None:
+    def test_shipped_and_cached_models_are_listed(self, call: Call, hub: Hub, model: Repository) -> None:
         assert "sudoku-nano" in call("ls").out and not cached.cache_directory().exists()
         call("pull", NAME)
         other = json.loads(model.files["config.json"]) | {"model_type": "llama"}
@@ -173,7 +177,7 @@ class TestList:
         text = call("ls").out
         assert NAME in text and model.commit[:12] + " (main)" in text and "just now" in text and "llama" not in text
 
-    def test_a_cut_download_is_marked(self, call: Call, hub: Hub, model: Repository) -> None:
+    def test_a_partial_download_is_marked(self, call: Call, hub: Hub, model: Repository) -> None:
         hub.cut["model.safetensors"] = [5_000] + [0] * 20
         assert call("pull", NAME).code == 2
         assert "partial: there are no weights" in call("ls").out
@@ -198,7 +202,7 @@ class TestRemove:
         assert resolve(NAME).name == model.commit and (resolve(NAME) / "model.safetensors").is_file()
         assert call("show", f"{NAME}@{old}").code == 2
 
-    def test_it_asks_on_a_terminal_and_needs_yes_elsewhere(
+    def test_removing_asks_on_a_terminal_and_needs_yes_elsewhere(
         self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         call("pull", NAME)
@@ -220,7 +224,7 @@ class TestRemove:
         done = call("rm", NAME, "--yes")
         assert done.code == 2 and "cannot be removed" in done.err and (tmp_path / "elsewhere" / "snapshots").is_dir()
 
-    def test_a_download_that_never_got_anywhere_goes_too(self, call: Call, hub: Hub, model: Repository) -> None:
+    def test_a_download_without_any_bytes_is_removed_too(self, call: Call, hub: Hub, model: Repository) -> None:
         first = min(model.files, key=lambda path: len(model.files[path]))
         hub.cut[first] = [0] * 20
         assert call("pull", NAME).code == 2
@@ -240,7 +244,7 @@ class TestRemove:
             (f"{NAME}/x.gguf", "one file of a model"),
         ],
     )
-    def test_what_is_not_in_the_cache_is_not_touched(
+    def test_names_outside_the_cache_are_refused(
         self, call: Call, model: Repository, tmp_path: Path, name: str, said: str
     ) -> None:
         call("pull", NAME)

@@ -166,7 +166,7 @@ def test_every_frame_of_a_sudoku_is_a_step_of_its_run(call: Call, tmp_path: Path
     assert caption(last) == [f"solved in {len(steps)} steps", "90 of 90 tokens settled", "sudoku-nano"]
 
 
-def test_what_is_wrong_at_the_end_stands_out(call: Call, tmp_path: Path, untrained: Path) -> None:
+def test_wrong_digits_stand_out_at_the_end(call: Call, tmp_path: Path, untrained: Path) -> None:
     file = tmp_path / "wrong.SVG"
     done = call("sudoku", PUZZLE, "--steps", 2, "--model", untrained, "--record", file, "--json")
     last = Player(file.read_text("utf-8")).frames[-1]
@@ -175,7 +175,7 @@ def test_what_is_wrong_at_the_end_stands_out(call: Call, tmp_path: Path, untrain
     assert "in conflict" in [mark.text for mark in last]
 
 
-def test_the_same_seed_is_the_same_file_however_it_was_run(call: Call, tmp_path: Path, screen: Screen) -> None:
+def test_the_same_seed_gives_the_same_file(call: Call, tmp_path: Path, screen: Screen) -> None:
     files = [tmp_path / f"{number}.svg" for number in range(4)]
     puzzles = ("sudoku", "--random", 2, "--givens", 55, "--seed", 4)
     call(*puzzles, "--record", files[0])
@@ -299,7 +299,7 @@ def test_the_pieces_of_an_answer_are_its_text() -> None:
     assert final_pieces(lm, reply_of("abc", [2, 6])) == ["ab", "c"]  # it stopped before the text END
 
 
-def test_a_frame_is_seen_in_its_time_and_no_other() -> None:
+def test_a_frame_is_visible_only_in_its_time() -> None:
     shown = ["ab", "a", "ac", "abc"]
     frames = [Frame(tuple(f'<rect class="{mark}"/>' for mark in marks), 0.5) for marks in shown]
     player = Player(animation(frames, (9, 9), "", "a < b", "\x00"))
@@ -341,7 +341,7 @@ def test_the_picture_of_the_readme_is_what_its_command_says() -> None:
     assert sudoku.is_solved(answer) and sudoku.agrees(puzzle, answer)
 
 
-def test_what_cannot_be_recorded_is_refused_before_the_weights(
+def test_invalid_recordings_are_refused_before_weights_are_read(
     call: Call, tmp_path: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*arguments: Any, **options: Any) -> LM:
@@ -387,7 +387,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(
     assert sudoku.is_solved(done.out.replace("\n", ""))  # the answer is told all the same
 
 
-def test_a_recording_with_no_one_to_ask_is_no_conversation(
+def test_a_recording_of_piped_input_is_one_answer(
     call: Call, tmp_path: Path, seeing: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("blockpress.cli.run.is_terminal", lambda stream: True)

@@ -203,7 +203,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_text"])
-def test_what_the_stack_does_not_compute_is_refused_by_name(family: Any, key: str) -> None:
+def test_unsupported_features_are_refused_by_name(family: Any, key: str) -> None:
     data = replace(TINY, family=family).to_dict()
     (data if family == "gemma4_text" else data["text_config"])[key] = REFUSED[key]
     with pytest.raises(ConfigError, match=key) as caught:

@@ -165,7 +165,7 @@ def test_a_byte_level_tokenizer_takes_every_text():
 
 
 @pytest.mark.parametrize("text", ["a\ud800", 3, None, b"a"])
-def test_what_is_no_text_is_refused(gemma: Tokenizer, text: Any):
+def test_only_text_is_encoded(gemma: Tokenizer, text: Any):
     with pytest.raises(TextError, match=r"not text|U\+D800.*column 2"):
         gemma.encode(text)
 

@@ -109,7 +109,7 @@ def test_a_finished_run_that_is_resumed_does_nothing(whole: Trainer, copy_recipe
     assert same(weights(again), weights(whole))
 
 
-def test_a_longer_run_goes_on_and_says_so(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
+def test_a_longer_run_continues_and_reports_it(whole: Trainer, copy_recipe: Recipes, tmp_path: Path):
     (tmp_path / STATE).write_bytes((whole.out / STATE).read_bytes())
     longer = Trainer(copy_recipe(), tmp_path, steps=8)
     longer.resume()
