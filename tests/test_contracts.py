@@ -267,3 +267,10 @@ def test_every_test_can_fail() -> None:
         for node in functions(path)
         if node.name.startswith("test_") and not can_fail(node, comparing_in(path))
     ] == []
+
+
+def test_comparisons_with_other_libraries_are_marked() -> None:
+    """`make test-fast` leaves them out by their mark."""
+    oracle = re.compile(r"(import|from) (transformers|compressed_tensors)\b|importorskip\(\"transformers")
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in TESTS}
+    assert [name for name, text in texts.items() if oracle.search(text) and "pytest.mark.parity" not in text] == []
