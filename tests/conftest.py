@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 # A shared or busy core makes any deadline a coin toss; in CI a failure must be the same one for everybody.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fast", parent=settings.get_profile("local"), max_examples=20)
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
