@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, TypeVar
 
 __all__ = [
     "BlockpressError",
@@ -47,6 +49,8 @@ __all__ = [
     "TrainingError",
     "UnexpectedWeights",
 ]
+
+Kind = TypeVar("Kind")
 
 
 class BlockpressError(Exception):
@@ -161,3 +165,37 @@ def renamed_attribute(old: str, new: str) -> Any:
         return getattr(instance, new)
 
     return property(read)
+
+
+def newer_names(kind: str, older: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by today's names; an `older` one among them is taken, with a warning to the caller's caller."""
+    for old in older.keys() & given.keys():
+        warnings.warn(f"{kind}.{old} is now {kind}.{older[old]}", DeprecationWarning, stacklevel=3)
+    newer = {name: value for name, value in given.items() if name not in older}
+    return newer | {new: given[old] for old, new in older.items() if old in given}
+
+
+def renamed_fields(**older: str) -> Callable[[type[Kind]], type[Kind]]:
+    """Decorates a dataclass some of whose fields have other names now: the older ones can still be given and read.
+
+    Args:
+        older: today's name of each former one. Where both are given, as by `dataclasses.replace`, the former counts.
+    """
+
+    def alias(kind: type[Kind]) -> type[Kind]:
+        make = kind.__init__
+
+        @wraps(make)
+        def init(self: Kind, *args: Any, **given: Any) -> None:
+            make(self, *args, **(newer_names(kind.__name__, older, given) if older.keys() & given.keys() else given))
+
+        # So that who checks calls by the signature lets the older names through; wraps has given it that of `make`.
+        fields = signature(make)
+        rest = Parameter("older", Parameter.VAR_KEYWORD)
+        init.__signature__ = fields.replace(parameters=[*fields.parameters.values(), rest])  # type: ignore[attr-defined]
+        kind.__init__ = init  # type: ignore[assignment, method-assign]
+        for old, new in older.items():
+            setattr(kind, old, renamed_attribute(old, new))
+        return kind
+
+    return alias

@@ -420,7 +420,7 @@ def test_the_full_layers_own_heads_count_only_where_keys_are_values():
         *[("t_min", value) for value in (0, -1.0, float("nan"), float("inf"))],
         *[("t_max", value) for value in (0.3, float("nan"), float("inf"), None)],
         *[("stability", value) for value in (-1, 0.5, False)],
-        *[("checks", value) for value in (-1, 0.5, True, "4")],
+        *[("max_verifications", value) for value in (-1, 0.5, True, "4")],
         *[("confidence", value) for value in (-0.001, float("nan"), "x")],
         *[("stop", value) for value in ("", ("a", ""), (1,), None, 3, {"a"}, b"a")],
         *[(rule, value) for rule in ("accept", "settle") for value in (0.1, "EntropyBound", True)],

@@ -7,11 +7,13 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import Mock
 
 import grimp
@@ -19,7 +21,10 @@ import pytest
 
 import blockpress
 from blockpress import decoding, engine, errors, sudoku
+from blockpress.config import Sampling
+from blockpress.errors import RequestError
 from blockpress.lm import LM
+from blockpress.train.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "blockpress").rglob("*.py"))
@@ -188,8 +193,14 @@ def test_an_older_name_still_works_and_says_the_newer_one(module: ModuleType, ol
 @pytest.mark.parametrize(
     ("kind", "old", "new"),
     [
+        (Sampling, "checks", "max_verifications"),
+        (decoding.Usage, "checks", "verifications"),
         (decoding.Usage, "rounds", "redos"),
         (decoding.Denoised, "attempt", "retry"),
+        (decoding.Denoised, "checks", "verifications"),
+        (Objective, "ages", "max_trajectory_steps"),
+        (Objective, "past", "steps_past_settling"),
+        (Objective, "groups", "row_groups"),
         (LM, "requests", "build_requests"),
         (LM, "chat_requests", "build_chat_requests"),
     ],
@@ -199,6 +210,48 @@ def test_an_older_attribute_still_works_and_says_the_newer_one(kind: type, old: 
     with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
         assert getattr(kind, old).fget(one) is getattr(one, new)
     assert hasattr(kind, new)
+
+
+USAGE = {
+    "prompt_tokens": 1,
+    "completion_tokens": 1,
+    "canvases": 1,
+    "steps": 1,
+    "forwards": 1,
+    "tokens_per_forward": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        (Sampling, "checks", "max_verifications"),
+        (partial(decoding.Usage, **USAGE), "checks", "verifications"),
+        (partial(decoding.Usage, **USAGE), "rounds", "redos"),
+        (Objective, "ages", "max_trajectory_steps"),
+        (Objective, "past", "steps_past_settling"),
+        (Objective, "groups", "row_groups"),
+    ],
+)
+def test_a_value_is_made_and_changed_by_an_older_field_s_name_too(kind: Callable[..., Any], old: str, new: str) -> None:
+    older, newer = {old: 3}, kind(**{new: 3})
+    with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}"):
+        assert kind(**older) == newer
+    with pytest.warns(DeprecationWarning, match=new):
+        assert replace(kind(), **older) == newer
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chekcs'"):
+        kind(chekcs=3)
+
+
+def test_a_sampling_with_an_older_field_s_name_says_the_newer_one() -> None:
+    with pytest.warns(DeprecationWarning, match="Sampling.checks is now Sampling.max_verifications") as warned:
+        assert Sampling().with_(checks=3, steps=5) == Sampling(max_verifications=3, steps=5)
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="max_verifications") as warned:
+        assert Sampling(checks=3).max_verifications == 3
+    assert warned[0].filename == __file__, "the line that has the older name"
+    with pytest.raises(RequestError, match="no field 'chekcs'"):
+        Sampling().with_(chekcs=1)
 
 
 def called(node: ast.AST) -> set[str]:

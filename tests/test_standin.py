@@ -143,7 +143,7 @@ def test_a_module_trains_there_as_on_the_processor(card: Card):
 Write = Callable[..., Iterator[Event]]
 WAYS: dict[str, tuple[Write, Sampling | AutoregressiveSampling, int | None]] = {
     "diffusion": (generate, SHORT, None),
-    "verified": (generate_verified, SHORT.with_(checks=2), None),
+    "verified": (generate_verified, SHORT.with_(max_verifications=2), None),
     "log-probabilities": (generate_verified, SHORT, 2),
     "greedy": (generate_autoregressive, AutoregressiveSampling(), None),
     "sampled": (generate_autoregressive, WARM, 2),

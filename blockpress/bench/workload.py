@@ -22,7 +22,7 @@ from typing import Literal
 from blockpress import sudoku
 from blockpress.bench.subject import Subject
 from blockpress.config import AutoregressiveSampling, Sampling
-from blockpress.config.sampling import CHECKS
+from blockpress.config.sampling import DEFAULT_MAX_VERIFICATIONS
 from blockpress.decoding import SequenceState
 from blockpress.engine import Request
 from blockpress.errors import RequestError
@@ -108,7 +108,7 @@ def sampling_of(subject: Subject, work: Workload) -> Sampling | AutoregressiveSa
     if work.steps is not None:
         # So that none settles: a mean entropy is below 0 only by rounding, and never after this many agreeing steps.
         sampling = sampling.with_(steps=work.steps, confidence=0.0, stability=work.steps)
-    return sampling.with_(checks=CHECKS) if work.mode == "verified" else sampling
+    return sampling.with_(max_verifications=DEFAULT_MAX_VERIFICATIONS) if work.mode == "verified" else sampling
 
 
 def requests(subject: Subject, work: Workload) -> Iterator[Request]:

@@ -6,6 +6,7 @@ Invariant: everything that can be checked without the weights is checked before 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -122,7 +123,7 @@ def open_in_mode(
 
 def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any]) -> Sampling | AutoregressiveSampling:
     from blockpress.config import AutoregressiveSampling
-    from blockpress.config.sampling import CHECKS
+    from blockpress.config.sampling import DEFAULT_MAX_VERIFICATIONS
 
     defaults = generation.autoregressive if mode == "autoregressive" else generation.sampling
     given = {field: value for field, value in changes.items() if value is not None}
@@ -131,8 +132,8 @@ def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any
             option, other = _option(field), "diffusion" if mode == "autoregressive" else "autoregressive"
             hint = f", or give --mode {other}" if generation.has_canvas else ": there is no canvas"
             raise RequestError(f"{option} is given in the mode {mode}", hint=f"leave out {option}{hint}")
-    if mode == "verified" and given.setdefault("checks", CHECKS) == 0:
-        raise RequestError("--checks is 0 in the mode verified", hint="give at least 1, or --mode diffusion")
+    if mode == "verified" and given.setdefault("max_verifications", DEFAULT_MAX_VERIFICATIONS) == 0:
+        raise RequestError("--max-verifications is 0 in the mode verified", hint="give at least 1, or --mode diffusion")
     if given.get("top_k") == 0:
         given["top_k"] = None
     chosen = defaults.with_(**given)
@@ -147,6 +148,19 @@ def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any
 
 def _option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
+
+
+def renamed_option(old: str, given: Any, new: str, value: Any) -> Any:
+    """The value of the option `new`, which may be given by its older name, with a word on stderr.
+
+    Raises:
+        RequestError: both are given.
+    """
+    if given is None:
+        return value
+    refuse(old, {new: value})
+    print(f"blockpress: {old} is now {new}", file=sys.stderr)
+    return given
 
 
 def check_device(device: str) -> None:

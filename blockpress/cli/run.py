@@ -49,10 +49,13 @@ Mode = Annotated[
         "if the model has them."
     ),
 ]
-Checks = Annotated[
+MaxVerifications = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Most checks of a settled canvas by the causal pass. Default: 0; if verified, 4."),
+    typer.Option(
+        metavar="N", help="Most verifications of a settled canvas by the causal pass. Default: 0; if verified, 4."
+    ),
 ]
+Checks = Annotated[int | None, typer.Option(hidden=True)]  # until version 0.3
 Logprobs = Annotated[
     int | None,
     typer.Option(
@@ -100,7 +103,7 @@ Events = Annotated[
     bool, typer.Option("--events", help="Print one JSON object an event: step, commit, text, thought, call, done.")
 ]
 
-_DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence", "checks")
+_DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence", "max_verifications")
 FIELDS = frozenset((*_DENOISING, "temperature", "top_k", "top_p", "stop"))
 """The options of `run` that are fields of a sampling."""
 
@@ -124,7 +127,7 @@ def run(
     t_max: TMax = None,
     stability: Stability = None,
     confidence: Confidence = None,
-    checks: Checks = None,
+    max_verifications: MaxVerifications = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -137,6 +140,7 @@ def run(
     device: options.Device = "cpu",
     fast: options.Fast = False,
     record: options.Record = None,
+    checks: Checks = None,
 ) -> None:
     """Answer a prompt.
 
@@ -153,6 +157,7 @@ def run(
       blockpress run ./my-checkpoint "What is this?" --image photo.jpg --thinking-budget 500
       blockpress run ./my-checkpoint "Why is the sky blue?" --record sky.svg
     """
+    max_verifications = options.renamed_option("--checks", checks, "--max-verifications", max_verifications)
     changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}

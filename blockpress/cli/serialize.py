@@ -50,7 +50,7 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
             "event": "step",
             "canvas": event.canvas,
             "retry": event.retry,
-            "checks": event.checks,
+            "verifications": event.verifications,
             "step": event.step,
             "text": None if lm.tokenizer is None else lm.decode(event.argmax),
             "tokens": event.argmax.tolist(),
@@ -99,7 +99,7 @@ def ended(reply: Reply) -> str:
     work = _counted(usage.forwards, "forward")
     if usage.canvases or usage.steps:
         work = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
-    work += f", {_counted(usage.checks, 'check')}" if usage.checks else ""
+    work += f", {_counted(usage.verifications, 'verification')}" if usage.verifications else ""
     extra = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
     extra += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
     return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {work}{extra}"

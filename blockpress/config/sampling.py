@@ -15,23 +15,26 @@ from typing import Any
 
 from blockpress.config.checks import is_count, is_number, require
 from blockpress.config.model import ModelConfig
-from blockpress.errors import ConfigError, RequestError
+from blockpress.errors import ConfigError, RequestError, newer_names, renamed_fields
 
-CHECKS = 4
+DEFAULT_MAX_VERIFICATIONS = 4
 """How many verifications of a canvas the mode "verified" does by default."""
 
+_OLDER = {"checks": "max_verifications"}  # until version 0.3
 
+
+@renamed_fields(**_OLDER)
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a canvas is denoised; the defaults are the reference's.
 
     steps: most denoising steps per canvas. entropy_bound: most nats of the accepted tokens together, the largest not
     counted. t_max, t_min: temperature at the first step and after the last. stability: consecutive steps whose argmax
-    must agree before a canvas settles. confidence: mean entropy (nats per token) below which it may settle. checks: how
-    many times at most the causal pass verifies a settled canvas, and what it rejects is denoised again; 0: never.
-    stop: text that ends the answer and is not part of it. accept, settle: your own rules (`diffusion.Accept` and
-    `diffusion.Settle`) instead of the entropy bound, and of stability and confidence; their steps are not captured on a
-    GPU.
+    must agree before a canvas settles. confidence: mean entropy (nats per token) below which it may settle.
+    max_verifications: how many times at most the causal pass verifies a settled canvas, and what it rejects is denoised
+    again; 0: never. stop: text that ends the answer and is not part of it. accept, settle: your own rules
+    (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of stability and confidence; their
+    steps are not captured on a GPU.
     """
 
     steps: int = 48
@@ -40,7 +43,7 @@ class Sampling:
     t_max: float = 0.8
     stability: int = 1
     confidence: float = 0.005
-    checks: int = 0
+    max_verifications: int = 0
     stop: tuple[str, ...] = ()
     accept: Callable[[Any], Any] | None = None
     settle: Callable[[Any, Any], Any] | None = None
@@ -60,13 +63,14 @@ class Sampling:
         )
         need(is_count(self.stability, 0), "stability", "a whole number of at least 0")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
-        need(is_count(self.checks, 0), "checks", "a whole number of at least 0")
+        need(is_count(self.max_verifications, 0), "max_verifications", "a whole number of at least 0")
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
     def with_(self, **changes: Any) -> Sampling:
         """A copy with some fields changed; the result is checked."""
+        changes = newer_names("Sampling", _OLDER, changes)
         _check_names(self, changes)
         return replace(self, **changes)
 

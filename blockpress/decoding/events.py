@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, ToolCall
-from blockpress.errors import BlockpressError, renamed_attribute
+from blockpress.errors import BlockpressError, renamed_fields
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
+@renamed_fields(rounds="redos", checks="verifications")  # until version 0.3
 @dataclass(frozen=True)
 class Usage:
     """Tokens read and returned, and what was computed for them.
@@ -25,7 +26,7 @@ class Usage:
     tokens_per_forward: returned tokens per forward. reasoning_tokens: returned tokens inside thoughts, without the
     control tokens around them. thought_cut: whether the budget closed a thought. empty_retries: canvases that were
     written again because they ended the answer before it began; their steps are counted, their tokens are not.
-    checks: verifications of settled canvases by the causal pass. redos: how often one led to denoising part of a
+    verifications: those of settled canvases by the causal pass. redos: how often one led to denoising part of a
     canvas again. A verification is a forward; where it accepts the whole canvas, it is also the commit.
     """
 
@@ -38,10 +39,8 @@ class Usage:
     reasoning_tokens: int = 0
     thought_cut: bool = False
     empty_retries: int = 0
-    checks: int = 0
+    verifications: int = 0
     redos: int = 0
-
-    rounds = renamed_attribute("rounds", "redos")
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,13 @@ class Reply:
         return message
 
 
+@renamed_fields(attempt="retry", checks="verifications")  # until version 0.3
 @dataclass(frozen=True)
 class Denoised:
     """One denoising step of one row, with entropies in nats.
 
     changed: positions whose argmax differs from the previous step's. attempt: how many times this canvas has been
-    restarted because the answer was empty. checks: how many verifications have had the rest of it redone.
+    restarted because the answer was empty. verifications: how many of it had the rest redone.
     """
 
     row: int
@@ -111,9 +111,7 @@ class Denoised:
     changed: Bool[Tensor, " canvas"]
     settled: bool
     retry: int = 0
-    checks: int = 0
-
-    attempt = renamed_attribute("attempt", "retry")
+    verifications: int = 0
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class SequenceState:
         """How many times the current canvas has been restarted because the answer was empty."""
         self.pins: Mapping[int, int] = {}
         """Tokens that the current canvas must hold, by position."""
-        self.checks = 0
+        self.verifications = 0
         """How many times the causal pass has verified the current canvas."""
         self.num_kept = 0
         """How many of the last draft's tokens that a causal pass read are context now."""
@@ -99,7 +99,7 @@ class SequenceState:
         self._pieces: list[Piece] = []
         self._logprobs: list[TokenLogprob] = []
         self._retries = self._retried_steps = 0
-        self._restarts = self._causal_passes = self._verifications = self._redos = 0
+        self._restarts = self._causal_passes = self._all_verifications = self._redos = 0
         self._draft, self._earlier_steps = FinishedCanvas([], 0), 0
         self._read_tokens: list[int] = []
 
@@ -156,7 +156,8 @@ class SequenceState:
     def count_causal_pass(self, *, verification: bool) -> None:
         """A causal pass has read the proposal, to verify it or only for its log-probabilities."""
         self._read_tokens, self._causal_passes = self.proposal, self._causal_passes + 1
-        self.checks, self._verifications = self.checks + verification, self._verifications + verification
+        self.verifications += verification
+        self._all_verifications += verification
 
     def correct(self, tokens: list[int]) -> None:
         """Replace the draft's tokens."""
@@ -177,7 +178,7 @@ class SequenceState:
         canvas, read_tokens = self._draft, self._read_tokens
         self._draft, self._earlier_steps, self.num_kept = FinishedCanvas([], 0), 0, 0
         self._read_tokens, self.new_tokens = [], []
-        self.pins, self.checks = {}, 0
+        self.pins, self.verifications = {}, 0
         end = self._end(canvas)
         valid = canvas.tokens[:end]
         kept = self._processor.cut(valid)
@@ -277,7 +278,7 @@ class SequenceState:
             reasoning_tokens=reasoning,
             thought_cut=cut,
             empty_retries=self._retries,
-            checks=self._verifications,
+            verifications=self._all_verifications,
             redos=self._redos,
         )
 
@@ -294,7 +295,7 @@ def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
         changed=step.changed[index],
         settled=bool(step.settled[index]),
         retry=row.retry,
-        checks=row.checks,
+        verifications=row.verifications,
     )
 
 

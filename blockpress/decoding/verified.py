@@ -4,7 +4,7 @@
     greedy     the cat sat on a mat.       what the causal pass would have written after each prefix
     accepted   the cat sat                 up to the first disagreement
     pins       the cat sat on              plus the causal pass's own token there
-    redo       the cat sat on ? ????       the rest is denoised again, with new draws, at most `checks` times
+    redo       the cat sat on ? ????       the rest is denoised again, with new draws, at most `max_verifications` times
 
 The verification is also the commit: where it accepts the whole draft, nothing is read twice. A canvas that ends in full
 agreement is what the same weights write by greedy autoregressive decoding; every verification settles at least one more
@@ -45,7 +45,7 @@ def generate_verified(
     """Answer every row's prompt as `generate` does, with a causal pass over each settled canvas before its commit.
 
     Args:
-        sampling: `checks` is the most verifications per canvas.
+        sampling: `max_verifications` is the most verifications per canvas.
         rows, cancel, make_draws, make_denoiser: as in `generate`; rows with `logprobs` get log-probabilities.
     """
     live = list(rows)
@@ -53,10 +53,10 @@ def generate_verified(
     while True:
         if not (yield from denoise_canvases(network, live, cache, sampling, cancel, make_draws, make_denoiser)):
             return
-        proposals = [row.proposal if needs_causal_pass(row, sampling.checks) else [] for row in live]
+        proposals = [row.proposal if needs_causal_pass(row, sampling.max_verifications) else [] for row in live]
         states, extended = causal_forward(network, proposals, last, cache)
         for row, tokens, scores in zip(live, proposals, score_tokens(network, states, live, proposals), strict=True):
-            yield from apply_verification(row, scores, sampling.checks) if tokens else row.commit()
+            yield from apply_verification(row, scores, sampling.max_verifications) if tokens else row.commit()
         unfinished = [i for i, row in enumerate(live) if row.finish_reason is None]
         if not unfinished:
             return
@@ -75,19 +75,19 @@ def prefill_verified(network: Network, rows: Sequence[SequenceState]) -> tuple[L
     return extend_cache(network, [row.prompt for row in rows], network.empty_cache(len(rows)), zeros, images_of(rows))
 
 
-def needs_causal_pass(row: SequenceState, checks: int) -> bool:
+def needs_causal_pass(row: SequenceState, max_verifications: int) -> bool:
     """Whether a causal pass must read a row's proposal before its draft can be committed."""
-    return bool(row.proposal) and (row.checks < checks or row.logprobs is not None)
+    return bool(row.proposal) and (row.verifications < max_verifications or row.logprobs is not None)
 
 
-def apply_verification(row: SequenceState, scores: TokenScores, checks: int) -> Iterator[Event]:
+def apply_verification(row: SequenceState, scores: TokenScores, max_verifications: int) -> Iterator[Event]:
     """Commit a row's draft or have the canvas redone, by the causal pass's scores of the row's proposal.
 
     Afterwards the first `row.num_kept` of the tokens that it read are context, and `row.new_tokens` are yet to be read.
     If the canvas is redone, the one is 0 and the other empty, `row.pins` hold from its first noise on, and a new
     `row.canvas_number` keys its draws.
     """
-    verify, proposal, logprobs = row.checks < checks, row.proposal, scores.logprobs
+    verify, proposal, logprobs = row.verifications < max_verifications, row.proposal, scores.logprobs
     row.count_causal_pass(verification=verify)
     if verify:
         # The output processor may append a token of its own (the end of a thought), which is never verified.

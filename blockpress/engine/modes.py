@@ -91,7 +91,7 @@ def strategy_of(request: Request) -> str:
     """The name of a request's strategy."""
     if isinstance(request.sampling, AutoregressiveSampling):
         return "autoregressive"
-    return "verified" if request.sampling.checks or request.row.logprobs is not None else "diffusion"
+    return "verified" if request.sampling.max_verifications or request.row.logprobs is not None else "diffusion"
 
 
 @final
@@ -145,7 +145,7 @@ class Verified:
     def _apply(self, outcome: RunnerOutput, draft: Draft, scores: TokenScores) -> RequestProgress:
         """Commit or redo, by the scores of the draft."""
         request, row = outcome.scheduled.request, draft.row
-        events = [*apply_verification(row, scores, max_checks(request))]
+        events = [*apply_verification(row, scores, max_verifications(request))]
         self._last[request] = draft.states[row.num_kept : row.num_kept + 1].clone()
         return RequestProgress(events=events, num_verified=row.num_kept, next_tokens=row.new_tokens)
 
@@ -298,7 +298,7 @@ def after_step(outcome: RunnerOutput) -> RequestProgress:
     row.draft(outcome.canvas or [], outcome.denoised.step)
     if outcome.canvas is None:
         return RequestProgress(events=[outcome.denoised])
-    if needs_causal_pass(row, max_checks(request)):
+    if needs_causal_pass(row, max_verifications(request)):
         return RequestProgress(events=[outcome.denoised], next_tokens=row.proposal, is_draft=True)
     return RequestProgress(events=[outcome.denoised, *row.commit()], next_tokens=row.new_tokens)
 
@@ -313,6 +313,6 @@ def reads_draft(scheduled: ScheduledRequest) -> bool:
     return scheduled.request.num_draft_tokens > 0 and reads_to_end(scheduled)
 
 
-def max_checks(request: Request) -> int:
+def max_verifications(request: Request) -> int:
     """The most verifications of one canvas of a request."""
-    return request.sampling.checks if isinstance(request.sampling, Sampling) else 0
+    return request.sampling.max_verifications if isinstance(request.sampling, Sampling) else 0

@@ -211,7 +211,7 @@ class Runner:
                 changed=outputs.changed[i],
                 settled=bool(settled),
                 retry=request.row.retry,
-                checks=request.row.checks,
+                verifications=request.row.verifications,
             )
             results[request] = (denoised, argmax if ended and finite else None, bool(finite))
         return results

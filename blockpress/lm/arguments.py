@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
-from blockpress.config.sampling import CHECKS
+from blockpress.config.sampling import DEFAULT_MAX_VERIFICATIONS
 from blockpress.decoding import Cancel
 from blockpress.errors import RequestError
 
@@ -95,7 +95,7 @@ def check_mode(mode: object, config: ModelConfig) -> Mode:
 def check_sampling(
     sampling: object, mode: object, generation: GenerationConfig, config: ModelConfig, *, has_text: bool
 ) -> AnySampling:
-    """The sampling of a mode; None: the checkpoint's. In the mode "verified", `checks` of 0 become the default number.
+    """The sampling of a mode; None: the checkpoint's. In the mode "verified", `max_verifications` of 0 is the default.
 
     Raises:
         RequestError: a mode that the model does not have, sampling of another type, stop texts without a tokenizer.
@@ -112,8 +112,8 @@ def check_sampling(
         raise RequestError(
             f"sampling.stop is {sampling.stop!r}", hint="stop texts need a tokenizer; this model has none"
         )
-    if chosen == "verified" and isinstance(sampling, Sampling) and not sampling.checks:
-        return sampling.with_(checks=CHECKS)
+    if chosen == "verified" and isinstance(sampling, Sampling) and not sampling.max_verifications:
+        return sampling.with_(max_verifications=DEFAULT_MAX_VERIFICATIONS)
     return sampling
 
 

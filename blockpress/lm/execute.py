@@ -158,5 +158,5 @@ def run_reference(network: Network, requests: Sequence[Request], cancel: Cancel 
     assert all(request.sampling == sampling for request in requests)
     if isinstance(sampling, AutoregressiveSampling):
         return generate_autoregressive(network, rows, sampling, cancel)
-    verified = sampling.checks > 0 or rows[0].logprobs is not None
+    verified = sampling.max_verifications > 0 or rows[0].logprobs is not None
     return (generate_verified if verified else generate)(network, rows, sampling, cancel)

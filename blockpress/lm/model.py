@@ -144,8 +144,8 @@ class LM:
             sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as in
                 the checkpoint's generation_config.json.
             mode: "diffusion", canvas by canvas; "verified", the same with settled canvases verified by the causal pass,
-                at most `sampling.checks` times, or 4 if that is 0; or "autoregressive", one token at a time with the
-                same weights. None: diffusion if the model has a canvas.
+                at most `sampling.max_verifications` times, or 4 if that is 0; or "autoregressive", one token at a time
+                with the same weights. None: diffusion if the model has a canvas.
             logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
                 this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
             cancel: checked between steps (`is_set()`), such as a `threading.Event`.

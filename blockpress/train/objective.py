@@ -20,20 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.errors import ConfigError
+from blockpress.errors import ConfigError, renamed_fields
 from blockpress.model import Network
 from blockpress.model.masks import canvas_mask, causal_mask
 from blockpress.model.network import CachedAttention
 
 Denoise = Callable[[Tensor | slice, Tensor | None], Tensor]
 
+_OLDER = {"ages": "max_trajectory_steps", "past": "steps_past_settling", "groups": "row_groups"}  # until version 0.3
 
+
+@renamed_fields(**_OLDER)
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is drawn for each row, and how the parts of the loss weigh.
@@ -42,9 +46,9 @@ class Objective:
     draws whose second pass is conditioned. causal_weight: weight of the next-token loss; at 0 it is not computed, nor
     any context that no canvas attends to. stratified: spread t and the conditioned draws evenly over the batch; each
     draw keeps its distribution, the step's loss varies less.
-    on_policy: how many of the draws are states of the sampler; the others are corrupted answers. ages: most steps of a
-    trajectory before it restarts. past: steps that it continues for after it has settled. groups: how many groups of
-    rows have trajectories in progress; training steps take them in turn.
+    on_policy: how many of the draws are states of the sampler; the others are corrupted answers. max_trajectory_steps:
+    most steps of a trajectory before it restarts. steps_past_settling: how many it continues for after it has settled.
+    row_groups: how many groups of rows have trajectories in progress; training steps take them in turn.
     """
 
     draws: int = 1
@@ -53,9 +57,9 @@ class Objective:
     causal_weight: float = 1.0
     stratified: bool = False
     on_policy: int = 0
-    ages: int = 16
-    past: int = 0
-    groups: int = 1
+    max_trajectory_steps: int = 16
+    steps_past_settling: int = 0
+    row_groups: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.time_range
@@ -65,12 +69,22 @@ class Objective:
             (0 <= self.self_conditioning <= 1, "self_conditioning", "a probability"),
             (self.causal_weight >= 0, "causal_weight", "0 or more"),
             (0 <= self.on_policy <= self.draws, "on_policy", f"from 0 to draws, {self.draws}"),
-            (self.ages >= 1, "ages", "at least 1"),
-            (self.past >= 0, "past", "0 or more steps"),
-            (self.groups >= 1, "groups", "at least 1"),
+            (self.max_trajectory_steps >= 1, "max_trajectory_steps", "at least 1"),
+            (self.steps_past_settling >= 0, "steps_past_settling", "0 or more steps"),
+            (self.row_groups >= 1, "row_groups", "at least 1"),
         ):
             if not ok:
                 raise ConfigError(f"objective field {name} is {getattr(self, name)!r}", hint=f"{name} must be {need}")
+
+
+def rename_saved(saved: Any) -> Any:
+    """What a run saved of its settings, in its state or `training.json`, with today's names of `Objective`'s fields."""
+    if isinstance(saved, list):
+        return [rename_saved(each) for each in saved]
+    if not isinstance(saved, dict):
+        return saved
+    objective = {_OLDER.get(name, name): value for name, value in saved.get("objective", {}).items()}
+    return {name: objective if name == "objective" else rename_saved(value) for name, value in saved.items()}
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ SLOT_STATE = ("chosen", "canvas", "signal", "argmax", "unchanged", "number", "li
 
 
 class Rollouts:
-    """The slots of a run: `objective.groups` groups of `rows` rows, `objective.on_policy` slots a row, in row order.
+    """The slots of a run: `row_groups` groups of `rows` rows, `on_policy` slots a row (see `Objective`), by row.
 
     Args:
         network: for its shapes and device; its weights are passed to `advance`.
-        rows: of one training step; step n takes group n modulo `groups`, and its rows are numbered from 0.
+        rows: of one training step; step n takes group n modulo `row_groups`, and its rows are numbered from 0.
         seed: of the choices and the noise. Trajectory n of the run has the sampler's seed `seed_of(n)`.
     """
 
@@ -48,7 +48,7 @@ class Rollouts:
         self.objective, self.sampling, self.seed = objective, sampling, seed
         self.length, self.vocab = network.config.canvas_length, network.config.vocab_size
         self.per_row, self._rows, self._first = objective.on_policy, rows, 0
-        num_rows = rows * objective.groups
+        num_rows = rows * objective.row_groups
         count, device = num_rows * self.per_row, network.device
         schedule, self._rules = Schedule.of(sampling), step_rules(sampling)
         self._temperatures = torch.stack([schedule.temperature(n) for n in range(1, sampling.steps + 1)]).to(device)
@@ -67,7 +67,7 @@ class Rollouts:
 
     @property
     def _oldest(self) -> int:
-        return min(self.objective.ages, self.sampling.steps)
+        return min(self.objective.max_trajectory_steps, self.sampling.steps)
 
     def seed_of(self, serial: int) -> int:
         """The sampler's seed of a trajectory."""
@@ -78,7 +78,7 @@ class Rollouts:
 
         Slots that ended when they were last advanced restart, on their row or on the new one.
         """
-        self._first = step % self.objective.groups * self._rows
+        self._first = step % self.objective.row_groups * self._rows
         group = slice(self._first, self._first + self._rows)
         slots = self.slots(torch.arange(self._rows))
         done = self.ended[slots].view(-1, self.per_row).all(1)
@@ -126,7 +126,7 @@ class Rollouts:
         self.canvas[slots], self.signal[slots] = result.canvas, output.signal
         self.argmax[slots], self.unchanged[slots], self.number[slots] = output.argmax, result.unchanged, number + 1
         past = self.past[slots] + (result.settled | (self.past[slots] > 0))
-        over = (past > self.objective.past) | (number >= self.limit[slots])
+        over = (past > self.objective.steps_past_settling) | (number >= self.limit[slots])
         self.past[slots] = torch.where(over, RESTART, past)
         self.ended[slots] |= over
 

@@ -26,7 +26,7 @@ from blockpress.hardware import compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
 from blockpress.train.initialise import initialise
-from blockpress.train.objective import Draw, Losses, TrainingBatch, draw_batch, losses
+from blockpress.train.objective import Draw, Losses, TrainingBatch, draw_batch, losses, rename_saved
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.rollouts import Rollouts
@@ -259,8 +259,8 @@ class Trainer:
                     f"{path} is a run of recipe {made_by!r}",
                     hint=f"resume it with that recipe, not {self.recipe.name!r}",
                 )
-            self.step, self.seconds, self.segments = state["step"], state["seconds"], state["segments"]
-            self.init, self.before = self.segments[0].get("init"), state.get("before")
+            self.step, self.seconds, self.segments = state["step"], state["seconds"], rename_saved(state["segments"])
+            self.init, self.before = self.segments[0].get("init"), rename_saved(state.get("before"))
             self.network.load_state_dict(state["network"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 bases = [group["base"] for group in optimizer.param_groups]
@@ -313,7 +313,7 @@ class Trainer:
                 hint="give a checkpoint of the recipe's own network, or leave it out",
             ) from error
         if (path / "training.json").is_file():
-            self.before = json.loads((path / "training.json").read_text())
+            self.before = rename_saved(json.loads((path / "training.json").read_text()))
 
     def _plain_losses(self, tokens: Tensor, prompts: Tensor, canvases: Tensor, *drawn: Tensor) -> Losses:
         fast = self.dtype != torch.float32

@@ -105,18 +105,21 @@ def test_json_and_events_have_log_probabilities(call: Call, untrained: Path, mod
     }
     told = [json.loads(line) for line in call("run", untrained, PROMPT, "--events", *options).out.splitlines()]
     assert [each for event in told if event["event"] == "commit" for each in event["logprobs"]] == said["logprobs"]
-    assert (said["usage"]["checks"] > 0) == (mode == "verified")
+    assert (said["usage"]["verifications"] > 0) == (mode == "verified")
 
 
-def test_checks_are_reported_and_their_limit_is_honoured(call: Call, untrained: Path) -> None:
+def test_verifications_are_reported_and_their_limit_is_honoured(call: Call, untrained: Path) -> None:
     options = ("--max-tokens", 5, "--steps", 2)
-    reply = blockpress.load(untrained).generate(PROMPT, 5, sampling=Sampling(steps=2, checks=1))
-    said = json.loads(call("run", untrained, PROMPT, "--json", "--checks", 1, *options).out)
-    assert said == plain(reply_to_dict(reply)) and (reply.usage.checks, reply.usage.redos) == (1, 1)
+    reply = blockpress.load(untrained).generate(PROMPT, 5, sampling=Sampling(steps=2, max_verifications=1))
+    said = json.loads(call("run", untrained, PROMPT, "--json", "--max-verifications", 1, *options).out)
+    assert said == plain(reply_to_dict(reply)) and (reply.usage.verifications, reply.usage.redos) == (1, 1)
     assert (
-        "1 canvas, 4 steps, 1 check"
-        in call("run", untrained, PROMPT, "--mode", "verified", "--checks", 1, *options).err
+        "1 canvas, 4 steps, 1 verification"
+        in call("run", untrained, PROMPT, "--mode", "verified", "--max-verifications", 1, *options).err
     )
+    older = call("run", untrained, PROMPT, "--json", "--checks", 1, *options)
+    assert json.loads(older.out) == said and "blockpress: --checks is now --max-verifications\n" in older.err
+    assert "--checks" not in call("run", "--help").out
 
 
 def test_autoregressive_events_are_an_object_a_token(call: Call, untrained: Path) -> None:
@@ -173,7 +176,9 @@ def test_a_model_without_canvases_needs_no_mode(call: Call, causal: Path) -> Non
 
 
 @pytest.mark.usefixtures("weightless")
-@pytest.mark.parametrize("option", ["steps", "entropy-bound", "t-min", "t-max", "stability", "confidence", "checks"])
+@pytest.mark.parametrize(
+    "option", ["steps", "entropy-bound", "t-min", "t-max", "stability", "confidence", "max-verifications"]
+)
 def test_diffusion_options_are_refused_in_autoregressive_mode(
     call: Call, untrained: Path, causal: Path, option: str
 ) -> None:
@@ -200,9 +205,11 @@ def test_invalid_options_are_refused_before_weights_are_read(call: Call, untrain
         (causal, ("--mode", "diffusion"), "has no canvas"),
         (untrained, ("--mode", "fast"), "--mode"),
         (causal, ("--mode", "verified"), "has no canvas"),
-        (causal, ("--checks", 1), "leave out --checks: there is no canvas"),
-        (untrained, ("--mode", "verified", "--checks", 0), "--checks is 0 in the mode verified"),
-        (untrained, ("--checks", -1), "checks is -1"),
+        (causal, ("--max-verifications", 1), "leave out --max-verifications: there is no canvas"),
+        (untrained, ("--mode", "verified", "--max-verifications", 0), "--max-verifications is 0 in the mode verified"),
+        (untrained, ("--max-verifications", -1), "max_verifications is -1"),
+        (untrained, ("--max-verifications", 1, "--checks", 1), "leave out --max-verifications or --checks"),
+        (causal, ("--checks", 1), "leave out --max-verifications: there is no canvas"),
         (untrained, ("--logprobs", 1), "add --json or --events"),
         (untrained, (*token, "--temperature", -1), "temperature is -1"),
         (untrained, (*token, "--temperature", 1, "--top-k", -2), "top_k is -2"),

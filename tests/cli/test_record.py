@@ -197,14 +197,16 @@ def test_several_puzzles_follow_one_another(call: Call, tmp_path: Path) -> None:
         assert f"puzzle: 55 givens, --seed {4 + number}" in [mark.text for mark in end]
 
 
-@pytest.mark.parametrize("options", [("--max-tokens", 100), ("--max-tokens", 95, "--mode", "verified", "--checks", 1)])
+@pytest.mark.parametrize(
+    "options", [("--max-tokens", 100), ("--max-tokens", 95, "--mode", "verified", "--max-verifications", 1)]
+)
 def test_every_frame_of_a_text_is_a_step_of_its_run(
     call: Call, tmp_path: Path, endless: Path, options: tuple[object, ...]
 ) -> None:
     lm, file = blockpress.load(endless), tmp_path / "text.svg"
     done = call("run", endless, PROMPT, "--record", file, "--steps", 3, "--seed", 2, *options)
-    checks = 1 if "--checks" in options else 0
-    events = events_of(lm, PROMPT, 2, int(str(options[1])), steps=3, checks=checks)
+    checks = 1 if "--max-verifications" in options else 0
+    events = events_of(lm, PROMPT, 2, int(str(options[1])), steps=3, max_verifications=checks)
     wanted: list[str] = []
     committed: list[int] = []
     final = [len(piece(lm, token)) for token in cast("Done", events[-1]).reply.tokens]
@@ -213,7 +215,7 @@ def test_every_frame_of_a_text_is_a_step_of_its_run(
             committed += event.tokens
         if isinstance(event, Denoised):
             before = "".join(piece(lm, token) for token in committed)
-            if event.step == 1 and not event.checks:
+            if event.step == 1 and not event.verifications:
                 wanted.append(before + NOISE * 90)
             for at, (token, accepted) in enumerate(zip(event.argmax.tolist(), event.accepted.tolist(), strict=True)):
                 if (accepted or event.settled) and token in lm.generation.stop_ids:

@@ -59,7 +59,7 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         *fields,
         "--confidence",
         0.1,
-        "--checks",
+        "--max-verifications",
         2,
         "--stop",
         "7",
@@ -75,7 +75,7 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "t_max": 0.9,
         "stability": 2,
         "confidence": 0.1,
-        "checks": 2,
+        "max_verifications": 2,
         "stop": ("7", "88"),
         "accept": None,  # rules are Python values, no flags
         "settle": None,

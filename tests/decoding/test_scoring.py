@@ -27,7 +27,7 @@ CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, canvas_length=CANVAS, slid
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 4], [6, 6]]
 LOOSE = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 WARM = AutoregressiveSampling(temperature=1.3, top_k=12, top_p=0.97)
-MODES = {"diffusion": LOOSE, "verified": LOOSE.with_(checks=2), "autoregressive": WARM}
+MODES = {"diffusion": LOOSE, "verified": LOOSE.with_(max_verifications=2), "autoregressive": WARM}
 each_mode = pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "verified")) for mode in MODES]
 )

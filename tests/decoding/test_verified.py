@@ -30,7 +30,7 @@ from .test_scoring import CANVAS, CONFIG, LOOSE, PROMPTS, VOCAB, replies
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-ALL = LOOSE.with_(checks=CANVAS)
+ALL = LOOSE.with_(max_verifications=CANVAS)
 """Every check proves a token, so that each canvas ends in agreement."""
 
 
@@ -109,10 +109,12 @@ def test_a_canvas_in_agreement_is_the_greedy_answer(network: Network, limit: int
 def test_every_check_accepts_at_least_one_token(network: Network) -> None:
     wanted, before = greedy(network, max_tokens=CANVAS), [0] * len(PROMPTS)
     for checks in range(CANVAS + 1):
-        found = replies(list(generate_verified(network, rows(max_tokens=CANVAS), LOOSE.with_(checks=checks))))
+        found = replies(
+            list(generate_verified(network, rows(max_tokens=CANVAS), LOOSE.with_(max_verifications=checks)))
+        )
         same = [sum(1 for _ in matching(reply.tokens, own)) for reply, own in zip(found, wanted, strict=True)]
         assert all(checks <= count >= least for count, least in zip(same, before, strict=True))
-        assert all(reply.usage.checks <= checks for reply in found)
+        assert all(reply.usage.verifications <= checks for reply in found)
         before = same
     assert before == [CANVAS] * len(PROMPTS)
 
@@ -133,7 +135,7 @@ def matching(one: Sequence[int], other: Sequence[int]) -> Any:
 @settings(max_examples=3)
 def test_a_row_of_a_batch_is_the_row_alone(checks: int, seeds: list[int], chosen: list[int], stop: int) -> None:
     network = make_random_network(CONFIG, seed=3).requires_grad_(False)
-    sampling = LOOSE.with_(checks=checks)
+    sampling = LOOSE.with_(max_verifications=checks)
 
     def one(index: int, place: int) -> SequenceState:
         given: dict[str, Any] = {"stop_ids": (stop,), "canvas_length": CANVAS, "room": 60, "max_tokens": 9}
@@ -163,7 +165,7 @@ def test_no_two_canvases_share_draws_and_pins_hold_from_the_first_noise_on(netwo
         last: dict[int, list[list[int]]] = {}
         own = [event for event in events if isinstance(event, Denoised) and event.row == row and event.canvas == 0]
         for event in own:
-            last.setdefault(event.checks, []).append(event.argmax.tolist())
+            last.setdefault(event.verifications, []).append(event.argmax.tolist())
         committed = next(e.tokens for e in events if isinstance(e, Committed) and e.row == row)
         for checks, steps in last.items():
             assert all(argmax[:checks] == committed[:checks] for argmax in steps)
@@ -197,13 +199,13 @@ def test_usage_counts_what_the_network_ran(
     for prompt in PROMPTS[:2]:
         ran.clear()
         made = rows([prompt], max_tokens=limit, room=2 * CANVAS, logprobs=logprobs)
-        events = list(generate_verified(network, made, LOOSE.with_(checks=checks)))
+        events = list(generate_verified(network, made, LOOSE.with_(max_verifications=checks)))
         usage = replies(events)[0].usage
         assert usage.steps == ran["denoise"] == len([event for event in events if isinstance(event, Denoised)])
         assert usage.forwards == ran["denoise"] + ran["read"] - 1  # the prompt's
         assert usage.tokens_per_forward == pytest.approx(usage.completion_tokens / usage.forwards)
         assert usage.steps == sum(event.steps for event in events if isinstance(event, Committed))
-        assert (usage.redos <= usage.checks) and (usage.checks > 0) == (checks > 0)
+        assert (usage.redos <= usage.verifications) and (usage.verifications > 0) == (checks > 0)
 
 
 class Agreeing(Network):
@@ -230,45 +232,49 @@ class Agreeing(Network):
 
 def test_a_check_that_agrees_is_the_commit() -> None:
     network = Agreeing([*range(4, 4 + 2 * CANVAS)])
-    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
+    (reply,) = replies(
+        list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(max_verifications=4)))
+    )
     assert reply.tokens == network.answer
     assert network.reads == [[[3]], [network.answer[:CANVAS]], [network.answer[CANVAS:]]]
     usage = reply.usage
-    assert (usage.canvases, usage.steps, usage.forwards, usage.checks, usage.redos) == (2, 4, 6, 2, 0)
+    assert (usage.canvases, usage.steps, usage.forwards, usage.verifications, usage.redos) == (2, 4, 6, 2, 0)
 
 
 def test_a_wrong_last_token_is_corrected_without_another_round() -> None:
     right = [*range(4, 4 + 2 * CANVAS)]
     network = Agreeing([*right[: CANVAS - 1], 0, *right[CANVAS:]])
-    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(checks=4))))
+    (reply,) = replies(
+        list(generate_verified(network, rows([[3]], max_tokens=2 * CANVAS), Sampling(max_verifications=4)))
+    )
     assert reply.tokens == right
     # Of the checked canvas all but the last token is context already.
     wrong = network.answer[:CANVAS]
     assert network.reads == [[[3]], [wrong], [[right[CANVAS - 1]]], [right[CANVAS:]]]
-    assert (reply.usage.steps, reply.usage.forwards, reply.usage.checks, reply.usage.redos) == (4, 7, 2, 0)
+    assert (reply.usage.steps, reply.usage.forwards, reply.usage.verifications, reply.usage.redos) == (4, 7, 2, 0)
 
 
 def test_a_stop_id_of_the_causal_pass_ends_the_answer() -> None:
     network = Agreeing([4, 5, 0, 7, 8, 9])
     made = rows([[3]], stop_ids=(6,), logprobs=1)
-    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(max_verifications=4))))
     assert (reply.tokens, reply.finish_reason, reply.usage.redos) == ([4, 5, 6], "stop", 0)
     assert [(said.token, said.top[0][0]) for said in reply.logprobs or []] == [(4, 4), (5, 5), (6, 6)]
 
 
 def test_tokens_after_a_stop_id_are_not_compared() -> None:
     network = Agreeing([4, 5, 6, 0, 0, 0])
-    (reply,) = replies(list(generate_verified(network, rows([[3]], stop_ids=(6,)), Sampling(checks=4))))
-    assert (reply.tokens, reply.usage.checks, reply.usage.redos) == ([4, 5, 6], 1, 0)
+    (reply,) = replies(list(generate_verified(network, rows([[3]], stop_ids=(6,)), Sampling(max_verifications=4))))
+    assert (reply.tokens, reply.usage.verifications, reply.usage.redos) == ([4, 5, 6], 1, 0)
     assert network.reads[1:] == [[[4, 5, 6]]]
 
 
 def test_after_the_last_check_the_draft_is_committed() -> None:
     network = Agreeing([4, 0, 0, 0, 0, 0])
-    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=CANVAS), Sampling(checks=2))))
+    (reply,) = replies(list(generate_verified(network, rows([[3]], max_tokens=CANVAS), Sampling(max_verifications=2))))
     # Place 1 is put right, then place 2; the third disagreement is not looked for.
     assert reply.tokens == [4, 5, 6, 0, 0, 0]
-    assert (reply.usage.checks, reply.usage.redos, reply.usage.forwards) == (2, 2, 6 + 2)
+    assert (reply.usage.verifications, reply.usage.redos, reply.usage.forwards) == (2, 2, 6 + 2)
 
 
 # ----------------------------------------------------------------------------------------------------- the other side
@@ -280,7 +286,7 @@ def test_an_empty_canvas_is_retried_from_the_same_context(network: Network) -> N
     made = rows(PROMPTS[:1], stop_ids=(stop,), processor=Told({}, again=2))
     (reply,) = replies(list(generate_verified(network, made, ALL)))
     assert (reply.tokens, reply.usage.empty_retries) == ([stop], 2)
-    assert reply.usage.checks >= 3 and reply.usage.canvases == 1
+    assert reply.usage.verifications >= 3 and reply.usage.canvases == 1
 
 
 class Closing(Told):
@@ -298,9 +304,9 @@ def test_inserted_tokens_are_not_compared() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing(right)
     made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[0]), logprobs=0)
-    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(max_verifications=4))))
     assert reply.tokens == [*right, 2]
-    assert (reply.usage.checks, reply.usage.redos) == (1, 0)
+    assert (reply.usage.verifications, reply.usage.redos) == (1, 0)
 
 
 def test_a_correction_that_would_be_cut_is_denoised_again() -> None:
@@ -308,9 +314,9 @@ def test_a_correction_that_would_be_cut_is_denoised_again() -> None:
     right = [*range(4, 4 + CANVAS)]
     network = Agreeing([*right[:-1], 0])
     made = rows([[3]], max_tokens=CANVAS + 1, processor=Closing(right[-1]), logprobs=0)
-    (reply,) = replies(list(generate_verified(network, made, Sampling(checks=4))))
+    (reply,) = replies(list(generate_verified(network, made, Sampling(max_verifications=4))))
     assert reply.tokens == [*right, 2] == [said.token for said in reply.logprobs or []]
-    assert (reply.usage.checks, reply.usage.redos) == (2, 1)
+    assert (reply.usage.verifications, reply.usage.redos) == (2, 1)
 
 
 def test_a_check_never_inserts_a_banned_token(network: Network) -> None:

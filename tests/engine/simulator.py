@@ -47,7 +47,9 @@ def ask(
         room=CONTEXT - len(prompt),
         max_tokens=max_tokens,
     )
-    request = Request(row, Sampling(checks=2 * (speaks == "checked")) if diffusion else AutoregressiveSampling())
+    request = Request(
+        row, Sampling(max_verifications=2 * (speaks == "checked")) if diffusion else AutoregressiveSampling()
+    )
     request.image_spans = pictures
     return request
 
@@ -104,7 +106,7 @@ class Simulator:
         base, agreed = len(request.context) - request.num_draft_tokens, chance.randint(0, request.num_draft_tokens)
         assert work.start == base, "a proposal is read in one forward, behind all of the context"
         row.count_causal_pass(verification=True)
-        again = agreed < request.num_draft_tokens and row.checks < 3 and chance.random() < 0.5
+        again = agreed < request.num_draft_tokens and row.verifications < 3 and chance.random() < 0.5
         if again:
             row.redo({})
         elif agreed < request.num_draft_tokens:

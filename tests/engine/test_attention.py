@@ -36,7 +36,7 @@ def requests(max_tokens: int, steps: int = 4) -> list[Request]:
     how: list[AnySampling] = [
         SHORT.with_(steps=steps),
         AutoregressiveSampling(),
-        SHORT.with_(steps=steps, checks=1),
+        SHORT.with_(steps=steps, max_verifications=1),
         SHORT.with_(steps=steps - 1),
     ]
     given = prompts(CONFIG, len(how), 30, seed=2, shared=14)

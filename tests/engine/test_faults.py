@@ -52,7 +52,7 @@ def request(index: int, sampling: AnySampling = SHORT, **changes: Any) -> Reques
     return Request(row(CONFIG, index, [5, 6, 7], sampling, **changes), sampling)
 
 
-@pytest.mark.parametrize("sampling", [SHORT, SHORT.with_(checks=2), AutoregressiveSampling()])
+@pytest.mark.parametrize("sampling", [SHORT, SHORT.with_(max_verifications=2), AutoregressiveSampling()])
 @pytest.mark.parametrize("fails", ["take", "cut"])
 def test_a_failing_output_processor_ends_only_its_request(network: Network, sampling: AnySampling, fails: str):
     core = EngineCore(network, ROOM)

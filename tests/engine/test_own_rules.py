@@ -54,7 +54,7 @@ def test_mixed_rules_answer_as_alone(network: Network):
         SHORT.with_(settle=at_once),
         AutoregressiveSampling(),
         SHORT.with_(accept=half, steps=7),
-        SHORT.with_(accept=half, checks=2),
+        SHORT.with_(accept=half, max_verifications=2),
     ]
     given = prompts(CONFIG, len(how), 40, seed=6, shared=20)
     requests = [Request(row(CONFIG, i, p, s), s) for i, (p, s) in enumerate(zip(given, how, strict=True))]

@@ -233,7 +233,7 @@ def test_a_forward_reads_no_value_from_the_device():
     core = EngineCore(damped().to("meta"), OPTIONS)
     runner = core.runner
     runner.attention = Blank()
-    requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(checks=1), SHORT])
+    requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(max_verifications=1), SHORT])
     for request in requests:
         core.submit(request)
     works = core.scheduler.schedule()
@@ -273,7 +273,7 @@ class There(TorchDispatchMode):
 def test_a_forward_copies_back_once(network: Network, monkeypatch: pytest.MonkeyPatch):
     core, requests = (
         EngineCore(network, OPTIONS),
-        asked(prompts(CONFIG, 3, 30, seed=13), [SHORT.with_(checks=1), SHORT, SHORT]),
+        asked(prompts(CONFIG, 3, 30, seed=13), [SHORT.with_(max_verifications=1), SHORT, SHORT]),
     )
     for request in requests:
         core.submit(request)

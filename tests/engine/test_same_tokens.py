@@ -108,7 +108,13 @@ def test_a_family_without_canvases_gives_the_same_replies(options: str):
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
     """Verified decoding and log-probabilities, token by token too, beside requests that ask for neither."""
-    how: list[AnySampling] = [SHORT.with_(checks=2), SHORT, WARM, Sampling(steps=3, checks=9), SHORT.with_(checks=1)]
+    how: list[AnySampling] = [
+        SHORT.with_(max_verifications=2),
+        SHORT,
+        WARM,
+        Sampling(steps=3, max_verifications=9),
+        SHORT.with_(max_verifications=1),
+    ]
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
     tell = [logprobs if i != 1 else None for i in range(len(how))]
     requests = [Request(row(CONFIG, i, p, how[i], logprobs=tell[i]), how[i]) for i, p in enumerate(given)]

@@ -33,7 +33,14 @@ GREEDY = AutoregressiveSampling()
 WARM = AutoregressiveSampling(temperature=1.2, top_k=20, top_p=0.9)
 ROOMY = EngineOptions(memory=1 << 23)
 SCARCE = EngineOptions(memory=1 << 17, max_running=6, chunk=16)
-MIXED: list[AnySampling] = [SHORT, WARM, SHORT.with_(steps=3, checks=2), GREEDY, WARM.with_(temperature=0.7), SHORT]
+MIXED: list[AnySampling] = [
+    SHORT,
+    WARM,
+    SHORT.with_(steps=3, max_verifications=2),
+    GREEDY,
+    WARM.with_(temperature=0.7),
+    SHORT,
+]
 
 
 def there(network: Network, card: Card) -> Network:
@@ -90,7 +97,7 @@ CASES: dict[str, tuple[list[AnySampling], int | None, EngineOptions, dict[int, i
     "chunks": (MIXED, None, replace(ROOMY, chunk=7, prefill_tokens=20), {}),
     "preempted": (MIXED, None, SCARCE, {}),
     "cancelled": (MIXED, None, ROOMY, {0: 2, 1: 3, 4: 1}),
-    "verified": ([SHORT.with_(checks=2)] * 3, None, ROOMY, {}),
+    "verified": ([SHORT.with_(max_verifications=2)] * 3, None, ROOMY, {}),
     "log-probabilities": (MIXED, 2, ROOMY, {}),
 }
 

@@ -195,16 +195,18 @@ def test_a_stop_text_cuts_the_same_answer(lm: LM, replies: list[Reply]):
 @pytest.mark.slow
 def test_verified_is_diffusion_with_checks(lm: LM, replies: list[Reply]):
     checked = lm.generate(PROMPTS[1], seed=7, max_tokens=20, mode="verified")
-    assert checked == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=4))
-    assert 0 < checked.usage.checks <= 4 * checked.usage.canvases and checked.usage.redos
-    assert checked != replies[1] and replies[1].usage.checks == 0
-    twice = lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="verified")
-    assert twice == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(checks=2), mode="diffusion")
+    assert checked == lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(max_verifications=4))
+    assert 0 < checked.usage.verifications <= 4 * checked.usage.canvases and checked.usage.redos
+    assert checked != replies[1] and replies[1].usage.verifications == 0
+    twice = lm.generate(PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(max_verifications=2), mode="verified")
+    assert twice == lm.generate(
+        PROMPTS[1], seed=7, max_tokens=20, sampling=LOOSE.with_(max_verifications=2), mode="diffusion"
+    )
 
 
 @pytest.mark.slow
 def test_verified_to_the_end_is_the_greedy_answer(lm: LM):
-    checked = lm.generate(PROMPTS, max_tokens=20, sampling=LOOSE.with_(checks=CANVAS))
+    checked = lm.generate(PROMPTS, max_tokens=20, sampling=LOOSE.with_(max_verifications=CANVAS))
     greedy = lm.generate(PROMPTS, max_tokens=20, mode="autoregressive")
     assert [(r.text, r.finish_reason) for r in checked] == [(r.text, r.finish_reason) for r in greedy]
 

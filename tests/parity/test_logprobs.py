@@ -57,7 +57,7 @@ def test_logprobs_of_canvases_equal_the_oracle_s(checks: int) -> None:
     theirs = build(config, 0)
     theirs.set_attn_implementation("eager")
     rows = [[3, 4, 5], [9] * 20, [7]]
-    replies = answers(network_like(theirs, config), rows, Sampling(steps=3, checks=checks))
+    replies = answers(network_like(theirs, config), rows, Sampling(steps=3, max_verifications=checks))
     for prompt, reply in zip(rows, replies, strict=True):
         out = theirs(
             input_ids=torch.tensor([[*prompt, *reply.tokens]]),

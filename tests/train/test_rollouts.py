@@ -89,7 +89,7 @@ def by_the_sampler(network: Network, context: list[int], canvas: int, seed: int)
 @pytest.mark.slow
 @pytest.mark.parametrize(("past", "groups"), [(0, 1), (2, 1), (0, 3)])
 def test_a_rollout_visits_the_sampler_s_states(network: Network, past: int, groups: int):
-    objective = Objective(draws=3, on_policy=2, ages=8, past=past, groups=groups)
+    objective = Objective(draws=3, on_policy=2, max_trajectory_steps=8, steps_past_settling=past, row_groups=groups)
     watched = Watched(network, objective, steps=30 if groups == 1 else 48)
     settled = compared = 0
     lengths = set()
@@ -111,7 +111,7 @@ def test_a_rollout_visits_the_sampler_s_states(network: Network, past: int, grou
 
 
 def test_a_row_is_kept_until_all_its_rollouts_end(network: Network):
-    objective = Objective(draws=2, on_policy=2, ages=5)
+    objective = Objective(draws=2, on_policy=2, max_trajectory_steps=5)
     watched = Watched(network, objective, steps=20)
     config = network.config
     replaced = 0
@@ -126,7 +126,9 @@ def test_a_row_is_kept_until_all_its_rollouts_end(network: Network):
             held = clean_rows(config, begun)
             assert torch.equal(rows.tokens[place, :length], held.tokens[place, :length])
             assert int(rows.prompts[place]) == SHAPES[place][0]
-            assert step - begun < 2 * objective.ages  # the slower slot may begin while the faster is under way
+            assert (
+                step - begun < 2 * objective.max_trajectory_steps
+            )  # the slower slot may begin while the faster is under way
     assert replaced >= len(SHAPES) * 2
 
 
@@ -176,7 +178,8 @@ def test_without_a_causal_loss_nothing_after_the_canvases_is_read(network: Netwo
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("on_policy", 3), ("on_policy", -1), ("ages", 0), ("past", -1), ("groups", 0)]
+    ("field", "value"),
+    [("on_policy", 3), ("on_policy", -1), ("max_trajectory_steps", 0), ("steps_past_settling", -1), ("row_groups", 0)],
 )
 def test_a_bad_objective_is_refused_by_name(field: str, value: int):
     with pytest.raises(ConfigError, match=f"{field} is {value}"):
@@ -187,7 +190,7 @@ def test_a_bad_objective_is_refused_by_name(field: str, value: int):
 
 
 def on_policy(copy_recipe: Callable[..., TrainingRecipe], **changes: object) -> TrainingRecipe:
-    objective = Objective(draws=3, on_policy=2, ages=3, groups=2, causal_weight=0.0)
+    objective = Objective(draws=3, on_policy=2, max_trajectory_steps=3, row_groups=2, causal_weight=0.0)
     settings = {"objective": objective, "generation": GenerationConfig(sampling=EASY)} | changes
     return copy_recipe(**settings)
 

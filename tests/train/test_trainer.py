@@ -138,6 +138,22 @@ def test_a_save_that_fails_leaves_the_old_state(copy_recipe: Recipes, tmp_path: 
     assert same(weights(again), before)
 
 
+def test_a_state_with_older_names_resumes_under_the_same_settings(copy_recipe: Recipes, tmp_path: Path):
+    Trainer(copy_recipe(), tmp_path).save()
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    older = {"max_trajectory_steps": "ages", "steps_past_settling": "past", "row_groups": "groups"}
+    begun = state["segments"]
+    objective = {older.get(name, name): value for name, value in begun[0]["objective"].items()}
+    assert set(older.values()) <= set(objective)
+    renamed = [begun[0] | {"objective": objective}]
+    before = {"recipe": "copy", "before": {"recipe": "copy", "segments": renamed}, "segments": renamed}
+    torch.save(state | {"segments": renamed, "before": before}, tmp_path / STATE)
+    again = Trainer(copy_recipe(), tmp_path)
+    again.resume()
+    assert again.segments == begun
+    assert again.before == before | {"before": {"recipe": "copy", "segments": begun}, "segments": begun}
+
+
 def refused(copy_recipe: Recipes, out: Path, *told: str, **changes: object) -> None:
     trainer = Trainer(copy_recipe(**changes), out)
     with pytest.raises(TrainingError) as caught:
