@@ -1,6 +1,6 @@
 """Chat: from messages to the prompt's token ids, and from the model's tokens to its parsed answer.
 
-    messages --template, prompt--> ids and pictures       messages, template, prompt
+    messages --template, prompt--> ids and pictures       messages, schemas, template, prompt
     ids --parser--> text, reasoning, tool calls           parser, sections, tool_calls, call_*
     both together; thinking budget and retries            conversation, turn
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from blockpress.chat.messages import Media, check_messages, check_tools
+from blockpress.chat.schemas import plain_tools
 from blockpress.chat.template import ChatTemplate
 from blockpress.errors import RequestError, TextError
 from blockpress.text.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def encode_chat(
     leaves out an image.
     """
     checked, media = check_messages(messages)
-    declared = check_tools(tools)
+    declared = plain_tools(check_tools(tools))
     breaks = _Breaks(tokenizer, [checked, declared], placeholders=PLACEHOLDERS if media else ())
     text = template.render(breaks.apply(checked), tools=breaks.apply(declared), enable_thinking=thinking)
     # Frames of a video are images: a video needs no token of its own, and not every vocabulary has one.

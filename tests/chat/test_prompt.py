@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from blockpress.chat import ChatTemplate, Media, encode_chat
 from blockpress.chat import prompt as prompt_module
+from blockpress.chat.messages import check_messages, check_tools
+from blockpress.chat.schemas import plain_tools
 from blockpress.errors import RequestError, TextError
 from blockpress.text import Tokenizer
 
@@ -33,7 +35,7 @@ LOOKUP = {
 DECLARED = (
     '<|tool>declaration:lookup{description:<|"|>Lookup docs<|"|>,parameters:{properties:{'
     'query:{description:<|"|>Search query<|"|>,type:<|"|>STRING<|"|>},'
-    'type:{enum:[<|"|>type<|"|>,{type:<|"|>x<|"|>}],type:[<|"|>string<|"|>,<|"|>null<|"|>]}},'
+    'type:{enum:[<|"|>type<|"|>,{type:<|"|>x<|"|>}],nullable:true,type:<|"|>STRING<|"|>}},'
     'required:[<|"|>query<|"|>],type:<|"|>OBJECT<|"|>}}<tool|>'
 )
 NOW = {"type": "function", "function": {"name": "now"}}
@@ -141,10 +143,8 @@ def test_our_template_renders_and_encodes_every_case(gemma: Tokenizer, name: str
 @pytest.mark.parametrize("name", TABLE)
 def test_transformers_renders_our_template_the_same(name: str):
     theirs = pytest.importorskip("transformers.utils.chat_template_utils")
-    from blockpress.chat.messages import check_messages, check_tools
-
     messages, options, wanted = TABLE[name]
-    checked, tools = check_messages(messages)[0], check_tools(options.get("tools"))
+    checked, tools = check_messages(messages)[0], plain_tools(check_tools(options.get("tools")))
     names = {"enable_thinking": options.get("thinking", False), "add_generation_prompt": True, "bos_token": "<bos>"}
     source = ChatTemplate.own().source
     assert theirs.render_jinja_template([checked], tools=tools, chat_template=source, **names)[0][0] == "<bos>" + wanted
