@@ -34,6 +34,7 @@ __all__ = ["ChatTemplate"]
 MAX_OUTPUT = 16 * 2**20
 """Most characters of a rendering."""
 
+_QUESTION = {"role": "user", "content": "?"}
 _MAX_RANGE_TOTAL = 1_000_000
 _MAX_BITS = 65_536
 
@@ -55,6 +56,7 @@ class ChatTemplate:
         """
         self.source = source
         self._special_tokens = dict(special_tokens or {})
+        self._taken: dict[tuple[str, str], bool] = {}
         environment = _environment(clock)
         self._reserved = frozenset(environment.globals)
         try:
@@ -114,6 +116,33 @@ class ChatTemplate:
         # The template is a program: whatever it raises is reported as its failure.
         except Exception as error:
             raise _failure(error) from error
+
+    def takes(self, role: str, content: list[dict[str, Any]] | None, shown: str) -> bool:
+        """Whether a message of this role may have such content: it is written as `shown`, not as Python prints it."""
+        asked = (role, shown)
+        if asked not in self._taken:
+            call = {"id": "x", "type": "function", "function": {"name": "x", "arguments": {}}}
+            message = {"role": role, "content": content}
+            talk: dict[str, list[dict[str, Any]]] = {
+                "assistant": [_QUESTION, message, _QUESTION],
+                "tool": [
+                    _QUESTION,
+                    {"role": "assistant", "content": "", "tool_calls": [call]},
+                    {**message, "tool_call_id": "x", "name": "x"},
+                ],
+                "user": [message],
+            }
+            try:
+                text = self.render(talk.get(role, [message, _QUESTION]))
+                self._taken[asked] = shown in text and "{'type'" not in text
+            except TextError:
+                self._taken[asked] = False
+        return self._taken[asked]
+
+    def generation_prompt(self, **extra: Any) -> str:
+        """What it writes after a user's message for the model to continue; "" if that is nothing."""
+        without = self.render([_QUESTION], add_generation_prompt=False, **extra)
+        return self.render([_QUESTION], **extra).removeprefix(without)
 
     def _write(self, names: dict[str, Any]) -> str:
         size = 0

@@ -268,7 +268,7 @@ def _prompt(prompt: str | None) -> str:
 
 
 def _converse(asking: ChatSession, fast: bool) -> None:
-    """A conversation until the end of input; the model is given all messages so far, without its thoughts."""
+    """A conversation until the end of input; the model is given all texts so far, without thoughts and calls."""
     note("Type a message; an empty line or Ctrl-D ends the conversation.")
     said: list[dict[str, Any]] = []
     while True:
@@ -280,8 +280,7 @@ def _converse(asking: ChatSession, fast: bool) -> None:
         if not text.strip():
             return
         reply = _tell(asking, text, fast, said)
-        answer = {name: value for name, value in reply.message.items() if name != "thinking"}
-        said += [asking.message(text, first=not said), answer]
+        said += [asking.message(text, first=not said), {"role": "assistant", "content": reply.text or ""}]
 
 
 def _tell(asking: ChatSession, text: str, fast: bool, before: Sequence[dict[str, Any]] = ()) -> Reply:

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)
+RESULT = 'response:ls{value:<|"|>{"ok": true}<|"|>}<tool_response|>'
 HI = [{"role": "user", "content": "Hi"}]
 ZIP = {"type": "object", "properties": {"zip": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": ZIP}}]
@@ -175,7 +176,7 @@ def test_a_reply_can_be_sent_back_as_a_message():
     reply = lm.chat(HI, thinking=True)
     answered = [*HI, reply.message, {"role": "tool", "tool_call_id": "call_0", "content": {"ok": True}}]
     assert lm.chat(answered, thinking=True).text == "ok"
-    assert any(text.endswith(turn + "response:ls{ok:true}<tool_response|>") for text in lm.network.begun)
+    assert any(text.endswith(turn + RESULT) for text in lm.network.begun)
 
 
 @pytest.mark.parametrize(

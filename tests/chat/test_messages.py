@@ -19,6 +19,7 @@ def call(name: str = "ls", arguments: Any = None, **more: Any) -> dict[str, Any]
     return {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}, **more}
 
 
+RESULT_A = {"role": "tool", "tool_call_id": "a", "content": "x"}
 CALLER = {"role": "assistant", "content": None, "tool_calls": [call(id="a"), call("cat", id="b")]}
 
 
@@ -30,7 +31,10 @@ def test_messages_are_converted_to_the_form_that_templates_read():
         {"role": "model", "content": "ok", "thinking": "hm", "refusal": None},
         {"role": "assistant", "content": None, "tool_calls": [call(arguments='{"a": [1, null]}', id="a", index=0)]},
         {"role": "tool", "tool_call_id": "a", "content": "done"},
-        {"role": "tool", "name": "ls", "content": {"n": (1, 2.5)}},
+        {"role": "assistant", "content": [], "tool_calls": [call(), call("cat", "null", id="call_0"), call(id="")]},
+        {"role": "tool", "name": "ls", "content": {"n": (1, 2.5, None, "ü")}},
+        {"role": "tool", "name": "cat", "content": None},
+        {"role": "tool", "name": "ls", "content": []},
     ]
     checked, media = check_messages(given)
     assert checked == [
@@ -40,7 +44,14 @@ def test_messages_are_converted_to_the_form_that_templates_read():
         {"role": "assistant", "content": "ok", "reasoning": "hm", "reasoning_content": "hm"},
         {"role": "assistant", "content": "", "tool_calls": [call(arguments={"a": [1, None]}, id="a")]},
         {"role": "tool", "name": "ls", "content": "done", "tool_call_id": "a"},
-        {"role": "tool", "name": "ls", "content": {"n": [1, 2.5]}},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [call(id="call_1"), call("cat", id="call_0"), call(id="call_2")],
+        },
+        {"role": "tool", "name": "ls", "content": '{"n": [1, 2.5, null, "ü"]}', "tool_call_id": "call_1"},
+        {"role": "tool", "name": "cat", "content": None, "tool_call_id": "call_0"},
+        {"role": "tool", "name": "ls", "content": "", "tool_call_id": "call_2"},
     ]
     assert media == []
     assert check_messages(checked)[0] == checked
@@ -70,6 +81,10 @@ def test_media_are_collected_in_order():
     ]
 
 
+def test_calls_of_the_last_message_may_wait_for_their_results():
+    assert check_messages([USER, CALLER])[0][-1]["tool_calls"] == CALLER["tool_calls"]
+
+
 def part(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [fields]}]
 
@@ -83,7 +98,8 @@ ROUND["round"] = ROUND
 
 
 def test_the_deepest_allowed_nesting_is_rendered():
-    checked, _ = check_messages([USER, {"role": "assistant", "tool_calls": [call(arguments=nested(64))]}])
+    caller = {"role": "assistant", "tool_calls": [call(arguments=nested(64))]}
+    checked, _ = check_messages([USER, caller, {"role": "tool", "content": "x"}])
     assert "{a:" * 63 + "{}" + "}" * 63 in ChatTemplate.own().render(checked)
 
 
@@ -146,6 +162,21 @@ def test_the_deepest_allowed_nesting_is_rendered():
         ([{"role": "assistant", "tool_calls": [call(arguments=json.dumps(nested(65)))]}], "is nested deeper than 64"),
         ([{"role": "assistant", "tool_calls": [call(arguments="[" * 100_000)]}], "function.arguments is '[[["),
         ([CALLER, {"role": "tool", "tool_call_id": "b", "content": ROUND}], "is nested deeper than 64"),
+        ([CALLER, RESULT_A], "messages[0].tool_calls[1] calls 'cat'"),
+        ([CALLER, RESULT_A, USER], "messages[0].tool_calls[1] calls 'cat'"),
+        ([CALLER, USER, RESULT_A], "messages[0].tool_calls[0] calls 'ls'"),
+        ([CALLER, CALLER, RESULT_A], "messages[0].tool_calls[0] calls 'ls'"),
+        ([CALLER, RESULT_A, RESULT_A], "messages[2].tool_call_id is 'a'"),
+        ([CALLER, RESULT_A, {"role": "tool", "name": "ls", "content": "x"}], "messages[2].name is 'ls'"),
+        ([CALLER, RESULT_A, {**RESULT_A, "tool_call_id": "b"}, RESULT_A], "messages[3].role is 'tool'"),
+        ([{"role": "assistant", "content": "", "tool_calls": []}, RESULT_A], "messages[1].role is 'tool'"),
+        ([CALLER, {"role": "tool", "tool_call_id": 3, "content": "x"}], "messages[1].tool_call_id is 3"),
+        ([{"role": "assistant", "tool_calls": [call(id="a"), call(id="a")]}], "messages[0].tool_calls[0].id is 'a'"),
+        ([CALLER, {**RESULT_A, "content": [{"type": "video"}]}], "messages[1].content[0].video is None"),
+        ([CALLER, {**RESULT_A, "content": [{"title": "x"}]}], "messages[1].content[0].type is None"),
+        ([CALLER, {**RESULT_A, "content": 5}], "messages[1].content is 5"),
+        ([{"role": "assistant", "content": "x", "annotations": 3}], "messages[0].annotations is 3"),
+        ([{"role": "assistant", "content": "x", "tool_responses": [1]}], "messages[0].tool_responses is [1]"),
     ],
 )
 def test_every_fault_of_a_message_is_named(messages: Any, field: str):
@@ -162,7 +193,8 @@ def tool(name: str = "ls", **more: Any) -> dict[str, Any]:
 def test_tools_are_converted_to_the_form_that_templates_read():
     assert check_tools(None) is check_tools([]) is None
     schema = {"properties": {"path": {"type": "string"}}, "required": ("path",)}
-    assert check_tools([tool(description="List", parameters=schema, strict=False), tool("cat")]) == [
+    given = [tool(description="List", parameters=schema, strict=True), tool("cat", parameters={})]
+    assert check_tools(given) == [
         tool(
             description="List",
             parameters={"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
@@ -181,7 +213,7 @@ def test_tools_are_converted_to_the_form_that_templates_read():
         ([{"type": "web_search"}], "tools[0].type is 'web_search'"),
         ([{"type": "function"}], "tools[0].function is None"),
         ([tool("a b")], "tools[0].function.name is 'a b'"),
-        ([tool(strict=True)], "tools[0].function.strict is True"),
+        ([tool(strict="yes")], "tools[0].function.strict is 'yes'"),
         ([tool(description=3)], "tools[0].function.description is 3"),
         ([tool(parameters=[])], "tools[0].function.parameters is []"),
         ([tool(parameters={"type": "array"})], "tools[0].function.parameters.type is 'array'"),

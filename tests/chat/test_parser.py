@@ -282,6 +282,7 @@ def test_a_call_rendered_by_the_template_is_parsed_back(gemma: Tokenizer, given:
     messages = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "f", "arguments": given}}]},
+        {"role": "tool", "name": "f", "content": "x"},
     ]
     ids = encode_chat(gemma, ChatTemplate.own(), messages).ids
     begin, end = ids.index(48) - 2, ids.index(49) + 1

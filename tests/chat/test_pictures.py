@@ -30,6 +30,8 @@ from blockpress.multimodal import expand, insert_placeholders, prepare_images
 from blockpress.text import Tokenizer
 from tests import chat_tokenizer
 
+from . import published
+
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 PICTURE_TOKENS = ["<|image>", "<image|>", "<|video|>"]
@@ -140,6 +142,25 @@ def test_pictures_of_earlier_turns_keep_their_places(lm: LM):
     assert torch.equal(first, third) and first.shape != second.shape
     options: dict[str, Any] = {"sampling": SHORT, "max_tokens": 12, "retry_empty": False, "seed": 3}
     assert lm.chat(talk, **options).tokens != lm.chat([*talk[:-1], *showing("Again ", image(3))], **options).tokens
+
+
+def test_a_tool_may_show_pictures(lm: LM, film: Path):
+    """The published template puts them after the result's text; their order is that of the messages."""
+    one, two = image(1), image(2, (60, 70))
+    calls = [{"id": name, "function": {"name": name}} for name in "ab"]
+    parts = [{"type": "image", "image": one}, {"type": "text", "text": "seen"}]
+    films = [{"type": "video", "video": str(film)}, {"type": "image", "image": two}]
+    talk = [*showing("Look."), said("assistant", None, tool_calls=calls)]
+    talk += [said("tool", films, name="b"), said("tool", parts, name="a"), *showing("And ", two)]
+    wanted = prepare_images([two, one, two], load_picture_settings(lm.path, lm.config))
+    for template in (TEMPLATE, published.SOURCE):
+        assert lm.tokenizer is not None
+        chat = Chat(lm.tokenizer, ChatTemplate(template), lm.config, partial(load_picture_settings, lm.path, lm.config))
+        question = chat.encode(talk)
+        assert len(question.pictures) == len(question.image_spans) == 6
+        assert [p.patches.tolist() for p in question.pictures[3:]] == [p.patches.tolist() for p in wanted]
+        after = lm.tokenizer.decode(question.ids[question.image_spans[4].stop :], skip_special=False)
+        assert after.startswith("<image|><turn|>\n<|turn>user\nAnd")
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])

@@ -104,7 +104,7 @@ TABLE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         {},
         "<|turn>user\ngo<turn|>\n<|turn>model\n"
         '<|tool_call>call:now{}<tool_call|><|tool_call>call:lookup{A:[1,true],query:<|"|>x<|"|>}<tool_call|>'
-        "<|tool_response>response:lookup{n:1,ok:null}<tool_response|>"
+        '<|tool_response>response:lookup{value:<|"|>{"n": 1, "ok": null}<|"|>}<tool_response|>'
         '<|tool_response>response:now{value:<|"|>5pm<|"|>}<tool_response|>Done.<turn|>\n'
         f"<|turn>user\nthanks<turn|>\n<|turn>model\n{OFF}",
     ),
@@ -115,11 +115,17 @@ TABLE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         '<|tool_response>response:now{value:<|"|>5<|"|>}<tool_response|><turn|>\n'
         f"<|turn>user\nb<turn|>\n<|turn>model\n{OFF}",
     ),
-    "a call that nobody answered": (
-        [user("a"), model(tool_calls=calls(("now", {}))), user("b")],
+    "a result that is null, and one with an image": (
+        [
+            user("a"),
+            model(tool_calls=calls(("now", {}), ("look", {}))),
+            result(0, None),
+            result(1, [{"type": "image", "image": 1}, {"type": "text", "text": " It. "}]),
+        ],
         {},
-        "<|turn>user\na<turn|>\n<|turn>model\n<|tool_call>call:now{}<tool_call|><turn|>\n"
-        f"<|turn>user\nb<turn|>\n<|turn>model\n{OFF}",
+        "<|turn>user\na<turn|>\n<|turn>model\n<|tool_call>call:now{}<tool_call|><|tool_call>call:look{}<tool_call|>"
+        "<|tool_response>response:now{value:null}<tool_response|>"
+        '<|tool_response>response:look{value:<|"|> It. <|"|>}<tool_response|><|image|>',
     ),
     "images in their places": (
         [user([{"type": "image", "image": 1}, {"type": "text", "text": " or "}, {"type": "image", "image": 2}])],
@@ -213,6 +219,11 @@ def test_only_a_text_with_every_private_marker_is_refused(gemma: Tokenizer):
     assert text in gemma.decode(encode_chat(gemma, ChatTemplate.own(), [user(text)]).ids, skip_special=False)
     with pytest.raises(RequestError, match="code points"):
         encode_chat(gemma, ChatTemplate.own(), [user("".join(prompt_module._MARKS))])
+
+
+def test_a_conversation_that_ends_in_calls_is_no_prompt(gemma: Tokenizer):
+    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls have no results"):
+        encode_chat(gemma, ChatTemplate.own(), [user("a"), model(tool_calls=calls(("now", {})))])
 
 
 def test_a_template_that_drops_an_image_is_refused(gemma: Tokenizer):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpress.chat import ChatTemplate, encode_chat
+from blockpress.chat import encode_chat
 from blockpress.chat.schemas import plain_schema
 from blockpress.errors import RequestError
 from tests.chat_tokenizer import TOKENIZER
 
-PUBLISHED = ChatTemplate((Path(__file__).parent / "diffusion_gemma.jinja").read_text(encoding="utf-8"))
+from .published import PUBLISHED
+
 STRING, INTEGER, NULL = {"type": "string"}, {"type": "integer"}, {"type": "null"}
 Q = '<|"|>'
 

@@ -22,6 +22,7 @@ from .test_conversation import (
     EOS,
     HI,
     LOREM,
+    RESULT,
     THOUGHT,
     VOCAB,
     After,
@@ -199,4 +200,4 @@ def test_the_tool_answers_and_the_turn_goes_on():
     again = lm.chat(answered, mode="autoregressive")
     assert (again.text, again.finish_reason) == ("ok", "stop")
     assert isinstance(lm.network, Speaking)
-    assert any(text.endswith(turn + "response:ls{ok:true}<tool_response|>") for text in lm.network.begun)
+    assert any(text.endswith(turn + RESULT) for text in lm.network.begun)

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import blockpress
 from blockpress.chat import MalformedToolCall, ToolCall
+from blockpress.chat.messages import check_messages
 from blockpress.checkpoints import save_checkpoint
+from blockpress.cli import run
 from blockpress.cli.chat import Aside, ChatView
 from blockpress.cli.serialize import ended, event_to_dict, reply_to_dict
 from blockpress.config import PRESETS, GenerationConfig, Sampling
@@ -173,3 +176,16 @@ def test_a_conversation_resends_its_history(
     first = blockpress.load(talker).chat([system, *HI], max_tokens=10)
     assert asked[:2] == [[system, *HI], [system, *HI, first.message, {"role": "user", "content": "And?"}]]
     assert sys.stdin is not None
+
+
+def test_a_conversation_goes_on_after_calls_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Reply(
+        "Let me see.", [], "tool_calls", USAGE, thinking="hm", tool_calls=(ToolCall(name="f", arguments={}),)
+    )
+    asked: list[Any] = []
+    asking: Any = SimpleNamespace(message=lambda text, first: {"role": "user", "content": text})
+    monkeypatch.setattr(run, "_tell", lambda asking, text, fast, before: asked.append([*before]) or called)
+    lines = iter(["Hi", "And?", ""])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    run._converse(asking, fast=True)
+    assert check_messages([*asked[1], *HI])[0] == [*HI, {"role": "assistant", "content": "Let me see."}, *HI]
