@@ -49,7 +49,14 @@ def _refuse(constant: str) -> Any:
     raise _CallFault(f"{constant} is no JSON value")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise _CallFault(f"{text} is too large for a number")
+    return number
+
+
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
+_WHOLE = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 
 
 def is_json(text: str) -> bool:
@@ -123,7 +130,7 @@ class Typing:
             return None
         if types & {"object", "array"}:
             try:
-                whole = _DECODER.decode(word)
+                whole = _WHOLE.decode(word)
             except (ValueError, _CallFault, RecursionError):
                 return otherwise
             if isinstance(whole, dict | list) and _TYPES[type(whole)] & types:

@@ -109,6 +109,7 @@ def read_call(
             state = found
         typing = Typing((tools or {}).get(name, {}))
         arguments = typing.value(json.loads(state.json, object_pairs_hook=_without_twins), typing.root)
+        _check_sayable(arguments)
     except _CallFault as fault:
         return MalformedToolCall(raw=QUOTE.join(pieces), fault=str(fault))
     return ToolCall(name=name, arguments=arguments, mended=state.mended or typing.mended)
@@ -124,6 +125,17 @@ def _in_pairs(state: CallState, parts: Sequence[str], *, closed: bool) -> CallSt
         else:
             state = state.put(part, QUOTED)
     return finish(state, closed=closed)
+
+
+def _check_sayable(value: Any, depth: int = 1) -> None:
+    """_CallFault: escapes or JSON in a string made something that no chat can say again."""
+    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise _CallFault("a string holds half of a character")
+    if isinstance(value, dict | list):
+        if depth > MAX_DEPTH:
+            raise _CallFault(f"it is nested deeper than {MAX_DEPTH}")
+        for entry in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_sayable(entry, depth + 1)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
