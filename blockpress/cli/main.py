@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -95,11 +96,16 @@ for _command in (sudoku, run, show, pull, ls, rm, quantize, synthesize, train, b
     app.command()(_command)
 
 
+@cache
+def _command_line() -> Any:
+    return typer.main.get_command(app)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the process's own) and return the exit code."""
     _print_anything()
     try:
-        code = typer.main.get_command(app).main(
+        code = _command_line().main(
             list(sys.argv[1:] if argv is None else argv), prog_name="blockpress", standalone_mode=False
         )
         sys.stdout.flush()

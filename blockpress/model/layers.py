@@ -70,7 +70,9 @@ class Weighted(PackedHolder):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns).normal_(std=columns**-0.5))
+        weight = torch.empty(rows, columns)
+        # Without memory there is nothing to draw, and torch would import its compiler for it, a second of work.
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_(std=columns**-0.5))
 
 
 class Linear(Weighted):
