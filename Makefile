@@ -35,11 +35,11 @@ test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.developing
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# For while you write: what loads no oracle, interprets no kernel and takes no seconds, without checks of shapes, and of
-# what hypothesis draws a fifth.
+# For while you write: what loads no oracle, interprets no kernel and takes no seconds, without checks of shapes (not even
+# the hook that would add them), and of what hypothesis draws a fifth.
 test-fast: WORKERS = 2
 test-fast: export JAXTYPING_DISABLE := 1
-test-fast: override PYTEST_ARGS += --hypothesis-profile fast -m "not parity and not interpreter and not slow"
+test-fast: override PYTEST_ARGS += --jaxtyping-packages= --hypothesis-profile fast -m "not parity and not interpreter and not slow"
 test-fast: test
 
 check: format-check lint types contracts test

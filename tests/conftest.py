@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 
 from .standin import Card, standin
-from .time_limit import build_native_code, limited_to
+from .time_limit import MARKS, build_native_code, limited_to
 
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
@@ -43,6 +45,23 @@ pytest_runtest_call = limited_to(10)
 def pytest_sessionstart() -> None:
     if os.environ.get("CI"):
         build_native_code()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What has no test to run is not imported: it may load an oracle, which takes seconds in each process.
+
+    These are the modules here that only serve tests, and files that carry a deselected mark as a whole.
+    """
+    if collection_path.suffix != ".py":
+        return None
+    if not collection_path.name.startswith("test_"):
+        return True
+    whole = re.search(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", collection_path.read_text("utf-8"), re.MULTILINE)
+    return True if whole and whole[1] in MARKS and f"not {whole[1]}" in config.option.markexpr else None
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported and collected stays: without it, each search for garbage walks through all of it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

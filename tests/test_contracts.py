@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -149,9 +150,11 @@ def test_torch_is_not_imported_early(statement: str) -> None:
     assert done.stdout.splitlines()[-1].split() == ["heavy:"]
 
 
-def test_shapes_are_checked_wherever_they_are_written(pytestconfig: pytest.Config) -> None:
+def test_shapes_are_checked_wherever_they_are_written() -> None:
     """A room that annotates tensors must be in pytest's `--jaxtyping-packages`, or its annotations are only words."""
-    *checked, _ = pytestconfig.getoption("jaxtyping_packages").split(",")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"]
+    (packages,) = (option for option in settings["addopts"] if option.startswith("--jaxtyping-packages="))
+    *checked, _ = packages.partition("=")[2].split(",")
     shaped = {
         module_name(path) for path in SOURCES if re.search(r"jaxtyping|blockpress\.shapes", path.read_text("utf-8"))
     }

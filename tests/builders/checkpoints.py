@@ -1,4 +1,4 @@
-"""Checkpoints to read and to break, made once a session; `transformers` writes its progress bars nowhere."""
+"""Checkpoints to read and to break, made once a session."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
 from blockpress.checkpoints import minimal_vision, save_checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
 from tests.conftest import RandomNetwork
-
-logging.disable_progress_bar()
 
 Copied = Callable[..., Path]
 

@@ -1,6 +1,7 @@
 """Writers of quantised checkpoints, and the floats that compressed-tensors (or ModelOpt's rule in float64) makes of them.
 
-Codes and scales are drawn so that every code occurs; integers and 8-bit floats are packed by compressed-tensors itself.
+Codes and scales are drawn so that every code occurs; integers and 8-bit floats are packed by compressed-tensors itself,
+which takes seconds to import: only who writes a checkpoint does.
 """
 
 from __future__ import annotations
@@ -10,12 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +22,9 @@ from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.model import Network
 from tests.builders.files import INDEX, SINGLE
 from tests.conftest import make_random_network
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 LINEAR = re.compile(
@@ -47,11 +48,15 @@ class Form:
 
     @property
     def scheme(self) -> QuantizationScheme:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
         return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**self.arguments))
 
     def config(self) -> dict[str, Any]:
         if self.compression.startswith("modelopt"):
             return {"quant_method": "modelopt", "quant_algo": self.arguments["algo"], "ignore": ["lm_head"]}
+        from compressed_tensors.quantization import QuantizationArgs
+
         weights = json.loads(QuantizationArgs(**self.arguments).model_dump_json())
         group = {"targets": ["Linear"], "weights": weights, "format": self.compression}
         return {
@@ -119,6 +124,8 @@ def pack(form: Form, weight: Tensor, draw: torch.Generator) -> tuple[dict[str, T
         scale = weight.abs().max() / 448
         parts = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
         return parts | {"input_scale": torch.tensor(0.1)}, parts["weight"].float() * scale
+    from compressed_tensors.compressors import BaseCompressor
+
     compressor = BaseCompressor.get_value_from_registry(form.compression)
     if "fp4" in form.compression:
         parts = four_bit_floats(form, weight, draw)
@@ -129,6 +136,8 @@ def pack(form: Form, weight: Tensor, draw: torch.Generator) -> tuple[dict[str, T
 
 def scaled(form: Form, weight: Tensor) -> dict[str, Tensor]:
     """A weight with scales (and zero points) for compressed-tensors to quantise it with."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     args = form.scheme.weights
     assert args is not None
     match args.strategy:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from blockpress.checkpoints.names import is_derived, is_quantised, is_vision, our_name, published_name
 from blockpress.checkpoints.safetensors.vision import vision_tensors
@@ -41,6 +40,8 @@ def test_a_name_comes_back_from_its_published_one(preset: Callable[[], ModelConf
 
 @pytest.mark.parity
 def test_the_large_model_has_the_names_and_shapes_of_the_reference() -> None:
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
     config = PRESETS["diffusiongemma-26B-A4B"]()
     data = config.to_dict() | {"vision_config": TOWER}
     with torch.device("meta"):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers.utils import logging
 
 from blockpress.checkpoints import load_config, load_generation, load_network, minimal_vision, save_checkpoint
 from blockpress.config import PRESETS, GenerationConfig, LayerConfig, ModelConfig, Sampling
@@ -25,6 +26,7 @@ from tests.conftest import RandomNetwork
 from tests.parity.oracle import build, to_bfloat16
 
 pytestmark = pytest.mark.parity
+logging.disable_progress_bar()
 
 
 def sliding(dim: int, kv: int) -> LayerConfig:

@@ -12,8 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Gemma4VisionConfig
-from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
 
 from blockpress.checkpoints import load_config, minimal_vision, resolve, vision_tensors
 from blockpress.checkpoints.safetensors.vision import PROJECTION, TOWER, load_picture_settings, load_vision
@@ -43,6 +41,9 @@ from blockpress.multimodal import prepare_images
     ],
 )
 def test_names_and_shapes_are_the_reference_s(config: dict[str, Any]) -> None:
+    from transformers import Gemma4VisionConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
+
     with torch.device("meta"):
         theirs = Gemma4VisionModel(Gemma4VisionConfig(**config))
     expected = {TOWER + name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
@@ -52,6 +53,9 @@ def test_names_and_shapes_are_the_reference_s(config: dict[str, Any]) -> None:
 
 @pytest.mark.parity
 def test_the_minimal_tower_is_small_repeatable_and_sees() -> None:
+    from transformers import Gemma4VisionConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
+
     config, tensors = minimal_vision(3, 192)
     assert sum(tensor.numel() for tensor in tensors.values()) < 3000
     assert all(torch.equal(tensors[name], again) for name, again in minimal_vision(3, 192)[1].items())

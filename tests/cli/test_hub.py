@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from blockpress.checkpoints import resolve
+from blockpress.checkpoints import resolve, save_checkpoint
 from blockpress.checkpoints.hub import cache as cached
 from blockpress.cli.units import format_bytes
-from blockpress.config import ModelConfig
+from blockpress.config import PRESETS, GenerationConfig, ModelConfig
+from blockpress.text.builder import write_digits_tokenizer
 from tests.builders.gguf_files import wide, write_gguf
 from tests.builders.hub_server import Hub, Repository, in_its_place
+from tests.conftest import RandomNetwork
 
 from .conftest import Call, Screen
 
@@ -30,9 +33,19 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture(scope="module")
+def small(workspace: Path, random_network: RandomNetwork) -> Path:
+    """A checkpoint of few bytes that answers."""
+    path, shipped = workspace / "cli-small", PRESETS["sudoku-nano"]()
+    config = replace(PRESETS["tiny"](), vocab_size=shipped.vocab_size, eos_ids=shipped.eos_ids)
+    save_checkpoint(path, random_network(config), generation=GenerationConfig())
+    write_digits_tokenizer(path)
+    return path
+
+
 @pytest.fixture
-def model(hub: Hub, untrained: Path) -> Repository:
-    hub.repositories[NAME] = Repository({file.name: file.read_bytes() for file in untrained.iterdir()})
+def model(hub: Hub, small: Path) -> Repository:
+    hub.repositories[NAME] = Repository({file.name: file.read_bytes() for file in small.iterdir()})
     return hub.repositories[NAME]
 
 
@@ -48,14 +61,14 @@ def ggufs(tiny: ModelConfig, workspace: Path) -> dict[str, bytes]:
 
 
 class TestPull:
-    def test_a_model_is_pulled_listed_run_and_removed(self, call: Call, model: Repository, untrained: Path) -> None:
+    def test_a_model_is_pulled_listed_run_and_removed(self, call: Call, model: Repository, small: Path) -> None:
         done = call("pull", NAME)
         assert done.code == 0 and f"{NAME}: {len(model.files)} files fetched" in done.out and "\x1b" not in done.err
         listed = done.err.splitlines()
         assert len(listed) == len(model.files) and listed[-1].startswith("model.safetensors  ")
         asked = ("1", "--seed", 3, "--steps", 3, "--max-tokens", 20, "--json")
         said = call("run", NAME, *asked)
-        assert said.code == 0 and said.out == call("run", untrained, *asked).out
+        assert said.code == 0 and said.out == call("run", small, *asked).out
         assert "already there" in call("pull", NAME).out
         row = json.loads(call("ls", "--json").out)["models"][-1]
         assert row["name"] == NAME and row["revision"] == model.commit and row["refs"] == ["main"]
@@ -152,6 +165,7 @@ class TestPull:
         done = call("pull", NAME, "--include", "*.json")
         assert done.code == 2 and "--include is given with HF_HUB_OFFLINE" in done.err
 
+    @pytest.mark.slow
     def test_the_library_s_environment_variables_are_honoured(
         self, hub: Hub, model: Repository, tmp_path: Path
     ) -> None:

@@ -15,11 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
-from transformers.image_utils import load_image
-from transformers.models.gemma4.image_processing_pil_gemma4 import (
-    Gemma4ImageProcessorPil,
-    get_aspect_ratio_preserving_size,
-)
 
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import MediaError
@@ -45,6 +40,8 @@ def stored(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 def theirs(image: Image.Image, cut: PictureSettings, budget: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Patches, positions and soft tokens of the reference, without its padding."""
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
     processor = Gemma4ImageProcessorPil(
         patch_size=cut.patch_size, pooling_kernel_size=cut.pooling, max_soft_tokens=budget
     )
@@ -90,6 +87,8 @@ def test_any_size_is_the_reference_s(width: int, height: int, budget: int, seed:
 def test_any_size_fits_its_budget_as_the_reference_fits_it(
     height: int, width: int, budget: int, shape: tuple[int, int]
 ) -> None:
+    from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
     patch, pooling = shape
     cut = PictureSettings(patch_size=patch, pooling=pooling)
     fitted = fitted_size(height, width, cut, budget)
@@ -134,6 +133,8 @@ def test_sixteen_bit_images_are_scaled_not_clipped() -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_photograph_stands_upright_as_the_reference_loads_it(turn: int) -> None:
+    from transformers.image_utils import load_image
+
     exif = Image.Exif()
     exif[0x0112] = turn
     data = stored(noise(30, 20), "JPEG", exif=exif)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.errors import ConfigError, MediaError
@@ -37,10 +36,14 @@ PROCESSOR: Any = SimpleNamespace(
 
 
 def their_image(soft: int) -> str:
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
     return Gemma4Processor.replace_image_token(PROCESSOR, {"num_soft_tokens_per_image": [soft]}, 0)
 
 
 def their_video(seconds: tuple[float, ...], soft: int) -> str:
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
     inputs = {
         "num_soft_tokens_per_video": [soft],
         "video_metadata": [SimpleNamespace(fps=1.0, timestamps=list(seconds))],

@@ -6,8 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import Gemma4VisionConfig
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from blockpress.config import PRESETS
 from blockpress.config.vision import PictureSettings, PictureTokens, VisionConfig, pictures_see_themselves
@@ -33,6 +31,9 @@ def test_the_published_tower_is_read() -> None:
 
 @pytest.mark.parity
 def test_the_defaults_are_the_reference_s() -> None:
+    from transformers import Gemma4VisionConfig
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
     theirs = Gemma4VisionConfig()
     assert VisionConfig.from_dict({}) == VisionConfig.from_dict(theirs.to_dict())
     assert VisionConfig.from_dict({}).num_layers == theirs.num_hidden_layers

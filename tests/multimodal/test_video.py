@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
 from blockpress.config.vision import PictureSettings
 from blockpress.errors import MediaError
@@ -55,6 +54,8 @@ def greys(read: video.Video) -> list[float]:
 @pytest.mark.parity
 @given(st.integers(1, 5000), st.floats(1, 240), st.sampled_from([0.5, 1.0, 2.0]))
 def test_frames_are_chosen_as_the_reference_chooses_them(total: int, rate: float, per_second: float) -> None:
+    from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
     wanted = PictureSettings(patch_size=4, pooling=2, frames_per_second=per_second)
     if max(1, int(total / rate * per_second)) > total:  # which the reference refuses
         assert sample_frames(total, rate, wanted) == list(range(total))
@@ -66,6 +67,8 @@ def test_frames_are_chosen_as_the_reference_chooses_them(total: int, rate: float
 @pytest.mark.parity
 @given(st.integers(1, 5000), st.integers(1, 100))
 def test_a_number_of_frames_is_spaced_as_the_reference_spaces_it(total: int, count: int) -> None:
+    from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
     wanted = PictureSettings(patch_size=4, pooling=2, video_frames=count)
     count = min(count, total)
     theirs = default_sample_indices_fn(VideoMetadata(total_num_frames=total, fps=30.0), num_frames=count)
@@ -88,6 +91,8 @@ def test_videos_are_sampled_at_one_frame_a_second(format: str, codec: str, tmp_p
 @pytest.mark.parity
 def test_the_pixels_are_the_reference_s(tmp_path: Path) -> None:
     """The same decoder, the same frames; resized by the rule of images, since frames are images to this model."""
+    from transformers.video_utils import default_sample_indices_fn, read_video_pyav
+
     (tmp_path / "film.mp4").write_bytes(film(25))
     frames, metadata = read_video_pyav(
         str(tmp_path / "film.mp4"), lambda metadata: default_sample_indices_fn(metadata, fps=1)
