@@ -7,7 +7,7 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # 0: all tests in one process, so that what they report at the end is printed; 2 is faster on idle cores. A file's tests
-# stay in one process, or every process would make what the file makes once.
+# stay in one process, or every process would make what the file makes once; those with what takes long are handed out first.
 WORKERS ?= 0
 
 .PHONY: demo test test-fast check format readme clean format-check lint types contracts check-gpu bench-gpu
@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 # Python keeps what it has compiled, whatever the environment says: else each process that a test starts compiles it anew.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.developing
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # For while you write: what loads no oracle, interprets no kernel and takes no seconds, without checks of shapes (not even
 # the hook that would add them), and of what hypothesis draws a fifth.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,12 @@ settings.register_profile("local", deadline=None, suppress_health_check=[HealthC
 settings.register_profile("fast", parent=settings.get_profile("local"), max_examples=20)
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def num_examples(most: int) -> int:
+    """The most examples of a test that does not draw the hundred of the others: `test-fast` draws a fifth of them too."""
+    return max(1, most * settings().max_examples // 100)
+
 
 # The same types on every machine: what is in bfloat16 is computed in it, unless a test says otherwise.
 os.environ.setdefault("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
@@ -65,6 +72,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with what takes long go first: two processes that take file after file then end at about the same time.
+    long = Counter(item.path for item in items if any(map(item.get_closest_marker, MARKS)))
+    items.sort(key=lambda item: -long[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from blockpress import sudoku
 from blockpress.errors import PuzzleError
+from tests.conftest import num_examples
 
 SEEDS = st.integers(0, 2**63)
 KNOWN = {
@@ -82,7 +83,7 @@ def to_text(row: np.ndarray) -> str:
 # Reading and checking ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=num_examples(50))
 @given(SEEDS, st.integers(0, 81))
 def test_parse_undoes_layout(seed: int, blanks: int) -> None:
     rng = Random(seed)
@@ -184,7 +185,7 @@ def test_counts_all_solutions_of_a_deadly_rectangle() -> None:
     assert sudoku.count_solutions(puzzle, limit=10) == 2
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=num_examples(25))
 @given(SEEDS, st.integers(24, 50))
 def test_count_is_that_of_brute_force(seed: int, givens: int) -> None:
     rng = Random(seed)
@@ -206,7 +207,7 @@ def test_solver_refuses_what_is_not_a_grid(grid: str) -> None:
 # Making -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=num_examples(50))
 @given(SEEDS)
 def test_random_solutions_are_solved_and_follow_the_seed(seed: int) -> None:
     solution = sudoku.random_solution(Random(seed))
@@ -358,7 +359,7 @@ def images(grid: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=num_examples(25))
 @given(SEEDS)
 def test_fingerprint_ignores_each_symmetry(seed: int) -> None:
     solution = sudoku.random_solution(Random(seed))

@@ -36,6 +36,7 @@ from blockpress.lm.execute import run_reference
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
 from tests.chat_tokenizer import TOKENIZER, VOCABULARY, backend, ids
+from tests.conftest import num_examples
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -222,7 +223,7 @@ def test_stop_texts_belong_to_the_answer():
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=num_examples(40))
 @given(st.integers(1, 60), st.none() | st.integers(1, 40), st.sampled_from([(), ("c", "zz"), ("lm",)]))
 def test_streamed_and_joined_equals_the_whole(length: int, limit: int | None, stop: tuple[str, ...]):
     turn = f"<|channel>thought\n{LOREM[:length]}\n<channel|>{LOREM[:length]}<turn|>"
@@ -262,7 +263,7 @@ def thinker(thought: str, answer: str) -> Script:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(st.integers(1, 40), st.integers(0, 40))
 def test_the_thinking_budget_is_exact(budget: int, length: int):
     thought = LOREM[:length]

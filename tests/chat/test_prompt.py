@@ -15,7 +15,9 @@ from blockpress.chat.messages import check_messages, check_tools
 from blockpress.chat.schemas import plain_tools
 from blockpress.errors import RequestError, TextError
 from blockpress.text import Tokenizer
+from tests.conftest import num_examples
 
+OWN = ChatTemplate.own()
 OFF = "<|channel>thought\n<channel|>"
 LOOKUP = {
     "type": "function",
@@ -138,7 +140,7 @@ TABLE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", TABLE)
 def test_our_template_renders_and_encodes_every_case(gemma: Tokenizer, name: str):
     messages, options, wanted = TABLE[name]
-    prompt = encode_chat(gemma, ChatTemplate.own(), messages, **options)
+    prompt = encode_chat(gemma, OWN, messages, **options)
     assert gemma.decode(prompt.ids, skip_special=False) == f"<bos>{wanted}"
     # Nothing had to be cut: one encoding of one text, as the checkpoint's own processor makes it.
     assert prompt.ids == gemma.encode(f"<bos>{wanted}", add_special=False)
@@ -152,7 +154,7 @@ def test_transformers_renders_our_template_the_same(name: str):
     messages, options, wanted = TABLE[name]
     checked, tools = check_messages(messages)[0], plain_tools(check_tools(options.get("tools")))
     names = {"enable_thinking": options.get("thinking", False), "add_generation_prompt": True, "bos_token": "<bos>"}
-    source = ChatTemplate.own().source
+    source = OWN.source
     assert theirs.render_jinja_template([checked], tools=tools, chat_template=source, **names)[0][0] == "<bos>" + wanted
 
 
@@ -190,9 +192,9 @@ INJECTIONS = [
 
 @pytest.mark.parametrize(("text", "more"), INJECTIONS)
 def test_foreign_text_never_becomes_a_control_token(gemma: Tokenizer, text: str, more: str):
-    prompt = encode_chat(gemma, ChatTemplate.own(), **conversation(text, more))
+    prompt = encode_chat(gemma, OWN, **conversation(text, more))
     # Keys that need quotes have two more of them, so the harmless twin has such keys, too.
-    plain = encode_chat(gemma, ChatTemplate.own(), **conversation("a:b", "c:d"))
+    plain = encode_chat(gemma, OWN, **conversation("a:b", "c:d"))
     quotes = 52
     assert [t for t in control_ids(gemma, prompt.ids) if t != quotes] == [
         t for t in control_ids(gemma, plain.ids) if t != quotes
@@ -203,22 +205,22 @@ def test_foreign_text_never_becomes_a_control_token(gemma: Tokenizer, text: str,
         assert mark not in decoded
 
 
-@settings(max_examples=80)
+@settings(max_examples=num_examples(80))
 @given(st.data())
 def test_fragments_of_control_tokens_never_join_into_one(gemma: Tokenizer, data: st.DataObject):
     part = st.sampled_from(["<", "<|", "|>", ">", "turn", "<|turn>", "<turn|>", '<|"|>', '"', "image", "a", " ", "\n"])
     text, more = ("".join(data.draw(st.lists(part, max_size=7))) for _ in range(2))
     content = [{"type": "text", "text": one} for one in (text, more, "!")]
-    ids = encode_chat(gemma, ChatTemplate.own(), [user(content)]).ids
-    assert control_ids(gemma, ids) == control_ids(gemma, encode_chat(gemma, ChatTemplate.own(), [user("!")]).ids)
+    ids = encode_chat(gemma, OWN, [user(content)]).ids
+    assert control_ids(gemma, ids) == control_ids(gemma, encode_chat(gemma, OWN, [user("!")]).ids)
     assert f"user\n{(text + more + '!').strip()}<turn|>" in gemma.decode(ids, skip_special=False)
 
 
 def test_only_a_text_with_every_private_marker_is_refused(gemma: Tokenizer):
     text = "".join(prompt_module._MARKS[:-1]) + "<turn|>"
-    assert text in gemma.decode(encode_chat(gemma, ChatTemplate.own(), [user(text)]).ids, skip_special=False)
+    assert text in gemma.decode(encode_chat(gemma, OWN, [user(text)]).ids, skip_special=False)
     with pytest.raises(RequestError, match="code points"):
-        encode_chat(gemma, ChatTemplate.own(), [user("".join(prompt_module._MARKS))])
+        encode_chat(gemma, OWN, [user("".join(prompt_module._MARKS))])
 
 
 def test_a_conversation_that_ends_in_calls_is_no_prompt(gemma: Tokenizer):
@@ -244,11 +246,11 @@ def test_a_video_is_rendered_without_a_token_of_its_own(gemma: Tokenizer):
         seen.append(text)
         return text.replace("<|video|>", "00:00 <|image|>")
 
-    prompt = encode_chat(gemma, ChatTemplate.own(), [user([typed, shown])], insert_media=insert_media)
+    prompt = encode_chat(gemma, OWN, [user([typed, shown])], insert_media=insert_media)
     assert [text.count("<|video|>") for text in seen] == [1]
     assert "user\n<|video|> and 00:00 <|image|><turn|>" in gemma.decode(prompt.ids, skip_special=False)
     # Where nothing is shown, no place can be mistaken, and the text is encoded as it stands.
-    told = encode_chat(gemma, ChatTemplate.own(), [user("a <|video|> b")]).ids
+    told = encode_chat(gemma, OWN, [user("a <|video|> b")]).ids
     whole = gemma.encode("<bos><|turn>user\na <|video|> b<turn|>\n<|turn>model\n" + OFF, add_special=False)
     assert told == whole
 

@@ -17,7 +17,7 @@ from blockpress.checkpoints.gguf.tokenizer import read_tokenizer
 from blockpress.errors import BlockpressError, ConfigError, DamagedFile
 from blockpress.text import Tokenizer
 from tests.builders.gguf_files import ARCHITECTURE, MERGES, PIECES, TYPES, write_file
-from tests.conftest import GEMMA
+from tests.conftest import GEMMA, num_examples
 
 SHOWN = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
 
@@ -124,7 +124,7 @@ def test_gguf_ids_equal_the_published_tokenizer_s(text: str, ours: Tokenizer, pu
 
 
 @given(text=st.text(st.characters(codec="utf-8") | st.sampled_from([" ", "\n", "\t", "▁", "<", ">", "|"]), max_size=60))
-@settings(max_examples=200)
+@settings(max_examples=num_examples(200))
 def test_gguf_ids_of_any_text_equal_the_published_tokenizer_s(text: str, ours: Tokenizer, published: Tokenizer) -> None:
     assert ours.encode(text, add_special=False) == published.encode(text, add_special=False)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blockpress.diffusion import KeyedDraws
 from blockpress.diffusion.noise import philox
+from tests.conftest import num_examples
 
 WORD = st.integers(0, 2**32 - 1)
 
@@ -154,7 +155,7 @@ def test_uniforms_are_uniform_and_independent_of_their_neighbours():
         assert abs(deviation(values.flatten().bincount().double())) < 5, name
 
 
-@settings(max_examples=30)
+@settings(max_examples=num_examples(30))
 @given(st.integers(0, 2**64), st.integers(1, 48))
 def test_a_sample_uses_the_uniform_of_its_position(seed: int, step: int):
     keyed = draws([seed], [2], vocab=4)

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.errors import Overloaded, RequestError
+from tests.conftest import num_examples
 from tests.engine.simulator import KINDS, PAGE, Simulator, ask, is_judged, small
 
 PICTURE = 63
@@ -157,7 +158,7 @@ class Crowd(RuleBasedStateMachine):
 
 
 TestCrowd = Crowd.TestCase
-TestCrowd.settings = settings(max_examples=60, stateful_step_count=40)
+TestCrowd.settings = settings(max_examples=num_examples(60), stateful_step_count=40)
 
 
 def test_the_random_load_preempts_evicts_and_reuses() -> None:

@@ -20,6 +20,7 @@ from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import MediaError
 from blockpress.multimodal import images, open_image, prepare_images
 from blockpress.multimodal.images import FORMATS, fitted_size
+from tests.conftest import num_examples
 
 PUBLISHED = PictureSettings(patch_size=16, pooling=3)
 SMALL = PictureSettings(patch_size=4, pooling=2, max_soft_tokens=70)
@@ -73,7 +74,7 @@ def test_every_budget_is_the_reference_s(size: tuple[int, int], budget: int) -> 
 
 
 @pytest.mark.parity
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(SIDES, SIDES, st.sampled_from(BUDGETS[:2]), st.integers(0, 9))
 def test_any_size_is_the_reference_s(width: int, height: int, budget: int, seed: int) -> None:
     # A thin image repeated: noise of 4 million pixels a case would only cost time.
@@ -168,7 +169,7 @@ def test_every_named_format_is_read(format: str, tmp_path: Path) -> None:
 WHOLE = {format: stored(noise(40, 30), format) for format in FORMATS}
 
 
-@settings(max_examples=150)
+@settings(max_examples=num_examples(150))
 @given(st.sampled_from(FORMATS), st.data())
 def test_a_damaged_image_is_read_or_refused(format: str, data: st.DataObject) -> None:
     """Bytes cut off or overwritten anywhere: no exception of a decoder gets out, and no warning."""

@@ -19,6 +19,7 @@ from blockpress.config.vision import PictureSettings
 from blockpress.errors import MediaError
 from blockpress.multimodal import insert_placeholders, prepare_images, prepare_videos, read_video, video
 from blockpress.multimodal.video import sample_frames
+from tests.conftest import num_examples
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 CUT = PictureSettings(patch_size=4, pooling=2)
@@ -209,7 +210,7 @@ def test_data_that_is_no_video_is_refused(data: bytes, message: str) -> None:
 WHOLE = film(12, size=(16, 16))
 
 
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(st.data())
 def test_a_damaged_video_is_read_or_refused(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(WHOLE) - 4))

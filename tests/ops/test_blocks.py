@@ -14,6 +14,7 @@ from torch import Tensor
 from blockpress.ops import blocks, linear
 from blockpress.ops.blocks import LAYOUTS, Blocks
 from blockpress.ops.weight import Packed
+from tests.conftest import num_examples
 
 pytestmark = pytest.mark.parity
 
@@ -47,7 +48,7 @@ def test_sizes_are_those_of_the_format() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25)
+@settings(max_examples=num_examples(25))
 def test_values_equal_those_of_the_gguf_package(name: str, seed: int) -> None:
     """Infinite and not-a-number scales are among the bytes."""
     data = random_bytes(name, 7, seed=seed)

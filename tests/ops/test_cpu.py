@@ -21,6 +21,7 @@ from blockpress.ops.cpu import attention as in_cpp_attention
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
 from blockpress.ops.packed import HalfFloats
+from tests.conftest import num_examples
 from tests.ops.draws import numbers, threads
 
 pytestmark = [
@@ -60,7 +61,7 @@ def check(got: Tensor, x: Tensor, columns: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-@settings(max_examples=40)
+@settings(max_examples=num_examples(40))
 @given(rows=st.integers(1, 30), depth=st.integers(1, 90), columns=st.integers(1, 100), seed=st.integers(0, 99))
 def test_linear_equals_torch(
     own: torch.dtype, stored: torch.dtype, rows: int, depth: int, columns: int, seed: int
@@ -123,7 +124,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-@settings(max_examples=25)
+@settings(max_examples=num_examples(25))
 @given(rows=st.integers(1, 30), vocab=st.integers(1, 90), hidden=st.integers(1, 100), seed=st.integers(0, 99))
 def test_combine_equals_torch(
     own: torch.dtype, stored: torch.dtype, rows: int, vocab: int, hidden: int, seed: int

@@ -20,6 +20,7 @@ from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
 from blockpress.ops.integers import IntegerWeight, matmul, quantize_rows, quantized
 from blockpress.ops.packed import Codes
+from tests.conftest import num_examples
 from tests.ops import layouts
 from tests.ops.draws import numbers, threads
 
@@ -44,7 +45,7 @@ def in_cpp(x: Tensor, weight: IntegerWeight, out: Tensor | None = None) -> Tenso
 
 
 @needs_cpp
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(rows=st.integers(1, 30), depth=st.integers(1, 150), columns=st.integers(1, 100), seed=st.integers(0, 99))
 def test_int8_linear_follows_the_definition(rows: int, depth: int, columns: int, seed: int) -> None:
     x, weight = numbers(rows, depth, seed=seed), codes(columns, depth, seed=seed)
@@ -157,7 +158,7 @@ def limit(x: Tensor, weight: IntegerWeight, own_codes: bool) -> Tensor:
     return s.double()[:, None] * weight.scale.double() * (sums + 2.0**-21 * exact)
 
 
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 @given(
     rows=st.integers(1, 9), depth=st.integers(1, 300), spread=st.sampled_from([0.0, 1.0, 3.0]), seed=st.integers(0, 99)
 )

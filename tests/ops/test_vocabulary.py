@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import plain
+from tests.conftest import num_examples
 
 SIZES = [2, 5, 64, vocabulary.TILE - 1, vocabulary.TILE, vocabulary.TILE + 1, 3 * vocabulary.TILE - 7]
 LARGEST_UNIFORM = 1 - 2.0**-53
@@ -83,7 +84,7 @@ def test_an_impossible_token_is_never_drawn(size: int, uniform: float):
     assert vocabulary.sample(scaled, torch.full((1, 1), uniform, dtype=torch.float64)).item() in possible
 
 
-@settings(max_examples=50)
+@settings(max_examples=num_examples(50))
 @given(st.integers(2, 9000), st.floats(0, LARGEST_UNIFORM), st.floats(0, 200), st.integers(0, 99))
 def test_every_sample_is_a_token_of_the_vocabulary(size: int, u: float, spread: float, seed: int):
     scaled = torch.randn(1, 1, size, generator=torch.Generator().manual_seed(seed)) * spread

@@ -17,6 +17,7 @@ from blockpress.ops import compiled, vocabulary
 from blockpress.ops.linear import combine, linear
 from blockpress.ops.packed import Codes
 from blockpress.ops.vocabulary import blocks, native, passes, plain
+from tests.conftest import num_examples
 
 TILE = vocabulary.TILE
 SIZES = [1, 2, 15, 16, 17, 300, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]
@@ -266,7 +267,7 @@ def test_sparse_probabilities_drop_no_more_than_allowed(version: str, dtype: tor
     assert kinds == {True, False}
 
 
-@settings(max_examples=40)
+@settings(max_examples=num_examples(40))
 @given(st.integers(1, 3000), st.integers(1, 6), st.floats(0, 40), st.floats(0.05, 3), st.booleans(), st.integers(0, 99))
 def test_every_version_draws_the_same(
     vocab: int, rows: int, spread: float, temperature: float, narrow: bool, seed: int

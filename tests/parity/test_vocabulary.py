@@ -17,6 +17,7 @@ from torch import Tensor
 from blockpress.diffusion import KeyedDraws
 from blockpress.diffusion.noise import philox
 from blockpress.ops import vocabulary
+from tests.conftest import num_examples
 
 pytestmark = pytest.mark.parity
 
@@ -93,7 +94,7 @@ def plain_sample(scaled: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 )
 @example(size=4096, spread=0.0, seed=0, uniform=[0.0, 0.25, 0.5, 0.75, LARGEST])
 @example(size=10_000, spread=20.0, seed=1, uniform=[0.0, 5e-324, 0.5, LARGEST, LARGEST])
-@settings(max_examples=60)
+@settings(max_examples=num_examples(60))
 def test_a_sample_is_the_plain_inverse_cdf(size: int, spread: float, seed: int, uniform: list[float]) -> None:
     scaled = logits(size, spread, seed)
     u = torch.tensor([uniform], dtype=torch.float64)

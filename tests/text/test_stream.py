@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models
 from blockpress.errors import RequestError, TextError
 from blockpress.text import StreamDecoder, Tokenizer
 from blockpress.text.detokenizer import _BYTE_OF_CHAR
+from tests.conftest import num_examples
 
 BYTES = [
     f"<0x{byte:02X}>"
@@ -77,7 +78,7 @@ def cut(ids: list[int], data: st.DataObject) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=num_examples(75), deadline=None)
 @given(st.data())
 def test_streamed_text_is_the_decoded_text_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]
@@ -89,7 +90,7 @@ def test_streamed_text_is_the_decoded_text_however_ids_are_split(kind: str, data
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 @given(st.data())
 def test_a_stop_is_found_however_ids_are_split(kind: str, data: st.DataObject):
     tokenizer = MADE[kind]
@@ -239,7 +240,7 @@ def test_gemma_text_streams_whatever_the_split(gemma: Tokenizer):
         assert gemma.decode(ids[: decoder.tokens_used]).startswith(out)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=num_examples(100), deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
 @example("\ud7ff\ue000\U0010ffff")
 def test_gemma_any_text_streams_token_by_token(gemma: Tokenizer, text: str):

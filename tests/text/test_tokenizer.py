@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound, TextError
 from blockpress.text import Tokenizer
 from blockpress.text.builder import digits_tokenizer, write_digits_tokenizer
+from tests.conftest import num_examples
 
 SCRIPTS = {
     "latin": "Fix, Schwyz! quäkt Jürgen blöd vom Paß",
@@ -55,7 +56,7 @@ def test_gemma_round_trips_every_script(gemma: Tokenizer, name: str):
     assert max(ids) < gemma.vocab_size == 262_144
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(150), deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
 def test_gemma_round_trips_any_text(gemma: Tokenizer, text: str):
     # This vocabulary writes a space as U+2581, so it cannot tell that sign from a space.
