@@ -267,3 +267,17 @@ def test_rotary_tables_are_cached_for_the_same_positions_only(random_network: Ra
     for kind, tables in fresh.items():
         assert all(map(torch.equal, tables, first[kind])) and not torch.equal(tables[0], other[kind][0])
     assert not any(table.is_inference() for pair in network._rotary(here, dtype).values() for table in pair)
+
+
+def test_a_network_without_memory_draws_no_weights(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device "meta" a draw does nothing, and torch imports its compiler for it: a second before every answer."""
+
+    def refused(weight: Tensor, **options: float) -> Tensor:
+        assert not weight.is_meta
+        return weight.fill_(1)
+
+    monkeypatch.setattr(Tensor, "normal_", refused)
+    with torch.device("meta"):
+        network = Network(tiny)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert bool((Network(tiny).embed_tokens.weight == 1).all()), "with memory they are drawn"
