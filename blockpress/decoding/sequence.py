@@ -10,6 +10,7 @@ pass over a draft is a forward, and also the commit of the tokens it read that a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
+from blockpress.config.checks import is_count
 from blockpress.decoding.events import (
     Committed,
     Denoised,
@@ -34,6 +36,11 @@ from blockpress.decoding.events import (
 )
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
 from blockpress.diffusion import Step
+from blockpress.errors import RequestError
+
+MOST_LOGPROBS = 128
+"""Most alternatives that are reported with each token. They are kept for all tokens of the answer: at 130 bytes each,
+8,192 tokens with as many alternatives as a vocabulary of 262,144 has would take 280 GB."""
 
 
 @runtime_checkable
@@ -58,6 +65,8 @@ class FinishedCanvas:
 class SequenceState:
     """One prompt and its answer so far. Limits are in tokens; `room` is how many more the context can hold.
 
+    `seed` counts modulo 2^64: seeds that differ by a multiple of it are the same one.
+
     `processor` turns the tokens into output; without one they are one text, by `decoder`, or just tokens. `logprobs`:
     how many alternatives are reported with each token's log-probability; None: no log-probabilities.
     """
@@ -77,7 +86,14 @@ class SequenceState:
         logprobs: int | None = None,
     ) -> None:
         assert decoder is None or processor is None, "an output processor needs no decoder"
-        self.index, self.prompt, self.seed, self.logprobs = index, prompt, seed, logprobs
+        _need(is_count(seed, -math.inf), "seed", seed, "a whole number")
+        _need(is_count(canvas_length), "canvas_length", canvas_length, "a whole number of at least 1")
+        _need(is_count(room, 0), "room", room, "a whole number of at least 0")
+        _need(max_tokens is None or is_count(max_tokens), "max_tokens", max_tokens, "a whole number from 1, or None")
+        most = f"a whole number of alternatives from 0 to {MOST_LOGPROBS}, or None"
+        _need(logprobs is None or is_count(logprobs, 0, MOST_LOGPROBS), "logprobs", logprobs, most)
+        self.index, self.prompt, self.seed = index, list(prompt), int(seed)
+        self.logprobs = None if logprobs is None else int(logprobs)
         self.images: Mapping[int, Float[Tensor, "_soft hidden"]] = {}
         """The images of the prompt: the position of each one's first soft token, and its features."""
         self.canvases: list[FinishedCanvas] = []
@@ -93,7 +109,7 @@ class SequenceState:
         self.new_tokens: list[int] = []
         """Tokens of the last committed canvas that the context does not hold yet; empty while a canvas is redone."""
         self._stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
-        self._limit = max_tokens
+        self._limit = None if max_tokens is None else int(max_tokens)
         self._processor: OutputProcessor = TextOutputProcessor(decoder) if processor is None else processor
         self._tokens: list[int] = []
         self._pieces: list[Piece] = []
@@ -114,6 +130,15 @@ class SequenceState:
         high, low = divmod(self._restarts, 256)
         assert high < 16 and len(self.canvases) < 1 << 20, "two canvases of a row would draw the same"
         return len(self.canvases) + (low << 24) + (high << 20)
+
+    def claim(self) -> bool:
+        """Whether nobody has claimed the row before: it is answered once. Of several threads, one gets it."""
+        claim = object()
+        return self.__dict__.setdefault("_claim", claim) is claim
+
+    def release(self) -> None:
+        """Give up the claim: the row was refused, and may be handed in again."""
+        self.__dict__.pop("_claim", None)
 
     def limit(self, room: int) -> None:
         """Lower the room in the context to `room` tokens; called before the first canvas."""
@@ -281,6 +306,11 @@ class SequenceState:
             verifications=self._all_verifications,
             redos=self._redos,
         )
+
+
+def _need(ok: bool, name: str, value: object, what: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} is {value!r:.60}", hint=f"{name} must be {what}")
 
 
 def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:

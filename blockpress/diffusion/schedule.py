@@ -35,5 +35,5 @@ class Schedule:
         >>> [round(schedule.temperature(step).item(), 2) for step in (1, 2, 3, 4)]
         [0.8, 0.7, 0.6, 0.5]
         """
-        remaining = torch.tensor(self.steps + 1 - step, dtype=torch.int32)
+        remaining = torch.tensor(self.steps + 1 - step, dtype=torch.int32).float()
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)

@@ -47,7 +47,7 @@ class Part:
     @property
     def images(self) -> dict[int, Tensor]:
         """The image features in a causal part, by the row of the part at which they begin."""
-        images = self.request.row.images
+        images = self.request.images
         return {start - self.first: images[start] for start in images if self.first <= start < self.end}
 
 

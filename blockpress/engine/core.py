@@ -15,6 +15,7 @@ Run it:  python -m pytest tests/engine/test_same_tokens.py
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,16 +23,18 @@ import torch
 from torch import Tensor
 
 from blockpress.decoding import Event, Failed
+from blockpress.engine.denoising import RuleStopped
 from blockpress.engine.kv_cache import KVCache
-from blockpress.engine.modes import RequestProgress, strategies, strategy_of
+from blockpress.engine.modes import RequestProgress, is_interrupt, strategies, strategy_of
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
 from blockpress.engine.runner import Runner, RunnerOutput, SampledTokens
 from blockpress.engine.scheduler import ScheduledRequest, Scheduler, SchedulerStats
-from blockpress.engine.sizing import page_length, plan_pages
-from blockpress.errors import BlockpressError, EngineError
+from blockpress.engine.sizing import check_slots, page_length, plan_pages
+from blockpress.errors import BlockpressError, EngineError, RequestError
 from blockpress.hardware import free_memory
 from blockpress.model import Network
+from blockpress.ops.computing import computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,35 +67,59 @@ class StepRecord:
 class EngineCore:
     """Answers many requests at once over one network."""
 
+    @computing()
     def __init__(self, network: Network, options: EngineOptions | None = None) -> None:
         options = EngineOptions() if options is None else options
         self.network, self.options = network, options
         config, dtype = network.config, str(network.dtype).removeprefix("torch.")
-        memory = _free(network.device) // 2 if options.memory is None else options.memory
-        counts = plan_pages(config, dtype, options, memory)
+        free = _free(network.device)
+        counts = plan_pages(config, dtype, options, free // 2 if options.memory is None else options.memory)
+        check_slots(config, dtype, options, free)
         self.scheduler = Scheduler(config, options, counts)
-        self.kv_cache = KVCache(config, counts, page_length(config), network.dtype, network.device)
+        try:
+            self.kv_cache = KVCache(config, counts, page_length(config), network.dtype, network.device)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise RequestError(
+                f"engine option memory is {options.memory}, and the pages cannot be allocated: {reason:.200}",
+                hint=f"lower memory ({free} bytes are free) or max_running ({options.max_running})",
+            ) from None
         self.runner = Runner(network, options, self.kv_cache, self._sample)
-        self._cancelled: list[Request] = []
+        self._copies: dict[Request, Request] = {}
+        """The copy of every unfinished request, by the request that the caller holds."""
+        self._cancelled: deque[Request] = deque()
+        self._events: list[tuple[Request, Event]] = []
+        """Not given out yet: after an interrupt, those of the step before."""
+        self._moved_on = False
         self._forwards = self._failures = 0
         self._strategies = strategies(network)
 
+    @computing()
     def submit(self, request: Request) -> None:
         """Add a request to the queue.
 
         Raises:
-            Overloaded: the queue is full. RequestError: the request could never be answered.
+            Overloaded: the queue is full; the request may be submitted again. RequestError: it could never be answered,
+                or it, or another request with its row, was submitted before, to whichever engine.
         """
-        request.image_spans = tuple(
-            HashedImageSpan(start, len(features), _digest(features))
-            for start, features in sorted(request.row.images.items())
-        )
-        self.scheduler.submit(request)
+        if not request.row.claim():
+            raise RequestError("the request was not taken: it was submitted before", hint="make a request per answer")
+        try:
+            copy = request.copy()
+            copy.image_spans = tuple(
+                HashedImageSpan(start, len(features), _digest(features))
+                for start, features in sorted(copy.images.items())
+            )
+            self.scheduler.submit(copy)
+        except BaseException:
+            request.row.release()
+            raise
+        self._copies[request] = copy
 
     def cancel(self, request: Request) -> None:
         """End a request before the next forward; no effect if it has ended already."""
-        if request.state not in ("new", "ended"):
-            self._cancelled.append(request)
+        if request in self._copies:
+            self._cancelled.append(self._copies[request])
 
     @property
     def stats(self) -> EngineStats:
@@ -111,7 +138,7 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Whether any request is running, waiting or to be cancelled."""
-        return bool(self._cancelled or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._cancelled or self._events or self.scheduler.running or self.scheduler.waiting)
 
     @property
     def num_tracked(self) -> int:
@@ -119,50 +146,73 @@ class EngineCore:
         return sum(strategy.num_tracked for strategy in self._strategies.values())
 
     def step(self) -> StepRecord:
-        """Run one forward and update all requests."""
-        cancelled, self._cancelled = self._cancelled, []
-        events = [(request, event) for request in cancelled for event in self._cancel(request)]
-        scheduled = self.scheduler.schedule()
-        self._forwards += bool(scheduled)
-        with self.runner.on_device():
-            events += self._advance(scheduled)
+        """Run one forward and update all requests.
+
+        Ctrl-C or a signal's SystemExit is raised from here, and ends no request whose forward can run again.
+        """
+        with computing(), self.runner.on_device():
+            while self._cancelled:
+                self._emit(self._cancelled[0], self._cancel(self._cancelled[0]))
+                self._cancelled.popleft()
+            scheduled = self.scheduler.schedule()
+            self._forwards += bool(scheduled)
+            self._advance(scheduled)
+        events, self._events = self._events, []
         return StepRecord(scheduled=scheduled, events=events)
 
+    def _emit(self, request: Request, events: Iterable[Event]) -> None:
+        self._events += [(request.handle, event) for event in events]
+
     @torch.inference_mode()
-    def _advance(self, scheduled: Sequence[ScheduledRequest]) -> list[tuple[Request, Event]]:
-        outcomes = self._run(scheduled)
-        progress: dict[Request, RequestProgress | Exception] = {}
+    def _advance(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        self._moved_on, unfinished = False, {item.request: item for item in scheduled}
+        try:
+            outcomes = self._run(scheduled)
+            progress = self._progress([out for out in outcomes if isinstance(out, RunnerOutput)])
+            for outcome in outcomes:
+                if isinstance(outcome, RunnerOutput):
+                    request = outcome.scheduled.request
+                    self._emit(request, self._apply(outcome, progress[request]))
+                else:
+                    request = outcome[0].request
+                    self._emit(request, self._fail(request, outcome[1]))
+                del unfinished[request]
+        except BaseException as error:
+            # What has moved on to its next step and was not told of it cannot go on.
+            for request in unfinished if self._moved_on else ():
+                self._emit(request, self._fail(request, error))
+            raise
+
+    def _progress(self, outputs: Sequence[RunnerOutput]) -> dict[Request, RequestProgress | BaseException]:
+        """How each request continues, by the strategy of its mode."""
+        progress: dict[Request, RequestProgress | BaseException] = {
+            out.scheduled.request: _not_finite() for out in outputs if not out.is_finite
+        }
         for kind, strategy in self._strategies.items():
-            outputs = [
-                out for out in outcomes if isinstance(out, RunnerOutput) and strategy_of(out.scheduled.request) == kind
-            ]
-            finite = [out for out in outputs if out.is_finite]
+            finite = [out for out in outputs if out.is_finite and strategy_of(out.scheduled.request) == kind]
             results = strategy.advance(finite)
             progress |= {out.scheduled.request: result for out, result in zip(finite, results, strict=True)}
-            progress |= {out.scheduled.request: _not_finite() for out in outputs if not out.is_finite}
-        events: list[tuple[Request, Event]] = []
-        for outcome in outcomes:
-            if isinstance(outcome, RunnerOutput):
-                request = outcome.scheduled.request
-                new_events = self._apply(outcome, progress[request])
-            else:
-                request = outcome[0].request
-                new_events = self._fail(request, outcome[1])
-            events += [(request, event) for event in new_events]
-        return events
+        return progress
 
     def _sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         """Tokens that the strategies sample from a forward's hidden states, queued before the host waits for it."""
-        sampled: dict[Request, Tensor | Exception] = {}
+        sampled: dict[Request, Tensor | BaseException] = {}
         for kind, strategy in self._strategies.items():
             sampled |= strategy.sample([item for item in scheduled if strategy_of(item.request) == kind], hidden)
         return sampled
 
-    def _apply(self, outcome: RunnerOutput, progress: RequestProgress | Exception) -> Sequence[Event]:
+    def _apply(self, outcome: RunnerOutput, progress: RequestProgress | BaseException) -> Sequence[Event]:
         """Update a request's pages and context after its part of a forward, or end it; gives its events."""
-        request, scheduled = outcome.scheduled.request, outcome.scheduled
-        if isinstance(progress, Exception):
+        request = outcome.scheduled.request
+        if isinstance(progress, BaseException):
             return self._fail(request, progress)
+        try:
+            return self._update(outcome, progress)
+        except Exception as error:
+            return self._fail(request, error)
+
+    def _update(self, outcome: RunnerOutput, progress: RequestProgress) -> Sequence[Event]:
+        request, scheduled = outcome.scheduled.request, outcome.scheduled
         if outcome.denoised is not None:
             request.step = outcome.denoised.step
         if progress.num_verified is None:
@@ -179,13 +229,22 @@ class EngineCore:
 
     def _run(
         self, scheduled: Sequence[ScheduledRequest]
-    ) -> Sequence[RunnerOutput | tuple[ScheduledRequest, Exception]]:
+    ) -> Sequence[RunnerOutput | tuple[ScheduledRequest, BaseException]]:
         """The forward; if it fails, request by request, so that the failing one is found."""
         if not scheduled:
             return []
         try:
-            return self.runner.run(scheduled)
-        except Exception as error:
+            outputs = self.runner.run(scheduled)
+            self._moved_on = True
+            return outputs
+        except RuleStopped as stop:
+            culprits = [item for item in scheduled if item.request in stop.requests]
+            others = [item for item in scheduled if item.request not in stop.requests]
+            return [*((item, stop.error) for item in culprits), *self._run(others)]
+        except BaseException as error:
+            self._moved_on |= self.runner.stepped
+            if is_interrupt(error):
+                raise
             failed = error.with_traceback(None)  # its frames hold everything that the forward allocated
         stepped = self.runner.stepped
         if len(scheduled) == 1:
@@ -203,23 +262,25 @@ class EngineCore:
         self._forget(request)
         try:
             return [*request.row.cancel()]
-        except Exception as error:
+        except BaseException as error:
             return self._fail(request, error)
 
     def _forget(self, request: Request) -> None:
+        self._copies.pop(request.handle, None)
         self._strategies[strategy_of(request)].forget(request)
 
-    def _fail(self, request: Request, error: Exception) -> list[Event]:
-        """End one request with an error of its own; its pages are not reused."""
+    def _fail(self, request: Request, error: BaseException) -> list[Event]:
+        """End one request with an error of its own, whose cause is `error`; its pages are not reused."""
         self._failures += 1
         self.scheduler.end(request, discard=True)
         self._forget(request)
         if not isinstance(error, BlockpressError):
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            cause, reason = error.with_traceback(None), " ".join(f"{type(error).__name__}: {error}".split())
             error = EngineError(
                 f"the request could not be finished: {reason}",
                 hint="ask again; if that does not help, restart the engine",
             )
+            error.__cause__ = cause
         return [Failed(request.row.index, error)]
 
 

@@ -222,7 +222,15 @@ def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Ac
     if not samplings:
         return accept, settle
     accepts, settles = [each.accept for each in samplings], [each.settle for each in samplings]
-    return CustomRules("accept", accept, accepts), CustomRules("settle", settle, settles)
+    return CustomRules("accept", accept, accepts, requests), CustomRules("settle", settle, settles, requests)
+
+
+class RuleStopped(Exception):
+    """A custom rule raised what is no `Exception`, such as SystemExit: it concerns the requests with this rule only."""
+
+    def __init__(self, requests: Sequence[Request], error: BaseException) -> None:
+        super().__init__(str(error))
+        self.requests, self.error = requests, error
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,13 +240,18 @@ class CustomRules:
     name: str
     common: Callable[..., Tensor]
     custom: Sequence[Callable[..., Tensor] | None]
+    requests: Sequence[Request]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         answer = self.common(*inputs)
         for rule in {id(rule): rule for rule in self.custom if rule is not None}.values():
-            rows = to_device(
-                torch.tensor([row for row, other in enumerate(self.custom) if other is rule]), answer.device
-            )
-            result = check_answer(self.name, rule(*(tensor[rows] for tensor in inputs)), answer[rows])
+            users = [row for row, other in enumerate(self.custom) if other is rule]
+            rows = to_device(torch.tensor(users), answer.device)
+            try:
+                result = check_answer(self.name, rule(*(tensor[rows] for tensor in inputs)), answer[rows])
+            except Exception:
+                raise
+            except BaseException as error:
+                raise RuleStopped([self.requests[row] for row in users], error) from None
             answer = answer.index_copy(0, rows, result)
         return answer

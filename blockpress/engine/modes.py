@@ -14,6 +14,7 @@ Run it:  python -m pytest tests/engine/test_same_tokens.py tests/engine/test_fau
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | BaseException]:
         """How each request continues; an exception concerns that request only."""
         ...
 
@@ -103,7 +104,7 @@ class Diffusion:
     def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
-    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | BaseException]:
         return apply_each(outcomes, after_step)
 
     def forget(self, request: Request) -> None:
@@ -126,7 +127,7 @@ class Verified:
     def sample(self, scheduled: Sequence[ScheduledRequest], hidden: Mapping[Request, Tensor]) -> SampledTokens:
         return {}
 
-    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | BaseException]:
         return score_drafts(self._network, outcomes, apply_each(outcomes, self._draft), self._apply)
 
     def forget(self, request: Request) -> None:
@@ -178,12 +179,12 @@ class Autoregressive:
         for request in ready:
             assert isinstance(request.sampling, AutoregressiveSampling)
             by_sampling.setdefault(request.sampling, []).append(request)
-        tokens: dict[Request, Tensor | Exception] = {}
+        tokens: dict[Request, Tensor | BaseException] = {}
         for sampling, requests in by_sampling.items():
             tokens |= zip(requests, apply_batched(requests, partial(self._sample, sampling)), strict=True)
         return tokens
 
-    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | Exception]:
+    def advance(self, outcomes: Sequence[RunnerOutput]) -> list[RequestProgress | BaseException]:
         return score_drafts(self._network, outcomes, apply_each(outcomes, self._draft), self._commit)
 
     def forget(self, request: Request) -> None:
@@ -201,7 +202,7 @@ class Autoregressive:
             self._forwards[scheduled.request] += 1
             return Draft(row, row.proposal, torch.cat((states, outcome.hidden)))
         self._forwards[scheduled.request] += scheduled.start < scheduled.stop
-        if isinstance(outcome.sampled, Exception):
+        if isinstance(outcome.sampled, BaseException):
             raise outcome.sampled
         assert outcome.sampled is not None, "a token was to be sampled"
         row.draft(outcome.sampled, 0)
@@ -237,21 +238,21 @@ class Draft:
 def score_drafts(
     network: Network,
     outcomes: Sequence[RunnerOutput],
-    results: Sequence[Draft | RequestProgress | Exception],
+    results: Sequence[Draft | RequestProgress | BaseException],
     finish: Callable[[RunnerOutput, Draft, TokenScores], RequestProgress],
-) -> list[RequestProgress | Exception]:
+) -> list[RequestProgress | BaseException]:
     """Score all drafts at once and `finish` each; results that are not drafts are passed on."""
     drafts = [draft for draft in results if isinstance(draft, Draft)]
     scores = dict(zip(drafts, apply_batched(drafts, partial(_score, network)), strict=True))
 
-    def finish_one(pair: tuple[RunnerOutput, Draft | RequestProgress | Exception]) -> RequestProgress:
+    def finish_one(pair: tuple[RunnerOutput, Draft | RequestProgress | BaseException]) -> RequestProgress:
         outcome, draft = pair
         if isinstance(draft, RequestProgress):
             return draft
-        if isinstance(draft, Exception):
+        if isinstance(draft, BaseException):
             raise draft
         draft_scores = scores[draft]
-        if isinstance(draft_scores, Exception):
+        if isinstance(draft_scores, BaseException):
             raise draft_scores
         return finish(outcome, draft, draft_scores)
 
@@ -268,26 +269,34 @@ def _score(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
 
 def apply_batched(
     items: Sequence[Item], function: Callable[[Sequence[Item]], Sequence[Result]]
-) -> list[Result | Exception]:
+) -> list[Result | BaseException]:
     """`function` of all items at once; if that fails, of each alone, so that the failing one is found."""
     try:
         return [*function(items)]
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         failed = error.with_traceback(None)
     if len(items) == 1:
         return [failed]
     return [result for item in items for result in apply_batched([item], function)]
 
 
-def apply_each(items: Iterable[Item], function: Callable[[Item], Result]) -> list[Result | Exception]:
+def apply_each(items: Iterable[Item], function: Callable[[Item], Result]) -> list[Result | BaseException]:
     """`function` of each item; an exception, such as an output processor's, takes the place of that item's result."""
-    results: list[Result | Exception] = []
+    results: list[Result | BaseException] = []
     for item in items:
         try:
             results.append(function(item))
-        except Exception as error:
+        except BaseException as error:  # whatever an output processor raises is its own request's
             results.append(error)
     return results
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is, most likely, a signal's (Ctrl-C) and not the fault of what was running: Python handles signals in
+    the main thread."""
+    return isinstance(error, KeyboardInterrupt | SystemExit) and threading.current_thread() is threading.main_thread()
 
 
 def after_step(outcome: RunnerOutput) -> RequestProgress:

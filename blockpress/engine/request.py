@@ -43,6 +43,10 @@ class Request:
 
     def __init__(self, row: SequenceState, sampling: Sampling | AutoregressiveSampling) -> None:
         self.row, self.sampling = row, sampling
+        self.handle = self
+        """The request that the caller holds: the engine works on a copy that no caller can change."""
+        self.images = row.images
+        """The features of the prompt's images, by the position of the first soft token; the copy has its own."""
         self.image_spans: tuple[HashedImageSpan, ...] = ()
         """The images of the prompt, in order; set when the request is submitted."""
         self.context = list(row.prompt)
@@ -64,6 +68,13 @@ class Request:
         self.state: State = "new"
         self.number = -1
         """Its rank in order of submission."""
+
+    def copy(self) -> Request:
+        """The copy that an engine works on."""
+        copy = Request(self.row, self.sampling)
+        copy.handle = self
+        copy.images = {start: features.detach().clone() for start, features in self.row.images.items()}
+        return copy
 
     @property
     def mode(self) -> Mode:

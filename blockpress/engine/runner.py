@@ -53,11 +53,11 @@ class RunnerOutput:
     denoised: Denoised | None = None
     canvas: list[int] | None = None
     hidden: Tensor | None = None
-    sampled: list[int] | Exception | None = None
+    sampled: list[int] | BaseException | None = None
     is_finite: bool = True
 
 
-SampledTokens = Mapping[Request, Tensor | Exception]
+SampledTokens = Mapping[Request, Tensor | BaseException]
 """Sampled token ids on the device, 1-D, for some requests; an exception concerns that request only."""
 
 Sampler = Callable[[Sequence[ScheduledRequest], Mapping[Request, Tensor]], SampledTokens]
@@ -103,7 +103,7 @@ class Runner:
         batch = Batch.of(scheduled, self.network.config.canvas_length)
         features = self.slots.begin([part.request for part in batch.canvases])
         step: StepOutputs | None = None
-        logit_states = torch.empty(0, self.network.config.hidden_size)
+        logit_states = torch.empty(0, self.network.config.hidden_size, dtype=self.network.dtype)
         if self.captured is not None and batch.canvases and not (batch.num_causal or features.custom):
             step = self.captured.step(batch.canvases, features)
         if step is None and batch.num_rows:
@@ -175,7 +175,7 @@ class Runner:
 
     def _to_host(
         self, logit_states: Tensor, step: StepOutputs | None, sampled: SampledTokens
-    ) -> tuple[Tensor, Tensor, dict[Request, list[int] | Exception]]:
+    ) -> tuple[Tensor, Tensor, dict[Request, list[int] | BaseException]]:
         """Whether each logit row's state is finite, the step's `packed_results`, the sampled tokens; all on the host.
 
         It is one copy, and the one wait of a forward; if there is nothing to copy, nothing waits.
@@ -187,8 +187,8 @@ class Runner:
         copied = to_host(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.long)
         sizes = [len(logit_states), *map(len, queued.values())]
         finite, *ids_on_host = copied[: sum(sizes)].split(sizes)
-        tokens: dict[Request, list[int] | Exception] = {
-            request: failed for request, failed in sampled.items() if isinstance(failed, Exception)
+        tokens: dict[Request, list[int] | BaseException] = {
+            request: failed for request, failed in sampled.items() if isinstance(failed, BaseException)
         }
         tokens |= {request: ids.tolist() for request, ids in zip(queued, ids_on_host, strict=True)}
         words = copied[sum(sizes) :]

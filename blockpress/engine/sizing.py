@@ -44,6 +44,17 @@ def window_pages(config: ModelConfig, chunk: int) -> int:
     return num_pages(config.sliding_window - 1 + chunk, page_length(config)) + 1
 
 
+def check_slots(config: ModelConfig, dtype: str, options: EngineOptions, free: int) -> None:
+    """Raises RequestError: the canvases of `max_running` requests take more than `free` bytes, all that is free."""
+    if config.has_canvas:
+        slot = config.canvas_length * (config.hidden_size * costs.DTYPE_BYTES[dtype] + 24)  # the signal; three ids
+        if (options.max_running + 1) * slot > free:
+            raise RequestError(
+                f"engine option max_running is {options.max_running}: a canvas takes {slot} bytes, and {free} are free",
+                hint=f"lower max_running to at most {max(1, free // slot - 1)}",
+            )
+
+
 def plan_pages(config: ModelConfig, dtype: str, options: EngineOptions, bytes: int) -> dict[LayerKind, int]:
     """How many pages of each kind fit into `bytes`.
 

@@ -15,8 +15,10 @@ from blockpress.checkpoints import Checkpoint, load_network, open_checkpoint
 from blockpress.engine import EngineOptions
 from blockpress.errors import RequestError
 from blockpress.lm.model import LM
+from blockpress.ops.computing import computing
 
 
+@computing()
 def load(
     name: str | Path | Checkpoint,
     *,

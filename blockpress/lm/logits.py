@@ -15,8 +15,10 @@ from torch import Tensor
 from blockpress.errors import RequestError
 from blockpress.lm.rows import check_context_length, check_ids
 from blockpress.model import Network
+from blockpress.ops.computing import computing
 
 
+@computing()
 @torch.inference_mode()
 def denoise_logits(
     network: Network,
@@ -44,6 +46,7 @@ def denoise_logits(
     return network.logits(hidden)[0]
 
 
+@computing()
 @torch.inference_mode()
 def next_token_logits(network: Network, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
     """Softcapped float32 logits of the token after each token, from the causal pass."""

@@ -12,11 +12,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
 
-import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.chat import Chat, EncodedChat, check_options
+from blockpress.chat import Chat, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding import Cancel, Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
@@ -36,7 +35,7 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
-from blockpress.lm.rows import check_ids, make_sequences
+from blockpress.lm.rows import attach_images, check_ids, make_sequences
 from blockpress.model import Network, VisionTower
 from blockpress.text import StreamDecoder, Tokenizer
 
@@ -282,7 +281,7 @@ class LM:
         make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
         ids = [chat.ids for chat in encoded]
         rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs)
-        self._attach_images(rows, encoded)
+        attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
 
     requests = renamed_attribute("requests", "build_requests")  # until version 0.3
@@ -297,16 +296,6 @@ class LM:
     def _tower(self) -> VisionTower:
         types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
         return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
-
-    @torch.inference_mode()
-    def _attach_images(self, rows: list[SequenceState], chats: Sequence[EncodedChat]) -> None:
-        """Put the images' features into the rows; one conversation may have several rows with different seeds."""
-        pairs = [
-            zip(chat.image_spans, self._tower(chat.pictures), strict=True) if chat.pictures else () for chat in chats
-        ]
-        images = [{span.start: features for span, features in each} for each in pairs]
-        for row in rows:
-            row.images = images[row.index if len(images) > 1 else 0]
 
     def _sampling(self, given: AnySampling | None, mode: Mode | None) -> AnySampling:
         return check_sampling(given, mode, self.generation, self.config, has_text=self.tokenizer is not None)

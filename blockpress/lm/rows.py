@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from blockpress.chat import EncodedChat
 from blockpress.config import ModelConfig
 from blockpress.decoding import OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_integer
+from blockpress.model import VisionTower
+from blockpress.ops.computing import computing
 
 
 def make_sequences(
@@ -33,12 +37,8 @@ def make_sequences(
     Raises:
         RequestError: max_tokens, seed or logprobs are invalid. PromptTooLong: no room for a canvas.
     """
-    if max_tokens is not None and not (is_integer(max_tokens) and max_tokens >= 1):
-        raise RequestError(
-            f"max_tokens is {max_tokens!r}", hint="max_tokens must be a whole number of at least 1, or None"
-        )
-    check_logprobs(logprobs, config)
-    seeds = [seed] * len(prompts) if is_integer(seed) else as_list(cast("Sequence[int]", seed), "seed")
+    logprobs = check_logprobs(logprobs, config)
+    seeds = [cast(int, seed)] * len(prompts) if is_integer(seed) else as_list(cast("Sequence[int]", seed), "seed")
     if len(prompts) == 1 and not is_integer(seed):
         prompts = prompts * len(seeds)
     if len(seeds) != len(prompts):
@@ -50,7 +50,7 @@ def make_sequences(
             SequenceState(
                 index,
                 ids,
-                cast(int, row_seed),
+                row_seed,
                 stop_ids=stop_ids,
                 canvas_length=canvas,
                 room=config.context_length - len(ids),
@@ -60,6 +60,16 @@ def make_sequences(
             )
         )
     return rows
+
+
+@computing()
+@torch.inference_mode()
+def attach_images(rows: list[SequenceState], chats: Sequence[EncodedChat], tower: Callable[[], VisionTower]) -> None:
+    """Put the images' features into the rows; one conversation may have several rows with different seeds."""
+    pairs = [zip(chat.image_spans, tower()(chat.pictures), strict=True) if chat.pictures else () for chat in chats]
+    images = [{span.start: features for span, features in each} for each in pairs]
+    for row in rows:
+        row.images = images[row.index if len(images) > 1 else 0]
 
 
 def check_ids(config: ModelConfig, ids: Sequence[int] | Tensor, name: str) -> list[int]:

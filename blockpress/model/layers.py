@@ -70,7 +70,7 @@ class Weighted(PackedHolder):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        weight = torch.empty(rows, columns)
+        weight = torch.empty(rows, columns, dtype=torch.float32)
         # Without memory there is nothing to draw, and torch would import its compiler for it, a second of work.
         self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_(std=columns**-0.5))
 
@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.proj = Linear(config.hidden_size, config.num_experts)
-        self.scale = nn.Parameter(torch.ones(config.hidden_size))
-        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.scale = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.float32))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts, dtype=torch.float32))
         self.root = config.hidden_size**-0.5
         self.top_k = config.top_k_experts
         self.eps = config.rms_norm_eps
@@ -155,8 +155,8 @@ class Experts(PackedHolder):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         count, hidden, size = config.num_experts, config.hidden_size, config.expert_size
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden))
-        self.down_proj = nn.Parameter(torch.empty(count, hidden, size))
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden, dtype=torch.float32))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, size, dtype=torch.float32))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return experts.moe_forward(x, weights, chosen, self.gate_up_proj, self.down_proj)
@@ -221,8 +221,8 @@ class Layer(nn.Module):
             self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
         self.has_canvas = config.has_canvas
         if self.has_canvas:
-            self.register_buffer("layer_scalar", torch.ones(1))
-        self.register_buffer("causal_scalar", torch.ones(1))
+            self.register_buffer("layer_scalar", torch.ones(1, dtype=torch.float32))
+        self.register_buffer("causal_scalar", torch.ones(1, dtype=torch.float32))
 
     def forward(self, x: Hidden, rotary: Rotary, attend: Attend, *, causal: Causal, skip: int = 0) -> Wanted:
         """The layer's output for x's rows except the first `skip`, of which only keys and values are computed."""

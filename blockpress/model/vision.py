@@ -122,8 +122,8 @@ class Encoder(nn.Module):
         self.patch_embedder = PatchEmbedder(config)
         self.encoder = VisionStack(config)
         if config.standardize:
-            self.register_buffer("std_bias", torch.zeros(config.hidden_size))
-            self.register_buffer("std_scale", torch.ones(config.hidden_size))
+            self.register_buffer("std_bias", torch.zeros(config.hidden_size, dtype=torch.float32))
+            self.register_buffer("std_scale", torch.ones(config.hidden_size, dtype=torch.float32))
 
     def forward(self, pixels: Patches, positions: PatchPositions, rows: int) -> Float[Tensor, "pictures _soft _hidden"]:
         x = self.patch_embedder(pixels, positions)
@@ -143,7 +143,9 @@ class PatchEmbedder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.input_proj = Linear(3 * config.patch_size**2, config.hidden_size)
-        self.position_embedding_table = nn.Parameter(torch.ones(2, config.positions, config.hidden_size))
+        self.position_embedding_table = nn.Parameter(
+            torch.ones(2, config.positions, config.hidden_size, dtype=torch.float32)
+        )
 
     def forward(self, pixels: Patches, positions: PatchPositions) -> Float[Tensor, "pictures patches _hidden"]:
         x = self.input_proj((2 * (pixels - 0.5)).to(self.position_embedding_table.dtype))
@@ -236,8 +238,8 @@ class ClippableLinear(nn.Module):
         self.clipped = clipped
         if clipped:
             for side in ("input", "output"):
-                self.register_buffer(f"{side}_min", torch.tensor(-float("inf")))
-                self.register_buffer(f"{side}_max", torch.tensor(float("inf")))
+                self.register_buffer(f"{side}_min", torch.tensor(-float("inf"), dtype=torch.float32))
+                self.register_buffer(f"{side}_max", torch.tensor(float("inf"), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.clipped:

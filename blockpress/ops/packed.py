@@ -276,7 +276,7 @@ def _double_e4m3(dtype: torch.dtype) -> Tensor:
 @cache
 def _values(kind: Literal["int4", "e2m1"]) -> Float32[Tensor, " 16"]:
     """The value of every half byte."""
-    return torch.tensor(E2M1) if kind == "e2m1" else torch.arange(-8.0, 8.0)
+    return torch.tensor(E2M1 if kind == "e2m1" else range(-8, 8), dtype=torch.float32)
 
 
 @cache
@@ -291,12 +291,12 @@ def scale_table(kind: ScaleKind, device: torch.device) -> Float32[Tensor, " 256"
     """The scale that every byte encodes."""
     if kind == "e4m3":
         return _all_e4m3().to(device)
-    return torch.ldexp(torch.ones(256), torch.arange(256) - 127).to(device)
+    return torch.ldexp(torch.ones(256, dtype=torch.float32), torch.arange(256) - 127).to(device)
 
 
 @cache
 def _products(kind: ScaleKind, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The two products of every scale byte and every byte of e2m1 codes."""
-    pairs = _two(torch.tensor(E2M1), torch.tensor(E2M1))
+    pairs = _two(_values("e2m1"), _values("e2m1"))
     scales = scale_table(kind, torch.device("cpu"))
     return _entries((scales[:, None, None] * pairs).flatten(0, 1).to(dtype)).to(device)

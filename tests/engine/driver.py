@@ -81,6 +81,13 @@ def drive(
     return told
 
 
+def submitted(core: EngineCore, requests: Sequence[Request]) -> list[Request]:
+    """Submits the requests; gives the copies on which the core works."""
+    for request in requests:
+        core.submit(request)
+    return [core._copies[request] for request in requests]
+
+
 def reply(events: Sequence[Event]) -> Reply:
     failed = [event for event in events if isinstance(event, Failed)]
     assert not failed, failed

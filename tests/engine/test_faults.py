@@ -18,7 +18,7 @@ from blockpress.decoding import Done, Event, Failed
 from blockpress.decoding.output import TextOutputProcessor
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine, modes
 from blockpress.engine.scheduler import ScheduledRequest
-from blockpress.errors import BlockpressError, EngineError
+from blockpress.errors import BlockpressError, RequestError
 from blockpress.model import Network
 
 from .driver import AnySampling, drive, reference_reply, reply, row
@@ -135,7 +135,7 @@ def test_a_refused_request_does_not_hold_up_others(network: Network):
         one, other = request(0), request(1)
         with held(engine):  # so that all three are taken in at once
             first, again, behind = engine.events(one), engine.events(one), engine.events(other)
-        with pytest.raises(EngineError, match="not taken"):
+        with pytest.raises(RequestError, match="not taken"):
             next(again)
         assert isinstance(list(behind)[-1], Done) and isinstance(list(first)[-1], Done)
 

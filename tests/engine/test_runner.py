@@ -23,7 +23,7 @@ from blockpress.engine.cuda_graphs import CudaGraphs
 from blockpress.engine.denoising import FIELDS, CanvasBatch, begin_step, finish_step, packed_entry, padding_entry
 from blockpress.model import Network
 
-from .driver import drive, prompts, reference_reply, reply, row
+from .driver import drive, prompts, reference_reply, reply, row, submitted
 from .special import BANNED, CONFIG, PINNED, SHORT, InTorch, alone, asked, damped, on_paper, poison
 
 OPTIONS = EngineOptions(memory=1 << 23, max_running=5)
@@ -56,12 +56,11 @@ def test_a_nan_fails_only_its_request(network: Network, what: str, maker: str):
     who comes into its slot and its pages."""
     given, how = prompts(CONFIG, 6, 30, seed=11), [SHORT] * 6
     core, requests = MAKERS[maker](network, OPTIONS), asked(given, how)
-    for request in requests:
-        core.submit(request)
+    copies = submitted(core, requests)
     told: dict[Request, list[Any]] = {request: [] for request in requests}
     for number in range(10_000):
         if number == 2:
-            spoil(core, requests[1], what)
+            spoil(core, copies[1], what)
         for request, event in core.step().events:
             told[request].append(event)
         if not core.busy:
@@ -74,14 +73,13 @@ def test_a_nan_fails_only_its_request(network: Network, what: str, maker: str):
 def test_a_nan_in_a_logit_row_fails_only_its_request(network: Network):
     how, given = AutoregressiveSampling(), prompts(CONFIG, 3, 30, seed=14)
     core, requests = EngineCore(network, OPTIONS), [Request(row(CONFIG, i, given[i], how), how) for i in range(3)]
-    for request in requests:
-        core.submit(request)
+    copies = submitted(core, requests)
     told: dict[Request, list[Any]] = {request: [] for request in requests}
     while core.busy:
         for request, event in core.step().events:
             told[request].append(event)
-        if requests[1].num_computed_tokens == len(given[1]):
-            spoil(core, requests[1], "pages")
+        if copies[1].num_computed_tokens == len(given[1]):
+            spoil(core, copies[1], "pages")
     assert isinstance(told[requests[1]][-1], Failed)
     for i in (0, 2):
         assert reply(told[requests[i]]) == reference_reply(network, CONFIG, given[i], i, how), f"request {i}"
@@ -234,12 +232,11 @@ def test_a_forward_reads_no_value_from_the_device():
     runner = core.runner
     runner.attention = Blank()
     requests = asked(prompts(CONFIG, 4, 30, seed=13), [SHORT, SHORT, SHORT.with_(max_verifications=1), SHORT])
-    for request in requests:
-        core.submit(request)
+    copies = submitted(core, requests)
     works = core.scheduler.schedule()
     batch = Batch.of(works, CONFIG.canvas_length)
     assert batch.kv_only and batch.with_logits and len(batch.canvases) == 4
-    rules = runner.slots.begin(requests)
+    rules = runner.slots.begin(copies)
     assert rules == StepFeatures(begins=True, pinned=True, banned=16)
     heard, done = runner._forward(batch, rules)
     assert done is not None and done.packed_results.shape == (4, 3 + CONFIG.canvas_length) and len(heard) == 1

@@ -26,7 +26,7 @@ from blockpress.quantize.synthetic import synthesize
 
 from ..conftest import make_random_network
 from ..standin import Card, Tally, plain_torch
-from .driver import AnySampling, drive, prompts, reply, row
+from .driver import AnySampling, drive, prompts, reply, row, submitted
 from .special import CONFIG, SHORT, damped, special
 
 GREEDY = AutoregressiveSampling()
@@ -246,13 +246,12 @@ def lone(network: Network, how: AnySampling) -> Reply:
 def play_spoilt(core: EngineCore, requests: Sequence[Request], spoilt: Request) -> dict[Request, list[Event]]:
     """Play, and put NaN into the pages of one request once its prompt has been read."""
     told: dict[Request, list[Event]] = {request: [] for request in requests}
-    for request in requests:
-        core.submit(request)
+    copies = dict(zip(requests, submitted(core, requests), strict=True))
     while core.busy:
         for request, event in core.step().events:
             told[request].append(event)
-        if spoilt.num_computed_tokens == len(spoilt.row.prompt):
-            spoil(core, spoilt)
+        if copies[spoilt].num_computed_tokens == len(spoilt.row.prompt):
+            spoil(core, copies[spoilt])
     return told
 
 

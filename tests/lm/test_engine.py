@@ -16,7 +16,7 @@ from torch import Tensor
 import blockpress
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.decoding import Denoised, Done, Event, Reply
-from blockpress.engine import EngineOptions
+from blockpress.engine import EngineCore, EngineOptions
 from blockpress.engine.core import EngineStats
 from blockpress.engine.kv_cache import KVCache
 from blockpress.errors import EngineError, RequestError
@@ -152,6 +152,69 @@ def test_a_failure_ends_only_its_call(lm: LM, alone: list[Reply]):
     events += stream
     assert isinstance(events[-1], Done) and events[-1].reply == alone[0]
     assert lm.generate(PROMPTS[1], max_tokens=40, seed=3) == alone[1] and held(lm) == 0
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
+def test_what_a_rule_raises_reaches_its_own_call_only(lm: LM, alone: list[Reply], kind: type[BaseException]):
+    """Whoever runs the forward; an interrupt reaches the call as what it is."""
+
+    def raises(entropy: Tensor) -> Tensor:
+        raise kind("on purpose")
+
+    stream = lm.stream(PROMPTS[0], max_tokens=40, seed=3)
+    events = [next(stream)]
+    bad = lm.stream(PROMPTS[1], sampling=SAMPLING.with_(accept=raises))
+    with ThreadPoolExecutor(1) as other:
+        expected = kind if kind in (KeyboardInterrupt, SystemExit) else EngineError
+        with pytest.raises(expected, match="on purpose"):
+            other.submit(list, bad).result()
+    events += stream
+    assert isinstance(events[-1], Done) and events[-1].reply == alone[0]
+    assert lm.generate(PROMPTS[1], max_tokens=40, seed=3) == alone[1] and held(lm) == 0
+
+
+def test_a_model_that_is_asked_inside_its_own_forward_refuses(lm: LM, alone: list[Reply]):
+    found: list[str] = []
+
+    def asks(entropy: Tensor) -> Tensor:
+        for call in (lambda: lm.generate(PROMPTS[0]), lambda: lm.engine.stats, lm.close):
+            with pytest.raises(EngineError, match="inside of its own forward") as caught:
+                call()
+            found.append(caught.value.message)
+        return torch.ones_like(entropy, dtype=torch.bool)
+
+    lm.generate(PROMPTS[1], max_tokens=8, sampling=SAMPLING.with_(accept=asks, steps=1))
+    assert len(found) >= 3 and lm.generate(PROMPTS[0], max_tokens=40, seed=3) == alone[0]
+
+
+def test_a_request_is_answered_once(lm: LM, alone: list[Reply]):
+    """By the engine and by the reference loop; the refused call cancels nobody's."""
+    requests = lm.build_requests(PROMPTS[0], max_tokens=40, seed=3)
+    stream = lm.answer(lm.network, requests, None)
+    events = [next(stream)]
+    for again in (lm.answer, run_reference):
+        with pytest.raises(RequestError, match="was not taken"):
+            list(again(lm.network, requests, None))
+    events += stream
+    assert isinstance(events[-1], Done) and events[-1].reply == alone[0]
+
+
+def test_what_breaks_the_engine_is_told_to_all_and_the_next_call_has_another(
+    lm: LM, alone: list[Reply], monkeypatch: pytest.MonkeyPatch
+):
+    def breaks(self: EngineCore) -> None:
+        raise MemoryError("on purpose")
+
+    streams = [lm.stream(prompt) for prompt in PROMPTS[:2]]
+    for stream in streams:
+        next(stream)
+    monkeypatch.setattr(EngineCore, "step", breaks)
+    for stream in streams:
+        with pytest.raises(EngineError, match="the engine broke: MemoryError: on purpose") as caught:
+            list(stream)
+        assert isinstance(caught.value.__cause__, MemoryError)
+    monkeypatch.undo()
+    assert lm.generate(PROMPTS[0], max_tokens=40, seed=3) == alone[0]
 
 
 def test_changed_weights_do_not_use_old_pages(lm: LM):

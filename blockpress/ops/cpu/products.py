@@ -36,7 +36,7 @@ def combine(share: Float[Tensor, "*rows vocab"], weight: Matrix) -> Float[Tensor
     assert share.shape[-1] == weight.rows, "C++ would read beyond the rows"
     flat = share.reshape(-1, share.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    out = torch.zeros(len(flat), weight.columns)
+    out = torch.zeros(len(flat), weight.columns, dtype=torch.float32)
     arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(weight))
     bridge.call("combine", share.dtype, *arguments, out.data_ptr())
     return out.to(share.dtype).view(*share.shape[:-1], weight.columns)

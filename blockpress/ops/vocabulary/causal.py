@@ -75,7 +75,7 @@ def score_targets(
             product.div_(cap).tanh_().mul_(cap)
         late_cap = cap if wide else None
         if logprobs is not None:
-            temperature = torch.ones(len(product), device=hidden.device)
+            temperature = torch.ones(len(product), dtype=torch.float32, device=hidden.device)
             total = block_stats(product, late_cap, temperature, native=native).total[:, None]
             values, logprobs.top_ids[rows] = _best(product, logprobs.top_ids.shape[1])
             logprobs.top[rows] = scaled_logits(values, late_cap, temperature) - total

@@ -102,7 +102,7 @@ def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Flo
     library = _library()
     assert library is not None and weight.is_contiguous()
     rows, hidden = len(sparse.counts), weight.shape[1]
-    out = torch.empty(rows, hidden)
+    out = torch.empty(rows, hidden, dtype=torch.float32)
     block = Block(
         most=sparse.ids.shape[1],
         counts=sparse.counts.data_ptr(),
