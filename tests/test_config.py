@@ -417,7 +417,7 @@ def test_the_full_layers_own_heads_count_only_where_keys_are_values():
     [
         *[("steps", value) for value in (0, -1, 1.5, True, "48", None)],
         *[("entropy_bound", value) for value in (0, -0.1, float("nan"), float("inf"), "0.1", True)],
-        *[("t_min", value) for value in (0, -1.0, float("nan"), float("inf"))],
+        *[("t_min", value) for value in (-1.0, 1e31, float("nan"), float("inf"))],
         *[("t_max", value) for value in (0.3, float("nan"), float("inf"), None)],
         *[("stability", value) for value in (-1, 0.5, False)],
         *[("max_verifications", value) for value in (-1, 0.5, True, "4")],

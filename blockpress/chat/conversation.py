@@ -21,7 +21,7 @@ from blockpress.chat.prompt import encode_chat
 from blockpress.chat.template import ChatTemplate
 from blockpress.chat.turn import RETRIES, ChatOutputProcessor, ThinkingProgress
 from blockpress.config import ModelConfig
-from blockpress.config.checks import is_count
+from blockpress.config.checks import is_count, value_text
 from blockpress.config.vision import BUDGETS, PictureSettings
 from blockpress.errors import BlockpressError, CheckpointError, RequestError
 from blockpress.multimodal import (
@@ -128,8 +128,8 @@ class Chat:
                 )
             images = [_load_image(item, self._settings, soft_tokens) for item in media if item.kind == "image"]
             videos = [_load_video(item, self._settings, soft_tokens) for item in media if item.kind == "video"]
-            text, shown = insert_placeholders(text, images, videos)
-            pictures.extend(shown)
+            text, value_text = insert_placeholders(text, images, videos)
+            pictures.extend(value_text)
             return text
 
         prompt = encode_chat(
@@ -193,20 +193,21 @@ def check_options(thinking: Any, thinking_budget: Any, retry_empty: Any, soft_to
     """Raises RequestError: not a boolean, not a valid count, or a thinking budget while thinking is off."""
     if soft_tokens is not None and not (is_count(soft_tokens) and soft_tokens in BUDGETS):
         raise RequestError(
-            f"soft_tokens is {soft_tokens!r}",
+            f"soft_tokens is {value_text(soft_tokens)}",
             hint=f"soft_tokens must be one of {', '.join(map(str, BUDGETS))}, or None",
         )
     for name, value in {"thinking": thinking, "retry_empty": retry_empty}.items():
         if not isinstance(value, bool):
-            raise RequestError(f"{name} is {value!r}", hint=f"{name} must be True or False")
+            raise RequestError(f"{name} is {value_text(value)}", hint=f"{name} must be True or False")
     if thinking_budget is None:
         return
     if not is_count(thinking_budget):
         raise RequestError(
-            f"thinking_budget is {thinking_budget!r}",
+            f"thinking_budget is {value_text(thinking_budget)}",
             hint="thinking_budget must be a whole number of at least 1 token, or None",
         )
     if not thinking:
         raise RequestError(
-            f"thinking_budget is {thinking_budget} and thinking is off", hint="set thinking, or leave the budget out"
+            f"thinking_budget is {value_text(thinking_budget)} and thinking is off",
+            hint="set thinking, or leave the budget out",
         )

@@ -10,7 +10,16 @@ from blockpress.errors import ConfigError
 
 def require(ok: bool, name: str, value: object, need: str) -> None:
     if not ok:
-        raise ConfigError(f"config field {name} is {value!r}", hint=f"{name} must be {need}")
+        raise ConfigError(f"config field {name} is {value_text(value)}", hint=f"{name} must be {need}")
+
+
+def value_text(value: object) -> str:
+    """A value in a message, which must not be as long as it pleases, or fail as Python does on long integers."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def is_number(value: object) -> bool:

@@ -9,16 +9,22 @@ Source: reference model, section 2; for tokens `GenerationConfig` of `transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
-from blockpress.config.checks import is_count, is_number, require
+from blockpress.config.checks import is_count, is_number, require, value_text
 from blockpress.config.model import ModelConfig
 from blockpress.errors import ConfigError, RequestError, newer_names, renamed_fields
 
 DEFAULT_MAX_VERIFICATIONS = 4
 """How many verifications of a canvas the mode "verified" does by default."""
+MOST = 2**31 - 1
+"""The largest count of steps, verifications and kept tokens."""
+COLDEST, HOTTEST = 1e-30, 1e30
+"""The temperatures by which float32 logits can be divided. At the coldest only the likeliest token is left."""
+_TEMPERATURE = f"a temperature from {COLDEST} to {HOTTEST}"
 
 _OLDER = {"checks": "max_verifications"}  # until version 0.3
 
@@ -29,12 +35,12 @@ class Sampling:
     """How a canvas is denoised; the defaults are the reference's.
 
     steps: most denoising steps per canvas. entropy_bound: most nats of the accepted tokens together, the largest not
-    counted. t_max, t_min: temperature at the first step and after the last. stability: consecutive steps whose argmax
-    must agree before a canvas settles. confidence: mean entropy (nats per token) below which it may settle.
-    max_verifications: how many times at most the causal pass verifies a settled canvas, and what it rejects is denoised
-    again; 0: never. stop: text that ends the answer and is not part of it. accept, settle: your own rules
-    (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of stability and confidence; their
-    steps are not captured on a GPU.
+    counted. t_max, t_min: temperature at the first step and after the last; the last step's is above t_min, which may
+    be 0. stability: consecutive steps whose argmax must agree before a canvas settles. confidence: mean entropy (nats
+    per token) below which it may settle. max_verifications: how many times at most the causal pass verifies a settled
+    canvas, and what it rejects is denoised again; 0: never. stop: text that ends the answer and is not part of it.
+    accept, settle: your own rules (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of
+    stability and confidence; their steps are not captured on a GPU.
     """
 
     steps: int = 48
@@ -51,19 +57,22 @@ class Sampling:
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, what: str) -> None:
             if not ok:
-                raise RequestError(f"sampling field {name} is {getattr(self, name)!r}", hint=f"{name} must be {what}")
+                raise RequestError(
+                    f"sampling field {name} is {value_text(getattr(self, name))}", hint=f"{name} must be {what}"
+                )
 
-        need(is_count(self.steps), "steps", "a whole number of at least 1")
+        numbers = ("entropy_bound", "t_min", "t_max", "confidence")
+        _as_python(self, ("steps", "stability", "max_verifications"), numbers)
+        need(is_count(self.steps, 1, MOST), "steps", f"a whole number from 1 to {MOST}")
         need(is_number(self.entropy_bound) and self.entropy_bound > 0, "entropy_bound", "a number above 0 (nats)")
-        need(is_number(self.t_min) and self.t_min > 0, "t_min", "a temperature above 0")
-        need(
-            is_number(self.t_max) and self.t_max >= self.t_min,
-            "t_max",
-            f"a temperature of at least t_min ({self.t_min})",
-        )
-        need(is_count(self.stability, 0), "stability", "a whole number of at least 0")
+        need(is_number(self.t_max) and COLDEST <= self.t_max <= HOTTEST, "t_max", _TEMPERATURE)
+        need(is_number(self.t_min) and 0 <= self.t_min <= HOTTEST, "t_min", f"a temperature from 0 to {HOTTEST}")
+        need(self.t_max >= self.t_min, "t_max", f"a temperature of at least t_min ({self.t_min})")
+        last = self.t_min + (self.t_max - self.t_min) / int(self.steps)
+        need(last >= COLDEST, "t_min", f"at least {COLDEST}: at the last step the temperature would be {last}")
+        need(is_count(self.stability, 0, MOST), "stability", f"a whole number from 0 to {MOST}")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
-        need(is_count(self.max_verifications, 0), "max_verifications", "a whole number of at least 0")
+        need(is_count(self.max_verifications, 0, MOST), "max_verifications", f"a whole number from 0 to {MOST}")
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
@@ -92,10 +101,14 @@ class AutoregressiveSampling:
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, what: str) -> None:
             if not ok:
-                raise RequestError(f"sampling field {name} is {getattr(self, name)!r}", hint=f"{name} must be {what}")
+                raise RequestError(
+                    f"sampling field {name} is {value_text(getattr(self, name))}", hint=f"{name} must be {what}"
+                )
 
-        need(is_number(self.temperature) and self.temperature >= 0, "temperature", "a temperature of at least 0")
-        need(self.top_k is None or is_count(self.top_k), "top_k", "a whole number of at least 1, or None")
+        _as_python(self, ("top_k",), ("temperature", "top_p"))
+        divides = is_number(self.temperature) and (self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST)
+        need(divides, "temperature", f"0, or {_TEMPERATURE}")
+        need(self.top_k is None or is_count(self.top_k, 1, MOST), "top_k", f"a whole number from 1 to {MOST}, or None")
         need(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a probability above 0, at most 1")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
 
@@ -103,6 +116,14 @@ class AutoregressiveSampling:
         """A copy with some fields changed; the result is checked."""
         _check_names(self, changes)
         return replace(self, **changes)
+
+
+def _as_python(sampling: Sampling | AutoregressiveSampling, counts: Collection[str], numbers: Collection[str]) -> None:
+    """Counts and numbers of NumPy and other kinds become Python's own; what is none stays as it is, to be refused."""
+    for name in (*counts, *numbers):
+        value = getattr(sampling, name)
+        if is_number(value) and not (name in counts and not isinstance(value, Integral)):
+            object.__setattr__(sampling, name, int(value) if name in counts else float(value))
 
 
 def _check_names(sampling: Sampling | AutoregressiveSampling, changes: Mapping[str, Any]) -> None:
@@ -117,7 +138,8 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
     if not (isinstance(texts, tuple) and all(isinstance(text, str) and text for text in texts)):
         raise RequestError(
-            f"sampling field stop is {texts!r}", hint="stop must be a text or a list of texts, none of them empty"
+            f"sampling field stop is {value_text(texts)}",
+            hint="stop must be a text or a list of texts, none of them empty",
         )
     return texts
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
-from blockpress.config.checks import is_count
+from blockpress.config.checks import is_count, value_text
 from blockpress.decoding.events import (
     Committed,
     Denoised,
@@ -310,7 +310,7 @@ class SequenceState:
 
 def _need(ok: bool, name: str, value: object, what: str) -> None:
     if not ok:
-        raise RequestError(f"{name} is {value!r:.60}", hint=f"{name} must be {what}")
+        raise RequestError(f"{name} is {value_text(value)}", hint=f"{name} must be {what}")
 
 
 def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:

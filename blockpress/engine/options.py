@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from blockpress.config.checks import is_count, value_text
 from blockpress.costs import CHUNK
 from blockpress.errors import RequestError
 
 SoftEmbedding = Literal["exact", "sparse"]
+MOST_RUNNING = 2**16
+"""Of the requests in one forward; a GPU is busy with a few hundred."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +41,20 @@ class EngineOptions:
     soft_embedding: SoftEmbedding = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "chunk", "prefill_tokens"):
-            self._need(_is_count(getattr(self, name)), name, "a whole number of at least 1")
-        self._need(self.memory is None or _is_count(self.memory), "memory", "a number of bytes above 0, or None")
+        self._need(
+            is_count(self.max_running, 1, MOST_RUNNING), "max_running", f"a whole number from 1 to {MOST_RUNNING}"
+        )
+        for name in ("max_waiting", "chunk", "prefill_tokens"):
+            self._need(is_count(getattr(self, name)), name, "a whole number of at least 1")
+        self._need(self.memory is None or is_count(self.memory), "memory", "a number of bytes above 0, or None")
+        for name in ("max_running", "max_waiting", "chunk", "prefill_tokens", "memory"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
         self._need(isinstance(self.reuse_prefixes, bool), "reuse_prefixes", "True or False")
         self._need(self.soft_embedding in get_args(SoftEmbedding), "soft_embedding", "'exact' or 'sparse'")
 
     def _need(self, ok: bool, name: str, what: str) -> None:
         if not ok:
-            raise RequestError(f"engine option {name} is {getattr(self, name)!r}", hint=f"{name} must be {what}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            raise RequestError(
+                f"engine option {name} is {value_text(getattr(self, name))}", hint=f"{name} must be {what}"
+            )

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, TypedDict, TypeGuard, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.config.checks import is_count, value_text
 from blockpress.config.sampling import DEFAULT_MAX_VERIFICATIONS
 from blockpress.decoding import Cancel
+from blockpress.decoding.sequence import MOST_LOGPROBS
 from blockpress.errors import RequestError
 
 Prompt = str | Sequence[int] | Tensor
@@ -40,8 +44,8 @@ class ChatOptions(TypedDict, total=False):
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer, NumPy's included; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_batch(prompt: object) -> bool:
@@ -57,7 +61,9 @@ def is_token_id(value: object) -> bool:
 
 
 def as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
-    """The integers of a list, a tuple or a 1-D tensor. Raises RequestError: it is something else."""
+    """The integers of a list, a tuple, or a 1-D tensor or array. Raises RequestError: it is something else."""
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        return ids.tolist()
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise RequestError(
@@ -65,11 +71,13 @@ def as_list(ids: Sequence[int] | Tensor, name: str) -> list[int]:
             )
         return ids.tolist()
     if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
-        raise RequestError(f"{name} is {ids!r:.60}", hint=f"{name} must be a list or a 1-D tensor of whole numbers")
+        raise RequestError(
+            f"{name} is {value_text(ids)}", hint=f"{name} must be a list or a 1-D tensor of whole numbers"
+        )
     try:
         return [operator.index(x) for x in ids]
     except TypeError:
-        raise RequestError(f"{name} is {ids!r:.60}", hint=f"{name} must hold whole numbers only") from None
+        raise RequestError(f"{name} is {value_text(ids)}", hint=f"{name} must hold whole numbers only") from None
 
 
 def are_conversations(messages: object) -> TypeGuard[Sequence[Conversation]]:
@@ -84,10 +92,13 @@ def check_mode(mode: object, config: ModelConfig) -> Mode:
     if mode is None:
         return "diffusion" if config.has_canvas else "autoregressive"
     if mode not in get_args(Mode):
-        raise RequestError(f"mode is {mode!r}", hint=f"mode must be {', '.join(map(repr, get_args(Mode)))}, or None")
+        raise RequestError(
+            f"mode is {value_text(mode)}", hint=f"mode must be {', '.join(map(repr, get_args(Mode)))}, or None"
+        )
     if mode != "autoregressive" and not config.has_canvas:
         raise RequestError(
-            f"mode is {mode!r}", hint=f"a model of the family {config.family} has no canvas: use 'autoregressive'"
+            f"mode is {value_text(mode)}",
+            hint=f"a model of the family {config.family} has no canvas: use 'autoregressive'",
         )
     return cast("Mode", mode)
 
@@ -106,7 +117,7 @@ def check_sampling(
         sampling = generation.autoregressive if chosen == "autoregressive" else generation.sampling
     if not isinstance(sampling, kind):
         raise RequestError(
-            f"sampling is {sampling!r}", hint=f"give a blockpress.{kind.__name__} in the mode {chosen!r}"
+            f"sampling is {value_text(sampling)}", hint=f"give a blockpress.{kind.__name__} in the mode {chosen!r}"
         )
     if sampling.stop and not has_text:
         raise RequestError(
@@ -119,9 +130,10 @@ def check_sampling(
 
 def check_logprobs(logprobs: object, config: ModelConfig) -> int | None:
     """How many alternatives are reported with each log-probability; None: neither. Raises RequestError."""
-    if logprobs is None or (is_integer(logprobs) and 0 <= cast("int", logprobs) <= config.vocab_size):
-        return cast("int | None", logprobs)
+    most = min(config.vocab_size, MOST_LOGPROBS)
+    if logprobs is None or is_count(logprobs, 0, most):
+        return None if logprobs is None else int(cast("int", logprobs))
     raise RequestError(
-        f"logprobs is {logprobs!r}",
-        hint=f"logprobs must be a whole number of alternatives from 0 to {config.vocab_size}, or None",
+        f"logprobs is {value_text(logprobs)}",
+        hint=f"logprobs must be a whole number of alternatives from 0 to {most}, or None; next_token_logits gives all",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blockpress.chat import EncodedChat
 from blockpress.config import ModelConfig
+from blockpress.config.checks import value_text
 from blockpress.decoding import OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_integer
@@ -80,7 +81,8 @@ def check_ids(config: ModelConfig, ids: Sequence[int] | Tensor, name: str) -> li
     for position, token in enumerate(listed):
         if not 0 <= token < config.vocab_size:
             raise RequestError(
-                f"{name} holds id {token} at position {position}", hint=f"ids go from 0 to {config.vocab_size - 1}"
+                f"{name} holds id {value_text(token)} at position {position}",
+                hint=f"ids go from 0 to {config.vocab_size - 1}",
             )
     return listed
 

@@ -22,7 +22,8 @@ COUNT = "a whole number of at least 1"
 @pytest.mark.parametrize(
     ("field", "value", "need"),
     [
-        ("max_running", 0, COUNT),
+        ("max_running", 0, "a whole number from 1 to 65536"),
+        ("max_running", 2**31, "a whole number from 1 to 65536"),
         ("max_waiting", 1.0, COUNT),
         ("chunk", True, COUNT),
         ("prefill_tokens", -1, COUNT),
