@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +14,11 @@ import torch
 
 from blockpress import hardware
 from blockpress.cli import doctor, show
+from blockpress.config import PRESETS
+from blockpress.engine import EngineOptions, core
 from blockpress.errors import ConfigError
 from blockpress.hardware import Processor, Rates, compute_dtype, memory, speed, system
+from blockpress.model import Network
 
 AVX2 = "fpu sse2 avx avx2 fma f16c bmi2"
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq avx512cd"
@@ -282,6 +288,11 @@ def test_float32_uses_onednn_on_amd(level: str, way: str, monkeypatch: pytest.Mo
 GIB = 1 << 30
 MEMINFO = f"MemTotal: {64 * GIB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {40 * GIB // 1024} kB\n"
 V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+MOUNTS = (
+    "20 1 0:5 / /proc rw - proc proc rw\n"
+    "31 23 0:28 {root} {v1} rw,relatime shared:9 - cgroup cgroup rw,memory\n"
+    "41 31 0:38 {root} {v2} rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n"
+)
 STAT = f"anon 5\ninactive_file {GIB}\nactive_file {GIB}\ntotal_inactive_file {GIB}\ntotal_active_file 0\n"
 CGROUPS: dict[str, tuple[dict[str, str], int, int]] = {  # files, GiB free, GiB in all
     "none": ({}, 40, 64),
@@ -292,19 +303,88 @@ CGROUPS: dict[str, tuple[dict[str, str], int, int]] = {  # files, GiB free, GiB 
     "used up": ({"proc/self/cgroup": "0::/\n", f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{9 * GIB}\n"}, 0, 8),
     "version 1": ({"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/x:y\n0::/\n", f"{V1}/x:y/memory.limit_in_bytes": f"{6 * GIB}\n", f"{V1}/x:y/memory.usage_in_bytes": f"{2 * GIB}\n", f"{V1}/x:y/memory.stat": STAT}, 5, 6),
     "the host's path": ({"proc/self/cgroup": "4:memory:/docker/123\n", f"{V1}/memory.limit_in_bytes": f"{6 * GIB}\n", f"{V1}/memory.usage_in_bytes": f"{2 * GIB}\n"}, 4, 6),
+    "slowed down above": ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": f"{8 * GIB}\n", f"{V2}/a/memory.high": f"{2 * GIB}\n", f"{V2}/a/memory.current": f"{GIB}\n"}, 1, 2),
+    "slowed down, no limit": ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": "max\n", f"{V2}/a/memory.high": f"{2 * GIB}\n", f"{V2}/a/memory.current": f"{GIB}\n"}, 1, 2),
+    "mounted elsewhere": ({"proc/self/cgroup": "0::/a\n", "proc/self/mountinfo": MOUNTS.format(v2="/my\\040groups", v1="/old", root="/"), "my groups/a/memory.max": f"{8 * GIB}\n", "my groups/a/memory.current": f"{GIB}\n"}, 7, 8),
+    "version 1, mounted elsewhere": ({"proc/self/cgroup": "4:memory:/b\n0::/\n", "proc/self/mountinfo": MOUNTS.format(v2="/new", v1="/old", root="/"), "old/b/memory.limit_in_bytes": f"{8 * GIB}\n", "old/b/memory.usage_in_bytes": f"{GIB}\n"}, 7, 8),
+    "a part mounted": ({"proc/self/cgroup": "4:memory:/docker/1/x\n", "proc/self/mountinfo": MOUNTS.format(v2="/new", v1="/old", root="/docker/1"), "old/x/memory.limit_in_bytes": f"{8 * GIB}\n", "old/x/memory.usage_in_bytes": f"{GIB}\n", "old/memory.limit_in_bytes": f"{5 * GIB}\n", "old/memory.usage_in_bytes": f"{GIB}\n"}, 4, 5),
+    "mounted from outside the namespace": ({"proc/self/cgroup": "4:memory:/\n", "proc/self/mountinfo": MOUNTS.format(v2="/new", v1="/old", root="/../.."), "old/a/x/cgroup.procs": "1\n", "old/a/x/memory.limit_in_bytes": f"{GIB}\n", "old/a/x/memory.usage_in_bytes": "0\n", "old/a/y/cgroup.procs": f"1\n{os.getpid()}\n", "old/a/y/memory.limit_in_bytes": f"{8 * GIB}\n", "old/a/y/memory.usage_in_bytes": f"{GIB}\n"}, 7, 8),
+    "a path out of the namespace": ({"proc/self/cgroup": "0::/../b\n", f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{GIB}\n"}, 7, 8),
+    "no list of groups": ({f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{GIB}\n"}, 7, 8),
+    "version 1, a parent out of sight": ({"proc/self/cgroup": "4:memory:/\n", f"{V1}/memory.limit_in_bytes": "9223372036854771712\n", f"{V1}/memory.usage_in_bytes": f"{GIB}\n", f"{V1}/memory.stat": f"hierarchical_memory_limit {4 * GIB}\n"}, 3, 4),
+    "damaged": ({"proc/self/cgroup": "nonsense\n0::/\n", "proc/self/mountinfo": "nonsense\n - \n", f"{V2}/memory.max": f"{8 * GIB}\n", f"{V2}/memory.current": f"{GIB}\n", f"{V2}/memory.stat": "inactive_file\nactive_file x\n"}, 7, 8),
     "version 1, unlimited": ({"proc/self/cgroup": "4:memory:/\n", f"{V1}/memory.limit_in_bytes": "9223372036854771712\n", f"{V1}/memory.usage_in_bytes": "5\n"}, 40, 64),
 }  # fmt: skip
+
+
+def machine_of(files: dict[str, str], root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, text in ({"proc/meminfo": MEMINFO} | files).items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    monkeypatch.setattr(system, "ROOT", root)
 
 
 @pytest.mark.parametrize("name", CGROUPS)
 def test_a_container_s_memory_limit_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, free, total = CGROUPS[name]
-    for path, text in ({"proc/meminfo": MEMINFO} | files).items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    monkeypatch.setattr(system, "ROOT", tmp_path)
+    machine_of(files, tmp_path, monkeypatch)
     assert hardware.main_memory() == (free * GIB, total * GIB)
     assert hardware.free_memory()["cpu"] == free * GIB
+
+
+def test_admission_show_and_doctor_see_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of(CGROUPS["version 2"][0], tmp_path, monkeypatch)
+    for name in ("rates", "remeasure"):
+        monkeypatch.setattr(hardware, name, lambda: made(mkl=50.0))
+        monkeypatch.setattr(speed, name, lambda: made(mkl=50.0))
+    assert show.describe("sudoku-nano")["memory"]["free"]["cpu"] == 5 * GIB
+    found = next(check.detail for check in doctor.examine() if check.name == "memory")
+    assert found == "5.0 GiB of 8.0 GiB free"
+    monkeypatch.setattr(core, "plan_pages", lambda config, dtype, options, bytes: pytest.fail(f"{bytes / GIB} GiB"))
+    with pytest.raises(pytest.fail.Exception, match=r"^2\.5 GiB$"):
+        core.EngineCore(Network(PRESETS["tiny"]()), EngineOptions())
+
+
+QUOTAS: dict[str, tuple[dict[str, str], int | None]] = {
+    "none": ({}, None),
+    "no limit": ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/cpu.max": "max 100000\n"}, None),
+    "version 2": ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/cpu.max": "150000 100000\n"}, 2),
+    "a limit above": ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/cpu.max": "300000 100000", f"{V2}/a/cpu.max": "100000 100000"}, 1),
+    "less than a core": ({"proc/self/cgroup": "0::/\n", f"{V2}/cpu.max": "5000 100000\n"}, 1),
+    "version 1": ({"proc/self/cgroup": "3:cpu,cpuacct:/x\n", f"{V2}/cpu/x/cpu.cfs_quota_us": "250000\n", f"{V2}/cpu/x/cpu.cfs_period_us": "100000\n"}, 3),
+    "version 1, no limit": ({"proc/self/cgroup": "3:cpu:/x\n", f"{V2}/cpu/x/cpu.cfs_quota_us": "-1\n", f"{V2}/cpu/x/cpu.cfs_period_us": "100000\n"}, None),
+    "damaged": ({f"{V2}/cpu.max": "1 2 3\n", f"{V2}/cpu/cpu.cfs_quota_us": "5\n"}, None),
+    "no period": ({f"{V2}/cpu.max": "100000 0\n"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_a_container_s_quota_of_time_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, quota = QUOTAS[name]
+    machine_of(files, tmp_path, monkeypatch)
+    monkeypatch.setattr(system.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert system.cpu_quota() == quota and hardware.processor().cores == (quota or 6)
+    monkeypatch.setattr(system.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert system.cores() == 1, "other cores are not this process's"
+
+
+def test_torch_gets_no_more_threads_than_the_quota_lasts_for(tmp_path: Path) -> None:
+    """Torch reads the number when it is imported, so this needs a process; a choice of the user's own stands."""
+    code = (
+        "import sys, pathlib, blockpress.hardware.system as system; system.ROOT = pathlib.Path(sys.argv[1])\n"
+        "import importlib, os, blockpress; importlib.reload(blockpress); print(os.environ.get('OMP_NUM_THREADS'))"
+    )
+    group = tmp_path / V2
+    group.mkdir(parents=True)
+    for quota, given, wanted in (
+        ("100000 100000", {}, "1"),
+        ("max 100000", {}, "None"),
+        ("1 1", {"OMP_NUM_THREADS": "3"}, "3"),
+    ):
+        (group / "cpu.max").write_text(quota)
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | given
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_without_linux_the_whole_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What this machine is and what it is fast at.
 
-    system.py    the processor and the cards: name, cores, flags, and the ISA level that our C++ is built for
+    system.py    the processor and the cards: name, cores, flags, the ISA level that our C++ is built for, and the
+                 control groups that limit a container
     memory.py    free memory, container limits included
     process.py   the memory that this process uses, and its peak
     speed.py     how fast products are in each type, and from that the type to compute in
@@ -16,7 +17,18 @@ from __future__ import annotations
 from blockpress.hardware.memory import free_memory, main_memory
 from blockpress.hardware.process import Peak, taken
 from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure_rates, rates, remeasure
-from blockpress.hardware.system import Card, Isa, Processor, cards, isa, machine, multiprocessors, processor
+from blockpress.hardware.system import (
+    Card,
+    Isa,
+    Processor,
+    cards,
+    cores,
+    cpu_quota,
+    isa,
+    machine,
+    multiprocessors,
+    processor,
+)
 
 __all__ = [
     "Card",
@@ -27,6 +39,8 @@ __all__ = [
     "cache_folder",
     "cards",
     "compute_dtype",
+    "cores",
+    "cpu_quota",
     "float32_way",
     "free_memory",
     "isa",

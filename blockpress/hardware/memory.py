@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from blockpress.hardware.system import cards, read_text
+from blockpress.hardware.system import cards, cgroups, read_text
 
 
 def free_memory() -> dict[str, int]:
@@ -34,22 +33,16 @@ def main_memory() -> tuple[int, int]:
 def _limits() -> Iterator[tuple[int, int]]:
     """Limit and use, in bytes, of the memory cgroups (version 2 or 1) of this process, and of their parents.
 
-    Cached files do not count as used, as in MemAvailable: the kernel drops them when memory is needed.
+    Above `memory.high` a group is slowed down until it is below, so it is a limit, too. Cached files do not count as
+    used, as in MemAvailable: the kernel drops them when memory is needed.
     """
-    for line in read_text("proc/self/cgroup").splitlines():
-        _, kinds, path = line.split(":", 2)
-        if not kinds:
-            base, limit, used, prefix = Path("sys/fs/cgroup"), "memory.max", "memory.current", ""
-        elif "memory" in kinds.split(","):
-            base, prefix = Path("sys/fs/cgroup/memory"), "total_"
-            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        # In a container the path may be the host's: then the limit is at the root.
-        group = base / path.lstrip("/")
-        for folder in (group, *(above for above in group.parents if above.is_relative_to(base))):
-            texts = [read_text(folder / name).strip() for name in (limit, used)]
-            if all(text.isdigit() for text in texts):
-                stat = dict(row.split() for row in read_text(folder / "memory.stat").splitlines())
-                cached = sum(int(stat.get(f"{prefix}{kind}", 0)) for kind in ("inactive_file", "active_file"))
-                yield int(texts[0]), max(0, int(texts[1]) - cached)
+    for folder, version in cgroups("memory"):
+        names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
+        used = read_text(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")).strip()
+        rows = (row.split() for row in read_text(folder / "memory.stat").splitlines())
+        stat = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+        cached = sum(stat.get("total_" * (version == 1) + kind, 0) for kind in ("inactive_file", "active_file"))
+        limits = [int(text) for text in (read_text(folder / name).strip() for name in names) if text.isdigit()]
+        if limits and used.isdigit():
+            # Of version 1, this holds the limits of parents that are not mounted here.
+            yield min(*limits, stat.get("hierarchical_memory_limit", limits[0])), max(0, int(used) - cached)

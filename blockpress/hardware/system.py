@@ -12,9 +12,12 @@ Run it:  python -c "from blockpress.hardware import processor; print(processor()
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +44,10 @@ _NEEDED: tuple[tuple[Isa, frozenset[str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """A processor as the system describes it; flags and vendor are empty where it does not."""
+    """A processor as the system describes it; flags and vendor are empty where it does not.
+
+    `cores`: those that this process may use.
+    """
 
     name: str
     vendor: str
@@ -80,7 +86,7 @@ def parse_cpuinfo(text: str) -> Processor:
     return Processor(
         name=values.get("model name") or part or platform.processor() or platform.machine() or "an unnamed processor",
         vendor=values.get("vendor_id") or values.get("CPU implementer", ""),
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         flags=frozenset((values.get("flags") or values.get("Features") or "").split()),
     )
 
@@ -99,6 +105,23 @@ def _sysctl() -> str:
     )
     flags += ["asimd"] if platform.machine() == "arm64" else []
     return f"model name: {name}\nvendor_id: {vendor}\nflags: {' '.join(flags).lower()}"
+
+
+def cores() -> int:
+    """The cores that this process may use: those of its affinity, within a container's quota of time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, cpu_quota() or allowed)
+
+
+def cpu_quota() -> int | None:
+    """Cores for which a container's quota of processor time lasts, rounded up; None where there is no quota."""
+    quotas = []
+    for folder, version in cgroups("cpu"):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        texts = " ".join(read_text(folder / name) for name in names).split()
+        if len(texts) == 2 and all(text.isdigit() and int(text) for text in texts):  # no quota is "max", or -1
+            quotas.append(math.ceil(int(texts[0]) / int(texts[1])))
+    return min(quotas, default=None)
 
 
 def isa() -> Isa:
@@ -162,3 +185,45 @@ def read_text(path: str | Path) -> str:
         return (ROOT / path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def cgroups(controller: str) -> Iterator[tuple[Path, Literal[1, 2]]]:
+    """The directories, below ROOT, of the control groups that limit this process, and their version.
+
+    The innermost first, then its parents as far as they are mounted. `controller`: "memory" or "cpu".
+
+    Source: cgroups(7), and proc_pid_mountinfo(5) for where they are mounted.
+    """
+    # Without either file, which some sandboxes lack, what is mounted in the usual places counts.
+    lines = read_text("proc/self/cgroup").splitlines() or ["0::/", f"1:{controller}:/"]
+    for _, kinds, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
+        version: Literal[1, 2] = 1 if kinds else 2
+        if version == 2 or controller in kinds.split(","):
+            for base, root in _mounts(controller, version):
+                for folder in _from(base, root, path):
+                    yield folder, version
+
+
+def _mounts(controller: str, version: Literal[1, 2]) -> list[tuple[Path, str]]:
+    """Where control groups of that version are mounted, and the group at the root of each mount."""
+    found = []
+    for line in read_text("proc/self/mountinfo").splitlines():
+        mount, _, kind = line.partition(" - ")
+        fields, (name, *_, options) = mount.split(), kind.split() or ("", "")
+        if name == "cgroup2" if version == 2 else name == "cgroup" and controller in options.split(","):
+            root, place = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), text) for text in fields[3:5])
+            found.append((Path(place.lstrip("/")), root))
+    return found or [(Path("sys/fs/cgroup", "" if version == 2 else controller), "/")]
+
+
+def _from(base: Path, root: str, path: str) -> Iterator[Path]:
+    """The group `path` and its parents, below a mount at `base` of the group `root`."""
+    depth = root.split("/").count("..")
+    if depth:  # mounted from outside this process's namespace, which hides the names; a group lists its processes
+        listed = (file.parent.relative_to(ROOT) for file in (ROOT / base).glob("*/" * depth + "cgroup.procs"))
+        group = next((g for g in listed if str(os.getpid()) in read_text(g / "cgroup.procs").split()), base)
+    elif ".." in path.split("/"):
+        group = base
+    else:  # in a container the path may be the host's: then the group is the root of the mount
+        group = base / path.removeprefix(root.rstrip("/")).lstrip("/")
+    yield from (group, *(above for above in group.parents if above.is_relative_to(base)))
