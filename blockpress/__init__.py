@@ -9,6 +9,7 @@ These are the public names; each is imported when it is first used, so that `imp
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from importlib import import_module
@@ -41,6 +42,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # It knows this process's cores, but no container's quota of their time, with which most of its threads would be paused.
 if cpu_quota() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+
+logging.getLogger("blockpress").addHandler(logging.NullHandler())  # silent, until the application wants to hear it
 
 __version__ = "0.1.0"
 

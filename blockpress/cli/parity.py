@@ -40,8 +40,11 @@ def native() -> Iterator[DoctorCheck]:
     if not missing:
         yield DoctorCheck("native", "ok", f"{', '.join(built)} in C++")
         return
-    detail = f"{', '.join(missing)} by torch alone" + (f"; {', '.join(built)} in C++" if built else "")
-    yield DoctorCheck("native", "warn", detail, "install g++ (or unset BLOCKPRESS_NATIVE): these steps would be faster")
+    reason = compiled.obstacle(missing[0])
+    assert reason is not None, "it was missing a moment ago"
+    other = f"; {', '.join(built)} in C++" if built else ""
+    detail = f"{', '.join(missing)} by torch alone: {reason.message}{other}"
+    yield DoctorCheck("native", "warn", detail, f"{reason.hint}: these steps would be faster")
 
 
 def agreement(device: str) -> Iterator[DoctorCheck]:

@@ -4,6 +4,7 @@
                  control groups that limit a container
     memory.py    free memory, container limits included
     process.py   the memory that this process uses, and its peak
+    cache.py     files that can be made again
     speed.py     how fast products are in each type, and from that the type to compute in
 
 Invariant: only this room reads what processor, memory and cards there are, so that builds, choices and reports agree.
@@ -14,9 +15,10 @@ Run it:  blockpress doctor
 
 from __future__ import annotations
 
+from blockpress.hardware.cache import cache_folder, put_whole
 from blockpress.hardware.memory import free_memory, main_memory
 from blockpress.hardware.process import Peak, taken
-from blockpress.hardware.speed import Rates, cache_folder, compute_dtype, float32_way, measure_rates, rates, remeasure
+from blockpress.hardware.speed import Rates, compute_dtype, float32_way, measure_rates, rates, remeasure
 from blockpress.hardware.system import (
     Card,
     Isa,
@@ -49,6 +51,7 @@ __all__ = [
     "measure_rates",
     "multiprocessors",
     "processor",
+    "put_whole",
     "rates",
     "remeasure",
     "taken",

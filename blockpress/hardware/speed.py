@@ -12,26 +12,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpress.errors import ConfigError
+from blockpress.hardware.cache import cache_folder, put_whole
 from blockpress.hardware.system import isa, processor
 
 if TYPE_CHECKING:
     import torch
 
+_LOG = logging.getLogger("blockpress")
+
 # Besides the processor, these change how fast torch multiplies.
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-_FORMAT = 1
+_FORMAT = 2
 _SHAPES = ((1, 512, 512), (16, 512, 512), (64, 512, 512), (256, 512, 512), (256, 1024, 1024))
 _WAYS = ("mkl", "onednn", "bfloat16", "float16", "int8")
 _PATIENCE = 0.02  # seconds for one product of one shape; a shape that would take longer is skipped
@@ -97,33 +99,30 @@ def _file(key: str) -> Path:
     return cache_folder() / "hardware" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def cache_folder() -> Path:
-    """The directory of files that blockpress can build again. RuntimeError: there is no home directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "blockpress"
-
-
 def _read(key: str) -> Rates | None:
     """The stored rates; None where the file is missing, damaged, or another machine's."""
     try:
         data: Any = json.loads(_file(key).read_text(encoding="utf-8"))
         result = Rates(products=data["products"], reading=data["reading"])
         figures = [result.reading, *(rate for shapes in result.products.values() for rate in shapes.values())]
-        good = data["key"] == key and all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # RuntimeError: no home
+        good = data["key"] == key and data["sum"] == _sum(key, result)
+        good = good and all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return result if good else None
 
 
+def _sum(key: str, measured: Rates) -> str:
+    return hashlib.sha256(json.dumps([key, asdict(measured)]).encode()).hexdigest()
+
+
 def _store(key: str, measured: Rates) -> None:
-    """Written atomically; where nothing can be written, the next process measures again."""
-    with suppress(OSError, RuntimeError):
-        file = _file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            temporary = Path(folder) / file.name
-            temporary.write_text(json.dumps({"key": key, **asdict(measured)}, indent=1), encoding="utf-8")
-            os.replace(temporary, file)
+    """Keep the rates; where nothing can be written, the next process measures again."""
+    text = json.dumps({"key": key, "sum": _sum(key, measured), **asdict(measured)}, indent=1)
+    try:
+        put_whole(_file(key), lambda made: made.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        _LOG.warning("this machine's speed is measured anew in every process, which its cache would spare: %s", error)
 
 
 def measure_rates() -> Rates:

@@ -6,6 +6,7 @@ relabelled digits, rows and columns within bands, bands, stacks, transposition.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,13 @@ from numpy.typing import NDArray
 
 from blockpress import sudoku
 from blockpress.config import ModelConfig
+from blockpress.hardware import put_whole
 from blockpress.train.objective import TrainingBatch
+
+_LOG = logging.getLogger("blockpress")
+
+POOL_VERSION = 1
+"""Of the puzzles that a seed gives; a pool of another version is made anew."""
 
 
 @runtime_checkable
@@ -94,18 +101,48 @@ class SudokuRows:
 
 def sudoku_pool(seed: int, size: int, processes: int, cache_file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """The pool's solved grids and digging orders, generated once by `processes` and kept in `cache_file`."""
-    if cache_file.is_file():
-        with np.load(cache_file) as cached:
-            if cached["seed"] == seed and len(cached["solutions"]) >= size:
-                return cached["solutions"][:size], cached["orders"][:size]
+    kept = _kept_pool(cache_file, seed, size)
+    if kept is not None:
+        return kept
     share = -(-size // (8 * processes))
     starts = range(0, size, share)
     with ProcessPoolExecutor(processes) as workers:
         parts = list(workers.map(_pool_part, [(seed, min(share, size - s), s) for s in starts]))
     solutions, orders = (np.concatenate(x) for x in zip(*parts, strict=True))
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(cache_file, seed=seed, solutions=solutions, orders=orders)
+
+    def write(made: Path) -> None:
+        np.savez_compressed(made, version=POOL_VERSION, seed=seed, solutions=solutions, orders=orders)
+
+    try:
+        put_whole(cache_file, write)
+    except OSError as error:
+        _LOG.warning("the puzzles are made anew in the next run, which %s would spare: %s", cache_file, error)
     return solutions, orders
+
+
+def _kept_pool(file: Path, seed: int, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
+    """The first `size` entries of a kept pool; None where there is none, or it is damaged or of another seed."""
+    try:
+        with file.open("rb") as stream, np.load(stream) as kept:
+            solutions, orders = kept["solutions"][:size], kept["orders"][:size]
+            same = kept["seed"] == seed and kept.get("version", 1) == POOL_VERSION
+    except Exception:  # whatever the readers of archives make of a damaged one
+        return None
+    good = same and solutions.shape == orders.shape == (size, 81)
+    good = good and (solutions.dtype, orders.dtype) == (np.uint8, np.int8)
+    return (solutions, orders) if good and _are_pools(solutions, orders) else None
+
+
+def _are_pools(solutions: NDArray[np.uint8], orders: NDArray[np.int8]) -> bool:
+    """Whether all grids are solved, and all orders are different cells with -1 after them."""
+    boards = solutions.reshape(-1, 9, 9)
+    boxes = boards.reshape(-1, 3, 3, 3, 3).swapaxes(2, 3).reshape(-1, 9, 9)
+    units = np.concatenate([boards, boards.swapaxes(1, 2), boxes])
+    cells = np.sort(orders, axis=1)
+    different = (np.diff(cells, axis=1) > 0) | (cells[:, 1:] == -1)
+    ended = (orders[:, :-1] >= 0) | (orders[:, 1:] == -1)
+    within = (orders >= -1) & (orders < 81)
+    return bool((np.sort(units, axis=2) == np.arange(1, 10)).all() and different.all() and ended.all() and within.all())
 
 
 def _pool_part(job: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:

@@ -96,4 +96,4 @@ def test_a_differing_engine_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_a_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "library", lambda name: None)
     (told,) = parity.native()
-    assert told.status == "warn" and "by torch alone" in told.detail and "g++" in told.hint
+    assert told.status == "warn" and "by torch alone: there is no C++ compiler" in told.detail and "g++" in told.hint

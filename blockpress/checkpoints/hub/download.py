@@ -30,6 +30,7 @@ from blockpress.checkpoints.hub.cache import HubName, home_of
 from blockpress.checkpoints.hub.errors import hub_errors
 from blockpress.checkpoints.hub.selection import select_files
 from blockpress.errors import HubError
+from blockpress.hardware import put_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -219,8 +220,7 @@ def _name_commit(plan: Plan) -> None:
     if older is not None and cached.missing(plan.path) and not cached.missing(plan.path.with_name(older)):
         return
     ref = home_of(plan.name.repo) / "refs" / plan.name.revision
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(plan.commit, encoding="utf-8")
+    put_whole(ref, lambda made: made.write_text(plan.commit, encoding="utf-8"))
 
 
 def _has_xet() -> bool:
