@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from blockpress.errors import BlockpressError
     from blockpress.lm import LM, load
 
+    Broken, BrokenCall = MalformedToolCallEvent, MalformedToolCall
+    Called, Thought = ToolCallEvent, ReasoningDelta
+
 # Torch's OpenMP reads this once, when torch is imported. Otherwise its threads would spin after each operation, on the
 # cores that the pool in ops/native/pool.cpp uses: steps took 1.2 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -100,13 +103,17 @@ _RENAMED = {
 """Names of version 0.1, to be removed in version 0.3."""
 
 
-def __getattr__(name: str) -> Any:
+def _getattribute(name: str) -> Any:
     if name in _RENAMED:
         warnings.warn(f"blockpress.{name} is now blockpress.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
         name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"module 'blockpress' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"blockpress.{_HOMES[name]}"), name)
+
+
+if not TYPE_CHECKING:  # which knows the names from above, and would take every other name, too
+    __getattr__ = _getattribute
 
 
 def __dir__() -> list[str]:

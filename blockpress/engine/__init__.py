@@ -15,6 +15,8 @@
 Invariant: a request's tokens are those that `generate` gives for it alone, whatever shares its forwards and pages.
 """
 
+from typing import TYPE_CHECKING
+
 from blockpress.engine.core import EngineCore
 from blockpress.engine.options import EngineOptions
 from blockpress.engine.request import HashedImageSpan, Request
@@ -23,4 +25,8 @@ from blockpress.errors import renamed
 
 __all__ = ["EngineCore", "EngineOptions", "HashedImageSpan", "Request", "ThreadedEngine"]
 
-__getattr__ = renamed(__name__, {"Core": EngineCore, "Engine": ThreadedEngine}, __all__)  # until version 0.3
+if TYPE_CHECKING:
+    Core = EngineCore
+    Engine = ThreadedEngine
+else:
+    __getattr__ = renamed(__name__, {"Core": EngineCore, "Engine": ThreadedEngine}, __all__)  # until version 0.3

@@ -1,5 +1,7 @@
 """Sudoku: parse, check, solve and generate puzzles, and keep held-out ones apart from those for training. No torch."""
 
+from typing import TYPE_CHECKING
+
 from blockpress.errors import renamed
 from blockpress.sudoku.puzzles import (
     Puzzle,
@@ -38,4 +40,7 @@ __all__ = [
 ]
 
 _OLDER = {"generate": generate_puzzle, "parse": parse_puzzle, "pool": puzzle_pool}
-__getattr__ = renamed(__name__, _OLDER, __all__)  # until version 0.3
+if TYPE_CHECKING:
+    generate, parse, pool = generate_puzzle, parse_puzzle, puzzle_pool
+else:
+    __getattr__ = renamed(__name__, _OLDER, __all__)  # until version 0.3
