@@ -115,6 +115,7 @@ def bench(
     device: Devices = None,
     threads: Threads = None,
     json: options.Json = False,
+    yes: options.Yes = False,
 ) -> None:
     """Measure speed and memory.
 
@@ -143,9 +144,8 @@ def bench(
         return
     _without_sweep({"--out": out, "--users": users, "--format": form})
     soft = cast(Literal["exact", "sparse"], one_of("--soft-embedding", soft_embedding or "exact", ("exact", "sparse")))
-    work = _workload(chosen, fixed, seed)
-    _check_rival(work, rival, prompts, requests)
-    subject = open_subject(shape, _only_device(devices))
+    work = _workload(chosen, fixed, seed, rival, prompts)
+    subject = open_subject(shape, _only_device(devices), yes)
     if against is not None:
         _compare(subject, _fitted(subject, work, "random", chosen), rival, soft, json)
     else:
@@ -168,12 +168,15 @@ def _without_sweep(given: Mapping[str, object]) -> None:
             raise RequestError(f"{name} is given without --sweep", hint=f"leave out {name}, or give --sweep")
 
 
-def _workload(chosen: dict[str, Any], steps: int | None, seed: int) -> Workload:
+def _workload(
+    chosen: dict[str, Any], steps: int | None, seed: int, rival: Mapping[str, Any], prompts: str | None
+) -> Workload:
     from blockpress.bench.workload import Workload
 
     work = Workload(**chosen, steps=steps, seed=seed)
     if work.online:
         options.refuse("--rate or --concurrency", {"--batch": chosen.get("batch")})
+    _check_rival(work, rival, prompts, chosen.get("requests"))
     return work
 
 

@@ -1,6 +1,7 @@
 """`blockpress pull`, `ls` and `rm`: models from the hub in the cache that other tools share.
 
-Invariant: nothing is removed that was not named, and nothing outside the cache; nothing is fetched but by `pull`.
+Invariant: nothing is removed that was not named, and nothing outside the cache; nothing is fetched but by `pull`, and
+by a command that offers it and is told yes.
 
 Run it:  blockpress ls
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from blockpress.checkpoints.hub.cache import HubName
     from blockpress.checkpoints.hub.download import Plan
+
+Opened = TypeVar("Opened")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model on the hub, as owner/name.")]
 Patterns = list[str]
@@ -75,12 +78,56 @@ def pull(
     with terminal.waiting(f"asking for {wanted.repo}"):
         plan = hub.plan(wanted, include=include or (), exclude=exclude or (), file=file)
     hub.check_room(plan)
-    _warn_of_memory(plan)
     coming = plan.bytes_left
-    with _quiet_library(), _bars(plan) as progress:
-        hub.fetch(plan, progress)
+    _fetch(plan)
     path = plan.path if file is None else plan.path / file
     _say_pulled(name, path, len(plan.left), coming, json)
+
+
+def opened_or_pulled(open: Callable[[], Opened], name: str, yes: bool) -> Opened:
+    """What `open` makes of the model of that name. One of the hub that this machine lacks is pulled first, where `yes`
+    or somebody on a terminal, who is told what it takes, agrees.
+
+    Raises:
+        ModelNotFound, CheckpointError: it is not here, and there is nobody to ask, or the answer is no.
+        HubError: the hub does not have it, or it cannot be fetched.
+    """
+    from blockpress.checkpoints.hub.cache import HubName
+
+    try:
+        return open()
+    except CheckpointError as error:
+        wanted = HubName.parse(name)
+        if wanted is None or "blockpress pull" not in error.hint:
+            raise
+        _offer(name, wanted, error, yes)
+    return open()
+
+
+def _offer(name: str, wanted: HubName, missing: CheckpointError, yes: bool) -> None:
+    from huggingface_hub import is_offline_mode
+
+    from blockpress.checkpoints.hub import download as hub
+
+    if is_offline_mode():
+        raise missing
+    if not yes and not (terminal.is_terminal(sys.stdin) and terminal.is_terminal(sys.stderr)):
+        raise type(missing)(missing.message, hint=f"{missing.hint}; or give --yes")
+    try:
+        with terminal.waiting(f"asking for {wanted.repo}"):
+            plan = hub.plan(wanted, file=wanted.file)
+    except HubError as error:  # it may have been the path of a directory
+        raise HubError(f"{missing.message}; {error.message}", hint=error.hint) from error
+    hub.check_room(plan)
+    if not yes:
+        (place, free), files = hub.disk_room(), f"{len(plan.left)} file{'s' * (len(plan.left) != 1)}"
+        terminal.note(
+            f"{name} is not whole on this machine: {files}, {format_bytes(plan.bytes_left)} to fetch; "
+            f"{format_bytes(free)} are free on the disk of {place}; {_fits(plan)[1]}"
+        )
+        if not _agreed("Pull it?", sys.stderr):
+            raise type(missing)(missing.message, hint=missing.hint)
+    _fetch(plan)
 
 
 def ls(json: options.Json = False) -> None:
@@ -189,16 +236,28 @@ def _already_there(name: str, wanted: HubName, file: str | None) -> Path:
         raise HubError(error.message, hint="unset HF_HUB_OFFLINE to fetch the rest") from error
 
 
-def _warn_of_memory(plan: Plan) -> None:
+def _fits(plan: Plan) -> tuple[bool, str]:
+    """Whether the weights fit into the memory that is free now, and this in words."""
     from blockpress.hardware import free_memory
 
     weights = sum(file.size for file in plan.files if file.path.endswith((".safetensors", ".gguf")))
     device, free = max(free_memory().items(), key=lambda item: item[1])
-    if weights > free:
-        terminal.note(
-            f"blockpress: the weights take {format_bytes(weights)}, and this machine has {format_bytes(free)} free on "
-            f"{device}: it will not run here as it is"
-        )
+    fits = weights <= free
+    return fits, (
+        f"the weights take {format_bytes(weights)}, and this machine has {format_bytes(free)} free on {device}: "
+        + ("they fit" if fits else "it will not run here as it is")
+    )
+
+
+def _fetch(plan: Plan) -> None:
+    """Fetch what is left, with bars; a model that will not fit into memory is one all the same, and said to be."""
+    from blockpress.checkpoints.hub import download as hub
+
+    fits, words = _fits(plan)
+    if not fits:
+        terminal.note(f"blockpress: {words}")
+    with _quiet_library(), _bars(plan) as progress:
+        hub.fetch(plan, progress)
 
 
 def _say_pulled(name: str, path: Path, files: int, count: int, json: bool) -> None:
@@ -272,9 +331,13 @@ def _refuse_elsewhere(name: str) -> None:
 
 
 def _ask(question: str) -> None:
-    """Raises RequestError: nobody to ask. Abort: the answer is no."""
+    """Raises RequestError: nobody to ask, or the answer is no."""
     if not terminal.is_terminal(sys.stdin):
         raise RequestError(f"{question} There is nobody to ask", hint="give --yes")
-    print(f"{question} [y/N] ", end="", flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not _agreed(question, sys.stdout):
         raise RequestError("nothing was removed", hint="answer y to remove it")
+
+
+def _agreed(question: str, stream: TextIO) -> bool:
+    print(f"{question} [y/N] ", end="", file=stream, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

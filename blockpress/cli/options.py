@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHIPPED = "sudoku-nano"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Pull MODEL without asking, if it is not on this machine.")]
 Fast = Annotated[bool, typer.Option("--fast", help="Show the canvas at full speed, without a pause a step.")]
 Device = Annotated[str, typer.Option(help="Where the network runs: cpu, cuda or cuda:N.", metavar="DEVICE")]
 Dtype = Annotated[

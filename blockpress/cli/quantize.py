@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockpress.cli import options
+from blockpress.cli.hub import opened_or_pulled
 from blockpress.cli.progress import bar
 from blockpress.cli.terminal import note, waiting
 from blockpress.cli.units import format_bytes
@@ -67,6 +68,7 @@ def quantize(
     seed: Seed = None,
     device: Device = None,
     json: options.Json = False,
+    yes: options.Yes = False,
 ) -> None:
     """Write a model with its linear layers in fewer bits.
 
@@ -89,7 +91,8 @@ def quantize(
     given = {"--prompts": prompts, "--samples": samples, "--seed": seed, "--device": device}
     _check_given(report, given)
     samples, seed, device = SAMPLES if samples is None else samples, seed or 0, device or "cpu"
-    chosen, original = format_named(form, group), find_checkpoint(model)
+    chosen = format_named(form, group)
+    original = opened_or_pulled(lambda: find_checkpoint(model), model, yes)
     lines = None if prompts is None else _lines(prompts, original)
     if report:
         options.check_device(device)

@@ -15,6 +15,7 @@ import typer
 
 from blockpress.cli import media, options
 from blockpress.cli.animate import check_file
+from blockpress.cli.hub import opened_or_pulled
 from blockpress.cli.terminal import console, is_terminal, note, waiting
 from blockpress.errors import RequestError
 
@@ -141,6 +142,7 @@ def run(
     fast: options.Fast = False,
     record: options.Record = None,
     checks: Checks = None,
+    yes: options.Yes = False,
 ) -> None:
     """Answer a prompt.
 
@@ -165,7 +167,8 @@ def run(
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events or record is not None) else _prompt(prompt)
     how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
-    _answer(_open(model, mode, changes, chat, shown, limits, raw, file, how), text, json, events, fast)
+    arguments = model, mode, changes, chat, shown, limits, raw, file, how
+    _answer(opened_or_pulled(lambda: _open(*arguments), model, yes), text, json, events, fast)
 
 
 def _check(

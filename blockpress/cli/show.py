@@ -15,6 +15,7 @@ import typer
 
 from blockpress import costs
 from blockpress.cli import options
+from blockpress.cli.hub import opened_or_pulled
 from blockpress.cli.units import format_bytes, format_count
 from blockpress.errors import ModelNotFound, RequestError
 
@@ -37,7 +38,9 @@ Context = Annotated[
 ]
 
 
-def show(model: Model = options.SHIPPED, context: Context = None, json: options.Json = False) -> None:
+def show(
+    model: Model = options.SHIPPED, context: Context = None, json: options.Json = False, yes: options.Yes = False
+) -> None:
     """Show what a model is made of and what it takes, without loading its weights.
 
     A preset is a published shape without files: its parameters and memory follow from its config.
@@ -48,7 +51,8 @@ def show(model: Model = options.SHIPPED, context: Context = None, json: options.
       blockpress show ./my-checkpoint --context 32768 --json
       blockpress show diffusiongemma-26B-A4B
     """
-    described = describe(model) if context is None else describe(model, context)
+    limit = () if context is None else (context,)
+    described = opened_or_pulled(lambda: describe(model, *limit), model, yes)
     if json:
         options.print_json(described)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpress.cli import options
+from blockpress.cli.hub import opened_or_pulled
 from blockpress.cli.terminal import waiting
 from blockpress.errors import RequestError
 
@@ -44,8 +45,8 @@ class SubjectOptions:
         return [*self.given, *(name for name, value in rest.items() if value is not None)]
 
 
-def open_subject(chosen: SubjectOptions, device: str) -> Subject:
-    """The one network that is named. Raises RequestError: none, or two."""
+def open_subject(chosen: SubjectOptions, device: str, yes: bool = False) -> Subject:
+    """The one network that is named; `yes` pulls one of the hub. Raises RequestError: none, or two."""
     given = chosen.given
     if len(given) != 1:
         text = f"{given[1]} is given with {given[0]}" if given else "no model is given"
@@ -59,9 +60,13 @@ def open_subject(chosen: SubjectOptions, device: str) -> Subject:
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     types = {"dtype": chosen.dtype, "compute_dtype": chosen.compute_dtype}
-    if chosen.model is not None:
-        with waiting(f"loading {chosen.model}"):
-            return subject.loaded(chosen.model, **types, device=device)
+    if (model := chosen.model) is not None:
+
+        def load() -> Subject:
+            with waiting(f"loading {model}"):
+                return subject.loaded(model, **types, device=device)
+
+        return opened_or_pulled(load, model, yes)
     shape = subject.shape_in(chosen.config) if chosen.config is not None else subject.shape_named(chosen.preset or "")
     name = str(chosen.preset or chosen.config)
     with waiting("drawing random weights"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -179,6 +182,103 @@ class TestPull:
         assert start("pull", NAME).returncode == 0
         assert (tmp_path / "home" / "hub" / "models--me--some-model" / "refs" / "main").read_text() == model.commit
         assert NAME in start("ls", HF_HUB_OFFLINE="1").stdout
+
+
+def on_a_terminal(hub: Hub, home: Path, typed: bytes, *arguments: str) -> tuple[int, str]:
+    """A command on a pseudo-terminal, in a process of its own: how it ended and what stood on the screen."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "TERM": "xterm", "COLUMNS": "200"}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "blockpress", *arguments]
+    started = subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
+    os.close(theirs)
+    os.write(ours, typed)
+    shown = b""
+    with suppress(OSError):  # which is how a terminal says that nobody is at its other end
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    return started.wait(), shown.decode()
+
+
+class TestOffer:
+    """A model of the hub that is not on this machine is pulled where somebody agrees."""
+
+    ASK = ("1", "--max-tokens", 4, "--steps", 1)
+
+    def test_without_a_terminal_the_command_is_named(self, call: Call, model: Repository, tmp_path: Path) -> None:
+        for command in (
+            ("run", NAME, "1"),
+            ("show", NAME),
+            ("bench", NAME),
+            ("quantize", NAME, tmp_path / "q", "--format", "int4"),
+        ):
+            done = call(*command)
+            assert done.code == 2 and not done.out and f"`blockpress pull {NAME}`" in done.err and "--yes" in done.err
+
+    def test_yes_pulls_it_first(self, call: Call, hub: Hub, model: Repository, small: Path) -> None:
+        done = call("run", NAME, *self.ASK, "--yes", "--json")
+        assert done.code == 0 and done.out == call("run", small, *self.ASK, "--json").out
+        assert "model.safetensors  " in done.err
+        hub.requests.clear()
+        assert call("run", NAME, *self.ASK, "--yes").code == call("show", NAME).code == 0 and not hub.requests
+
+    def test_a_cut_download_goes_on(self, call: Call, hub: Hub, model: Repository) -> None:
+        hub.cut["model.safetensors"] = [5_000] + [0] * 20
+        assert call("pull", NAME).code == 2
+        hub.cut.clear()
+        refused = call("show", NAME)
+        assert refused.code == 2 and "not complete" in refused.err and "--yes" in refused.err
+        assert call("show", NAME, "--yes").code == 0
+
+    def test_one_of_several_gguf_files_has_to_be_named(self, call: Call, hub: Hub, ggufs: dict[str, bytes]) -> None:
+        hub.repositories[NAME] = Repository(dict(ggufs))
+        done = call("show", NAME, "--yes")
+        assert done.code == 2 and f"{NAME}/FILE: a-Q4_K_M.gguf" in done.err
+        assert call("show", f"{NAME}/a-Q4_K_M.gguf", "--yes").code == 0
+
+    def test_a_name_that_the_hub_lacks_may_have_been_a_path(self, call: Call, model: Repository) -> None:
+        done = call("run", "me/absent", "1", "--yes")
+        assert done.code == 2 and "no model or directory 'me/absent'; there is no repository me/absent" in done.err
+        assert "--yes" not in call("run", "absent", "1").err, "no name of the hub"
+
+    def test_offline_nothing_is_offered(
+        self, call: Call, hub: Hub, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert call("run", NAME, "1", "--yes").code == 2 and not hub.requests
+
+    def test_a_full_disk_is_found_before_anybody_is_asked(
+        self, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("blockpress.cli.hub.terminal.is_terminal", lambda stream: stream is not sys.stdout)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        done = call("show", NAME, stdin="y\n")
+        assert done.code == 2 and "GB of disk" in done.err and "[y/N]" not in done.err
+
+    @pytest.mark.parametrize("free", [1000, 1 << 40])
+    def test_it_says_what_it_takes(
+        self, free: int, call: Call, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("blockpress.cli.hub.terminal.is_terminal", lambda stream: stream is not sys.stdout)
+        monkeypatch.setattr("blockpress.hardware.free_memory", lambda: {"cpu": free})
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=7 << 30))
+        count = format_bytes(sum(map(len, model.files.values())))
+        for answer in ("n\n", "", "\n"):
+            no = call("show", NAME, stdin=answer)
+            assert no.code == 2 and not no.out and f"blockpress pull {NAME}" in no.err
+            assert f"{len(model.files)} files, {count} to fetch; 7.0 GiB are free on the disk of " in no.err
+            assert ("they fit" if free > 1000 else "it will not run here as it is") in no.err
+            assert not cached.home_of(NAME).exists()
+        assert call("show", NAME, "--json", stdin="yes\n").code == 0
+
+    @pytest.mark.slow
+    def test_a_terminal_is_asked(self, hub: Hub, model: Repository, tmp_path: Path) -> None:
+        code, shown = on_a_terminal(hub, tmp_path / "home", b"n\n", "show", NAME)
+        assert code == 2 and "Pull it? [y/N]" in shown and f"blockpress pull {NAME}" in shown
+        code, shown = on_a_terminal(hub, tmp_path / "home", b"y\n", "run", NAME, *map(str, self.ASK))
+        assert code == 0 and "Pull it? [y/N]" in shown and "model.safetensors" in shown
+        code, shown = on_a_terminal(hub, tmp_path / "home", b"", "show", NAME)
+        assert code == 0 and "Pull it?" not in shown and "parameters" in shown
 
 
 class TestList:

@@ -89,14 +89,19 @@ def plan(name: HubName, *, include: Sequence[str] = (), exclude: Sequence[str] =
     return Plan(name=name, commit=commit, files=files, left=left)
 
 
+def disk_room() -> tuple[Path, int]:
+    """The directory of the cache, or the nearest above it that is there, and the free bytes of its disk."""
+    home = cached.cache_directory().absolute()
+    existing = next(place for place in (home, *home.parents) if place.is_dir())
+    return existing, shutil.disk_usage(existing).free
+
+
 def check_room(plan: Plan) -> None:
     """Raises HubError: the disk has less room than the plan needs."""
-    home = cached.cache_directory()
-    existing = next(place for place in (home, *home.absolute().parents) if place.is_dir())
-    free, needed = shutil.disk_usage(existing).free, plan.bytes_left + ROOM
+    (place, free), needed = disk_room(), plan.bytes_left + ROOM
     if plan.left and free < needed:
         raise HubError(
-            f"{plan.name.repo} needs {needed / 1e9:.2f} GB of disk, and {str(existing)!r} has {free / 1e9:.2f} GB free",
+            f"{plan.name.repo} needs {needed / 1e9:.2f} GB of disk, and {str(place)!r} has {free / 1e9:.2f} GB free",
             hint="free some (`blockpress ls`, `blockpress rm NAME`), or set HF_HOME to a larger disk",
         )
 

@@ -69,7 +69,9 @@ def _weights(repo: str, files: Sequence[RepoFile], safe: Sequence[RepoFile], fil
         return ggufs
     if ggufs:
         listed = ", ".join(f"{entry.path} ({entry.size / 1e9:.1f} GB)" for entry in ggufs)
-        raise HubError(f"{repo} holds {len(ggufs)} GGUF files", hint=f"choose one with --file: {listed}")
+        raise HubError(
+            f"{repo} holds {len(ggufs)} GGUF files", hint=f"choose one with --file, or by {repo}/FILE: {listed}"
+        )
     raise HubError(
         f"{repo} holds no weights that blockpress reads: neither safetensors nor GGUF", hint=f"it has {_named(files)}"
     )
