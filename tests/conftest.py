@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import jaxtyping
@@ -43,6 +43,7 @@ os.environ.setdefault("BLOCKPRESS_COMPUTE_DTYPE", "bfloat16")
 
 GEMMA = Path(__file__).parents[1] / "../shared/data/gemma4-tokenizer"
 
+FileLimit = Callable[[int], AbstractContextManager[None]]
 RandomNetwork = Callable[..., Network]
 
 
@@ -114,6 +115,23 @@ def tiny() -> ModelConfig:
 def random_network() -> RandomNetwork:
     """`random_network(config, seed=0)`: a float32 network on the CPU, its activations near 1 through all layers."""
     return make_random_network
+
+
+@pytest.fixture
+def file_limit() -> FileLimit:
+    """`with file_limit(bytes)`: no file grows beyond that, as on a full disk; what the system says is "File too large"."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pytest
 
 from blockpress import hardware
 from blockpress.cli import parity
-from blockpress.hardware import Rates, cache, speed
+from blockpress.hardware import Rates, disk, speed
 from blockpress.ops import compiled
 from blockpress.train import data
 
@@ -203,7 +203,7 @@ def test_no_compiler_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, caplo
 
 def no_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(cache.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no entry")))
+    monkeypatch.setattr(disk.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no entry")))
 
 
 def a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def refused(number: int) -> Callable[[Path, pytest.MonkeyPatch], None]:
         def fail(*_: object, **__: object) -> None:
             raise OSError(number, os.strerror(number), str(folder))
 
-        monkeypatch.setattr(cache.tempfile, "TemporaryDirectory", fail)
+        monkeypatch.setattr(disk.tempfile, "TemporaryDirectory", fail)
 
     return refuse
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from blockpress.checkpoints.files import CONFIG, HF_QUANT_CONFIG, INDEX, SINGLE
 from blockpress.errors import CheckpointError, RequestError
+from blockpress.hardware import flush, unwritable
 
 SHARD_BYTES = 5_000_000_000
 """Default for the most bytes of tensors in one shard."""
@@ -53,19 +54,27 @@ Piece = TypeVar("Piece", bound=Sized)
 
 
 @contextmanager
-def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
+def staged(folder: Path, *, need: int = 0, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A new directory whose files replace those in `folder` when the block ends without an error.
 
     Args:
+        need: bytes that the files take at least.
         replaces: names of files to remove with the older checkpoint, even where no new file replaces them.
 
     Raises:
-        CheckpointError: the directory cannot be written.
+        CheckpointError: the directory cannot be written, or its disk has less room than is needed.
     """
     staging, is_new = None, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        free = shutil.disk_usage(staging).free
+        if need > free:
+            raise CheckpointError(
+                f"the checkpoint takes {need / 2**30:.1f} GiB ({need:,} bytes), and the disk under {str(folder)!r} has"
+                f" {free / 2**30:.1f} GiB left ({free:,} bytes)",
+                hint="free some room, or give a directory on another disk",
+            )
         yield staging
         _flush(staging)
     except BaseException as error:
@@ -76,10 +85,7 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
                     folder.rmdir()
         # safetensors raises its own error when the disk is full.
         if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(
-                f"{str(folder)!r} cannot be written: {error}",
-                hint="check the path, its rights and the room on the disk",
-            ) from error
+            raise unwritable(folder, error, need) from error
         raise
     try:
         _swap(staging, folder, {*_WEIGHT_FILES, *replaces})
@@ -88,17 +94,6 @@ def staged(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
             f"the new files cannot be moved into {str(folder)!r}: {error}",
             hint=f"they are whole: move those that are left in {str(staging)!r} by hand, {CONFIG} last",
         ) from error
-
-
-def check_disk_space(staging: Path, need: int) -> None:
-    """Raises CheckpointError: the disk of a directory that `staged` yielded has less than `need` bytes free."""
-    free = shutil.disk_usage(staging).free
-    if need > free:
-        raise CheckpointError(
-            f"the checkpoint takes {need / 2**30:.1f} GiB, and the disk under {str(staging.parent)!r} has"
-            f" {free / 2**30:.1f} GiB left",
-            hint="free some room, or give a directory on another disk",
-        )
 
 
 def in_shards(tensors: Iterable[Piece], shard_bytes: int) -> dict[str, list[Piece]]:
@@ -145,15 +140,8 @@ def _finite(value: Any) -> Any:
 
 def _flush(folder: Path) -> None:
     """Wait until the files are on disk: a rename may reach it before the data does."""
-    # Other systems cannot flush a directory, or a file that is open for reading.
-    if os.name != "posix":
-        return
     for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def _swap(staging: Path, folder: Path, replaces: set[str]) -> None:

@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from blockpress.errors import RequestError
+from blockpress.hardware import whole_file
 
 FADE = 0.12  # seconds in which one frame becomes the next
 NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -112,13 +113,9 @@ def save(file: Path, svg: str) -> None:
     Raises:
         RequestError: the file cannot be written after all.
     """
-    try:
-        _part(file).write_text(svg, encoding="utf-8", newline="\n")
-        os.replace(_part(file), file)
-    except OSError as error:
-        raise _unwritable(str(file), error) from error
-    finally:
-        _part(file).unlink(missing_ok=True)
+    content = svg.encode()
+    with whole_file(file, need=len(content), kind=RequestError) as part:
+        part.write_bytes(content)
 
 
 def _part(file: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpress.cli import options
+from blockpress.cli.animate import save
 from blockpress.cli.subject import SubjectOptions, open_subject
 from blockpress.cli.terminal import note
 from blockpress.errors import RequestError
@@ -56,7 +57,7 @@ def sweep(
             panels.append(roofline(card, form=form, users=users or CARD_USERS, steps=steps or STEPS))
         else:
             panels.append(_measured(shape, device, users or USERS, steps or STEPS))
-    out.write_text(svg(panels), encoding="utf-8")
+    save(out, svg(panels))
     if json:
         options.print_json({"out": str(out), "panels": [_panel(panel) for panel in panels]})
         return

@@ -4,7 +4,7 @@
                  control groups that limit a container
     memory.py    free memory, container limits included
     process.py   the memory that this process uses, and its peak
-    cache.py     files that can be made again
+    disk.py      files, written whole or not at all, and where caches lie
     speed.py     how fast products are in each type, and from that the type to compute in
 
 Invariant: only this room reads what processor, memory and cards there are, so that builds, choices and reports agree.
@@ -15,7 +15,7 @@ Run it:  blockpress doctor
 
 from __future__ import annotations
 
-from blockpress.hardware.cache import cache_folder, put_whole
+from blockpress.hardware.disk import append_line, cache_folder, flush, replacing, unwritable, whole_file
 from blockpress.hardware.memory import free_memory, main_memory
 from blockpress.hardware.process import Peak, taken
 from blockpress.hardware.speed import Rates, compute_dtype, float32_way, measure_rates, rates, remeasure
@@ -38,12 +38,14 @@ __all__ = [
     "Peak",
     "Processor",
     "Rates",
+    "append_line",
     "cache_folder",
     "cards",
     "compute_dtype",
     "cores",
     "cpu_quota",
     "float32_way",
+    "flush",
     "free_memory",
     "isa",
     "machine",
@@ -51,8 +53,10 @@ __all__ = [
     "measure_rates",
     "multiprocessors",
     "processor",
-    "put_whole",
     "rates",
     "remeasure",
+    "replacing",
     "taken",
+    "unwritable",
+    "whole_file",
 ]

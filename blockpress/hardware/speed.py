@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpress.errors import ConfigError
-from blockpress.hardware.cache import cache_folder, put_whole
+from blockpress.hardware.disk import cache_folder, replacing
 from blockpress.hardware.system import isa, processor
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def _store(key: str, measured: Rates) -> None:
     """Keep the rates; where nothing can be written, the next process measures again."""
     text = json.dumps({"key": key, "sum": _sum(key, measured), **asdict(measured)}, indent=1)
     try:
-        put_whole(_file(key), lambda made: made.write_text(text, encoding="utf-8"))
+        with replacing(_file(key)) as made:
+            made.write_text(text, encoding="utf-8")
     except OSError as error:
         _LOG.warning("this machine's speed is measured anew in every process, which its cache would spare: %s", error)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints.atomic import REPORT, SHARD_BYTES, check_disk_space, staged, write_json
+from blockpress.checkpoints.atomic import REPORT, SHARD_BYTES, staged, write_json
 from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
 from blockpress.checkpoints.files import CONFIG, read_object
 from blockpress.checkpoints.index import FLOATS, StoredTensor
@@ -29,6 +29,7 @@ from blockpress.checkpoints.names import is_quantised, our_name, published_name
 from blockpress.checkpoints.safetensors.stream import StreamReader, StreamWriter, streamed
 from blockpress.config import Family
 from blockpress.errors import CheckpointError, DamagedFile, RequestError, UnexpectedWeights
+from blockpress.hardware import whole_file
 from blockpress.quantize.encoders import ErrorSum, Format, WeightError, quantization_config
 from blockpress.quantize.recipe import Entry, Module, QuantizationRecipe, make_recipe
 
@@ -111,8 +112,8 @@ def convert_checkpoint(
             or ("no experts: leave out experts_only" if experts_only else "keep fewer"),
         )
     conversion = _Conversion(recipe, stored, progress or (lambda done, total: None))
-    with staged(Path(target), replaces=COPIED_FILES) as staging:
-        check_disk_space(staging, sum(slot.bytes for slot in recipe.slots()))
+    need = sum(slot.bytes for slot in recipe.slots())
+    with staged(Path(target), need=need, replaces=COPIED_FILES) as staging:
         with streamed(staging, recipe.slots(), shard_bytes) as writer:
             conversion.convert(writer)
         _copy_files(checkpoint.directory, staging)
@@ -235,7 +236,9 @@ def amax_of(weight: Tensor, name: str) -> float:
 def add_to_report(folder: str | Path, key: str, value: Mapping[str, Any]) -> None:
     """Add measurements on a finished checkpoint to the report of its weights' errors, under `key`."""
     file = Path(folder) / REPORT
-    write_json(file, read_object(file) | {key: value})
+    held = read_object(file)
+    with whole_file(file) as part:
+        write_json(part, held | {key: value})
 
 
 def _expert_modules(entry: Entry, expert: int) -> Sequence[Module]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints.atomic import SHARD_BYTES, check_disk_space, staged, write_json
+from blockpress.checkpoints.atomic import SHARD_BYTES, staged, write_json
 from blockpress.checkpoints.files import CONFIG, GENERATION
 from blockpress.checkpoints.names import published_name
 from blockpress.checkpoints.safetensors.stream import StreamWriter, streamed
@@ -84,8 +84,7 @@ def synthesize(
     document = config.to_dict() | {MARK: {"preset": preset, "seed": seed, "by": "blockpress synthesize"}}
     if form is not None:
         document |= {"quantization_config": quantization_config(form, recipe.ignore)}
-    with staged(Path(target), replaces=COPIED_FILES) as staging:
-        check_disk_space(staging, total)
+    with staged(Path(target), need=total, replaces=COPIED_FILES) as staging:
         with streamed(staging, slots, shard_bytes) as writer:
             for entry in recipe.entries:
                 done += _draw(entry, recipe, seed, writer)

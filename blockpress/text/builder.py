@@ -55,7 +55,7 @@ def write_digits_tokenizer(directory: str | Path) -> None:
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    digits_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(digits_tokenizer().to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",

@@ -168,7 +168,9 @@ class Tokenizer:
                 if file.resolve() != (folder / file.name).resolve():
                     shutil.copyfile(file, folder / file.name)
             return
-        self.backend.save(str(folder / _TOKENIZER))
+        (folder / _TOKENIZER).write_text(
+            self.backend.to_str(pretty=True), encoding="utf-8"
+        )  # `save` has its own errors
         (folder / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
         if self.chat_template is not None:
             (folder / _TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")

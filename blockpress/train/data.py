@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from blockpress import sudoku
 from blockpress.config import ModelConfig
-from blockpress.hardware import put_whole
+from blockpress.hardware import replacing
 from blockpress.train.objective import TrainingBatch
 
 _LOG = logging.getLogger("blockpress")
@@ -109,12 +109,9 @@ def sudoku_pool(seed: int, size: int, processes: int, cache_file: Path) -> tuple
     with ProcessPoolExecutor(processes) as workers:
         parts = list(workers.map(_pool_part, [(seed, min(share, size - s), s) for s in starts]))
     solutions, orders = (np.concatenate(x) for x in zip(*parts, strict=True))
-
-    def write(made: Path) -> None:
-        np.savez_compressed(made, version=POOL_VERSION, seed=seed, solutions=solutions, orders=orders)
-
     try:
-        put_whole(cache_file, write)
+        with replacing(cache_file) as made:
+            np.savez_compressed(made, version=POOL_VERSION, seed=seed, solutions=solutions, orders=orders)
     except OSError as error:
         _LOG.warning("the puzzles are made anew in the next run, which %s would spare: %s", cache_file, error)
     return solutions, orders

@@ -13,7 +13,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from blockpress.checkpoints import load_network, minimal_vision, resolve, save_checkpoint
+from blockpress.checkpoints.atomic import staged
 from blockpress.errors import TrainingError
-from blockpress.hardware import compute_dtype, machine
+from blockpress.hardware import append_line, compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
 from blockpress.train.initialise import initialise
@@ -30,29 +31,10 @@ from blockpress.train.objective import Draw, Losses, TrainingBatch, draw_batch, 
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
 from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.rollouts import Rollouts
+from blockpress.train.state import STATE, TrainReport, save_state
 
-STATE = "trainer.pt"
 BUCKET = 64
 """Rows of a micro-batch are padded to a multiple of this many tokens: few lengths, so few graphs to compile."""
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """One line of the log: means since the last report. Losses in nats a token; rate as a share of the full rate."""
-
-    step: int
-    steps: int
-    canvas_loss: float
-    causal_loss: float
-    accuracy: float
-    gradient_norm: float
-    rate: float
-    draws: int
-    draws_per_second: float
-    seconds: float
-
-    def to_json(self) -> str:
-        return json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in vars(self).items()})
 
 
 class Trainer:
@@ -135,8 +117,7 @@ class Trainer:
                 report = self._report(sums, self.step - since, now - reported)
                 sums, since, reported = torch.zeros(4), self.step, now
                 if parallel.rank() == 0:
-                    with (self.out / "log.jsonl").open("a") as log:
-                        log.write(report.to_json() + "\n")
+                    append_line(self.out / "log.jsonl", report.to_json(), kind=TrainingError)
                 yield report
             if now - saved > save_seconds or self.step == self.steps:
                 if parallel.rank() == 0:
@@ -180,8 +161,7 @@ class Trainer:
         sums = sums.cpu()  # the only wait for the device: a step is queued as a whole
         if not math.isfinite(float(sums.sum())):
             raise TrainingError(
-                f"step {self.step}: loss or gradient is not finite ({sums.tolist()})",
-                hint=f"resume from {self.out / STATE} with a lower rate",
+                f"step {self.step}: loss or gradient is not finite ({sums.tolist()})", hint=self._way_out()
             )
         for optimizer in self.optimizers:
             optimizer.step()
@@ -192,7 +172,11 @@ class Trainer:
         return sums
 
     def save(self) -> None:
-        """Write the state to a new file, then rename it over the old one: an interrupted save leaves the old one."""
+        """Write the state, all of it or nothing: an interrupted save leaves the older one.
+
+        Raises:
+            TrainingError: it cannot be written, as where the disk is full.
+        """
         state = {
             "recipe": self.recipe.name,
             "step": self.step,
@@ -207,27 +191,18 @@ class Trainer:
             state["average"] = self.average.state_dict()
         if self.rollouts is not None:
             state["rollouts"] = self.rollouts.state()
-        temporary = self.out / (STATE + ".new")
-        torch.save(state, temporary)
-        temporary.replace(self.out / STATE)
+        save_state(self.out / STATE, state)
 
     def export(self, directory: Path, *, raw: bool = False) -> None:
         """Write the network as a checkpoint in the published layout, with tokenizer and a minimal vision tower.
 
         Tensors are stored in bfloat16 and run in float32, as `config.json` says; `training.json` describes the run.
         `raw`: the weights of the last step, where the run keeps an average of them.
+
+        Raises:
+            CheckpointError: the directory cannot be written; what was there is unchanged.
         """
         recipe = self.recipe
-        directory.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(
-            directory,
-            self.network if self.average is None or raw else cast(Network, self.average.module),
-            generation=recipe.generation,
-            kept=self._vision,
-            dtype=torch.bfloat16,
-            run_dtype=torch.float32,
-        )
-        recipe.write_tokenizer(directory)
         facts = {
             "recipe": recipe.name,
             "seed": recipe.seed,
@@ -240,7 +215,17 @@ class Trainer:
             "hardware": machine(),
             "segments": self.segments,
         } | ({} if self.before is None else {"before": self.before})
-        (directory / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        with staged(directory) as staging:
+            save_checkpoint(
+                staging,
+                self.network if self.average is None or raw else cast(Network, self.average.module),
+                generation=recipe.generation,
+                kept=self._vision,
+                dtype=torch.bfloat16,
+                run_dtype=torch.float32,
+            )
+            recipe.write_tokenizer(staging)
+            (staging / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def resume(self) -> None:
         """Continue from the state in the run's directory.
@@ -288,6 +273,14 @@ class Trainer:
         kind = str(self.dtype).removeprefix("torch.")
         settings = {"steps": self.steps, "rows": recipe.rows, "processes": parallel.world_size(), "dtype": kind}
         return initial | settings | parts
+
+    def _way_out(self) -> str:
+        """What to do about a loss that is not finite."""
+        saved = (self.out / STATE).is_file()
+        again = "--resume goes on from the last saved state" if saved else "no state to --resume is saved: start again"
+        if self.dtype != torch.float32:
+            return f"{again}: give --compute-dtype float32"
+        return f"{again}: lower OptimizerConfig.rate ({self.recipe.optimizer.rate}) of the recipe in train/recipes.py"
 
     def _draws(self) -> int:
         """Canvases drawn so far, over all segments."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +18,12 @@ import torch
 
 import blockpress
 from blockpress.config import PRESETS
-from blockpress.errors import TrainingError
+from blockpress.errors import CheckpointError, TrainingError
 from blockpress.train import trainer as trainer_module
 from blockpress.train.objective import Objective, TrainingBatch
 from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.trainer import STATE, Trainer
+from tests.conftest import FileLimit
 
 Recipes = Callable[..., TrainingRecipe]
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -117,25 +121,75 @@ def test_a_longer_run_continues_and_reports_it(whole: Trainer, copy_recipe: Reci
     assert [(segment["from_step"], segment["steps"]) for segment in longer.segments] == [(0, 6), (6, 8)]
 
 
-def test_a_save_that_fails_leaves_the_old_state(copy_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_that_fails_leaves_the_old_state(copy_recipe: Recipes, tmp_path: Path, file_limit: FileLimit):
     trainer = Trainer(copy_recipe(), tmp_path)
     trainer.train_step()
     trainer.save()
-    before = weights(trainer)
+    before, size = weights(trainer), (tmp_path / STATE).stat().st_size
     trainer.train_step()
-
-    def half(state: object, path: Path) -> None:
-        path.write_bytes(b"PK half a file")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(trainer_module.torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
-        trainer.save()
-    monkeypatch.undo()
+    for room in (size // 2, size - 1, 0):
+        with file_limit(room), pytest.raises(TrainingError) as caught:
+            trainer.save()
+        said = caught.value.message
+        assert str(tmp_path / STATE) in said and re.search(
+            r"cannot be written: .*; it takes [\d,]+ bytes, and [\d,]+ bytes are free there", said
+        )
+        assert [file.name for file in tmp_path.iterdir()] == [STATE], "and no part of the new one"
     again = Trainer(copy_recipe(), tmp_path)
     again.resume()
     assert again.step == 1
     assert same(weights(again), before)
+    trainer.save()
+    again.resume()
+    assert again.step == 2
+
+
+def test_a_log_ends_with_whole_lines_where_the_disk_is_full(
+    copy_recipe: Recipes, tmp_path: Path, file_limit: FileLimit
+):
+    log = tmp_path / "log.jsonl"
+    log.write_text("{}\n" * 3)
+    with (
+        file_limit(20),
+        pytest.raises(TrainingError, match=r"log\.jsonl cannot be written: .*; it takes [\d,]+ bytes"),
+    ):
+        list(Trainer(copy_recipe(), tmp_path).run(report_every=1))
+    assert log.read_text() == "{}\n" * 3
+
+
+def test_an_export_that_fails_leaves_the_older_one(whole: Trainer, tmp_path: Path, file_limit: FileLimit):
+    def files() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    whole.export(tmp_path)
+    before, sizes = files(), [len(content) for content in files().values()]
+    for room in (min(sizes) - 1, sorted(sizes)[-2] - 1, max(sizes) - 1):
+        with file_limit(room), pytest.raises(CheckpointError, match=r"cannot be written.*bytes are free there"):
+            whole.export(tmp_path)
+        assert files() == before
+        with file_limit(room), pytest.raises(CheckpointError):
+            whole.export(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a disk")
+def test_a_disk_that_is_really_full_is_named(copy_recipe: Recipes, tmp_path: Path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        trainer = Trainer(copy_recipe(), tmp_path)
+        trainer.save()
+        size = (tmp_path / STATE).stat().st_size
+        with (tmp_path / "other").open("wb") as other, suppress(OSError):
+            other.write(bytes((256 << 10) - size - 4096))
+        with pytest.raises(
+            TrainingError, match=r"cannot be written: the disk is full; it takes [\d,]+ bytes, and [\d,]+"
+        ):
+            trainer.save()
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["other", STATE]
+        Trainer(copy_recipe(), tmp_path).resume()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_state_with_older_names_resumes_under_the_same_settings(copy_recipe: Recipes, tmp_path: Path):
@@ -213,9 +267,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_moves_nothing(copy_recipe: 
     with pytest.raises(TrainingError, match="step 1: ") as caught:
         trainer.train_step()
     assert "not finite" in caught.value.message
-    assert "resume" in caught.value.hint
+    assert caught.value.hint == "no state to --resume is saved: start again: give --compute-dtype float32"
     assert trainer.step == 1
     assert all(torch.equal(x, before[name]) or x.isnan().any() for name, x in weights(trainer).items())
+
+
+def test_the_way_out_of_a_loss_that_is_not_finite_exists(copy_recipe: Recipes, tmp_path: Path):
+    trainer = Trainer(copy_recipe(), tmp_path, dtype=torch.float32)
+    trainer.save()
+    with torch.no_grad():
+        trainer.network.layers[0].post_attention_layernorm.weight[0] = math.nan
+    with pytest.raises(TrainingError) as caught:
+        trainer.train_step()
+    assert caught.value.hint.startswith("--resume goes on from the last saved state: lower OptimizerConfig.rate (")
+    lower = replace(copy_recipe().optimizer, rate=1e-6)
+    again = Trainer(copy_recipe(optimizer=lower), tmp_path, dtype=torch.float32)
+    again.resume()
+    assert again.train_step().isfinite().all() and again.segments[-1]["optimizer"]["rate"] == 1e-6
 
 
 def test_training_lowers_both_losses(copy_recipe: Recipes, tmp_path: Path):

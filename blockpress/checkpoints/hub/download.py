@@ -30,7 +30,7 @@ from blockpress.checkpoints.hub.cache import HubName, home_of
 from blockpress.checkpoints.hub.errors import hub_errors
 from blockpress.checkpoints.hub.selection import select_files
 from blockpress.errors import HubError
-from blockpress.hardware import put_whole
+from blockpress.hardware import replacing
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -117,7 +117,7 @@ def fetch(plan: Plan, progress: Progress = lambda file, done: None) -> Path:
     for file in plan.left:
         meter = _meter(file, progress)
         meter.report(_size(_partial(plan.name.repo, file)))
-        with hub_errors(plan.name, file.path):
+        with hub_errors(plan.name, file.path, file.size):
             _fetch_file(plan, file, meter)
         meter.report(file.size)
     _name_commit(plan)
@@ -225,7 +225,8 @@ def _name_commit(plan: Plan) -> None:
     if older is not None and cached.missing(plan.path) and not cached.missing(plan.path.with_name(older)):
         return
     ref = home_of(plan.name.repo) / "refs" / plan.name.revision
-    put_whole(ref, lambda made: made.write_text(plan.commit, encoding="utf-8"))
+    with replacing(ref) as made:
+        made.write_text(plan.commit, encoding="utf-8")
 
 
 def _has_xet() -> bool:

@@ -9,29 +9,31 @@ Run it:  python -m pytest tests/checkpoints/test_hub.py
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from blockpress.checkpoints.hub import cache as cached
 from blockpress.checkpoints.hub.cache import HubName
 from blockpress.errors import HubError
 
 
 @contextmanager
-def hub_errors(name: HubName, file: str = "") -> Iterator[None]:
-    """Raises HubError in the place of what huggingface_hub and its HTTP client raise."""
+def hub_errors(name: HubName, file: str = "", size: int = 0) -> Iterator[None]:
+    """Raises HubError in the place of what huggingface_hub and its HTTP client raise; `size`: bytes of the file."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.LocalEntryNotFoundError as error:
         # The library wraps what it met while it asked for the file.
-        raise _explained(name, file, error.__cause__ or error) from error
+        raise _explained(name, file, size, error.__cause__ or error) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as error:
-        raise _explained(name, file, error) from error
+        raise _explained(name, file, size, error) from error
 
 
-def _explained(name: HubName, file: str, error: BaseException) -> HubError:
+def _explained(name: HubName, file: str, size: int, error: BaseException) -> HubError:
     from huggingface_hub import constants, errors
 
     what = f"{file} of {name.repo}" if file else name.repo
@@ -65,7 +67,12 @@ def _explained(name: HubName, file: str, error: BaseException) -> HubError:
             hint="check the network and HF_ENDPOINT; what has arrived is kept, and pulling again goes on",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return HubError(f"the disk is full: {what} did not fit", hint="free some room, or set HF_HOME to a larger disk")
+        home = cached.cache_directory()
+        takes = f", which takes {size:,} bytes," if size else ""
+        return HubError(
+            f"the disk is full: {what}{takes} did not fit, and {home} has {shutil.disk_usage(home).free:,} bytes free",
+            hint="free some room, or set HF_HOME to a larger disk; what has arrived is kept, and pulling again goes on",
+        )
     return HubError(
         f"{what} could not be fetched: {error}", hint="check the cache's directory and its rights (HF_HOME)"
     )

@@ -89,7 +89,8 @@ def save_checkpoint(
     source = None if kept_from is None else opened_at(kept_from)
     config = network.config if config is None else config
     shards = in_shards(_text_pieces(network, stored) + _vision_pieces(config, source, kept), shard_bytes)
-    with staged(Path(directory)) as staging:
+    need = sum(piece.bytes for shard in shards.values() for piece in shard)
+    with staged(Path(directory), need=need) as staging:
         _write_weights(staging, shards)
         if tokenizer is not None:
             tokenizer.save(staging)
