@@ -31,6 +31,35 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "False False 0" and not done.stderr
 
 
+HEAVY = (
+    "torch",
+    "numpy",
+    "huggingface_hub",
+    "tokenizers",
+    "jinja2",
+    "PIL",
+    "torch._dynamo",
+    "sympy",
+    "transformers",
+    "triton",
+)
+STARTS: dict[str, tuple[list[str], tuple[str, ...]]] = {  # a command, and what of that it needs
+    "--version": (["--version"], ()),
+    "show": (["show", "sudoku-nano"], ("torch", "numpy", "tokenizers", "huggingface_hub")),
+    "run": (["run", "sudoku-nano", "1", "--max-tokens", "2", "--steps", "1"], ("torch", "numpy", "tokenizers", "huggingface_hub", "jinja2", "PIL")),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTS)
+def test_a_command_imports_no_more_than_it_needs(name: str) -> None:
+    """Importing torch is most of the time that `show` and `run` take; its compiler alone would take as long again."""
+    arguments, needed = STARTS[name]
+    code = f"import sys; from blockpress.cli.main import main; assert main({arguments}) == 0; "
+    done = start(code=code + f"print(*(name for name in {HEAVY} if name in sys.modules))")
+    assert done.returncode == 0 and set(done.stdout.splitlines()[-1].split()) <= set(needed), done.stderr
+
+
 def test_help_names_every_command_and_shows_examples(call: Call) -> None:
     text = call("--help").out
     for command in ("sudoku", "run", "show", "train", "doctor"):
