@@ -166,6 +166,12 @@ class ThreadedEngine:
                 hint="wait in another thread, or use submit with a callback",
             )
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise EngineError(
+            "an engine runs on a thread of its process, and can be neither copied nor pickled",
+            hint="copy the network, and make an engine of it where it shall run",
+        )
+
     def __enter__(self) -> ThreadedEngine:
         return self
 

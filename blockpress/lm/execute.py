@@ -175,6 +175,10 @@ class LazyEngine:
         self._locks: dict[int, threading.Lock] = {}
         self._current: tuple[list[Any], SharedCore] | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A copy of a model, in another process or in this one, answers from pages of its own.
+        return LazyEngine, (self._network, self.options)
+
     def answer(self, network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
         """The events of all requests, as `SharedCore.answer` gives them."""
         assert network is self._network, "an engine belongs to one network"
