@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from blockpress import hardware
 from blockpress.cli import parity
 from blockpress.hardware import Rates, disk, speed
-from blockpress.ops import compiled
+from blockpress.ops import compiled, kernels
 from blockpress.train import data
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
@@ -264,6 +265,52 @@ def test_builders_at_once_leave_one_whole_library(home: Path) -> None:
         builder.join()
     use_library(home)
     assert len(list((home / "native").iterdir())) == 2, "of each source one, and no folder of a build"
+
+
+@pytest.fixture
+def triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Triton is installed, has an empty cache and a compiler; where it keeps its cache is forgotten afterwards."""
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TRITON_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    kernels.available.cache_clear()
+    yield tmp_path / ".triton" / "cache"
+    kernels.available.cache_clear()
+
+
+def test_triton_keeps_its_own_cache_where_it_can(triton: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert kernels.available() and triton.is_dir() and not os.environ["TRITON_CACHE_DIR"] and not caplog.records
+
+
+@pytest.mark.parametrize("obstacle", ["no home", "a file"])
+def test_triton_compiles_elsewhere_where_its_cache_cannot_be_written(
+    obstacle: str, triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if obstacle == "no home":
+        monkeypatch.setattr(kernels.os.path, "expanduser", lambda path: path)
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    else:
+        (tmp_path / ".triton").write_text("in the way")
+    assert kernels.available() and Path(os.environ["TRITON_CACHE_DIR"]).is_dir() and len(caplog.records) == 1
+    shutil.rmtree(os.environ["TRITON_CACHE_DIR"])
+    assert not Path("~").exists()
+    kernels.available.cache_clear()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/none")
+    monkeypatch.setattr(kernels.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError("full")))
+    assert not kernels.available() and "no directory that can be written" in caplog.text
+
+
+def test_triton_without_a_compiler_runs_only_what_it_has(
+    triton: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert not kernels.available() and "install gcc" in caplog.text
+    (triton / "kernel").mkdir()
+    kernels.available.cache_clear()
+    assert kernels.available()
 
 
 @pytest.mark.slow
