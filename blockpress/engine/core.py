@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blockpress.decoding import Event, Failed
-from blockpress.engine.denoising import RuleStopped
+from blockpress.engine.denoising import _RuleStopped
 from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.modes import RequestProgress, is_interrupt, strategies, strategy_of
 from blockpress.engine.options import EngineOptions
@@ -237,7 +237,7 @@ class EngineCore:
             outputs = self.runner.run(scheduled)
             self._moved_on = True
             return outputs
-        except RuleStopped as stop:
+        except _RuleStopped as stop:
             culprits = [item for item in scheduled if item.request in stop.requests]
             others = [item for item in scheduled if item.request not in stop.requests]
             return [*((item, stop.error) for item in culprits), *self._run(others)]

@@ -225,7 +225,7 @@ def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Ac
     return CustomRules("accept", accept, accepts, requests), CustomRules("settle", settle, settles, requests)
 
 
-class RuleStopped(Exception):
+class _RuleStopped(Exception):
     """A custom rule raised what is no `Exception`, such as SystemExit: it concerns the requests with this rule only."""
 
     def __init__(self, requests: Sequence[Request], error: BaseException) -> None:
@@ -252,6 +252,6 @@ class CustomRules:
             except Exception:
                 raise
             except BaseException as error:
-                raise RuleStopped([self.requests[row] for row in users], error) from None
+                raise _RuleStopped([self.requests[row] for row in users], error) from None
             answer = answer.index_copy(0, rows, result)
         return answer

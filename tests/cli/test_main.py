@@ -89,7 +89,7 @@ BAD = {
     "max_tokens of 0": (["run", "sudoku-nano", "1", "--max-tokens", "0"], "--max-tokens is 0"),
     "max_tokens below 0": (["run", "sudoku-nano", "1", "--max-tokens", "-3"], "--max-tokens is -3"),
     "a temperature of NaN": (["run", "sudoku-nano", "1", "--t-min", "nan"], "t_min is nan"),
-    "a temperature of 0": (["run", "sudoku-nano", "1", "--t-min", "0"], "t_min is 0.0"),
+    "a temperature below 0": (["run", "sudoku-nano", "1", "--t-min", "-1"], "t_min is -1.0"),
     "no steps": (["sudoku", EASY, "--steps", "0"], "steps is 0"),
     "a bound that is infinite": (["run", "sudoku-nano", "1", "--entropy-bound", "inf"], "entropy_bound is inf"),
     "an empty stop": (["run", "sudoku-nano", "1", "--stop", ""], "stop is"),
