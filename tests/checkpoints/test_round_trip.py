@@ -23,7 +23,7 @@ from blockpress.config import PRESETS, GenerationConfig, LayerConfig, ModelConfi
 from blockpress.model import Network
 from tests.builders.files import bits, figures, same, tensors_of
 from tests.conftest import RandomNetwork
-from tests.parity.oracle import build, to_bfloat16
+from tests.parity.oracle import CACHE, build, to_bfloat16
 
 pytestmark = pytest.mark.parity
 logging.disable_progress_bar()
@@ -63,11 +63,11 @@ def their_figures(theirs: DiffusionGemmaForBlockDiffusion) -> Tensor:
     canvas = torch.randint(0, config.text_config.vocab_size, (1, config.canvas_length), generator=draw)
     cache = DynamicCache(config=config.text_config)
     with torch.no_grad():
-        first = theirs(input_ids=prompt, decoder_input_ids=canvas, past_key_values=cache)
+        first = theirs(input_ids=prompt, decoder_input_ids=canvas, **{CACHE: cache})
         cap = config.text_config.final_logit_softcapping
         causal = torch.tanh(theirs.lm_head(first.encoder_last_hidden_state).float() / cap) * cap
         told = first.logits.to(theirs.dtype)
-        again = theirs(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=told)
+        again = theirs(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=told)
     return torch.cat((causal, first.logits, again.logits), dim=1)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     figures[comparison].append((measured, limit))
     if not figures:
         return
-    terminalreporter.section("parity with transformers: the figure nearest to its limit")
+    terminalreporter.section(f"parity with transformers {version('transformers')}: the figure nearest to its limit")
     for comparison in sorted(figures):
         measured, limit = max(figures[comparison], key=lambda pair: pair[0] / pair[1] if pair[1] else pair[0])
         count = len(figures[comparison])

@@ -14,6 +14,7 @@ Invariant: `network_like` uses every text tensor of the oracle exactly once, or 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from blockpress.ops.rope import inverse_frequencies, rotary_tables
 TEMPERATURE = 0.7
 SHIPPED = Path(blockpress.__file__).parent / "models" / "sudoku-nano"
 Figures = dict[str, Tensor]
+CACHE = "cache" if "cache" in inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters else "past_key_values"
+"""The oracle's argument for its cache: `cache` from `transformers` 5.24 on."""
 
 
 def build(
@@ -170,7 +173,7 @@ def their_figures(
     figures: Figures = {}
     length = 0
     for part, tokens, canvas in (("prefill", text.prompt, text.first), ("commit", text.first, text.second)):
-        out = theirs(input_ids=tokens[None], decoder_input_ids=canvas[None], past_key_values=cache)
+        out = theirs(input_ids=tokens[None], decoder_input_ids=canvas[None], **{CACHE: cache})
         length += len(tokens)
         figures[f"{part}: hidden"] = out.encoder_last_hidden_state[0]
         figures[f"{part}: next token"] = _head(theirs, out.encoder_last_hidden_state[0])
@@ -181,7 +184,7 @@ def their_figures(
         figures[f"{part}: scaled"] = scaled
         told = theirs(
             decoder_input_ids=canvas[None],
-            past_key_values=cache,
+            **{CACHE: cache},
             self_conditioning_logits=scaled[None].to(theirs.lm_head.weight.dtype),
         )
         figures[f"{part}: denoise again"] = told.logits[0]
@@ -259,7 +262,7 @@ def layer_calls(theirs: DiffusionGemmaForBlockDiffusion, text: Text, how: str) -
     places |= {layer: (i, False) for i, layer in enumerate(theirs.model.decoder.layers)}
 
     def enter(module: torch.nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
-        cached = kwargs["past_key_values"].layers[places[module][0]]
+        cached = kwargs[CACHE].layers[places[module][0]]
         before[module] = (cached.keys, cached.values) if cached.is_initialized else None
 
     def leave(module: torch.nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], y: Tensor) -> None:

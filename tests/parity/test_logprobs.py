@@ -18,7 +18,7 @@ from blockpress.decoding.verified import generate_verified
 from blockpress.model import Network
 
 from .checkpoints import TINY
-from .oracle import _head, build, network_like
+from .oracle import CACHE, _head, build, network_like
 from .siblings import CASES, checkpoint, prompts
 from .test_sibling import their_logits
 
@@ -62,7 +62,7 @@ def test_logprobs_of_canvases_equal_the_oracle_s(checks: int) -> None:
         out = theirs(
             input_ids=torch.tensor([[*prompt, *reply.tokens]]),
             decoder_input_ids=torch.zeros(1, 8, dtype=torch.long),
-            past_key_values=DynamicCache(config=theirs.config.text_config),
+            **{CACHE: DynamicCache(config=theirs.config.text_config)},
         )
         check(reply, prompt, _head(theirs, out.encoder_last_hidden_state[0]))
 

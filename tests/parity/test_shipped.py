@@ -14,7 +14,7 @@ from blockpress.lm import LM
 from blockpress.sudoku import Puzzle, held_out, layout
 
 from .conftest import Report
-from .oracle import SHIPPED, TEMPERATURE, distance, load_shipped
+from .oracle import CACHE, SHIPPED, TEMPERATURE, distance, load_shipped
 
 pytestmark = [
     pytest.mark.parity,
@@ -88,14 +88,14 @@ def _their_logits(
 ) -> dict[str, Tensor]:
     theirs.set_attn_implementation(how)
     cache = DynamicCache(config=theirs.config.text_config)
-    out = theirs(input_ids=prompt[None], decoder_input_ids=canvas[None], past_key_values=cache)
+    out = theirs(input_ids=prompt[None], decoder_input_ids=canvas[None], **{CACHE: cache})
     cap = theirs.final_logit_softcapping
     logits = {
         "canvas": out.logits[0],
         "next token": torch.tanh(theirs.lm_head(out.encoder_last_hidden_state[0]) / cap) * cap,
     }
     if scaled is not None:
-        told = theirs(decoder_input_ids=canvas[None], past_key_values=cache, self_conditioning_logits=scaled[None])
+        told = theirs(decoder_input_ids=canvas[None], **{CACHE: cache}, self_conditioning_logits=scaled[None])
         logits["self-conditioned"] = told.logits[0]
     return logits
 

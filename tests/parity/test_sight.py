@@ -33,7 +33,7 @@ from blockpress.multimodal.placeholders import part_end
 
 from .checkpoints import TINY
 from .conftest import Report
-from .oracle import build, distance, network_like
+from .oracle import CACHE, build, distance, network_like
 
 pytestmark = pytest.mark.parity
 
@@ -112,15 +112,15 @@ def reference(name: str, causal: bool = False) -> Figures:
         config=theirs.config,
         inputs_embeds=torch.empty(*tokens.shape, 0),
         attention_mask=torch.ones_like(tokens, dtype=torch.bool),
-        past_key_values=cache,
+        **{CACHE: cache},
         position_ids=torch.arange(tokens.shape[1])[None],
         mm_token_type_ids=torch.zeros_like(tokens) if causal else (tokens == IMAGE).long(),
     )
-    read = theirs.model.encoder(input_ids=tokens, attention_mask=masks, past_key_values=cache, **given)
+    read = theirs.model.encoder(input_ids=tokens, attention_mask=masks, **{CACHE: cache}, **given)
     figures = {"hidden": read.last_hidden_state[0]}
     figures |= {f"key {index}": layer.keys[0] for index, layer in enumerate(cache.layers)}
-    figures["canvas"] = theirs(decoder_input_ids=row.first[None], past_key_values=cache).logits[0]
-    after = theirs(input_ids=row.first[None], decoder_input_ids=row.second[None], past_key_values=cache)
+    figures["canvas"] = theirs(decoder_input_ids=row.first[None], **{CACHE: cache}).logits[0]
+    after = theirs(input_ids=row.first[None], decoder_input_ids=row.second[None], **{CACHE: cache})
     return figures | {"canvas after a commit": after.logits[0]}
 
 

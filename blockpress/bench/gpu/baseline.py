@@ -9,6 +9,7 @@ Run it:  make bench-gpu PART=baseline
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -74,11 +75,13 @@ def baseline_step(model: Any, batch: int, context: int) -> Callable[[], torch.Te
         torch.randint(text.vocab_size, (batch, length), device=device)
         for length in (context, model.config.canvas_length)
     )
-    cache = DynamicCache(config=text)
-    previous_logits = model(input_ids=tokens, decoder_input_ids=canvas, past_key_values=cache).logits.to(torch.bfloat16)
+    parameters = inspect.signature(model.forward).parameters
+    # Renamed in version 5.24.
+    cache = {"cache" if "cache" in parameters else "past_key_values": DynamicCache(config=text)}
+    previous_logits = model(input_ids=tokens, decoder_input_ids=canvas, **cache).logits.to(torch.bfloat16)
 
     def run() -> torch.Tensor:
-        out = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=previous_logits)
+        out = model(decoder_input_ids=canvas, **cache, self_conditioning_logits=previous_logits)
         scaled = out.logits.float() / TEMPERATURE
         probabilities = torch.softmax(scaled, dim=-1)
         entropy = torch.distributions.Categorical(logits=scaled).entropy()
