@@ -156,6 +156,30 @@ def test_a_saved_gguf_tokenizer_is_the_same(tmp_path: Path) -> None:
     assert tokenizer.encode(text) == Tokenizer.from_directory(tmp_path / "saved").encode(text) == ids
 
 
+@pytest.mark.parametrize("changes", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"bos_token_id": None}])
+def test_bos_stands_in_front_whatever_the_file_says(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Older converters wrote add_bos_token = false; llama.cpp overrides it for this family, too."""
+    tokenizer = read_tokenizer(header_of(tmp_path, **changes))
+    assert tokenizer is not None
+    a = PIECES.index("a")
+    assert tokenizer.encode("a") == tokenizer.encode("<bos>a") == [2, a]
+    assert tokenizer.encode("a", add_special=False) == [a]
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_directory(tmp_path / "saved").encode("a") == [2, a]
+
+
+def test_eos_stands_at_the_end_only_where_the_file_says_so(tmp_path: Path) -> None:
+    ends = {flag: read_tokenizer(header_of(tmp_path, add_eos_token=flag)) for flag in (True, False)}
+    assert [ends[flag].encode("a")[-1] == 1 for flag in ends] == [True, False]  # type: ignore[union-attr]
+
+
+def test_control_tokens_without_a_key_are_found_by_their_pieces(tmp_path: Path) -> None:
+    names = ("bos", "eos", "unknown")
+    tokenizer = read_tokenizer(header_of(tmp_path, **{f"{name}_token_id": None for name in names}))
+    assert tokenizer is not None
+    assert (tokenizer.pad, tokenizer.eos, tokenizer.bos) == (0, 1, 2)
+
+
 def test_a_gguf_file_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
     for model in ("none", "no_vocab", None):
         assert read_tokenizer(header_of(tmp_path, model=model)) is None
@@ -171,6 +195,11 @@ def test_a_gguf_file_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
         ({"tokens": None}, DamagedFile, "tokenizer.ggml.tokens is no list"),
         ({"merges": [1, 2]}, DamagedFile, "tokenizer.ggml.merges is no list"),
         ({"tokens": [*PIECES[:-1], "a"]}, DamagedFile, "a piece twice"),
+        (
+            {"tokens": ["<s>" if piece == "<bos>" else piece for piece in PIECES], "bos_token_id": None},
+            DamagedFile,
+            "<bos>",
+        ),
         ({"merges": ["a"]}, DamagedFile, "the merge 'a'"),
         ({"merges": ["a b c"]}, DamagedFile, "the merge 'a b c'"),
         ({"merges": ["a zz"]}, DamagedFile, "merges do not fit"),

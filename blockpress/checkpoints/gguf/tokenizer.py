@@ -61,20 +61,20 @@ def read_tokenizer(header: Header) -> Tokenizer | None:
         raise _damaged(header, "tokenizer.ggml.tokens has a piece twice")
     merges = [_pair(header, merge) for merge in _texts(header, "tokenizer.ggml.merges")]
     named = _named(header, pieces)
+    if "bos_token" not in named:
+        raise _damaged(header, "it has neither tokenizer.ggml.bos_token_id nor a piece <bos>")
     backend = _backend(header, pieces, merges, named.get("unk_token"))
     _add_tokens(backend, pieces, merges, _types(header, len(pieces)))
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise _damaged(header, "tokenizer.chat_template is no text")
-    flags = {name: metadata.get(f"tokenizer.ggml.{name}", default) for name, default in _FLAGS.items()}
+    flags = {name: metadata.get(f"tokenizer.ggml.{name}", False) for name in ("add_bos_token", "add_eos_token")}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise _damaged(header, f"tokenizer.ggml.{name} is {flag!r:.40}, no truth value")
+    # Whatever the file says: files of older converters have false, and the family is trained with <bos> in front.
+    flags["add_bos_token"] = True
     return Tokenizer(backend, config={**named, **flags}, chat_template=template)
-
-
-# llama.cpp's defaults for a file without these keys.
-_FLAGS = {"add_bos_token": True, "add_eos_token": False}
 
 
 def _backend(
@@ -108,10 +108,12 @@ def _add_tokens(
 
 
 def _named(header: Header, pieces: Sequence[str]) -> dict[str, str]:
-    """The control tokens that have a name, by the names of tokenizer_config.json."""
+    """The control tokens that have a name, by the names of tokenizer_config.json: by key, else by piece."""
     named = {}
     for theirs, ours in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk"), ("mask", "mask")):
         number = header.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if number is None and f"<{ours}>" in pieces:
+            number = pieces.index(f"<{ours}>")
         if number is None:
             continue
         if not isinstance(number, int) or not 0 <= number < len(pieces):
