@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blockpress.config import PRESETS, GenerationConfig, LayerConfig, ModelConfig, Rope, Sampling
+from blockpress.config.families import SIZES
 from blockpress.errors import BlockpressError, ConfigError, RequestError
 
 SLIDING = LayerConfig(kind="sliding_attention", head_dim=8, kv_heads=2)
@@ -255,24 +256,67 @@ def test_a_key_that_changes_the_maths_is_refused_by_name(key: str, value: Any):
     refused(lambda: read(**{key: value}), ConfigError, key, repr(value))
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "num_experts",
-        "top_k_experts",
-        "moe_intermediate_size",
-    ],
-)
-def test_a_missing_size_is_named(key: str):
+@pytest.mark.parametrize("key", ["num_experts", "top_k_experts", "moe_intermediate_size"])
+def test_a_missing_size_without_a_default_is_named(key: str):
     refused(lambda: read(drop=(key,)), ConfigError, key)
     refused(lambda: read({key: None}), ConfigError, key)
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_size_is_left_out_but_never_null(key: str):
+    assert ModelConfig.from_dict(file({"layer_types": None}, drop=(key,)))
+    if key not in ("pad_token_id", "bos_token_id"):
+        refused(lambda: read({key: None}), ConfigError, f"text_config.{key}", "None")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", ["diffusion_gemma", "gemma4", "gemma4_text"])
+def test_what_a_file_leaves_out_is_what_transformers_makes_of_it(family: str):
+    import transformers
+
+    theirs = {
+        "diffusion_gemma": transformers.DiffusionGemmaConfig,
+        "gemma4": transformers.Gemma4Config,
+        "gemma4_text": transformers.Gemma4TextConfig,
+    }[family]
+    given = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16, "enable_moe_block": True}
+    given |= {"hidden_size_per_layer_input": 0}
+    data = given if family == "gemma4_text" else {"text_config": given}
+    ours = ModelConfig.from_dict({"model_type": family, **data})
+    made = theirs(**data)
+    text = made.get_text_config()
+    fields = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_attention_heads": "num_heads",
+        "sliding_window": "sliding_window",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "rms_norm_eps",
+        "final_logit_softcapping": "softcap",
+        "pad_token_id": "pad_id",
+        "bos_token_id": "bos_id",
+    }
+    assert {name: getattr(ours, name) for name in fields.values()} == {
+        name: getattr(text, other) for other, name in fields.items()
+    }
+    sizes = [(text.per_layer_config[i].head_dim, text.per_layer_config[i].num_key_value_heads) for i in range(30)]
+    assert [(layer.head_dim, layer.kv_heads) for layer in ours.layers] == sizes
+    assert [layer.kind for layer in ours.layers] == text.layer_types
+    assert ours.image_id == getattr(made, "image_token_id", None)
+    assert ours.eos_ids == (text.eos_token_id,)
+
+
+def test_only_gemma4_embeds_placeholders_as_the_pad_token():
+    given = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16, "enable_moe_block": True}
+    given |= {"hidden_size_per_layer_input": 0}
+    data = {"model_type": "gemma4", "text_config": given}
+    assert ModelConfig.from_dict(data).placeholder_ids == (258_880, 258_884, 258_881)
+    assert ModelConfig.from_dict({**data, "audio_token_id": None, "video_token_id": 7}).placeholder_ids == (258_880, 7)
+    assert ModelConfig.from_dict({**data, "text_config": given | {"pad_token_id": None}}).placeholder_ids == ()
+    assert ModelConfig.from_dict({"model_type": "gemma4_text", **given}).placeholder_ids == ()
+    assert ModelConfig.from_dict(PUBLISHED).placeholder_ids == ()
+    refused(lambda: ModelConfig.from_dict({**data, "video_token_id": "<|video|>"}), ConfigError, "video_token_id")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +494,7 @@ def test_a_custom_rule_cannot_be_saved(rule: str):
 def test_boundary_values_are_allowed():
     sampling = Sampling(steps=1, t_min=0.5, t_max=0.5, stability=0, confidence=0)
     assert (sampling.steps, sampling.t_min, sampling.stability, sampling.confidence) == (1, sampling.t_max, 0, 0)
+    refused(lambda: Sampling(t_min=0, t_max=0), RequestError, "t_max", "0")
 
 
 # --------------------------------------------------------------------------------------------- generation_config.json
@@ -493,6 +538,30 @@ def test_every_generation_field_is_read():
 def test_null_or_absent_means_the_default(data: dict[str, Any]):
     generation = GenerationConfig.from_dict(data, replace(TINY, eos_ids=(5, 6)))
     assert (generation.sampling, generation.stop_ids) == (Sampling(), (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("t_min", 0.0, "t_min"),  # after the last step: no step has it
+        ("t_min", 0, "t_min"),
+        ("t_min", 0.8, "t_min"),
+        ("stability_threshold", 0, "stability"),
+        ("confidence_threshold", 0, "confidence"),
+        ("max_denoising_steps", 1, "steps"),
+        ("sampler_config", {"entropy_bound": 1e30}, "entropy_bound"),
+    ],
+)
+def test_an_extreme_value_that_has_a_meaning_is_read(key: str, value: Any, field: str):
+    sampling = GenerationConfig.from_dict({**REFERENCE, key: value}, TINY).sampling
+    assert getattr(sampling, field) == (value["entropy_bound"] if isinstance(value, dict) else value)
+
+
+@pytest.mark.parametrize("limit", [{"temperature": 0}, {"temperature": 0.0}, {"top_p": 0}, {"top_p": 0.0}])
+def test_at_its_limit_sampling_takes_the_likeliest_token(limit: dict[str, Any]):
+    read = GenerationConfig.from_dict({"do_sample": True, "top_k": 64, **limit}, TINY)
+    assert read.autoregressive.temperature == 0
+    assert GenerationConfig.from_dict(read.to_dict(), TINY).autoregressive == read.autoregressive
 
 
 @pytest.mark.parametrize(

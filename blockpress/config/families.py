@@ -26,7 +26,7 @@ class Traits:
 
     architecture: the class that the reference loads. text_type: `model_type` of its text part. nested: whether that
     part is in `text_config`. has_canvas: whether it denoises canvases, or is only autoregressive.
-    defaults: the reference's values for fields that a file leaves out, where the families differ.
+    defaults: the reference's values for fields of the text part that a file leaves out.
     """
 
     architecture: str
@@ -36,7 +36,31 @@ class Traits:
     defaults: Mapping[str, Any]
 
 
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 262_144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+}
+"""The reference's values for fields of the text part that a file leaves out, alike in all families. The number and the
+size of experts have none."""
+
+GLOBAL_HEAD_DIM, PATTERN = 512, 6
+"""The size of a full layer's head, and every how manyth layer is full."""
+
+SOFTCAP, CANVAS = 30.0, 256
+"""Of DiffusionGemma: the reference has the first as a class attribute, so it is missing from what its configs write."""
+
 _GEMMA4_DEFAULTS: Mapping[str, Any] = {
+    **SIZES,
     "final_logit_softcapping": None,
     "attention_k_eq_v": False,
     "enable_moe_block": False,
@@ -49,7 +73,7 @@ FAMILIES: Mapping[Family, Traits] = {
         text_type="diffusion_gemma_text",
         nested=True,
         has_canvas=True,
-        defaults={"final_logit_softcapping": 30.0},
+        defaults={**SIZES, "final_logit_softcapping": SOFTCAP},
     ),
     "gemma4": Traits(
         architecture="Gemma4ForConditionalGeneration",

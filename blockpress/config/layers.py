@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from blockpress.config.checks import is_count, is_number, require
+from blockpress.config.families import GLOBAL_HEAD_DIM, PATTERN
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 KINDS: tuple[LayerKind, ...] = ("sliding_attention", "full_attention")
@@ -116,7 +117,7 @@ def read_layers(text: Mapping[str, Any], keys_are_values: bool = True) -> tuple[
     require(is_count(count), "num_hidden_layers", count, "a whole number of at least 1")
     kinds = text.get("layer_types")
     if kinds is None:
-        kinds = [KINDS[(i + 1) % 6 == 0] for i in range(count)]
+        kinds = [KINDS[(i + 1) % PATTERN == 0] for i in range(count)]
     require(isinstance(kinds, Sequence) and len(kinds) == count, "layer_types", kinds, f"a list of {count} entries")
     for kind in kinds:
         require(kind in KINDS, "layer_types", kind, " or ".join(KINDS))
@@ -141,7 +142,7 @@ def _sizes(text: Mapping[str, Any], kinds: Sequence[Any], keys_are_values: bool)
     for index, kind in enumerate(kinds):
         size = {"head_dim": text["head_dim"], "num_key_value_heads": text["num_key_value_heads"]}
         if differences is None and kind == "full_attention":
-            size["head_dim"] = text.get("global_head_dim", 512)
+            size["head_dim"] = text.get("global_head_dim", GLOBAL_HEAD_DIM)
             if keys_are_values and global_heads is not None:
                 size["num_key_value_heads"] = global_heads
         for key, value in by_layer.get(index, {}).items():

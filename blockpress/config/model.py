@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockpress.config.checks import is_count, is_number, require
-from blockpress.config.families import FAMILIES, REASONS, Family, Traits
+from blockpress.config.families import CANVAS, FAMILIES, REASONS, SIZES, SOFTCAP, Family, Traits
 from blockpress.config.layers import (
     FULL_ROPE,
     SLIDING_ROPE,
@@ -25,11 +25,7 @@ from blockpress.config.layers import (
 from blockpress.errors import ConfigError
 
 FAMILY: Family = "diffusion_gemma"
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
-)  # fmt: skip
-_REQUIRED_OF_EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
+_EXPERT_FIELDS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_heads", "sliding_window", "canvas_length", "context_length",
 )  # fmt: skip
@@ -73,10 +69,10 @@ class ModelConfig:
     num_experts: int
     top_k_experts: int
     expert_size: int
-    canvas_length: int = 256
-    context_length: int = 131_072
-    rms_norm_eps: float = 1e-6
-    softcap: float | None = 30.0
+    canvas_length: int = CANVAS
+    context_length: int = SIZES["max_position_embeddings"]
+    rms_norm_eps: float = SIZES["rms_norm_eps"]
+    softcap: float | None = SOFTCAP
     pad_id: int | None = 0
     eos_ids: tuple[int, ...] = (1,)
     bos_id: int | None = 2
@@ -93,8 +89,9 @@ class ModelConfig:
         most = f"at most num_experts ({self.num_experts})"
         require(self.top_k_experts <= self.num_experts, "top_k_experts", self.top_k_experts, most)
         require(is_number(self.rms_norm_eps) and self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
-        for name, value in (("pad", self.pad_id), ("bos", self.bos_id), ("image", self.image_id)):
-            require(value is None or is_count(value, 0), f"{name}_token_id", value, "a token id or null")
+        named = {"pad_token_id": self.pad_id, "bos_token_id": self.bos_id, **self._placeholders()}
+        for name, value in named.items():
+            require(value is None or is_count(value, 0), name, value, "a token id or null")
         for token in self.eos_ids:
             require(is_count(token, 0), "eos_token_id", token, "a token id or a list of them")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
@@ -138,6 +135,18 @@ class ModelConfig:
         return self.sliding_rope if kind == "sliding_attention" else self.full_rope
 
     @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids that are embedded as the pad token, as the reference of `gemma4` does: those of image, video and audio,
+        whose embeddings its towers' features replace. The other families have none."""
+        if self.family != "gemma4" or self.pad_id is None:
+            return ()
+        return tuple(number for number in self._placeholders().values() if number is not None)
+
+    def _placeholders(self) -> dict[str, int | None]:
+        others = {"video_token_id": 258_884, "audio_token_id": 258_881}
+        return {"image_token_id": self.image_id} | {name: self.source.get(name, id) for name, id in others.items()}
+
+    @property
     def has_canvas(self) -> bool:
         """Whether the network denoises canvases; Gemma 4 is autoregressive only."""
         return FAMILIES[self.family].has_canvas
@@ -171,18 +180,18 @@ class ModelConfig:
             intermediate_size=text["intermediate_size"],
             num_heads=text["num_attention_heads"],
             layers=read_layers(text, keys_are_values),
-            sliding_window=text.get("sliding_window", 512),
+            sliding_window=text["sliding_window"],
             sliding_rope=sliding_rope,
             full_rope=full_rope,
             keys_are_values=keys_are_values,
             **_experts(text, traits),
-            canvas_length=1 if not traits.has_canvas else 256 if length is None else length,
-            context_length=text.get("max_position_embeddings", 131_072),
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            canvas_length=1 if not traits.has_canvas else CANVAS if length is None else length,
+            context_length=text["max_position_embeddings"],
+            rms_norm_eps=text["rms_norm_eps"],
             softcap=text["final_logit_softcapping"],
-            pad_id=text.get("pad_token_id", 0),
+            pad_id=text["pad_token_id"],
             eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-            bos_id=text.get("bos_token_id", 2),
+            bos_id=text["bos_token_id"],
             image_id=data.get("image_token_id", 258_880) if traits.nested else None,
             vision=data.get("vision_config"),
             dtype=data.get("dtype") or data.get("torch_dtype") or text.get("dtype") or "float32",
@@ -264,13 +273,15 @@ def _read_family(data: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
                 require(part[key] in allowed, prefix + key, part[key], need)
     moe = text.get("enable_moe_block")
     require(traits.has_canvas or isinstance(moe, bool), f"{where}enable_moe_block", moe, "true or false")
-    required = _REQUIRED + (_REQUIRED_OF_EXPERTS if traits.has_canvas or moe else ())
-    missing = [name for name in required if text.get(name) is None]
-    require(not missing, f"{where}{missing[0] if missing else ''}", None, "given: it has no default")
+    for name in _EXPERT_FIELDS if traits.has_canvas or moe else ():
+        require(text.get(name) is not None, where + name, None, "given: it has no default")
+    for name in SIZES:
+        nullable = name in ("pad_token_id", "bos_token_id")
+        require(nullable or text[name] is not None, where + name, None, f"left out ({SIZES[name]}), or a number")
     return family, text
 
 
 def _experts(text: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     """The experts' numbers; all 0 where the layers have no experts, whatever else the file says."""
     sparse = traits.has_canvas or text["enable_moe_block"]
-    return {ours: text[name] if sparse else 0 for ours, name in zip(_EXPERTS, _REQUIRED_OF_EXPERTS, strict=True)}
+    return {ours: text[name] if sparse else 0 for ours, name in zip(_EXPERTS, _EXPERT_FIELDS, strict=True)}

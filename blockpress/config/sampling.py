@@ -261,7 +261,7 @@ def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     given = {name: data.get(name) for name in ("temperature", "top_k", "top_p")}
     fields = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
-    require(
-        is_number(fields["temperature"]) and fields["temperature"] > 0, "temperature", fields["temperature"], "above 0"
-    )
+    # The limits of these two, at which only the likeliest token is left.
+    if any(is_number(fields[name]) and fields[name] == 0 for name in ("temperature", "top_p")):
+        return {}
     return fields | {"top_k": fields["top_k"] or None}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from blockpress.checkpoints.gguf import open_gguf
+from blockpress.checkpoints.gguf import load_gguf_network, open_gguf
 from blockpress.checkpoints.gguf.header import Header, StoredBlocks
 from blockpress.checkpoints.gguf.metadata import read_config, read_generation
 from blockpress.checkpoints.gguf.names import stored_names
 from blockpress.checkpoints.gguf.types import ggml_type
 from blockpress.config import PRESETS, ModelConfig, Rope, Sampling
-from blockpress.errors import ConfigError
+from blockpress.errors import ConfigError, ShapeMismatch
 from blockpress.model import Network
 from tests.builders.gguf_files import PIECES, keys_of, narrow, refusal, write_gguf
 
@@ -91,6 +91,50 @@ def test_alternative_metadata_keys_are_read(
     assert open_gguf(tmp_path / "x.gguf").config == replace(small, **expected)
 
 
+@pytest.mark.parametrize(
+    ("key", "field", "default"),
+    [
+        ("final_logit_softcapping", "softcap", 30.0),  # missing where `transformers` wrote the config
+        ("attention.layer_norm_rms_epsilon", "rms_norm_eps", 1e-6),
+        ("attention.sliding_window", "sliding_window", 512),
+        ("context_length", "context_length", 131_072),
+        ("diffusion.canvas_length", "canvas_length", 256),
+        ("rope.freq_base", "full_rope", Rope(theta=1e6, kind="proportional", partial=0.25)),
+        ("rope.freq_base_swa", "sliding_rope", Rope(theta=1e4)),
+        ("tokenizer.ggml.padding_token_id", "pad_id", 0),
+        ("tokenizer.ggml.bos_token_id", "bos_id", 2),
+        ("tokenizer.ggml.eos_token_id", "eos_ids", (1, 6, 7)),
+    ],
+)
+def test_a_missing_key_has_the_reference_s_default(
+    key: str, field: str, default: Any, small: ModelConfig, tmp_path: Path
+) -> None:
+    other = replace(small, softcap=20.0, rms_norm_eps=1e-5, sliding_window=9, context_length=99, canvas_length=5)
+    write_gguf(tmp_path / "x.gguf", other, Type.Q8_0, keys={key: None})
+    assert open_gguf(tmp_path / "x.gguf").config == replace(other, **{field: default})
+    load_gguf_network(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes"),
+    [
+        ("attention.sliding_window_pattern", [(8, 2), (16, 1)]),  # each sixth layer is full, and the last
+        ("attention.key_length_swa", [(256, 2), (16, 1)]),
+        ("attention.head_count_kv", [(8, 4), (16, 4)]),
+    ],
+)
+def test_missing_sizes_of_layers_are_the_reference_s(
+    key: str, sizes: list[tuple[int, int]], small: ModelConfig, tmp_path: Path
+) -> None:
+    derived = ("attention.value_length", "rope.dimension_count")
+    keys = {key: None} | {f"{name}{suffix}": None for name in derived for suffix in ("", "_swa")}
+    write_gguf(tmp_path / "x.gguf", small, Type.Q8_0, keys=keys)
+    read = open_gguf(tmp_path / "x.gguf").config
+    assert [(layer.head_dim, layer.kv_heads) for layer in read.layers] == sizes
+    if read != small:
+        assert isinstance(refusal(tmp_path / "x.gguf"), ShapeMismatch), "the tensors have other sizes"
+
+
 def test_sampler_and_stop_ids_are_read(small: ModelConfig, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", small)
     generation = open_gguf(tmp_path / "x.gguf").generation
@@ -109,10 +153,8 @@ def test_sampler_and_stop_ids_are_read(small: ModelConfig, tmp_path: Path) -> No
     ("keys", "words"),
     [
         *(({key: None}, f"{key} is missing") for key in (
-            "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "expert_count", "expert_used_count",
-            "expert_feed_forward_length", "attention.key_length", "attention.key_length_swa", "final_logit_softcapping",
-            "attention.sliding_window", "attention.sliding_window_pattern", "diffusion.canvas_length")),
+            "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "expert_count",
+            "expert_used_count", "expert_feed_forward_length")),
         ({"attention.shared_kv_layers": 1}, "attention.shared_kv_layers is 1"),
         ({"embedding_length_per_layer_input": 64}, "embedding_length_per_layer_input is 64"),
         ({"attention.causal": True}, "attention.causal is True"),

@@ -37,7 +37,9 @@ from blockpress.ops.rope import inverse_frequencies, rotary_tables
 TEMPERATURE = 0.7
 SHIPPED = Path(blockpress.__file__).parent / "models" / "sudoku-nano"
 Figures = dict[str, Tensor]
-CACHE = "cache" if "cache" in inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters else "past_key_values"
+)
 """The oracle's argument for its cache: `cache` from `transformers` 5.24 on."""
 
 

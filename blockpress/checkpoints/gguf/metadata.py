@@ -4,9 +4,10 @@
     diffusion.*             canvas length and sampler; the keys of the sampler are often left out
     tokenizer.ggml.*        ids of bos, eos and pad; the vocabulary gives the other stop ids
 
-A key with a value that would need maths that the stack does not have is refused by name; unknown keys are tolerated, as
-in config.json. No key says how much of a full layer's head is rotated: `rope_freqs.weight` does, whose entries divide
-the frequencies (1 for those that rotate, 1e30 for those that do not).
+A key that is missing has the value that `transformers` gives its field; only sizes of matrices have none, which every
+converter writes. A key with a value that would need maths that the stack does not have is refused by name; unknown keys
+are tolerated, as in config.json. No key says how much of a full layer's head is rotated: `rope_freqs.weight` does,
+whose entries divide the frequencies (1 for those that rotate, 1e30 for those that do not).
 
 Invariant: the result is valid, and equals that of the config.json that the file was made from.
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from blockpress.checkpoints.gguf.header import Header
 from blockpress.config import GenerationConfig, LayerConfig, ModelConfig, Rope, Sampling
-from blockpress.config.layers import FULL_ROPE
+from blockpress.config.families import CANVAS, GLOBAL_HEAD_DIM, PATTERN, SIZES, SOFTCAP
+from blockpress.config.layers import FULL_ROPE, SLIDING_ROPE
 from blockpress.errors import ConfigError, RequestError
 
 ARCHITECTURE = "diffusion-gemma"
@@ -75,26 +77,25 @@ def read_config(header: Header, frequencies: Tensor | None) -> ModelConfig:
         if value is not None and value not in allowed:
             raise _wrong(key, value, " or ".join(map(repr, allowed)))
     layers = _layers(header)
-    ids = {name: _find(header, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding")}
     return ModelConfig(
         vocab_size=_vocabulary(header),
         hidden_size=_need(header, "embedding_length"),
         intermediate_size=_alike(header, "feed_forward_length"),
         num_heads=_alike(header, "attention.head_count"),
         layers=layers,
-        sliding_window=_need(header, "attention.sliding_window"),
-        sliding_rope=Rope(theta=_find(header, "rope.freq_base_swa", 10_000.0)),
+        sliding_window=_find(header, "attention.sliding_window", SIZES["sliding_window"]),
+        sliding_rope=Rope(theta=_find(header, "rope.freq_base_swa", SLIDING_ROPE.theta)),
         full_rope=_full_rope(header, layers, frequencies),
         num_experts=_need(header, "expert_count"),
         top_k_experts=_need(header, "expert_used_count"),
         expert_size=_need(header, "expert_feed_forward_length"),
-        canvas_length=_need(header, "diffusion.canvas_length"),
-        context_length=_need(header, "context_length"),
-        rms_norm_eps=_need(header, "attention.layer_norm_rms_epsilon"),
-        softcap=_need(header, "final_logit_softcapping"),
-        pad_id=ids["padding"],
+        canvas_length=_find(header, "diffusion.canvas_length", CANVAS),
+        context_length=_find(header, "context_length", SIZES["max_position_embeddings"]),
+        rms_norm_eps=_find(header, "attention.layer_norm_rms_epsilon", SIZES["rms_norm_eps"]),
+        softcap=_find(header, "final_logit_softcapping", SOFTCAP),
+        pad_id=_token_id(header, "padding", "<pad>"),
         eos_ids=_stop_ids(header),
-        bos_id=ids["bos"],
+        bos_id=_token_id(header, "bos", "<bos>"),
         image_id=_id_of(header, _IMAGE),
         dtype=_dtype(header),
     )
@@ -134,7 +135,8 @@ def _layers(header: Header) -> tuple[LayerConfig, ...]:
         raise _wrong("block_count", count, f"from 1 to {len(header.tensors)}, the number of tensors")
     sliding = _pattern(header, count)
     heads = _kv_heads(header, count, sliding)
-    full_dim, sliding_dim = _need(header, "attention.key_length"), _need(header, "attention.key_length_swa")
+    full_dim = _find(header, "attention.key_length", GLOBAL_HEAD_DIM)
+    sliding_dim = _find(header, "attention.key_length_swa", SIZES["head_dim"])
     for key, size in (
         ("attention.value_length", full_dim),
         ("attention.value_length_swa", sliding_dim),
@@ -155,7 +157,9 @@ def _layers(header: Header) -> tuple[LayerConfig, ...]:
 
 def _pattern(header: Header, count: int) -> list[bool]:
     key = "attention.sliding_window_pattern"
-    pattern = _need(header, key)
+    pattern = _find(header, key)
+    if pattern is None:
+        return [(index + 1) % PATTERN != 0 and index + 1 < count for index in range(count)]
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern >= 1:
         # One number n means: every n-th layer is full.
         return [(index + 1) % pattern != 0 for index in range(count)]
@@ -167,7 +171,7 @@ def _pattern(header: Header, count: int) -> list[bool]:
 def _kv_heads(header: Header, count: int, sliding: Sequence[bool]) -> list[Any]:
     """A number for each layer: from a list, or from one number for all and another for the full ones."""
     key = "attention.head_count_kv"
-    heads = _need(header, key)
+    heads = _find(header, key, SIZES["num_key_value_heads"])
     if isinstance(heads, int):
         full = _find(header, f"{key}_full", heads)
         return [heads if local else full for local in sliding]
@@ -210,12 +214,17 @@ def _vocabulary(header: Header) -> int:
 
 def _stop_ids(header: Header) -> tuple[int, ...]:
     """eos first, then end of turn and the other control tokens that end an answer."""
-    named = [_find(header, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids = [*named, *(_id_of(header, piece) for piece in _STOPS)]
+    named = [_find(header, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    ids = [_token_id(header, "eos", "<eos>"), *named, *(_id_of(header, piece) for piece in _STOPS)]
     known = tuple(dict.fromkeys(number for number in ids if number is not None))
     if not known:
         raise _missing("tokenizer.ggml.eos_token_id")
     return known
+
+
+def _token_id(header: Header, name: str, piece: str) -> int | None:
+    """A control token's id by its key, or by its piece where the file does not name it."""
+    return _find(header, f"tokenizer.ggml.{name}_token_id", _id_of(header, piece))
 
 
 def _id_of(header: Header, piece: str) -> int | None:
