@@ -196,7 +196,10 @@ class Network(nn.Module):
         return self.norm(x)
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Hidden:
-        """Rows of the embedding times sqrt(hidden) rounded to the weight's dtype."""
+        """Rows of the embedding times sqrt(hidden) rounded to the weight's dtype; a placeholder has the pad token's."""
+        for token in self.config.placeholder_ids:
+            assert self.config.pad_id is not None, "a config without a pad token has no placeholders"
+            tokens = tokens.masked_fill(tokens == token, self.config.pad_id)
         return self.embed_tokens(tokens, self.dtype) * self.embed_scale()
 
     def condition(self, canvas: Canvas, signal: Signal | None) -> Hidden:

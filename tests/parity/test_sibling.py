@@ -28,6 +28,7 @@ from blockpress.decoding.generate import pad
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network
 
+from . import siblings
 from .conftest import Report
 from .oracle import distance
 from .siblings import CASES, TINY, Theirs, checkpoint, prompts
@@ -69,6 +70,23 @@ def test_logits_of_a_checkpoint_that_transformers_saved(name: str, workspace: Pa
     report("gemma4, logits", measured, limit)
     assert measured <= limit
     assert max(len(row) for row in rows) > CASES[name].config.sliding_window
+
+
+def test_placeholders_are_embedded_as_the_reference_embeds_them(report: Report) -> None:
+    """As the pad token where the reference has towers, as themselves where it is the text part alone."""
+    row = [9, 15, 15, 7, 11, 12, 15, 3, 0]
+    for family in ("gemma4", "gemma4_text"):
+        config = replace(TINY, family=family, image_id=15 if family == "gemma4" else None)
+        config = replace(config, source={"video_token_id": 11, "audio_token_id": 12})
+        theirs = siblings.build(config)
+        network = Network(config).eval().requires_grad_(False)
+        state = {our_name(name, config.family): tensor for name, tensor in theirs.state_dict().items()}
+        network.load_state_dict({name: state[name] for name in network.state_dict()})
+        measured = worst(our_logits(network, [row]), their_logits(theirs, [row], "eager"))
+        report("gemma4, logits", measured, LIMIT)
+        assert measured <= LIMIT
+        plain = our_logits(network, [[0 if token in (15, 11, 12) else token for token in row]])
+        assert torch.equal(plain[0], our_logits(network, [row])[0]) == (family == "gemma4")
 
 
 @cases
