@@ -62,6 +62,14 @@ class Repository:
             entries.append(entry)
         return entries
 
+    def siblings(self) -> list[dict[str, Any]]:
+        """The same as the repository's description has it."""
+        return [
+            {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+            | ({"lfs": {**entry["lfs"], "sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {})
+            for entry in self.tree()
+        ]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -75,7 +83,9 @@ class Hub:
     """The server's state. `cut[path]` is how many bytes of that file the next answers give before the line breaks.
 
     `resets` makes it break by a reset instead of an early end, which HTTP clients tell apart. `redirects` sends those who
-    ask for a file of LFS to another host, as the real hub does.
+    ask for a file of LFS to another host, as the real hub does. `ranges` is how it answers those who ask for the rest of a
+    file, and `tree` whether it lists a commit's files apart from the repository's description, which some mirrors do not;
+    `etags` makes it call files by names of its own.
     """
 
     def __init__(self) -> None:
@@ -84,6 +94,9 @@ class Hub:
         self.cut: dict[str, list[int]] = {}
         self.resets = False
         self.redirects = False
+        self.ranges = "the rest, 206"
+        self.tree = True
+        self.etags = False
         self.url = ""
 
     def of(self, ending: str, method: str = "GET") -> list[Request]:
@@ -117,12 +130,13 @@ def serving() -> Iterator[Hub]:
                 return self.refuse(404 if asked.authorization else 401, "RepoNotFound")
             if repository.refuse is not None:
                 return self.refuse(*repository.refuse)
-            if match[2] == f"tree/{repository.commit}":
+            if match[2] == f"tree/{repository.commit}" and hub.tree:
                 return self.give(json.dumps(repository.tree()).encode(), {"Content-Type": "application/json"}, body)
-            if match[2] not in (None, "main", "v1", repository.commit):
+            if match[2] not in (None, f"tree/{repository.commit}", "main", "v1", repository.commit):
                 return self.refuse(404, "RevisionNotFound")
             if api:
-                content = json.dumps({"id": match[1], "sha": repository.commit, "siblings": []}).encode()
+                described = {"id": match[1], "sha": repository.commit, "siblings": repository.siblings()}
+                content = json.dumps(described).encode()
                 return self.give(content, {"Content-Type": "application/json"}, body)
             if match[3] not in repository.files:
                 return self.refuse(404, "EntryNotFound")
@@ -132,6 +146,7 @@ def serving() -> Iterator[Hub]:
 
         def give_file(self, repository: Repository, path: str, body: bool, to: str | None) -> None:
             content, etag = repository.files[path], repository.etag(path)
+            etag = f"own-{etag[:8]}" if hub.etags else etag
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
             if repository.sha256(path):
                 headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
@@ -140,8 +155,12 @@ def serving() -> Iterator[Hub]:
             status = 200
             if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
                 start = int(asked[1])
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                content, status = content[start:], 206
+                if hub.ranges == "416":
+                    return self.refuse(416, "")
+                what, named = hub.ranges.split(", ")
+                first = {"the rest": start, "all": 0, "other bytes": start // 2, "nothing": len(content)}[what]
+                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+                content, status = content[first:], int(named)
             stop = None
             if body and hub.cut.get(path):
                 stop = hub.cut[path].pop(0)

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,18 +274,111 @@ class TestDamaged:
 
     def test_leftovers_longer_than_the_file_are_dropped(self, model: Repository) -> None:
         shard = shard_of(model)
-        left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(shard)}.incomplete"
-        left.parent.mkdir(parents=True)
-        left.write_bytes(b"x" * (len(model.files[shard]) + 1))
+        leave(model, shard, b"x" * (len(model.files[shard]) + 1))
         assert (pull() / shard).read_bytes() == model.files[shard]
 
-    def test_leftovers_of_other_content_are_refused_and_the_next_pull_is_complete(self, model: Repository) -> None:
+    def test_leftovers_of_other_content_are_dropped(self, hub: Hub, model: Repository) -> None:
         shard = shard_of(model)
-        left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(shard)}.incomplete"
-        left.parent.mkdir(parents=True)
-        left.write_bytes(b"x" * 100)
-        assert shard in refused().message
+        leave(model, shard, b"x" * 100)
         assert (pull() / shard).read_bytes() == model.files[shard]
+        assert [request.range for request in hub.of(shard)] == ["bytes=100-", None]
+
+
+def leave(model: Repository, path: str, content: bytes) -> None:
+    """What a pull that was cut would have left of a file."""
+    left = cached.home_of(NAME.repo) / "blobs" / f"{model.etag(path)}.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(content)
+
+
+RANGES = [
+    "the rest, 206", "the rest, 200", "all, 200", "all, 206", "other bytes, 206", "other bytes, 200", "nothing, 206",
+    "nothing, 200", "416",
+]  # fmt: skip
+
+
+class TestMirror:
+    @pytest.mark.parametrize("ranges", RANGES)
+    def test_a_leftover_becomes_the_file_or_is_dropped(self, hub: Hub, model: Repository, ranges: str) -> None:
+        shard, hub.ranges = shard_of(model), ranges
+        leave(model, shard, model.files[shard][:5_000])
+        assert (pull() / shard).read_bytes() == model.files[shard]
+        assert len(hub.of(shard)) <= 3 and not any(name.endswith(".incomplete") for name in blobs())
+
+    @pytest.mark.parametrize("ranges", RANGES)
+    def test_a_broken_connection_ends_in_the_file_or_in_a_reason(
+        self, hub: Hub, model: Repository, ranges: str
+    ) -> None:
+        shard, hub.ranges = shard_of(model), ranges
+        hub.cut[shard] = [10_500, 4_200]
+        with suppress(HubError):
+            pull()
+        assert not any(name.endswith(".incomplete") for name in blobs())
+        assert (pull() / shard).read_bytes() == model.files[shard]
+
+    @pytest.mark.parametrize("ranges", ["the rest, 200", "other bytes, 206", "416"])
+    def test_a_mirror_that_always_breaks_and_never_continues_leaves_nothing(
+        self, hub: Hub, model: Repository, ranges: str
+    ) -> None:
+        shard, hub.ranges = shard_of(model), ranges
+        hub.cut[shard] = [3_000] * 40
+        error = refused()
+        assert shard in error.message and "HF_ENDPOINT" in error.hint
+        assert not any(name.endswith(".incomplete") for name in blobs())
+
+    @pytest.mark.parametrize("size", [0, 10, 100_000])
+    def test_a_body_of_another_size_is_refused_by_both_sizes(
+        self, model: Repository, size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shard, commit, listed, etag = shard_of(model), model.commit, model.tree(), model.etag
+        etags = {path: etag(path) for path in model.files}
+        monkeypatch.setattr(model, "tree", lambda: listed)
+        monkeypatch.setattr(model, "etag", etags.__getitem__)
+        monkeypatch.setattr(Repository, "commit", property(lambda self: commit))
+        whole, model.files[shard] = model.files[shard], (model.files[shard] * 9)[:size]
+        assert shard in (said := refused().message) and f"{len(whole):,} bytes" in said
+        assert not any(name.endswith(".incomplete") for name in blobs())
+        model.files[shard] = whole
+        assert (pull() / shard).read_bytes() == whole
+
+    def test_names_of_its_own_for_files_change_nothing(self, hub: Hub, model: Repository) -> None:
+        hub.etags = True
+        path = pull()
+        assert resolve(NAME.repo) == path and plan(NAME).left == ()
+        assert all(len(hub.of(f"/{file.name}")) == 1 for file in path.iterdir()), "each is fetched once"
+        assert set(blobs()) == {model.etag(file.name) for file in path.iterdir()}
+
+    def test_without_a_tree_the_description_lists_the_files(self, hub: Hub, model: Repository) -> None:
+        hub.tree = False
+        path = pull()
+        assert resolve(NAME.repo) == path
+        assert all(file.read_bytes() == model.files[file.name] for file in path.iterdir())
+
+    @pytest.mark.parametrize("listed", [[], [{"rfilename": "config.json"}], "a page of a proxy"])
+    def test_an_answer_that_is_no_hub_s_is_refused(
+        self, hub: Hub, model: Repository, listed: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub.tree = False
+        monkeypatch.setattr(model, "siblings", lambda: listed)
+        error = refused()
+        assert NAME.repo in error.message and "HF_ENDPOINT" in error.hint
+
+    def test_a_chunk_store_out_of_reach_is_replaced_by_plain_http(
+        self, model: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mirrors list files of it, and the store is elsewhere."""
+
+        def unreachable(*_: object, **__: object) -> str:
+            raise RuntimeError("Data processing error: CAS service error")
+
+        shard = shard_of(model)
+        model.xet.add(shard)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+        assert (pull() / shard).read_bytes() == model.files[shard]
+
+    def test_an_empty_file_is_fetched(self, model: Repository) -> None:
+        model.files["empty.json"] = b""
+        assert (pull() / "empty.json").read_bytes() == b""
 
 
 class TestRefused:

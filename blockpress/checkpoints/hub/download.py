@@ -5,7 +5,7 @@
 
 A file that comes over plain HTTP goes to `blobs/ETAG.incomplete`, which a cut download leaves there and the next one
 continues; huggingface_hub itself starts every file anew in each process (ADR 0025 has what each of the two does, case
-by case). Where it has its faster protocol (xet), it fetches the file itself.
+by case; `transfer.py` brings one file). Where it has its faster protocol (xet), it fetches the file itself.
 
 Invariant: a file that is not what the hub's checksum says does not stay in the cache.
 
@@ -15,9 +15,8 @@ Source: https://huggingface.co/docs/hub/api (tree, lfs.oid); git's object names 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from blockpress.checkpoints.hub import cache as cached
 from blockpress.checkpoints.hub.cache import HubName, home_of
 from blockpress.checkpoints.hub.errors import hub_errors
 from blockpress.checkpoints.hub.selection import select_files
+from blockpress.checkpoints.hub.transfer import bring, check_sum, size_of
 from blockpress.errors import HubError
 from blockpress.hardware import replacing
 
@@ -62,7 +62,7 @@ class Plan:
     @property
     def bytes_left(self) -> int:
         """Bytes still to come, less what a cut download left."""
-        return sum(file.size - _size(_partial(self.name.repo, file)) for file in self.left)
+        return sum(file.size - size_of(_partial(self.name.repo, file)) for file in self.left)
 
 
 def plan(name: HubName, *, include: Sequence[str] = (), exclude: Sequence[str] = (), file: str | None = None) -> Plan:
@@ -75,14 +75,20 @@ def plan(name: HubName, *, include: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
         HubError: no such repository or revision, no right to it, no connection, or nothing in it that we can run.
     """
-    from huggingface_hub import HfApi, RepoFile, constants
+    from huggingface_hub import HfApi, constants
 
     with hub_errors(name):
-        commit = HfApi().model_info(name.repo, revision=name.revision, timeout=TIMEOUT).sha
-        if not commit:
-            raise HubError(f"{constants.ENDPOINT} gave no commit for {name.repo}", hint="is HF_ENDPOINT a hub?")
-        tree = HfApi().list_repo_tree(name.repo, revision=commit, recursive=True)
-        remote = [entry for entry in tree if isinstance(entry, RepoFile)]
+        try:
+            commit = HfApi().model_info(name.repo, revision=name.revision, timeout=TIMEOUT).sha
+            if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{6,64}", commit):
+                raise HubError(f"{constants.ENDPOINT} gave no commit for {name.repo}", hint="is HF_ENDPOINT a hub?")
+            remote = _listed(name.repo, commit)
+        # What the library makes of an answer that is not the hub's: a page of a proxy, an API of another kind.
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise HubError(
+                f"{constants.ENDPOINT} does not answer as a hub about {name.repo}: {type(error).__name__}: {error}",
+                hint="check HF_ENDPOINT, and whether a proxy answers in its place",
+            ) from error
     files = select_files(name.repo, remote, include=include, exclude=exclude, file=file)
     snapshot = home_of(name.repo) / "snapshots" / commit
     left = tuple(wanted for wanted in files if not _is_whole(snapshot / wanted.path, wanted))
@@ -94,6 +100,25 @@ def disk_room() -> tuple[Path, int]:
     home = cached.cache_directory().absolute()
     existing = next(place for place in (home, *home.parents) if place.is_dir())
     return existing, shutil.disk_usage(existing).free
+
+
+def _listed(repo: str, commit: str) -> list[RepoFile]:
+    """The files of a commit: from the tree, or where a mirror serves none, from the repository's own description."""
+    from huggingface_hub import HfApi, RepoFile, errors
+
+    try:
+        tree = list(HfApi().list_repo_tree(repo, revision=commit, recursive=True))
+        return [entry for entry in tree if isinstance(entry, RepoFile)]
+    except (errors.EntryNotFoundError, TypeError, ValueError, LookupError, AttributeError):
+        described = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=TIMEOUT).siblings
+        files = [RepoFile(path=entry.rfilename, size=entry.size, oid=entry.blob_id) for entry in described or ()]
+        for file, entry in zip(files, described or (), strict=True):
+            file.lfs = entry.lfs
+            if not isinstance(file.size, int) or not (file.lfs or file.blob_id):
+                raise ValueError(f"{file.path} is listed without its size and checksum") from None
+        if not files:
+            raise
+        return files
 
 
 def check_room(plan: Plan) -> None:
@@ -116,7 +141,7 @@ def fetch(plan: Plan, progress: Progress = lambda file, done: None) -> Path:
     """
     for file in plan.left:
         meter = _meter(file, progress)
-        meter.report(_size(_partial(plan.name.repo, file)))
+        meter.report(size_of(_partial(plan.name.repo, file)))
         with hub_errors(plan.name, file.path, file.size):
             _fetch_file(plan, file, meter)
         meter.report(file.size)
@@ -125,31 +150,40 @@ def fetch(plan: Plan, progress: Progress = lambda file, done: None) -> Path:
 
 
 def _fetch_file(plan: Plan, file: RepoFile, meter: Any) -> None:
-    from huggingface_hub import hf_hub_download
-
-    repo, blob, link = plan.name.repo, _blob(plan.name.repo, file), plan.path / file.path
+    blob, link = _blob(plan.name.repo, file), plan.path / file.path
     if _is_whole(link, file):  # by another process, since the plan was made
         return
-    if link.is_file():  # of another size
+    if link.is_file() and not _is_whole(link, file):  # of another size
         blob.unlink(missing_ok=True)
         link.unlink()
     blob.parent.mkdir(parents=True, exist_ok=True)
-    if not (file.xet_hash and _has_xet()):
+    if not (file.xet_hash and _has_xet() and _through_xet(plan, file, meter)):
         _through_http(plan, file, meter)
+
+
+def _through_xet(plan: Plan, file: RepoFile, meter: Any) -> bool:
+    """Have the library fetch a file, unless its blob is there, and link it. False: the chunk store is out of reach."""
+    from huggingface_hub import hf_hub_download
+
+    repo, blob, link = plan.name.repo, _blob(plan.name.repo, file), plan.path / file.path
     checked = blob.resolve() if blob.exists() else None
-    # Links the blob into the snapshot; where there is none yet, the library fetches it first.
-    hf_hub_download(repo, file.path, revision=plan.commit, cache_dir=cached.cache_directory(), tqdm_class=meter)
+    try:
+        hf_hub_download(repo, file.path, revision=plan.commit, cache_dir=cached.cache_directory(), tqdm_class=meter)
+    except (RuntimeError, ConnectionError, TimeoutError):  # a mirror lists it and does not have it
+        return False
     if link.resolve() != checked:
         try:
-            _check(repo, file, link)
+            check_sum(repo, file, link)
         except HubError:
             link.unlink(missing_ok=True)
             raise
+    return True
 
 
 def _through_http(plan: Plan, file: RepoFile, meter: Any) -> None:
-    """Bring a blob into the cache, unless it is there. One process a file: the lock is the library's own."""
+    """Bring a blob into the cache, unless it is there, and link it. One process a file, by the library's own lock."""
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import _create_symlink
     from huggingface_hub.utils import WeakFileLock
 
     repo, blob, partial = plan.name.repo, _blob(plan.name.repo, file), _partial(plan.name.repo, file)
@@ -157,64 +191,12 @@ def _through_http(plan: Plan, file: RepoFile, meter: Any) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not blob.exists():
-            _resume(hf_hub_url(repo, file.path, revision=plan.commit), file, partial, meter)
-            _check(repo, file, partial)
+            bring(hf_hub_url(repo, file.path, revision=plan.commit), repo, file, partial, meter)
             os.replace(partial, blob)
-
-
-def _resume(url: str, file: RepoFile, partial: Path, meter: Any) -> None:
-    """Bring `partial` to what the address gives, from where it stands; redirected elsewhere, the token stays behind."""
-    from huggingface_hub import errors
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    while True:
-        if _size(partial) > file.size:
-            partial.unlink()
-        before = _size(partial)
-        try:
-            with partial.open("ab") as out:
-                http_get(
-                    url,
-                    out,
-                    resume_size=before,
-                    headers=build_hf_headers(),
-                    expected_size=file.size,
-                    displayed_filename=file.path,
-                    tqdm_class=meter,
-                )
-            return
-        except errors.HfHubHTTPError:
-            raise
-        except errors.HTTPError:
-            # The library resumes after some broken connections and not after others, such as a reset.
-            if _size(partial) <= before:
-                raise
-        except OSError as error:
-            if error.errno is None:  # "Consistency check failed": another size, which `_check` says
-                return
-            raise
-
-
-def _check(repo: str, file: RepoFile, path: Path) -> None:
-    """Compare a fetched file with the hub's checksum, and remove what differs.
-
-    Raises:
-        HubError: another size or checksum.
-    """
-    size = path.stat().st_size
-    expected = file.lfs.sha256 if file.lfs else file.blob_id
-    git = functools.partial(hashlib.sha1, f"blob {size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256" if file.lfs else git).hexdigest()
-    if found == expected:
-        return
-    path.resolve().unlink()
-    raise HubError(
-        f"{file.path} of {repo} arrived damaged: {size:,} bytes with checksum {found[:12]}…, the hub says "
-        f"{file.size:,} bytes with {expected[:12]}…",
-        hint="the file was removed; pull again, and if it stays so, look for a proxy that changes downloads",
-    )
+        # Not `hf_hub_download`: it asks for the file's ETag, and fetches it again where a mirror has one of its own.
+        if not _is_whole(plan.path / file.path, file):
+            (plan.path / file.path).parent.mkdir(parents=True, exist_ok=True)
+            _create_symlink(str(blob), str(plan.path / file.path), new_blob=True)
 
 
 def _name_commit(plan: Plan) -> None:
@@ -246,15 +228,7 @@ def _partial(repo: str, file: RepoFile) -> Path:
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none, or none any more, since another process has moved it."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return path.is_file() and size_of(path) == file.size
 
 
 def _meter(file: RepoFile, progress: Progress) -> Any:
