@@ -3,8 +3,10 @@
 PyAV decodes; it is an extra: `pip install 'blockpress[video]'`. No other module imports it.
 
 Invariant: the frames are those that the reference samples at the same rate: `count` of `total` frames, with the numbers
-`i * total // count`, at `number / frame rate` seconds. Frames are counted before the first is decoded, and only sampled
-frames are kept.
+`i * total // count`, at `number / frame rate` seconds. `total` is the number of frames that are shown: not those before
+the beginning that an edit list sets, as in clips trimmed without encoding them anew, nor packets that hold no frame of
+their own. It is counted from the packets before the first is decoded, corrected by what the decoder gives, and only
+sampled frames are kept.
 
 Run it:  python -m pytest tests/multimodal/test_video.py
 Source: `Gemma4VideoProcessor`, `default_sample_indices_fn`, `read_video_pyav` of `transformers` 5.23.
@@ -12,7 +14,8 @@ Source: `Gemma4VideoProcessor`, `default_sample_indices_fn`, `read_video_pyav` o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -68,8 +71,14 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
         try:
             total, rate = _measure(av, file)
             numbers = sample_frames(total, rate, settings)
-            file.seek(0)
-            frames = tuple(to_patches(image, settings, max_soft_tokens) for image in _pick(av, file, numbers))
+
+            def processed(image: Image.Image) -> ProcessedImage:
+                return to_patches(image, settings, max_soft_tokens)
+
+            frames, shown = _pick(av, file, numbers, processed)
+            if 0 < shown != total:  # some packets hold no frame that is shown
+                numbers = sample_frames(shown, rate, settings)
+                frames, _ = _pick(av, file, numbers, processed)
         except MediaError:
             raise
         # FFmpeg and PyAV raise many types for a damaged file; whichever, it is the file's fault. So is FFmpeg's
@@ -82,7 +91,7 @@ def read_video(source: Source, settings: PictureSettings, max_soft_tokens: int) 
         raise MediaError(
             f"the video is cut short: frame {numbers[len(frames)]} of {total} is not there", hint="give the whole file"
         )
-    return Video(frames=frames, seconds=tuple(number / rate for number in numbers))
+    return Video(frames=tuple(frames), seconds=tuple(number / rate for number in numbers))
 
 
 def sample_frames(total: int, rate: float, settings: PictureSettings) -> list[int]:
@@ -99,19 +108,25 @@ def sample_frames(total: int, rate: float, settings: PictureSettings) -> list[in
 
 
 def _measure(av: Any, file: BinaryIO) -> tuple[int, float]:
-    """The number of frames and the frames per second, from the packets, without decoding."""
+    """The number of frames that are shown and the frames per second, from the packets, without decoding."""
     with _container(av, file) as container:
         if not container.streams.video:
             raise MediaError("the file has no video in it", hint="give a video; is the file whole?")
         stream = container.streams.video[0]
         checked_pixels(stream.codec_context.width, stream.codec_context.height)
-        total, end = 0, 0
+        total, end, begin = 0, 0, math.inf
         for packet in container.demux(stream):
-            total += packet.size > 0
+            is_shown = packet.size > 0 and not packet.is_discard
+            total += is_shown
             end = max(end, (packet.pts or 0) + (packet.duration or 0))
+            begin = min(begin, packet.pts) if is_shown and packet.pts is not None else begin
             if total > (LONGEST + 1) * _FASTEST:
                 raise _too_long(f"more than {total - 1:,} frames")
-        rate = float(stream.average_rate or 0)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        length = float((end - begin) * stream.time_base) if begin < end else 0.0
+        # A container that does not state its length does not know its average rate either, if frames are not even.
+        if rate > 0 and stream.duration is None and abs(total / rate - length) > 1 and length > 0:
+            rate = total / length
         promised = (stream.start_time or 0) + (stream.duration or 0)
         if float((promised - end) * stream.time_base) > 1:
             raise MediaError("the video is cut short: its last seconds are not there", hint="give the whole file")
@@ -122,16 +137,24 @@ def _measure(av: Any, file: BinaryIO) -> tuple[int, float]:
     return total, rate
 
 
-def _pick(av: Any, file: BinaryIO, numbers: Sequence[int]) -> Iterator[Image.Image]:
-    wanted = set(numbers)
+def _pick(
+    av: Any, file: BinaryIO, numbers: Sequence[int], processed: Callable[[Image.Image], ProcessedImage]
+) -> tuple[list[ProcessedImage], int]:
+    """The frames of these numbers, and how many frames there are."""
+    wanted, picked, shown = set(numbers), [], 0
+    file.seek(0)
     with _container(av, file) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                checked_pixels(frame.width, frame.height)
-                # Phones store videos rotated, together with the angle to turn them back by.
-                yield frame.to_image().convert("RGB").rotate(frame.rotation, expand=True)
-            if number >= numbers[-1]:
-                return
+        try:
+            for frame in container.decode(video=0):
+                if shown in wanted:
+                    checked_pixels(frame.width, frame.height)
+                    # Phones store videos rotated, together with the angle to turn them back by.
+                    picked.append(processed(frame.to_image().convert("RGB").rotate(frame.rotation, expand=True)))
+                shown += 1
+        except av.error.FFmpegError:
+            if len(picked) < len(numbers):  # what is damaged after the last of them does no harm
+                raise
+    return picked, shown
 
 
 def _container(av: Any, file: BinaryIO) -> Any:

@@ -6,6 +6,8 @@ import io
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,43 @@ def film(
     format: str = "mp4",
     codec: str = "mpeg4",
     options: dict[str, str] | None = None,
+    coding: dict[str, str] | None = None,
+    times: Sequence[int] | None = None,
 ) -> bytes:
-    """A film whose frame i is of the grey 4 * i; in one thread, since the threads decide what bytes it has."""
+    """A film whose frame i is of the grey 4 * i; in one thread, since the threads decide what bytes it has.
+
+    `times`: milliseconds of the frames, where they are not even. `coding`: the encoder's options.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "film"
         with av.open(str(file), "w", format=format, options=options or {}) as container:
-            stream = container.add_stream(codec, rate=rate)
+            stream = container.add_stream(codec, rate=rate, options=coding or {})
             stream.width, stream.height = size
             stream.pix_fmt = "yuv420p"
             stream.codec_context.thread_count = 1
+            if times is not None:
+                stream.codec_context.time_base = Fraction(1, 1000)
             for number in range(frames):
                 grey = np.full((size[1], size[0], 3), 4 * number % 256, np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+                if times is not None:
+                    frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
+        return file.read_bytes()
+
+
+def copied(data: bytes, format: str, first: int = 0, shift: int = 0) -> bytes:
+    """The packets of a film from `first` on, not encoded anew, `shift` milliseconds earlier: an MP4 or MOV hides what comes
+    before 0 by an edit list, as programs that trim without encoding do."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, even = Path(folder) / "film", {"avoid_negative_ts": "disabled"}
+        with av.open(io.BytesIO(data)) as old, av.open(str(file), "w", format=format, options=even) as container:
+            stream = container.add_stream_from_template(old.streams.video[0])
+            for packet in [packet for packet in old.demux(video=0) if packet.size][first:]:
+                ticks = int(shift / 1000 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, stream
+                container.mux(packet)
         return file.read_bytes()
 
 
@@ -87,6 +113,57 @@ def test_videos_are_sampled_at_one_frame_a_second(format: str, codec: str, tmp_p
         assert read.seconds == (0, 1.1, 2.2)
         assert greys(read) == pytest.approx([0, 11, 22], abs=1)
         assert all(frame.soft_tokens <= 70 for frame in read.frames)
+
+
+@pytest.mark.parametrize("format", ["mp4", "mov"])
+@pytest.mark.parametrize("between", [0, 2], ids=["in order", "B-frames"])
+@pytest.mark.parametrize("hidden", [0, 7, 24, 49])
+def test_frames_hidden_by_an_edit_list_are_not_counted(format: str, between: int, hidden: int) -> None:
+    whole = film(50, codec="libx264", coding={"g": "20", "bf": str(between), "sc_threshold": "0", "crf": "1"})
+    data = copied(whole, format, shift=100 * hidden)
+    with av.open(io.BytesIO(data)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 50 - hidden
+    read = read_video(data, CUT, 70)
+    numbers = sample_frames(50 - hidden, 10.0, CUT)
+    assert read.seconds == tuple(number / 10 for number in numbers)
+    assert greys(read) == pytest.approx([hidden + number for number in numbers], abs=1)
+
+
+@pytest.mark.parametrize("format", ["mp4", "mpegts", "matroska"])
+def test_packets_without_a_frame_are_not_counted(format: str) -> None:
+    """A recording that begins between two key frames: the decoder shows nothing until the second."""
+    whole = film(50, codec="libx264", coding={"g": "20", "bf": "2", "sc_threshold": "0", "crf": "1"})
+    read = read_video(copied(whole, format, first=5), CUT, 70)
+    with av.open(io.BytesIO(copied(whole, format, first=5))) as container:
+        shown = sum(1 for _ in container.decode(video=0))
+    assert shown < 45 and len(read.frames) == shown // 10
+    assert greys(read)[0] >= 17, "what is left of the first 20 is not shown"
+
+
+@pytest.mark.parametrize("format", ["mp4", "mpegts", "matroska"])
+@pytest.mark.parametrize("shift", [-5000, 1000], ids=["a late start", "a start below 0"])
+def test_seconds_count_from_the_first_frame(format: str, shift: int) -> None:
+    if format != "matroska" and shift > 0:
+        shift = -1000  # an edit list hides it there, and a transport stream has no such times
+    data = copied(film(30, codec="libx264", coding={"bf": "2"}), format, shift=shift)
+    assert read_video(data, CUT, 70).seconds == (0, 1, 2)
+
+
+def test_uneven_frames_have_their_mean_rate_in_every_container() -> None:
+    """20 frames in the first two seconds, 4 in the next four."""
+    times = [*range(0, 2000, 100), *range(2000, 6000, 1000)]
+    mean = {}
+    for format in ("mp4", "matroska"):
+        read = read_video(film(24, codec="libx264", coding={"bf": "0"}, format=format, times=times), CUT, 70)
+        mean[format] = read.seconds[-1] / (len(read.seconds) - 1)
+        assert len(read.frames) in (5, 6)
+    assert mean["mp4"] == pytest.approx(mean["matroska"], rel=0.2)
+
+
+@pytest.mark.parametrize(("format", "codec"), [("mpegts", "libx264"), ("mpeg", "mpeg2video"), ("matroska", "libx264")])
+def test_a_single_frame_is_a_video(format: str, codec: str) -> None:
+    """From one frame a stream has no rate."""
+    assert read_video(film(1, rate=25, format=format, codec=codec), CUT, 70).seconds == (0,)
 
 
 @pytest.mark.parity
