@@ -4,9 +4,8 @@ Why: every checkpoint has its own markup for turns, tools and reasoning, and shi
 untrusted code, so it runs in a sandbox.
 
 Invariant: a template gets plain data and returns text or raises a TextError; it never reaches Python's objects, files
-or the caller's messages. Bounded are the output (16 Mi characters), the results of `*`, `+` and `**`, and `range`
-(100,000 numbers a call, 1,000,000 a rendering). A hostile template can still waste time in other ways: use templates of
-checkpoints that you trust that far.
+or the caller's messages. Bounded are the output (16 Mi characters), processor time (30 seconds) and memory: see
+`sandbox.py`, which also makes the look-ahead of the published template linear.
 
 Run: python -m pytest tests/chat/test_template.py
 """
@@ -24,19 +23,14 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
+from blockpress.chat.sandbox import MAX_OUTPUT, Sandbox, fresh_budget
 from blockpress.errors import TextError
 from blockpress.text.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate"]
 
-MAX_OUTPUT = 16 * 2**20
-"""Most characters of a rendering."""
-
 _QUESTION = {"role": "user", "content": "?"}
-_MAX_RANGE_TOTAL = 1_000_000
-_MAX_BITS = 65_536
 
 
 @final
@@ -60,7 +54,8 @@ class ChatTemplate:
         environment = _environment(clock)
         self._reserved = frozenset(environment.globals)
         try:
-            self._template = environment.from_string(source)
+            with fresh_budget():
+                self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TextError(
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
@@ -147,14 +142,15 @@ class ChatTemplate:
     def _write(self, names: dict[str, Any]) -> str:
         size = 0
         parts: list[str] = []
-        for part in self._template.generate(**names, range=_rationed_range()):
-            size += len(part)
-            if size > MAX_OUTPUT:
-                raise TextError(
-                    f"the chat template wrote more than {MAX_OUTPUT} characters",
-                    hint="shorten the messages or correct the template",
-                )
-            parts.append(part)
+        with fresh_budget():
+            for part in self._template.generate(**names):
+                size += len(part)
+                if size > MAX_OUTPUT:
+                    raise TextError(
+                        f"the chat template wrote more than {MAX_OUTPUT} characters",
+                        hint="shorten the messages or correct the template",
+                    )
+                parts.append(part)
         return "".join(parts)
 
 
@@ -172,25 +168,6 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses results larger than any prompt, and raises where the plain sandbox would return an empty text."""
-
-    # Naming an operator here also keeps Jinja from folding it on constants while it compiles.
-    intercepted_binops = frozenset({"*", "+", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and _size(left) * _size(right) > MAX_OUTPUT and (_is_sized(left) or _is_sized(right)):
-            raise SecurityError(f"a repetition of more than {MAX_OUTPUT} parts")
-        if operator == "+" and _is_sized(left) and _is_sized(right) and len(left) + len(right) > MAX_OUTPUT:
-            raise SecurityError(f"a text or list of more than {MAX_OUTPUT} parts")
-        if operator == "**" and isinstance(left, int) and _size(right) * left.bit_length() > _MAX_BITS:
-            raise SecurityError(f"a number of more than {_MAX_BITS} bits")
-        return super().call_binop(context, operator, left, right)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe.")
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -211,7 +188,7 @@ class _Namespace(jinja2.utils.Namespace):
             raise SecurityError(f"a namespace takes no name that begins with an underscore, such as {name!r}")
 
 
-def _environment(clock: Callable[[], datetime]) -> _Sandbox:
+def _environment(clock: Callable[[], datetime]) -> Sandbox:
     def raise_exception(message: object) -> None:
         raise _Refusal(str(message))
 
@@ -228,36 +205,16 @@ def _environment(clock: Callable[[], datetime]) -> _Sandbox:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    environment = Sandbox(
+        filters={"tojson": tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = tojson
     # It generates random filler text of any length, which no prompt needs.
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": _Namespace}
     return environment
-
-
-def _rationed_range() -> Callable[..., range]:
-    left = _MAX_RANGE_TOTAL
-
-    def rationed(*args: int) -> range:
-        nonlocal left
-        numbers = safe_range(*args)
-        left -= len(numbers)
-        if left < 0:
-            raise SecurityError(f"ranges of more than {_MAX_RANGE_TOTAL} numbers in one rendering")
-        return numbers
-
-    return rationed
-
-
-def _is_sized(value: Any) -> bool:
-    return isinstance(value, str | bytes | list | tuple)
-
-
-def _size(value: Any) -> int:
-    return len(value) if _is_sized(value) else value if isinstance(value, int) else 0
 
 
 def _plain(value: Any) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from datetime import datetime
 from typing import Any
 
+import jinja2
 import pytest
 
-from blockpress.chat import ChatTemplate
-from blockpress.chat.template import MAX_OUTPUT
+from blockpress.chat import ChatTemplate, sandbox
+from blockpress.chat.sandbox import MAX_OUTPUT
 from blockpress.errors import TextError
 from blockpress.text import Tokenizer
 from blockpress.text.builder import digits_tokenizer
@@ -122,7 +124,6 @@ def test_raise_exception_reports_the_template_s_message():
         "{{ 10 ** (10 ** 10) }}",
         "{{ (2 ** 60000) ** 60000 }}",
         "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}",
-        "{% for i in range(1000) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )
 def test_templates_cannot_leave_the_sandbox(source: str):
@@ -175,6 +176,129 @@ def test_a_name_that_belongs_to_the_template_language_is_refused():
         render("x", range=3)
 
 
-def test_the_range_limit_is_per_rendering():
-    template = ChatTemplate("{% for i in range(9) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok")
-    assert [template.render([]), template.render([])] == ["ok", "ok"]
+ENDLESS = {
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over messages": "{% macro f(n) %}{% for m in messages %}{{ f(n + 1) if n < 40 }}{% endfor %}{% endmacro %}{{ f(0) }}",
+    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a block that calls itself": "{% block a %}{% for i in range(99999) %}{{ self.a() }}{% endfor %}{% endblock %}",
+    "a recursive loop": "{% for i in range(9) recursive %}{{ loop(range(9)) if loop.depth < 40 }}{% endfor %}",
+    "filters": "{% for i in range(99999) %}{% set x = range(99999) | sort | list | last %}{% endfor %}",
+    "methods": "{% for i in range(99999) %}{% set x = ('ab' * 99999).upper().lower() %}{% endfor %}",
+    "blocks of callers": "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call f() %}" * 12
+    + "{% for i in range(99999) %}{% endfor %}"
+    + "{% endcall %}" * 12,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_work_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    template, start = ChatTemplate(ENDLESS[name]), time.thread_time()
+    with pytest.raises(TextError, match=r"sandbox forbids: more than 0.2 seconds|RecursionError"):
+        template.render([{"role": "user"}] * 9)
+    assert time.thread_time() - start < 5
+
+
+NESTED = "{% set n = namespace(x=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+GREEDY = {
+    "~": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "~ of many": "{% set b = 'a' * 9999999 %}{{ b ~ b ~ b }}",
+    "join": "{{ (['a' * 9999] * 9999) | join('b') }}",
+    "join with a long text": "{{ (['a'] * 99999) | join('b' * 99999) }}",
+    "the method join": "{{ ('b' * 99999).join(['a'] * 99999) }}",
+    "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "the method replace": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "ljust": "{{ 'a'.ljust(999999999) }}",
+    "zfill": "{{ 'a'.zfill(999999999) }}",
+    "center": "{{ 'a' | center(999999999) }}",
+    "expandtabs": "{{ ('\\t' * 99999).expandtabs(99999) }}",
+    "translate": "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
+    "indent": "{{ ('\\n' * 99999) | indent(99999) }}",
+    "tojson": "{{ [[[]]] | tojson(indent=99999999) }}",
+    "%": "{{ '%999999999d' % 1 }}",
+    "% of several": "{{ ('%99999d' * 999) % ((1,) * 999) }}",
+    "% with a width": "{{ '%*d' % (999999999, 1) }}",
+    "the filter format": "{{ '%999999999d' | format(1) }}",
+    "the method format": "{{ '{:999999999}'.format(1) }}",
+    "format of a long one": "{{ ('{0}' * 99999).format('a' * 99999) }}",
+    "format with a width": "{{ '{:{}}'.format(1, 999999999) }}",
+    "powers": "{% set n = namespace(x=2 ** 9999) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "lists of lists": NESTED + "{{ n.x }}",
+    "lists of lists as JSON": NESTED + "{{ n.x | tojson }}",
+    "lists of lists as text": NESTED + "{{ n.x | upper }}",
+    "a list that grows": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = n.x + [i ~ 'a' * 99999] %}{% endfor %}",
+    "a capture": "{% set x %}{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}",
+    "a macro": "{% macro f() %}{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ f() | length }}",
+    "many large ones": "{% for i in range(9999) %}{% set x = 'a' * 9999999 %}{% endfor %}",
+    "batches": "{{ [1] | batch(999999999, 'a') | list }}",
+    "slices": "{{ [1] | slice(999999999) | list }}",
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_memory_without_end_is_refused(name: str) -> None:
+    tracemalloc.start()
+    start = time.thread_time()
+    try:
+        with pytest.raises(TextError, match="sandbox forbids"):
+            ChatTemplate(GREEDY[name]).render(CHAT)
+        assert tracemalloc.get_traced_memory()[1] < 300e6
+    finally:
+        tracemalloc.stop()
+    assert time.thread_time() - start < 10
+
+
+SET = "{% set n.found = true %}"
+LOOK_AHEAD = {
+    "until it is found": "{% if not n.found %}{% if role(j) != 'a' %}" + SET + "{{ j }}{% endif %}{% endif %}",
+    "until it is stopped": "{% if n.found %}{% elif role(j) == 'b' %}" + SET + "{{ j }}{% else %}.{% endif %}",
+    "with a second condition": "{% if n.last is none and role(j) != 'a' %}{% set n.last = j %}{{ n.last }}{% endif %}",
+    "with two conditions that hold": "{% if not n.found and n.last is none %}{{ j }}{% set n.last = j %}{% endif %}",
+    "of the loop's own variable": "{% if not (n.found and j < 2) %}{{ j }}" + SET + "{% endif %}",
+    "of the loop": "{% if not n.found or loop.last %}{{ j }}" + SET + "{% endif %}",
+    "with something for every turn": "{% if not n.found %}{% set n.found = j == 1 %}{% endif %}{{ j }}",
+    "with an else": "{% if not n.found %}{% set n.found = j == 1 %}{{ j }}{% else %}!{% endif %}",
+    "with text where it is stopped": "{% if n.found %}!{% else %}{% set n.found = j == 1 %}{{ j }}{% endif %}",
+    "that begins again": "{% if not n.found %}{% set n.found = j > 0 %}{% elif j == 3 %}{% set n.found = false %}{{ j }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", LOOK_AHEAD)
+@pytest.mark.parametrize("over", ["range(loop.index0, messages | length)", "numbers[loop.index0:]", "numbers"])
+def test_a_look_ahead_that_ends_early_writes_the_same(name: str, over: str) -> None:
+    source = (
+        "{% macro role(j) %}{{ messages[j].role }}{% endmacro %}{% set numbers = range(messages | length) | list %}"
+        "{% for m in messages %}{% set n = namespace(found=false, last=none) %}{% for j in OVER %}BODY{% else %}none{% endfor %}"
+        "/{{ n.found }}{{ n.last }} {% endfor %}"
+    ).replace("OVER", over)
+    source = source.replace("BODY", LOOK_AHEAD[name])
+    talk = [{"role": role} for role in "aabacba"]
+    written = render(source, messages=talk)
+    assert written == jinja2.Environment().from_string(source).render(messages=talk)
+    assert written.count("/") == 7
+
+
+@pytest.mark.parametrize("count", [1_500, 5_000])
+def test_a_long_talk_renders_in_seconds(count: int) -> None:
+    """Each message looks through all that follow: 12.5 million turns of 5,000 messages, of which few do anything."""
+    source = (
+        "{% for m in messages %}{{ '<|turn>' ~ m.role ~ '\\n' ~ m.content }}"
+        "{% set next = namespace(role=none) %}"
+        "{% for j in range(loop.index0 + 1, messages | length) %}"
+        "{% if next.role is none and messages[j].role != 'tool' %}{% set next.role = messages[j].role %}{% endif %}"
+        "{% endfor %}{{ '' if next.role == m.role else '<turn|>\\n' }}{% endfor %}"
+    )
+    talk = [{"role": ("user", "assistant")[number % 2], "content": "x"} for number in range(count)]
+    start = time.thread_time()
+    turns = "".join(f"<|turn>{message['role']}\nx<turn|>\n" for message in talk)
+    assert render(source, messages=talk) == turns
+    assert time.thread_time() - start < 10
+
+
+def test_limits_are_of_one_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    template = ChatTemplate("{% for i in range(9) %}{% for j in range(999) %}{% endfor %}{% endfor %}ok")
+    start = time.thread_time()
+    while time.thread_time() - start < 0.7:
+        assert template.render([]) == "ok"
