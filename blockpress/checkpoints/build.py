@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from blockpress import hardware
 from blockpress.config import ModelConfig
 from blockpress.config.model import DTYPES as NAMES
-from blockpress.errors import ConfigError, RequestError
+from blockpress.errors import ConfigError, DamagedFile, RequestError
 from blockpress.model.layers import Experts, Weighted, put_packed
 from blockpress.ops.integers import MOST_COLUMNS, quantized
 from blockpress.ops.packed import HalfFloats
@@ -194,6 +194,24 @@ def room_for(size: int, device: torch.device) -> Iterator[None]:
         raise RequestError(
             f"device {str(device)!r} has no room for the weights, which take {size / 2**30:.1f} GiB",
             hint="give a device with more memory, a dtype of fewer bytes, or a checkpoint in fewer bits",
+        ) from error
+
+
+@contextmanager
+def converting(name: str) -> Iterator[None]:
+    """For values that no check foresaw: what torch says of them is said of the tensor. Memory that runs out passes.
+
+    Raises:
+        DamagedFile: torch cannot convert them.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, OverflowError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise DamagedFile(
+            f"the tensor {name} cannot be read: {reason}", hint="fetch the checkpoint again, or convert it again"
         ) from error
 
 

@@ -237,7 +237,10 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         if token is None:
             return None
-        number = self.backend.token_to_id(token)
+        try:
+            number = self.backend.token_to_id(token)
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+            number = None
         if number is None:
             raise DamagedFile(
                 f"{name}={token!r} is not in the vocabulary", hint=f"correct {_CONFIG} or take the right {_TOKENIZER}"
@@ -280,7 +283,8 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    # RecursionError: JSON nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{str(file)!r} is not JSON: {error}", hint="fetch the file again") from error
     if not isinstance(value, dict):
         raise DamagedFile(f"{str(file)!r} holds {type(value).__name__}, not an object", hint="fetch the file again")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from blockpress.checkpoints import load_network, save_checkpoint
-from blockpress.checkpoints.safetensors import load
+from blockpress.checkpoints.safetensors import load, scales
 from blockpress.config import GenerationConfig
-from blockpress.errors import CheckpointError, RequestError
+from blockpress.errors import CheckpointError, DamagedFile, RequestError
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.packed import Codes, Float4, Nibbles
@@ -52,6 +52,45 @@ def test_unpacked_values_equal_those_of_the_format_s_own_tools(written: Written)
             # compressed-tensors restores 4-bit floats in bfloat16 only.
             elif value.dtype == torch.float32 or dtype == torch.bfloat16 or not isinstance(weight, Float4):
                 assert bits(weight.unpack(dtype)) == bits(value.to(dtype)), name
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("name", ["int8 group asymmetric", "int4 group asymmetric", "int4 channel asymmetric"])
+def test_zero_points_are_read_in_any_integer_type(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    """Stored one by one, as int-quantized files have them, and packed ones of older versions."""
+    made = write(tmp_path, FORMS[name])
+    wanted = all_packed(load_network(made.folder))
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for part in [part for part in tensors if part.endswith("weight_zero_point")]:
+            values = tensors[part]
+            if values.dtype == torch.int32:
+                rows = tensors[part.replace("zero_point", "scale")].shape[0]
+                values = scales.zero_points(values, 4, rows)
+            tensors[part] = values.to(kind)
+
+    change_tensors(made.folder, change)
+    read = all_packed(load_network(made.folder))
+    assert {n: bits(w.unpack(torch.float32)) for n, w in read.items()} == {
+        n: bits(w.unpack(torch.float32)) for n, w in wanted.items()
+    }
+    change_tensors(made.folder, lambda t: t.update({n: v * 0 + 300 for n, v in t.items() if "zero_point" in n}))
+    error = refusal(made.folder)
+    assert isinstance(error, DamagedFile) and "zero point of 300" in error.message
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("bits_each", [2, 3, 4, 8])
+def test_zero_points_of_few_rows_are_unpacked(rows: int, bits_each: int) -> None:
+    """All of them in one word: a column whose strides torch does not view as bytes."""
+    half, groups = 1 << (bits_each - 1), 3
+    zeros = torch.arange(rows * groups).view(rows, groups) % (2 * half) - half
+    columns = []
+    for group in range(groups):
+        packed = sum((int(zeros[row, group]) + half) << (row * bits_each) for row in range(rows))
+        columns.append(list(packed.to_bytes(-(-rows * bits_each // 32) * 4, "little")))
+    words = torch.tensor(columns, dtype=torch.uint8).view(torch.int32).t().contiguous()
+    assert torch.equal(scales.zero_points(words, bits_each, rows), zeros.to(torch.int8))
 
 
 @pytest.mark.slow

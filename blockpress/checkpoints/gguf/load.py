@@ -26,6 +26,7 @@ from blockpress.checkpoints.build import (
     Types,
     choose_device,
     choose_types,
+    converting,
     multiplied,
     packable,
     put,
@@ -216,11 +217,9 @@ def _fill(
     with _opened(file.header.file) as stream:
         for ours in sorted(sources, key=lambda name: sources[name][0].start):
             # No variable keeps the weight, or two of them would be in memory while the next one is read.
-            weight = types.held(
-                file.weight(ours, stream, types.storage, ours in matrices),
-                matrix=ours in matrices,
-                product=ours in products,
-            )
+            with converting(sources[ours][0].name):
+                weight = file.weight(ours, stream, types.storage, ours in matrices)
+            weight = types.held(weight, matrix=ours in matrices, product=ours in products)
             put(network, ours, weight.to(device))
             del weight
             done += sum(stored.bytes for stored in sources[ours])

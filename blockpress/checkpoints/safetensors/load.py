@@ -26,6 +26,7 @@ from blockpress.checkpoints.build import (
     Types,
     choose_device,
     choose_types,
+    converting,
     multiplied,
     packable,
     put,
@@ -114,7 +115,8 @@ def _fill(network: Network, targets: list[Target], types: Types, device: torch.d
         with open_safetensors(file) as shard:
             for filling, slot, part in group:
                 # No variable keeps the tensor, or two of them would be in memory while the next one is read.
-                _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)
+                with converting(part.stored.name):
+                    _take(filling, slot, part, part.convert(shard.get_tensor(part.stored.name)), types.storage, device)
                 filling.remaining -= 1
                 if not filling.remaining:
                     ours = filling.target.ours

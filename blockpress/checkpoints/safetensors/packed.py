@@ -2,7 +2,7 @@
 
     weight                float            plain
     weight                F8_E4M3          weight_scale                        Codes, e4m3 (fp8, mxfp8)
-    weight                I8               weight_scale [, weight_zero_point]  Codes, int8
+    weight                I8               weight_scale [, weight_zero_point]  Codes, int8; zeros of any integer
     weight                U8               weight_scale, weight_scale_2        Float4, scales multiplied (ModelOpt)
     weight_packed         I32              weight_scale, weight_shape [, weight_zero_point]    Nibbles, or Codes
     weight_packed         U8               weight_scale, weight_global_scale   Float4, divided (compressed-tensors)
@@ -234,13 +234,14 @@ def _codes(m: _Matrix, main: Field, scheme: Scheme, what: str, packed_zero: bool
     fields = [main, Field(name="scale", stored=scale, convert=lambda t: expand(scales.checked(scale.name, t)))]
     has_zero = "weight_zero_point" in m.parts
     if has_zero or not scheme.symmetric:
-        if packed_zero and scheme.strategy in ("group", "channel"):
-            zero_point = m.part("weight_zero_point", ("I32",), (_words(m.rows, scheme.bits), m.columns // group))
-            convert = partial(scales.zero_points, bits=scheme.bits, count=m.rows)
-            fields += [Field(name="zero_point", stored=zero_point, convert=convert)]
-        else:
-            zero_point = m.part("weight_zero_point", ("I8",), *shapes)
-            fields += [Field(name="zero_point", stored=zero_point, convert=expand)]
+        in_words = [(_words(m.rows, scheme.bits), m.columns // group)]
+        packs = packed_zero and scheme.strategy in ("group", "channel")
+        in_words = in_words if packs and m.part("weight_zero_point", scales.INTEGERS).dtype == "I32" else []
+        zero_point = m.part("weight_zero_point", scales.INTEGERS, *in_words, *shapes)
+        convert: Callable[[Tensor], Tensor] = partial(scales.zero_points, bits=scheme.bits, count=m.rows)
+        if zero_point.shape not in in_words:
+            convert = lambda t: expand(scales.as_int8(zero_point.name, t))  # noqa: E731
+        fields += [Field(name="zero_point", stored=zero_point, convert=convert)]
     form = f"{what}, {group} columns under a scale of {scale.dtype}{', with zero points' * (len(fields) > 2)}"
     layout: Any = Nibbles if main.name == "packed" else Codes
     return PackedRecipe(name=m.name, form=form, fields=tuple(fields), build=partial(layout, group=group))

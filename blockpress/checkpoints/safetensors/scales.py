@@ -20,6 +20,9 @@ from blockpress.errors import DamagedFile, ShapeMismatch
 TYPES = ("F32", "BF16", "F16")
 """The types of scales wider than one byte."""
 
+INTEGERS = ("I8", "I16", "I32", "I64", "U8")
+"""The types of zero points that are not packed."""
+
 # Values that are unpacked at once; meanwhile each of their bits takes a byte.
 _TILE = 1 << 20
 
@@ -90,12 +93,12 @@ def check_shape(name: str, wanted: tuple[int, int], stored: Int[Tensor, " two"])
 
 def nibbles(words: Int32[Tensor, "rows words"], count: int) -> UInt8[Tensor, "rows bytes"]:
     """4-bit integers as they are, two in a byte; the first `count`, an even number, belong to the row."""
-    return words.contiguous().view(torch.uint8)[:, : count // 2].contiguous()
+    return _bytes(words)[:, : count // 2].contiguous()
 
 
 def integers(words: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[Tensor, "rows columns"]:
     """The first `count` integers of every row, stored in `bits` bits from the lowest on, plus half the range."""
-    raw = words.contiguous().view(torch.uint8)
+    raw = _bytes(words)
     if bits == 8:
         return (raw[:, :count] ^ 128).view(torch.int8)
     out = torch.empty(len(raw), count, dtype=torch.int8)
@@ -112,6 +115,27 @@ def integers(words: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[
 def zero_points(words: Int32[Tensor, "words groups"], bits: int, count: int) -> Int8[Tensor, "rows groups"]:
     """Zero points, which are packed along the rows axis."""
     return integers(words.t(), bits, count).t().contiguous()
+
+
+def as_int8(name: str, values: Int[Tensor, "*grid"]) -> Int8[Tensor, "*grid"]:
+    """Zero points that are stored one by one, in whatever type.
+
+    Raises:
+        DamagedFile: one of them is no integer of 8 bits.
+    """
+    low, high = torch.aminmax(values)
+    if low < -128 or high > 127:
+        wrong = low if low < -128 else high
+        raise DamagedFile(
+            f"the tensor {name} holds a zero point of {wrong.item()}",
+            hint="fetch the file again, or quantise the model again: a zero point is from -128 to 127",
+        )
+    return values.to(torch.int8)
+
+
+def _bytes(words: Int32[Tensor, "rows words"]) -> UInt8[Tensor, "rows bytes"]:
+    # A transposed matrix of one column counts as contiguous and has the strides of one that is not.
+    return words.reshape(-1).view(torch.uint8).view(len(words), 4 * words.shape[1])
 
 
 _AGAIN = "fetch the file again, or quantise the model again: a scale is a finite number above 0"
