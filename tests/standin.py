@@ -315,6 +315,7 @@ def standin() -> Iterator[Card]:
     calls: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
+        "get_device_name": lambda device=None: "a stand-in",
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
