@@ -169,13 +169,13 @@ class TorchPagedAttention:
         for part, mask in zip(self.batch.parts, self.masks, strict=True):
             if part.start < skipped:
                 continue
-            stop = part.first if part.canvas else part.end
-            kv = [
-                self.kv_cache.view(self.layer, part.request.tables[kind], oldest_visible(part.first, self.window), stop)
-            ]
+            start, stop = oldest_visible(part.first, self.window), part.first if part.canvas else part.end
+            kv = [self.kv_cache.view(self.layer, part.request.tables[kind], start, stop)]
             if part.canvas:
                 kv.append((key[:, part.start : part.stop], value[:, part.start : part.stop]))
-            spans.append(AttentionSpan(start=part.start - skipped, stop=part.stop - skipped, kv=tuple(kv), mask=mask))
+            rows = (part.start - skipped, part.stop - skipped)
+            first_key = None if part.canvas else start
+            spans.append(AttentionSpan(start=rows[0], stop=rows[1], kv=tuple(kv), mask=mask, first_key=first_key))
         return varlen_attention(query[0], spans)[None]
 
 

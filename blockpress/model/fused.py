@@ -153,6 +153,8 @@ def fused_layer(layer: Layer, x: Tensor, skip: int) -> Callable[..., Tensor] | N
     """The layer in C++, for inputs like x; None where it has to run module by module."""
     if not x.numel() or (skip and len(x) > 1) or skip >= x.shape[1] or not bridge.supports(x):
         return None
+    if x.dtype not in bridge.SUFFIXES:
+        return None
     fused = _LAYERS.get(layer)
     if fused is None or fused.dtype != x.dtype or not fused.current():
         fused = _LAYERS[layer] = Fused(layer, x.dtype)

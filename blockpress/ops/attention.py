@@ -34,12 +34,16 @@ class AttentionSpan:
         start, stop: the rows of the queries.
         kv: keys and values in pieces, in the order of the mask's columns: the context, then a canvas's own.
         mask: True where a query attends to a key, over all pieces; None: every query attends to every key.
+        first_key: the position of the first key of causal queries; None for a canvas. Sums over keys run in lanes or
+            blocks, and a key's place in them follows from its position: so a query's bits do not depend on where the
+            keys of its span begin and end.
     """
 
     start: int
     stop: int
     kv: tuple[Piece, ...]
     mask: Bool[Tensor, "#queries keys"] | None = None
+    first_key: int | None = None
 
     @property
     def queries(self) -> int:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from blockpress.ops import kernels, rows
 from blockpress.ops.cpu import bridge
@@ -27,9 +26,6 @@ from blockpress.ops.cpu import experts as in_cpp
 from blockpress.ops.geglu import geglu
 from blockpress.ops.linear import linear
 from blockpress.ops.weight import Packed
-
-MANY = 1024
-"""Most tokens for which, on a CPU, the arithmetic that `moe_dense` wastes costs less than sorting them."""
 
 
 def route(
@@ -69,9 +65,9 @@ def moe_dense(
     """All experts as one MLP of width experts * size, with weight 0 where a token did not choose one."""
     experts, _, size = down.shape
     share = torch.zeros(x.shape[0], experts, dtype=weights.dtype, device=x.device).scatter(1, chosen, weights)
-    gate, up = F.linear(x, gate_up.flatten(0, 1)).view(-1, experts, 2 * size).chunk(2, dim=-1)
+    gate, up = linear(x, gate_up.flatten(0, 1)).view(-1, experts, 2 * size).chunk(2, dim=-1)
     mixed = (geglu(gate, up) * share[..., None]).to(gate.dtype)
-    return F.linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
+    return linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
 
 
 def ordered(
@@ -108,7 +104,10 @@ def moe_forward(
     gate_up: Float[Tensor, "experts double hidden"] | Packed,
     down: Float[Tensor, "experts hidden size"] | Packed,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The fastest version here. `moe_dense` does experts / top_k times the arithmetic; that pays up to twice."""
+    """The fastest version here. `moe_dense` does experts / top_k times the arithmetic; that pays up to twice.
+
+    How many tokens there are never decides: a token's bits would depend on the others in its forward.
+    """
     if x.is_cuda and kernels.available():
         from blockpress.ops.kernels import experts as in_triton
 
@@ -121,6 +120,6 @@ def moe_forward(
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         if in_cpp.supports_amx(x, gate_up, down):
             return in_cpp.amx_grouped(x, weights, chosen, gate_up, down)
-        if down.shape[0] <= 2 * chosen.shape[1] and (gradients or len(x) <= MANY):
+        if down.shape[0] <= 2 * chosen.shape[1]:
             return moe_dense(x, weights, chosen, gate_up, down)
     return (moe_loop if gradients else ordered)(x, weights, chosen, gate_up, down)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,5 +18,13 @@ def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) ->
 
 
 def plain(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
-    """The same in torch."""
-    return F.gelu(gate, approximate="tanh") * up
+    """The same in torch.
+
+    On a CPU torch computes a tensor's last few values with another tanh than the others: only with gradients, where the
+    same bits in any batch are not promised.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or gate.device.type != "cpu":
+        return F.gelu(gate, approximate="tanh") * up
+    x = gate.float()
+    share = torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).add_(1)
+    return (0.5 * x * share).to(gate.dtype) * up

@@ -11,6 +11,7 @@ Run it:  python -m pytest tests/ops/test_linear.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,6 +30,13 @@ TILE = 1 << 20
 """Most values unpacked at once on a CPU, 2 MiB in bfloat16, and half as many in float32: they stay in its caches, and
 the allocator keeps their memory (tiles of 4 MiB take more than twice as long per value)."""
 
+FEWEST = 16
+"""Fewest rows that torch multiplies on a CPU without gradients: MKL and oneDNN have kernels of their own for 1 to 3
+rows, whose sums run in another order."""
+
+SMALL = 16 * 16 * 16
+"""Most multiplications for which torch leaves 16-bit floats to a kernel of its own."""
+
 GPU_TILE = 1 << 24
 """The same on other devices, where launches cost time."""
 
@@ -41,9 +49,17 @@ def linear(x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"] | Packe
     if isinstance(weight, integers.IntegerWeight):
         return integers.matmul(x, weight)
     if isinstance(weight, Tensor):
-        return _onednn(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
+        return _in_torch(_onednn if _suits_onednn(x, weight) else F.linear, x, weight)
     parts = [part for _, part in products(x, weight)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def into(out: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"], weight: Float[Tensor, "out in"]) -> None:
+    """`linear` in torch, written to `out`."""
+    if len(x) < _least_rows(x, weight):
+        out.copy_(_in_torch(F.linear, x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
 
 
 def products(x: Float[Tensor, "*rows in"], weight: Packed) -> Iterator[tuple[int, Float[Tensor, "*rows _some"]]]:
@@ -68,12 +84,31 @@ def _unpacked(
         yield start, (buffer[: tile.shape[0]].copy_(tile.values), None)
 
 
+def _in_torch(
+    multiply: Callable[[Tensor, Tensor], Tensor], x: Float[Tensor, "*rows in"], weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "*rows out"]:
+    """x @ weight^T, never of fewer rows than FEWEST: zeros are added."""
+    rows, least = math.prod(x.shape[:-1]), _least_rows(x, weight)
+    if not 0 < rows < least:
+        return multiply(x, weight)
+    padded = x.new_zeros(least, x.shape[-1])
+    padded[:rows] = x.reshape(rows, -1)
+    return multiply(padded, weight)[:rows].view(*x.shape[:-1], weight.shape[0])
+
+
+def _least_rows(x: Tensor, weight: Tensor) -> int:
+    """The rows from which torch's bits no longer depend on their number: see FEWEST."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return 0
+    return max(FEWEST, SMALL // max(1, weight.numel()) + 1)
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN should compute it: float32 on a processor where oneDNN is faster, more than one row."""
+    """Whether oneDNN should compute it: float32 on a processor where oneDNN is faster."""
     if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_grad_enabled() or float32_way() == "mkl":
         return False
     plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in (x, weight))
-    return plain and weight.dtype == torch.float32 and x.numel() // x.shape[-1] > 1
+    return plain and weight.dtype == torch.float32
 
 
 def _onednn(x: Float32[Tensor, "*rows in"], weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "*rows out"]:
@@ -98,10 +133,10 @@ def combine(
     if readable is not None:
         return in_cpp.combine(share, readable)
     if isinstance(weight, Tensor):
-        return share @ weight
+        return _in_torch(F.linear, share, weight.t())
     total = torch.zeros(*share.shape[:-1], weight.shape[-1], dtype=torch.float32, device=share.device)
     for start, (rows, _) in _unpacked(weight, share.dtype, lambda tile: (tile.unpack(share.dtype), None)):
-        total += share[..., start : start + len(rows)] @ rows
+        total += _in_torch(F.linear, share[..., start : start + len(rows)], rows.t())
     return total.to(share.dtype)
 
 

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from blockpress.ops import compiled
 from blockpress.shapes import Heads
 
-LEAST = 1 << 11
-"""Fewest values for which a call, 3 us of Python, is cheaper than torch's passes."""
-
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
     "rms_norm": [c_void_p] * 3 + [c_long] * 2 + [c_float, c_int],
@@ -34,8 +31,13 @@ _ARGUMENTS = {
 
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether C++ takes these tensors: plain ones of one type on a CPU, dense in the last axis, no gradients."""
-    if torch.is_grad_enabled() or x.numel() < LEAST or x.dtype not in _SUFFIXES or torch.compiler.is_compiling():
+    """Whether C++ takes these tensors: plain ones of one type on a CPU, dense in the last axis, no gradients.
+
+    Their number does not matter: the same row is computed in the same way in any batch.
+    """
+    if torch.is_grad_enabled() or not x.numel() or torch.compiler.is_compiling():
+        return False
+    if x.dtype not in _SUFFIXES and x.dtype != torch.float16:
         return False
     for tensor in (x, *others):
         if tensor is None:
@@ -49,6 +51,8 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
 
 def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | None, eps: float) -> Tensor:
     """`norm.plain`; the result has x's memory layout."""
+    if x.dtype == torch.float16:
+        return rms_norm(x.float(), None if weight is None else weight.float(), eps).half()
     x = x if _dense(x) else x.contiguous()
     out = torch.empty_like(x)
     size = x.shape[-1]
@@ -59,6 +63,8 @@ def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | No
 
 def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
     """`geglu.plain`; gate and up may be halves of one matrix."""
+    if gate.dtype == torch.float16:
+        return geglu(gate.float(), up.float()).half()
     out = torch.empty(gate.shape, dtype=gate.dtype)
     size = gate.shape[-1]
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)  # views if the rows have one stride
@@ -69,6 +75,8 @@ def geglu(gate: Float[Tensor, "*rows size"], up: Float[Tensor, "*rows size"]) ->
 
 def rotate(x: Heads, cos: Float[Tensor, "batch 1 length dim"], sin: Float[Tensor, "batch 1 length dim"]) -> Heads:
     """`rope.plain`; the result is dense as [batch, heads, length, dim] whatever x's strides."""
+    if x.dtype == torch.float16:
+        return rotate(x.float(), cos.float(), sin.float()).half()
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -84,6 +92,8 @@ def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries keys"] | None) -
         scores: dense. mask: batch entry b uses mask b % masks.
     """
     assert scores.is_contiguous(), "the scores are overwritten in place"
+    if scores.dtype == torch.float16:
+        return scores.copy_(softmax_(scores.float(), mask))
     start, steps = None, (1, 0, 0)
     if mask is not None:
         assert len(scores) % len(mask) == 0, "the batch is a multiple of the number of masks"
@@ -97,6 +107,8 @@ def weighted_sum(
     y: Float[Tensor, "slots size"], slots: Int64[Tensor, "tokens k"], weights: Float32[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens size"]:
     """The sum of each token's rows of y, each times its weight: the last step of `experts.ordered`."""
+    if y.dtype == torch.float16:
+        return weighted_sum(y.float(), slots, weights).half()
     out, (tokens, k) = y.new_empty(len(slots), y.shape[1]), slots.shape
     y, slots, weights = y.contiguous(), slots.contiguous(), weights.contiguous()
     _call("weigh", y.dtype, y.data_ptr(), slots.data_ptr(), weights.data_ptr(), out.data_ptr(), tokens, k, y.shape[1])

@@ -122,7 +122,11 @@ def test_a_device_gives_the_same_tokens_with_one_wait_a_forward(case: str, card:
     core = EngineCore(there(damped(), card), options)
     found, requests = watched(card, core), asked(how, logprobs, **changes)
     answers = drive(core, requests, arrivals, cancels)
-    assert [reply(answers[request]) for request in requests] == wanted
+    for request, expected in zip(requests, wanted, strict=True):
+        got = reply(answers[request])
+        assert replace(got, logprobs=None) == replace(expected, logprobs=None)
+        values = [[each.logprob for each in told.logprobs or ()] for told in (got, expected)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4), "few rows have other kernels on a processor"
     assert len(found) > 5 and (core.scheduler.stats.preemptions > 0) == (case == "preempted")
     for works, drafts, tally in found:
         tokens = [isinstance(work.request.sampling, AutoregressiveSampling) for work in works]

@@ -105,7 +105,7 @@ def test_onednn_is_true_float32(shape: tuple[int, ...]) -> None:
     with in_torch, mock.patch.object(linear, "float32_way", return_value="onednn"):
         with mock.patch.object(linear, "_onednn", wraps=linear._onednn) as taken:
             got = linear.linear(x, weight)
-        assert taken.called == (shape != (1,)), "one row is bound by memory"
+        assert taken.called, "one row has the bits that it has among others"
         assert torch.equal(linear.linear(x.bfloat16(), weight.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
     wanted = F.linear(x.double(), weight.double())
     assert (got - wanted).norm() <= 5e-7 * wanted.norm()

@@ -12,17 +12,9 @@ from blockpress.ops import attention, compiled, geglu, norm, rope, rows
 
 pytestmark = [
     pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("any_size"),
+    pytest.mark.usefixtures("no_gradients"),
 ]
 TYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def any_size():  # type: ignore[no-untyped-def]
-    """Small tensors go to the C++ too, and no test asks for gradients unless it says so."""
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(rows, "LEAST", 1)
-        yield
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, size: float = 2.0) -> Tensor:

@@ -126,11 +126,17 @@ def test_results_do_not_depend_on_query_blocks(monkeypatch: pytest.MonkeyPatch) 
     check(made, 4, version="torch")
 
 
-def test_single_tokens_run_as_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *tensors: calls.append(tensors) or bmm(*tensors))
-    check(build(CASES["single tokens"], 2, torch.float32, 2), 4, version="torch")
-    assert 2 <= len(calls) <= 4, "scores and values, of at most two groups"
+def test_single_tokens_run_as_one_product_on_a_gpu() -> None:
+    assert len([*spans.group_spans(build(CASES["single tokens"], 2, torch.float32, 2), 4)]) <= 2
+
+
+def test_spans_run_alone_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of several would depend on how many they are."""
+    groups, attend = [], spans._attend_group
+    monkeypatch.setattr(spans, "_attend_group", lambda *given: groups.append(given[1]) or attend(*given))
+    made = build(CASES["single tokens"], 2, torch.float32, 2)
+    check(made, 4, version="torch")
+    assert [len(group) for group in groups] == [1] * len(made)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -52,7 +52,7 @@ def read(
 ) -> passes.BlockStats:
     temperature = torch.full((len(product),), TEMPERATURE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "FEW", 0 if tables else 1 << 60)
+        patch.setattr(native, "TABLED", 0 if tables else 1 << 60)
         return native.block_stats(product, cap, temperature, uniform, belief)
 
 

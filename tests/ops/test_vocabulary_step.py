@@ -31,7 +31,7 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "torch" and compiled.library("vocabulary") is None:
         pytest.skip("no C++ compiler")
     if request.param == "tables":
-        monkeypatch.setattr(native, "FEW", 0)
+        monkeypatch.setattr(native, "TABLED", 0)
     return request.param
 
 

@@ -20,6 +20,7 @@ from blockpress.ops.packed import Codes, Float4, HalfFloats, Nibbles, scale_tabl
 from blockpress.ops.weight import Weight
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""The activations that C++ reads as they are; float16 is widened to float32 for the call, and its result rounded."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _E4M3, _INT8, _NIBBLES, _E2M1 = 3, 4, 5, 6
 INT8_ROWS = 7
@@ -109,7 +110,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def supports(x: Tensor) -> bool:
-    """Whether C++ should take activations like x: on a CPU, float32 or bfloat16, no gradients, no autocast.
+    """Whether C++ should take activations like x: on a CPU, floats of 16 or 32 bits, no gradients, no autocast.
 
     Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
     so are all of torch's products next to a "portable" build of ours.
@@ -121,27 +122,24 @@ def _reads(x: Tensor) -> bool:
     """Whether C++ can take x, faster or not."""
     if torch.is_grad_enabled() or type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
         return False
-    return x.dtype in SUFFIXES and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return x.dtype in KINDS and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def for_product(x: Tensor, weight: Weight) -> Matrix | None:
-    """The weight as C++ reads it, if its product with x is faster there than in torch; else None.
-
-    Torch is a little faster where both are bfloat16 and the processor multiplies that type. Integer products are
-    faster here at every level.
-    """
+    """The weight as C++ reads it, if C++ is to multiply it with x; integers are faster there at every level."""
     if isinstance(weight, IntegerWeight):
         return matrix(weight) if _reads(x) and library() is not None else None
-    if not supports(x):
-        return None
-    if x.dtype == torch.bfloat16 and isinstance(weight, Tensor) and isa() == "avx512_bf16":
-        return None
-    return matrix(weight)
+    return matrix(weight) if supports(x) else None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
     """Run an operation with torch's number of threads."""
     getattr(library(), f"{name}_{SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in a type that C++ reads: float16 becomes float32."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def held_bytes() -> int:

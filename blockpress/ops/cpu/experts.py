@@ -43,14 +43,14 @@ def moe_forward(
     experts: StackedExperts,
 ) -> Float[Tensor, "tokens hidden"]:
     """`experts.loop`, with the sum over experts rounded once."""
-    (tokens, k), hidden = chosen.shape, x.shape[1]
+    (tokens, k), hidden, dtype = chosen.shape, x.shape[1], x.dtype
     assert experts.gate_up.columns == hidden and experts.down.columns == experts.size, "one size of all"
     assert experts.gate_up.rows == 2 * experts.count * experts.size and experts.down.rows == experts.count * hidden
-    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.long().contiguous()
+    x, weights, chosen = bridge.widened(x).contiguous(), weights.contiguous(), chosen.long().contiguous()
     slots, out = x.new_empty(tokens * k, hidden), torch.empty_like(x)
     pointers = (weights.data_ptr(), chosen.data_ptr(), slots.data_ptr(), out.data_ptr())
     bridge.call("mix", x.dtype, x.data_ptr(), tokens, hidden, k, byref(experts), *pointers)
-    return out
+    return out.to(dtype)
 
 
 def amx_grouped(

@@ -20,6 +20,9 @@ def linear(
 ) -> Float[Tensor, "*rows out"]:
     """x @ weight^T in x's type, summed in float32; `out`: where to write it, with any stride between rows."""
     assert x.shape[-1] == weight.columns, "C++ would read beyond the rows"
+    if x.dtype == torch.float16:
+        wide = linear(x.float(), weight)
+        return wide.half() if out is None else out.copy_(wide)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     result = x.new_empty(*x.shape[:-1], weight.rows) if out is None else out
@@ -34,9 +37,9 @@ def linear(
 def combine(share: Float[Tensor, "*rows vocab"], weight: Matrix) -> Float[Tensor, "*rows hidden"]:
     """share @ weight in share's type, summed in float32."""
     assert share.shape[-1] == weight.rows, "C++ would read beyond the rows"
-    flat = share.reshape(-1, share.shape[-1])
+    flat = bridge.widened(share).reshape(-1, share.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     out = torch.zeros(len(flat), weight.columns, dtype=torch.float32)
     arguments = (flat.data_ptr(), len(flat), flat.stride(0), byref(weight))
-    bridge.call("combine", share.dtype, *arguments, out.data_ptr())
+    bridge.call("combine", flat.dtype, *arguments, out.data_ptr())
     return out.to(share.dtype).view(*share.shape[:-1], weight.columns)

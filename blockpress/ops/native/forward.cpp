@@ -116,46 +116,6 @@ void expert_unit(const T* x, long hidden, long k, const Experts& experts, const 
   }
 }
 
-// The same for up to FEW tokens in all: dot products.
-template <class T>
-void expert_few(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
-                const Unit& unit, T* y) {
-  const long size = experts.size;
-  Scratch& own = scratch();
-  float* wide = Scratch::room(own.more, FEW * (hidden + size));
-  const float *rows[FEW], *middle[FEW];
-  slots += unit.start;
-  for (long i = 0; i < unit.count; i++) {
-    const T* from = x + slots[i] / k * hidden;
-    float* to = wide + i * hidden;
-    each(hidden, [&](long j, long n) { put(to + j, get(from + j, n), n); });
-    rows[i] = to;
-    middle[i] = wide + FEW * hidden + i * size;
-  }
-  float sums[FEW * 2 * NB];
-  const Matrix gate = experts.gate_up.from(unit.expert * 2 * size, size);
-  const Matrix up = experts.gate_up.from(unit.expert * 2 * size + size, size);
-  const Matrix down = experts.down.from(unit.expert * hidden, hidden);
-  for (long n = 0; n < size; n += NB) {
-    const long some = std::min(NB, size - n);
-    few(rows, unit.count, hidden, gate, n, some, sums, 2 * NB);
-    few(rows, unit.count, hidden, up, n, some, sums + NB, 2 * NB);
-    for (long i = 0; i < unit.count; i++)
-      each(some, [&](long j, long c) {
-        F g = kept(gelu(kept(get(sums + i * 2 * NB + j, c), T{})), T{});
-        put(const_cast<float*>(middle[i]) + n + j, kept(g * kept(get(sums + i * 2 * NB + NB + j, c), T{}), T{}), c);
-      });
-  }
-  for (long n = 0; n < hidden; n += NB) {
-    const long some = std::min(NB, hidden - n);
-    few(middle, unit.count, size, down, n, some, sums, 2 * NB);
-    for (long i = 0; i < unit.count; i++)
-      each(some, [&](long j, long c) {
-        put(y + slots[i] * hidden + n + j, kept(get(sums + i * 2 * NB + j, c), T{}) * weights[slots[i]], c);
-      });
-  }
-}
-
 // The same for weights that are multiplied as codes: the activations between the products are rounded to codes too.
 template <class T>
 void expert_codes(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
@@ -209,7 +169,6 @@ void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, c
   parallel(static_cast<long>(all.size()), threads, [&](long i) {
     const Unit& unit = all[i];
     if (experts.down.kind == INT8_ROWS) return expert_codes(x, hidden, k, experts, weights, slots.data(), unit, y);
-    if (tokens <= FEW) return expert_few(x, hidden, k, experts, weights, slots.data(), unit, y);
     if constexpr (HAS_PAIRS && sizeof(T) == 2) {
       if (pairs) return expert_unit<T, true>(x, hidden, k, experts, weights, slots.data(), unit, y);
     }
@@ -236,7 +195,7 @@ struct Piece {  // keys and values of a span; mirrors ops/cpu/attention.py
 struct Span {  // queries start .. stop and their pieces of keys; mask [queries or 1][keys], one byte per entry, or null
   int64_t start, stop, first, last;
   const uint8_t* mask;
-  int64_t mask_row;
+  int64_t mask_row, lane;  // lane: of the first key in the softmax's sums
 };
 
 template <class T>
@@ -254,7 +213,7 @@ struct Attention {
     const long step = keys + NR, width = (dim + NR - 1) / NR * NR;
     Scratch& own = scratch();
     float* left = Scratch::room(own.more, (rows + MR) * std::max(dim, keys));
-    float* scores = Scratch::room(own.wide, rows * step + keys + 2 * W);
+    float* scores = Scratch::room(own.wide, rows * step + keys + 3 * W);
     float* buffer = scores + rows * step;
     float* sums = Scratch::room(own.sums, rows * width);
     if (!keys) std::fill_n(sums, rows * width, 0.0f);  // an empty sum
@@ -274,7 +233,7 @@ struct Attention {
     }
     for (long i = 0; i < rows; i++) {
       const uint8_t* may = span.mask ? span.mask + (from + i / group) * span.mask_row : nullptr;
-      soften<T>(scores + i * step, may, keys, buffer);
+      soften<T>(scores + i * step, may, keys, buffer, span.lane % W);
     }
     at = 0;
     for (long p = span.first; p < span.last; p++) {
@@ -405,8 +364,8 @@ struct After {  // mirrors ops/cpu/layer.py: from attention's output to the laye
 template <class T>
 void route(const T* scores, long count, long k, const T* scale, float* weights, int64_t* chosen,
            std::vector<std::pair<float, int64_t>>& queue, float* wide) {
-  for (long e = 0; e < count; e++) wide[count + W + e] = widen(scores[e]);
-  float* own = wide + count + W;
+  for (long e = 0; e < count; e++) wide[count + 2 * W + e] = widen(scores[e]);
+  float* own = wide + count + 2 * W;
   soften<float>(own, nullptr, count, wide);
   for (long e = 0; e < count; e++) queue[e] = {own[e], e};
   auto better = [](const auto& a, const auto& b) {
@@ -443,7 +402,7 @@ void route_rows(const After& layer, const T* h, long rows, float* weights, int64
   linear(scaled, rows, hidden, layer.router, scores, experts, threads);
   over(rows, experts * 8, threads, [&](long first, long last) {
     std::vector<std::pair<float, int64_t>> queue(experts);
-    std::vector<float> wide(2 * (experts + W));
+    std::vector<float> wide(2 * (experts + W) + W);
     for (long i = first; i < last; i++)
       route(scores + i * experts, experts, layer.top_k, static_cast<const T*>(layer.expert_scale),
             weights + i * layer.top_k, chosen + i * layer.top_k, queue, wide.data());

@@ -6,9 +6,10 @@
 //
 // A weight stays in memory as stored (weight.h): half floats and codes become float32 in the panel, which is read again
 // for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands have that type, panels hold
-// pairs. With up to FEW rows no panel pays, and each sum is a dot product along the weight's row.
+// pairs. With up to FEW rows no panel pays: the same sums are formed from the weight's lines, transposed in registers.
 //
-// Sums run over the depth in order, for any number of rows above FEW: a row does not depend on its neighbours.
+// Sums run over the depth in order, one fused multiply-add after the other, for any number of rows, threads and tasks:
+// the bits of a row depend on the row and the weight alone.
 #pragma once
 
 #include <algorithm>
@@ -99,11 +100,9 @@ inline void tile_of(long rows, long depth, const float* left, const float* right
 }
 
 #ifdef __AVX2__
-// Eight 32-bit values of `count` lines, 1 to 8, transposed to columns of R values; missing lines are 0.
-template <int R>
-inline void transpose(const float* const* from, int count, long at, float* to, long step) {
-  __m256 r[8], t[8], s[8];
-  for (int i = 0; i < 8; i++) r[i] = i < R && i < count ? _mm256_loadu_ps(from[i] + at) : _mm256_setzero_ps();
+// Eight rows of eight values become their columns.
+inline void transpose(__m256 (&r)[8]) {
+  __m256 t[8], s[8];
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -113,12 +112,72 @@ inline void transpose(const float* const* from, int count, long at, float* to, l
       s[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
       s[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
     }
+  for (int i = 0; i < 8; i++) r[i] = _mm256_permute2f128_ps(s[i % 4], s[i % 4 + 4], i < 4 ? 0x20 : 0x31);
+}
+
+// Eight 32-bit values of `count` lines, 1 to 8, transposed to columns of R values; missing lines are 0.
+template <int R>
+inline void transpose(const float* const* from, int count, long at, float* to, long step) {
+  __m256 r[8];
+  for (int i = 0; i < 8; i++) r[i] = i < R && i < count ? _mm256_loadu_ps(from[i] + at) : _mm256_setzero_ps();
+  transpose(r);
   for (int i = 0; i < 8; i++) {
-    const __m256 column = _mm256_permute2f128_ps(s[i % 4], s[i % 4 + 4], i < 4 ? 0x20 : 0x31);
-    if (R == 8) _mm256_storeu_ps(to + i * step, column);
-    else _mm_storeu_ps(to + i * step, _mm256_castps256_ps128(column));
-    if (R == 6) _mm_storel_pi(reinterpret_cast<__m64*>(to + i * step + 4), _mm256_extractf128_ps(column, 1));
+    if (R == 8) _mm256_storeu_ps(to + i * step, r[i]);
+    else _mm_storeu_ps(to + i * step, _mm256_castps256_ps128(r[i]));
+    if (R == 6) _mm_storel_pi(reinterpret_cast<__m64*>(to + i * step + 4), _mm256_extractf128_ps(r[i], 1));
   }
+}
+
+template <bool PAIRS>
+inline __m256 fused(__m256 sum, const float* x, __m256 y) {
+#ifdef __AVX512BF16__
+  if (PAIRS) return _mm256_dpbf16_ps(sum, (__m256bh)_mm256_broadcast_ss(x), (__m256bh)y);
+#endif
+  return _mm256_fmadd_ps(_mm256_broadcast_ss(x), y, sum);
+}
+
+// `tile` straight from NR lines of the weight, transposed in registers: the same sums, and no panel for few rows. A
+// cache line of each of eight lines is used up at once, since lines a power of two apart share a cache set.
+template <int M, bool PAIRS>
+__attribute__((noinline)) void direct(long depth, const float* left, const float* const* lines, float* to, long step,
+                                      bool first) {
+  constexpr int G = NR / 8;
+  __m256 sums[M][G];
+  for (int i = 0; i < M; i++)
+    for (int g = 0; g < G; g++) sums[i][g] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(to + i * step + 8 * g);
+  long k = 0;
+  for (; k + 16 <= depth; k += 16)
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+      for (long at = k; at < k + 16; at += 8) {
+        __m256 r[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+          r[i] = _mm256_loadu_ps(lines[8 * g + i] + at);
+          if (at == k) __builtin_prefetch(lines[8 * g + i] + at + 128, 0, 2);
+        }
+        transpose(r);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++)
+#pragma GCC unroll 4
+          for (int i = 0; i < M; i++) sums[i][g] = fused<PAIRS>(sums[i][g], left + (at + j) * MR + i, r[j]);
+      }
+  for (; k < depth; k++)
+    for (int g = 0; g < G; g++) {
+      float column[8];
+      for (int i = 0; i < 8; i++) std::memcpy(column + i, lines[8 * g + i] + k, 4);
+      for (int i = 0; i < M; i++) sums[i][g] = fused<PAIRS>(sums[i][g], left + k * MR + i, _mm256_loadu_ps(column));
+    }
+  for (int i = 0; i < M; i++)
+    for (int g = 0; g < G; g++) _mm256_storeu_ps(to + i * step + 8 * g, sums[i][g]);
+}
+
+template <bool PAIRS, int M = FEW>
+inline void direct_of(long rows, long depth, const float* left, const float* const* lines, float* to, long step,
+                      bool first) {
+  if (rows == M) return direct<M, PAIRS>(depth, left, lines, to, step, first);
+  if constexpr (M > 1) direct_of<PAIRS, M - 1>(rows, depth, left, lines, to, step, first);
 }
 #endif
 
@@ -224,10 +283,9 @@ void pack_left(const T* const* rows, int count, long depth, float* to) {
   panel<MR>(lines, count, units(depth, PAIRS), to);
 }
 
-// Columns first .. first + count of the product's right side, units from .. from + depth of it.
+// Columns first .. first + count of the product's right side, units from .. from + depth of it: in place, or widened.
 template <bool PAIRS>
-void pack_right(const Matrix& w, long first, int count, long from, long depth, float* to) {
-  const float* lines[NR];
+void right_lines(const Matrix& w, long first, int count, long from, long depth, const float** lines) {
   Scratch& own = scratch();
   if (PAIRS && w.kind > FLOAT16) {  // codes, rounded to bfloat16 as `unpack` rounds them
     float *buffer = Scratch::room(own.lines, NR * depth), *wide = Scratch::room(own.codes, 2 * depth);
@@ -253,6 +311,12 @@ void pack_right(const Matrix& w, long first, int count, long from, long depth, f
     float* buffer = Scratch::room(own.lines, NR * depth);
     for (int i = 0; i < count; i++) lines[i] = w.line(first + i, from, depth, buffer + i * depth);
   }
+}
+
+template <bool PAIRS>
+void pack_right(const Matrix& w, long first, int count, long from, long depth, float* to) {
+  const float* lines[NR];
+  right_lines<PAIRS>(w, first, count, from, depth, lines);
   panel<NR>(lines, count, depth, to);
 }
 
@@ -298,6 +362,18 @@ template <bool PAIRS, bool ACROSS = false>
 void multiply(const float* left, long rows, long depth, const Matrix& w, long first, long count, float* to, long step,
               bool fresh = true) {
   const long all = units(depth, PAIRS);
+#ifdef __AVX2__
+  if (!ACROSS && rows <= FEW) {
+    for (long j = 0; j < count; j += NR) {
+      const float* lines[NR];
+      const int some = static_cast<int>(std::min<long>(NR, count - j));
+      right_lines<PAIRS>(w, first + j, some, 0, all, lines);
+      std::fill(lines + some, lines + NR, lines[0]);
+      direct_of<PAIRS>(rows, all, left, lines, to + j, step, fresh);
+    }
+    return;
+  }
+#endif
   float* right = Scratch::room(scratch().right, KC * NR);
   for (long from = 0; from < all; from += KC) {
     const long deep = std::min(KC, all - from);
@@ -313,64 +389,6 @@ void multiply(const float* left, long rows, long depth, const Matrix& w, long fi
       }
     }
   }
-}
-
-inline float sum_of(V x) {
-  float total = 0;
-  for (int i = 0; i < VW; i++) total += x[i];
-  return total;
-}
-
-inline V widev(const float* p) { return loadv(p); }
-#if defined(__AVX2__)  // here V is as wide as F
-inline V widev(const bf16* p) { return (V)load(p); }
-#else
-inline V widev(const bf16* p) {
-  float wide[VW];
-  for (int i = 0; i < VW; i++) wide[i] = widen(p[i]);
-  return loadv(wide);
-}
-#endif
-
-// Dot products of M rows with one line.
-template <int M, class T>
-void dots(const float* const* x, const T* line, long depth, float* to, long step) {
-  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
-  V sums[M][U] = {};
-  long k = 0;
-  for (; k + U * VW <= depth; k += U * VW)
-    for (int u = 0; u < U; u++) {
-      V y = widev(line + k + u * VW);
-      for (int i = 0; i < M; i++) sums[i][u] += loadv(x[i] + k + u * VW) * y;
-    }
-  for (int i = 0; i < M; i++) {
-    V all = sums[i][0];
-    for (int u = 1; u < U; u++) all += sums[i][u];
-    float total = sum_of(all);
-    for (long rest = k; rest < depth; rest++) total += x[i][rest] * widen(line[rest]);
-    to[i * step] = total;
-  }
-}
-
-template <class T>
-inline void dots_of(long rows, const float* const* x, const T* line, long depth, float* to, long step) {
-  switch (rows) {
-    case 1: return dots<1>(x, line, depth, to, step);
-    case 2: return dots<2>(x, line, depth, to, step);
-    case 3: return dots<3>(x, line, depth, to, step);
-    default: dots<4>(x, line, depth, to, step);
-  }
-}
-
-// Sums of 1 to FEW rows of float32 with columns first .. first + count.
-inline void few(const float* const* x, long rows, long depth, const Matrix& w, long first, long count, float* to,
-                long step) {
-  if (w.kind == BFLOAT16) {
-    for (long j = 0; j < count; j++) dots_of(rows, x, w.at<bf16>(first + j, 0), depth, to + j, step);
-    return;
-  }
-  float* buffer = Scratch::room(scratch().wide, depth);
-  for (long j = 0; j < count; j++) dots_of(rows, x, w.line(first + j, 0, depth, buffer), depth, to + j, step);
 }
 
 // One of the weights that the same rows are multiplied with; the same columns of `twin` are computed along with its own.
@@ -436,7 +454,7 @@ void products_as(const Row& row, long rows, long depth, const Side* sides, int c
     const auto by = [&](const Matrix& w, long first, long m, long column, long n, float* to, long step) {
       multiply<PAIRS>(left + first * all, m, depth, w, column, n, to, step);
     };
-    blocks(sides, count, start, here, threads, threads, by, emit);
+    blocks(sides, count, start, here, threads, rows * depth * NB < 1 << 15 ? 1 : threads, by, emit);
   }
 }
 
@@ -447,29 +465,6 @@ template <class T, class Row, class Emit>
 void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
   if (!rows) return;
   if (sides[0].own.kind == INT8_ROWS) return code_products<T>(row, rows, depth, sides, count, threads, emit);
-  if (rows <= FEW) {
-    std::vector<float> memory(rows * depth);
-    const float* x[FEW];
-    for (long i = 0; i < rows; i++) {
-      float* own = memory.data() + i * depth;
-      const T* from = row(i);
-      each(depth, [&](long k, long n) { put(own + k, get(from + k, n), n); });
-      x[i] = own;
-    }
-    std::vector<std::pair<int, long>> tasks;
-    for (int s = 0; s < count; s++)
-      for (long n = 0; n < sides[s].own.rows; n += NB) tasks.push_back({s, n});
-    parallel(static_cast<long>(tasks.size()), rows * depth * NB < 1 << 15 ? 1 : threads, [&](long i) {
-      const auto [s, first] = tasks[i];
-      const Side& side = sides[s];
-      const long n = std::min(NB, side.own.rows - first);
-      float sums[FEW * 2 * NB];
-      few(x, rows, depth, side.own, first, n, sums, 2 * NB);
-      if (side.twin) few(x, rows, depth, *side.twin, first, n, sums + NB, 2 * NB);
-      emit(s, 0L, rows, first, n, sums, 2 * NB);
-    });
-    return;
-  }
   bool pairs = HAS_PAIRS && sizeof(T) == 2;
   for (int s = 0; s < count; s++) pairs = pairs && pairable(sides[s].own);
   if constexpr (HAS_PAIRS && sizeof(T) == 2) {

@@ -53,7 +53,7 @@ void softmax(T* scores, const uint8_t* mask, long batch, long heads, long querie
              long mq, int threads) {
   long rows = batch * heads * queries;
   share(rows, rows * seen * 2 / GRAIN, threads, [&](long start, long stop) {
-    std::vector<float> wide(seen + W);
+    std::vector<float> wide(seen + 2 * W);
     for (long row = start; row < stop; row++)
       soften<T>(scores + row * seen, mask ? mask + row / queries / heads % masks * mb + row % queries * mq : nullptr,
              seen, wide.data());

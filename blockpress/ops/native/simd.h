@@ -210,11 +210,13 @@ inline void turn(const T* x, const T* cosine, const T* sine, T* to, long half) {
 }
 
 // Softmax of one row in place, in float32, with scores and results as a tensor of T stores them; where `may` is 0 the
-// score is the smallest of T. wide: size + W floats.
+// score is the smallest of T. wide: size + 2 * W floats. The sum runs over W lanes, of which the first score takes number
+// `lane`: so scores that are shifted have the same sum.
 template <class T, class Stored>
-inline void soften(Stored* own, const uint8_t* may, long size, float* wide) {
+inline void soften(Stored* own, const uint8_t* may, long size, float* wide, long lane = 0) {
   constexpr float lowest = sizeof(T) == 2 ? -3.3895313892515355e38f : -3.4028234663852886e38f;
   F best = F{} - INFINITY;
+  for (long k = 0; k < lane; k++) wide[k] = -INFINITY;
   each(size, [&](long i, long count) {
     F v = kept(get(own + i, count), T{});
     if (may) {
@@ -229,19 +231,20 @@ inline void soften(Stored* own, const uint8_t* may, long size, float* wide) {
       for (long k = count; k < W; k++) parts[k] = -INFINITY;
       v = load(parts);
     }
-    store(wide + i, v);
+    store(wide + lane + i, v);
     best = (v > best || v != v) ? v : best;
   });
+  store(wide + lane + size, F{} - INFINITY);
   float top = best[0];
   for (long k = 1; k < W; k++) top = (best[k] > top || best[k] != best[k]) ? best[k] : top;
   F total = {};
-  for (long i = 0; i < size; i += W) {
+  for (long i = 0; i < lane + size; i += W) {
     F e = exponential(load(wide + i) - top);
     store(wide + i, e);
     total += e;
   }
   float share_of = 1.0f / sum(total);
-  each(size, [&](long i, long count) { put(own + i, kept(load(wide + i) * share_of, T{}), count); });
+  each(size, [&](long i, long count) { put(own + i, kept(get(wide + lane + i, count) * share_of, T{}), count); });
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 // requested, of bfloat16 products in a separate buffer. `gather` and `believe` normalise the weights. A product of -inf,
 // even under a cap, is a banned token. A row whose maximum is not finite gives NaN.
 //
-// bfloat16 has 65,536 values: for many rows, scaled logits and weights come from tables that the caller computed (three
+// bfloat16 has 65,536 values: of a large vocabulary, scaled logits and weights come from tables that the caller computed (three
 // per temperature), with no tanh, quotient or exp left. The caller's torch version is ops/vocabulary/passes.py.
 
 #include <algorithm>
@@ -367,7 +367,7 @@ struct Block { // mirrors ops/vocabulary/native.py: Block
     const float *temperature;
     const double *uniform; // null: no sample
     const float *tables;   // [which][logits, weights, beliefs][65536]; null: computed
-    const int64_t *table;  // per row, which one
+    const int64_t *table;  // per row, which one; -1: none
     int64_t *argmax, *sample;
     float *entropy, *total; // total: log of the sum of exp(scaled)
     int64_t *counts, *ids;  // of the sparse probabilities; count -1: all of the row's probabilities are written
@@ -476,7 +476,7 @@ static void see_rows(const Block &b, bool narrow, int64_t start, int64_t stop) {
     for (int64_t r = start; r < stop; ++r) {
         if (!narrow)
             see_computed<float>(b, r, room);
-        else if (b.tables)
+        else if (b.tables && b.table[r] >= 0)
             see_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, room);
         else
             see_computed<bf16>(b, r, room);

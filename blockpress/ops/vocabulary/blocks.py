@@ -5,7 +5,7 @@
 A block has at most BUFFER bytes, whatever the vocabulary, and all blocks of a call share one buffer. Larger blocks read
 the head less often; at 256 rows of bfloat16 the product is bound by arithmetic.
 
-Invariant: a row's result does not depend on its block, except through the order of sums in the products.
+Invariant: a row's result does not depend on its block, nor on the other rows in it.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 """
 
@@ -53,7 +53,7 @@ def products(
         if readable is not None:
             in_cpp.linear(hidden[rows], readable, out=product)
         elif isinstance(weight, Tensor):
-            torch.mm(hidden[rows], weight.t(), out=product)
+            linear.into(product, hidden[rows], weight)
         else:
             for first, part in linear.products(hidden[rows], weight):
                 product[:, first : first + part.shape[1]] = part
@@ -88,10 +88,12 @@ def combine_sparse(
     floats = weight.values if isinstance(weight, HalfFloats) else weight
     if native and isinstance(floats, Tensor) and in_native.supports(floats):
         return in_native.combine_sparse(sparse, floats).to(dtype)
-    rows, columns = (torch.arange(sparse.ids.shape[1], device=sparse.ids.device) < sparse.counts[:, None]).nonzero(
-        as_tuple=True
-    )
-    ids, column = sparse.ids[rows, columns].unique(return_inverse=True)
-    share = torch.zeros(len(sparse.counts), len(ids), dtype=dtype, device=ids.device)
-    share[rows, column] = sparse.shares[rows, columns].to(dtype)
-    return share @ lookup(ids, weight, dtype)
+    most, hidden, device = sparse.ids.shape[1], weight.shape[1], sparse.ids.device
+    held = torch.arange(most, device=device) < sparse.counts[:, None]
+    shares, ids = sparse.shares.masked_fill(~held, 0), sparse.ids.masked_fill(~held, 0)
+    step = max(1, passes.AT_ONCE["cpu" if device.type == "cpu" else "other"] // (most * hidden))
+    parts = [
+        (lookup(ids[at : at + step], weight, dtype).float() * shares[at : at + step, :, None]).sum(1)
+        for at in range(0, len(ids), step)
+    ]
+    return torch.cat(parts).to(dtype)

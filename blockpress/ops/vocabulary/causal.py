@@ -93,8 +93,18 @@ def score_targets(
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:
-    """The `top` largest products of each row, best first; ties in the order of their tokens."""
+    """The `top` largest products of each row, best first; ties in the order of their tokens.
+
+    `topk` keeps any of the tokens that tie for the last place, other ones for another `top`.
+    """
     best, ids = product.topk(top, dim=-1)
-    ids, order = ids.sort(dim=-1)
-    best, by_size = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    if not top:
+        return best, ids
+    least = best[:, -1:]
+    above, tied = product > least, product == least
+    tied &= tied.cumsum(-1) <= top - above.sum(-1, keepdim=True)
+    vocab = product.shape[-1]
+    ids = torch.where(above | tied, torch.arange(vocab, device=product.device), vocab)
+    ids = ids.topk(top, dim=-1, largest=False).values.sort(dim=-1).values.clamp(max=vocab - 1)  # NaN: none is above
+    best, by_size = product.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return best, ids.gather(-1, by_size)

@@ -1,7 +1,8 @@
 """The pass over a block of products in C++ (`ops/native/vocabulary.cpp`): bfloat16 and float32, on a CPU.
 
-The products are read in place, and full probabilities are written over them. Many rows of bfloat16 are read through a
-table of the scaled logits of all 65,536 values, computed here by torch: equal to the reference to the last bit.
+The products are read in place, and full probabilities are written over them. bfloat16 of a large vocabulary is read
+through a table of the scaled logits of all 65,536 values, computed here by torch: equal to the reference to the last
+bit. Whether a row is depends on the vocabulary and on its own temperature, not on the other rows.
 
 Invariant: `block_stats` and `passes.block_stats` give the same `BlockStats`.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
@@ -10,7 +11,7 @@ Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int
@@ -20,8 +21,9 @@ from blockpress.ops import compiled
 from blockpress.ops.vocabulary.passes import MOST, BlockStats, Probabilities, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
 
-FEW = 1 << 19
-"""Most products that are read in less time than the tables of 65,536 values take to compute."""
+TABLED = 1 << 12
+"""The vocabulary from which on rows of bfloat16 are read through tables of all 65,536 values: a canvas of 128 rows is
+then read in more time than its tables take to compute."""
 
 LARGEST = 84.0
 """The largest logit for which its exp, that of its negative, and sums of 64 of them are normal float32 numbers."""
@@ -120,18 +122,23 @@ def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Flo
 def _tables(
     product: Float[Tensor, "rows vocab"], cap: float | None, temperature: Float32[Tensor, " rows"]
 ) -> tuple[Float32[Tensor, "kinds three codes"], Int[Tensor, " rows"]] | None:
-    """For every bfloat16 at each temperature: the scaled logit, its exp, and its exp when rounded; each row's index.
+    """The table of each temperature, and each row's index among them: -1 where its exp would overflow.
 
-    None where tables cost more than they save, or where exp overflows.
+    None where tables cost more than they save.
     """
-    if product.dtype != torch.bfloat16 or cap is None or product.numel() < FEW:
+    if product.dtype != torch.bfloat16 or cap is None or product.shape[1] < TABLED:
         return None
     kinds, table = temperature.unique(return_inverse=True)
-    if product.numel() < FEW * len(kinds) or cap > LARGEST * float(kinds[0]):
-        return None
+    tables = torch.stack([_table(cap, kind) for kind in kinds.tolist()])
+    return tables, torch.where(cap > LARGEST * temperature, -1, table)
+
+
+@lru_cache(maxsize=16)
+def _table(cap: float, temperature: float) -> Float32[Tensor, "three codes"]:
+    """For every bfloat16: the scaled logit, its exp, and its exp when rounded."""
     codes = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).roll(1 << 15).view(torch.bfloat16)
-    logits = scaled_logits(codes.expand(len(kinds), -1), cap, kinds)
-    return torch.stack((logits, logits.exp(), logits.to(torch.bfloat16).float().exp()), dim=1), table
+    [logits] = scaled_logits(codes[None], cap, torch.tensor([temperature]))
+    return torch.stack((logits, logits.exp(), logits.to(torch.bfloat16).float().exp()))
 
 
 @cache

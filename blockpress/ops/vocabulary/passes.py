@@ -80,6 +80,11 @@ def block_stats(
     """
     rows, vocab = product.shape
     step = max(1, AT_ONCE["cpu" if product.device.type == "cpu" else "other"] // vocab)
+    if rows == 1 and product.device.type == "cpu":  # threads would share one row's sums; of two, each has its own
+        pair = product.repeat(2, 1)
+        draws = None if uniform is None else uniform.repeat(2)
+        stats = block_stats(pair, cap, temperature.repeat(2), draws, probabilities)
+        return _first(stats, product.copy_(pair[:1]) if probabilities else None)
     parts = []
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
@@ -95,6 +100,13 @@ def block_stats(
         product if probabilities else None,
         _sparse(product) if probabilities == "sparse" else None,
     )
+
+
+def _first(stats: BlockStats, probabilities: Tensor | None) -> BlockStats:
+    """The first row alone."""
+    sparse = stats.sparse and Sparse(stats.sparse.counts[:1], stats.sparse.ids[:1], stats.sparse.shares[:1])
+    sample = None if stats.sample is None else stats.sample[:1]
+    return BlockStats(stats.argmax[:1], sample, stats.entropy[:1], stats.total[:1], probabilities, sparse)
 
 
 def _few(
