@@ -8,8 +8,8 @@ Run it:  blockpress run ./my-checkpoint "What is 17 * 23?" --thinking
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -33,7 +33,7 @@ class ChatSession:
     """A model and how it is prompted. `chat`: by its chat template; otherwise prompts are passed as they are.
 
     `shown`: message parts (images and videos) that precede the text of a chat's first message. `record`:
-    where answers are recorded.
+    where answers are recorded. `constraint`: what the answer must be, as arguments of `LM.generate`.
     """
 
     lm: LM
@@ -48,6 +48,7 @@ class ChatSession:
     shown: tuple[dict[str, Any], ...] = ()
     soft_tokens: int | None = None
     record: CanvasRecording | None = None
+    constraint: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
@@ -61,9 +62,8 @@ class ChatSession:
 
     def _stream(self, text: str, before: Sequence[dict[str, Any]]) -> Iterator[Event]:
         if not self.chat:
-            return self.lm.stream(
-                text, self.max_tokens, self.seed, self.sampling, mode=self.mode, logprobs=self.logprobs
-            )
+            how: dict[str, Any] = {"mode": self.mode, "logprobs": self.logprobs, **self.constraint}
+            return self.lm.stream(text, self.max_tokens, self.seed, self.sampling, **how)
         return self.lm.chat_stream(
             [*self.opening(), *before, self.message(text, first=not before)],
             thinking=self.thinking,
@@ -74,6 +74,7 @@ class ChatSession:
             soft_tokens=self.soft_tokens,
             mode=self.mode,
             logprobs=self.logprobs,
+            **self.constraint,
         )
 
     def opening(self) -> list[dict[str, Any]]:

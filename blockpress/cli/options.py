@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,33 @@ Record = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="Most denoising steps a canvas. Default: the model's own, usually 48.", metavar="N")
 ]
+
+
+Regex = Annotated[
+    str | None, typer.Option(metavar="R", help="The whole answer matches this regular expression (Python's syntax).")
+]
+Choice = Annotated[str | None, typer.Option(metavar="A,B", help="The answer is one of these texts.")]
+SchemaFile = Annotated[
+    str | None, typer.Option("--schema", metavar="FILE", help="The answer is JSON that this JSON schema allows.")
+]
+
+
+def constraint(regex: str | None, choice: str | None, schema: str | None) -> dict[str, Any]:
+    """The constraint of an answer as arguments of `LM.generate`.
+
+    Raises:
+        RequestError: more than one is given, or the file of the schema cannot be read.
+    """
+    given = {"--regex": regex, "--choice": choice, "--schema": schema}
+    for option, value in given.items():
+        if value is not None:
+            refuse(option, {name: other for name, other in given.items() if name != option})
+    if schema is None:
+        return {"regex": regex, "choice": None if choice is None else choice.split(",")}
+    try:
+        return {"schema": json.loads(Path(schema).read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--schema is {schema!r}: {error}", hint="give a file that holds a JSON schema") from error
 
 
 def positive(value: int | None, option: str) -> None:

@@ -134,6 +134,9 @@ def run(
     top_p: TopP = None,
     stop: Stop = None,
     logprobs: Logprobs = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    schema: options.SchemaFile = None,
     json: options.Json = False,
     events: Events = False,
     dtype: options.Dtype = None,
@@ -163,7 +166,8 @@ def run(
     changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
-    limits, file = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}, check_file(record)
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
+    limits["constraint"], file = options.constraint(regex, choice, schema), check_file(record)
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events or record is not None) else _prompt(prompt)
     how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}

@@ -29,6 +29,7 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
         "tokens": reply.tokens,
         **_logprobs(reply.logprobs),
         "finish_reason": reply.finish_reason,
+        **({} if reply.invalid is None else {"invalid": reply.invalid}),
         "usage": vars(reply.usage),
     }
 
@@ -102,6 +103,7 @@ def ended(reply: Reply) -> str:
     work += f", {_counted(usage.verifications, 'verification')}" if usage.verifications else ""
     extra = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
     extra += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
+    extra += f"; {reply.invalid}" if reply.invalid else ""
     return f"{why[reply.finish_reason]} after {_counted(usage.completion_tokens, 'token')}: {work}{extra}"
 
 

@@ -19,8 +19,8 @@ from blockpress.decoding.events import (
     ToolCallEvent,
     Usage,
 )
-from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
-from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, common_prefix, denoised_event
+from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
+from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, denoised_event
 
 __all__ = [
     "Cancel",

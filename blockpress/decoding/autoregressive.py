@@ -30,6 +30,7 @@ from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward,
 from blockpress.diffusion import KeyedDraws, TokenMask
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.nucleus import keep_top_k, keep_top_p
+from blockpress.ops.transfer import to_device
 
 GREEDY = AutoregressiveSampling()
 
@@ -103,6 +104,10 @@ def sample_next(
     token_mask = TokenMask.of([row.banned_ids for row in rows], 1, network.device)
     if token_mask is not None:
         logits = token_mask(all_rows, logits)
+    for place, row in enumerate(rows):
+        if row.constraint is not None:
+            allowed = to_device(row.constraint.allowed(row.max_later_tokens), network.device)
+            logits[place] = logits[place].masked_fill(~allowed, float("-inf"))
     if sampling.temperature == 0:
         return logits[:, 0].argmax(-1)
     scaled = logits / sampling.temperature

@@ -6,17 +6,24 @@ Run it:  python -m pytest tests/diffusion/test_pins.py tests/decoding/test_gener
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from jaxtyping import Float32, Int
 from torch import Tensor
 
+from blockpress.constrain import CanvasConstraint
 from blockpress.diffusion import Denoiser, DenoiserOutput, Draws, TokenMask
 from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
-from blockpress.shapes import Canvas, Signal
+from blockpress.shapes import Canvas, Logits, Signal
 
 
-def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
-    """A denoiser that computes its output from full logits, over the context of `cache` (a row for each canvas)."""
+def plain_denoiser(network: Network, cache: Cache, constraints: Sequence[CanvasConstraint | None] = ()) -> Denoiser:
+    """A denoiser that computes its output from full logits, over the context of `cache` (a row for each canvas).
+
+    `constraints`: of each row of the batch; none if it is empty.
+    """
     selected: list[tuple[int, Cache]] = [(len(cache.lengths), cache)]
 
     def denoiser(
@@ -34,11 +41,32 @@ def plain_denoiser(network: Network, cache: Cache) -> Denoiser:
         scaled = logits / temperature.to(logits.device)
         if token_mask is not None:
             scaled = token_mask(rows, scaled)
-        return DenoiserOutput(
-            argmax=scaled.argmax(-1),
-            sample=draws.sample(rows, step, scaled),
-            entropy=vocabulary.entropy(scaled),
-            signal=network.soft_embedding(scaled),
+        return output_from_logits(
+            network,
+            scaled,
+            partial(draws.sample, rows, step),
+            [constraints[row] for row in rows.tolist()] if constraints else (),
         )
 
     return denoiser
+
+
+def output_from_logits(
+    network: Network,
+    scaled: Logits,
+    sample: Callable[[Logits], Canvas],
+    constraints: Sequence[CanvasConstraint | None] = (),
+) -> DenoiserOutput:
+    """What a step needs, from temperature-scaled logits; `constraints` are those of the rows, none if it is empty."""
+    argmax = scaled.argmax(-1)
+    if any(constraint is not None for constraint in constraints):
+        scaled = scaled.clone()
+    for row, constraint in enumerate(constraints):
+        if constraint is not None:
+            scaled[row], argmax[row] = constraint(scaled[row])
+    return DenoiserOutput(
+        argmax=argmax,
+        sample=sample(scaled),
+        entropy=vocabulary.entropy(scaled),
+        signal=network.soft_embedding(scaled),
+    )

@@ -60,7 +60,8 @@ class Reply:
     """The whole answer. `text` is None if the model has no tokenizer; `tokens` ends with the stop id if there was one.
 
     For a chat also the thought (None without one), the tool calls, and the malformed ones.
-    logprobs: one for each of `tokens`, in order; None if they were not requested.
+    logprobs: one for each of `tokens`, in order; None if they were not requested. invalid: why the answer does not
+    satisfy its constraint, which an answer that was cut or cancelled may not; None if it does, or has none.
     """
 
     text: str | None
@@ -71,6 +72,7 @@ class Reply:
     tool_calls: tuple[ToolCall, ...] = ()
     broken_calls: tuple[MalformedToolCall, ...] = ()
     logprobs: list[TokenLogprob] | None = None
+    invalid: str | None = None
 
     @property
     def message(self) -> dict[str, Any]:

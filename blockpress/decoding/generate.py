@@ -25,11 +25,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from blockpress.config import Sampling
+from blockpress.constrain import CanvasConstraint
 from blockpress.decoding import Cancel, Event, SequenceState, denoised_event
 from blockpress.decoding.denoisers import plain_denoiser
 from blockpress.diffusion import Denoiser, Draws, KeyedDraws, Pins, Schedule, TokenMask, denoise, step_rules
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.transfer import to_device
+
+MakeDenoiser = Callable[[Network, Cache, Sequence[CanvasConstraint | None]], Denoiser]
 
 
 @torch.inference_mode()
@@ -39,7 +42,7 @@ def generate(
     sampling: Sampling,
     cancel: Cancel | None = None,
     make_draws: Callable[..., Draws] = KeyedDraws,
-    make_denoiser: Callable[[Network, Cache], Denoiser] | None = None,
+    make_denoiser: MakeDenoiser = plain_denoiser,
 ) -> Iterator[Event]:
     """Answer every row's prompt, canvas by canvas. Events come in chronological order, tagged with their row's index.
 
@@ -47,7 +50,7 @@ def generate(
         rows: prompts with their seeds, stop rules and limits; each collects its answer.
         cancel: checked between steps; once it is set, every unfinished row ends as "cancelled".
         make_draws: the source of random tokens; tests pass recorded ones.
-        make_denoiser: makes what denoises canvases over a context; None: `plain_denoiser`. Others must give the same
+        make_denoiser: makes what denoises canvases over a context, under their constraints. All must give the same
             tokens.
     """
     live = list(rows)
@@ -72,7 +75,7 @@ def denoise_canvases(
     sampling: Sampling,
     cancel: Cancel | None,
     make_draws: Callable[..., Draws],
-    make_denoiser: Callable[[Network, Cache], Denoiser] | None,
+    make_denoiser: MakeDenoiser,
 ) -> Generator[Event, None, bool]:
     """Denoise one canvas for every row and leave it in the row as its draft. False: all rows were cancelled."""
     length, device = network.config.canvas_length, network.device
@@ -81,7 +84,7 @@ def denoise_canvases(
     draws = make_draws(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
     token_mask = TokenMask.of([row.banned_ids for row in rows], length, device)
     pins = Pins.of([row.pins for row in rows], length, network.embed, device)
-    denoiser = (make_denoiser or plain_denoiser)(network, cache)
+    denoiser = make_denoiser(network, cache, [row.canvas_constraint for row in rows])
     for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins):
         for i, row in enumerate(rows[index] for index in step.rows.tolist()):
             row.draft(step.argmax[i].tolist(), step.number)

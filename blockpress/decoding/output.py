@@ -106,3 +106,14 @@ class TextOutputProcessor:
     def finish(self) -> list[Piece]:
         text = "" if self._decoder is None else self._decoder.finish()
         return [TextDelta("answer", text)] if text else []
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """The length of the longest common prefix.
+
+    >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
 from blockpress.config.checks import is_count, value_text
+from blockpress.constrain import CanvasConstraint, ConstraintState
 from blockpress.decoding.events import (
     Committed,
     Denoised,
@@ -34,7 +35,7 @@ from blockpress.decoding.events import (
     ToolCallEvent,
     Usage,
 )
-from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor
+from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
 from blockpress.diffusion import Step
 from blockpress.errors import RequestError
 
@@ -84,6 +85,7 @@ class SequenceState:
         decoder: Decoder | None = None,
         processor: OutputProcessor | None = None,
         logprobs: int | None = None,
+        constraint: ConstraintState | None = None,
     ) -> None:
         assert decoder is None or processor is None, "an output processor needs no decoder"
         _need(is_count(seed, -math.inf), "seed", seed, "a whole number")
@@ -94,6 +96,7 @@ class SequenceState:
         _need(logprobs is None or is_count(logprobs, 0, MOST_LOGPROBS), "logprobs", logprobs, most)
         self.index, self.prompt, self.seed = index, list(prompt), int(seed)
         self.logprobs = None if logprobs is None else int(logprobs)
+        self.constraint = constraint
         self.images: Mapping[int, Float[Tensor, "_soft hidden"]] = {}
         """The images of the prompt: the position of each one's first soft token, and its features."""
         self.canvases: list[FinishedCanvas] = []
@@ -159,6 +162,20 @@ class SequenceState:
         """How many positions of the current canvas the answer has room for."""
         left = self._canvas_length if self._limit is None else self._limit - len(self._tokens)
         return min(left, self._room, self._canvas_length)
+
+    @property
+    def max_later_tokens(self) -> int:
+        """How many tokens the answer has room for after the current canvas."""
+        most = self._room // self._canvas_length * self._canvas_length
+        left = most if self._limit is None else min(most, self._limit - len(self._tokens))
+        return max(0, left - self.max_draft_tokens)
+
+    @property
+    def canvas_constraint(self) -> CanvasConstraint | None:
+        """What the current canvas must follow."""
+        if self.constraint is None:
+            return None
+        return self.constraint.canvas(self.max_draft_tokens, self.max_later_tokens)
 
     @property
     def draft_tokens(self) -> list[int]:
@@ -229,6 +246,8 @@ class SequenceState:
             tokens, stopped = tokens[: self._limit - len(self._tokens)], False
         before = len(self._tokens)
         self._tokens += tokens
+        if self.constraint is not None:
+            self.constraint.advance(tokens)
         self._logprobs += [] if self.logprobs is None else logprobs[: len(tokens)]
         pieces = self._processor.take(tokens)
         if stopped:
@@ -285,6 +304,7 @@ class SequenceState:
             tool_calls=tuple(piece for piece in self._pieces if isinstance(piece, ToolCall)),
             broken_calls=tuple(piece for piece in self._pieces if isinstance(piece, MalformedToolCall)),
             logprobs=None if self.logprobs is None else list(self._logprobs),
+            invalid=None if self.constraint is None else self.constraint.invalid(self._tokens),
         )
 
     def _usage(self) -> Usage:
@@ -326,15 +346,4 @@ def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
         settled=bool(step.settled[index]),
         retry=row.retry,
         verifications=row.verifications,
-    )
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the longest common prefix.
-
-    >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

@@ -27,9 +27,10 @@ import torch
 from blockpress.config import Sampling
 from blockpress.decoding import Cancel, Event, SequenceState, common_prefix
 from blockpress.decoding.autoregressive import extend_cache
-from blockpress.decoding.generate import denoise_canvases, images_of
+from blockpress.decoding.denoisers import plain_denoiser
+from blockpress.decoding.generate import MakeDenoiser, denoise_canvases, images_of
 from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward, gather_last_hidden, score_tokens
-from blockpress.diffusion import Denoiser, Draws, KeyedDraws
+from blockpress.diffusion import Draws, KeyedDraws
 from blockpress.model import Cache, Network
 
 
@@ -40,7 +41,7 @@ def generate_verified(
     sampling: Sampling,
     cancel: Cancel | None = None,
     make_draws: Callable[..., Draws] = KeyedDraws,
-    make_denoiser: Callable[[Network, Cache], Denoiser] | None = None,
+    make_denoiser: MakeDenoiser = plain_denoiser,
 ) -> Iterator[Event]:
     """Answer every row's prompt as `generate` does, with a causal pass over each settled canvas before its commit.
 

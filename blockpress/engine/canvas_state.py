@@ -37,7 +37,7 @@ class StepFeatures:
     """Optional features that the canvases of a forward need: a forward without them does not pay for them.
 
     begins: some canvas is at its first step. pinned: some canvas has pins. banned: the number of `ids`, 0 if no canvas
-    bans any. custom: some canvas has a custom rule for accepting or settling.
+    bans any. custom: some canvas has a custom rule for accepting or settling, or a constraint.
     """
 
     begins: bool = True
@@ -83,7 +83,7 @@ class CanvasState:
             begins=bool(starting),
             pinned=any(slot in self._pinned for slot in slots),
             banned=len(self.ids) if any(self._bans[slot] for slot in slots) else 0,
-            custom=any(has_custom_rules(request) for request in requests),
+            custom=any(has_custom_rules(request) or request.row.constraint is not None for request in requests),
         )
 
     def _pin(self, slot: int, pins: Mapping[int, int]) -> None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from blockpress.config import Sampling
+from blockpress.decoding.denoisers import output_from_logits
 from blockpress.diffusion import (
     Accept,
     DenoiserOutput,
@@ -181,22 +183,12 @@ def finish_step(
 ) -> StepOutputs:
     """Compute a step from the canvases' final hidden states, and write the next step's canvases to their slots.
 
-    `requests` are those of the canvases; they may be omitted if none has custom rules.
+    `requests` are those of the canvases; they may be omitted if none has custom rules or a constraint.
     """
-    at, count, length = canvases.slot, len(canvases.slot), slots.length
-    stats = vocabulary.sample_from_hidden(
-        hidden,
-        network.embed_tokens.weight,
-        cap=network.config.softcap,
-        temperature=canvases.temperature[:, None].expand(-1, length).flatten(),
-        uniform=inputs.uniform.flatten(),
-        banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if features.banned else None,
-        signal=signal,
-        scale=network.embed_scale(),
-    )
-    output = DenoiserOutput.of(stats, count)
+    at = canvases.slot
+    output = _output(network, slots, canvases, features, inputs, hidden, signal, requests)
     if inputs.pins is not None:
-        output = inputs.pins(torch.arange(count, device=at.device), output)
+        output = inputs.pins(torch.arange(len(at), device=at.device), output)
     accept, settle = custom_rules(canvases, requests)
     result = update(output, inputs.noise, inputs.argmax, inputs.unchanged, accept, settle)
     flags = torch.stack((result.settled, result.settled | canvases.last, output.entropy.isfinite().all(-1)), dim=1)
@@ -212,6 +204,51 @@ def finish_step(
         changed=result.changed,
         packed_results=packed_results,
     )
+
+
+def _output(
+    network: Network,
+    slots: CanvasState,
+    canvases: CanvasBatch,
+    features: StepFeatures,
+    inputs: StepInputs,
+    hidden: Float[Tensor, "rows hidden"],
+    signal: SoftEmbedding,
+    requests: Sequence[Request],
+) -> DenoiserOutput:
+    """What the step computes from the vocabulary: in blocks, but for canvases with a constraint from full logits."""
+    states, count = hidden.unflatten(0, (len(canvases.slot), slots.length)), len(canvases.slot)
+    constraints = [request.row.canvas_constraint for request in requests] or [None] * count
+    outputs: list[DenoiserOutput] = []
+    free = [i for i in range(count) if constraints[i] is None]
+    order = free + [i for i in range(count) if constraints[i] is not None]
+    if free:
+        chosen = slice(None) if len(free) == count else to_device(torch.tensor(free), hidden.device)
+        at = canvases.slot[chosen]
+        stats = vocabulary.sample_from_hidden(
+            states[chosen].flatten(0, 1),
+            network.embed_tokens.weight,
+            cap=network.config.softcap,
+            temperature=canvases.temperature[chosen, None].expand(-1, slots.length).flatten(),
+            uniform=inputs.uniform[chosen].flatten(),
+            banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if features.banned else None,
+            signal=signal,
+            scale=network.embed_scale(),
+        )
+        outputs.append(DenoiserOutput.of(stats, len(free)))
+    for i in order[len(free) :]:
+        scaled = network.logits(states[i : i + 1]) / canvases.temperature[i]
+        if features.banned:
+            banned = slots.banned[canvases.slot[i]]
+            scaled[0, :, slots.ids] = scaled[0, :, slots.ids].masked_fill(banned, float("-inf"))
+        draw = partial(vocabulary.sample, uniform=inputs.uniform[i : i + 1])
+        outputs.append(output_from_logits(network, scaled, draw, [constraints[i]]))
+    if not order[len(free) :]:
+        return outputs[0]
+    back = to_device(torch.tensor(order).argsort(), hidden.device)
+    fields = zip(*((each.argmax, each.sample, each.entropy, each.signal) for each in outputs), strict=True)
+    argmax, sample, entropy, embedded = (torch.cat(field)[back] for field in fields)
+    return DenoiserOutput(argmax=argmax, sample=sample, entropy=entropy, signal=embedded)
 
 
 def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Accept, Settle]:

@@ -28,7 +28,27 @@ AnySampling = Sampling | AutoregressiveSampling
 """How canvases are denoised, or how single tokens are chosen."""
 
 
-class ChatOptions(TypedDict, total=False):
+class ConstraintOptions(TypedDict, total=False):
+    """What the answer must be; at most one of them is given.
+
+    regex: a regular expression in Python's syntax that matches the whole answer. choice: texts, of which the answer is
+    one. schema: a JSON schema of the value that the answer, a JSON text, stands for (docs/constraints.md).
+    """
+
+    regex: str | None
+    choice: Sequence[str] | None
+    schema: Mapping[str, Any] | bool | None
+
+
+class GenerateOptions(ConstraintOptions, total=False):
+    """The options of `LM.generate`; `LM.build_requests` describes them."""
+
+    mode: Mode | None
+    logprobs: int | None
+    cancel: Cancel | None
+
+
+class ChatOptions(ConstraintOptions, total=False):
     """The options of `LM.chat`; `LM.build_chat_requests` describes them."""
 
     tools: Sequence[Mapping[str, Any]] | None

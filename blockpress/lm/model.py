@@ -18,13 +18,16 @@ from torch import Tensor
 from blockpress.chat import Chat, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.decoding import Cancel, Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
+from blockpress.constrain import Constraint
+from blockpress.decoding import Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
 from blockpress.engine import EngineOptions, Request
 from blockpress.errors import CheckpointError, renamed_attribute
 from blockpress.lm.arguments import (
     AnySampling,
     ChatOptions,
+    ConstraintOptions,
     Conversation,
+    GenerateOptions,
     Mode,
     Prompt,
     are_conversations,
@@ -33,6 +36,7 @@ from blockpress.lm.arguments import (
     is_batch,
     is_integer,
 )
+from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
 from blockpress.lm.rows import attach_images, check_ids, make_sequences
@@ -66,6 +70,7 @@ class LM:
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
         self.engine = LazyEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
         self.answer = self.engine.answer if answer is None else answer
+        self._constraints = ConstraintCache(tokenizer, network.config.vocab_size)
 
     @property
     def config(self) -> ModelConfig:
@@ -104,10 +109,7 @@ class LM:
         max_tokens: int | None = None,
         seed: int = 0,
         sampling: AnySampling | None = None,
-        *,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        cancel: Cancel | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Reply: ...
 
     @overload
@@ -117,10 +119,7 @@ class LM:
         max_tokens: int | None = None,
         seed: int | Sequence[int] = 0,
         sampling: AnySampling | None = None,
-        *,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        cancel: Cancel | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> list[Reply]: ...
 
     def generate(
@@ -129,10 +128,7 @@ class LM:
         max_tokens: int | None = None,
         seed: int | Sequence[int] = 0,
         sampling: AnySampling | None = None,
-        *,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        cancel: Cancel | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Reply | list[Reply]:
         """Answer a prompt, or a list of them in one batch.
 
@@ -142,20 +138,15 @@ class LM:
             seed: of the random draws; a list gives each prompt its own. The same seed gives the same answer.
             sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as in
                 the checkpoint's generation_config.json.
-            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases verified by the causal pass,
-                at most `sampling.max_verifications` times, or 4 if that is 0; or "autoregressive", one token at a time
-                with the same weights. None: diffusion if the model has a canvas.
-            logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
-                this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
-            cancel: checked between steps (`is_set()`), such as a `threading.Event`.
+            options: `cancel`, checked between steps (`is_set()`), such as a `threading.Event`, and those of
+                `build_requests`, which describes each.
 
         Returns:
             a `Reply`, or a list of them if `prompt` or `seed` is a list.
         """
-        events = self.stream(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs, cancel=cancel)
-        replies = {event.row: event.reply for event in events if isinstance(event, Done)}
-        many = is_batch(prompt) or not is_integer(seed)
-        return [replies[row] for row in sorted(replies)] if many else replies[0]
+        events = self.stream(prompt, max_tokens, seed, sampling, **options)
+        replies = {e.row: e.reply for e in events if isinstance(e, Done)}
+        return [replies[row] for row in sorted(replies)] if is_batch(prompt) or not is_integer(seed) else replies[0]
 
     def stream(
         self,
@@ -163,17 +154,15 @@ class LM:
         max_tokens: int | None = None,
         seed: int | Sequence[int] = 0,
         sampling: AnySampling | None = None,
-        *,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        cancel: Cancel | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[Event]:
         """As `generate`, but gives events: `Denoised` per step, `Committed` per canvas (or token), `Text`, and `Done`.
 
         Arguments are checked at once, before the first event is requested. Leaving the loop early cancels the answers.
         """
-        requests = self.build_requests(prompt, max_tokens, seed, sampling, mode=mode, logprobs=logprobs)
-        return self.answer(self.network, requests, cancel)
+        given: dict[str, Any] = {**options}
+        cancel = given.pop("cancel", None)
+        return self.answer(self.network, self.build_requests(prompt, max_tokens, seed, sampling, **given), cancel)
 
     def build_requests(
         self,
@@ -184,9 +173,20 @@ class LM:
         *,
         mode: Mode | None = None,
         logprobs: int | None = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> list[Request]:
-        """What `stream` would answer, checked, as requests for an engine that serves others too (`engine`)."""
-        sampling = self._sampling(sampling, mode)
+        """What `stream` would answer, checked, as requests for an engine that serves others too (`engine`).
+
+        Args:
+            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases verified by the causal pass,
+                at most `sampling.max_verifications` times, or 4 if that is 0; or "autoregressive", one token at a time
+                with the same weights. None: diffusion if the model has a canvas.
+            logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
+                this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
+            constraint: what the answer must be (`arguments.ConstraintOptions`); `Reply.invalid`: why it is not.
+        """
+        sampling = check_sampling(sampling, mode, self.generation, self.config, has_text=self.tokenizer is not None)
+        compiled = self._constraints.get(self.generation.stop_ids, sampling, **constraint)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
         def make_processor(prompt: list[int]) -> OutputProcessor:
@@ -194,7 +194,7 @@ class LM:
             return TextOutputProcessor(text)
 
         ids = [check_ids(self.config, self.encode(p) if isinstance(p, str) else p, "prompt") for p in prompts]
-        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, make_processor, sampling, logprobs)
+        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, make_processor, sampling, logprobs, compiled)
         return [Request(row, sampling) for row in rows]
 
     @overload
@@ -257,6 +257,7 @@ class LM:
         soft_tokens: int | None = None,
         mode: Mode | None = None,
         logprobs: int | None = None,
+        **constraint: Unpack[ConstraintOptions],
     ) -> list[Request]:
         """What `chat_stream` would answer, checked, as requests for an engine that serves others too (`engine`).
 
@@ -269,18 +270,20 @@ class LM:
             retry_empty: rewrite a canvas that ends the answer before it contains anything, at most three times;
                 `usage.empty_retries` counts them.
             soft_tokens: most tokens per image or video frame (70, 140, 280, 560 or 1120); None: as in the checkpoint.
+            constraint: as in `build_requests`, of the answer's text; without thoughts and tools.
         """
         check_options(thinking, thinking_budget, retry_empty, soft_tokens)
-        sampling = self._sampling(sampling, mode)
+        sampling = check_sampling(sampling, mode, self.generation, self.config, has_text=self.tokenizer is not None)
         many = are_conversations(messages)
         conversations = messages if many else [messages]
         encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
+        compiled = self._constraints.get(stop_ids, sampling, plain=not (thinking or tools), **constraint)
         limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
         make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
         ids = [chat.ids for chat in encoded]
-        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs)
+        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
         attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
 
@@ -297,9 +300,6 @@ class LM:
         types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
         return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
 
-    def _sampling(self, given: AnySampling | None, mode: Mode | None) -> AnySampling:
-        return check_sampling(given, mode, self.generation, self.config, has_text=self.tokenizer is not None)
-
     def _rows(
         self,
         ids: list[list[int]],
@@ -309,10 +309,11 @@ class LM:
         make_processor: Callable[[list[int]], OutputProcessor],
         sampling: AnySampling,
         logprobs: int | None,
+        constraint: Constraint | None = None,
     ) -> list[SequenceState]:
         canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
-        limits = {"max_tokens": max_tokens, "logprobs": logprobs}
-        return make_sequences(ids, seed, make_processor, canvas, self.config, stop_ids=stop_ids, **limits)
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs}
+        return make_sequences(ids, seed, make_processor, canvas, self.config, constraint=constraint, **limits)
 
     def denoise_logits(
         self,

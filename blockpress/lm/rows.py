@@ -14,6 +14,7 @@ from torch import Tensor
 from blockpress.chat import EncodedChat
 from blockpress.config import ModelConfig
 from blockpress.config.checks import value_text
+from blockpress.constrain import Constraint, ConstraintState
 from blockpress.decoding import OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_integer
@@ -31,6 +32,7 @@ def make_sequences(
     max_tokens: int | None,
     stop_ids: Sequence[int],
     logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> list[SequenceState]:
     """A row for each prompt, or for each seed if there is one prompt; `canvas` is the canvas length, 1 for
     autoregressive decoding.
@@ -47,6 +49,10 @@ def make_sequences(
     rows = []
     for index, (ids, row_seed) in enumerate(zip(prompts, seeds, strict=True)):
         check_context_length(config, len(ids), canvas)
+        room = config.context_length - len(ids)
+        if constraint is not None:
+            whole = room // canvas * canvas
+            constraint.check_length(whole if max_tokens is None else min(whole, max_tokens))
         rows.append(
             SequenceState(
                 index,
@@ -54,10 +60,11 @@ def make_sequences(
                 row_seed,
                 stop_ids=stop_ids,
                 canvas_length=canvas,
-                room=config.context_length - len(ids),
+                room=room,
                 max_tokens=max_tokens,
                 processor=make_processor(ids),
                 logprobs=logprobs,
+                constraint=None if constraint is None else ConstraintState(constraint),
             )
         )
     return rows

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, final
 
 import tokenizers
 
-__all__ = ["IncrementalDetokenizer", "TextChunk", "detokenizer_for", "is_lossless", "piece_for_display"]
+__all__ = ["IncrementalDetokenizer", "TextChunk", "detokenizer_for", "is_lossless", "piece_for_display", "token_bytes"]
 
 _BYTE_TOKEN = re.compile(r"<0x([+0-9A-Fa-f][0-9A-Fa-f])>")
 
@@ -68,6 +68,29 @@ def is_lossless(backend: tokenizers.Tokenizer) -> bool:
     if getattr(backend.model, "byte_fallback", False):
         return all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return False
+
+
+def token_bytes(backend: tokenizers.Tokenizer) -> list[bytes | None] | None:
+    """The bytes that each token adds to a text, None for a control token or an id without one; None if they depend on
+    the tokens around it."""
+    steps = _decoder_steps(backend)
+    shape = "".join(_step_letter(step) for step in steps)
+    control = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    pieces: list[bytes | None] = [None] * backend.get_vocab_size()
+    for piece, token in backend.get_vocab().items():
+        if token in control:
+            continue
+        if shape == "L":
+            pieces[token] = _byte_level_bytes(piece)
+            continue
+        if not re.fullmatch(r"R*B?F?", shape) or not steps:
+            return None
+        for step in steps:
+            if step["type"] == "Replace":
+                piece = piece.replace(step["pattern"]["String"], step["content"])
+        byte = _BYTE_TOKEN.fullmatch(piece) if "B" in shape else None
+        pieces[token] = bytes([int(byte[1], 16)]) if byte else piece.encode("utf-8")
+    return pieces
 
 
 def piece_for_display(backend: tokenizers.Tokenizer, token: int) -> str:

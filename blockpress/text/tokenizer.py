@@ -19,7 +19,7 @@ from typing import Any, final
 import tokenizers
 
 from blockpress.errors import CheckpointError, DamagedFile, ModelNotFound, TextError
-from blockpress.text.detokenizer import is_lossless, piece_for_display
+from blockpress.text.detokenizer import is_lossless, piece_for_display, token_bytes
 
 __all__ = ["Tokenizer"]
 
@@ -138,6 +138,16 @@ class Tokenizer:
     def token(self, id: int) -> str:
         """One token's text for a terminal, unprintable characters escaped. TextError names an unknown id."""
         return piece_for_display(self.backend, self.checked_ids([id])[0])
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each token adds to a text; None for control tokens. TextError if it depends on others."""
+        pieces = token_bytes(self.backend)
+        if pieces is None:
+            raise TextError(
+                "what a token of this tokenizer writes depends on the tokens around it",
+                hint="constraints need a byte-level decoder, or one that replaces and joins pieces",
+            )
+        return pieces
 
     def checked_ids(self, ids: Sequence[int]) -> list[int]:
         """`ids` as plain integers; TextError names the first that is not an integer or not in the vocabulary."""

@@ -1,0 +1,165 @@
+"""A constraint on answers, and where one answer stands within it.
+
+    regex, choice --expression--> Automaton (bytes) --lift--> TokenAutomaton --with_stops--> Constraint
+    canvas        logits [positions, vocab] --masses of classes--> posterior --> biased logits, best path
+
+Every step sees the whole canvas: each position's probabilities become those that it has in allowed texts, so acceptance
+and settling work as always, on numbers that are true of the constrained answer; and the argmax is the likeliest allowed
+canvas, so what is committed is always a beginning of an allowed text that the remaining tokens can complete.
+
+Invariant: a row's constraint affects this row only.
+Run it:  python -m pytest tests/constrain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+from blockpress.constrain.automaton import DEAD, Expression
+from blockpress.constrain.compiler import compile_expression
+from blockpress.constrain.posterior import posterior
+from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
+from blockpress.errors import RequestError
+from blockpress.ops.transfer import to_device, to_host
+
+BLOCK = 1 << 24
+"""Elements of the logits that are gathered at once: 64 MB."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """An automaton over tokens with its stop ids; requests share it. `about` says what it enforces."""
+
+    automaton: TokenAutomaton
+    about: str
+
+    @classmethod
+    def of(cls, expression: Expression, vocabulary: TokenBytes, stop_ids: Collection[int], about: str) -> Constraint:
+        """Compile an expression.
+
+        Raises:
+            RequestError: the vocabulary can write none of its texts; it needs too many states. _NothingMatches: it
+                allows no text.
+        """
+        automaton = lift(compile_expression(expression), vocabulary)
+        if automaton.distance[0] >= FAR:
+            raise RequestError(f"the vocabulary cannot write {about}", hint="use characters that it has tokens for")
+        return cls(automaton.with_stops(stop_ids), about)
+
+    def check_length(self, most: int) -> None:
+        """Raises RequestError: no allowed text has as few as `most` tokens."""
+        least = int(self.automaton.distance[0])
+        if least > most:
+            raise RequestError(
+                f"{self.about} needs {least} tokens, and there is room for {most}",
+                hint=f"raise max_tokens to {least} or more, or shorten the prompt",
+            )
+
+
+@final
+class ConstraintState:
+    """Where one answer stands: the state after its tokens so far."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint, self.state = constraint, 0
+
+    def after(self, tokens: Iterable[int], state: int = 0) -> int:
+        """The state after some tokens, or DEAD."""
+        for token in tokens:
+            state = self.constraint.automaton.step(state, token)
+            if state == DEAD:
+                break
+        return state
+
+    def advance(self, tokens: Iterable[int]) -> None:
+        """Take committed tokens."""
+        self.state = self.after(tokens, self.state)
+
+    def canvas(self, positions: int, left: int) -> CanvasConstraint:
+        """What a canvas must follow in its first `positions` positions, when `left` more tokens may follow it.
+
+        An answer that cannot end within its limits any more goes on as long as it may.
+        """
+        least = int(self.constraint.automaton.distance[self.state])
+        return CanvasConstraint(self.constraint.automaton, self.state, positions, max(left, least - positions))
+
+    def invalid(self, tokens: Iterable[int]) -> str | None:
+        """Why an answer of these tokens is not allowed; None if it is."""
+        automaton, state = self.constraint.automaton, self.after(tokens)
+        if state != DEAD and automaton.accepting[state]:
+            return None
+        if state == DEAD:
+            return f"the answer leaves {self.constraint.about}"
+        return f"the answer ends early: {self.constraint.about} needs {automaton.distance[state]} more tokens"
+
+    def allowed(self, left: int) -> Bool[Tensor, " vocab"]:
+        """Which tokens may come next if `left` more may follow it."""
+        automaton = self.constraint.automaton
+        here = (automaton.source == self.state) & (automaton.distance[automaton.target] <= left)
+        classes = np.zeros(automaton.num_classes + 1, bool)
+        classes[automaton.label[here]] = True
+        return torch.from_numpy(classes[automaton.class_of])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CanvasConstraint:
+    """The constraint on one canvas: its first `positions` positions, from `state`, when `left` more tokens may follow.
+
+    Positions after these are dropped from the answer and stay as they are.
+    """
+
+    automaton: TokenAutomaton
+    state: int
+    positions: int
+    left: int
+
+    def __call__(
+        self, scaled: Float32[Tensor, "canvas vocab"]
+    ) -> tuple[Float32[Tensor, "canvas vocab"], Int[Tensor, " canvas"]]:
+        """From temperature-scaled logits: those of the posterior, and the likeliest allowed canvas."""
+        logits = to_host(scaled[: self.positions]).numpy()
+        members, starts = self.automaton.members
+        mass, best = _class_stats(logits, members, starts)
+        result = posterior(self.automaton, self.state, self.left, mass, best)
+        bias = np.concatenate((result.bias, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
+        posterior_logits = scaled.clone()
+        classes = to_device(torch.from_numpy(self.automaton.class_of.astype(np.int64)), scaled.device)
+        table = to_device(torch.from_numpy(bias), scaled.device)
+        for row in range(self.positions):
+            posterior_logits[row] += table[row][classes]
+        path = [
+            self._best(logits[i], members[starts[label] : starts[label + 1]]) for i, label in enumerate(result.path)
+        ]
+        argmax = scaled.argmax(-1)
+        argmax[: self.positions] = to_device(torch.tensor(path, dtype=torch.long), scaled.device)
+        return posterior_logits, argmax
+
+    def _best(self, logits: np.ndarray, members: np.ndarray) -> int:
+        return int(members[logits[members].argmax()])
+
+
+def _class_stats(logits: np.ndarray, members: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each position and class: log of the sum of exp of its tokens' logits, and the largest of these."""
+    count, classes = len(logits), len(starts) - 1
+    mass, best = np.empty((count, classes)), np.empty((count, classes))
+    sizes = np.diff(starts)
+    rows = max(1, BLOCK // max(1, len(members)))
+    for first in range(0, count, rows):
+        block = logits[first : first + rows].take(members, axis=1)
+        highest = np.maximum.reduceat(block, starts[:-1], axis=1)
+        finite = np.where(np.isneginf(highest), 0, highest)
+        block -= np.repeat(finite, sizes, axis=1)
+        np.exp(block, out=block)
+        with np.errstate(divide="ignore"):
+            mass[first : first + rows] = np.log(np.add.reduceat(block, starts[:-1], axis=1, dtype=np.float64)) + finite
+        best[first : first + rows] = highest
+    return mass, best

@@ -1,0 +1,128 @@
+"""What a canvas's probabilities become once the whole canvas must follow an automaton.
+
+The denoiser gives every position its own distribution, so a canvas has the product of them. Given that the text is an
+allowed one, the product is a chain over the automaton's states, and the usual sums over it are exact:
+
+    forward  f[i, s]   log mass of all ways from the start to state s with the first i tokens
+    backward b[i, s]   log mass of all ways from s to an allowed end with the tokens from i on
+    position i         P(token t | allowed)  =  softmax(logit[i, t] + bias[i, class of t])
+                       bias[i, c]            =  log sum over edges s -c-> s' of exp(f[i, s] + b[i + 1, s'])
+    best path          the likeliest allowed canvas: the same recursion with the maximum (Viterbi)
+
+A bias per class and position is all that the rest of a step needs: sample, entropy and self-conditioning embedding are
+those of the biased logits. Adding one number to all biases of a position changes nothing.
+Source: forward-backward and Viterbi algorithms; DINGO (arXiv 2505.23061) uses the latter for masked diffusion.
+
+Invariant: the best path is an allowed text, or the beginning of one that `left` more tokens can complete.
+Run it:  python -m pytest tests/constrain/test_posterior.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64, Int
+
+from blockpress.constrain.tokens import Ints, TokenAutomaton
+
+Masses = Float64[np.ndarray, "positions classes"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """bias: what to add to the logits of a class at a position, -inf where it cannot stand. path: the best canvas's
+    classes, and `states` the state before each of its tokens and after the last."""
+
+    bias: Float64[np.ndarray, "positions classes"]
+    path: Int[np.ndarray, " positions"]
+    states: Int[np.ndarray, " positions_and_one"]
+
+
+def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, best: Masses) -> Posterior:
+    """The posterior of a canvas of as many positions as `mass` has.
+
+    Args:
+        start: the state before the canvas.
+        left: how many tokens may follow the canvas.
+        mass: log of the summed weight of each class's tokens at each position.
+        best: log of the largest weight.
+
+    Raises:
+        ValueError: no allowed text fits; `distance[start]` is more than the positions and `left`.
+    """
+    if automaton.distance[start] > len(mass) + left:
+        raise ValueError("no allowed text is this short")
+    end = np.where(automaton.distance <= left, 0.0, -np.inf)
+    positions, states = len(mass), len(end)
+    into, out_of, of_class = (_Groups.of(keys) for keys in (automaton.target, automaton.source, automaton.label))
+    source, label, target = automaton.source, automaton.label, automaton.target
+    forward = np.full((positions + 1, states), -np.inf)
+    highest, backward = forward.copy(), forward.copy()
+    forward[0, start] = highest[0, start] = 0.0
+    backward[-1] = end
+    for i in range(positions):
+        way = into.log_sum(forward[i, source[into.order]] + mass[i, label[into.order]])
+        forward[i + 1, into.keys] = way - way.max()
+        highest[i + 1, into.keys] = into.highest(highest[i, source[into.order]] + best[i, label[into.order]])
+    for i in reversed(range(positions)):
+        way = out_of.log_sum(mass[i, label[out_of.order]] + backward[i + 1, target[out_of.order]])
+        backward[i, out_of.keys] = way - way.max()
+    bias = np.full(mass.shape, -np.inf)
+    bias[:, of_class.keys] = of_class.log_sum(
+        forward[:-1, source[of_class.order]] + backward[1:, target[of_class.order]]
+    )
+    bias -= bias.max(1, keepdims=True)
+    return Posterior(bias, *_best_path(automaton, into, highest, best, end))
+
+
+def _best_path(
+    automaton: TokenAutomaton,
+    into: _Groups,
+    highest: Float64[np.ndarray, "ends states"],
+    best: Masses,
+    end: Float64[np.ndarray, " states"],
+) -> tuple[Ints, Ints]:
+    """The classes and states of the likeliest way, followed from its end; of equal ways the first."""
+    positions = len(best)
+    path, states = np.empty(positions, np.int64), np.empty(positions + 1, np.int64)
+    states[-1] = state = int((highest[-1] + end).argmax())
+    for i in reversed(range(positions)):
+        edges = into.members(state)
+        edge = edges[(highest[i, automaton.source[edges]] + best[i, automaton.label[edges]]).argmax()]
+        path[i], states[i] = automaton.label[edge], automaton.source[edge]
+        state = int(states[i])
+    return path, states
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Edges grouped by a key. order: all edges, group by group. keys: of each group. starts: where it begins."""
+
+    order: Ints
+    keys: Ints
+    starts: Ints
+    index: Ints
+
+    @classmethod
+    def of(cls, keys: Ints) -> _Groups:
+        order = np.argsort(keys, kind="stable")
+        unique, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+        return cls(order, unique, starts, np.repeat(np.arange(len(unique)), counts))
+
+    def members(self, key: int) -> Ints:
+        """The edges of one group."""
+        place = int(np.searchsorted(self.keys, key))
+        stop = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.order)
+        return self.order[self.starts[place] : stop]
+
+    def highest(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
+        """The largest value of each group, of values in the groups' order."""
+        return np.maximum.reduceat(values, self.starts, axis=-1)
+
+    def log_sum(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
+        """log of the sum of exp over each group; -inf where all are."""
+        largest = self.highest(values)
+        finite = np.where(np.isneginf(largest), 0.0, largest)
+        with np.errstate(divide="ignore"):
+            return np.log(np.add.reduceat(np.exp(values - finite[..., self.index]), self.starts, axis=-1)) + finite

@@ -1,0 +1,228 @@
+"""An automaton over bytes, lifted to a vocabulary: which tokens lead from which state to which.
+
+    bytes     state 0 --"t"--> 1 --"r"--> 2 --"ue"--> ...        tokens     0 --" t", "t"--> 1   0 --"true"--> 4
+
+Tokens that move every state alike are one class; a vocabulary of 262,144 has a few hundred of them for a usual schema.
+Only classes are ever looked at afterwards.
+
+Invariant: an edge exists exactly for the tokens whose bytes lead from its source to its target; states from which these
+tokens reach no accepting state have none.
+Run it:  python -m pytest tests/constrain/test_tokens.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from blockpress.constrain.automaton import DEAD, Automaton
+
+Ints = Int[np.ndarray, " _"]
+MAX_WALKS = 4_000_000
+"""How many (state, beginning of a token) pairs are walked at once: some 100 MB."""
+
+
+class TokenBytes:
+    """The bytes of every token. None: a token that writes no text, such as a control token."""
+
+    def __init__(self, pieces: Sequence[bytes | None]) -> None:
+        self.size = len(pieces)
+        known = [(token, piece) for token, piece in enumerate(pieces) if piece]
+        self.tokens = np.array([token for token, _ in known], np.int64)
+        self.lengths = np.array([len(piece) for _, piece in known], np.int64)
+        """Of the tokens that write text, and how many bytes each has."""
+        self.bytes = np.zeros((len(known), int(self.lengths.max(initial=0))), np.uint8)
+        for row, (_, piece) in enumerate(known):
+            self.bytes[row, : len(piece)] = np.frombuffer(piece, np.uint8)
+
+
+@dataclass(frozen=True)
+class TrieLevel:
+    """Beginnings of tokens of one length. column: the last column of each. The children of node n of the level before
+    are first_child[n] to first_child[n + 1]. group: the number of the tokens that are the node itself, or DEAD."""
+
+    column: Ints
+    first_child: Ints
+    group: Ints
+
+
+def _trie(vocabulary: TokenBytes, column_of: Ints) -> tuple[list[TrieLevel], Ints]:
+    """The levels of a trie of all tokens, bytes replaced by their column, and the group of every row of the vocabulary.
+
+    Tokens of the same columns are one group: no state tells them apart.
+    """
+    count = len(vocabulary.tokens)
+    rows, node, group = np.arange(count), np.zeros(count, np.int64), np.full(count, DEAD)
+    levels, parents, groups = [], 1, 0
+    for depth in range(vocabulary.bytes.shape[1]):
+        unique, node = np.unique(node * 256 + column_of[vocabulary.bytes[rows, depth]], return_inverse=True)
+        ends = vocabulary.lengths[rows] == depth + 1
+        number = np.full(len(unique), DEAD)
+        ending = np.unique(node[ends])
+        number[ending] = groups + np.arange(len(ending))
+        groups += len(ending)
+        group[rows[ends]] = number[node[ends]]
+        levels.append(TrieLevel(unique % 256, np.searchsorted(unique // 256, np.arange(parents + 1)), number))
+        rows, node, parents = rows[~ends], node[~ends], len(unique)
+    return levels, group
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAutomaton:
+    """Edges (source, class, target) between states; state 0 is the start.
+
+    class_of: of each token, DEAD for those that no edge takes. accepting: where the text may end. distance: the fewest
+    tokens from a state to an accepting one, `FAR` if there is no way.
+    """
+
+    class_of: Int32[np.ndarray, " vocab"]
+    source: Ints
+    label: Ints
+    target: Ints
+    accepting: Bool[np.ndarray, " states"]
+    distance: Ints
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.class_of.max(initial=-1)) + 1
+
+    @cached_property
+    def members(self) -> tuple[Ints, Ints]:
+        """All tokens that have a class, class by class in ascending order, and where each class begins."""
+        order = np.argsort(self.class_of, kind="stable")
+        order = order[np.searchsorted(self.class_of[order], 0) :]
+        return order, np.searchsorted(self.class_of[order], np.arange(self.num_classes + 1))
+
+    def with_stops(self, stop_ids: Collection[int]) -> TokenAutomaton:
+        """With a last state, in which stop ids end the text and after which only more of them come.
+
+        A network is trained on answers that are padded with its stop id, so that every position after the end is
+        evidence for it.
+        """
+        last, label = len(self.accepting), self.num_classes
+        class_of = self.class_of.copy()
+        class_of[sorted(stop_ids)] = label
+        ends = np.append(np.nonzero(self.accepting)[0], last)
+        source = np.concatenate((self.source, ends))
+        labels = np.concatenate((self.label, np.full(len(ends), label)))
+        target = np.concatenate((self.target, np.full(len(ends), last)))
+        order = np.lexsort((labels, source))
+        return TokenAutomaton(
+            class_of,
+            source[order],
+            labels[order],
+            target[order],
+            np.append(self.accepting, True),
+            np.append(self.distance, 0),
+        )
+
+    @cached_property
+    def _next(self) -> dict[tuple[int, int], int]:
+        return dict(zip(zip(self.source.tolist(), self.label.tolist(), strict=True), self.target.tolist(), strict=True))
+
+    def step(self, state: int, token: int) -> int:
+        """The state after a token, or DEAD."""
+        return self._next.get((state, int(self.class_of[token])), DEAD)
+
+
+FAR = 1 << 40
+
+
+def lift(automaton: Automaton, vocabulary: TokenBytes) -> TokenAutomaton:
+    """The automaton over the vocabulary's tokens. If `distance[0]` is FAR, these cannot write any allowed text."""
+    columns, column_of = np.unique(automaton.table, axis=1, return_inverse=True)
+    levels, group_of = _trie(vocabulary, column_of.ravel())
+    parts = [*_edges(columns, levels)]
+    source, group, target = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    distance = _distances(source, target, automaton.accepting)
+    alive = (distance[source] < FAR) & (distance[target] < FAR)
+    source, group, target = source[alive], group[alive], target[alive]
+    class_of_group, representative = _classes(source, group, target, int(group_of.max(initial=-1)) + 1, len(automaton))
+    chosen = representative[class_of_group[group]] == group
+    source, label, target = source[chosen], class_of_group[group[chosen]].astype(np.int64), target[chosen]
+    order = np.lexsort((label, source))
+    class_of = np.full(vocabulary.size, DEAD, np.int32)
+    class_of[vocabulary.tokens] = class_of_group[group_of]
+    return TokenAutomaton(class_of, source[order], label[order], target[order], automaton.accepting, distance)
+
+
+def _edges(
+    columns: Int32[np.ndarray, "states columns"], levels: Sequence[TrieLevel]
+) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """All (source, group, target), some states at a time."""
+    yield (np.empty(0, np.int64),) * 3
+    if not levels:
+        return
+    cost = ((columns[:, levels[0].column] != DEAD) * _sizes(levels)).sum(1) + 1
+    through, start = np.cumsum(cost), 0
+    while start < len(columns):
+        walked = through[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(through, walked + MAX_WALKS)))
+        yield from _walk(columns, levels, np.arange(start, min(stop, len(columns))))
+        start = stop
+
+
+def _sizes(levels: Sequence[TrieLevel]) -> Ints:
+    """The number of nodes of the trie from each node of the first level on."""
+    size = np.ones(len(levels[-1].column), np.int64)
+    for level in reversed(levels[1:]):
+        through = np.append(0, np.cumsum(size))
+        size = 1 + through[level.first_child[1:]] - through[level.first_child[:-1]]
+    return size
+
+
+def _walk(
+    columns: Int32[np.ndarray, "states columns"], levels: Sequence[TrieLevel], states: Ints
+) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """From these states down the trie, all living pairs of a level at once."""
+    source, current, node = states, states, np.zeros(len(states), np.int64)
+    for level in levels:
+        pair, node = _expand(level.first_child, node)
+        current = columns[current[pair], level.column[node]].astype(np.int64)
+        alive = current != DEAD
+        source, current, node = source[pair][alive], current[alive], node[alive]
+        ends = level.group[node] != DEAD
+        yield source[ends], level.group[node[ends]], current[ends]
+
+
+def _expand(first: Ints, node: Ints) -> tuple[Ints, Ints]:
+    """For every entry of `node` its range in a table of ranges: (index of the entry, place) pairs."""
+    counts = first[node + 1] - first[node]
+    index = np.repeat(np.arange(len(node)), counts)
+    offset = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return index, first[node][index] + offset
+
+
+def _classes(source: Ints, group: Ints, target: Ints, groups: int, states: int) -> tuple[Int32[np.ndarray, " _"], Ints]:
+    """The class of every group, and of every class its first group. Groups with the same edges share one."""
+    random = np.random.default_rng(0)
+    words = random.integers(1, 2**63, (2, states), dtype=np.uint64)
+    mixed = words[0][source] * (words[1][target] | np.uint64(1))
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    signature = np.zeros(groups, np.uint64)
+    np.add.at(signature, group, mixed)  # a sum of well-mixed words stands for the set of edges
+    used = np.zeros(groups, bool)
+    used[group] = True
+    class_of = np.full(groups, DEAD, np.int32)
+    _, first, inverse = np.unique(signature[used], return_index=True, return_inverse=True)
+    class_of[used] = inverse
+    return class_of, np.nonzero(used)[0][first]
+
+
+def _distances(source: Ints, target: Ints, accepting: Bool[np.ndarray, " states"]) -> Ints:
+    """The fewest edges from each state to an accepting one."""
+    states = len(accepting)
+    pairs = np.unique(source * states + target)
+    source, target = np.divmod(pairs, states)
+    distance = np.where(accepting, 0, FAR)
+    while True:
+        shorter = distance.copy()
+        np.minimum.at(shorter, source, distance[target] + 1)
+        if (shorter == distance).all():
+            return distance
+        distance = shorter

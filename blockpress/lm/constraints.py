@@ -1,0 +1,140 @@
+"""The constraints of calls: what may be given, compiled once and kept.
+
+Invariant: a constraint that cannot be enforced is refused by the name of its argument, before any forward.
+Run it:  python -m pytest tests/lm/test_constraints.py
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Unpack, final
+
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.errors import RequestError, TextError
+from blockpress.lm.arguments import ConstraintOptions
+
+if TYPE_CHECKING:
+    from blockpress.constrain import Constraint
+    from blockpress.constrain.tokens import TokenBytes
+    from blockpress.text import Tokenizer
+
+KEPT = 64
+"""Compiled constraints that a model keeps."""
+
+
+@final
+class ConstraintCache:
+    """The compiled constraints of one model, by what they enforce."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[Hashable, Constraint] = OrderedDict()
+
+    def get(
+        self,
+        stop_ids: Collection[int],
+        sampling: Sampling | AutoregressiveSampling,
+        *,
+        plain: bool = True,
+        **options: Unpack[ConstraintOptions],
+    ) -> Constraint | None:
+        """The constraint of a call; None if none is given. `plain`: the answer has neither thoughts nor tools.
+
+        Raises:
+            RequestError: more than one is given, one is malformed, cannot be enforced, or not beside what else is asked
+                for; the message says which.
+        """
+        given = [(name, value) for name, value in options.items() if value is not None]
+        if not given:
+            return None
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(name for name, _ in given)} are given", hint="give one constraint")
+        (name, value), *_ = given
+        check_beside(name, sampling, plain)
+        checked = check_choice(value) if name == "choice" else value
+        key = (frozenset(stop_ids), name, _key(name, checked))
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(stop_ids, name, checked)
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+
+    def _compile(self, stop_ids: Collection[int], name: str, value: Any) -> Constraint:
+        from blockpress.constrain import Constraint
+        from blockpress.constrain.automaton import Expression, Union, _NothingMatches, literal
+        from blockpress.constrain.regex import parse_regex
+        from blockpress.constrain.schema import schema_automaton
+
+        about = f"{name} {value!r:.200}"
+        expression: Expression
+        try:
+            if name == "choice":
+                expression = Union(tuple(literal(option) for option in value))
+            elif name == "regex":
+                expression = parse_regex(value)
+            else:
+                expression = schema_automaton(value)
+            return Constraint.of(expression, self._vocabulary, stop_ids, about)
+        except _NothingMatches:
+            raise RequestError(f"{about} allows no text", hint="correct it so that something matches") from None
+
+    @cached_property
+    def _vocabulary(self) -> TokenBytes:
+        from blockpress.constrain.tokens import TokenBytes
+
+        if self._tokenizer is None:
+            raise RequestError("a constraint needs a tokenizer; this model has none", hint="add tokenizer.json")
+        try:
+            pieces = self._tokenizer.token_bytes()[: self._vocab_size]
+        except TextError as error:
+            raise RequestError(f"a constraint cannot be enforced: {error.message}", hint=error.hint) from error
+        return TokenBytes([*pieces, *[None] * (self._vocab_size - len(pieces))])
+
+
+def check_beside(name: str, sampling: Sampling | AutoregressiveSampling, plain: bool) -> None:
+    """Raises RequestError: a constraint beside something that does not work under one."""
+    if isinstance(sampling, Sampling) and sampling.max_verifications:
+        raise RequestError(
+            f"{name} is given in the mode 'verified', whose causal pass does not know it",
+            hint="use the mode 'diffusion' or 'autoregressive'",
+        )
+    if sampling.stop:
+        raise RequestError(
+            f"sampling.stop is {sampling.stop!r} and {name} is given",
+            hint="leave stop out: constraints end by themselves",
+        )
+    if not plain:
+        raise RequestError(
+            f"{name} is given with thinking or tools", hint="leave these out: it holds for all of the answer"
+        )
+
+
+def _key(name: str, value: Any) -> Hashable:
+    if name != "schema":
+        return value if isinstance(value, Hashable) else repr(value)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"schema is {value!r:.80}: {error}", hint="give what JSON can represent") from None
+
+
+def check_choice(choice: object) -> tuple[str, ...]:
+    """The texts of which the answer must be one. Raises RequestError: none, twice the same, or something else."""
+    if isinstance(choice, str) or not isinstance(choice, Sequence) or not all(isinstance(each, str) for each in choice):
+        raise RequestError(f"choice is {choice!r:.200}", hint="choice must be a list of texts")
+    options = tuple(choice)
+    if not options:
+        raise RequestError("choice is empty", hint="give at least one text")
+    twice = next((each for number, each in enumerate(options) if each in options[:number]), None)
+    if twice is not None:
+        raise RequestError(f"choice has {twice!r:.80} twice", hint="give each text once")
+    if "" in options:
+        raise RequestError("choice has an empty text", hint="give texts of at least one character")
+    return options

@@ -1,0 +1,190 @@
+"""Constrained answers through `LM`: valid or cut and told, the same in any batch and by the reference loop."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import blockpress
+from blockpress import sudoku
+from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.errors import RequestError
+from blockpress.lm import LM
+from blockpress.lm.execute import run_reference
+from blockpress.model import Network
+from blockpress.text import Tokenizer
+
+RandomNetwork = Callable[..., Network]
+GRID = r"([1-9]{9}\n){8}[1-9]{9}"
+PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return blockpress.load("sudoku-nano")
+
+
+@pytest.fixture(scope="module")
+def reference(lm: LM) -> LM:
+    """The same model, answering by the reference loop."""
+    return LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=lm.tokenizer, answer=run_reference)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regex": GRID},
+        {"regex": "(12|34)*5"},
+        {"choice": ["12", "7", "999"]},
+        {"schema": {"type": "integer", "minimum": 10}},
+    ],
+    ids=["grid", "pairs", "choice", "schema"],
+)
+def test_an_answer_satisfies_its_constraint(lm: LM, mode: str, options: dict[str, Any]) -> None:
+    reply = lm.generate(PUZZLE, 90, mode=mode, **options)
+    assert reply.invalid is None
+    assert reply.text is not None
+    if "regex" in options:
+        assert re.fullmatch(options["regex"], reply.text)
+    elif "choice" in options:
+        assert reply.text in options["choice"]
+    else:
+        assert json.loads(reply.text) >= 10
+
+
+def test_a_form_that_the_model_keeps_anyway_leaves_its_answer(lm: LM) -> None:
+    assert lm.generate(PUZZLE, 90, regex=GRID).text == lm.generate(PUZZLE, 90).text
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    pattern=st.sampled_from(["[1-9]+", "(1|22)*3", r"(\d\n)*", "1{5,9}2", r"[^1]{3,}"]),
+    most=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_an_answer_closes_in_time_or_says_that_it_did_not(lm: LM, pattern: str, most: int, seed: int) -> None:
+    least = {"[1-9]+": 1, "(1|22)*3": 1, r"(\d\n)*": 1, "1{5,9}2": 6, "[^1]{3,}": 3}[pattern]
+    if most < least:
+        with pytest.raises(RequestError, match=f"needs {least} tokens"):
+            lm.generate("12", most, seed, Sampling(steps=2), regex=pattern)
+        return
+    reply = lm.generate("12", most, seed, Sampling(steps=2), regex=pattern)
+    assert reply.invalid is None and re.fullmatch(pattern, reply.text or "")
+    assert len(reply.tokens) <= most
+
+
+def test_a_constraint_is_carried_from_canvas_to_canvas(
+    tiny: ModelConfig, random_network: RandomNetwork, digits: Tokenizer
+) -> None:
+    config = replace(tiny, vocab_size=16, canvas_length=8, context_length=96)
+    network = random_network(config)
+    generation = GenerationConfig(stop_ids=(1,))
+    model = LM(path=Path(), network=network, generation=generation, tokenizer=digits)
+    for seed in range(4):
+        reply = model.generate("1", 50, seed, Sampling(steps=3), regex=r"(12){8,20}3")
+        assert reply.invalid is None and reply.usage.canvases > 2
+        assert re.fullmatch(r"(12){8,20}3", reply.text or "")
+
+
+@pytest.mark.parametrize("options", [{"regex": GRID}, {"choice": ["12", "7", "999"]}], ids=["grid", "choice"])
+def test_the_reference_loop_gives_the_same_answer(lm: LM, reference: LM, options: dict[str, Any]) -> None:
+    prompts, sampling = [PUZZLE, "12"], Sampling(steps=6)
+    assert lm.generate(prompts, 90, 3, sampling, **options) == reference.generate(prompts, 90, 3, sampling, **options)
+
+
+def test_constrained_and_free_requests_share_a_batch_and_change_nothing(lm: LM) -> None:
+    sampling = Sampling(steps=6)
+    free, held = (
+        lm.build_requests(PUZZLE, 90, 5, sampling),
+        lm.build_requests("12", 90, 5, sampling, choice=["12", "7"]),
+    )
+    alone = [lm.generate(PUZZLE, 90, 5, sampling), lm.generate("12", 90, 5, sampling, choice=["12", "7"])]
+    replies = [e.reply for e in lm.answer(lm.network, [*free, *held], None) if isinstance(e, blockpress.Done)]
+    assert sorted(replies, key=lambda reply: reply.usage.prompt_tokens, reverse=True) == alone
+
+
+def test_log_probabilities_are_reported_under_a_constraint(lm: LM) -> None:
+    reply = lm.generate("12", 20, logprobs=1, choice=["12", "7"])
+    assert reply.logprobs is not None and len(reply.logprobs) == len(reply.tokens)
+
+
+def test_a_cancelled_answer_says_what_is_missing(lm: LM) -> None:
+    class AtOnce:
+        def is_set(self) -> bool:
+            return True
+
+    reply = lm.generate(PUZZLE, 90, cancel=AtOnce(), regex=GRID)
+    assert reply.finish_reason == "cancelled" and reply.invalid is not None and "89 more tokens" in reply.invalid
+
+
+def test_a_constraint_is_compiled_once(lm: LM) -> None:
+    first, second = (lm.build_requests("1", 40, regex="12*3")[0].row.constraint for _ in range(2))
+    assert first is not None and second is not None
+    assert first is not second and first.constraint is second.constraint
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"regex": "a"}, "vocabulary cannot write"),
+        ({"regex": "["}, "not a regular expression"),
+        ({"regex": 5}, "regex is 5"),
+        ({"regex": "1(?!.*)"}, "allows no text"),
+        ({"regex": "1", "choice": ["1"]}, "regex and choice"),
+        ({"choice": []}, "choice is empty"),
+        ({"choice": "12"}, "choice is '12'"),
+        ({"choice": ["1", "1"]}, "'1' twice"),
+        ({"choice": ["1", ""]}, "empty text"),
+        ({"choice": [1]}, r"choice is \[1\]"),
+        ({"schema": {"type": "string"}}, "vocabulary cannot write"),
+        ({"schema": {"const": {1, 2}}}, "not JSON"),
+        ({"schema": {"not": {}}}, r"schema\.not"),
+        ({"regex": "1{99}"}, "needs 99 tokens"),
+        ({"regex": "1", "mode": "verified"}, "verified"),
+        ({"regex": "1", "sampling": Sampling(stop=("2",))}, "sampling.stop"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_before_any_forward(lm: LM, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        lm.build_requests("12", 40, **options)
+
+
+def test_a_model_without_a_tokenizer_says_that_it_needs_one(tiny: ModelConfig, random_network: RandomNetwork) -> None:
+    model = LM(path=Path(), network=random_network(tiny), generation=GenerationConfig(), tokenizer=None)
+    with pytest.raises(RequestError, match="needs a tokenizer"):
+        model.build_requests([1, 2], 10, regex="a")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(steps=2), AutoregressiveSampling(temperature=1.0)], ids=["diffusion", "autoregressive"]
+)
+def test_random_weights_write_valid_json_over_the_published_vocabulary(
+    gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork, unchecked: None, sampling: Any
+) -> None:
+    network = random_network(replace(tiny, vocab_size=262_144, canvas_length=32, context_length=512))
+    model = LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1, 106)), tokenizer=gemma)
+    mode = "autoregressive" if isinstance(sampling, AutoregressiveSampling) else None
+    reply = model.generate("hi", 60, 1, sampling, mode=mode, schema=SCHEMA)
+    assert reply.invalid is None
+    jsonschema.validate(json.loads(reply.text or ""), SCHEMA)
