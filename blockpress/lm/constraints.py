@@ -7,11 +7,10 @@ Run it:  python -m pytest tests/lm/test_constraints.py
 from __future__ import annotations
 
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Unpack, final
+from typing import TYPE_CHECKING, Any, final
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.errors import RequestError, TextError
@@ -28,27 +27,31 @@ KEPT = 64
 
 @final
 class ConstraintCache:
-    """The compiled constraints of one model, by what they enforce."""
+    """The compiled constraints of one model, by what they enforce.
+
+    Without a lock, which a fork might find locked for ever: two threads may compile the same constraint.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._lock = threading.Lock()
         self._compiled: OrderedDict[Hashable, Constraint] = OrderedDict()
 
     def get(
         self,
         stop_ids: Collection[int],
         sampling: Sampling | AutoregressiveSampling,
-        *,
+        options: ConstraintOptions,
         plain: bool = True,
-        **options: Unpack[ConstraintOptions],
     ) -> Constraint | None:
         """The constraint of a call; None if none is given. `plain`: the answer has neither thoughts nor tools.
 
         Raises:
-            RequestError: more than one is given, one is malformed, cannot be enforced, or not beside what else is asked
-                for; the message says which.
+            TypeError: an option has another name. RequestError: more than one is given, one is malformed, cannot be
+                enforced, or not beside what else is asked for; the message says which.
         """
+        unknown = options.keys() - ConstraintOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
         given = [(name, value) for name, value in options.items() if value is not None]
         if not given:
             return None
@@ -58,13 +61,15 @@ class ConstraintCache:
         check_beside(name, sampling, plain)
         checked = check_choice(value) if name == "choice" else value
         key = (frozenset(stop_ids), name, _key(name, checked))
-        with self._lock:
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(stop_ids, name, checked)
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
+        compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked)
+        self._compiled[key] = compiled
+        if len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return compiled
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A copy of a model compiles its own: what is compiled is quick to make and long to pickle.
+        return ConstraintCache, (self._tokenizer, self._vocab_size)
 
     def _compile(self, stop_ids: Collection[int], name: str, value: Any) -> Constraint:
         from blockpress.constrain import Constraint

@@ -186,7 +186,7 @@ class LM:
             constraint: what the answer must be (`arguments.ConstraintOptions`); `Reply.invalid`: why it is not.
         """
         sampling = check_sampling(sampling, mode, self.generation, self.config, has_text=self.tokenizer is not None)
-        compiled = self._constraints.get(self.generation.stop_ids, sampling, **constraint)
+        compiled = self._constraints.get(self.generation.stop_ids, sampling, constraint)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
         def make_processor(prompt: list[int]) -> OutputProcessor:
@@ -279,7 +279,7 @@ class LM:
         encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
 
-        compiled = self._constraints.get(stop_ids, sampling, plain=not (thinking or tools), **constraint)
+        compiled = self._constraints.get(stop_ids, sampling, constraint, plain=not (thinking or tools))
         limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
         make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
         ids = [chat.ids for chat in encoded]

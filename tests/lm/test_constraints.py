@@ -133,6 +133,14 @@ def test_a_constraint_is_compiled_once(lm: LM) -> None:
     assert first is not second and first.constraint is second.constraint
 
 
+@pytest.mark.parametrize("name", ["steps", "stop_ids", "plain", "options"])
+def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name: str) -> None:
+    """And is not taken for a schema, as everything was that is neither a pattern nor a choice."""
+    for call in (lm.generate, lm.stream, lm.build_requests):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            call([4], **{name: None})
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
