@@ -140,6 +140,15 @@ class TrainingError(BlockpressError):
     """A recipe, a resume point or a training run that cannot go on."""
 
 
+def one_line(error: BaseException) -> str:
+    """The kind of an exception and what it says, on one line; of one that cannot say anything, its kind."""
+    kind = type(error).__name__
+    try:
+        return " ".join(f"{kind}: {error}".split())
+    except BaseException:  # a caller's exception may raise whatever it likes from its __str__
+        return f"{kind}, which cannot be shown as text"
+
+
 def renamed(module: str, older: Mapping[str, Any], exported: list[str]) -> Callable[[str], Any]:
     """A module's `__getattr__` for its former names: each still works, with a DeprecationWarning.
 

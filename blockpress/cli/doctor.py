@@ -20,7 +20,7 @@ import typer
 
 from blockpress.cli import options, parity
 from blockpress.cli.checks import DRIFT, DoctorCheck
-from blockpress.errors import BlockpressError
+from blockpress.errors import BlockpressError, one_line
 
 if TYPE_CHECKING:
     from blockpress.lm import LM
@@ -75,8 +75,8 @@ def examine(device: str = "cpu") -> Iterator[DoctorCheck]:
         except BlockpressError as error:
             yield DoctorCheck(name, "fail", error.message, error.hint)
         except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            yield DoctorCheck(name, "fail", text, "install blockpress afresh; if that does not help, report this line")
+            hint = "install blockpress afresh; if that does not help, report this line"
+            yield DoctorCheck(name, "fail", one_line(error), hint)
 
 
 def _python() -> Iterator[DoctorCheck]:

@@ -33,7 +33,7 @@ from blockpress.cli.show import show
 from blockpress.cli.sudoku import sudoku
 from blockpress.cli.synthesize import synthesize
 from blockpress.cli.train import train
-from blockpress.errors import BlockpressError
+from blockpress.errors import BlockpressError, one_line
 
 # typer exports only this subclass, and raises its base class too.
 UsageError: Any = typer.BadParameter.__base__
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), "check that path, its rights and the room on the disk")
     except Exception as error:
         _show_traceback()
-        text = f"our own mistake, {type(error).__name__}: {error}"
+        text = f"our own mistake, {one_line(error)}"
         return _fail(text, "please report it with what BLOCKPRESS_TRACEBACK=1 prints", code=1)
     return code if isinstance(code, int) else 0
 

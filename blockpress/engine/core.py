@@ -27,11 +27,11 @@ from blockpress.engine.denoising import _RuleStopped
 from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.modes import RequestProgress, is_interrupt, strategies, strategy_of
 from blockpress.engine.options import EngineOptions
-from blockpress.engine.request import HashedImageSpan, Request
+from blockpress.engine.request import HashedImageSpan, Request, check_request
 from blockpress.engine.runner import Runner, RunnerOutput, SampledTokens
 from blockpress.engine.scheduler import ScheduledRequest, Scheduler, SchedulerStats
 from blockpress.engine.sizing import check_slots, page_length, plan_pages
-from blockpress.errors import BlockpressError, EngineError, RequestError
+from blockpress.errors import BlockpressError, EngineError, RequestError, one_line
 from blockpress.hardware import free_memory
 from blockpress.model import Network
 from blockpress.ops.computing import computing
@@ -100,8 +100,9 @@ class EngineCore:
 
         Raises:
             Overloaded: the queue is full; the request may be submitted again. RequestError: it could never be answered,
-                or it, or another request with its row, was submitted before, to whichever engine.
+                or it, or another request with its row, was submitted before, to whichever engine; or it is none.
         """
+        check_request(request)
         if not request.row.claim():
             raise RequestError("the request was not taken: it was submitted before", hint="make a request per answer")
         try:
@@ -118,6 +119,7 @@ class EngineCore:
 
     def cancel(self, request: Request) -> None:
         """End a request before the next forward; no effect if it has ended already."""
+        check_request(request)
         if request in self._copies:
             self._cancelled.append(self._copies[request])
 
@@ -275,7 +277,7 @@ class EngineCore:
         self.scheduler.end(request, discard=True)
         self._forget(request)
         if not isinstance(error, BlockpressError):
-            cause, reason = error.with_traceback(None), " ".join(f"{type(error).__name__}: {error}".split())
+            cause, reason = error.with_traceback(None), one_line(error)
             error = EngineError(
                 f"the request could not be finished: {reason}",
                 hint="ask again; if that does not help, restart the engine",

@@ -37,6 +37,7 @@ from blockpress.engine.denoising import (
 )
 from blockpress.engine.kv_cache import KVCache
 from blockpress.engine.options import SoftEmbedding
+from blockpress.errors import one_line
 from blockpress.model import Network
 from blockpress.model.layers import Experts
 
@@ -137,7 +138,7 @@ class CudaGraphs:
             try:
                 graph = self._capture(key)
             except Exception as error:  # any exception: the step can still run eagerly
-                self.failed = " ".join(f"{type(error).__name__}: {error}".split())
+                self.failed = one_line(error)
                 self._graphs.clear()
                 return None
         self._graphs[key] = graph

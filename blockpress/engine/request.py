@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
 from blockpress.config import AutoregressiveSampling, LayerKind, Sampling
+from blockpress.config.checks import value_text
+from blockpress.errors import RequestError
 
 if TYPE_CHECKING:  # a row imports torch, which scheduling does without
     from blockpress.decoding import SequenceState
@@ -94,3 +96,11 @@ class Request:
     def num_pending_tokens(self) -> int:
         """Tokens of the context that are not in pages yet."""
         return len(self.context) - self.num_computed_tokens
+
+
+def check_request(request: object) -> None:
+    """Raises RequestError: what is handed in as a request is none."""
+    if not isinstance(request, Request):
+        raise RequestError(
+            f"request is {value_text(request)}", hint="give a Request, as `LM.build_requests` makes them, one at a time"
+        )

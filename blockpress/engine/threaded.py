@@ -17,15 +17,17 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple, cast
 from weakref import WeakSet
 
+from blockpress.config.checks import value_text
 from blockpress.decoding import Done, Event, Failed
 from blockpress.engine.core import EngineCore
-from blockpress.engine.request import Request
-from blockpress.errors import BlockpressError, EngineError
+from blockpress.engine.request import Request, check_request
+from blockpress.errors import BlockpressError, EngineError, RequestError, one_line
 from blockpress.ops.computing import PATIENCE
 
 Deliver = Callable[[Event | BlockpressError], None]
@@ -117,8 +119,15 @@ class ThreadedEngine:
         return cast("Iterator[Event]", waiting)
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        """Submit a request from any thread; its events are delivered, or the error that refuses it."""
+        """Submit a request from any thread; its events are delivered, or the error that refuses it.
+
+        Raises:
+            RequestError: the request is none, or `deliver` cannot be called. EngineError: the engine is closed.
+        """
         self._check_process()
+        check_request(request)
+        if not callable(deliver):
+            raise RequestError(f"deliver is {value_text(deliver)}", hint="give a function that takes an event")
         with self._changed:
             if self._broken is not None:
                 raise _broken_by(self._broken)
@@ -129,6 +138,7 @@ class ThreadedEngine:
 
     def cancel(self, request: Request) -> None:
         """End a request between two forwards, from any thread; no effect if it has ended already."""
+        check_request(request)
         self._cancel(request, None)
 
     def _cancel(self, request: Request, deliver: Deliver | None) -> None:
@@ -219,7 +229,7 @@ class ThreadedEngine:
         except BlockpressError as error:
             self._deliver(posted.request, posted.deliver, error)
         except BaseException as error:  # it concerns this request only, and those after it go on
-            refused = EngineError(f"the request was not taken: {_one_line(error)}", hint="it must be as `Request` says")
+            refused = EngineError(f"the request was not taken: {one_line(error)}", hint="it must be as `Request` says")
             refused.__cause__ = error
             self._deliver(posted.request, posted.deliver, refused)
         else:
@@ -237,8 +247,9 @@ class ThreadedEngine:
         try:
             deliver(event)
         except BaseException as error:
-            logger.warning("a callback failed, and its request is cancelled: %s", _one_line(error))
             self._cancel(request, deliver)
+            with suppress(BaseException):  # a program's own handlers of the log, which may raise as well
+                logger.warning("a callback failed, and its request is cancelled: %s", one_line(error))
 
 
 _engines = WeakSet[ThreadedEngine]()
@@ -255,13 +266,9 @@ atexit.register(_close_all)
 
 def _broken_by(error: BaseException) -> EngineError:
     """What every caller is told, each by an error of its own."""
-    broken = EngineError(f"the engine broke: {_one_line(error)}", hint="make a new one, and report this line")
+    broken = EngineError(f"the engine broke: {one_line(error)}", hint="make a new one, and report this line")
     broken.__cause__ = error
     return broken
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _raise_error(event: Event | BlockpressError) -> Event:

@@ -30,7 +30,7 @@ from blockpress.decoding.generate import generate
 from blockpress.decoding.verified import generate_verified
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.core import EngineStats
-from blockpress.errors import BlockpressError, EngineError, RequestError
+from blockpress.errors import BlockpressError, EngineError, RequestError, one_line
 from blockpress.model import Network
 from blockpress.ops.computing import computed, computing, ending
 
@@ -150,8 +150,7 @@ class SharedCore:
 
 def _broken_by(error: Exception) -> EngineError:
     """What every caller is told, each by an error of its own."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    broken = EngineError(f"the engine broke: {reason}", hint="ask again, and report this line")
+    broken = EngineError(f"the engine broke: {one_line(error)}", hint="ask again, and report this line")
     broken.__cause__ = error
     return broken
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +33,13 @@ ROOM = EngineOptions(memory=1 << 22)
 
 class Odd(BaseException):
     """What is no `Exception`, and of nobody's kind."""
+
+
+class Mute(Exception):
+    """What cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise SystemExit("on purpose")
 
 
 RAISED = [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, Odd, OSError]
@@ -117,6 +125,35 @@ def test_whatever_a_callback_raises_cancels_its_request_only(
     engine.submit(left, raising(kind))
     assert reply(list(engine.events(request(1)))) == right(network, 1)
     assert left.row.finish_reason == "cancelled" and kind.__name__ in caplog.text
+
+
+@pytest.mark.parametrize("handler", [None, SystemExit])
+def test_what_cannot_be_logged_or_told_ends_its_request_only(
+    network: Network, engine: ThreadedEngine, handler: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+):
+    """A callback's or a rule's exception without a text, and a program's own handler of the log that raises."""
+    if handler is not None:
+        monkeypatch.setattr(logging.getLogger("blockpress.engine.threaded"), "warning", raising(handler))
+    left, bad = request(0, LONG, max_tokens=170), request(2, SHORT.with_(accept=raising(Mute)))
+    engine.submit(left, raising(Mute))
+    failed, right_one = engine.events(bad), engine.events(request(1))
+    last = list(failed)[-1]
+    assert isinstance(last, Failed) and "Mute, which cannot be shown" in last.error.message
+    assert reply(list(right_one)) == right(network, 1)
+    assert left.row.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("odd", [None, 5, [], {}, "a request", Request])
+def test_what_is_no_request_is_refused_where_it_is_handed_in(network: Network, engine: ThreadedEngine, odd: Any):
+    """What cannot be hashed among it: looked up by the worker, it ended every answer."""
+    one = engine.events(request(0))
+    core = EngineCore(network, ROOM)
+    for take in (engine.events, engine.cancel, lambda odd: engine.submit(odd, print), core.submit, core.cancel):
+        with pytest.raises(RequestError, match="request is"):
+            take(odd)
+    with pytest.raises(RequestError, match="deliver is"):
+        engine.submit(request(1), odd if not callable(odd) else "print")
+    assert reply(list(one)) == right(network, 0)
 
 
 @pytest.mark.parametrize("kind", RAISED)
