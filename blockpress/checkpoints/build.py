@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from blockpress import hardware
 from blockpress.config import ModelConfig
+from blockpress.config.checks import value_text
 from blockpress.config.model import DTYPES as NAMES
 from blockpress.errors import ConfigError, DamagedFile, RequestError
 from blockpress.model.layers import Experts, Weighted, put_packed
@@ -154,11 +155,13 @@ def choose_device(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    # torch raises AssertionError for a device that it was not built for.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # torch raises AssertionError for a device that it was not built for, the others for what names none.
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
+        given = str(device) if isinstance(device, torch.device) else device
         raise RequestError(
-            f"device {str(device)!r} cannot be used: {reason}", hint="give 'cpu', or a device of this machine"
+            f"device {value_text(given)} cannot be used: {reason}",
+            hint="give 'cpu', or a device of this machine",
         ) from error
     return chosen
 

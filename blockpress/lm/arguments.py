@@ -148,6 +148,13 @@ def check_sampling(
     return sampling
 
 
+def check_cancel(cancel: object) -> Cancel | None:
+    """The flag that ends an answer, or None. Raises RequestError: it is no flag."""
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
+        raise RequestError(f"cancel is {value_text(cancel)}", hint="give a threading.Event, or what has `is_set()`")
+    return cast("Cancel | None", cancel)
+
+
 def check_logprobs(logprobs: object, config: ModelConfig) -> int | None:
     """How many alternatives are reported with each log-probability; None: neither. Raises RequestError."""
     most = min(config.vocab_size, MOST_LOGPROBS)

@@ -32,6 +32,7 @@ from blockpress.lm.arguments import (
     Prompt,
     are_conversations,
     as_list,
+    check_cancel,
     check_sampling,
     is_batch,
     is_integer,
@@ -161,7 +162,7 @@ class LM:
         Arguments are checked at once, before the first event is requested. Leaving the loop early cancels the answers.
         """
         given: dict[str, Any] = {**options}
-        cancel = given.pop("cancel", None)
+        cancel = check_cancel(given.pop("cancel", None))
         return self.answer(self.network, self.build_requests(prompt, max_tokens, seed, sampling, **given), cancel)
 
     def build_requests(
@@ -240,7 +241,7 @@ class LM:
         Arguments are checked at once, before the first event. Leaving the loop early cancels the answers.
         """
         given: dict[str, Any] = {**options}
-        cancel = given.pop("cancel", None)
+        cancel = check_cancel(given.pop("cancel", None))
         return self.answer(self.network, self.build_chat_requests(messages, seed=seed, **given), cancel)
 
     def build_chat_requests(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -16,6 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from blockpress.checkpoints.build import choose_device
 from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, Sampling
 from blockpress.config.sampling import MOST
 from blockpress.decoding import SequenceState
@@ -260,3 +262,19 @@ def test_the_reported_alternatives_have_a_limit_that_is_named(lm: LM):
     with pytest.raises(RequestError, match=f"logprobs is {most + 1}") as caught:
         lm.generate([5, 6, 7], logprobs=most + 1)
     assert f"from 0 to {most}" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [0, True, "yes", [1], threading.Event, torch.tensor(1)])
+def test_what_is_no_flag_cancels_nothing_and_is_refused_by_name(lm: LM, value: Any):
+    with pytest.raises(RequestError, match=r"cancel is"):
+        lm.stream([4], sampling=SHORT, cancel=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, -0.0, 1e39, True, 2**64, 10**5000, [2], torch.tensor(2), int],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_device_is_refused_by_name(value: Any):
+    with pytest.raises(RequestError, match=r"^device "):
+        choose_device(value)
