@@ -155,12 +155,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
+            if method.__name__ == "join" and args:
+                args = (list(args[0]), *args[1:])  # a text or an iterator, which has no length that could be checked
             _check(method.__name__, owner, args, names)
         return super().call(context, function, *args, **names)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         # Their results have no length that is known beforehand, and no prompt needs them.
-        unbounded = isinstance(obj, str) and attr in ("expandtabs", "translate", "maketrans")
+        text_only = ("expandtabs", "translate", "maketrans", "encode")  # the methods of bytes have no limits
+        unbounded = attr in text_only if isinstance(obj, str) else isinstance(obj, int) and attr == "to_bytes"
         return not unbounded and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
