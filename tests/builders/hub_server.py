@@ -155,8 +155,8 @@ def serving() -> Iterator[Hub]:
             status = 200
             if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
                 start = int(asked[1])
-                if hub.ranges == "416":
-                    return self.refuse(416, "")
+                if hub.ranges.isdecimal():
+                    return self.refuse(int(hub.ranges), "")
                 what, named = hub.ranges.split(", ")
                 first = {"the rest": start, "all": 0, "other bytes": start // 2, "nothing": len(content)}[what]
                 headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"

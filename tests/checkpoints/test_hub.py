@@ -293,7 +293,7 @@ def leave(model: Repository, path: str, content: bytes) -> None:
 
 RANGES = [
     "the rest, 206", "the rest, 200", "all, 200", "all, 206", "other bytes, 206", "other bytes, 200", "nothing, 206",
-    "nothing, 200", "416",
+    "nothing, 200", "416", "400", "501",
 ]  # fmt: skip
 
 
@@ -316,7 +316,7 @@ class TestMirror:
         assert not any(name.endswith(".incomplete") for name in blobs())
         assert (pull() / shard).read_bytes() == model.files[shard]
 
-    @pytest.mark.parametrize("ranges", ["the rest, 200", "other bytes, 206", "416"])
+    @pytest.mark.parametrize("ranges", ["the rest, 200", "other bytes, 206", "416", "501"])
     def test_a_mirror_that_always_breaks_and_never_continues_leaves_nothing(
         self, hub: Hub, model: Repository, ranges: str
     ) -> None:

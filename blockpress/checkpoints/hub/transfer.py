@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 _ELSEWHERE = "what had arrived was removed; pull again, and if it stays so, take another mirror (HF_ENDPOINT) or none"
 
+_NO_RANGES = {
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.METHOD_NOT_ALLOWED,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.NOT_IMPLEMENTED,
+}
+"""How servers without ranges refuse one, besides 416. A 403 or 404 is said of the file itself."""
+
 
 def bring(url: str, repo: str, file: RepoFile, partial: Path, meter: Any) -> None:
     """Bring `partial` to the file that the hub lists.
@@ -76,7 +84,8 @@ def _fetch(url: str, repo: str, file: RepoFile, partial: Path, meter: Any, start
                     tqdm_class=meter,
                 )
         except errors.HfHubHTTPError as error:
-            if error.response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            status, has_part = error.response.status_code, size_of(partial) > 0
+            if status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and not (has_part and status in _NO_RANGES):
                 raise
             starts.append(size_of(partial))  # the library asked for a range by itself, after a break
             raise _stuck(repo, file, starts[-1]) from error
