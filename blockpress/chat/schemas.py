@@ -34,8 +34,9 @@ ANY = "any"
 """The type of what may be anything. Templates write it; JSON Schema has no word for it."""
 
 _HIDDEN = {"$ref", "$defs", "definitions", "allOf", "anyOf", "oneOf", "const", "prefixItems"}
-_KINDS = {"properties": Mapping, "anyOf": list, "oneOf": list, "allOf": list, "prefixItems": list, "enum": list}
-_WORDS = {Mapping: "an object", list: "a list"}
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "enum")
+_KINDS = {"properties": Mapping, "description": str, **dict.fromkeys(_LISTS, list)}
+_WORDS = {Mapping: "an object", list: "a list", str: "text"}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
 _HINTS = {
     "object": {"properties", "required", "additionalProperties", "patternProperties", "minProperties"},
@@ -152,7 +153,7 @@ def _check(schema: Mapping[str, Any], at: str) -> None:
     """Raises RequestError: a keyword that is read here has a value of the wrong kind."""
     kind = schema.get("type")
     names = [kind] if isinstance(kind, str) else kind
-    if kind is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+    if kind is not None and not (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names)):
         raise _wrong(f"{at}.type", kind, "the name of a type, or a list of names")
     for word, wanted in _KINDS.items():
         value = schema.get(word)
