@@ -187,8 +187,9 @@ def _response(
 ) -> dict[str, Any]:
     call = open_calls.pop(_answered(message, at, open_calls))
     content = message.get("content")
-    if content is None and "content" not in message:
-        raise _wrong(f"{at}.content", content, "the tool's result: text, a list of parts, an object, or null")
+    if isinstance(content, bool | int | float) or "content" not in message:
+        what = "the tool's result: text, a list of parts, an object, or null; send any other JSON as its text"
+        raise _wrong(f"{at}.content", content, what)
     if isinstance(content, Mapping):
         # To a template an object is a sequence of its keys.
         content = json.dumps(_json(content, f"{at}.content"), ensure_ascii=False)

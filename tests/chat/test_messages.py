@@ -157,6 +157,8 @@ def test_the_deepest_allowed_nesting_is_rendered():
         ([CALLER, {"role": "tool", "tool_call_id": "c", "content": "x"}], "messages[1].tool_call_id is 'c'"),
         ([CALLER, {"role": "tool", "tool_call_id": "b", "name": "ls", "content": "x"}], "messages[1].name is 'ls'"),
         ([CALLER, {"role": "tool", "tool_call_id": "b"}], "messages[1].content is None"),
+        ([CALLER, {"role": "tool", "tool_call_id": "b", "content": 21.5}], "messages[1].content is 21.5"),
+        ([CALLER, {"role": "tool", "tool_call_id": "b", "content": ["x"]}], "messages[1].content[0] is 'x'"),
         ([{"role": "user", "content": [{"type": ["text"], "text": "x"}]}], "messages[0].content[0].type is ['text']"),
         ([{"role": "assistant", "tool_calls": [call(arguments=nested(65))]}], "is nested deeper than 64"),
         ([{"role": "assistant", "tool_calls": [call(arguments=json.dumps(nested(65)))]}], "is nested deeper than 64"),
