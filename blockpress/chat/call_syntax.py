@@ -44,6 +44,10 @@ _ESCAPE = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\(.)", re.DOTALL)
 NAMED = r"(?:[^\W\d][\w.$-]+\s*:(?!//)|[^\W\d]\s*:(?![/\\]))"
 """A pattern of what looks like the key of an entry, and not like an address or a drive."""
 
+_RUN_ON = re.compile(rf"[\s;]({NAMED}.*)", re.DOTALL)
+_QUOTED_ON = re.compile(rf",\s*({NAMED}\s*'.*)", re.DOTALL)
+"""An entry in a bare word, or in a string in single quotes: what ends the value may be missing before it."""
+
 
 Chain = tuple["Chain", str] | None
 """Text that grows at its end and that many readings share: what was there before, and the last of it."""
@@ -173,6 +177,7 @@ def _read_entry(state: CallState, text: str, at: int, *, quoted: bool, has_singl
         return state.put(value, QUOTED), end
     single = _SINGLE.match(text, at) if text[at] == "'" and has_single else None
     if single is not None and not (quoted and single.end() == len(text)):
+        _check_one(_QUOTED_ON.search(single[1]))
         return state.put(unescaped(single[1]), QUOTED)._replace(mended=True), single.end()
     found = (_KEY if state.wants_key else _WORD).match(text, at)
     assert found is not None
@@ -181,8 +186,17 @@ def _read_entry(state: CallState, text: str, at: int, *, quoted: bool, has_singl
         raise _CallFault("a quoted string stands after text without quotes")
     if state.want in ("first element", "element") and re.match(NAMED, word):
         raise _CallFault(f"there is {word[:40]!r} where a value should be")
+    if state.wants_value:
+        _check_one(_RUN_ON.search(word))
+        if state.stack[-1] == "[" and len(parts := word.split()) > 1 and all(map(is_json, parts)):
+            raise _CallFault(f"there is no ',' in {word[:40]!r}")
     mended = state.mended or (state.wants_value and not is_json(word))
     return state.put(word, BARE)._replace(mended=mended), found.end()
+
+
+def _check_one(entry: re.Match[str] | None) -> None:
+    if entry is not None:
+        raise _CallFault(f"a value goes on with {entry[1][:40]!r}, which may be the next entry")
 
 
 def unescaped(text: str) -> str:

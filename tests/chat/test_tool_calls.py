@@ -117,6 +117,8 @@ MENDED: list[tuple[str, dict[str, object]]] = [
     # The word `call`.
     (":f{a:1}", {"a": 1}),
     ("f{a:1}", {"a": 1}),
+    ("call:f{a:tomorrow at 12:30,b:see http://x.org}", {"a": "tomorrow at 12:30", "b": "see http://x.org"}),
+    ("call:f{a:[New York,5 km]}", {"a": ["New York", "5 km"]}),
     # A string without its end.
     ('call:f{a:<|"|>ls}', {"a": "ls"}),
     ('call:f{p:<|"|>/tmp<|"|>,a:<|"|>ls -l, please', {"p": "/tmp", "a": "ls -l, please"}),
@@ -200,6 +202,12 @@ def test_unambiguous_mistakes_are_repaired(text: str, wanted: dict[str, object])
         ('call:ls{a:<|"|><|"|>x<|"|><|"|>}', "','"),
         ('call:ls{a:[<|"|>print(<|"|>x<|"|>, <|"|>y<|"|>)<|"|>]}', "','"),
         ('call:ls{a:<|"|>5<|"|> tall<|"|>,b:<|"|>6<|"|> wide<|"|>}', "','"),
+        ("call:ls{a:1 b:2}", "'b:2', which may be the next entry"),
+        ("call:ls{a:1;b:2}", "'b:2', which may be the next entry"),
+        ("call:ls{a:New York\nnights: 2,c:3}", "'nights: 2', which may be the next entry"),
+        ("call:ls{a:'x, b:'y'}", "which may be the next entry"),
+        ("call:ls{a:[1 2]}", "no ',' in '1 2'"),
+        ("call:ls{a:[null,true  false]}", "no ',' in 'true  false'"),
     ],
 )
 def test_malformed_calls_are_returned_whole_with_the_reason(text: str, fault: str):
