@@ -1,0 +1,129 @@
+"""What constraints do to answers, and what they cost. The figures are in docs/log.md.
+
+Run it:  python -m tests.constrain.measure puzzles --count 300       python -m tests.constrain.measure cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blockpress
+from blockpress import sudoku
+from blockpress.bench.subject import bench_262k
+from blockpress.config import GenerationConfig, Sampling
+from blockpress.evals.sudoku import puzzles
+from blockpress.hardware import machine
+from blockpress.lm import LM
+from tests.conftest import GEMMA, make_random_network
+
+FORM = r"([1-9]{9}\n){8}[1-9]{9}"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "email": {"type": "string", "format": "email"},
+    },
+    "required": ["name", "age", "email"],
+    "additionalProperties": False,
+}
+ITEM = {
+    "type": "object",
+    "properties": {
+        "sku": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
+        "qty": {"type": "integer", "minimum": 1},
+        "note": {"type": "string"},
+    },
+    "required": ["sku", "qty"],
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "a choice of five": {"choice": ["positive", "negative", "neutral", "mixed", "unknown"]},
+    "a date": {"regex": r"\d{4}-\d{2}-\d{2}"},
+    "a person": {"schema": PERSON},
+    "up to five items": {"schema": {"type": "array", "minItems": 1, "maxItems": 5, "items": ITEM}},
+    "any JSON": {"schema": {}},
+}
+
+
+def givens(puzzle: str) -> str:
+    """The grid's form with the givens in their places."""
+    rows = (puzzle[start : start + 9] for start in range(0, 81, 9))
+    return r"\n".join(row.replace("0", "[1-9]") for row in rows)
+
+
+def compare_puzzles(count: int) -> None:
+    """Held-out puzzles of 30 to 40 givens: plain, held to the grid's form, and with the givens pinned; paired."""
+    lm = blockpress.load("sudoku-nano")
+    held_out = puzzles(count, (30, 40), Path("runs/sudoku/sudoku-pool.npz"), 1)
+    shapes: dict[str, Callable[[str], str | None]] = {"plain": lambda _: None, "form": lambda _: FORM, "givens": givens}
+    solved: dict[str, list[bool]] = {}
+    for name, shape in shapes.items():
+        started, steps, valid = time.process_time(), 0, True
+        solved[name] = []
+        for puzzle in held_out:
+            reply = lm.generate(sudoku.layout(puzzle.puzzle), 90, regex=shape(puzzle.puzzle))
+            solved[name].append(reply.text == sudoku.layout(puzzle.solution))
+            steps, valid = steps + reply.usage.steps, valid and reply.invalid is None
+        pairs = list(zip(solved["plain"], solved[name], strict=True))
+        print(
+            f"{name}: solved {sum(solved[name]) / count:.1%} of {count}, {steps / count:.2f} steps, all valid: {valid}, "
+            f"only plain {pairs.count((True, False))}, only this {pairs.count((False, True))}, "
+            f"{time.process_time() - started:.0f} s of processor time",
+            flush=True,
+        )
+
+
+def measure_cost() -> None:
+    """Steps of bench-262k with the published tokenizer, free and constrained, in turns; processor time, one thread."""
+    config = bench_262k()
+    tokenizer = blockpress.text.Tokenizer.from_directory(GEMMA)
+    generation, network = GenerationConfig(stop_ids=(1, 106)), make_random_network(config)
+    lm = LM(path=Path(), network=network, generation=generation, tokenizer=tokenizer)
+    sampling = replace(Sampling(), steps=2)
+
+    def step(**shape: Any) -> float:
+        started = time.process_time()
+        reply = lm.generate("hi", config.canvas_length, sampling=sampling, **shape)
+        return (time.process_time() - started) / reply.usage.steps
+
+    step()
+    for name, shape in SHAPES.items():
+        started = time.process_time()
+        state = lm.build_requests("hi", config.canvas_length, **shape)[0].row.constraint
+        cold = time.process_time() - started
+        started = time.process_time()
+        lm.build_requests("hi", config.canvas_length, **shape)
+        warm = time.process_time() - started
+        pairs = [(step(), step(**shape)) for _ in range(2)]
+        free, held = min(a for a, _ in pairs), min(b for _, b in pairs)
+        assert state is not None
+        automaton = state.constraint.automaton
+        print(
+            f"{name}: {len(automaton.accepting)} states, {automaton.num_classes} classes, {len(automaton.source)} edges; "
+            f"compiled in {cold:.2f} s, again {warm * 1000:.1f} ms; a step {held / free:.2f} times a free one's {free:.2f} s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["puzzles", "cost"])
+    parser.add_argument("--count", type=int, default=300)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine())
+    if options.what == "puzzles":
+        compare_puzzles(options.count)
+    else:
+        measure_cost()
+
+
+if __name__ == "__main__":
+    main()
