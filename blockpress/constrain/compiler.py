@@ -98,6 +98,15 @@ def utf8_sequences(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
     yield list(zip(chr(low).encode(), chr(high).encode(), strict=True))
 
 
+def check_time(deadline: float) -> None:
+    """Raises RequestError: it is later than the deadline."""
+    if time.monotonic() > deadline:
+        raise RequestError(
+            f"the shape takes more than {MAX_SECONDS:.0f} seconds to compile",
+            hint="make repetitions shorter, or nest fewer of them",
+        )
+
+
 class _Builder:
     """A nondeterministic automaton in the making: byte ranges and empty moves between numbered states."""
 
@@ -219,8 +228,5 @@ class _Builder:
         return known[state]
 
     def _check_time(self, count: int = 0) -> None:
-        if count % 64 == 0 and time.monotonic() > self._deadline:
-            raise RequestError(
-                f"the shape takes more than {MAX_SECONDS:.0f} seconds to compile",
-                hint="make repetitions shorter, or nest fewer of them",
-            )
+        if count % 64 == 0:
+            check_time(self._deadline)

@@ -42,6 +42,8 @@ MOST_DIGITS = 18
 """Most digits of a whole number, and most in front of a point if others follow it: half as many."""
 FRACTION = 6
 """Digits after the point next to bounds, unless a bound has more: so few that a float tells any two numbers apart."""
+EXACT_DIGITS = 15
+"""Decimal digits that a float tells apart: next to bounds, those before and after the point together."""
 _ESCAPES = {byte: json.dumps(chr(byte))[1:-1] for byte in (*range(32), 34, 92)}
 
 
@@ -63,12 +65,15 @@ def _escaped(decoded: Automaton) -> Expression:
     return Graph(tuple(edges))
 
 
+@lru_cache(maxsize=256)
 def text_of(lengths: tuple[int, int | None], patterns: tuple[str, ...], formats: tuple[str, ...]) -> Automaton:
     """The texts of so many characters in which every pattern is found and which have every format.
 
     Raises:
         RequestError: a pattern or format that cannot be enforced. _NothingMatches: no text is left.
     """
+    if lengths[1] is not None and lengths[0] > lengths[1]:
+        raise _NothingMatches
     result = compile_expression(Repeat(ANY_CHAR, *lengths))
     for pattern in patterns:
         result = intersection(result, compile_expression(parse_regex(pattern, search=True)))
@@ -163,6 +168,9 @@ def json_number(low: Bound | None, high: Bound | None) -> Expression:
         fraction = Concat((literal("."), Repeat(DIGIT, 1, MOST_DIGITS)))
         exponent = Concat((Chars(((69, 69), (101, 101))), optional(Chars(((43, 43), (45, 45)))), Repeat(DIGIT, 1, 2)))
         return Concat((whole, optional(fraction), optional(exponent)))
+    most = Decimal(10**MOST_DIGITS - 1)
+    low = (-most, False) if low and low[0] < -most else low
+    high = (most, False) if high and high[0] > most else high
     positive = _magnitudes(low if low and low[0] >= 0 else None, high) if high is None or high[0] >= 0 else NOTHING
     mirrored_low = None if high is None or high[0] > 0 else (-high[0], high[1])
     mirrored_high = None if low is None else (-low[0], low[1])
@@ -174,9 +182,11 @@ def json_number(low: Bound | None, high: Bound | None) -> Expression:
 
 def _magnitudes(low: Bound | None, high: Bound | None) -> Expression:
     """Decimals of at least 0 within bounds of at least 0."""
-    places = max([FRACTION, *(_places(bound[0]) for bound in (low, high) if bound is not None)])
-    most = 10 ** (MOST_DIGITS // 2) - 1
-    fraction = optional(Concat((literal("."), Repeat(DIGIT, 1, places))))
+    digits, places = _digits_and_places(low, high)
+    digits = max(digits, min(MOST_DIGITS // 2, EXACT_DIGITS - places))
+    places = max(places, min(FRACTION, EXACT_DIGITS - digits))
+    most = 10**digits - 1
+    fraction = optional(Concat((literal("."), Repeat(DIGIT, 1, places)))) if places else EMPTY_TEXT
     least, excluded = (Decimal(0), False) if low is None else low
     largest, open_end = (Decimal(most), False) if high is None else high
     first, last = int(least), int(largest)
@@ -191,6 +201,18 @@ def _magnitudes(low: Bound | None, high: Bound | None) -> Expression:
         parts.append(Concat((literal(str(first)), _fractions(low_digits, excluded, nines, False, places))))
         parts.append(Concat((literal(str(last)), _fractions("0" * places, False, high_digits, open_end, places))))
     return Union(tuple(parts))
+
+
+def _digits_and_places(*bounds: Bound | None) -> tuple[int, int]:
+    """The most digits before and after the point of some bounds."""
+    values = [Decimal(0), *(bound[0] for bound in bounds if bound is not None)]
+    return max(len(str(abs(int(value)))) for value in values), max(map(_places, values))
+
+
+def has_exact_digits(low: Bound | None, high: Bound | None) -> bool:
+    """Whether a float tells apart any two numbers that are as fine as these bounds."""
+    digits, places = _digits_and_places(low, high)
+    return not places or digits + places <= EXACT_DIGITS
 
 
 def _places(value: Decimal) -> int:

@@ -12,12 +12,44 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from blockpress.errors import RequestError
 
+ANNOTATIONS = frozenset(
+    [
+        "$anchor",
+        "$comment",
+        "$defs",
+        "$id",
+        "$schema",
+        "contentEncoding",
+        "contentMediaType",
+        "default",
+        "definitions",
+        "deprecated",
+        "description",
+        "discriminator",
+        "example",
+        "examples",
+        "externalDocs",
+        "readOnly",
+        "title",
+        "writeOnly",
+        "xml",
+    ]
+)
+"""Keywords that say nothing about which values are allowed."""
+OF_TYPE = {
+    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
+    "array": "items prefixItems additionalItems minItems maxItems uniqueItems",
+    "string": "minLength maxLength pattern format",
+    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+}
+KEYWORDS = frozenset(" ".join(OF_TYPE.values()).split()) | {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
+"""Keywords that are enforced."""
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -41,7 +73,9 @@ def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] |
         flat["type"] = [kind for kind in dict.fromkeys(kinds) if not (kind == "integer" and "number" in kinds)]
     for name in ("properties", "patternProperties"):
         if name in flat:
-            need(name, isinstance(flat[name], Mapping), "a mapping of schemas")
+            mapped = isinstance(flat[name], Mapping) and all(isinstance(key, str) for key in flat[name])
+            need(name, mapped, "a mapping of schemas")
+    _fold_patterns(flat, path)
     for name in ("enum", "required", "prefixItems"):
         if name in flat:
             need(name, isinstance(flat[name], list | tuple), "a list")
@@ -74,7 +108,21 @@ def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] |
     if "const" in flat:
         listed = {"enum": [flat.pop("const")]}
         return merge_keywords(flat, listed, path)
-    return flat
+    return None if flat.get("type") == [] else flat
+
+
+def _fold_patterns(flat: dict[str, Any], path: str) -> None:
+    """Asks of declared properties also what patterns that match their names do."""
+    for pattern in flat.get("patternProperties", ()):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RequestError(f"{path}.patternProperties has {pattern!r:.200}: {error}", hint="correct it") from None
+    if "patternProperties" in flat and "properties" in flat:
+        flat["properties"] = {
+            name: _all_of(schema, property_schema({**flat, "properties": {}, "additionalProperties": True}, name))
+            for name, schema in flat["properties"].items()
+        }
 
 
 def merge_keywords(left: dict[str, Any], right: dict[str, Any], path: str) -> dict[str, Any] | None:
@@ -109,7 +157,7 @@ def merge_keywords(left: dict[str, Any], right: dict[str, Any], path: str) -> di
             both[name] = _all_of(one, other)
     if "properties" in both:
         names = dict.fromkeys([*left.get("properties", {}), *right.get("properties", {})])
-        both["properties"] = {name: _all_of(*(_property(side, name) for side in (left, right))) for name in names}
+        both["properties"] = {name: _all_of(*(property_schema(side, name) for side in (left, right))) for name in names}
     if "patternProperties" in both:
         patterns = dict.fromkeys([*left.get("patternProperties", {}), *right.get("patternProperties", {})])
         both["patternProperties"] = {
@@ -136,15 +184,11 @@ def overlap(left: dict[str, Any], right: dict[str, Any]) -> bool:
     if both is None or both.get("enum") == []:
         return False
     for name in set(both.get("required", ())) if both.get("type") == ["object"] else ():
-        parts = [side.get("properties", {}).get(name) for side in (left, right)]
-        listed = [_values(part) for part in parts]
-        one, other = listed
-        if one is not None and other is not None and not {*map(json.dumps, one)} & {*map(json.dumps, other)}:
+        parts = [property_schema(side, name) for side in (left, right)]
+        one, other = (_values(part) for part in parts)
+        if one is not None and other is not None and not {*map(_canonical, one)} & {*map(_canonical, other)}:
             return False
-        if any(
-            part is None and side.get("additionalProperties", True) is False
-            for part, side in zip(parts, (left, right), strict=True)
-        ):
+        if False in parts:
             return False
     return True
 
@@ -155,12 +199,21 @@ def _values(schema: Any) -> list[Any] | None:
     return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
-def _property(side: Mapping[str, Any], name: str) -> Any:
+def property_schema(side: Mapping[str, Any], name: str) -> Any:
     """What one side asks of a property."""
     if name in side.get("properties", {}):
         return side["properties"][name]
     matching = [schema for pattern, schema in side.get("patternProperties", {}).items() if re.search(pattern, name)]
     return {"allOf": matching} if matching else side.get("additionalProperties", True)
+
+
+def has_type(value: Any, kinds: list[str] | None) -> bool:
+    """Whether a value is of one of the types; None: of any."""
+    if kinds is None or value is None or isinstance(value, bool):
+        return kinds is None or ("null" if value is None else "boolean") in kinds
+    if isinstance(value, int | float):
+        return "number" in kinds or ("integer" in kinds and value == value // 1)
+    return ("string" if isinstance(value, str) else "object" if isinstance(value, Mapping) else "array") in kinds
 
 
 def _item(side: Mapping[str, Any], place: int) -> Any:
@@ -202,4 +255,18 @@ def _canonical(value: Any) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def implied_types(flat: Mapping[str, Any]) -> list[str]:
+    """The types whose keywords a schema without `type` has; "any" if it has none."""
+    return [kind for kind, names in OF_TYPE.items() if any(name in flat for name in names.split())] or ["any"]
+
+
+def schema_list(value: Any, path: str) -> Sequence[Any]:
+    """The schemas of a combining keyword. Raises RequestError: it is no list."""
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{path} is {value!r:.80}", hint="it must be a list of schemas")
+    return value

@@ -71,7 +71,7 @@ class _Translator:
             code, value = nodes[place]
             at_start = first and all(self._is_empty(node) for node in nodes[:place])
             if code is sre.ASSERT or code is sre.ASSERT_NOT:
-                result = self._look_ahead(code is sre.ASSERT, value, flags, result, known_rest=last)
+                result = self._look_ahead(code is sre.ASSERT, value, flags, result, at_start=at_start, known_rest=last)
             elif code is sre.AT:
                 result = self._anchor(
                     value, flags, result, at_start=at_start, known_rest=last, at_end=last and after_nothing
@@ -86,14 +86,14 @@ class _Translator:
 
     def found(self, nodes: Sequence[Any], flags: int) -> Expression:
         """Texts in which the nodes are found: alternatives are anchored one by one."""
-        if len(nodes) == 1 and nodes[0][0] is sre.BRANCH:
-            return Union(tuple(self.found(list(branch), flags) for branch in nodes[0][1][1]))
         if len(nodes) == 1 and nodes[0][0] is sre.SUBPATTERN:
             _, added, removed, inner = nodes[0][1]
             return self.found(list(inner), (flags | added) & ~removed)
         nodes = list(nodes)
         begins, ends = self._starts_anchored(nodes, flags), self._ends_anchored(nodes, flags)
-        middle = nodes[begins : len(nodes) - ends]
+        before, middle, after = nodes[:begins], nodes[begins : len(nodes) - ends], nodes[len(nodes) - ends :]
+        if len(middle) == 1 and middle[0][0] is sre.BRANCH:
+            return Union(tuple(self.found([*before, *branch, *after], flags) for branch in middle[0][1][1]))
         inner = self.sequence(middle, flags, EMPTY_TEXT if ends else ANY_TEXT, first=bool(begins), last=True)
         return inner if begins else Concat((ANY_TEXT, inner))
 
@@ -134,13 +134,18 @@ class _Translator:
     def _is_empty(self, node: Any) -> bool:
         return node[0] in (sre.AT, sre.ASSERT, sre.ASSERT_NOT)
 
-    def _look_ahead(self, positive: bool, value: Any, flags: int, rest: Expression, *, known_rest: bool) -> Expression:
-        direction, inner = value
+    def _look_ahead(
+        self, positive: bool, value: Any, flags: int, rest: Expression, *, at_start: bool, known_rest: bool
+    ) -> Expression:
+        direction, nodes = value[0], list(value[1])
         if direction < 0:
             raise self._refused("a look-behind")
         if not known_rest:
             raise self._refused("a look-ahead inside a repetition or before an alternative's end")
-        wanted = Concat((self.sequence(list(inner), flags, EMPTY_TEXT, first=False, last=False), ANY_TEXT))
+        behind: Expression = ANY_TEXT
+        if self._ends_anchored(nodes, flags):
+            behind = Repeat(Chars(((10, 10),)), 0, int(nodes.pop()[1] is sre.AT_END))
+        wanted = Concat((self.sequence(nodes, flags, EMPTY_TEXT, first=at_start, last=False), behind))
         try:
             follows = compile_expression(rest)
         except _NothingMatches:

@@ -15,63 +15,57 @@ Run it:  python -m pytest tests/constrain/test_schema.py
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from blockpress.constrain.automaton import (
     EMPTY_TEXT,
+    MAX_STATES,
     Automaton,
     Concat,
     Expression,
     Union,
     _NothingMatches,
+    check_size,
     difference,
     intersection,
     literal,
 )
-from blockpress.constrain.compiler import compile_expression
+from blockpress.constrain.compiler import MAX_SECONDS, check_time, compile_expression
 from blockpress.constrain.containers import ANY_DEPTH, COLON, Members, any_value
-from blockpress.constrain.json_text import FORMATS, json_integer, json_literal, json_number, json_string, text_of
-from blockpress.constrain.merge import merge_keywords, normalize_keywords, overlap
+from blockpress.constrain.json_text import (
+    FORMATS,
+    MOST_DIGITS,
+    has_exact_digits,
+    json_integer,
+    json_literal,
+    json_number,
+    json_string,
+    text_of,
+)
+from blockpress.constrain.merge import (
+    ANNOTATIONS,
+    KEYWORDS,
+    has_type,
+    implied_types,
+    merge_keywords,
+    normalize_keywords,
+    overlap,
+    property_schema,
+    schema_list,
+)
 from blockpress.constrain.regex import NOTHING
 from blockpress.errors import RequestError
 
-ANNOTATIONS = frozenset(
-    [
-        "$anchor",
-        "$comment",
-        "$defs",
-        "$id",
-        "$schema",
-        "contentEncoding",
-        "contentMediaType",
-        "default",
-        "definitions",
-        "deprecated",
-        "description",
-        "discriminator",
-        "example",
-        "examples",
-        "externalDocs",
-        "readOnly",
-        "title",
-        "writeOnly",
-        "xml",
-    ]
-)
-"""Keywords that say nothing about which values are allowed."""
-OF_TYPE = {
-    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
-    "array": "items prefixItems additionalItems minItems maxItems uniqueItems",
-    "string": "minLength maxLength pattern format",
-    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
-}
-KEYWORDS = frozenset(" ".join(OF_TYPE.values()).split()) | {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
-"""Keywords that are enforced."""
+MOST_MULTIPLE = 4096
 DEPTHS = (6, 4, 3, 2, 1)
 """How often a definition may stand inside itself: the first that stays small enough is taken."""
 MAX_ALTERNATIVES = 256
+MAX_PARTS = 4000
+"""Most schemas within one, recursion written out."""
 
 
 def schema_automaton(schema: object) -> Automaton:
@@ -83,8 +77,9 @@ def schema_automaton(schema: object) -> Automaton:
     """
     if isinstance(schema, str):
         raise RequestError(f"schema is the text {schema!r:.80}", hint="give a mapping; json.loads reads a text")
+    deadline = time.monotonic() + 2 * MAX_SECONDS
     for depth in DEPTHS:
-        compiler = _Compiler(schema, depth)
+        compiler = _Compiler(schema, depth, deadline)
         try:
             return compile_expression(compiler.expression(schema, "schema", Counter()))
         except RequestError:
@@ -100,14 +95,20 @@ def schema_automaton(schema: object) -> Automaton:
 class _Compiler:
     """One schema at one depth. recursive: a definition was met inside itself; cut: that was too deep once."""
 
-    def __init__(self, root: Any, depth: int) -> None:
-        self._root, self._depth = root, depth
+    def __init__(self, root: Any, depth: int, deadline: float) -> None:
+        self._root, self._depth, self._deadline = root, depth, deadline
         self.recursive = self.cut = False
+        self._known: dict[Hashable, tuple[Any, Expression]] = {}
 
     def expression(self, schema: Any, path: str, stack: Counter[str]) -> Expression:
         """The texts of a schema at `path`, inside the definitions of `stack`."""
-        parts = [self._flat(flat, path, stack + refs) for flat, refs in self._flatten(schema, path, stack)]
-        return parts[0] if len(parts) == 1 else Union(tuple(parts))
+        key = (id(schema), frozenset(stack.items()))
+        if key not in self._known:
+            check_size(len(self._known), MAX_PARTS)
+            check_time(self._deadline)
+            parts = [self._flat(flat, path, stack + refs) for flat, refs in self._flatten(schema, path, stack)]
+            self._known[key] = schema, parts[0] if len(parts) == 1 else Union(tuple(parts))
+        return self._known[key][1]
 
     def _flatten(self, schema: Any, path: str, stack: Counter[str]) -> list[tuple[dict[str, Any], Counter[str]]]:
         """Alternatives without combining keywords, and the definitions that each came through."""
@@ -118,15 +119,17 @@ class _Compiler:
         for name in schema:
             if name not in KEYWORDS and name not in ANNOTATIONS:
                 raise _refused(path, name, schema[name])
+        if schema is not self._root and not str(schema.get("$id", "#")).startswith("#"):
+            raise _refused(path, "$id", schema["$id"], "inside a schema, where it changes what $ref means")
         own = {name: value for name, value in schema.items() if name in KEYWORDS}
         combined: list[list[tuple[dict[str, Any], Counter[str]]]] = []
         if "$ref" in own:
             combined.append(self._follow(own.pop("$ref"), path, stack))
-        for place, part in enumerate(_schemas(own.pop("allOf", []), f"{path}.allOf")):
+        for place, part in enumerate(schema_list(own.pop("allOf", []), f"{path}.allOf")):
             combined.append(self._flatten(part, f"{path}.allOf[{place}]", stack))
         for name in ("anyOf", "oneOf"):
             if name in own:
-                parts = _schemas(own.pop(name), f"{path}.{name}")
+                parts = schema_list(own.pop(name), f"{path}.{name}")
                 options = [self._flatten(part, f"{path}.{name}[{i}]", stack) for i, part in enumerate(parts)]
                 if name == "oneOf":
                     self._check_exclusive(options, path)
@@ -150,7 +153,7 @@ class _Compiler:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise RequestError(f"{path}.$ref is {ref!r:.80}", hint="only references into the schema itself, '#/...'")
         target = self._root
-        for name in ref[2:].split("/") if len(ref) > 1 else []:
+        for name in unquote(ref[2:]).split("/") if len(ref) > 1 else []:
             name = name.replace("~1", "/").replace("~0", "~")
             try:
                 target = target[int(name)] if isinstance(target, list) else target[name]
@@ -180,7 +183,7 @@ class _Compiler:
         if "enum" in flat:
             return self._listed(flat, path, stack)
         parts: list[Expression] = []
-        for kind in flat.get("type") or _implied(flat):
+        for kind in flat.get("type") or implied_types(flat):
             if kind == "any":
                 parts.append(any_value(ANY_DEPTH))
             elif kind == "object":
@@ -196,9 +199,9 @@ class _Compiler:
         return Union(tuple(parts))
 
     def _listed(self, flat: dict[str, Any], path: str, stack: Counter[str]) -> Expression:
-        values = flat["enum"]
+        values = [value for value in flat["enum"] if has_type(value, flat.get("type"))]
         rest = {name: value for name, value in flat.items() if name != "enum"}
-        if rest:
+        if rest.keys() - {"type"}:
             try:
                 allowed = compile_expression(self._flat(rest, path, stack))
             except _NothingMatches:
@@ -209,9 +212,8 @@ class _Compiler:
     def _object(self, flat: dict[str, Any], path: str, stack: Counter[str]) -> Expression:
         declared: dict[str, Any] = dict(flat.get("properties", {}))
         required = flat.get("required", [])
-        additional = flat.get("additionalProperties", True)
         for name in required:
-            declared.setdefault(name, additional)
+            declared.setdefault(name, property_schema(flat, name))
         least, most = _bounds(flat, "Properties", path)
         names = flat.get("propertyNames", True)
         free = [*self._free_keys(flat, declared, path, stack)]
@@ -319,6 +321,12 @@ def _number(flat: dict[str, Any], path: str, *, whole: bool) -> Expression:
     multiple = flat.get("multipleOf")
     if multiple is not None and multiple != int(multiple):
         raise _refused(path, "multipleOf", multiple, "other than a whole number")
+    if multiple is not None and multiple > MOST_MULTIPLE:
+        raise _refused(path, "multipleOf", multiple, f"above {MOST_MULTIPLE}")
+    for name, bound, side in (("minimum", low, 1), ("maximum", high, -1)):
+        far = bound is not None and side * bound[0] >= 10**MOST_DIGITS
+        if far or not (whole or bound is None or has_exact_digits(bound, high or low)):
+            raise _refused(path, name, str(bound and bound[0]), "to so many digits")
     if not whole and multiple is None:
         return json_number(low, high)
     least = None if low is None else int(low[0].to_integral_value("ROUND_CEILING")) + (low[1] and low[0] == int(low[0]))
@@ -329,18 +337,10 @@ def _number(flat: dict[str, Any], path: str, *, whole: bool) -> Expression:
 
 
 def _bounds(flat: Mapping[str, Any], what: str, path: str) -> tuple[int, int | None]:
+    for name in (f"min{what}", f"max{what}"):
+        if flat.get(name, 0) > MAX_STATES:
+            raise _refused(path, name, flat[name], f"above {MAX_STATES}")
     return flat.get(f"min{what}", 0), flat.get(f"max{what}")
-
-
-def _implied(flat: Mapping[str, Any]) -> list[str]:
-    """The types whose keywords a schema without `type` has; "any" if it has none."""
-    return [kind for kind, names in OF_TYPE.items() if any(name in flat for name in names.split())] or ["any"]
-
-
-def _schemas(value: Any, path: str) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        raise RequestError(f"{path} is {value!r:.80}", hint="it must be a list of schemas")
-    return value
 
 
 def _refused(path: str, name: str, value: Any, why: str = "") -> RequestError:

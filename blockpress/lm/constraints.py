@@ -60,8 +60,11 @@ class ConstraintCache:
         (name, value), *_ = given
         check_beside(name, sampling, plain)
         checked = check_choice(value) if name == "choice" else value
-        key = (frozenset(stop_ids), name, _key(name, checked))
-        compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked)
+        try:
+            key = (frozenset(stop_ids), name, _key(name, checked))
+            compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked)
+        except RecursionError:
+            raise RequestError(f"{name} nests too deeply", hint="nest fewer levels") from None
         self._compiled[key] = compiled
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
@@ -77,9 +80,9 @@ class ConstraintCache:
         from blockpress.constrain.regex import parse_regex
         from blockpress.constrain.schema import schema_automaton
 
-        about = f"{name} {value!r:.200}"
         expression: Expression
         try:
+            about = f"{name} {value!r:.200}"
             if name == "choice":
                 expression = Union(tuple(literal(option) for option in value))
             elif name == "regex":
@@ -125,7 +128,7 @@ def _key(name: str, value: Any) -> Hashable:
     if name != "schema":
         return value if isinstance(value, Hashable) else repr(value)
     try:
-        return json.dumps(value)
+        return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RequestError(f"schema is {value!r:.80}: {error}", hint="give what JSON can represent") from None
 

@@ -24,6 +24,7 @@ NODE = {
     "properties": {"v": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
     "required": ["v", "next"],
 }
+KEYED = {"type": "object", "required": ["k"]}
 SCHEMAS: dict[str, Any] = {
     "a person": {
         "type": "object",
@@ -100,6 +101,29 @@ SCHEMAS: dict[str, Any] = {
     },
     "a required key without a schema": {"type": "object", "required": ["id"], "properties": {"x": {"type": "null"}}},
     "an annotation": {"title": "t", "description": "d", "default": 1, "type": "boolean", "examples": [True]},
+    "a declared key that a pattern matches": {
+        "type": "object",
+        "properties": {"fa": {"type": "integer"}},
+        "patternProperties": {"^f": {"minimum": 5}},
+        "required": ["fa"],
+        "additionalProperties": False,
+    },
+    "a required key that only a pattern matches": {
+        "type": "object",
+        "patternProperties": {"^f": {"type": "integer"}},
+        "required": ["fa"],
+        "additionalProperties": False,
+    },
+    "listed values beyond what is written freely": {
+        "type": ["integer", "array"],
+        "enum": [10**20, 1.0, [[[[[1]]]]], "no"],
+    },
+    "large numbers": {"type": "number", "minimum": 1700000000000, "exclusiveMaximum": 1700000000001},
+    "numbers beside a fine bound": {"type": "number", "minimum": 1e-8, "exclusiveMaximum": 1000},
+    "a bound looser than what is written": {"type": "number", "minimum": -(10**30) - 1, "maximum": 1e300},
+    "a reference with an escaped name": {"$defs": {"P<int>": {"type": "integer"}}, "$ref": "#/$defs/P%3Cint%3E"},
+    "a decimal as pydantic writes it": {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+    "patterns that are anchored each": {"type": "string", "pattern": "^$|^a+$|^b$"},
     "a definition used twice": {
         "definitions": {"p": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
         "type": "object",
@@ -140,6 +164,16 @@ def test_every_text_is_a_value_that_the_schema_allows(name: str) -> None:
         ("a count of keys", {"a": 1, "c": 2}),
         ("a whole number as a number", 8),
         ("a required key without a schema", {"x": None, "id": [1]}),
+        ("a required key that only a pattern matches", {"fa": 3, "fb": 4}),
+        ("listed values beyond what is written freely", 10**20),
+        ("listed values beyond what is written freely", 1.0),
+        ("listed values beyond what is written freely", [[[[[1]]]]]),
+        ("large numbers", 1700000000000.25),
+        ("numbers beside a fine bound", 0.001),
+        ("numbers beside a fine bound", 999.5),
+        ("patterns that are anchored each", ""),
+        ("a decimal as pydantic writes it", "-0.5"),
+        ("patterns that are anchored each", "aa"),
     ],
 )
 def test_usual_values_can_be_written_with_and_without_spaces(name: str, value: Any) -> None:
@@ -235,6 +269,23 @@ def test_random_schemas_give_valid_values_alone_or_have_none(schema: Any, seed: 
         ({"anyOf": {}}, "schema.anyOf"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "schema.oneOf"),
         ({"additionalProperties": {"type": "integer"}, "minProperties": 3}, "schema.minProperties"),
+        ({"type": "number", "multipleOf": 1e300}, "schema.multipleOf"),
+        ({"type": "number", "minimum": 10**400}, "schema.minimum"),
+        ({"type": "number", "minimum": 0, "maximum": 1e-30}, "schema.m"),
+        ({"type": "array", "maxItems": 10**9}, "schema.maxItems"),
+        ({"type": "object", "maxProperties": 10**9}, "schema.maxProperties"),
+        ({"type": "string", "minLength": 10**9}, "schema.minLength"),
+        ({"properties": {1: {}}}, "schema.properties"),
+        ({"patternProperties": {"(": {}}}, "schema.patternProperties"),
+        ({"$defs": {"a": {"$id": "https://x.org/a"}}, "$ref": "#/$defs/a"}, "$id"),
+        (
+            {"oneOf": [{"required": ["k"], "properties": {"k": {"const": k}}, "type": "object"} for k in (1, 1.0)]},
+            "oneOf",
+        ),
+        (
+            {"oneOf": [{"patternProperties": {"^k": {}}, "additionalProperties": False} | KEYED, KEYED]},
+            "schema.oneOf",
+        ),
         ({"$ref": "#"}, "endless depth"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "endless depth"),
         ('{"type": "integer"}', "the text"),
@@ -247,6 +298,22 @@ def test_what_cannot_be_enforced_is_refused_by_keyword_and_place(schema: Any, na
     assert named in caught.value.message
 
 
+def test_definitions_within_each_other_are_written_out_once_for_each_depth_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ["a", "b", "c", "d"]
+    parts = {"type": "object", "properties": {name: {"$ref": f"#/$defs/{name}"} for name in names}}
+    schema = {
+        "$defs": dict.fromkeys(names[:2], parts) | {name: {"type": "null"} for name in names[2:]},
+        "$ref": "#/$defs/a",
+    }
+    assert compiled(schema).matches('{"a":{},"b":{"a":{"c":null}}}')
+    schema["$defs"] = dict.fromkeys(names, parts)
+    monkeypatch.setattr("blockpress.constrain.schema.MAX_PARTS", 3)
+    with pytest.raises(RequestError, match="the shape needs more than 3 "):
+        compiled(schema)
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -254,6 +321,8 @@ def test_what_cannot_be_enforced_is_refused_by_keyword_and_place(schema: Any, na
         {"type": "integer", "minimum": 5, "maximum": 4},
         {"allOf": [{"type": "string"}, {"type": "null"}]},
         {"enum": []},
+        {"type": []},
+        {"allOf": [{"type": "string", "maxLength": 0}, {"minLength": 1}]},
         {"type": "string", "enum": [1]},
         {"type": "object", "required": ["a"], "additionalProperties": False},
         {"type": "string", "pattern": "^a$", "minLength": 2},

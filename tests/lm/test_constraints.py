@@ -28,6 +28,13 @@ GRID = r"([1-9]{9}\n){8}[1-9]{9}"
 PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")
 
 
+def nested(around: Callable[[Any], Any], times: int) -> Any:
+    value: Any = {}
+    for _ in range(times):
+        value = around(value)
+    return value
+
+
 @pytest.fixture(scope="module")
 def lm() -> LM:
     return blockpress.load("sudoku-nano")
@@ -157,6 +164,10 @@ def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name:
         ({"schema": {"type": "string"}}, "vocabulary cannot write"),
         ({"schema": {"const": {1, 2}}}, "not JSON"),
         ({"schema": {"not": {}}}, r"schema\.not"),
+        ({"schema": {"const": float("nan")}}, "JSON"),
+        ({"schema": {"const": nested(lambda inner: [inner], 100_000)}}, "schema nests too deeply"),
+        ({"schema": nested(lambda inner: {"items": inner}, 900)}, "schema nests too deeply"),
+        ({"regex": "(?:" * 300 + "1" + "|2)*" * 300}, "regex nests too deeply"),
         ({"regex": "1{99}"}, "needs 99 tokens"),
         ({"regex": "1", "mode": "verified"}, "verified"),
         ({"regex": "1", "sampling": Sampling(stop=("2",))}, "sampling.stop"),
@@ -165,6 +176,12 @@ def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name:
 def test_what_cannot_be_enforced_is_refused_before_any_forward(lm: LM, options: dict[str, Any], named: str) -> None:
     with pytest.raises(RequestError, match=named):
         lm.build_requests("12", 40, **options)
+
+
+def test_an_argument_that_generate_does_not_know_is_no_constraint(lm: LM) -> None:
+    for options in ({"steps": 3}, {"regex": "1", "schemas": {"type": "integer"}}):
+        with pytest.raises(TypeError, match="unexpected keyword argument 's"):
+            lm.generate("12", 40, **options)  # type: ignore[call-arg, arg-type]
 
 
 def test_a_model_without_a_tokenizer_says_that_it_needs_one(tiny: ModelConfig, random_network: RandomNetwork) -> None:
