@@ -60,7 +60,7 @@ class Constraint:
         if least > most:
             raise RequestError(
                 f"{self.about} needs {least} tokens, and there is room for {most}",
-                hint=f"raise max_tokens to {least} or more, or shorten the prompt",
+                hint=f"allow {least} tokens or more: by max_tokens, a shorter prompt, or the engine option memory",
             )
 
 

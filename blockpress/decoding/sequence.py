@@ -144,8 +144,10 @@ class SequenceState:
         self.__dict__.pop("_claim", None)
 
     def limit(self, room: int) -> None:
-        """Lower the room in the context to `room` tokens; called before the first canvas."""
+        """Lower the room in the context, before the first canvas. RequestError: a constraint needs more tokens."""
         self._room = min(self._room, room)
+        if self.constraint is not None:
+            self.constraint.constraint.check_length(self.max_draft_tokens + self.max_later_tokens)
 
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
@@ -165,7 +167,7 @@ class SequenceState:
 
     @property
     def max_later_tokens(self) -> int:
-        """How many tokens the answer has room for after the current canvas."""
+        """How many tokens there is room for after the current canvas."""
         most = self._room // self._canvas_length * self._canvas_length
         left = most if self._limit is None else min(most, self._limit - len(self._tokens))
         return max(0, left - self.max_draft_tokens)
@@ -173,9 +175,7 @@ class SequenceState:
     @property
     def canvas_constraint(self) -> CanvasConstraint | None:
         """What the current canvas must follow."""
-        if self.constraint is None:
-            return None
-        return self.constraint.canvas(self.max_draft_tokens, self.max_later_tokens)
+        return self.constraint and self.constraint.canvas(self.max_draft_tokens, self.max_later_tokens)
 
     @property
     def draft_tokens(self) -> list[int]:

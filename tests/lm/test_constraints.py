@@ -184,6 +184,13 @@ def test_an_argument_that_generate_does_not_know_is_no_constraint(lm: LM) -> Non
             lm.generate("12", 40, **options)  # type: ignore[call-arg, arg-type]
 
 
+def test_an_engine_with_too_little_memory_refuses_what_it_could_not_finish() -> None:
+    with blockpress.load("sudoku-nano", memory=2_200_000) as small:
+        with pytest.raises(RequestError, match=r"needs 100 tokens.*memory"):
+            small.generate("12", 120, regex="[1-9]{100}")
+        assert small.generate("12", 60, sampling=Sampling(steps=2), regex="[1-9]{50}").invalid is None
+
+
 def test_a_model_without_a_tokenizer_says_that_it_needs_one(tiny: ModelConfig, random_network: RandomNetwork) -> None:
     model = LM(path=Path(), network=random_network(tiny), generation=GenerationConfig(), tokenizer=None)
     with pytest.raises(RequestError, match="needs a tokenizer"):
