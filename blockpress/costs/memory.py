@@ -26,7 +26,11 @@ PRODUCTS = 1 << 27
 """Most bytes of products with the vocabulary in memory at a time."""
 
 TABLES = 6 * 4 * (1 << 16)
-"""Bytes of the tables of all bfloat16 while they are computed, for one temperature; few products need no tables."""
+"""Bytes of the tables of all bfloat16 while they are computed, for one temperature."""
+
+TABLED = 1 << 12
+"""The vocabulary from which on rows of bfloat16 are read through them: a canvas of 128 rows is then read in more time
+than they take to compute."""
 
 SLIDING: LayerKind = "sliding_attention"
 
@@ -149,7 +153,7 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     canvas, size = config.canvas_length, DTYPE_BYTES[dtype]
     rows, keys = canvases * canvas + tokens, context + tokens + (canvas if canvases else 0)
     products = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
-    tables = TABLES if dtype == "bfloat16" and config.softcap is not None and products >= TABLES else 0
+    tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
     vocabulary = products + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
     native = _native_buffers(config, dtype, rows) + _native_task(config, keys)

@@ -17,13 +17,10 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
+from blockpress.costs import TABLED
 from blockpress.ops import compiled
 from blockpress.ops.vocabulary.passes import MOST, BlockStats, Probabilities, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
-
-TABLED = 1 << 12
-"""The vocabulary from which on rows of bfloat16 are read through tables of all 65,536 values: a canvas of 128 rows is
-then read in more time than its tables take to compute."""
 
 LARGEST = 84.0
 """The largest logit for which its exp, that of its negative, and sums of 64 of them are normal float32 numbers."""
