@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,10 @@ def test_the_reference_loop_gives_the_same_tokens_there(way: str, pictures: bool
         wanted = answers(damped(), way, pictures)
     network = damped().to("cuda")
     card.take()
-    assert answers(network, way, pictures) == wanted
+    for got, expected in zip(answers(network, way, pictures), wanted, strict=True):
+        assert replace(got, logprobs=None) == replace(expected, logprobs=None)
+        values = [[each.logprob for each in told.logprobs or ()] for told in (got, expected)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4), "few rows have other kernels on a processor"
 
 
 def test_an_autoregressive_token_of_the_reference_loop_has_two_waits(card: Card):

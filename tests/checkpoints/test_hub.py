@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import RepoFile, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import close_session
 
 from blockpress import load
 from blockpress.checkpoints import load_network, resolve
@@ -49,6 +50,8 @@ def model(hub: Hub, sharded: Path) -> Repository:
 
 
 def pull(name: HubName = NAME, **arguments: object) -> Path:
+    """As in a process of its own: a connection that a server has cut is not used again."""
+    close_session()
     return fetch(plan(name, **arguments))  # type: ignore[arg-type]
 
 
