@@ -139,9 +139,8 @@ class CanvasConstraint:
         path = [
             self._best(logits[i], members[starts[label] : starts[label + 1]]) for i, label in enumerate(result.path)
         ]
-        argmax = scaled.argmax(-1)
-        argmax[: self.positions] = to_device(torch.tensor(path, dtype=torch.long), scaled.device)
-        return posterior_logits, argmax
+        best_path = to_device(torch.tensor(path, dtype=torch.long), scaled.device)
+        return posterior_logits, torch.cat((best_path, scaled[self.positions :].argmax(-1)))
 
     def _best(self, logits: np.ndarray, members: np.ndarray) -> int:
         return int(members[logits[members].argmax()])

@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 
-from blockpress.constrain.tokens import Ints, TokenAutomaton
+from blockpress.constrain.tokens import EdgeGroups, Ints, TokenAutomaton
 
 Masses = Float64[np.ndarray, "positions classes"]
 
@@ -55,7 +55,7 @@ def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, be
         raise ValueError("no allowed text is this short")
     end = np.where(automaton.distance <= left, 0.0, -np.inf)
     positions, states = len(mass), len(end)
-    into, out_of, of_class = (_Groups.of(keys) for keys in (automaton.target, automaton.source, automaton.label))
+    into, out_of, of_class = automaton.groups
     source, label, target = automaton.source, automaton.label, automaton.target
     forward = np.full((positions + 1, states), -np.inf)
     highest, backward = forward.copy(), forward.copy()
@@ -78,7 +78,7 @@ def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, be
 
 def _best_path(
     automaton: TokenAutomaton,
-    into: _Groups,
+    into: EdgeGroups,
     highest: Float64[np.ndarray, "ends states"],
     best: Masses,
     end: Float64[np.ndarray, " states"],
@@ -93,36 +93,3 @@ def _best_path(
         path[i], states[i] = automaton.label[edge], automaton.source[edge]
         state = int(states[i])
     return path, states
-
-
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """Edges grouped by a key. order: all edges, group by group. keys: of each group. starts: where it begins."""
-
-    order: Ints
-    keys: Ints
-    starts: Ints
-    index: Ints
-
-    @classmethod
-    def of(cls, keys: Ints) -> _Groups:
-        order = np.argsort(keys, kind="stable")
-        unique, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
-        return cls(order, unique, starts, np.repeat(np.arange(len(unique)), counts))
-
-    def members(self, key: int) -> Ints:
-        """The edges of one group."""
-        place = int(np.searchsorted(self.keys, key))
-        stop = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.order)
-        return self.order[self.starts[place] : stop]
-
-    def highest(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
-        """The largest value of each group, of values in the groups' order."""
-        return np.maximum.reduceat(values, self.starts, axis=-1)
-
-    def log_sum(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
-        """log of the sum of exp over each group; -inf where all are."""
-        largest = self.highest(values)
-        finite = np.where(np.isneginf(largest), 0.0, largest)
-        with np.errstate(divide="ignore"):
-            return np.log(np.add.reduceat(np.exp(values - finite[..., self.index]), self.starts, axis=-1)) + finite

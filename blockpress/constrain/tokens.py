@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 
 from blockpress.constrain.automaton import DEAD, Automaton
 
@@ -72,6 +72,39 @@ def _trie(vocabulary: TokenBytes, column_of: Ints) -> tuple[list[TrieLevel], Int
 
 
 @dataclass(frozen=True, eq=False)
+class EdgeGroups:
+    """Edges grouped by a key. order: all edges, group by group. keys: of each group. starts: where it begins."""
+
+    order: Ints
+    keys: Ints
+    starts: Ints
+    index: Ints
+
+    @classmethod
+    def of(cls, keys: Ints) -> EdgeGroups:
+        order = np.argsort(keys, kind="stable")
+        unique, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+        return cls(order, unique, starts, np.repeat(np.arange(len(unique)), counts))
+
+    def members(self, key: int) -> Ints:
+        """The edges of one group."""
+        place = int(np.searchsorted(self.keys, key))
+        stop = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.order)
+        return self.order[self.starts[place] : stop]
+
+    def highest(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
+        """The largest value of each group, of values in the groups' order."""
+        return np.maximum.reduceat(values, self.starts, axis=-1)
+
+    def log_sum(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
+        """log of the sum of exp over each group; -inf where all are."""
+        largest = self.highest(values)
+        finite = np.where(np.isneginf(largest), 0.0, largest)
+        with np.errstate(divide="ignore"):
+            return np.log(np.add.reduceat(np.exp(values - finite[..., self.index]), self.starts, axis=-1)) + finite
+
+
+@dataclass(frozen=True, eq=False)
 class TokenAutomaton:
     """Edges (source, class, target) between states; state 0 is the start.
 
@@ -119,6 +152,11 @@ class TokenAutomaton:
             np.append(self.accepting, True),
             np.append(self.distance, 0),
         )
+
+    @cached_property
+    def groups(self) -> tuple[EdgeGroups, EdgeGroups, EdgeGroups]:
+        """The edges by target, by source and by class."""
+        return EdgeGroups.of(self.target), EdgeGroups.of(self.source), EdgeGroups.of(self.label)
 
     @cached_property
     def _next(self) -> dict[tuple[int, int], int]:

@@ -57,10 +57,11 @@ def output_from_logits(
     sample: Callable[[Logits], Canvas],
     constraints: Sequence[CanvasConstraint | None] = (),
 ) -> DenoiserOutput:
-    """What a step needs, from temperature-scaled logits; `constraints` are those of the rows, none if it is empty."""
+    """What a step needs, from temperature-scaled logits, which are overwritten where a row has a constraint.
+
+    `constraints`: of each row; none if it is empty.
+    """
     argmax = scaled.argmax(-1)
-    if any(constraint is not None for constraint in constraints):
-        scaled = scaled.clone()
     for row, constraint in enumerate(constraints):
         if constraint is not None:
             scaled[row], argmax[row] = constraint(scaled[row])

@@ -32,6 +32,7 @@ from blockpress.diffusion import (
     Schedule,
     Settle,
     StableAndConfident,
+    TokenMask,
     update,
 )
 from blockpress.diffusion.noise import LOW
@@ -239,8 +240,7 @@ def _output(
     for i in order[len(free) :]:
         scaled = network.logits(states[i : i + 1]) / canvases.temperature[i]
         if features.banned:
-            banned = slots.banned[canvases.slot[i]]
-            scaled[0, :, slots.ids] = scaled[0, :, slots.ids].masked_fill(banned, float("-inf"))
+            scaled = TokenMask(slots.ids, slots.banned)(canvases.slot[i : i + 1], scaled)
         draw = partial(vocabulary.sample, uniform=inputs.uniform[i : i + 1])
         outputs.append(output_from_logits(network, scaled, draw, [constraints[i]]))
     if not order[len(free) :]:
