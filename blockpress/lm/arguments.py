@@ -40,16 +40,21 @@ class ConstraintOptions(TypedDict, total=False):
     schema: Mapping[str, Any] | bool | None
 
 
-class GenerateOptions(ConstraintOptions, total=False):
-    """The options of `LM.generate`; `LM.build_requests` describes them."""
+class RequestOptions(ConstraintOptions, total=False):
+    """The options of `LM.build_requests`; `lm.requests.RequestBuilder.for_prompts` describes them."""
 
     mode: Mode | None
     logprobs: int | None
+
+
+class GenerateOptions(RequestOptions, total=False):
+    """The options of `LM.generate`: `cancel` beside those of its requests."""
+
     cancel: Cancel | None
 
 
-class ChatOptions(ConstraintOptions, total=False):
-    """The options of `LM.chat`; `LM.build_chat_requests` describes them."""
+class ChatRequestOptions(ConstraintOptions, total=False):
+    """The options of `LM.build_chat_requests`; `lm.requests.RequestBuilder.for_chats` describes them."""
 
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool
@@ -60,6 +65,11 @@ class ChatOptions(ConstraintOptions, total=False):
     soft_tokens: int | None
     mode: Mode | None
     logprobs: int | None
+
+
+class ChatOptions(ChatRequestOptions, total=False):
+    """The options of `LM.chat`: `cancel` beside those of its requests."""
+
     cancel: Cancel | None
 
 

@@ -7,42 +7,38 @@ answer is a function of weights, prompt, seed and sampling, never of what the en
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, Unpack, cast, overload
+from typing import Any, Self, Unpack, overload
 
 from jaxtyping import Float32
 from torch import Tensor
 
-from blockpress.chat import Chat, check_options
-from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
-from blockpress.config import GenerationConfig, ModelConfig, Sampling
-from blockpress.constrain import Constraint
-from blockpress.decoding import Done, Event, OutputProcessor, Reply, SequenceState, TextOutputProcessor
+from blockpress.checkpoints import Checkpoint
+from blockpress.config import GenerationConfig, ModelConfig
+from blockpress.decoding import Done, Event, Reply
 from blockpress.engine import EngineOptions, Request
-from blockpress.errors import CheckpointError, renamed_attribute
+from blockpress.errors import renamed_attribute
 from blockpress.lm.arguments import (
     AnySampling,
     ChatOptions,
-    ConstraintOptions,
+    ChatRequestOptions,
     Conversation,
     GenerateOptions,
-    Mode,
     Prompt,
+    RequestOptions,
     are_conversations,
     as_list,
     check_cancel,
-    check_sampling,
     is_batch,
     is_integer,
 )
-from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
-from blockpress.lm.rows import attach_images, check_ids, make_sequences
-from blockpress.model import Network, VisionTower
-from blockpress.text import StreamDecoder, Tokenizer
+from blockpress.lm.requests import RequestBuilder, needs_tokenizer
+from blockpress.model import Network
+from blockpress.text import Tokenizer
 
 
 class LM:
@@ -71,7 +67,6 @@ class LM:
         self.path, self.network, self.generation, self.tokenizer = path, network, generation, tokenizer
         self.engine = LazyEngine(network, EngineOptions(max_waiting=sys.maxsize) if options is None else options)
         self.answer = self.engine.answer if answer is None else answer
-        self._constraints = ConstraintCache(tokenizer, network.config.vocab_size)
 
     @property
     def config(self) -> ModelConfig:
@@ -140,7 +135,7 @@ class LM:
             sampling: how canvases are denoised, or, in the mode "autoregressive", how tokens are chosen; None: as in
                 the checkpoint's generation_config.json.
             options: `cancel`, checked between steps (`is_set()`), such as a `threading.Event`, and those of
-                `build_requests`, which describes each.
+                `lm.requests.RequestBuilder.for_prompts`, which describes each.
 
         Returns:
             a `Reply`, or a list of them if `prompt` or `seed` is a list.
@@ -171,32 +166,13 @@ class LM:
         max_tokens: int | None = None,
         seed: int | Sequence[int] = 0,
         sampling: AnySampling | None = None,
-        *,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        **constraint: Unpack[ConstraintOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[Request]:
         """What `stream` would answer, checked, as requests for an engine that serves others too (`engine`).
 
-        Args:
-            mode: "diffusion", canvas by canvas; "verified", the same with settled canvases verified by the causal pass,
-                at most `sampling.max_verifications` times, or 4 if that is 0; or "autoregressive", one token at a time
-                with the same weights. None: diffusion if the model has a canvas.
-            logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
-                this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
-            constraint: what the answer must be (`arguments.ConstraintOptions`); `Reply.invalid`: why it is not.
+        Args: those of `generate`; `lm.requests.RequestBuilder.for_prompts` describes the options.
         """
-        sampling = check_sampling(sampling, mode, self.generation, self.config, has_text=self.tokenizer is not None)
-        compiled = self._constraints.get(self.generation.stop_ids, sampling, constraint)
-        prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
-
-        def make_processor(prompt: list[int]) -> OutputProcessor:
-            text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, stop=sampling.stop)
-            return TextOutputProcessor(text)
-
-        ids = [check_ids(self.config, self.encode(p) if isinstance(p, str) else p, "prompt") for p in prompts]
-        rows = self._rows(ids, max_tokens, seed, self.generation.stop_ids, make_processor, sampling, logprobs, compiled)
-        return [Request(row, sampling) for row in rows]
+        return self._builder.for_prompts(prompt, max_tokens, seed, sampling, **options)
 
     @overload
     def chat(self, messages: Conversation, *, seed: int = 0, **options: Unpack[ChatOptions]) -> Reply: ...
@@ -219,7 +195,7 @@ class LM:
             messages: in OpenAI's format (`chat.messages.check_messages` has the fields); `Reply.message` is an answer
                 as such a message.
             seed: as in `generate`.
-            options: `cancel`, as in `generate`, and those of `build_chat_requests`, which describes each.
+            options: `cancel`, as in `generate`, and those of `lm.requests.RequestBuilder.for_chats`.
 
         Returns:
             a `Reply`, or a list of them if `messages` or `seed` is one. `finish_reason` is "tool_calls" if the answer
@@ -248,73 +224,17 @@ class LM:
         self,
         messages: Conversation | Sequence[Conversation],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool = False,
-        thinking_budget: int | None = None,
-        max_tokens: int | None = None,
         seed: int | Sequence[int] = 0,
-        sampling: AnySampling | None = None,
-        retry_empty: bool = True,
-        soft_tokens: int | None = None,
-        mode: Mode | None = None,
-        logprobs: int | None = None,
-        **constraint: Unpack[ConstraintOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> list[Request]:
         """What `chat_stream` would answer, checked, as requests for an engine that serves others too (`engine`).
 
-        Args:
-            tools: that the model may call, in OpenAI's format.
-            thinking: whether the model is asked to think before it answers.
-            thinking_budget: most tokens of its thoughts; at that point the thought is closed and the answer starts.
-            max_tokens, sampling, mode, logprobs: as in `generate`; `sampling.stop` applies to the answer only, while
-                `max_tokens` also counts thoughts and calls.
-            retry_empty: rewrite a canvas that ends the answer before it contains anything, at most three times;
-                `usage.empty_retries` counts them.
-            soft_tokens: most tokens per image or video frame (70, 140, 280, 560 or 1120); None: as in the checkpoint.
-            constraint: as in `build_requests`, of the answer's text; without thoughts and tools.
+        Args: those of `chat`; `lm.requests.RequestBuilder.for_chats` describes the options.
         """
-        check_options(thinking, thinking_budget, retry_empty, soft_tokens)
-        sampling = check_sampling(sampling, mode, self.generation, self.config, has_text=self.tokenizer is not None)
-        many = are_conversations(messages)
-        conversations = messages if many else [messages]
-        encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
-        stop_ids = (*self.generation.stop_ids, *self._chat.controls.stops)
-
-        compiled = self._constraints.get(stop_ids, sampling, constraint, plain=not (thinking or tools))
-        limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
-        make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
-        ids = [chat.ids for chat in encoded]
-        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
-        attach_images(rows, encoded, lambda: self._tower)
-        return [Request(row, sampling) for row in rows]
+        return self._builder.for_chats(messages, seed=seed, **options)
 
     requests = renamed_attribute("requests", "build_requests")  # until version 0.3
     chat_requests = renamed_attribute("chat_requests", "build_chat_requests")
-
-    @cached_property
-    def _chat(self) -> Chat:
-        settings = partial(load_picture_settings, self.path, self.config)
-        return Chat.of(self.tokenizer, self.path, self.config, settings)
-
-    @cached_property
-    def _tower(self) -> VisionTower:
-        types = {"dtype": self.network.storage_dtype, "compute_dtype": self.network.dtype}
-        return load_vision(self._checkpoint, config=self.config, device=self.network.device, **types)
-
-    def _rows(
-        self,
-        ids: list[list[int]],
-        max_tokens: int | None,
-        seed: int | Sequence[int],
-        stop_ids: Sequence[int],
-        make_processor: Callable[[list[int]], OutputProcessor],
-        sampling: AnySampling,
-        logprobs: int | None,
-        constraint: Constraint | None = None,
-    ) -> list[SequenceState]:
-        canvas = self.config.canvas_length if isinstance(sampling, Sampling) else 1
-        limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs}
-        return make_sequences(ids, seed, make_processor, canvas, self.config, constraint=constraint, **limits)
 
     def denoise_logits(
         self,
@@ -333,9 +253,9 @@ class LM:
         """The causal pass as a language model: for every token, softcapped float32 logits of the one after it."""
         return next_token_logits(self.network, ids)
 
+    @cached_property
+    def _builder(self) -> RequestBuilder:
+        return RequestBuilder(self._checkpoint, self.network, self.generation, self.tokenizer)
+
     def _needs_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise CheckpointError(
-                f"{self.path} has no tokenizer.json, which {what} needs", hint="give token ids, or add the file"
-            )
-        return self.tokenizer
+        return needs_tokenizer(self.tokenizer, self.path, what)

@@ -117,7 +117,7 @@ def test_a_model_of_the_parent_answers_in_the_child(used: bool):
         f"""
         if {used}:
             before = lm.generate(ids, max_tokens=20)
-            begun = lm.stream(ids, max_tokens=20)
+            begun = lm.stream(ids, sampling=LONG)
             next(begun)
             threading.Thread(target=lm.generate, args=(ids,), kwargs={{"sampling": LONG}}, daemon=True).start()
             time.sleep(0.2)
