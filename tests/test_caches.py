@@ -197,6 +197,12 @@ def test_a_broken_compiler_is_done_without_and_named(
     assert not list(home.glob("native/*"))
 
 
+@pytest.mark.parametrize("value", ["", "relative/path", "./here"])
+def test_a_cache_home_that_is_no_absolute_path_does_not_count(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert disk.cache_folder() == Path.home() / ".cache" / "blockpress"
+
+
 def test_no_compiler_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     told("there is no C\\+\\+ compiler", "install g++", caplog)

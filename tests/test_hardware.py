@@ -240,6 +240,27 @@ def test_the_compute_type_is_the_fastest(
     assert compute_dtype(torch.float32, CPU) == torch.float32
 
 
+def test_stored_rates_of_any_number_of_threads_decide_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "avx2")
+    conditions = speed._conditions(torch.__version__)
+    for name, rates in (("another version", FAST), (torch.__version__, SLOW)):
+        speed._store(json.dumps(conditions | {"torch": name, "threads": 99}), rates)
+    (speed._file("").parent / "damaged.json").write_text("[]")
+    monkeypatch.delitem(sys.modules, "torch")
+    assert [hardware.compute_name(name, "cpu") for name in ("bfloat16", "float32")] == ["float32", "float32"]
+    assert hardware.compute_name("bfloat16", "cuda:1") == "bfloat16" and "torch" not in sys.modules
+
+
+def test_without_a_card_s_device_node_no_card_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(system, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("torch was asked"))
+    with monkeypatch.context() as held:
+        held.delitem(sys.modules, "torch")
+        assert hardware.cards() == []
+    with pytest.raises(pytest.fail.Exception, match="torch was asked"):
+        hardware.cards()
+
+
 def test_a_restricted_isa_decides_by_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "avx512_bf16")
     monkeypatch.setattr(speed, "rates", lambda: SLOW)

@@ -141,11 +141,6 @@ def _check_integers(config: ModelConfig, device: torch.device) -> None:
             )
 
 
-def compute_name(dtype: str, device: str) -> str:
-    """The name of the default compute type for weights stored in `dtype` on that device."""
-    return str(hardware.compute_dtype(DTYPES[dtype], torch.device(device))).removeprefix("torch.")
-
-
 def choose_device(device: torch.device | str) -> torch.device:
     """The requested device.
 

@@ -20,26 +20,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from blockpress.checkpoints.files import (
     CONFIG,
     GENERATION,
+    GGUF_SUFFIX,
     HF_QUANT_CONFIG,
     checkpoint_directory,
     expanded,
     read_object,
 )
-from blockpress.checkpoints.gguf import Gguf, understand
-from blockpress.checkpoints.gguf.find import SUFFIX
-from blockpress.checkpoints.gguf.header import Header, read_header
 from blockpress.checkpoints.identify import CheckpointInfo, config_kind, gguf_kind, main_type
 from blockpress.checkpoints.index import StoredTensor, read_index
 from blockpress.checkpoints.locate import find_model
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.config.quantization import Quantization
 from blockpress.errors import ConfigError
-from blockpress.text import Tokenizer
+
+if TYPE_CHECKING:
+    from blockpress.checkpoints.gguf.header import Header
+    from blockpress.checkpoints.gguf.load import Gguf
+    from blockpress.text import Tokenizer
 
 
 @final
@@ -62,17 +64,25 @@ class Checkpoint:
     def is_gguf(self) -> bool:
         """Whether it is one file whose name ends in .gguf."""
         file = expanded(self.path)
-        return file.suffix == SUFFIX and file.is_file()
+        return file.suffix == GGUF_SUFFIX and file.is_file()
 
     @cached_property
     def header(self) -> Header | None:
         """The header of a GGUF file, of any architecture; None for a directory. Errors as `read_header`."""
-        return read_header(expanded(self.path)) if self.is_gguf else None
+        if not self.is_gguf:
+            return None
+        from blockpress.checkpoints.gguf.header import read_header
+
+        return read_header(expanded(self.path))
 
     @cached_property
     def gguf(self) -> Gguf | None:
         """The GGUF file as a model that we run; None for a directory. Errors as `open_gguf`."""
-        return None if self.header is None else understand(self.header)
+        if self.header is None:
+            return None
+        from blockpress.checkpoints.gguf.load import understand
+
+        return understand(self.header)
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
@@ -157,7 +167,11 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.find(self.directory) if self.gguf is None else self.gguf.tokenizer()
+        if self.gguf is not None:
+            return self.gguf.tokenizer()
+        from blockpress.text import Tokenizer
+
+        return Tokenizer.find(self.directory)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:

@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockpress.checkpoints.files import CONFIG, HF_QUANT_CONFIG, read_object
-from blockpress.checkpoints.gguf.header import Header, read_header
 from blockpress.checkpoints.index import open_safetensors
+
+if TYPE_CHECKING:
+    from blockpress.checkpoints.gguf.header import Header
 
 FAMILIES = ("diffusion_gemma", "gemma4", "gemma4_text", "diffusion-gemma")
 """What blockpress runs: values of `model_type`, and of a GGUF file's `general.architecture`."""
@@ -61,6 +63,8 @@ def identify(path: Path) -> CheckpointInfo:
         DamagedFile: config.json is not JSON, or the file is no GGUF. CheckpointError: it cannot be read.
     """
     if path.is_file():
+        from blockpress.checkpoints.gguf.header import read_header
+
         return gguf_kind(read_header(path))
     file = path / HF_QUANT_CONFIG
     return config_kind(
@@ -140,7 +144,7 @@ def _stored_type(directory: Path) -> str | None:
     file = next(iter(sorted(directory.glob("*.safetensors"))), None)
     if file is None:
         return None
-    with open_safetensors(file) as shard:
+    with open_safetensors(file, "numpy") as shard:
         return main_type(shard.get_slice(name).get_dtype() for name in shard.offset_keys())
 
 

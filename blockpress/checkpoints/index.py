@@ -19,19 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from blockpress.checkpoints.files import INDEX, SINGLE, read_object
+from blockpress.checkpoints.files import INDEX, SINGLE, fetch_hint, read_object
 from blockpress.errors import CheckpointError, DamagedFile, MissingWeights
 
-FLOATS: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""The types a weight may be stored in, by the format's own codes."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types a weight may be stored in: torch's names by the format's own codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,25 +91,26 @@ def read_index(directory: Path, index: Mapping[str, Any] | None = None) -> dict[
 
 
 @contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path, framework: str = "pt") -> Iterator[Any]:
     """An open safetensors file; `get_tensor(name)` returns a tensor that owns its memory.
+
+    Args:
+        framework: "numpy" to read the header alone, which needs no torch.
 
     Raises:
         DamagedFile: the file is truncated or no safetensors file. CheckpointError: it cannot be read at all.
     """
     try:
-        with safe_open(file, framework="pt", backend="pread") as shard:
+        with safe_open(file, framework=framework, backend="pread") as shard:
             yield shard
     except SafetensorError as error:
-        raise DamagedFile(
-            f"{str(file)!r} is damaged or cut short: {error}", hint="fetch the file again and compare its size"
-        ) from error
+        raise DamagedFile(f"{str(file)!r} is damaged or cut short: {error}", hint=fetch_hint(file)) from error
     except OSError as error:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error}", hint="check the file and its rights") from error
 
 
 def _headers(file: Path) -> list[StoredTensor]:
-    with open_safetensors(file) as shard:
+    with open_safetensors(file, "numpy") as shard:
         slices = ((name, shard.get_slice(name)) for name in shard.offset_keys())
         return [StoredTensor(name=n, file=file, shape=tuple(s.get_shape()), dtype=s.get_dtype()) for n, s in slices]
 

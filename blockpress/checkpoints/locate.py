@@ -12,8 +12,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from blockpress.checkpoints.files import CONFIG, checkpoint_directory, expanded
-from blockpress.checkpoints.gguf.find import find_gguf
+from blockpress.checkpoints.files import CONFIG, checkpoint_directory, expanded, find_gguf
 from blockpress.checkpoints.hub.cache import HubName, Located, locate
 from blockpress.errors import ModelNotFound
 

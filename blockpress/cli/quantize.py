@@ -196,8 +196,7 @@ def _no_canvas(checkpoint: Checkpoint) -> str | None:
 
 
 def _too_large(checkpoints: Sequence[Checkpoint], device: str) -> str | None:
-    from blockpress.checkpoints.build import compute_name
-    from blockpress.hardware import free_memory
+    from blockpress.hardware import compute_name, free_memory
     from blockpress.plan.memory import needed, survey
 
     free = free_memory().get("cuda:0" if device == "cuda" else device)

@@ -71,6 +71,7 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
     """
     from blockpress.checkpoints import Checkpoint, find_checkpoint
     from blockpress.config import PRESETS, GenerationConfig
+    from blockpress.hardware import compute_name
     from blockpress.plan.memory import survey
 
     options.positive(context, "--context")
@@ -93,7 +94,7 @@ def describe(model: str, context: int | None = None) -> dict[str, Any]:
         **_network(config, 0 if files is None else files.vision_parameters),
         "files": None if files is None else asdict(files),
         "stored_in": config.dtype,
-        "compute_dtype": _compute_dtype(config.dtype),
+        "compute_dtype": compute_name(config.dtype, "cpu"),
         "memory": _memory(config, context, files),
         "sampling": vars(generation.sampling if config.has_canvas else generation.autoregressive),
         "stop_ids": list(generation.stop_ids),
@@ -208,8 +209,7 @@ def _network(config: ModelConfig, vision: int) -> dict[str, Any]:
 def _memory(config: ModelConfig, context: int | None, files: Files | None) -> dict[str, Any]:
     """Bytes of each part by the dtype of the weights; packed weights have one. Context and working memory count in the
     compute dtype of the processor."""
-    from blockpress.checkpoints.build import compute_name
-    from blockpress.hardware import free_memory
+    from blockpress.hardware import compute_name, free_memory
     from blockpress.plan.memory import needed
 
     limit = config.context_length
@@ -224,15 +224,6 @@ def _memory(config: ModelConfig, context: int | None, files: Files | None) -> di
         by_kind = {_short(kind): count for kind, count in bytes_a_token.items()}
         by_dtype[dtype] = {**asdict(need), "total": need.total, "context_token": by_kind, "compute_dtype": compute}
     return {"tokens": tokens, "in": by_dtype, "vision": files.vision if files else 0, "free": free_memory()}
-
-
-def _compute_dtype(stored: str) -> str:
-    """The compute dtype on this processor of weights stored in that dtype."""
-    import torch
-
-    from blockpress.hardware import compute_dtype
-
-    return str(compute_dtype(getattr(torch, stored), torch.device("cpu"))).removeprefix("torch.")
 
 
 def _short(kind: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from blockpress.hardware.disk import append_line, cache_folder, flush, replacing, unwritable, whole_file
 from blockpress.hardware.memory import free_memory, main_memory
 from blockpress.hardware.process import Peak, taken
-from blockpress.hardware.speed import Rates, compute_dtype, float32_way, measure_rates, rates, remeasure
+from blockpress.hardware.speed import Rates, compute_dtype, compute_name, float32_way, measure_rates, rates, remeasure
 from blockpress.hardware.system import (
     Card,
     Isa,
@@ -42,6 +42,7 @@ __all__ = [
     "cache_folder",
     "cards",
     "compute_dtype",
+    "compute_name",
     "cores",
     "cpu_quota",
     "float32_way",

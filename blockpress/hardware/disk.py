@@ -20,14 +20,15 @@ from blockpress.errors import BlockpressError, CheckpointError
 
 
 def cache_folder() -> Path:
-    """The directory of blockpress's own caches: XDG_CACHE_HOME/blockpress, or ~/.cache/blockpress.
+    """The directory of blockpress's own caches: XDG_CACHE_HOME/blockpress, or ~/.cache/blockpress where that is not set
+    or no absolute path, which its specification says to ignore.
 
     Raises:
         OSError: there is no home directory: no HOME, and no entry for this user among the system's accounts.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "blockpress"
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "blockpress"
     except RuntimeError as error:
         raise FileNotFoundError(f"this user has no home directory, and XDG_CACHE_HOME is not set ({error})") from error
 

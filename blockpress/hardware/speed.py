@@ -15,10 +15,12 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,9 +83,25 @@ def _key() -> str:
     """Everything that the rates depend on, as the key of the cache."""
     import torch
 
+    return json.dumps(_conditions(torch.__version__) | {"threads": torch.get_num_threads()})
+
+
+def _conditions(torch_version: str) -> dict[str, Any]:
+    """What the rates depend on, but for the number of threads."""
     known = {"name": processor().name, "flags": sorted(processor().flags), "isa": isa(), "format": _FORMAT}
-    used = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return json.dumps(known | used | {name: os.environ.get(name) for name in (*_SWITCHES, "BLOCKPRESS_ISA")})
+    switches = {name: os.environ.get(name) for name in (*_SWITCHES, "BLOCKPRESS_ISA")}
+    return known | {"torch": torch_version} | switches
+
+
+def _rates_of_any_threads() -> Rates:
+    """The measured rates; without torch imported, those that another number of threads had count, too."""
+    if "torch" not in sys.modules:
+        conditions = _conditions(version("torch"))
+        for file in sorted((cache_folder() / "hardware").glob("*.json")):
+            key = _stored_key(file)
+            if key is not None and conditions.items() <= json.loads(key).items() and (stored := _read(key)) is not None:
+                return stored
+    return rates()
 
 
 @cache
@@ -110,6 +128,15 @@ def _read(key: str) -> Rates | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return result if good else None
+
+
+def _stored_key(file: Path) -> str | None:
+    """The key that a stored file names; None where it cannot be read."""
+    try:
+        key: Any = json.loads(file.read_text(encoding="utf-8"))["key"]
+        return key if isinstance(json.loads(key), dict) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _sum(key: str, measured: Rates) -> str:
@@ -182,7 +209,16 @@ def _fastest(action: Callable[[], object]) -> float:
 
 
 def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which products of weights stored as `storage` are fastest on `device`.
+    """The type in which products of weights stored as `storage` are fastest on `device`. See `compute_name`."""
+    import torch
+
+    chosen: torch.dtype = getattr(torch, compute_name(str(storage).removeprefix("torch."), str(device)))
+    return chosen
+
+
+def compute_name(storage: str, device: str) -> str:
+    """The name of the type in which products of weights stored as `storage` are fastest on `device`; where it follows
+    from the processor's flags or from stored rates, torch is not imported.
 
     On a processor float16 and bfloat16 are kept where their products are at least as fast as float32's, and become
     float32 elsewhere; other devices use the storage type. BLOCKPRESS_COMPUTE_DTYPE overrides the choice wherever that
@@ -191,31 +227,40 @@ def compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: BLOCKPRESS_COMPUTE_DTYPE is not such a type, or is int8 and the device is not a processor.
     """
-    import torch
-
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+    types = ("float32", "bfloat16", "float16", "int8")
+    on_processor = device.partition(":")[0] == "cpu"
     requested = os.environ.get("BLOCKPRESS_COMPUTE_DTYPE") or "auto"
     if requested not in (*types, "auto"):
         raise ConfigError(f"BLOCKPRESS_COMPUTE_DTYPE is {requested!r}", hint=f"it may be auto, {', '.join(types)}")
     if requested == "int8":
-        if device.type != "cpu":
+        if not on_processor:
             raise ConfigError(
-                f"BLOCKPRESS_COMPUTE_DTYPE is 'int8', and the device is {str(device)!r}",
+                f"BLOCKPRESS_COMPUTE_DTYPE is 'int8', and the device is {device!r}",
                 hint="products of integers are made on processors: unset it, or give the device 'cpu'",
             )
-        return torch.int8
-    if storage not in (torch.bfloat16, torch.float16) or types.get(requested) == storage:
+        return "int8"
+    if storage not in ("bfloat16", "float16") or requested == storage:
         return storage
     if requested == "float32":
-        return torch.float32
-    if device.type != "cpu":
+        return "float32"
+    if not on_processor:
         return storage
     # Flags alone decide where the processor has the instructions and nothing keeps torch from using them.
-    free = torch.backends.mkldnn.is_available() and not any(os.environ.get(name) for name in _SWITCHES)
-    if storage == torch.bfloat16 and free and isa() in ("amx", "avx512_bf16"):
+    free = _has_onednn() and not any(os.environ.get(name) for name in _SWITCHES)
+    if storage == "bfloat16" and free and isa() in ("amx", "avx512_bf16"):
         return storage
-    measured = rates()
-    return storage if measured.of(str(storage).removeprefix("torch.")) >= measured.of(float32_way()) else torch.float32
+    measured = _rates_of_any_threads()
+    float32 = "onednn" if processor().vendor == "AuthenticAMD" and "onednn" in measured.products else "mkl"
+    return storage if measured.of(storage) >= measured.of(float32) else "float32"
+
+
+def _has_onednn() -> bool:
+    """Whether this torch has oneDNN; while torch is not imported, that it has, as every build for x86 does."""
+    if "torch" not in sys.modules:
+        return True
+    import torch
+
+    return torch.backends.mkldnn.is_available()
 
 
 @cache

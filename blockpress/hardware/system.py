@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,10 @@ _NEEDED: tuple[tuple[Isa, frozenset[str]], ...] = (
     ("amx", frozenset({"amx_tile", "amx_bf16", "amx_int8"})),
 )
 """The flags that each x86 level adds to those below it: what `ops/compiled.py` builds with."""
+
+_NODES = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+"""What Linux has for the cards that torch can use (NVIDIA's, AMD's, and either under WSL): torch, which takes a second
+to import, is asked only where one of them exists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,8 @@ class Card:
 
 def cards() -> list[Card]:
     """The GPUs of this machine and their free memory now, in the order of their indices."""
+    if "torch" not in sys.modules and sys.platform == "linux" and not any((ROOT / node).exists() for node in _NODES):
+        return []
     import torch
 
     result = []

@@ -16,14 +16,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockpress import costs
 from blockpress.checkpoints.checkpoint import Checkpoint, opened_at
-from blockpress.checkpoints.gguf.header import Header
 from blockpress.checkpoints.gguf.names import EMBEDDING, HEAD
 from blockpress.checkpoints.index import FLOATS, StoredTensor
 from blockpress.checkpoints.names import is_derived, is_quantised, is_vision, our_name, published_name
 from blockpress.config import FAMILIES, ModelConfig
+
+if TYPE_CHECKING:
+    from blockpress.checkpoints.gguf.header import Header
 
 _PARTS = (
     ("experts", r"\.experts\.|_exps\b"), ("router", r"\.router\.|ffn_gate_inp"),

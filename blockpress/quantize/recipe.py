@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from blockpress.checkpoints.index import FLOATS
 from blockpress.checkpoints.names import our_name
 from blockpress.checkpoints.safetensors.stream import CODES, Slot
@@ -99,7 +101,7 @@ class QuantizationRecipe:
             if not entry.smaller:
                 yield Slot(name=module.name + ".weight", code=entry.code, shape=(module.rows, module.columns))
                 continue
-            layout = self.form.layout(module.rows, module.columns, scale_dtype(FLOATS[entry.code]))
+            layout = self.form.layout(module.rows, module.columns, scale_dtype(getattr(torch, FLOATS[entry.code])))
             for part, (dtype, shape) in layout.items():
                 yield Slot(name=f"{module.name}.{part}", code=CODES[dtype], shape=shape)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from blockpress.checkpoints.gguf import load_gguf_network, open_gguf
 from blockpress.checkpoints.gguf.header import read_header
+from blockpress.checkpoints.gguf.load import load_gguf_network, open_gguf
 from blockpress.errors import BlockpressError
 from tests.builders.files import same
 from tests.builders.gguf_files import weights_of

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from blockpress.checkpoints.gguf import load_gguf_network
+from blockpress.checkpoints.gguf.load import load_gguf_network
 from blockpress.checkpoints.gguf.names import FREQUENCIES, stored_halves, stored_names
 from blockpress.config import LayerConfig, ModelConfig
 from blockpress.errors import BlockpressError

@@ -18,7 +18,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from blockpress.checkpoints import load_picture_settings, load_vision
-from blockpress.checkpoints.gguf import find_gguf, header, load, load_gguf_network, open_gguf
+from blockpress.checkpoints.files import find_gguf
+from blockpress.checkpoints.gguf import header, load
+from blockpress.checkpoints.gguf.load import load_gguf_network, open_gguf
 from blockpress.config import LayerConfig, ModelConfig
 from blockpress.errors import (
     BlockpressError,
@@ -97,7 +99,7 @@ def test_without_the_package_its_extra_is_named(config: ModelConfig, tmp_path: P
     write_gguf(tmp_path / "other.gguf", config, Type.IQ4_XS)
     code = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from blockpress.checkpoints.gguf import load_gguf_network\n"
+        "from blockpress.checkpoints.gguf.load import load_gguf_network\n"
         "load_gguf_network(sys.argv[1]); print('loaded')\n"
         "load_gguf_network(sys.argv[2])"
     )

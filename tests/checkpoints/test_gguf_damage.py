@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from blockpress.checkpoints.gguf import open_gguf
 from blockpress.checkpoints.gguf.header import read_bytes, read_header
+from blockpress.checkpoints.gguf.load import open_gguf
 from blockpress.config import ModelConfig
 from blockpress.errors import CheckpointError, ConfigError, DamagedFile
 from tests.builders.gguf_files import narrow, write_gguf

@@ -11,8 +11,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from blockpress.checkpoints.gguf import load_gguf_network, open_gguf
 from blockpress.checkpoints.gguf.header import Header, StoredBlocks
+from blockpress.checkpoints.gguf.load import load_gguf_network, open_gguf
 from blockpress.checkpoints.gguf.metadata import read_config, read_generation
 from blockpress.checkpoints.gguf.names import stored_names
 from blockpress.checkpoints.gguf.types import ggml_type

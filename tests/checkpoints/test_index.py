@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpress.checkpoints import load_network
+from blockpress.checkpoints import load_config, load_network
 from blockpress.checkpoints.index import read_index
 from blockpress.errors import BlockpressError, CheckpointError, DamagedFile, MissingWeights
 from tests.builders.checkpoints import Copied
@@ -45,6 +45,21 @@ def test_a_single_file_takes_precedence_over_shards(copied: Copied, single: Path
     folder = copied(in_shards=True)
     (folder / SINGLE).write_bytes((single / SINGLE).read_bytes())
     assert {stored.file.name for stored in read_index(folder).values()} == {SINGLE}
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_named_as_one(name: str, copied: Copied, tmp_path: Path) -> None:
+    file = (tmp_path if name == "model.gguf" else copied()) / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    error = refusal(file if name == "model.gguf" else file.parent)
+    assert type(error) is DamagedFile and "git lfs pull" in error.hint and name in error.message
+
+
+def test_json_may_begin_with_a_byte_order_mark(copied: Copied) -> None:
+    file = copied() / "config.json"
+    plain = load_config(file.parent)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_config(file.parent) == plain
 
 
 def test_a_file_truncated_anywhere_is_refused(copied: Copied) -> None:

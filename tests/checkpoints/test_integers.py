@@ -15,7 +15,7 @@ from blockpress.bench.ceilings import measure_device
 from blockpress.bench.subject import randomised, shape_named, stored_formats, weight_bytes
 from blockpress.checkpoints import load_network, load_vision, save_checkpoint
 from blockpress.checkpoints.build import choose_types, multiplied, packable
-from blockpress.checkpoints.gguf import load_gguf_network
+from blockpress.checkpoints.gguf.load import load_gguf_network
 from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network

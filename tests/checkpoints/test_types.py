@@ -14,7 +14,7 @@ import blockpress
 from blockpress.bench.subject import randomised, shape_named, weight_bytes
 from blockpress.checkpoints import load_network, load_vision, minimal_vision, save_checkpoint
 from blockpress.checkpoints.build import DTYPES, choose_types, packable
-from blockpress.checkpoints.gguf import load_gguf_network
+from blockpress.checkpoints.gguf.load import load_gguf_network
 from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ConfigError, RequestError
 from blockpress.model import Network

@@ -4,10 +4,3 @@ Invariant: the `gguf` package is imported only for a block type that `ops.blocks
 
 Run it:  python -m pytest tests/checkpoints -k gguf
 """
-
-from __future__ import annotations
-
-from blockpress.checkpoints.gguf.find import find_gguf
-from blockpress.checkpoints.gguf.load import Gguf, load_gguf_network, open_gguf, understand
-
-__all__ = ["Gguf", "find_gguf", "load_gguf_network", "open_gguf", "understand"]

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from blockpress.checkpoints.files import fetch_hint
 from blockpress.checkpoints.gguf.types import GgmlType, ggml_type
 from blockpress.errors import CheckpointError, DamagedFile
 
@@ -214,10 +215,7 @@ class _HeaderReader:
         return data
 
     def damaged(self, what: str) -> DamagedFile:
-        return DamagedFile(
-            f"{str(self.file)!r} is damaged or no GGUF file: {what[:300]}",
-            hint="fetch the file again and compare its size",
-        )
+        return DamagedFile(f"{str(self.file)!r} is damaged or no GGUF file: {what[:300]}", hint=fetch_hint(self.file))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ weights and one tensor.
 Invariant: every tensor of the network comes from the file, and every tensor of the file is in the network, equal to one
 that is (`output.weight`), or part of its configuration (`rope_freqs.weight`).
 
-Run it:  python -c "from blockpress.checkpoints import gguf; print(gguf.load_gguf_network('model.gguf').dtype)"
+Run it:  python -c "from blockpress.checkpoints.gguf.load import load_gguf_network as load; print(load('m.gguf').dtype)"
 """
 
 from __future__ import annotations

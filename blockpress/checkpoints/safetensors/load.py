@@ -34,7 +34,7 @@ from blockpress.checkpoints.build import (
     without_memory,
 )
 from blockpress.checkpoints.checkpoint import Checkpoint, load_config, opened_at
-from blockpress.checkpoints.gguf import load_gguf_network
+from blockpress.checkpoints.gguf.load import load_gguf_network
 from blockpress.checkpoints.index import open_safetensors
 from blockpress.checkpoints.names import published_name
 from blockpress.checkpoints.safetensors.mapping import Slot, Target, plan_mapping
