@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from blockpress.chat.messages import Media, check_tools
 from blockpress.chat.parser import SpecialTokens, TurnParser
@@ -78,6 +78,16 @@ class Chat:
     @cached_property
     def controls(self) -> SpecialTokens:
         return SpecialTokens.of(self.tokenizer)
+
+    def opening(self, prompt: Sequence[int], thinking: bool) -> Literal["answer", "blank", "thought", "open"]:
+        """What comes before the answer to a prompt: the rest of a thought that it has begun; a thought, where the model
+        is asked to think; otherwise perhaps a blank one, unless the prompt has closed one already."""
+        controls = self.controls
+        if controls.section_after(prompt) == "thought":
+            return "open"
+        if thinking:
+            return "thought"
+        return "answer" if controls.thought is None or prompt[-1] == controls.thought_end else "blank"
 
     @cached_property
     def _settings(self) -> PictureSettings:
@@ -149,16 +159,21 @@ class Chat:
         thinking_budget: int | None = None,
         retry_empty: bool = True,
         tools: Any = None,
+        may_call: bool = True,
+        held: bool = False,
     ) -> ChatOutputProcessor:
         """The processor for the answer after a prompt.
 
         thinking_budget: most reasoning tokens; None: no limit. tools: as in the prompt; the arguments of a call get the
-        types that its tool declares.
+        types that its tool declares. may_call: False bans the token that begins a call. held: the answer is held to a
+        constraint.
         """
         progress = ThinkingProgress(section=self.controls.section_after(prompt))
-        functions = [tool["function"] for tool in check_tools(tools) or ()]
+        functions = [tool["function"] for tool in check_tools(tools) or () if may_call]
         offered = {function["name"]: function.get("parameters", {}) for function in functions}
-        parser = TurnParser(self.tokenizer, self.controls, stop=stop, section=progress.section, tools=offered)
+        parser = TurnParser(
+            self.tokenizer, self.controls, stop=stop, section=progress.section, tools=offered, held=held
+        )
         return ChatOutputProcessor(
             self.tokenizer,
             self.controls,
@@ -166,6 +181,7 @@ class Chat:
             progress,
             stop_ids=tuple(stop_ids),
             budget=thinking_budget,
+            may_call=may_call,
             retries=RETRIES if retry_empty else 0,
         )
 

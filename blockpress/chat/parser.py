@@ -51,12 +51,14 @@ class TurnParser:
         stop: Sequence[str] = (),
         section: Section = "answer",
         tools: Tools | None = None,
+        held: bool = False,
     ) -> None:
         """`stop`: texts that end the answer. `section`: what the prompt leaves open. `tools`: None if not known.
+        `held`: the turn is held to a constraint, so every thought and call begins with its token.
 
         RequestError names a stop text that is empty or no text.
         """
-        self._vocabulary, self._stop = Vocabulary(tokenizer, controls, tools), stop
+        self._vocabulary, self._stop = Vocabulary(tokenizer, controls, tools, held), stop
         self._fed = 0
         self._used: int | None = None
         self._has_thought = self._has_piece = False

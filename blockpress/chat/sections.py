@@ -117,11 +117,13 @@ class SpecialTokens:
 @final
 @dataclass(frozen=True)
 class Vocabulary:
-    """What sections read with. `tools`: None where it is not known which tools the model may call."""
+    """What sections read with. `tools`: None where it is not known which tools the model may call. `held`: the turn is
+    held to a constraint, which leaves no opener out."""
 
     tokenizer: Tokenizer
     controls: SpecialTokens
     tools: Tools | None
+    held: bool = False
 
     def offers(self, name: str) -> bool:
         """Whether the model may call this tool, as far as is known."""
@@ -145,7 +147,7 @@ class Vocabulary:
             else:
                 pieces[-1].append(token)
         texts = [self.tokenizer.decode(piece, skip_special=False) for piece in pieces]
-        call = read_call(texts, self.tools, closed=closed)
+        call = read_call(texts, self.tools, closed=closed, held=self.held)
         if closed:
             return call
         if cut or isinstance(call, MalformedToolCall):
@@ -204,7 +206,8 @@ class AnswerSection:
 
     def _may_open(self, ids: Sequence[int]) -> bool:
         """Whether these ids, the first of a line, may begin a call or a thought; then which, once that is known."""
-        text = self._vocabulary.text(ids).lstrip() if self._at_line_start else ""
+        looks = self._at_line_start and not self._vocabulary.held
+        text = self._vocabulary.text(ids).lstrip() if looks else ""
         if not text:
             return False
         if self._first and self._vocabulary.controls.thought_end is not None:

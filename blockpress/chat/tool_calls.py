@@ -81,7 +81,11 @@ def _write_key(key: str) -> str:
 
 
 def read_call(
-    pieces: Sequence[str], tools: Mapping[str, Mapping[str, Any]] | None = None, *, closed: bool = True
+    pieces: Sequence[str],
+    tools: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    closed: bool = True,
+    held: bool = False,
 ) -> ToolCall | MalformedToolCall:
     """Read a call from the pieces of text between its quote tokens: outside, string, outside, string, ..., outside.
 
@@ -89,6 +93,7 @@ def read_call(
         pieces: as a tokenizer gives them; the tokens themselves are left out.
         tools: the names of tools with their `parameters`, JSON schemas that say which types bare words have.
         closed: whether the model has written the call's end; otherwise nothing that is open at the end is closed.
+        held: whether the call was held to its schema, which cannot say that keys differ: of two, the last one counts.
 
     >>> read_call(['call:say{what:', 'a "b" {c', '}'])
     ToolCall(name='say', arguments={'what': 'a "b" {c'}, mended=False)
@@ -108,7 +113,9 @@ def read_call(
                 raise
             state = found
         typing = Typing((tools or {}).get(name, {}))
-        arguments = typing.value(json.loads(state.json, object_pairs_hook=_without_twins), typing.root)
+        arguments = typing.value(
+            json.loads(state.json, object_pairs_hook=dict if held else _without_twins), typing.root
+        )
         _check_sayable(arguments)
     except _CallFault as fault:
         return MalformedToolCall(raw=QUOTE.join(pieces), fault=str(fault))

@@ -42,7 +42,8 @@ class ThinkingProgress:
 class ChatOutputProcessor:
     """A `decoding.OutputProcessor`: its parser reads the tokens; its progress decides on cuts and retries.
 
-    `budget`: most reasoning tokens. `retries`: most canvases that are denoised again.
+    `budget`: most reasoning tokens. `may_call`: whether a call may begin. `retries`: most canvases that are denoised
+    again.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class ChatOutputProcessor:
         *,
         stop_ids: tuple[int, ...],
         budget: int | None,
+        may_call: bool = True,
         retries: int,
     ) -> None:
         self._tokenizer, self._controls, self._parser, self._progress = tokenizer, controls, parser, progress
-        self._stop_ids, self._budget, self._retries = stop_ids, budget, retries
+        self._stop_ids, self._budget, self._may_call, self._retries = stop_ids, budget, may_call, retries
         self._too_early: dict[int, set[int]] = {}
         self._cut_at: int | None = None
         self._thought_cut = self._ended = False
@@ -80,10 +82,13 @@ class ChatOutputProcessor:
 
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
-        """Banned ids and their positions: of a retry, and everywhere new reasoning once its budget is spent."""
+        """Banned ids and their positions: of a retry, and everywhere calls that may not be, and new reasoning once its
+        budget is spent."""
         banned: dict[int, Container[int]] = dict(self._too_early)
         if self._controls.thought is not None and self._is_spent(self._progress):
             banned[self._controls.thought] = range(sys.maxsize)
+        if self._controls.call is not None and not self._may_call:
+            banned[self._controls.call] = range(sys.maxsize)
         return banned
 
     def cut(self, tokens: list[int]) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blockpress.constrain.automaton import DEAD, Expression
 from blockpress.constrain.compiler import compile_expression
-from blockpress.constrain.posterior import posterior
+from blockpress.constrain.posterior import entry_weights, posterior
 from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
 from blockpress.errors import RequestError
 from blockpress.ops.transfer import to_device, to_host
@@ -126,11 +126,12 @@ class CanvasConstraint:
         self, scaled: Float32[Tensor, "canvas vocab"]
     ) -> tuple[Float32[Tensor, "canvas vocab"], Int[Tensor, " canvas"]]:
         """From temperature-scaled logits: those of the posterior, and the likeliest allowed canvas."""
-        logits = to_host(scaled[: self.positions]).numpy()
+        logits = to_host(scaled[: self.positions].detach()).numpy()
         members, starts = self.automaton.members
         mass, best = _class_stats(logits, members, starts)
-        result = posterior(self.automaton, self.state, self.left, mass, best)
-        bias = np.concatenate((result.bias, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
+        weights = entry_weights(self.automaton, self.left, mass)
+        result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights)
+        bias = np.concatenate((result.bias + weights, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
         posterior_logits = scaled.clone()
         classes = to_device(torch.from_numpy(self.automaton.class_of.astype(np.int64)), scaled.device)
         table = to_device(torch.from_numpy(bias), scaled.device)

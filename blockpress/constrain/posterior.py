@@ -11,6 +11,10 @@ allowed one, the product is a chain over the automaton's states, and the usual s
 
 A bias per class and position is all that the rest of a step needs: sample, entropy and self-conditioning embedding are
 those of the biased logits. Adding one number to all biases of a position changes nothing.
+Where text is free until a control token begins what is not (a thought before an answer, text before a call), the free
+part is the network's alone: `entry_weights` takes from that token what the allowed texts after it weigh. Otherwise a
+thought would never end in a canvas of noise, in which no allowed answer is likely yet.
+
 Source: forward-backward and Viterbi algorithms; DINGO (arXiv 2505.23061) uses the latter for masked diffusion.
 
 Invariant: the best path is an allowed text, or the beginning of one that `left` more tokens can complete.
@@ -74,6 +78,29 @@ def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, be
     )
     bias -= bias.max(1, keepdims=True)
     return Posterior(bias, *_best_path(automaton, into, highest, best, end))
+
+
+def entry_weights(automaton: TokenAutomaton, left: int, mass: Masses) -> Masses:
+    """What to add to the logits of each class at each position so that free text ends where the network ends it.
+
+    The posterior then is P(free text) times P(rest | allowed, free text), where it was P(both | allowed). Zero where no
+    free text ends. Arguments as for `posterior`.
+    """
+    labels, targets = automaton.entries
+    weights = np.zeros_like(mass)
+    if not len(labels):
+        return weights
+    mass = mass - np.logaddexp.reduce(mass, axis=1, keepdims=True)  # 0 is certainty
+    out_of = automaton.groups[1]
+    label, target = automaton.label[out_of.order], automaton.target[out_of.order]
+    ahead = np.where(automaton.distance <= left, 0.0, -np.inf)
+    for i in reversed(range(len(mass))):
+        rest = ahead[targets]
+        weights[i, labels] = np.where(np.isneginf(rest), 0.0, -rest)
+        way = out_of.log_sum(mass[i, label] + weights[i, label] + ahead[target])
+        ahead = np.full(len(ahead), -np.inf)
+        ahead[out_of.keys] = way
+    return weights
 
 
 def _best_path(

@@ -12,7 +12,7 @@ Run it:  python -m pytest tests/constrain/test_tokens.py
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,14 +24,20 @@ from blockpress.constrain.automaton import DEAD, Automaton
 Ints = Int[np.ndarray, " _"]
 MAX_WALKS = 4_000_000
 """How many (state, beginning of a token) pairs are walked at once: some 100 MB."""
+FIRST_LETTER = 0xF8
+"""UTF-8 has no bytes from here on: in an automaton they are letters that stand for control tokens (`turns`)."""
 
 
 class TokenBytes:
-    """The bytes of every token. None: a token that writes no text, such as a control token."""
+    """The bytes of every token. None: a token that writes no text, such as a control token.
 
-    def __init__(self, pieces: Sequence[bytes | None]) -> None:
+    letters: the bytes from `FIRST_LETTER` on that stand for control tokens; no other token writes these.
+    """
+
+    def __init__(self, pieces: Sequence[bytes | None], letters: Mapping[int, int] | None = None) -> None:
         self.size = len(pieces)
-        known = [(token, piece) for token, piece in enumerate(pieces) if piece]
+        known = [(token, piece) for token, piece in enumerate(pieces) if piece and not max(piece) >= FIRST_LETTER]
+        known = sorted([*known, *((token, bytes([letter])) for token, letter in (letters or {}).items())])
         self.tokens = np.array([token for token, _ in known], np.int64)
         self.lengths = np.array([len(piece) for _, piece in known], np.int64)
         """Of the tokens that write text, and how many bytes each has."""
@@ -109,7 +115,7 @@ class TokenAutomaton:
     """Edges (source, class, target) between states; state 0 is the start.
 
     class_of: of each token, DEAD for those that no edge takes. accepting: where the text may end. distance: the fewest
-    tokens from a state to an accepting one, `FAR` if there is no way.
+    tokens from a state to an accepting one, `FAR` if there is no way. free: states in which any text may stand.
     """
 
     class_of: Int32[np.ndarray, " vocab"]
@@ -118,6 +124,7 @@ class TokenAutomaton:
     target: Ints
     accepting: Bool[np.ndarray, " states"]
     distance: Ints
+    free: Bool[np.ndarray, " states"]
 
     @property
     def num_classes(self) -> int:
@@ -151,12 +158,24 @@ class TokenAutomaton:
             target[order],
             np.append(self.accepting, True),
             np.append(self.distance, 0),
+            np.append(self.free, False),
         )
 
     @cached_property
     def groups(self) -> tuple[EdgeGroups, EdgeGroups, EdgeGroups]:
         """The edges by target, by source and by class."""
         return EdgeGroups.of(self.target), EdgeGroups.of(self.source), EdgeGroups.of(self.label)
+
+    @cached_property
+    def entries(self) -> tuple[Ints, Ints]:
+        """The labels that lead from free text to what is not free, and the one state that each leads to."""
+        leads = self.free[self.source] & ~self.free[self.target]
+        labels, first = np.unique(self.label[leads], return_index=True)
+        targets = self.target[leads][first]
+        others = np.isin(self.label, labels)
+        place = np.searchsorted(labels, self.label[others])
+        assert (targets[place] == self.target[others]).all(), "what leads out of free text leads to one state"
+        return labels, targets
 
     @cached_property
     def _next(self) -> dict[tuple[int, int], int]:
@@ -185,7 +204,8 @@ def lift(automaton: Automaton, vocabulary: TokenBytes) -> TokenAutomaton:
     order = np.lexsort((label, source))
     class_of = np.full(vocabulary.size, DEAD, np.int32)
     class_of[vocabulary.tokens] = class_of_group[group_of]
-    return TokenAutomaton(class_of, source[order], label[order], target[order], automaton.accepting, distance)
+    free = (automaton.table[:, :FIRST_LETTER] == np.arange(len(automaton))[:, None]).all(1)
+    return TokenAutomaton(class_of, source[order], label[order], target[order], automaton.accepting, distance, free)
 
 
 def _edges(

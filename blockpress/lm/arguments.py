@@ -57,6 +57,8 @@ class ChatRequestOptions(ConstraintOptions, total=False):
     """The options of `LM.build_chat_requests`; `lm.requests.RequestBuilder.for_chats` describes them."""
 
     tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
     thinking: bool
     thinking_budget: int | None
     max_tokens: int | None

@@ -12,13 +12,16 @@ from collections.abc import Collection, Hashable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
+from blockpress.chat import SpecialTokens
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.errors import RequestError, TextError
 from blockpress.lm.arguments import ConstraintOptions
 
 if TYPE_CHECKING:
     from blockpress.constrain import Constraint
+    from blockpress.constrain.automaton import Expression
     from blockpress.constrain.tokens import TokenBytes
+    from blockpress.constrain.turns import Turn
     from blockpress.text import Tokenizer
 
 KEPT = 64
@@ -41,9 +44,9 @@ class ConstraintCache:
         stop_ids: Collection[int],
         sampling: Sampling | AutoregressiveSampling,
         options: ConstraintOptions,
-        plain: bool = True,
+        turn: Turn | None = None,
     ) -> Constraint | None:
-        """The constraint of a call; None if none is given. `plain`: the answer has neither thoughts nor tools.
+        """The constraint of a call; None if none is given. `turn`: what is around the answer in a chat.
 
         Raises:
             TypeError: an option has another name. RequestError: more than one is given, one is malformed, cannot be
@@ -53,16 +56,22 @@ class ConstraintCache:
         if unknown:
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
         given = [(name, value) for name, value in options.items() if value is not None]
-        if not given:
+        calls = None if turn is None else turn.calls
+        if not given and calls is None:
             return None
         if len(given) > 1:
             raise RequestError(f"{' and '.join(name for name, _ in given)} are given", hint="give one constraint")
-        (name, value), *_ = given
-        check_beside(name, sampling, plain)
+        name, value = given[0] if given else (None, None)
+        check_beside(name or "tool_choice", sampling)
+        if name is not None and calls is not None and calls.needed:
+            raise RequestError(
+                f"{name} is given, and tool_choice says that the answer is a call",
+                hint=f"leave {name} out, or let tool_choice be 'auto' or 'none'",
+            )
         checked = check_choice(value) if name == "choice" else value
         try:
-            key = (frozenset(stop_ids), name, _key(name, checked))
-            compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked)
+            key = (frozenset(stop_ids), name, _key(name, checked), turn)
+            compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked, turn)
         except RecursionError:
             raise RequestError(f"{name} nests too deeply", hint="nest fewer levels") from None
         self._compiled[key] = compiled
@@ -74,21 +83,16 @@ class ConstraintCache:
         # A copy of a model compiles its own: what is compiled is quick to make and long to pickle.
         return ConstraintCache, (self._tokenizer, self._vocab_size)
 
-    def _compile(self, stop_ids: Collection[int], name: str, value: Any) -> Constraint:
+    def _compile(self, stop_ids: Collection[int], name: str | None, value: Any, turn: Turn | None) -> Constraint:
         from blockpress.constrain import Constraint
-        from blockpress.constrain.automaton import Expression, Union, _NothingMatches, literal
-        from blockpress.constrain.regex import parse_regex
-        from blockpress.constrain.schema import schema_automaton
+        from blockpress.constrain.automaton import _NothingMatches
 
-        expression: Expression
+        about = f"{name} {value!r:.200}" if name else "the call that tool_choice asks for"
         try:
-            about = f"{name} {value!r:.200}"
-            if name == "choice":
-                expression = Union(tuple(literal(option) for option in value))
-            elif name == "regex":
-                expression = parse_regex(value)
-            else:
-                expression = schema_automaton(value)
+            expression = None if name is None else _expression(name, value)
+            if turn is not None:
+                expression = turn.expression(expression)
+            assert expression is not None, "there is a constraint or there are calls"
             return Constraint.of(expression, self._vocabulary, stop_ids, about)
         except _NothingMatches:
             raise RequestError(f"{about} allows no text", hint="correct it so that something matches") from None
@@ -96,6 +100,7 @@ class ConstraintCache:
     @cached_property
     def _vocabulary(self) -> TokenBytes:
         from blockpress.constrain.tokens import TokenBytes
+        from blockpress.constrain.turns import LETTERS
 
         if self._tokenizer is None:
             raise RequestError("a constraint needs a tokenizer; this model has none", hint="add tokenizer.json")
@@ -103,10 +108,24 @@ class ConstraintCache:
             pieces = self._tokenizer.token_bytes()[: self._vocab_size]
         except TextError as error:
             raise RequestError(f"a constraint cannot be enforced: {error.message}", hint=error.hint) from error
-        return TokenBytes([*pieces, *[None] * (self._vocab_size - len(pieces))])
+        controls = SpecialTokens.of(self._tokenizer)
+        ids = {getattr(controls, control): letter for control, letter in LETTERS.items()}
+        letters = {token: letter for token, letter in ids.items() if token is not None and token < self._vocab_size}
+        return TokenBytes([*pieces, *[None] * (self._vocab_size - len(pieces))], letters)
 
 
-def check_beside(name: str, sampling: Sampling | AutoregressiveSampling, plain: bool) -> None:
+def _expression(name: str, value: Any) -> Expression:
+    """The texts that a constraint allows."""
+    from blockpress.constrain.automaton import Union, literal
+    from blockpress.constrain.regex import parse_regex
+    from blockpress.constrain.schema import schema_automaton
+
+    if name == "choice":
+        return Union(tuple(literal(option) for option in value))
+    return parse_regex(value) if name == "regex" else schema_automaton(value)
+
+
+def check_beside(name: str, sampling: Sampling | AutoregressiveSampling) -> None:
     """Raises RequestError: a constraint beside something that does not work under one."""
     if isinstance(sampling, Sampling) and sampling.max_verifications:
         raise RequestError(
@@ -118,13 +137,9 @@ def check_beside(name: str, sampling: Sampling | AutoregressiveSampling, plain: 
             f"sampling.stop is {sampling.stop!r} and {name} is given",
             hint="leave stop out: constraints end by themselves",
         )
-    if not plain:
-        raise RequestError(
-            f"{name} is given with thinking or tools", hint="leave these out: it holds for all of the answer"
-        )
 
 
-def _key(name: str, value: Any) -> Hashable:
+def _key(name: str | None, value: Any) -> Hashable:
     if name != "schema":
         return value if isinstance(value, Hashable) else repr(value)
     try:

@@ -14,6 +14,7 @@ from blockpress.chat import Chat, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, Sampling
 from blockpress.constrain import Constraint
+from blockpress.constrain.turns import Turn
 from blockpress.decoding import OutputProcessor, SequenceState, TextOutputProcessor
 from blockpress.engine import Request
 from blockpress.errors import CheckpointError
@@ -29,6 +30,7 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.rows import attach_images, check_ids, make_sequences
+from blockpress.lm.tool_choice import check_tool_choice
 from blockpress.model import Network, VisionTower
 from blockpress.text import StreamDecoder, Tokenizer
 
@@ -84,7 +86,7 @@ class RequestBuilder:
             return check_ids(self._network.config, prompt, "prompt")
 
         ids = [prompt_ids(each) for each in prompts]
-        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
+        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, [compiled] * len(ids))
         return [Request(row, sampling) for row in rows]
 
     def for_chats(
@@ -92,6 +94,8 @@ class RequestBuilder:
         messages: Conversation | Sequence[Conversation],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         thinking: bool = False,
         thinking_budget: int | None = None,
         max_tokens: int | None = None,
@@ -107,6 +111,9 @@ class RequestBuilder:
 
         Args:
             tools: that the model may call, in OpenAI's format.
+            tool_choice: "auto" (also None), "none", "required", or {"type": "function", "function": {"name": ...}}; in
+                the last two the answer is a call, whose arguments follow the tool's schema (docs/constraints.md).
+            parallel_tool_calls: whether an answer may hold several calls; None: yes.
             thinking: whether the model is asked to think before it answers.
             thinking_budget: most tokens of its thoughts; at that point the thought is closed and the answer starts.
             max_tokens, sampling, mode, logprobs: as in `for_prompts`; `sampling.stop` applies to the answer only, while
@@ -114,7 +121,7 @@ class RequestBuilder:
             retry_empty: rewrite a canvas that ends the answer before it contains anything, at most three times;
                 `usage.empty_retries` counts them.
             soft_tokens: most tokens per image or video frame (70, 140, 280, 560 or 1120); None: as in the checkpoint.
-            constraint: as in `for_prompts`, of the answer's text; without thoughts and tools.
+            constraint: as in `for_prompts`, of the answer's text; with tools, an answer may be a call instead.
         """
         check_options(thinking, thinking_budget, retry_empty, soft_tokens)
         sampling = check_sampling(
@@ -125,10 +132,17 @@ class RequestBuilder:
         encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self._generation.stop_ids, *self._chat.controls.stops)
 
-        compiled = self._constraints.get(stop_ids, sampling, constraint, plain=not (thinking or tools))
-        limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
-        make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools)
+        choice = check_tool_choice(tool_choice, parallel_tool_calls, tools)
+        is_shaped = any(value is not None for value in constraint.values())
+        calls = choice.all_calls if is_shaped else choice.calls
         ids = [chat.ids for chat in encoded]
+        turns = [Turn(opening=self._chat.opening(each, thinking), calls=calls) for each in ids]
+        compiled = [self._constraints.get(stop_ids, sampling, constraint, turn) for turn in turns]
+        # What is held to a constraint is empty only where that allows it.
+        retry_empty = retry_empty and not is_shaped and not (calls and calls.needed)
+        limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
+        may = {"may_call": choice.may_call, "held": any(compiled)}
+        make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools, **may)
         rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
         attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
@@ -152,11 +166,13 @@ class RequestBuilder:
         make_processor: Callable[[list[int]], OutputProcessor],
         sampling: AnySampling,
         logprobs: int | None,
-        constraint: Constraint | None = None,
+        constraints: Sequence[Constraint | None],
     ) -> list[SequenceState]:
         canvas = self._network.config.canvas_length if isinstance(sampling, Sampling) else 1
         limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs}
-        return make_sequences(ids, seed, make_processor, canvas, self._network.config, constraint=constraint, **limits)
+        return make_sequences(
+            ids, seed, make_processor, canvas, self._network.config, constraints=constraints, **limits
+        )
 
 
 def needs_tokenizer(tokenizer: Tokenizer | None, path: Path, what: str) -> Tokenizer:

@@ -32,10 +32,10 @@ def make_sequences(
     max_tokens: int | None,
     stop_ids: Sequence[int],
     logprobs: int | None = None,
-    constraint: Constraint | None = None,
+    constraints: Sequence[Constraint | None] = (),
 ) -> list[SequenceState]:
     """A row for each prompt, or for each seed if there is one prompt; `canvas` is the canvas length, 1 for
-    autoregressive decoding.
+    autoregressive decoding. `constraints`: of each prompt; none if it is empty.
 
     Raises:
         RequestError: max_tokens, seed or logprobs are invalid. PromptTooLong: no room for a canvas.
@@ -43,13 +43,14 @@ def make_sequences(
     logprobs = check_logprobs(logprobs, config)
     seeds = [cast(int, seed)] * len(prompts) if is_integer(seed) else as_list(cast("Sequence[int]", seed), "seed")
     if len(prompts) == 1 and not is_integer(seed):
-        prompts = prompts * len(seeds)
+        prompts, constraints = prompts * len(seeds), [*constraints] * len(seeds)
     if len(seeds) != len(prompts):
         raise RequestError(f"seed has {len(seeds)} entries", hint=f"give one for each of the {len(prompts)} prompts")
     rows = []
     for index, (ids, row_seed) in enumerate(zip(prompts, seeds, strict=True)):
         check_context_length(config, len(ids), canvas)
         room = config.context_length - len(ids)
+        constraint = constraints[index] if constraints else None
         if constraint is not None:
             whole = room // canvas * canvas
             constraint.check_length(whole if max_tokens is None else min(whole, max_tokens))

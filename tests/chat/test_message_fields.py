@@ -99,6 +99,9 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
     "tools[].function.strict": (tool(strict=True), tool()),
 }
 
+ANSWERS = {"tools[].function.strict"}
+"""Fields that say nothing in the prompt and something of the answer (tests/lm/test_turns.py)."""
+
 # The fields of the types ChatCompletion*Param, ChatCompletionMessage, ParsedChatCompletionMessage and FunctionDefinition
 # of OpenAI's Python library 3.57.0, without `type` and `role`, which say what the others are.
 OPENAI = [
@@ -146,7 +149,7 @@ def test_a_field_does_what_its_row_says(field: str):
         assert re.split(r"[.\]]", re.split(":| of ", field)[0])[-1] in with_it.message
     else:
         assert isinstance(with_it, str)
-        assert (with_it == outcome(EXAMPLES[field][1])) is (ROWS[field] == "no meaning")
+        assert (with_it == outcome(EXAMPLES[field][1])) is (ROWS[field] == "no meaning" or field in ANSWERS)
 
 
 def test_every_example_has_a_row():

@@ -12,13 +12,18 @@ from blockpress.constrain.automaton import DEAD, Automaton
 
 def random_text(automaton: Automaton, rng: random.Random, most: int = 60) -> str:
     """An allowed text; from `most` bytes on it takes the shortest way to an end."""
+    return random_bytes(automaton, rng, most).decode()
+
+
+def random_bytes(automaton: Automaton, rng: random.Random, most: int = 60) -> bytes:
+    """The same as bytes, for texts with letters of control tokens in them."""
     distance = distances(automaton)
     state, text = 0, bytearray()
     most = rng.randint(0, most)
     while True:
         following = {byte: int(target) for byte, target in enumerate(automaton.table[state]) if target != DEAD}
         if automaton.accepting[state] and (not following or len(text) >= most or rng.random() < 0.1):
-            return text.decode()
+            return bytes(text)
         if len(text) >= most:
             following = {byte: to for byte, to in following.items() if distance[to] == distance[state] - 1}
         byte = rng.choice(list(following))
