@@ -13,8 +13,8 @@ Run it:  python -m pytest tests/constrain
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -83,16 +83,22 @@ class ConstraintState:
         """Take committed tokens."""
         self.state = self.after(tokens, self.state)
 
-    def canvas(self, positions: int, left: int) -> CanvasConstraint:
-        """What a canvas must follow in its first `positions` positions, when `left` more tokens may follow it.
+    def canvas(self, positions: int, left: int, pins: Mapping[int, int]) -> CanvasConstraint:
+        """What a canvas with some pinned tokens must follow in its first `positions` positions, when `left` more tokens
+        may follow it.
 
         An answer that cannot end within its limits any more goes on as long as it may.
         """
         least = int(self.constraint.automaton.distance[self.state])
-        return CanvasConstraint(self.constraint.automaton, self.state, positions, max(left, least - positions))
+        return CanvasConstraint(self.constraint.automaton, self.state, positions, max(left, least - positions), pins)
 
-    def invalid(self, tokens: Iterable[int]) -> str | None:
-        """Why an answer of these tokens is not allowed; None if it is."""
+    def invalid(self, tokens: Iterable[int], stopped: str | None = None) -> str | None:
+        """Why an answer of these tokens is not allowed, or was not to end there; None if it is whole.
+
+        `stopped`: the stop text that cut it, perhaps inside of its last token.
+        """
+        if stopped is not None:
+            return f"the stop text {stopped!r} cut the answer: {self.constraint.about} may need more"
         automaton, state = self.constraint.automaton, self.after(tokens)
         if state != DEAD and automaton.accepting[state]:
             return None
@@ -114,13 +120,31 @@ class ConstraintState:
 class CanvasConstraint:
     """The constraint on one canvas: its first `positions` positions, from `state`, when `left` more tokens may follow.
 
-    Positions after these are dropped from the answer and stay as they are.
+    Positions after these are dropped from the answer and stay as they are. pins: tokens that it must hold, by position.
     """
 
     automaton: TokenAutomaton
     state: int
     positions: int
     left: int
+    pins: Mapping[int, int] = field(default_factory=dict)
+
+    def allowed(self, tokens: Sequence[int]) -> Bool[np.ndarray, "tokens classes_and_one"]:
+        """Which classes may stand at the place of each token, after those before it; the last is that of no class.
+
+        What follows a token that is not allowed is not judged.
+        """
+        automaton, state = self.automaton, self.state
+        result = np.zeros((len(tokens), automaton.num_classes + 1), bool)
+        for place, token in enumerate(tokens):
+            later = self.positions + self.left - place - 1
+            here = (automaton.source == state) & (automaton.distance[automaton.target] <= later)
+            result[place, automaton.label[here]] = True
+            state = automaton.step(state, token)
+            if state == DEAD:
+                result[place + 1 :] = True
+                break
+        return result
 
     def __call__(
         self, scaled: Float32[Tensor, "canvas vocab"]
@@ -129,6 +153,10 @@ class CanvasConstraint:
         logits = to_host(scaled[: self.positions].detach()).numpy()
         members, starts = self.automaton.members
         mass, best = _class_stats(logits, members, starts)
+        for place, token in self.pins.items():
+            for masses in (mass, best) if place < self.positions else ():
+                masses[place] = -np.inf
+                masses[place, self.automaton.class_of[token]] = 0.0
         weights = entry_weights(self.automaton, self.left, mass)
         result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights)
         bias = np.concatenate((result.bias + weights, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)

@@ -5,7 +5,8 @@
     predicts           t0       t1   t2
 
 Log-probabilities are the model's own: at temperature 1, ignoring the row's banned ids. The token that it would have
-written is the likeliest one that the row has not banned, as in autoregressive decoding.
+written is the likeliest one that the row has not banned, as in autoregressive decoding. Under a constraint both are
+those of the tokens that may stand there after the ones before: all others have probability 0.
 
 Invariant: memory does not grow with tokens times vocabulary: `ops/vocabulary` holds one block of logits at a time.
 Run it:  python -m pytest tests/decoding/test_scoring.py
@@ -13,11 +14,12 @@ Run it:  python -m pytest tests/decoding/test_scoring.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from blockpress.decoding import SequenceState, TokenLogprob
@@ -81,6 +83,7 @@ def score_tokens(
         top=min(max(tops), config.vocab_size) if tops else None,
         wide=config.has_canvas,
         banned=_banned(rows, drafts, network.device),
+        forbid=_forbid(rows, drafts, network.device),
     )
     columns = [result.greedy[:, None]]
     if result.logprobs is not None:
@@ -92,7 +95,7 @@ def score_tokens(
     for token, (greedy, *line) in zip(tokens, table if tops else [], strict=bool(tops)):
         logprob, greedy_logprob, *top = line
         ids, values = map(int, top[: len(top) // 2]), top[len(top) // 2 :]
-        pairs = tuple(zip(ids, values, strict=True))
+        pairs = tuple(pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf)
         logprobs.append(TokenLogprob(token, logprob, pairs))
         greedy_logprobs.append(TokenLogprob(int(greedy), greedy_logprob, pairs))
     return _split_by_row(rows, drafts, TokenScores(greedy_ids, logprobs, greedy_logprobs))
@@ -106,6 +109,31 @@ def _banned(
     if token_mask is None:
         return None
     return token_mask.ids, torch.cat([token_mask.banned[row, : len(draft)] for row, draft in enumerate(drafts)])
+
+
+def _forbid(
+    rows: Sequence[SequenceState], drafts: Sequence[list[int]], device: torch.device
+) -> Callable[[slice, Float[Tensor, "positions vocab"]], None] | None:
+    """Masks what the rows' constraints do not allow at each token of the drafts; None if no row has one."""
+    if all(row.constraint is None for row in rows):
+        return None
+    allowed: list[tuple[Bool[Tensor, " classes_and_one"], Int[Tensor, " vocab"]] | None] = []
+    for row, draft in zip(rows, drafts, strict=True):
+        constraint = row.canvas_constraint
+        if constraint is None:
+            allowed += [None] * len(draft)
+        else:
+            class_of = to_device(torch.from_numpy(constraint.automaton.class_of).long(), device)
+            table = to_device(torch.from_numpy(constraint.allowed(draft)), device)
+            allowed += [(line, class_of) for line in table]
+
+    def forbid(positions: slice, products: Float[Tensor, "positions vocab"]) -> None:
+        for line, known in zip(products, allowed[positions], strict=True):
+            if known is not None:
+                classes, class_of = known
+                line.masked_fill_(~classes[class_of], -math.inf)
+
+    return forbid
 
 
 def _split_by_row(rows: Sequence[SequenceState], drafts: Sequence[list[int]], scores: TokenScores) -> list[TokenScores]:

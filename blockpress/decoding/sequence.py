@@ -175,7 +175,7 @@ class SequenceState:
     @property
     def canvas_constraint(self) -> CanvasConstraint | None:
         """What the current canvas must follow."""
-        return self.constraint and self.constraint.canvas(self.max_draft_tokens, self.max_later_tokens)
+        return self.constraint and self.constraint.canvas(self.max_draft_tokens, self.max_later_tokens, self.pins)
 
     @property
     def draft_tokens(self) -> list[int]:
@@ -304,7 +304,7 @@ class SequenceState:
             tool_calls=tuple(piece for piece in self._pieces if isinstance(piece, ToolCall)),
             broken_calls=tuple(piece for piece in self._pieces if isinstance(piece, MalformedToolCall)),
             logprobs=None if self.logprobs is None else list(self._logprobs),
-            invalid=None if self.constraint is None else self.constraint.invalid(self._tokens),
+            invalid=self.constraint and self.constraint.invalid(self._tokens, self._processor.stopped),
         )
 
     def _usage(self) -> Usage:

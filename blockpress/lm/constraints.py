@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from blockpress.chat import SpecialTokens
-from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.errors import RequestError, TextError
 from blockpress.lm.arguments import ConstraintOptions
 
@@ -42,7 +41,6 @@ class ConstraintCache:
     def get(
         self,
         stop_ids: Collection[int],
-        sampling: Sampling | AutoregressiveSampling,
         options: ConstraintOptions,
         turn: Turn | None = None,
     ) -> Constraint | None:
@@ -62,7 +60,6 @@ class ConstraintCache:
         if len(given) > 1:
             raise RequestError(f"{' and '.join(name for name, _ in given)} are given", hint="give one constraint")
         name, value = given[0] if given else (None, None)
-        check_beside(name or "tool_choice", sampling)
         if name is not None and calls is not None and calls.needed:
             raise RequestError(
                 f"{name} is given, and tool_choice says that the answer is a call",
@@ -123,20 +120,6 @@ def _expression(name: str, value: Any) -> Expression:
     if name == "choice":
         return Union(tuple(literal(option) for option in value))
     return parse_regex(value) if name == "regex" else schema_automaton(value)
-
-
-def check_beside(name: str, sampling: Sampling | AutoregressiveSampling) -> None:
-    """Raises RequestError: a constraint beside something that does not work under one."""
-    if isinstance(sampling, Sampling) and sampling.max_verifications:
-        raise RequestError(
-            f"{name} is given in the mode 'verified', whose causal pass does not know it",
-            hint="use the mode 'diffusion' or 'autoregressive'",
-        )
-    if sampling.stop:
-        raise RequestError(
-            f"sampling.stop is {sampling.stop!r} and {name} is given",
-            hint="leave stop out: constraints end by themselves",
-        )
 
 
 def _key(name: str | None, value: Any) -> Hashable:

@@ -73,7 +73,7 @@ class RequestBuilder:
         sampling = check_sampling(
             sampling, mode, self._generation, self._network.config, has_text=tokenizer is not None
         )
-        compiled = self._constraints.get(stop_ids, sampling, constraint)
+        compiled = self._constraints.get(stop_ids, constraint)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
 
         def make_processor(prompt: list[int]) -> OutputProcessor:
@@ -137,7 +137,7 @@ class RequestBuilder:
         calls = choice.all_calls if is_shaped else choice.calls
         ids = [chat.ids for chat in encoded]
         turns = [Turn(opening=self._chat.opening(each, thinking), calls=calls) for each in ids]
-        compiled = [self._constraints.get(stop_ids, sampling, constraint, turn) for turn in turns]
+        compiled = [self._constraints.get(stop_ids, constraint, turn) for turn in turns]
         # What is held to a constraint is empty only where that allows it.
         retry_empty = retry_empty and not is_shaped and not (calls and calls.needed)
         limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)

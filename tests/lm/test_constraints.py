@@ -90,15 +90,78 @@ def test_an_answer_closes_in_time_or_says_that_it_did_not(lm: LM, pattern: str, 
     assert len(reply.tokens) <= most
 
 
-def test_a_constraint_is_carried_from_canvas_to_canvas(
-    tiny: ModelConfig, random_network: RandomNetwork, digits: Tokenizer
+@pytest.fixture(scope="module")
+def small(tiny: ModelConfig, random_network: RandomNetwork, digits: Tokenizer) -> LM:
+    """Random weights with a canvas of 8."""
+    network = random_network(replace(tiny, vocab_size=16, canvas_length=8, context_length=96))
+    return LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1,)), tokenizer=digits)
+
+
+def in_reference(model: LM) -> LM:
+    return LM(
+        path=model.path,
+        network=model.network,
+        generation=model.generation,
+        tokenizer=model.tokenizer,
+        answer=run_reference,
+    )
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    options=st.sampled_from([{"regex": r"(12){3,9}3"}, {"regex": r"[3-9\n]+1?"}, {"choice": ["12", "7", "99999"]}]),
+    most=st.integers(7, 30),
+    seed=st.integers(0, 99),
+)
+def test_a_canvas_in_full_agreement_is_the_greedy_answer_under_the_same_constraint(
+    small: LM, options: dict[str, Any], most: int, seed: int
 ) -> None:
-    config = replace(tiny, vocab_size=16, canvas_length=8, context_length=96)
-    network = random_network(config)
-    generation = GenerationConfig(stop_ids=(1,))
-    model = LM(path=Path(), network=network, generation=generation, tokenizer=digits)
+    """So no token that the causal pass puts in is forbidden."""
+    sampling = Sampling(steps=2, max_verifications=8)
+    checked = small.generate("12", most, seed, sampling, mode="verified", **options)
+    assert checked.invalid is None and checked.usage.verifications
+    assert checked.tokens == small.generate("12", most, mode="autoregressive", **options).tokens
+
+
+def test_verified_answers_and_log_probabilities_under_a_constraint_are_those_of_the_reference_loop(small: LM) -> None:
+    sampling = Sampling(steps=3, max_verifications=2)
+    options: dict[str, Any] = {"regex": r"[3-9\n]+1?", "logprobs": 2}
+    prompts = ["1", "123\n4"]
+    ours = small.generate(prompts, 20, [1, 2], sampling, mode="verified", **options)
+    assert sum(reply.usage.redos for reply in ours)
+    theirs = in_reference(small).generate(prompts, 20, [1, 2], sampling, mode="verified", **options)
+    assert [(reply.tokens, reply.usage) for reply in ours] == [(reply.tokens, reply.usage) for reply in theirs]
+    alone = small.generate(prompts[1], 20, 2, sampling, mode="verified", **options)
+    assert alone == ours[1]
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])
+def test_log_probabilities_are_those_among_the_tokens_that_may_stand_there(small: LM, mode: str) -> None:
+    prompt = small.encode("1")
+    request = small.build_requests(prompt, 12, regex="(12|3)*4", mode=mode, logprobs=16)[0]
+    state = request.row.constraint
+    assert state is not None
+    (reply,) = (
+        event.reply for event in small.answer(small.network, [request], None) if isinstance(event, blockpress.Done)
+    )
+    logits = small.next_token_logits([*prompt, *reply.tokens])
+    assert reply.logprobs is not None and len(reply.logprobs) == len(reply.tokens)
+    at = 0
+    for place, scored in enumerate(reply.logprobs):
+        automaton = state.constraint.automaton
+        left = 12 - place - 1
+        targets = [automaton.step(at, token) for token in range(16)]
+        allowed = [token for token, target in enumerate(targets) if target >= 0 and automaton.distance[target] <= left]
+        shares = logits[len(prompt) - 1 + place][allowed].log_softmax(-1).tolist()
+        wanted = dict(zip(allowed, shares, strict=True))
+        assert scored.logprob == pytest.approx(wanted[scored.token], abs=1e-4)
+        assert dict(scored.top) == pytest.approx(wanted, abs=1e-4)
+        at = automaton.step(at, scored.token)
+
+
+def test_a_constraint_is_carried_from_canvas_to_canvas(small: LM) -> None:
     for seed in range(4):
-        reply = model.generate("1", 50, seed, Sampling(steps=3), regex=r"(12){8,20}3")
+        reply = small.generate("1", 50, seed, Sampling(steps=3), regex=r"(12){8,20}3")
         assert reply.invalid is None and reply.usage.canvases > 2
         assert re.fullmatch(r"(12){8,20}3", reply.text or "")
 
@@ -123,6 +186,18 @@ def test_constrained_and_free_requests_share_a_batch_and_change_nothing(lm: LM) 
 def test_log_probabilities_are_reported_under_a_constraint(lm: LM) -> None:
     reply = lm.generate("12", 20, logprobs=1, choice=["12", "7"])
     assert reply.logprobs is not None and len(reply.logprobs) == len(reply.tokens)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "verified", "autoregressive"])
+def test_a_stop_text_cuts_a_constrained_answer_and_is_told(small: LM, mode: str) -> None:
+    kind = AutoregressiveSampling if mode == "autoregressive" else Sampling
+    options: dict[str, Any] = {"mode": mode, "logprobs": 0, "regex": "45(67){3}"}
+    reply = small.generate("1", 20, sampling=kind(stop=("76",)), **options)
+    assert (
+        (reply.text, reply.finish_reason) == ("456", "stop") and reply.invalid is not None and "'76'" in reply.invalid
+    )
+    reply = small.generate("1", 20, sampling=kind(stop=("8",)), **options)
+    assert (reply.text, reply.finish_reason, reply.invalid) == ("45676767", "stop", None)
 
 
 def test_a_cancelled_answer_says_what_is_missing(lm: LM) -> None:
@@ -169,8 +244,6 @@ def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name:
         ({"schema": nested(lambda inner: {"items": inner}, 900)}, "schema nests too deeply"),
         ({"regex": "(?:" * 300 + "1" + "|2)*" * 300}, "regex nests too deeply"),
         ({"regex": "1{99}"}, "needs 99 tokens"),
-        ({"regex": "1", "mode": "verified"}, "verified"),
-        ({"regex": "1", "sampling": Sampling(stop=("2",))}, "sampling.stop"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_before_any_forward(lm: LM, options: dict[str, Any], named: str) -> None:

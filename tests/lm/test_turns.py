@@ -90,6 +90,15 @@ def test_an_answer_is_valid_with_and_without_a_thought_before_it(
         assert TOKENIZER.decode(reply.tokens, skip_special=False).startswith("<|channel>") or not thinking
 
 
+def test_a_stop_text_is_none_in_a_thought_or_in_a_call() -> None:
+    lm = scripted("<|channel>thought\n4 and 2<channel|>42")
+    options: dict[str, Any] = {"thinking": True, "max_tokens": 60, "sampling": Sampling(stop=("2",))}
+    reply = lm.chat(HI, regex="42|17", **options)
+    assert (reply.text, reply.thinking) == ("4", "4 and 2") and reply.invalid is not None
+    lm = scripted("<|channel>thought\n4 and 2<channel|><|tool_call>call:f{n:2}<tool_call|>")
+    assert lm.chat(HI, tools=TOOLS, tool_choice="required", **options).invalid is None
+
+
 def test_the_thought_is_the_model_s_own_and_the_answer_is_held() -> None:
     turn = "<|channel>thought\nSix times seven is forty-two.\n<channel|>It is 42.<turn|>"
     reply = scripted(turn).chat(HI, thinking=True, regex="[0-9]{2}", max_tokens=80)

@@ -10,6 +10,7 @@ Run it:  python -m pytest tests/ops/test_vocabulary_causal.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ def score_targets(
     top: int | None,
     wide: bool,
     banned: BannedTokens | None = None,
+    forbid: Callable[[slice, Float[Tensor, "rows vocab"]], None] | None = None,
     native: bool = True,
 ) -> TargetScores:
     """Greedy tokens of n >= 0 positions, and logprobs at temperature 1 of these, of `tokens` and of the likeliest.
@@ -60,6 +62,7 @@ def score_targets(
         top: how many of the likeliest tokens to return, best first; None: no logprobs at all, which costs less.
         wide: whether the cap is computed in float32 (DiffusionGemma) or in the weight's dtype (Gemma 4).
         banned: ids, and for each position which of them cannot be its greedy token. Logprobs ignore it.
+        forbid: sets the products of some positions to -inf where a token has probability 0, in logprobs too.
         native: whether the C++ version may be used where there is one.
     """
     n = len(hidden)
@@ -71,6 +74,8 @@ def score_targets(
             target, best_logprobs, tokens.new_empty(n, top), hidden.new_empty(n, top, dtype=torch.float32)
         )
     for rows, product in products(hidden, weight):
+        if forbid is not None:
+            forbid(rows, product)
         if cap is not None and not wide:
             product.div_(cap).tanh_().mul_(cap)
         late_cap = cap if wide else None
