@@ -20,6 +20,16 @@ from blockpress.hardware import cores, cpu_quota
 if TYPE_CHECKING:
     from blockpress.chat import MalformedToolCall, ToolCall
     from blockpress.config import ModelConfig, Sampling
+    from blockpress.decide import (
+        Choice,
+        ChoiceAnswer,
+        Decision,
+        DecisionUsage,
+        Score,
+        ScoreAnswer,
+        YesNo,
+        YesNoAnswer,
+    )
     from blockpress.decoding import (
         Committed,
         Denoised,
@@ -68,13 +78,25 @@ _HOMES = {
     "TokenLogprob": "decoding",
     "ToolCall": "chat",
     "Usage": "decoding",
+    "Choice": "decide",
+    "ChoiceAnswer": "decide",
+    "Decision": "decide",
+    "DecisionUsage": "decide",
+    "Score": "decide",
+    "ScoreAnswer": "decide",
+    "YesNo": "decide",
+    "YesNoAnswer": "decide",
     "load": "lm",
 }
 
 __all__ = [
     "LM",
     "BlockpressError",
+    "Choice",
+    "ChoiceAnswer",
     "Committed",
+    "Decision",
+    "DecisionUsage",
     "Denoised",
     "Done",
     "Event",
@@ -84,11 +106,15 @@ __all__ = [
     "ReasoningDelta",
     "Reply",
     "Sampling",
+    "Score",
+    "ScoreAnswer",
     "Text",
     "TokenLogprob",
     "ToolCall",
     "ToolCallEvent",
     "Usage",
+    "YesNo",
+    "YesNoAnswer",
     "__version__",
     "load",
 ]

@@ -33,7 +33,7 @@ from blockpress.train.card import (
     HELD_OUT_SEED,
     Measured,
     PuzzleOutcome,
-    Score,
+    SolvedShare,
     calibration,
     card,
     givens_and_calibration,
@@ -148,7 +148,9 @@ def evaluate(
     )
 
 
-def evaluate_row(path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int) -> tuple[Score, list[PuzzleOutcome]]:
+def evaluate_row(
+    path: Path, chosen: list[sudoku.Puzzle], job: Job, batch: int
+) -> tuple[SolvedShare, list[PuzzleOutcome]]:
     """One row of a table, and the outcomes that it summarises."""
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(path)

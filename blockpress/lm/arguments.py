@@ -75,6 +75,21 @@ class ChatOptions(ChatRequestOptions, total=False):
     cancel: Cancel | None
 
 
+class DecideOptions(TypedDict, total=False):
+    """The options of `LM.decide`.
+
+    form: the canvas's text around the answers, one more than there are questions; the options stand in it as they are,
+    and the context is the whole prompt. None: a line for each answer, its options as labels. steps: denoising steps, of
+    which the last is read (default 1). draws: how many draws of noise in the slots are averaged (default 1). seed: of
+    these (default 0).
+    """
+
+    form: Sequence[str] | None
+    steps: int
+    draws: int
+    seed: int
+
+
 def is_integer(value: object) -> bool:
     """Whether it is an integer, NumPy's included; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

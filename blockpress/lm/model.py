@@ -17,6 +17,8 @@ from torch import Tensor
 
 from blockpress.checkpoints import Checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
+from blockpress.decide import Decision
+from blockpress.decide.questions import Question
 from blockpress.decoding import Done, Event, Reply
 from blockpress.engine import EngineOptions, Request
 from blockpress.errors import renamed_attribute
@@ -25,6 +27,7 @@ from blockpress.lm.arguments import (
     ChatOptions,
     ChatRequestOptions,
     Conversation,
+    DecideOptions,
     GenerateOptions,
     Prompt,
     RequestOptions,
@@ -34,6 +37,7 @@ from blockpress.lm.arguments import (
     is_batch,
     is_integer,
 )
+from blockpress.lm.decide import Context
 from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.logits import denoise_logits, next_token_logits
 from blockpress.lm.requests import RequestBuilder, needs_tokenizer
@@ -232,6 +236,35 @@ class LM:
         Args: those of `chat`; `lm.requests.RequestBuilder.for_chats` describes the options.
         """
         return self._builder.for_chats(messages, seed=seed, **options)
+
+    @overload  # a str is also a sequence of str; here it means one context
+    def decide(  # type: ignore[overload-overlap]
+        self, context: Context, questions: Sequence[Question], **options: Unpack[DecideOptions]
+    ) -> Decision: ...
+
+    @overload
+    def decide(
+        self, context: Sequence[Context], questions: Sequence[Question], **options: Unpack[DecideOptions]
+    ) -> list[Decision]: ...
+
+    def decide(
+        self, context: Context | Sequence[Context], questions: Sequence[Question], **options: Unpack[DecideOptions]
+    ) -> Decision | list[Decision]:
+        """Answer typed questions about a context by their probabilities, read from one denoising step.
+
+        Args:
+            context: a text or, for a model with a chat template, messages; or a list of such contexts.
+            questions: 1 to 64 of `YesNo`, `Choice` and `Score`; they and their options are shown after the context.
+            options: `form`, `steps`, `draws` and `seed` (`lm.arguments.DecideOptions`).
+
+        Returns:
+            a `Decision`, or a list of them if `context` is a list of contexts.
+
+        Raises:
+            RequestError: an argument, before any forward. PromptTooLong: no room for a canvas. TextError: the
+            vocabulary has no token for some of the text. EngineError: the network gave NaN.
+        """
+        return self._builder.decider.decide(context, questions, **options)
 
     requests = renamed_attribute("requests", "build_requests")  # until version 0.3
     chat_requests = renamed_attribute("chat_requests", "build_chat_requests")

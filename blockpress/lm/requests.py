@@ -29,6 +29,7 @@ from blockpress.lm.arguments import (
     is_batch,
 )
 from blockpress.lm.constraints import ConstraintCache
+from blockpress.lm.decide import Decider
 from blockpress.lm.rows import attach_images, check_ids, make_sequences
 from blockpress.lm.tool_choice import check_tool_choice
 from blockpress.model import Network, VisionTower
@@ -146,6 +147,13 @@ class RequestBuilder:
         rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
         attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
+
+    @cached_property
+    def decider(self) -> Decider:
+        """What answers typed questions. Raises CheckpointError: the model has no tokenizer."""
+        tokenizer = needs_tokenizer(self._tokenizer, self._checkpoint.path, "decide")
+        chat = None if tokenizer.chat_template is None else self._chat
+        return Decider(self._network, self._generation, tokenizer, chat, lambda: self._tower)
 
     @cached_property
     def _chat(self) -> Chat:

@@ -33,7 +33,7 @@ class PuzzleOutcome:
 
 
 @dataclass(frozen=True)
-class Score:
+class SolvedShare:
     """Several puzzles: the share solved exactly, its standard error, steps, the shares that settled on a wrong grid or
     were still unsettled at the end, and seconds."""
 
@@ -59,12 +59,12 @@ class CalibrationBin:
     right: int
 
 
-def score(mode: str, outcomes: Sequence[PuzzleOutcome], seconds: float) -> Score:
+def score(mode: str, outcomes: Sequence[PuzzleOutcome], seconds: float) -> SolvedShare:
     """Summarise outcomes under a row's name; `seconds` is the time they took."""
     count = len(outcomes)
     right = [outcome.steps for outcome in outcomes if outcome.solved]
     share = len(right) / count
-    return Score(
+    return SolvedShare(
         mode=mode,
         puzzles=count,
         solved=share,
@@ -91,12 +91,12 @@ def calibration(outcomes: Sequence[PuzzleOutcome]) -> list[CalibrationBin]:
 class Measured:
     """All figures of the card: the table of decodings, the one by givens, and calibration at the highest cap."""
 
-    scores: list[Score]
-    by_givens: list[Score]
+    scores: list[SolvedShare]
+    by_givens: list[SolvedShare]
     calibration: list[CalibrationBin]
 
 
-def steps_table(scores: Sequence[Score], first: str = "decoding") -> str:
+def steps_table(scores: Sequence[SolvedShare], first: str = "decoding") -> str:
     """The scores as a Markdown table."""
     lines = [
         f"| {first} | puzzles | solved | mean steps | steps where solved | settled wrong | unsettled |",

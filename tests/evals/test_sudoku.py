@@ -16,7 +16,15 @@ from blockpress.model import Network
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import card
-from blockpress.train.card import Measured, PuzzleOutcome, Score, calibration, calibration_table, score, steps_table
+from blockpress.train.card import (
+    Measured,
+    PuzzleOutcome,
+    SolvedShare,
+    calibration,
+    calibration_table,
+    score,
+    steps_table,
+)
 
 PUZZLES = [sudoku.generate_puzzle(seed, 60) for seed in range(3)]
 
@@ -32,7 +40,7 @@ OUTCOMES = [
 
 def test_a_score_counts_shares_steps_and_its_standard_error():
     got = score("x", OUTCOMES, 2.5)
-    assert got == Score("x", 5, 0.6, math.sqrt(0.6 * 0.4 / 5), 47 / 5, 28 / 3, 0.2, 0.4, 2.5)
+    assert got == SolvedShare("x", 5, 0.6, math.sqrt(0.6 * 0.4 / 5), 47 / 5, 28 / 3, 0.2, 0.4, 2.5)
     assert score("x", OUTCOMES[1:2], 1.0).steps_solved == 0
 
 

@@ -1,4 +1,4 @@
-"""`score_targets` against log_softmax of full logits, as both families round them."""
+"""`score_targets` and `score_ids` against log_softmax of full logits, as both families round them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ def test_logprobs_equal_log_softmax_of_full_logits(
     torch.testing.assert_close(got.logprobs.top.double(), want.topk(top, dim=-1).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.logprobs.top.double(), want.gather(-1, got.logprobs.top_ids), rtol=1e-5, atol=1e-5)
     assert all(len(set(ids)) == top for ids in got.logprobs.top_ids.tolist())
+
+
+@pytest.mark.parametrize("vocab", [3, vocabulary.TILE + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [30.0, None])
+def test_logprobs_of_several_tokens_equal_log_softmax_of_full_logits(
+    version: str, vocab: int, dtype: torch.dtype, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(vocab)
+    hidden = (torch.randn(9, HIDDEN, generator=draw) * 6).to(dtype)
+    weight = (torch.randn(vocab, HIDDEN, generator=draw) * HIDDEN**-0.5).to(dtype)
+    ids = torch.randint(vocab, (9, 4), generator=draw)
+    monkeypatch.setattr(blocks, "BUFFER", 4 * vocab * 4)  # several blocks
+    got = vocabulary.score_ids(hidden, weight, ids, cap=cap, native=version != "torch")
+    want = logits(hidden, weight, cap, wide=True).double().log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert vocabulary.score_ids(hidden[:0], weight, ids[:0], cap=cap, native=version != "torch").shape == (0, 4)
 
 
 def test_equal_logprobs_come_in_token_order(version: str) -> None:

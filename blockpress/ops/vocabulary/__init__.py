@@ -3,7 +3,7 @@
     plain.py     entropy and sample from float32 logits: the reference
     types.py     arguments and results of a step
     step.py      argmax, sample, entropy and self-conditioning embedding, from hidden states
-    causal.py    greedy tokens and logprobs, from hidden states
+    causal.py    greedy tokens, and logprobs of given tokens, from hidden states
     blocks.py    the products of the head, a block of rows at a time, and the choice between:
     passes.py    the pass over a block in torch
     native.py    the same in C++ (`ops/native/vocabulary.cpp`)
@@ -13,7 +13,7 @@ vocabulary.
 Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary_step.py
 """
 
-from blockpress.ops.vocabulary.causal import TargetScores, score_targets
+from blockpress.ops.vocabulary.causal import TargetScores, score_ids, score_targets
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
 from blockpress.ops.vocabulary.step import sample_from_hidden
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
@@ -27,5 +27,6 @@ __all__ = [
     "entropy",
     "sample",
     "sample_from_hidden",
+    "score_ids",
     "score_targets",
 ]

@@ -1,4 +1,4 @@
-"""Logprobs of given tokens and greedy tokens, from the hidden states of the causal pass.
+"""Logprobs of given tokens, and greedy tokens, from hidden states: of the causal pass, or of a canvas's places.
 
     products of a block --softcap--> log of the sum of exp --> logprobs of the given tokens and of the likeliest
                         --banned ones removed-->     greedy
@@ -95,6 +95,31 @@ def score_targets(
         if logprobs is not None:
             logprobs.greedy[rows] = (scaled_logits(largest.values, late_cap, temperature) - total)[:, 0]
     return TargetScores(greedy, logprobs)
+
+
+@torch.no_grad()
+def score_ids(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"] | Packed,
+    ids: Int[Tensor, "n some"],
+    *,
+    cap: float | None,
+    native: bool = True,
+) -> Float32[Tensor, "n some"]:
+    """Logprobs at temperature 1 of several tokens at each of n >= 0 positions of a canvas.
+
+    Args:
+        hidden: after the final norm.
+        ids: the tokens of each position; they may repeat.
+        cap: the softcap of the logits, in float32; None: no cap.
+        native: whether the C++ version may be used where there is one.
+    """
+    scores = hidden.new_empty(ids.shape, dtype=torch.float32)
+    for rows, product in products(hidden, weight):
+        temperature = torch.ones(len(product), dtype=torch.float32, device=hidden.device)
+        total = block_stats(product, cap, temperature, native=native).total
+        scores[rows] = scaled_logits(product.gather(-1, ids[rows]), cap, temperature) - total[:, None]
+    return scores
 
 
 def _best(product: Float[Tensor, "rows vocab"], top: int) -> tuple[Float[Tensor, "rows top"], Int[Tensor, "rows top"]]:
