@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from blockpress import __version__
 from blockpress.cli.bench import bench
+from blockpress.cli.decide import decide
 from blockpress.cli.doctor import doctor
 from blockpress.cli.hub import ls, pull, rm
 from blockpress.cli.quantize import quantize
@@ -92,7 +93,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
+for _command in (sudoku, run, decide, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
     app.command()(_command)
 
 

@@ -169,7 +169,7 @@ def run(
     limits: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
     limits["constraint"], file = options.constraint(regex, choice, schema), check_file(record)
     _check(limits, thinking_budget, raw, json, events, chat | shown)
-    text = None if prompt is None and _may_talk(raw or json or events or record is not None) else _prompt(prompt)
+    text = None if prompt is None and _may_talk(raw or json or events or record is not None) else read_prompt(prompt)
     how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     arguments = model, mode, changes, chat, shown, limits, raw, file, how
     _answer(opened_or_pulled(lambda: _open(*arguments), model, yes), text, json, events, fast)
@@ -250,7 +250,7 @@ def _answer(asking: ChatSession, text: str | None, json: bool, events: bool, fas
 
     if text is None and asking.chat:
         return _converse(asking, fast)
-    text = _prompt(None) if text is None else text
+    text = read_prompt(None) if text is None else text
     if events:
         for event in asking.stream(text):
             options.print_json(event_to_dict(asking.lm, event))
@@ -260,7 +260,8 @@ def _answer(asking: ChatSession, text: str | None, json: bool, events: bool, fas
         _tell(asking, text, fast)
 
 
-def _prompt(prompt: str | None) -> str:
+def read_prompt(prompt: str | None) -> str:
+    """The prompt as given; None or -: standard input. Raises RequestError: it holds none."""
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin is not None and sys.stdin.isatty():
