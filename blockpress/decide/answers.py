@@ -35,6 +35,11 @@ class YesNoAnswer:
     label_mass: float
 
     @property
+    def probabilities(self) -> Mapping[bool, float]:
+        """Of yes (True) and no (False), among the two."""
+        return {True: self.probability, False: 1 - self.probability}
+
+    @property
     def value(self) -> bool:
         """Whether yes is at least as likely as no."""
         return self.probability >= 0.5

@@ -109,27 +109,25 @@ class FormBuilder:
         text = [_HEAD]
         for number, (question, label) in enumerate(zip(questions, labels, strict=True), 1):
             text += [f"{number}. {question.question or _nothing_asked(question)}", *_option_lines(question, label)]
-        lines = []
-        for number, label in enumerate(labels, 1):
-            before, after = self._ids(f"{number}:{label.lead}"), self._ids("\n")
-            lines.append((number - 1, before, label.spellings, after))
-        canvases: list[FormCanvas] = []
-        ids, slots = list[int](), list[AnswerSlot]()
-        for number, before, spellings, after in lines:
-            width = len(spellings[0][0])
-            if slots and len(ids) + len(before) + width + 1 > self._canvas:
-                canvases.append(self._ended(ids[: -len(after)], slots))
-                ids, slots = [], []
-            slots.append(AnswerSlot(number, len(ids) + len(before), width, spellings))
-            ids += [*before, *[SLOT] * width, *after]
-        canvases.append(self._ended(ids[: len(ids) - len(after)], slots))
-        longest = max(len(canvas.ids) for canvas in canvases)
+        between = self._ids("\n")
+        lines = [(self._ids(f"{number}:{label.lead}"), label.spellings) for number, label in enumerate(labels, 1)]
+        sizes = [len(before) + len(spellings[0][0]) + len(between) for before, spellings in lines]
+        longest = max(sizes) - len(between)
         if longest > self._canvas:
             raise RequestError(
                 f"a line of an answer takes {longest} tokens, and the model's canvas has {self._canvas}",
                 hint="give a form of your own that fits",
             )
-        length = min(self._canvas, -(-longest // WIDTH) * WIDTH)
+        canvases = []
+        for numbers in _evenly(sizes, self._canvas + len(between)):
+            ids, slots = list[int](), list[AnswerSlot]()
+            for number in numbers:
+                before, spellings = lines[number]
+                width = len(spellings[0][0])
+                ids += [*(between if ids else ()), *before, *[SLOT] * width]
+                slots.append(AnswerSlot(number, len(ids) - width, width, spellings))
+            canvases.append(self._ended(ids, slots))
+        length = min(self._canvas, -(-max(len(canvas.ids) for canvas in canvases) // WIDTH) * WIDTH)
         return DecisionForm("\n".join(text), tuple(self._filled(canvas, length) for canvas in canvases))
 
     def given(self, questions: Sequence[Question], form: object) -> DecisionForm:
@@ -232,6 +230,25 @@ class FormBuilder:
 
     def _filled(self, canvas: FormCanvas, length: int) -> FormCanvas:
         return FormCanvas((*canvas.ids, *[self._end[-1]] * (length - len(canvas.ids))), canvas.slots)
+
+
+def _evenly(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices in order, parted into as few groups of at most `most` as it takes, the largest as small as can be.
+
+    >>> _evenly([4, 4, 4, 4, 4, 4], 16)
+    [[0, 1, 2], [3, 4, 5]]
+    """
+
+    def parted(limit: int) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        for index, size in enumerate(sizes):
+            if groups[-1] and sum(sizes[each] for each in groups[-1]) + size > limit:
+                groups.append([])
+            groups[-1].append(index)
+        return groups
+
+    fewest = len(parted(most))
+    return next(parted(limit) for limit in range(max(sizes), most + 1) if len(parted(limit)) == fewest)
 
 
 def _nothing_asked(question: Question) -> str:

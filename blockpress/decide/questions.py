@@ -79,6 +79,7 @@ class Choice:
     def __post_init__(self) -> None:
         _check_head(self, or_else=True)
         given = _listed(self, "options", self.options)
+        object.__setattr__(self, "options", _copied(self.options))
         for number, (value, _) in enumerate(given):
             if not isinstance(value, bool):
                 _check_text(self, f"options[{number}]", value, needed=True)
@@ -114,6 +115,7 @@ class Score:
     def __post_init__(self) -> None:
         _check_head(self, or_else=True)
         given = _listed(self, "levels", self.levels)
+        object.__setattr__(self, "levels", _copied(self.levels))
         numbers = [is_number(level) for level, _ in given]
         for number, (level, _) in enumerate(given):
             if not all(numbers):
@@ -184,6 +186,11 @@ def _listed(question: Any, field: str, given: Any) -> list[tuple[Any, str | None
     for value, said in given.items():
         _check_text(question, f"{field}[{value_text(value)}]", said)
     return list(given.items())
+
+
+def _copied(given: Sequence[Any] | Mapping[Any, Any]) -> tuple[Any, ...] | dict[Any, Any]:
+    """What the caller cannot change any more."""
+    return dict(given) if isinstance(given, Mapping) else tuple(given)
 
 
 def _check_distinct(question: Any, field: str, given: Sequence[Any]) -> None:

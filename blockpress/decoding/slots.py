@@ -30,7 +30,7 @@ from blockpress.ops import vocabulary
 from blockpress.ops.computing import computing
 from blockpress.ops.transfer import to_device, to_host
 
-MOST_POSITIONS = 1 << 16
+MOST_POSITIONS = 1 << 14
 """Positions of context and canvas that the canvases of one forward hold together, if there are several."""
 CHUNK = 1024
 """Tokens of a context that are read at once: attention holds a score for each of them and each token before it."""

@@ -50,16 +50,16 @@ def test_the_prompt_lists_questions_and_options_and_the_canvas_holds_their_answe
 
 
 def test_the_published_vocabulary_has_one_token_for_each_of_many_labels(gemma: Tokenizer) -> None:
-    asked = [*QUESTIONS, Choice("?", options=[f"{n}" for n in range(600)])]
+    asked = [*QUESTIONS, Choice("?", options=[f"{n}" for n in range(679)])]
     form = builder(gemma, canvas=256).listed(asked)
     assert form.text is not None and "2. Is it urgent?\nyes: money is moving\nAnswer yes or no.\n" in form.text
     (canvas,) = form.canvases
     assert [slot.width for slot in canvas.slots] == [1] * 4
-    line = gemma.decode(filled(canvas, [1, 0, 1, 599]), skip_special=False)
+    line = gemma.decode(filled(canvas, [1, 0, 1, 678]), skip_special=False)
     *_, last = form.text.splitlines()
     assert line.splitlines()[:3] == ["1: B", "2: yes", "3: 1"]
     assert line.splitlines()[3].startswith(f"4: {last.partition(':')[0]}")
-    assert len({ids for option in canvas.slots[3].options for ids in option}) == 600
+    assert len({ids for option in canvas.slots[3].options for ids in option}) == 679
     yes, no = canvas.slots[1].options
     assert [gemma.decode(list(ids)) for ids in (*yes, *no)] == [" yes", " Yes", " no", " No"]
 

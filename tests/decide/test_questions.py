@@ -77,6 +77,14 @@ def test_what_can_be_asked() -> None:
     assert [option.text for option in Choice(None, options=[True, "true"]).listed] == ["true", "true"]
 
 
+def test_a_question_does_not_change_with_the_list_that_it_was_made_from() -> None:
+    options, levels = ["a", "b"], {"low": None}
+    choice, score = Choice("?", options=options), Score("?", levels=levels)
+    options.append("a")
+    levels["high"] = None
+    assert choice == Choice("?", options=("a", "b")) and score == Score("?", levels={"low": None})
+
+
 def test_levels_count_from_zero_or_as_the_numbers_that_they_are() -> None:
     assert [level.value for level in Score("?", levels=["low", "mid", "high"]).listed] == [0, 1, 2]
     assert [level.value for level in Score("?", levels={"low": "little", "high": None}).listed] == [0, 1]

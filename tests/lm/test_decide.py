@@ -31,6 +31,7 @@ from blockpress.text import Tokenizer
 
 from ..chat_tokenizer import TOKENIZER
 from ..conftest import make_random_network
+from ..standin import Card
 
 RandomNetwork = Callable[..., Network]
 CONTEXT = "My card was charged twice."
@@ -71,8 +72,6 @@ def prompt_of(questions: Any, context: str = CONTEXT) -> list[int]:
 
 
 def shares(answer: Any) -> list[float]:
-    if isinstance(answer, YesNoAnswer):
-        return [answer.probability, 1 - answer.probability]
     return list(answer.probabilities.values())
 
 
@@ -235,6 +234,14 @@ def test_threads_and_copies_of_a_model_get_the_same_answers(lm: LM) -> None:
         == want
         == pickle.loads(pickle.dumps(model(lm.network))).decide(CONTEXT, QUESTIONS)
     )
+
+
+@pytest.mark.parametrize(("steps", "draws"), [(1, 1), (3, 2)])
+def test_a_card_gives_the_same_answers(lm: LM, card: Card, steps: int, draws: int) -> None:
+    want = lm.decide(CONTEXT, QUESTIONS, steps=steps, draws=draws)
+    there = model(make_random_network(CONFIG).to("cuda"))
+    for got, answer in zip(there.decide(CONTEXT, QUESTIONS, steps=steps, draws=draws), want, strict=True):
+        assert shares(got) == pytest.approx(shares(answer), rel=1e-4)
 
 
 def test_a_seed_draws_the_noise_and_more_draws_are_a_mean(lm: LM) -> None:
