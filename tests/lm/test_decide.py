@@ -272,7 +272,7 @@ def test_the_questions_stand_at_the_end_of_the_user_s_last_message(lm: LM) -> No
         (said, [*said, {"role": "user", "content": text}]),
     ]
     for given_, whole in spelled:
-        ids = lm._builder.chat.encode(whole).ids
+        ids = lm.build_chat_requests(whole)[0].row.prompt
         assert lm.decide(given_, asked).usage.input_tokens == len(ids)
 
 
