@@ -134,6 +134,8 @@ class Decider:
         if isinstance(context, str) and self._chat is None:
             whole = context if text is None else f"{context}\n\n{text}\n"
             return EncodedChat(ids=self._tokenizer.encode(whole), pictures=[], image_spans=[])
+        if isinstance(context, bytes | Mapping) or not isinstance(context, Sequence):
+            raise RequestError(f"context is {value_text(context)}", hint="give a text, or a list of messages")
         if self._chat is None:
             raise RequestError(
                 f"context is {value_text(context)}, and the model has no chat template", hint="give a text"
