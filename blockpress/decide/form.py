@@ -21,7 +21,7 @@ Run it:  python -m pytest tests/decide/test_form.py
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import final
@@ -96,7 +96,8 @@ class FormBuilder:
 
     def __init__(self, tokenizer: Tokenizer, *, end: Sequence[int], canvas: int, vocab: int) -> None:
         self._tokenizer, self._end, self._canvas, self._vocab = tokenizer, tuple(end), canvas, vocab
-        self._labels: dict[tuple[type[Question], int], Labels] = {}
+        self._found: dict[tuple[tuple[str, ...], str], dict[str, int]] = {}
+        """What `_single` has found before."""
 
     def listed(self, questions: Sequence[Question]) -> DecisionForm:
         """Questions and options in the prompt, a line for each answer on as many canvases as it takes.
@@ -161,29 +162,21 @@ class FormBuilder:
 
     def labels(self, question: Question) -> Labels:
         """The labels of a question's options. RequestError: the vocabulary has none."""
-        key = type(question), len(question.listed)
-        if key not in self._labels:
-            self._labels[key] = self._find_labels(*key)
-        return self._labels[key]
-
-    def _find_labels(self, kind: type[Question], count: int) -> Labels:
+        count = len(question.listed)
         sets: list[tuple[str, ...]] = [_LETTERS, (*_LETTERS, *_PAIRS)]
-        if kind is YesNo:
+        if isinstance(question, YesNo):
             sets.insert(0, ("yes", "no"))
-        elif kind is Score:
+        elif isinstance(question, Score):
             sets.insert(0, tuple(string.digits))
         for texts in sets:
             for inside, lead in ((" ", ""), ("", " ")):  # the blank after the colon is part of the label, or a token
                 found = self._single(texts, inside)
                 if len(found) >= count:
                     chosen = list(islice(found, count))
-                    also = self._single([text.capitalize() for text in chosen], inside) if texts == sets[0] else {}
-                    capitals = [[(also[text.capitalize()],)] if text.capitalize() in also else [] for text in chosen]
-                    spelled = tuple(
-                        tuple(dict.fromkeys([(found[text],), *more]))
-                        for text, more in zip(chosen, capitals, strict=True)
-                    )
-                    return Labels(tuple(chosen), lead, spelled)
+                    also = self._single(("Yes", "No"), inside) if texts == ("yes", "no") else {}
+                    capital = [[(also[text.title()],)] if text.title() in also else [] for text in chosen]
+                    spelled = [((found[text],), *more) for text, more in zip(chosen, capital, strict=True)]
+                    return Labels(tuple(chosen), lead, tuple(spelled))
         for alphabet in (tuple(string.digits), _LETTERS):
             found = self._single(alphabet, "")
             if len(found) > 1 and (alphabet is _LETTERS or len(found) == len(alphabet)):
@@ -209,8 +202,10 @@ class FormBuilder:
                 )
         return tuple((each,) for each in spelled)
 
-    def _single(self, texts: Iterable[str], inside: str) -> dict[str, int]:
-        """The texts that are one token each after `inside`, a token of their own, with its id."""
+    def _single(self, texts: tuple[str, ...], inside: str) -> dict[str, int]:
+        """The texts that are one token each after `inside`, which is part of it, and a token of their own."""
+        if (texts, inside) in self._found:
+            return self._found[texts, inside]
         found: dict[str, int] = {}
         for text in texts:
             try:
@@ -219,6 +214,7 @@ class FormBuilder:
                 continue
             if len(ids) == 1 and ids[0] < self._vocab and ids[0] not in found.values():
                 found[text] = ids[0]
+        self._found[texts, inside] = found  # only now: other threads read it, too
         return found
 
     def _ids(self, text: str) -> Ids:

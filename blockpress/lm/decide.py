@@ -52,6 +52,10 @@ class Decider:
     ) -> None:
         self._network, self._generation, self._tokenizer = network, generation, tokenizer
         self._chat, self._tower = chat, tower
+        closing = () if chat is None else chat.controls.stops[:1]
+        fill = (*network.config.eos_ids, *generation.stop_ids, network.config.pad_id or 0)[0]
+        sizes = {"canvas": network.config.canvas_length, "vocab": network.config.vocab_size}
+        self._forms = FormBuilder(tokenizer, end=[*closing, fill], **sizes)
 
     def decide(
         self,
@@ -78,7 +82,7 @@ class Decider:
                 )
         if not is_integer(seed):
             raise RequestError(f"seed is {value_text(seed)}", hint="seed must be a whole number")
-        layout = self._lay_out(asked, form)
+        layout = self._forms.listed(asked) if form is None else self._forms.given(asked, form)
         many = is_batch_of_contexts(context)
         prompts = self._prompts(context if many else [context], layout, many)
         sampling = self._generation.sampling
@@ -104,15 +108,6 @@ class Decider:
             )
             decisions.append(Decision(answers=answers, usage=usage))
         return decisions if many else decisions[0]
-
-    def _lay_out(self, questions: Sequence[Question], form: Any) -> DecisionForm:
-        config, chat = self._network.config, self._chat
-        closing = chat.controls.stops[:1] if chat is not None else ()
-        fill = (*config.eos_ids, *self._generation.stop_ids, config.pad_id or 0)[0]
-        builder = FormBuilder(
-            self._tokenizer, end=[*closing, fill], canvas=config.canvas_length, vocab=config.vocab_size
-        )
-        return builder.listed(questions) if form is None else builder.given(questions, form)
 
     def _prompts(self, contexts: Sequence[Any], layout: DecisionForm, many: bool) -> list[EncodedChat]:
         """Raises RequestError, TextError: they name what is wrong and, with `many`, the context's number."""

@@ -148,6 +148,10 @@ class RequestBuilder:
         attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A copy of a model reads its own template and tower: a template cannot be pickled.
+        return RequestBuilder, (self._checkpoint, self._network, self._generation, self._tokenizer)
+
     @cached_property
     def decider(self) -> Decider:
         """What answers typed questions. Raises CheckpointError: the model has no tokenizer."""

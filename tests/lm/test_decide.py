@@ -229,11 +229,9 @@ def test_threads_and_copies_of_a_model_get_the_same_answers(lm: LM) -> None:
     want = lm.decide(CONTEXT, QUESTIONS)
     with ThreadPoolExecutor(4) as threads:
         assert all(got == want for got in threads.map(lambda _: lm.decide(CONTEXT, QUESTIONS), range(8)))
-    assert (
-        pickle.loads(pickle.dumps(want))
-        == want
-        == pickle.loads(pickle.dumps(model(lm.network))).decide(CONTEXT, QUESTIONS)
-    )
+    assert pickle.loads(pickle.dumps(want)) == want
+    lm.chat([{"role": "user", "content": "Hi"}], max_tokens=1)  # which renders a template, that cannot be pickled
+    assert pickle.loads(pickle.dumps(lm)).decide(CONTEXT, QUESTIONS) == want
 
 
 @pytest.mark.parametrize(("steps", "draws"), [(1, 1), (3, 2)])
