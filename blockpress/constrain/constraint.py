@@ -54,6 +54,25 @@ class Constraint:
             raise RequestError(f"the vocabulary cannot write {about}", hint="use characters that it has tokens for")
         return cls(automaton.with_stops(stop_ids), about)
 
+    def check_pins(self, pins: Mapping[int, int], most: int) -> None:
+        """Raises RequestError: no allowed text of at most `most` tokens has these tokens at these positions."""
+        if pins and not self._completes(pins, 0, most)[0]:
+            raise RequestError(
+                f"pins {dict(pins)!r:.200} contradict {self.about}", hint="pin tokens of a text that it allows"
+            )
+
+    def _completes(self, pins: Mapping[int, int], first: int, most: int) -> Bool[np.ndarray, " states"]:
+        """The states before token number `first` from which a text with these pins ends within `most` tokens."""
+        automaton, last = self.automaton, max(pins, default=-1)
+        fits = automaton.distance <= most - max(first, last + 1)
+        for place in range(last, first - 1, -1):
+            way = fits[automaton.target]
+            if place in pins:
+                way &= automaton.label == automaton.class_of[pins[place]]
+            fits = np.zeros(len(fits), bool)
+            fits[automaton.source[way]] = True
+        return fits
+
     def check_length(self, most: int) -> None:
         """Raises RequestError: no allowed text has as few as `most` tokens."""
         least = int(self.automaton.distance[0])
@@ -66,10 +85,11 @@ class Constraint:
 
 @final
 class ConstraintState:
-    """Where one answer stands: the state after its tokens so far."""
+    """Where one answer stands: the state after its tokens so far. `pins`: tokens that are given, by their positions in
+    the answer; the constraint allows them."""
 
-    def __init__(self, constraint: Constraint) -> None:
-        self.constraint, self.state = constraint, 0
+    def __init__(self, constraint: Constraint, pins: Mapping[int, int] | None = None) -> None:
+        self.constraint, self.state, self.pins, self._count = constraint, 0, pins or {}, 0
 
     def after(self, tokens: Iterable[int], state: int = 0) -> int:
         """The state after some tokens, or DEAD."""
@@ -81,7 +101,8 @@ class ConstraintState:
 
     def advance(self, tokens: Iterable[int]) -> None:
         """Take committed tokens."""
-        self.state = self.after(tokens, self.state)
+        taken = list(tokens)
+        self.state, self._count = self.after(taken, self.state), self._count + len(taken)
 
     def canvas(self, positions: int, left: int, pins: Mapping[int, int]) -> CanvasConstraint:
         """What a canvas with some pinned tokens must follow in its first `positions` positions, when `left` more tokens
@@ -89,8 +110,12 @@ class ConstraintState:
 
         An answer that cannot end within its limits any more goes on as long as it may.
         """
-        least = int(self.constraint.automaton.distance[self.state])
-        return CanvasConstraint(self.constraint.automaton, self.state, positions, max(left, least - positions), pins)
+        constraint, first, stop = self.constraint, self._count, self._count + positions
+        left = max(left, int(constraint.automaton.distance[self.state]) - positions)
+        later = {place: token for place, token in self.pins.items() if place >= stop}
+        ends = constraint._completes(later, stop, stop + left) if later else None
+        given = {place - first: token for place, token in self.pins.items() if first <= place < stop}
+        return CanvasConstraint(constraint.automaton, self.state, positions, left, pins, given, ends)
 
     def invalid(self, tokens: Iterable[int], stopped: str | None = None) -> str | None:
         """Why an answer of these tokens is not allowed, or was not to end there; None if it is whole.
@@ -120,7 +145,9 @@ class ConstraintState:
 class CanvasConstraint:
     """The constraint on one canvas: its first `positions` positions, from `state`, when `left` more tokens may follow.
 
-    Positions after these are dropped from the answer and stay as they are. pins: tokens that it must hold, by position.
+    Positions after these are dropped from the answer and stay as they are. pins: tokens that it must hold, by position;
+    given: those of them that were given, and not pinned by a verification. ends: the states that may follow the canvas,
+    where pins after it exclude some.
     """
 
     automaton: TokenAutomaton
@@ -128,6 +155,8 @@ class CanvasConstraint:
     positions: int
     left: int
     pins: Mapping[int, int] = field(default_factory=dict)
+    given: Mapping[int, int] = field(default_factory=dict)
+    ends: Bool[np.ndarray, " states"] | None = None
 
     def allowed(self, tokens: Sequence[int]) -> Bool[np.ndarray, "tokens classes_and_one"]:
         """Which classes may stand at the place of each token, after those before it; the last is that of no class.
@@ -135,16 +164,28 @@ class CanvasConstraint:
         What follows a token that is not allowed is not judged.
         """
         automaton, state = self.automaton, self.state
-        result = np.zeros((len(tokens), automaton.num_classes + 1), bool)
+        result, fits = np.zeros((len(tokens), automaton.num_classes + 1), bool), self._fitting()
         for place, token in enumerate(tokens):
-            later = self.positions + self.left - place - 1
-            here = (automaton.source == state) & (automaton.distance[automaton.target] <= later)
+            here = (automaton.source == state) & fits[place + 1][automaton.target]
             result[place, automaton.label[here]] = True
             state = automaton.step(state, token)
             if state == DEAD:
                 result[place + 1 :] = True
                 break
         return result
+
+    def _fitting(self) -> list[Bool[np.ndarray, " states"]]:
+        """For every position and the end: the states from which the canvas can be completed with the given pins."""
+        automaton = self.automaton
+        fits = [automaton.distance <= self.left if self.ends is None else self.ends]
+        for place in reversed(range(self.positions)):
+            way = fits[-1][automaton.target]
+            if place in self.given:
+                way &= automaton.label == automaton.class_of[self.given[place]]
+            before = np.zeros(len(automaton.accepting), bool)
+            before[automaton.source[way]] = True
+            fits.append(before)
+        return fits[::-1]
 
     def __call__(
         self, scaled: Float32[Tensor, "canvas vocab"]
@@ -158,7 +199,7 @@ class CanvasConstraint:
                 masses[place] = -np.inf
                 masses[place, self.automaton.class_of[token]] = 0.0
         weights = entry_weights(self.automaton, self.left, mass)
-        result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights)
+        result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights, self.ends)
         bias = np.concatenate((result.bias + weights, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
         posterior_logits = scaled.clone()
         classes = to_device(torch.from_numpy(self.automaton.class_of.astype(np.int64)), scaled.device)

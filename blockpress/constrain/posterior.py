@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 
 from blockpress.constrain.tokens import EdgeGroups, Ints, TokenAutomaton
 
@@ -43,7 +43,14 @@ class Posterior:
     states: Int[np.ndarray, " positions_and_one"]
 
 
-def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, best: Masses) -> Posterior:
+def posterior(
+    automaton: TokenAutomaton,
+    start: int,
+    left: int,
+    mass: Masses,
+    best: Masses,
+    ends: Bool[np.ndarray, " states"] | None = None,
+) -> Posterior:
     """The posterior of a canvas of as many positions as `mass` has.
 
     Args:
@@ -51,13 +58,14 @@ def posterior(automaton: TokenAutomaton, start: int, left: int, mass: Masses, be
         left: how many tokens may follow the canvas.
         mass: log of the summed weight of each class's tokens at each position.
         best: log of the largest weight.
+        ends: the states that may follow the canvas; None: all from which the tokens that are left suffice.
 
     Raises:
         ValueError: no allowed text fits; `distance[start]` is more than the positions and `left`.
     """
     if automaton.distance[start] > len(mass) + left:
         raise ValueError("no allowed text is this short")
-    end = np.where(automaton.distance <= left, 0.0, -np.inf)
+    end = np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
     positions, states = len(mass), len(end)
     into, out_of, of_class = automaton.groups
     source, label, target = automaton.source, automaton.label, automaton.target

@@ -19,8 +19,9 @@ from blockpress.decoding.events import (
     ToolCallEvent,
     Usage,
 )
+from blockpress.decoding.given import Given
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
-from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState, denoised_event
+from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState
 
 __all__ = [
     "Cancel",
@@ -32,6 +33,7 @@ __all__ = [
     "Failed",
     "FinishReason",
     "FinishedCanvas",
+    "Given",
     "MalformedToolCallEvent",
     "OutputProcessor",
     "ReasoningDelta",
@@ -43,5 +45,4 @@ __all__ = [
     "ToolCallEvent",
     "Usage",
     "common_prefix",
-    "denoised_event",
 ]

@@ -26,9 +26,20 @@ from torch import Tensor
 
 from blockpress.config import Sampling
 from blockpress.constrain import CanvasConstraint
-from blockpress.decoding import Cancel, Event, SequenceState, denoised_event
+from blockpress.decoding import Cancel, Denoised, Event, SequenceState
 from blockpress.decoding.denoisers import plain_denoiser
-from blockpress.diffusion import Denoiser, Draws, KeyedDraws, Pins, Schedule, TokenMask, denoise, step_rules
+from blockpress.diffusion import (
+    Denoiser,
+    Draws,
+    KeyedDraws,
+    Pins,
+    Schedule,
+    Step,
+    TokenMask,
+    denoise,
+    given_tokens,
+    step_rules,
+)
 from blockpress.model import Cache, Images, Network
 from blockpress.ops.transfer import to_device
 
@@ -78,14 +89,25 @@ def denoise_canvases(
     make_denoiser: MakeDenoiser,
 ) -> Generator[Event, None, bool]:
     """Denoise one canvas for every row and leave it in the row as its draft. False: all rows were cancelled."""
+    skipped = sorted({row.skipped_steps(sampling.steps) for row in rows})
+    if len(skipped) > 1:  # rows that start at the same noise level share a schedule
+        for number in skipped:
+            same = [i for i, row in enumerate(rows) if row.skipped_steps(sampling.steps) == number]
+            some, part = [rows[i] for i in same], cache.select(torch.tensor(same))
+            if not (yield from denoise_canvases(network, some, part, sampling, cancel, make_draws, make_denoiser)):
+                for row in (row for row in rows if row.finish_reason is None):
+                    yield from row.cancel()
+                return False
+        return True
     length, device = network.config.canvas_length, network.device
-    schedule, (accept, settle) = Schedule.of(sampling), step_rules(sampling)
+    schedule, (accept, settle) = Schedule.of(sampling, *skipped), step_rules(sampling)
     seeds, numbers = [row.seed for row in rows], [row.canvas_number for row in rows]
     draws = make_draws(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
     token_mask = TokenMask.of([row.banned_ids for row in rows], length, device)
     pins = Pins.of([row.pins for row in rows], length, network.embed, device)
+    start = given_tokens([row.start for row in rows], length, device)
     denoiser = make_denoiser(network, cache, [row.canvas_constraint for row in rows])
-    for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins):
+    for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins, start):
         for i, row in enumerate(rows[index] for index in step.rows.tolist()):
             row.draft(step.argmax[i].tolist(), step.number)
             yield denoised_event(row, i, step)
@@ -124,3 +146,19 @@ def pad(network: Network, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "bat
     longest = max(counts)
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], dtype=torch.long)
     return to_device(padded, network.device), to_device(torch.tensor(counts), network.device)
+
+
+def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
+    """The event of one row of a step; `index` is the row's index among those of the step."""
+    return Denoised(
+        row=row.index,
+        canvas=len(row.canvases),
+        step=step.number,
+        argmax=step.argmax[index],
+        accepted=step.accepted[index],
+        entropy=step.entropy[index],
+        changed=step.changed[index],
+        settled=bool(step.settled[index]),
+        retry=row.retry,
+        verifications=row.verifications,
+    )

@@ -23,7 +23,6 @@ from blockpress.config.checks import is_count, value_text
 from blockpress.constrain import CanvasConstraint, ConstraintState
 from blockpress.decoding.events import (
     Committed,
-    Denoised,
     Done,
     Event,
     FinishReason,
@@ -35,8 +34,8 @@ from blockpress.decoding.events import (
     ToolCallEvent,
     Usage,
 )
+from blockpress.decoding.given import Given
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
-from blockpress.diffusion import Step
 from blockpress.errors import RequestError
 
 MOST_LOGPROBS = 128
@@ -86,8 +85,9 @@ class SequenceState:
         processor: OutputProcessor | None = None,
         logprobs: int | None = None,
         constraint: ConstraintState | None = None,
+        given: Given | None = None,
     ) -> None:
-        assert decoder is None or processor is None, "an output processor needs no decoder"
+        assert decoder is None or processor is None
         _need(is_count(seed, -math.inf), "seed", seed, "a whole number")
         _need(is_count(canvas_length), "canvas_length", canvas_length, "a whole number of at least 1")
         _need(is_count(room, 0), "room", room, "a whole number of at least 0")
@@ -103,9 +103,10 @@ class SequenceState:
         self.finish_reason: FinishReason | None = None
         self.retry = 0
         """How many times the current canvas has been restarted because the answer was empty."""
-        self.pins: Mapping[int, int] = {}
+        self.given = Given() if given is None else given
+        self.pins: Mapping[int, int] = self.given.pins_on(0, canvas_length)
         """Tokens that the current canvas must hold, by position."""
-        self.verifications = 0
+        self.verifications = self._all_verifications = 0
         """How many times the causal pass has verified the current canvas."""
         self.num_kept = 0
         """How many of the last draft's tokens that a causal pass read are context now."""
@@ -117,8 +118,7 @@ class SequenceState:
         self._tokens: list[int] = []
         self._pieces: list[Piece] = []
         self._logprobs: list[TokenLogprob] = []
-        self._retries = self._retried_steps = 0
-        self._restarts = self._causal_passes = self._all_verifications = self._redos = 0
+        self._retries = self._retried_steps = self._restarts = self._redos = self._causal_passes = 0
         self._draft, self._earlier_steps = FinishedCanvas([], 0), 0
         self._read_tokens: list[int] = []
 
@@ -144,15 +144,31 @@ class SequenceState:
         self.__dict__.pop("_claim", None)
 
     def limit(self, room: int) -> None:
-        """Lower the room in the context, before the first canvas. RequestError: a constraint needs more tokens."""
+        """Lower the room in the context, before the first canvas. Raises as `check_given`."""
         self._room = min(self._room, room)
+        self.check_given()
+
+    def check_given(self) -> None:
+        """Raises RequestError: a constraint, pins or a draft need more tokens than there is room for, or contradict."""
+        most = self.max_draft_tokens + self.max_later_tokens
+        self.given.check_room(most, self._stop_ids)
         if self.constraint is not None:
-            self.constraint.constraint.check_length(self.max_draft_tokens + self.max_later_tokens)
+            self.constraint.constraint.check_length(most)
+            self.constraint.constraint.check_pins(self.given.pins, most)
 
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
         """Ids that the current canvas must not hold, and at which positions."""
-        return self._processor.banned_ids
+        return self.given.banned_on(len(self._tokens), self._stop_ids, self._processor.banned_ids)
+
+    @property
+    def start(self) -> Mapping[int, int]:
+        """Tokens that stand in the current canvas's first noise, by position."""
+        return self.given.start_on(len(self._tokens), self._canvas_length, self.seed, self.canvas_number)
+
+    def skipped_steps(self, steps: int) -> int:
+        """How many of a canvas's steps come before the one that the current canvas starts with."""
+        return self.given.skipped_steps(len(self._tokens), self._canvas_length, steps)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -213,14 +229,11 @@ class SequenceState:
         self.pins, self._restarts, self._redos = pins, self._restarts + 1, self._redos + 1
 
     def commit(self, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
-        """Commit the draft, or restart the canvas; yields the events of what this adds to the answer.
-
-        `logprobs`: those of the proposal's tokens, if the row reports them.
-        """
+        """Commit the draft, or restart the canvas; yields the events of what this adds. `logprobs`: the proposal's."""
         canvas, read_tokens = self._draft, self._read_tokens
         self._draft, self._earlier_steps, self.num_kept = FinishedCanvas([], 0), 0, 0
         self._read_tokens, self.new_tokens = [], []
-        self.pins, self.verifications = {}, 0
+        self.pins, self.verifications = self.given.pins_on(len(self._tokens), self._canvas_length), 0
         end = self._end(canvas)
         valid = canvas.tokens[:end]
         kept = self._processor.cut(valid)
@@ -246,6 +259,7 @@ class SequenceState:
             tokens, stopped = tokens[: self._limit - len(self._tokens)], False
         before = len(self._tokens)
         self._tokens += tokens
+        self.pins = self.given.pins_on(len(self._tokens), self._canvas_length)
         if self.constraint is not None:
             self.constraint.advance(tokens)
         self._logprobs += [] if self.logprobs is None else logprobs[: len(tokens)]
@@ -331,19 +345,3 @@ class SequenceState:
 def _need(ok: bool, name: str, value: object, what: str) -> None:
     if not ok:
         raise RequestError(f"{name} is {value_text(value)}", hint=f"{name} must be {what}")
-
-
-def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
-    """The event of one row of a step; `index` is the row's index among those of the step."""
-    return Denoised(
-        row=row.index,
-        canvas=len(row.canvases),
-        step=step.number,
-        argmax=step.argmax[index],
-        accepted=step.accepted[index],
-        entropy=step.entropy[index],
-        changed=step.changed[index],
-        settled=bool(step.settled[index]),
-        retry=row.retry,
-        verifications=row.verifications,
-    )

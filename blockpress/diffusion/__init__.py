@@ -4,7 +4,7 @@ from blockpress.diffusion.accept import Accept, EntropyBound
 from blockpress.diffusion.denoise import Denoiser, Draws, Step, denoise
 from blockpress.diffusion.noise import KeyedDraws
 from blockpress.diffusion.output import DenoiserOutput
-from blockpress.diffusion.pins import Pins
+from blockpress.diffusion.pins import Pins, given_tokens
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle, StableAndConfident
 from blockpress.diffusion.token_mask import TokenMask
@@ -25,6 +25,7 @@ __all__ = [
     "TokenMask",
     "Update",
     "denoise",
+    "given_tokens",
     "step_rules",
     "update",
 ]

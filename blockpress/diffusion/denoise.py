@@ -25,7 +25,7 @@ from torch import Tensor
 
 from blockpress.diffusion.accept import Accept
 from blockpress.diffusion.output import DenoiserOutput
-from blockpress.diffusion.pins import Pins
+from blockpress.diffusion.pins import Pins, put_in
 from blockpress.diffusion.schedule import Schedule
 from blockpress.diffusion.settle import Settle
 from blockpress.diffusion.token_mask import TokenMask
@@ -81,20 +81,24 @@ def denoise(
     settle: Settle,
     token_mask: TokenMask | None = None,
     pins: Pins | None = None,
+    start: Canvas | None = None,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
-    A row's result is the argmax of its last step: the one in which it settled, or step `schedule.steps`. `Step.canvas`
-    is what the step read. `token_mask` and `pins` hold for all steps; their rows are those of the batch.
+    A row's result is the argmax of its last step: the one in which it settled, or step `schedule.last`. `Step.canvas`
+    is what the step read. `token_mask` and `pins` hold for all steps; `start` has the tokens that stand in the first
+    noise, `UNPINNED` elsewhere. Their rows are those of the batch.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
     rows = rows.to(canvas.device)
+    if start is not None:
+        canvas = put_in(start, canvas)
     if pins is not None:
         canvas = pins.hold(rows, canvas)
     unchanged = torch.zeros_like(rows)
     signal, previous = None, torch.full_like(canvas, -1)
-    for number in range(1, schedule.steps + 1):
+    for number in range(1, schedule.last + 1):
         output = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, token_mask)
         if pins is not None:
             output = pins(rows, output)
@@ -103,7 +107,7 @@ def denoise(
             noise = pins.hold(rows, noise)
         result = update(output, noise, previous, unchanged, accept, settle)
         yield Step(number, rows, canvas, output.argmax, result.accepted, output.entropy, result.changed, result.settled)
-        if number == schedule.steps:
+        if number == schedule.last:
             return
         live = (~result.settled).nonzero()[:, 0]
         if not len(live):

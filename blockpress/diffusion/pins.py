@@ -56,10 +56,8 @@ class Pins:
         Returns:
             None if no row has pins.
         """
-        if not any(pinned):
-            return None
-        tokens = to_device(torch.tensor([[row.get(i, UNPINNED) for i in range(length)] for row in pinned]), device)
-        return cls(tokens, embed(tokens.clamp(min=0)))
+        tokens = given_tokens(pinned, length, device)
+        return None if tokens is None else cls(tokens, embed(tokens.clamp(min=0)))
 
     def hold(self, rows: Int[Tensor, " rows"], canvas: Canvas) -> Canvas:
         """The canvas of some rows of the batch, with their pins put in.
@@ -68,7 +66,7 @@ class Pins:
         >>> pins.hold(torch.tensor([1]), torch.tensor([[4, 5, 6]])).tolist()
         [[4, 7, 6]]
         """
-        return torch.where(self.positions(rows), self.tokens[rows], canvas)
+        return put_in(self.tokens[rows], canvas)
 
     def __call__(self, rows: Int[Tensor, " rows"], output: DenoiserOutput) -> DenoiserOutput:
         """The denoiser's output for some rows of the batch, made certain at their pins."""
@@ -83,3 +81,17 @@ class Pins:
     def positions(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "rows canvas"]:
         """Which positions of some rows of the batch are pinned."""
         return self.tokens[rows] != UNPINNED
+
+
+def given_tokens(
+    given: Sequence[Mapping[int, int]], length: int, device: torch.device | str = "cpu"
+) -> Int[Tensor, "batch canvas"] | None:
+    """One mapping per row, position to token, as a tensor with `UNPINNED` elsewhere; None if all are empty."""
+    if not any(given):
+        return None
+    return to_device(torch.tensor([[row.get(i, UNPINNED) for i in range(length)] for row in given]), device)
+
+
+def put_in(tokens: Canvas, canvas: Canvas) -> Canvas:
+    """The canvas with `tokens` where these are not `UNPINNED`."""
+    return torch.where(tokens != UNPINNED, tokens, canvas)

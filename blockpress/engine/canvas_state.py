@@ -3,6 +3,7 @@
     slot     canvas    what the next step reads                 signal      self-conditioning embedding of the last step
              argmax    of the last step, to detect changes      unchanged   consecutive steps without a change
              pins      tokens that it must hold, or UNPINNED    banned      which of `ids` each position must not take
+             start     tokens in its first noise, or UNPINNED
     padding  the last row, for padding entries of a batch
 
 `ids` is the union of what all running requests ban, padded with ids that none bans: so the tensors keep their shapes
@@ -59,20 +60,23 @@ class CanvasState:
         self.signal = torch.zeros((*shape, config.hidden_size), dtype=network.dtype, device=self._device)
         self.unchanged = torch.zeros(count + 1, dtype=torch.long, device=self._device)
         self.pins = torch.full(shape, UNPINNED, device=self._device)
+        self.start = torch.full(shape, UNPINNED, device=self._device)
         self.ids: Int[Tensor, " ids"] = torch.empty(0, dtype=torch.long, device=self._device)
         self.banned: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
         self._column: dict[int, int] = {}
         self._owner: dict[int, Request] = {}
         self._bans: dict[int, Mapping[int, Container[int]]] = {}
         self._pinned: set[int] = set()
+        self._started: set[int] = set()
 
     def begin(self, requests: Sequence[Request]) -> StepFeatures:
-        """Write the pins and banned ids of canvases whose next step is their first; returns what the step needs."""
+        """Write what is given of canvases whose next step is their first; returns which features the step needs."""
         starting = [request for request in requests if request.step == 0]
         for request in starting:
             slot = slot_of(request)
             self._owner[slot], self._bans[slot] = request, dict(request.row.banned_ids)
-            self._pin(slot, request.row.pins)
+            self._put(slot, request.row.pins, self.pins, self._pinned)
+            self._put(slot, request.row.start, self.start, self._started)
         if any(token not in self._column for request in starting for token in self._bans[slot_of(request)]):
             self._gather_ids()
         elif len(self.ids):
@@ -86,13 +90,14 @@ class CanvasState:
             custom=any(has_custom_rules(request) or request.row.constraint is not None for request in requests),
         )
 
-    def _pin(self, slot: int, pins: Mapping[int, int]) -> None:
-        if pins:
-            self.pins[slot] = to_device(torch.tensor([pins.get(i, UNPINNED) for i in range(self.length)]), self._device)
-            self._pinned.add(slot)
-        elif slot in self._pinned:
-            self.pins[slot] = UNPINNED
-            self._pinned.discard(slot)
+    def _put(self, slot: int, given: Mapping[int, int], tokens: Int[Tensor, "slots canvas"], used: set[int]) -> None:
+        """Write given tokens to a slot; `used`: the slots that have any."""
+        if given:
+            tokens[slot] = to_device(torch.tensor([given.get(i, UNPINNED) for i in range(self.length)]), self._device)
+            used.add(slot)
+        elif slot in used:
+            tokens[slot] = UNPINNED
+            used.discard(slot)
 
     def _gather_ids(self) -> None:
         """The union of what the running requests ban; new tensors only if it does not fit the present ones."""

@@ -36,6 +36,7 @@ from blockpress.diffusion import (
     update,
 )
 from blockpress.diffusion.noise import LOW
+from blockpress.diffusion.pins import put_in
 from blockpress.diffusion.update import check_answer
 from blockpress.engine.batch import Part
 from blockpress.engine.canvas_state import CanvasState, StepFeatures, slot_of
@@ -109,8 +110,9 @@ def packed_entry(part: Part) -> list[int]:
         seed >> 32 & LOW,
         request.row.canvas_number,
     ]
-    real = (Schedule.of(sampling).temperature(number).item(), sampling.entropy_bound, sampling.confidence)
-    return [*whole, number, number == sampling.steps, sampling.stability, *map(_bits, real)]
+    schedule = Schedule.of(sampling, request.row.skipped_steps(sampling.steps))
+    real = (schedule.temperature(number).item(), sampling.entropy_bound, sampling.confidence)
+    return [*whole, number, number == schedule.last, sampling.stability, *map(_bits, real)]
 
 
 def padding_entry(padding_slot: int) -> list[int]:
@@ -157,6 +159,8 @@ def begin_step(network: Network, slots: CanvasState, canvases: CanvasBatch, feat
     )
     first, noise, uniform = draws.of_step(canvases.number)
     pins, all_rows = None, torch.arange(len(at), device=at.device)
+    if features.begins:
+        first = put_in(slots.start.index_select(0, at), first)
     if features.pinned:
         tokens = slots.pins.index_select(0, at)
         pins = Pins(tokens, network.embed(tokens.clamp(min=0)))

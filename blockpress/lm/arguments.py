@@ -40,7 +40,19 @@ class ConstraintOptions(TypedDict, total=False):
     schema: Mapping[str, Any] | bool | None
 
 
-class RequestOptions(ConstraintOptions, total=False):
+class GivenOptions(TypedDict, total=False):
+    """What is given of the answer.
+
+    pins: position in the answer to the id of the token that stands there. draft: text or ids that the answer starts
+    from. noise: share of the draft's tokens that random ones replace, from 0 to 1; None: 0.5.
+    """
+
+    pins: Mapping[int, int] | None
+    draft: str | Sequence[int] | Tensor | None
+    noise: float | None
+
+
+class RequestOptions(ConstraintOptions, GivenOptions, total=False):
     """The options of `LM.build_requests`; `lm.requests.RequestBuilder.for_prompts` describes them."""
 
     mode: Mode | None

@@ -10,12 +10,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack, cast, final
 
+from torch import Tensor
+
 from blockpress.chat import Chat, check_options
 from blockpress.checkpoints import Checkpoint, load_picture_settings, load_vision
 from blockpress.config import GenerationConfig, Sampling
 from blockpress.constrain import Constraint
 from blockpress.constrain.turns import Turn
-from blockpress.decoding import OutputProcessor, SequenceState, TextOutputProcessor
+from blockpress.decoding import Given, OutputProcessor, SequenceState, TextOutputProcessor
 from blockpress.engine import Request
 from blockpress.errors import CheckpointError
 from blockpress.lm.arguments import (
@@ -30,6 +32,7 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.decide import Decider
+from blockpress.lm.given import read_given
 from blockpress.lm.rows import attach_images, check_ids, make_sequences
 from blockpress.lm.tool_choice import check_tool_choice
 from blockpress.model import Network, VisionTower
@@ -55,6 +58,9 @@ class RequestBuilder:
         *,
         mode: Mode | None = None,
         logprobs: int | None = None,
+        pins: Mapping[int, int] | None = None,
+        draft: str | Sequence[int] | Tensor | None = None,
+        noise: float | None = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[Request]:
         """The requests of `LM.generate`, for a prompt or a list of them.
@@ -65,6 +71,7 @@ class RequestBuilder:
                 with the same weights. None: diffusion if the model has a canvas.
             logprobs: report the log-probability of each returned token in the causal pass, at temperature 1, and of
                 this many likeliest alternatives; None: neither. It costs the causal pass over the last canvas.
+            pins, draft, noise: what is given of each answer (`arguments.GivenOptions`).
             constraint: what the answer must be (`arguments.ConstraintOptions`); `Reply.invalid`: why it is not.
 
         Raises:
@@ -73,6 +80,12 @@ class RequestBuilder:
         tokenizer, stop_ids = self._tokenizer, self._generation.stop_ids
         sampling = check_sampling(
             sampling, mode, self._generation, self._network.config, has_text=tokenizer is not None
+        )
+        given = read_given(
+            {"pins": pins, "draft": draft, "noise": noise},
+            sampling,
+            self._network.config,
+            lambda text: needs_tokenizer(tokenizer, self._checkpoint.path, "encode").encode(text, add_special=False),
         )
         compiled = self._constraints.get(stop_ids, constraint)
         prompts = list(cast("Sequence[Prompt]", prompt)) if is_batch(prompt) else [cast("Prompt", prompt)]
@@ -87,7 +100,9 @@ class RequestBuilder:
             return check_ids(self._network.config, prompt, "prompt")
 
         ids = [prompt_ids(each) for each in prompts]
-        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, [compiled] * len(ids))
+        rows = self._rows(
+            ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, [compiled] * len(ids), given
+        )
         return [Request(row, sampling) for row in rows]
 
     def for_chats(
@@ -179,9 +194,10 @@ class RequestBuilder:
         sampling: AnySampling,
         logprobs: int | None,
         constraints: Sequence[Constraint | None],
+        given: Given | None = None,
     ) -> list[SequenceState]:
         canvas = self._network.config.canvas_length if isinstance(sampling, Sampling) else 1
-        limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs}
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs, "given": given}
         return make_sequences(
             ids, seed, make_processor, canvas, self._network.config, constraints=constraints, **limits
         )

@@ -15,7 +15,7 @@ from blockpress.chat import EncodedChat
 from blockpress.config import ModelConfig
 from blockpress.config.checks import value_text
 from blockpress.constrain import Constraint, ConstraintState
-from blockpress.decoding import OutputProcessor, SequenceState
+from blockpress.decoding import Given, OutputProcessor, SequenceState
 from blockpress.errors import PromptTooLong, RequestError
 from blockpress.lm.arguments import as_list, check_logprobs, is_integer
 from blockpress.model import VisionTower
@@ -33,6 +33,7 @@ def make_sequences(
     stop_ids: Sequence[int],
     logprobs: int | None = None,
     constraints: Sequence[Constraint | None] = (),
+    given: Given | None = None,
 ) -> list[SequenceState]:
     """A row for each prompt, or for each seed if there is one prompt; `canvas` is the canvas length, 1 for
     autoregressive decoding. `constraints`: of each prompt; none if it is empty.
@@ -51,9 +52,8 @@ def make_sequences(
         check_context_length(config, len(ids), canvas)
         room = config.context_length - len(ids)
         constraint = constraints[index] if constraints else None
-        if constraint is not None:
-            whole = room // canvas * canvas
-            constraint.check_length(whole if max_tokens is None else min(whole, max_tokens))
+        row_given, pins = Given() if given is None else given, {} if given is None else given.pins
+        state = None if constraint is None else ConstraintState(constraint, pins)
         rows.append(
             SequenceState(
                 index,
@@ -65,9 +65,11 @@ def make_sequences(
                 max_tokens=max_tokens,
                 processor=make_processor(ids),
                 logprobs=logprobs,
-                constraint=None if constraint is None else ConstraintState(constraint),
+                constraint=state,
+                given=row_given,
             )
         )
+        rows[-1].check_given()
     return rows
 
 

@@ -126,7 +126,16 @@ class OnPaper:
 
     def addresses(self) -> list[int]:
         slots = self.slots
-        state = (slots.canvas, slots.argmax, slots.signal, slots.unchanged, slots.pins, slots.ids, slots.banned)
+        state = (
+            slots.canvas,
+            slots.argmax,
+            slots.signal,
+            slots.unchanged,
+            slots.pins,
+            slots.start,
+            slots.ids,
+            slots.banned,
+        )
         return [tensor.data_ptr() for tensor in state]
 
     def __call__(self, work: GraphBody) -> Recorded:
@@ -134,7 +143,7 @@ class OnPaper:
 
         def replay() -> None:
             fresh = work()
-            assert self.addresses()[:5] == known[:5]
+            assert self.addresses()[:6] == known[:6]
             assert self.addresses() == known or len(self.slots.ids) > before[0], "moved beneath a graph"
             for field in fields(outputs):
                 getattr(outputs, field.name).copy_(getattr(fresh, field.name))
