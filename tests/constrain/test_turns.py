@@ -224,13 +224,13 @@ def test_a_thought_ends_where_the_network_ends_it_however_unlikely_the_answer_is
 
 def rest(shares: np.ndarray) -> np.ndarray:
     """The probabilities of "ab?" and stops over some positions, of which there may be none."""
-    length, found, total = len(shares), np.zeros_like(shares), 0.0
-    for tokens in ([1] + [STOP] * (length - 1), [1, 2] + [STOP] * (length - 2)):
-        if length and len(tokens) >= length:
-            weight = shares[np.arange(length), tokens[:length]].prod()
-            found[np.arange(length), tokens[:length]] += weight
-            total += weight
-    return found / total if total else found
+    length, found = len(shares), np.zeros_like(shares)
+    both = [[1] + [STOP] * (length - 1), [1, 2] + [STOP] * (length - 2)] if length else []
+    texts = [tokens[:length] for tokens in both if len(tokens) >= length]
+    logs = np.array([np.log(shares[np.arange(length), tokens]).sum() for tokens in texts])  # products may underflow
+    for tokens, weight in zip(texts, np.exp(logs - logs.max(initial=-np.inf)), strict=True):
+        found[np.arange(length), tokens] += weight
+    return found / found[:1].sum() if length else found
 
 
 def test_a_thought_closes_in_time() -> None:
