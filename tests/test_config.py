@@ -465,6 +465,9 @@ def test_the_full_layers_own_heads_count_only_where_keys_are_values():
         *[("t_max", value) for value in (0.3, float("nan"), float("inf"), None)],
         *[("stability", value) for value in (-1, 0.5, False)],
         *[("max_verifications", value) for value in (-1, 0.5, True, "4")],
+        *[("max_repairs", value) for value in (-1, 0.5, True, "4", 1001)],
+        *[("repair_below", value) for value in (0, 1, -0.5, True, "a")],
+        *[("checked_spans", value) for value in (5, "code", [(0, 1)])],
         *[("confidence", value) for value in (-0.001, float("nan"), "x")],
         *[("stop", value) for value in ("", ("a", ""), (1,), None, 3, {"a"}, b"a")],
         *[(rule, value) for rule in ("accept", "settle") for value in (0.1, "EntropyBound", True)],
@@ -485,7 +488,11 @@ def test_with_changes_only_the_given_fields():
     refused(lambda: Sampling().with_(temperature=1.0), RequestError, "temperature")
 
 
-@pytest.mark.parametrize("rule", ["accept", "settle"])
+def test_a_canvas_is_repaired_or_verified():
+    refused(lambda: Sampling(max_repairs=1, max_verifications=1), RequestError, "max_repairs is 1")
+
+
+@pytest.mark.parametrize("rule", ["accept", "settle", "checked_spans"])
 def test_a_custom_rule_cannot_be_saved(rule: str):
     sampling = Sampling(**{rule: len})
     refused(lambda: GenerationConfig(sampling=sampling).to_dict(), ConfigError, rule, "len")

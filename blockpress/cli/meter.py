@@ -91,8 +91,9 @@ class Meter:
         self.accepted = int(event.accepted.sum())
         self.entropies.append(float(event.entropy.mean()))
         # A canvas after the first costs one more forward, the commit of the one before it; a retry of an empty canvas
-        # does not; in a redo after verification, that forward is the verification.
-        self.forwards += 2 if event.step == 1 and (event.verifications or (event.canvas and not event.retry)) else 1
+        # does not; where a canvas is redone or repaired, that forward is the causal pass over it.
+        again = event.verifications or event.repairs
+        self.forwards += 2 if event.step == 1 and (again or (event.canvas and not event.retry)) else 1
         tokens = event.argmax.tolist()
         valid = next((i + 1 for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
         self.tokens_per_forward = (self._committed + valid) / self.forwards

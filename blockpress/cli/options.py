@@ -48,6 +48,18 @@ Steps = Annotated[
 ]
 
 
+MaxRepairs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Most times that places of a settled canvas are denoised again which the causal pass finds unlikely. "
+        "Default: 0.",
+    ),
+]
+RepairBelow = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Below this probability in the causal pass a place is repaired. Default: 0.01."),
+]
 Regex = Annotated[
     str | None, typer.Option(metavar="R", help="The whole answer matches this regular expression (Python's syntax).")
 ]

@@ -194,7 +194,7 @@ class CanvasRecording:
         for event in events:
             if isinstance(event, Denoised):
                 before = f"canvas {event.canvas + 1}, " if page.canvases > 1 else ""
-                if event.step == 1 and not event.verifications:
+                if event.step == 1 and not (event.verifications or event.repairs):
                     pages.append(page.canvas(event, [State.NOISE] * len(event.argmax)))
                     shots.append(self._noise(_drawn(pages[-1]), before))
                 pages.append(page.canvas(event, states(event)))

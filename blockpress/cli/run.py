@@ -104,8 +104,9 @@ Events = Annotated[
     bool, typer.Option("--events", help="Print one JSON object an event: step, commit, text, thought, call, done.")
 ]
 
-_DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence", "max_verifications")
-FIELDS = frozenset((*_DENOISING, "temperature", "top_k", "top_p", "stop"))
+_DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence")
+_READING = ("max_verifications", "max_repairs", "repair_below")
+FIELDS = frozenset((*_DENOISING, *_READING, "temperature", "top_k", "top_p", "stop"))
 """The options of `run` that are fields of a sampling."""
 
 
@@ -129,6 +130,8 @@ def run(
     stability: Stability = None,
     confidence: Confidence = None,
     max_verifications: MaxVerifications = None,
+    max_repairs: options.MaxRepairs = None,
+    repair_below: options.RepairBelow = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -170,9 +173,8 @@ def run(
     limits["constraint"], file = options.constraint(regex, choice, schema), check_file(record)
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events or record is not None) else read_prompt(prompt)
-    how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
-    arguments = model, mode, changes, chat, shown, limits, raw, file, how
-    _answer(opened_or_pulled(lambda: _open(*arguments), model, yes), text, json, events, fast)
+    given = model, mode, changes, chat, shown, limits, raw, file
+    _answer(opened_or_pulled(lambda: _open(*given, dtype, compute_dtype, device), model, yes), text, json, events, fast)
 
 
 def _check(
@@ -204,10 +206,12 @@ def _open(
     limits: dict[str, Any],
     raw: bool,
     record: Path | None,
-    how: dict[str, Any],
+    dtype: str | None,
+    compute_dtype: str | None,
+    device: str,
 ) -> ChatSession:
     """The model and how it is prompted; `changes` to its sampling, `chat` and `shown` by their options, `limits` as
-    fields of `ChatSession`, `how` as arguments of `load`."""
+    fields of `ChatSession`; the rest as arguments of `load`."""
     parts = media.parts(shown["--image"] or (), shown["--video"] or (), shown["--soft-tokens"])
 
     def check(found: Checkpoint) -> None:
@@ -225,6 +229,7 @@ def _open(
         from blockpress.cli.record import CanvasRecording
         from blockpress.config import Sampling
 
+        how: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
         lm, sampling = options.open_in_mode(model, mode, changes, check=check, max_running=1, **how)
     budget, thinking = chat["--thinking-budget"], chat["--thinking"]
     recording = None

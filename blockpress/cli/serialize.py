@@ -52,6 +52,7 @@ def event_to_dict(lm: LM, event: Event) -> dict[str, Any]:
             "canvas": event.canvas,
             "retry": event.retry,
             "verifications": event.verifications,
+            "repairs": event.repairs,
             "step": event.step,
             "text": None if lm.tokenizer is None else lm.decode(event.argmax),
             "tokens": event.argmax.tolist(),
@@ -101,6 +102,7 @@ def ended(reply: Reply) -> str:
     if usage.canvases or usage.steps:
         work = f"{_counted(usage.canvases, 'canvas', 'es')}, {_counted(usage.steps, 'step')}"
     work += f", {_counted(usage.verifications, 'verification')}" if usage.verifications else ""
+    work += f", {_counted(usage.repairs, 'repair')}" if usage.repairs else ""
     extra = f", {usage.empty_retries} begun again because empty" if usage.empty_retries else ""
     extra += f", {_counted(usage.reasoning_tokens, 'token')} of thought" if usage.reasoning_tokens else ""
     extra += f"; {reply.invalid}" if reply.invalid else ""

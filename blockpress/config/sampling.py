@@ -9,7 +9,7 @@ Source: reference model, section 2; for tokens `GenerationConfig` of `transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -22,6 +22,8 @@ DEFAULT_MAX_VERIFICATIONS = 4
 """How many verifications of a canvas the mode "verified" does by default."""
 MOST = 2**31 - 1
 """The largest count of steps, verifications and kept tokens."""
+MOST_REPAIRS = 1000
+"""The largest number of repairs of a canvas: each has draws of its own, and there are so many."""
 COLDEST, HOTTEST = 1e-30, 1e30
 """The temperatures by which float32 logits can be divided. At the coldest only the likeliest token is left."""
 _TEMPERATURE = f"a temperature from {COLDEST} to {HOTTEST}"
@@ -38,7 +40,11 @@ class Sampling:
     counted. t_max, t_min: temperature at the first step and after the last; the last step's is above t_min, which may
     be 0. stability: consecutive steps whose argmax must agree before a canvas settles. confidence: mean entropy (nats
     per token) below which it may settle. max_verifications: how many times at most the causal pass verifies a settled
-    canvas, and what it rejects is denoised again; 0: never. stop: text that ends the answer and is not part of it.
+    canvas, and what it rejects is denoised again; 0: never. max_repairs: how many times at most places of a settled
+    canvas are denoised again, all others held: those whose token the causal pass gives a probability below
+    repair_below; 0: never. checked_spans: what is verified or repaired, as (start, stop) pairs of places in the answer;
+    it is called with the answer's tokens, the settled canvas included; None: all. stop: text that ends the answer and
+    is not part of it.
     accept, settle: your own rules (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of
     stability and confidence; their steps are not captured on a GPU.
     """
@@ -50,6 +56,9 @@ class Sampling:
     stability: int = 1
     confidence: float = 0.005
     max_verifications: int = 0
+    max_repairs: int = 0
+    repair_below: float = 0.01
+    checked_spans: Callable[[Sequence[int]], Iterable[tuple[int, int]]] | None = None
     stop: tuple[str, ...] = ()
     accept: Callable[[Any], Any] | None = None
     settle: Callable[[Any, Any], Any] | None = None
@@ -61,8 +70,8 @@ class Sampling:
                     f"sampling field {name} is {value_text(getattr(self, name))}", hint=f"{name} must be {what}"
                 )
 
-        numbers = ("entropy_bound", "t_min", "t_max", "confidence")
-        _as_python(self, ("steps", "stability", "max_verifications"), numbers)
+        numbers = ("entropy_bound", "t_min", "t_max", "confidence", "repair_below")
+        _as_python(self, ("steps", "stability", "max_verifications", "max_repairs"), numbers)
         need(is_count(self.steps, 1, MOST), "steps", f"a whole number from 1 to {MOST}")
         need(is_number(self.entropy_bound) and self.entropy_bound > 0, "entropy_bound", "a number above 0 (nats)")
         need(is_number(self.t_max) and COLDEST <= self.t_max <= HOTTEST, "t_max", _TEMPERATURE)
@@ -73,9 +82,23 @@ class Sampling:
         need(is_count(self.stability, 0, MOST), "stability", f"a whole number from 0 to {MOST}")
         need(is_number(self.confidence) and self.confidence >= 0, "confidence", "0 or more (nats a token)")
         need(is_count(self.max_verifications, 0, MOST), "max_verifications", f"a whole number from 0 to {MOST}")
+        need(is_count(self.max_repairs, 0, MOST_REPAIRS), "max_repairs", f"a whole number from 0 to {MOST_REPAIRS}")
+        either = not (self.max_repairs and self.max_verifications)
+        need(either, "max_repairs", "0 where max_verifications is not: a canvas is repaired or verified")
+        need(
+            is_number(self.repair_below) and 0 < self.repair_below < 1, "repair_below", "a probability between 0 and 1"
+        )
+        need(
+            self.checked_spans is None or callable(self.checked_spans), "checked_spans", "a callable of tokens, or None"
+        )
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
+
+    @property
+    def reads_drafts(self) -> bool:
+        """Whether the causal pass reads a settled canvas before it is committed."""
+        return self.max_verifications > 0 or self.max_repairs > 0
 
     def with_(self, **changes: Any) -> Sampling:
         """A copy with some fields changed; the result is checked."""
@@ -230,7 +253,7 @@ class GenerationConfig:
         """The file's content, in the reference's field names."""
         out = dict(self.source) | {"eos_token_id": list(self.stop_ids)}
         s, t = self.sampling, self.autoregressive
-        for name in ("accept", "settle"):
+        for name in ("accept", "settle", "checked_spans"):
             if getattr(s, name) is not None:
                 raise ConfigError(
                     f"sampling field {name} is {getattr(s, name)!r}, which generation_config.json cannot hold",

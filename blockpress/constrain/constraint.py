@@ -198,7 +198,7 @@ class CanvasConstraint:
             for masses in (mass, best) if place < self.positions else ():
                 masses[place] = -np.inf
                 masses[place, self.automaton.class_of[token]] = 0.0
-        weights = entry_weights(self.automaton, self.left, mass)
+        weights = entry_weights(self.automaton, self.left, mass, self.ends)
         result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights, self.ends)
         bias = np.concatenate((result.bias + weights, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
         posterior_logits = scaled.clone()

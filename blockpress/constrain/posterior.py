@@ -88,7 +88,9 @@ def posterior(
     return Posterior(bias, *_best_path(automaton, into, highest, best, end))
 
 
-def entry_weights(automaton: TokenAutomaton, left: int, mass: Masses) -> Masses:
+def entry_weights(
+    automaton: TokenAutomaton, left: int, mass: Masses, ends: Bool[np.ndarray, " states"] | None = None
+) -> Masses:
     """What to add to the logits of each class at each position so that free text ends where the network ends it.
 
     The posterior then is P(free text) times P(rest | allowed, free text), where it was P(both | allowed). Zero where no
@@ -101,7 +103,7 @@ def entry_weights(automaton: TokenAutomaton, left: int, mass: Masses) -> Masses:
     mass = mass - np.logaddexp.reduce(mass, axis=1, keepdims=True)  # 0 is certainty
     out_of = automaton.groups[1]
     label, target = automaton.label[out_of.order], automaton.target[out_of.order]
-    ahead = np.where(automaton.distance <= left, 0.0, -np.inf)
+    ahead = np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
     for i in reversed(range(len(mass))):
         rest = ahead[targets]
         weights[i, labels] = np.where(np.isneginf(rest), 0.0, -rest)

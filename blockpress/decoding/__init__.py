@@ -5,6 +5,7 @@ Invariant: everything specific to one answer is kept here or in its output proce
 """
 
 from blockpress.decoding.events import (
+    Cancel,
     Committed,
     Denoised,
     Done,
@@ -21,7 +22,7 @@ from blockpress.decoding.events import (
 )
 from blockpress.decoding.given import Given
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
-from blockpress.decoding.sequence import Cancel, FinishedCanvas, SequenceState
+from blockpress.decoding.sequence import FinishedCanvas, SequenceState
 
 __all__ = [
     "Cancel",

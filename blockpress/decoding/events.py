@@ -5,16 +5,24 @@ Invariant: events are immutable; the texts of a row's events, joined, are its re
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from blockpress.chat import MalformedToolCall, ToolCall
+from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
 from blockpress.errors import BlockpressError, renamed_fields
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@runtime_checkable
+class Cancel(Protocol):
+    """A flag to stop; `threading.Event` is one."""
+
+    def is_set(self) -> bool: ...
 
 
 @renamed_fields(rounds="redos", checks="verifications")  # until version 0.3
@@ -27,7 +35,8 @@ class Usage:
     control tokens around them. thought_cut: whether the budget closed a thought. empty_retries: canvases that were
     written again because they ended the answer before it began; their steps are counted, their tokens are not.
     verifications: those of settled canvases by the causal pass. redos: how often one led to denoising part of a
-    canvas again. A verification is a forward; where it accepts the whole canvas, it is also the commit.
+    canvas again. repairs: how often unlikely places of a settled canvas were denoised again. A verification is a
+    forward, and so is what finds such places; where they accept the whole canvas, they are also the commit.
     """
 
     prompt_tokens: int
@@ -41,6 +50,7 @@ class Usage:
     empty_retries: int = 0
     verifications: int = 0
     redos: int = 0
+    repairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class Denoised:
     """One denoising step of one row, with entropies in nats.
 
     changed: positions whose argmax differs from the previous step's. attempt: how many times this canvas has been
-    restarted because the answer was empty. verifications: how many of it had the rest redone.
+    restarted because the answer was empty. verifications: how many of it had the rest redone. repairs: how often places
+    of it were denoised again.
     """
 
     row: int
@@ -114,6 +125,7 @@ class Denoised:
     settled: bool
     retry: int = 0
     verifications: int = 0
+    repairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,3 +191,14 @@ class Failed:
 
 
 Event = Denoised | Committed | Text | ReasoningDelta | ToolCallEvent | MalformedToolCallEvent | Done | Failed
+
+
+def piece_events(row: int, pieces: Sequence[Piece]) -> Iterator[Event]:
+    """The events of a row's new output."""
+    for piece in pieces:
+        if isinstance(piece, TextDelta):
+            yield (Text if piece.kind == "answer" else ReasoningDelta)(row, piece.text)
+        elif isinstance(piece, ToolCall):
+            yield ToolCallEvent(row, piece)
+        else:
+            yield MalformedToolCallEvent(row, piece)

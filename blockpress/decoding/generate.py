@@ -161,4 +161,5 @@ def denoised_event(row: SequenceState, index: int, step: Step) -> Denoised:
         settled=bool(step.settled[index]),
         retry=row.retry,
         verifications=row.verifications,
+        repairs=len(row.repairs),
     )

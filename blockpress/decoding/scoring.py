@@ -40,7 +40,7 @@ class TokenScores:
     """The causal pass's scores of some tokens of a row, one entry per position.
 
     greedy_ids: the tokens that it would have written. logprobs, greedy_logprobs: the log-probabilities of the row's
-    tokens and of the greedy ones; empty for a row without `logprobs`.
+    tokens and of the greedy ones; empty for a row that wants none.
     """
 
     greedy_ids: list[int]
@@ -68,13 +68,22 @@ def causal_forward(
 
 
 def score_tokens(
-    network: Network, states: States, rows: Sequence[SequenceState], drafts: Sequence[list[int]]
+    network: Network,
+    states: States,
+    rows: Sequence[SequenceState],
+    drafts: Sequence[list[int]],
+    wanted: Sequence[int | None] | None = None,
 ) -> list[TokenScores]:
-    """Score one list of tokens per row, given the hidden states that predict them (`causal_forward`)."""
+    """Score one list of tokens per row, given the hidden states that predict them (`causal_forward`).
+
+    `wanted`: of each row the number of alternatives with its log-probabilities, None for no log-probabilities. Without
+    it, what the rows report.
+    """
+    wanted = [row.logprobs for row in rows] if wanted is None else wanted
     if not any(drafts):
         return [TokenScores([], [], []) for _ in drafts]
     config, tokens = network.config, [token for draft in drafts for token in draft]
-    tops = [row.logprobs for row in rows if row.logprobs is not None]
+    tops = [top for top in wanted if top is not None]
     result = vocabulary.score_targets(
         torch.cat([states[row, : len(draft)] for row, draft in enumerate(drafts)]),
         network.embed_tokens.weight,
@@ -98,7 +107,7 @@ def score_tokens(
         pairs = tuple(pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf)
         logprobs.append(TokenLogprob(token, logprob, pairs))
         greedy_logprobs.append(TokenLogprob(int(greedy), greedy_logprob, pairs))
-    return _split_by_row(rows, drafts, TokenScores(greedy_ids, logprobs, greedy_logprobs))
+    return _split_by_row(wanted, drafts, TokenScores(greedy_ids, logprobs, greedy_logprobs))
 
 
 def _banned(
@@ -136,11 +145,11 @@ def _forbid(
     return forbid
 
 
-def _split_by_row(rows: Sequence[SequenceState], drafts: Sequence[list[int]], scores: TokenScores) -> list[TokenScores]:
+def _split_by_row(wanted: Sequence[int | None], drafts: Sequence[list[int]], scores: TokenScores) -> list[TokenScores]:
     """Split the scores of all tokens into those of each row's draft, with as many alternatives as the row wants."""
     result, start = [], 0
-    for row, draft in zip(rows, drafts, strict=True):
-        part, top, start = slice(start, start + len(draft)), row.logprobs, start + len(draft)
+    for top, draft in zip(wanted, drafts, strict=True):
+        part, start = slice(start, start + len(draft)), start + len(draft)
         pair = [[], []] if top is None else [_with_top(x[part], top) for x in (scores.logprobs, scores.greedy_logprobs)]
         result.append(TokenScores(scores.greedy_ids[part], *pair))
     return result

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,13 +25,10 @@ from blockpress.decoding.events import (
     Done,
     Event,
     FinishReason,
-    MalformedToolCallEvent,
-    ReasoningDelta,
     Reply,
-    Text,
     TokenLogprob,
-    ToolCallEvent,
     Usage,
+    piece_events,
 )
 from blockpress.decoding.given import Given
 from blockpress.decoding.output import Decoder, OutputProcessor, TextOutputProcessor, common_prefix
@@ -41,13 +37,6 @@ from blockpress.errors import RequestError
 MOST_LOGPROBS = 128
 """Most alternatives that are reported with each token. They are kept for all tokens of the answer: at 130 bytes each,
 8,192 tokens with as many alternatives as a vocabulary of 262,144 has would take 280 GB."""
-
-
-@runtime_checkable
-class Cancel(Protocol):
-    """A flag to stop; `threading.Event` is one."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -108,6 +97,8 @@ class SequenceState:
         """Tokens that the current canvas must hold, by position."""
         self.verifications = self._all_verifications = 0
         """How many times the causal pass has verified the current canvas."""
+        self.repairs: list[set[tuple[int, int]]] = []
+        """Of each repair of the current canvas, what was denoised again: positions, with the tokens that were there."""
         self.num_kept = 0
         """How many of the last draft's tokens that a causal pass read are context now."""
         self.new_tokens: list[int] = []
@@ -115,12 +106,10 @@ class SequenceState:
         self._stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
         self._limit = None if max_tokens is None else int(max_tokens)
         self._processor: OutputProcessor = TextOutputProcessor(decoder) if processor is None else processor
-        self._tokens: list[int] = []
-        self._pieces: list[Piece] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._retries = self._retried_steps = self._restarts = self._redos = self._causal_passes = 0
+        self._tokens, self._read_tokens = list[int](), list[int]()
+        self._pieces, self._logprobs = list[Piece](), list[TokenLogprob]()
+        self._retries = self._retried_steps = self._restarts = self._redos = self._repairs = self._causal_passes = 0
         self._draft, self._earlier_steps = FinishedCanvas([], 0), 0
-        self._read_tokens: list[int] = []
 
     @property
     def canvas_number(self) -> int:
@@ -163,12 +152,14 @@ class SequenceState:
 
     @property
     def start(self) -> Mapping[int, int]:
-        """Tokens that stand in the current canvas's first noise, by position."""
+        """Tokens that stand in the current canvas's first noise, by position; none once it is repaired."""
+        if self.repairs:
+            return {}
         return self.given.start_on(len(self._tokens), self._canvas_length, self.seed, self.canvas_number)
 
     def skipped_steps(self, steps: int) -> int:
         """How many of a canvas's steps come before the one that the current canvas starts with."""
-        return self.given.skipped_steps(len(self._tokens), self._canvas_length, steps)
+        return 0 if self.repairs else self.given.skipped_steps(len(self._tokens), self._canvas_length, steps)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -207,6 +198,11 @@ class SequenceState:
         left = self._room if self._limit is None else min(self._room, self._limit - len(self._tokens))
         return self._processor.cut(self._draft.tokens[: self._end(self._draft)])[:left]
 
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of the answer so far, without the draft."""
+        return list(self._tokens)
+
     def draft(self, argmax: list[int], steps: int) -> None:
         """The canvas after its latest step; `steps` since it was started, or redone after a verification."""
         self._draft = FinishedCanvas(argmax, self._earlier_steps + steps)
@@ -221,19 +217,25 @@ class SequenceState:
         """Replace the draft's tokens."""
         self._draft = FinishedCanvas(tokens, self._draft.steps)
 
-    def redo(self, pins: Mapping[int, int]) -> None:
-        """Denoise the canvas again, with new draws; it holds the pins from its first noise on."""
+    def redo(self, pins: Mapping[int, int], repaired: set[tuple[int, int]] | None = None) -> None:
+        """Denoise the canvas again, with new draws; it holds the pins from its first noise on.
+
+        `repaired`: where a repair denoises it again, and which tokens were there; None: it is redone by a verification.
+        """
         self._earlier_steps = self._draft.steps
         self._draft, self.num_kept = FinishedCanvas([], self._earlier_steps), 0
         self._read_tokens, self.new_tokens = [], []
-        self.pins, self._restarts, self._redos = pins, self._restarts + 1, self._redos + 1
+        self.pins, self._restarts = pins, self._restarts + 1
+        self._redos, self._repairs = self._redos + (repaired is None), self._repairs + (repaired is not None)
+        self.repairs += [] if repaired is None else [repaired]
 
     def commit(self, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
         """Commit the draft, or restart the canvas; yields the events of what this adds. `logprobs`: the proposal's."""
         canvas, read_tokens = self._draft, self._read_tokens
         self._draft, self._earlier_steps, self.num_kept = FinishedCanvas([], 0), 0, 0
         self._read_tokens, self.new_tokens = [], []
-        self.pins, self.verifications = self.given.pins_on(len(self._tokens), self._canvas_length), 0
+        self.pins = self.given.pins_on(len(self._tokens), self._canvas_length)
+        self.verifications, self.repairs = 0, []
         end = self._end(canvas)
         valid = canvas.tokens[:end]
         kept = self._processor.cut(valid)
@@ -278,7 +280,8 @@ class SequenceState:
         assert self.logprobs is None or len(self._logprobs) == len(self._tokens), "log-probabilities are missing"
         new_logprobs = None if self.logprobs is None else self._logprobs[before:]
         yield Committed(self.index, len(self.canvases) - 1, tokens, self.canvases[-1].steps, new_logprobs)
-        yield from self._events(pieces)
+        self._pieces += pieces
+        yield from piece_events(self.index, pieces)
         if stopped and self._processor.stopped is None and any(isinstance(piece, ToolCall) for piece in self._pieces):
             self.finish_reason = "tool_calls"
         if self.finish_reason is not None:
@@ -287,20 +290,10 @@ class SequenceState:
     def cancel(self) -> Iterator[Event]:
         """End here: committed tokens stay, and text held back for later tokens is released."""
         self.finish_reason = "cancelled"
-        yield from self._events(self._processor.finish())
-        yield Done(self.index, self.reply())
-
-    def _events(self, pieces: list[Piece]) -> Iterator[Event]:
+        pieces = self._processor.finish()
         self._pieces += pieces
-        for piece in pieces:
-            if isinstance(piece, TextDelta):
-                yield (Text if piece.kind == "answer" else ReasoningDelta)(self.index, piece.text)
-            else:
-                yield (
-                    ToolCallEvent(self.index, piece)
-                    if isinstance(piece, ToolCall)
-                    else MalformedToolCallEvent(self.index, piece)
-                )
+        yield from piece_events(self.index, pieces)
+        yield Done(self.index, self.reply())
 
     def reply(self) -> Reply:
         """The finished answer. The steps of a cancelled canvas are counted, its tokens are not returned."""
@@ -339,6 +332,7 @@ class SequenceState:
             empty_retries=self._retries,
             verifications=self._all_verifications,
             redos=self._redos,
+            repairs=self._repairs,
         )
 
 

@@ -29,7 +29,7 @@ from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.decoding import Event, SequenceState
 from blockpress.decoding.autoregressive import sample_next, with_usage
 from blockpress.decoding.scoring import TokenScores, score_tokens
-from blockpress.decoding.verified import apply_verification, needs_causal_pass
+from blockpress.decoding.verified import apply_verification, needs_causal_pass, wanted_alternatives
 from blockpress.engine.request import Request
 from blockpress.engine.runner import RunnerOutput, SampledTokens
 from blockpress.engine.scheduler import ScheduledRequest
@@ -92,7 +92,7 @@ def strategy_of(request: Request) -> str:
     """The name of a request's strategy."""
     if isinstance(request.sampling, AutoregressiveSampling):
         return "autoregressive"
-    return "verified" if request.sampling.max_verifications or request.row.logprobs is not None else "diffusion"
+    return "verified" if request.sampling.reads_drafts or request.row.logprobs is not None else "diffusion"
 
 
 @final
@@ -138,7 +138,8 @@ class Verified:
         request, row = outcome.scheduled.request, outcome.scheduled.request.row
         if reads_draft(outcome.scheduled):
             assert outcome.hidden is not None
-            return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)))
+            wanted = wanted_alternatives(row, canvas_sampling(request))
+            return Draft(row, row.proposal, torch.cat((self._last[request], outcome.hidden)), wanted)
         if outcome.hidden is not None:
             self._last[request] = outcome.hidden[-1:].clone()  # a view would keep all rows of the forward alive
         return after_step(outcome)
@@ -146,7 +147,7 @@ class Verified:
     def _apply(self, outcome: RunnerOutput, draft: Draft, scores: TokenScores) -> RequestProgress:
         """Commit or redo, by the scores of the draft."""
         request, row = outcome.scheduled.request, draft.row
-        events = [*apply_verification(row, scores, max_verifications(request))]
+        events = [*apply_verification(row, scores, canvas_sampling(request))]
         self._last[request] = draft.states[row.num_kept : row.num_kept + 1].clone()
         return RequestProgress(events=events, num_verified=row.num_kept, next_tokens=row.new_tokens)
 
@@ -200,7 +201,7 @@ class Autoregressive:
         if reads_draft(scheduled):
             assert outcome.hidden is not None
             self._forwards[scheduled.request] += 1
-            return Draft(row, row.proposal, torch.cat((states, outcome.hidden)))
+            return Draft(row, row.proposal, torch.cat((states, outcome.hidden)), row.logprobs)
         self._forwards[scheduled.request] += scheduled.start < scheduled.stop
         if isinstance(outcome.sampled, BaseException):
             raise outcome.sampled
@@ -209,7 +210,7 @@ class Autoregressive:
         proposal = row.proposal if row.logprobs is not None else []
         if len(proposal) > 1:
             return RequestProgress(next_tokens=proposal[:-1], is_draft=True)
-        return Draft(row, proposal, states)
+        return Draft(row, proposal, states, row.logprobs)
 
     def _commit(self, outcome: RunnerOutput, draft: Draft, scores: TokenScores) -> RequestProgress:
         """Commit the chosen token."""
@@ -228,11 +229,15 @@ class Autoregressive:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Tokens that a row is about to commit, and the hidden states that predict them: [tokens, hidden] or one more."""
+    """Tokens that a row is about to commit, and the hidden states that predict them: [tokens, hidden] or one more.
+
+    wanted: how many alternatives are scored with them; None: no log-probabilities.
+    """
 
     row: SequenceState
     tokens: list[int]
     states: Tensor
+    wanted: int | None
 
 
 def score_drafts(
@@ -264,7 +269,8 @@ def _score(network: Network, drafts: Sequence[Draft]) -> list[TokenScores]:
     if not any(draft.tokens for draft in drafts):
         return [TokenScores([], [], []) for _ in drafts]
     states = pad_sequence([draft.states for draft in drafts], batch_first=True)
-    return score_tokens(network, states, [draft.row for draft in drafts], [draft.tokens for draft in drafts])
+    rows, tokens, wanted = zip(*((draft.row, draft.tokens, draft.wanted) for draft in drafts), strict=True)
+    return score_tokens(network, states, rows, tokens, wanted)
 
 
 def apply_batched(
@@ -307,7 +313,7 @@ def after_step(outcome: RunnerOutput) -> RequestProgress:
     row.draft(outcome.canvas or [], outcome.denoised.step)
     if outcome.canvas is None:
         return RequestProgress(events=[outcome.denoised])
-    if needs_causal_pass(row, max_verifications(request)):
+    if needs_causal_pass(row, canvas_sampling(request)):
         return RequestProgress(events=[outcome.denoised], next_tokens=row.proposal, is_draft=True)
     return RequestProgress(events=[outcome.denoised, *row.commit()], next_tokens=row.new_tokens)
 
@@ -322,6 +328,7 @@ def reads_draft(scheduled: ScheduledRequest) -> bool:
     return scheduled.request.num_draft_tokens > 0 and reads_to_end(scheduled)
 
 
-def max_verifications(request: Request) -> int:
-    """The most verifications of one canvas of a request."""
-    return request.sampling.max_verifications if isinstance(request.sampling, Sampling) else 0
+def canvas_sampling(request: Request) -> Sampling:
+    """How the canvases of a request are denoised."""
+    assert isinstance(request.sampling, Sampling), "only diffusion has canvases"
+    return request.sampling

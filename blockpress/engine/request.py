@@ -90,7 +90,7 @@ class Request:
             return self.num_draft_tokens
         if isinstance(self.sampling, AutoregressiveSampling):
             return 1
-        return 1 if self.sampling.max_verifications or self.row.logprobs is not None else 0
+        return 1 if self.sampling.reads_drafts or self.row.logprobs is not None else 0
 
     @property
     def num_pending_tokens(self) -> int:

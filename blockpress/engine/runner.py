@@ -212,6 +212,7 @@ class Runner:
                 settled=bool(settled),
                 retry=request.row.retry,
                 verifications=request.row.verifications,
+                repairs=len(request.row.repairs),
             )
             results[request] = (denoised, argmax if ended and finite else None, bool(finite))
         return results

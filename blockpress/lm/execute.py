@@ -225,5 +225,5 @@ def run_reference(network: Network, requests: Sequence[Request], cancel: Cancel 
     assert all(request.sampling == sampling for request in requests)
     if isinstance(sampling, AutoregressiveSampling):
         return computed(generate_autoregressive(network, rows, sampling, cancel))
-    verified = sampling.max_verifications > 0 or rows[0].logprobs is not None
+    verified = sampling.reads_drafts or rows[0].logprobs is not None
     return computed((generate_verified if verified else generate)(network, rows, sampling, cancel))

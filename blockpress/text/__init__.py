@@ -8,7 +8,8 @@ Run it:  python -m pytest tests/text
 
 from __future__ import annotations
 
+from blockpress.text.fences import CodeSpans
 from blockpress.text.stream import StreamDecoder
 from blockpress.text.tokenizer import Tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["CodeSpans", "StreamDecoder", "Tokenizer"]

@@ -51,7 +51,20 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
     seen = []
     stream = blockpress.LM.stream
     monkeypatch.setattr(blockpress.LM, "stream", lambda *a, **k: seen.append(a[4]) or stream(*a, **k))
-    fields = ("--steps", 3, "--entropy-bound", 0.2, "--t-min", 0.5, "--t-max", 0.9, "--stability", 2)
+    fields = (
+        "--steps",
+        3,
+        "--entropy-bound",
+        0.2,
+        "--t-min",
+        0.5,
+        "--t-max",
+        0.9,
+        "--stability",
+        2,
+        "--repair-below",
+        0.02,
+    )
     call(
         "run",
         untrained,
@@ -76,6 +89,9 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "stability": 2,
         "confidence": 0.1,
         "max_verifications": 2,
+        "max_repairs": 0,
+        "repair_below": 0.02,
+        "checked_spans": None,
         "stop": ("7", "88"),
         "accept": None,  # rules are Python values, no flags
         "settle": None,

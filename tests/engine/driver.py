@@ -50,7 +50,7 @@ def reference_reply(
     images = kw.pop("images", {})
     one = row(config, index, prompt, sampling, **kw)
     one.images = images
-    looked_at = isinstance(sampling, Sampling) and (sampling.max_verifications or one.logprobs is not None)
+    looked_at = isinstance(sampling, Sampling) and (sampling.reads_drafts or one.logprobs is not None)
     write = generate_verified if looked_at else generate if isinstance(sampling, Sampling) else generate_autoregressive
     with without_shape_checks():
         [reply] = [event.reply for event in write(network, [one], sampling) if isinstance(event, Done)]  # type: ignore[operator]

@@ -39,6 +39,7 @@ MIXED: list[tuple[AnySampling, int | None]] = [
     (WARM, 2),
     (STEPS.with_(max_verifications=2), None),
     (AutoregressiveSampling(), None),
+    (STEPS.with_(max_repairs=2, repair_below=0.2), None),
     (STEPS.with_(steps=4, t_max=1.5, t_min=0.2), 5),
 ]
 """Samplings, with the number of alternatives whose log-probabilities are reported."""

@@ -114,11 +114,12 @@ def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, 
         WARM,
         Sampling(steps=3, max_verifications=9),
         SHORT.with_(max_verifications=1),
+        SHORT.with_(max_repairs=2, repair_below=0.2),
     ]
     given = prompts(CONFIG, len(how), 40, seed=4, shared=20)
     tell = [logprobs if i != 1 else None for i in range(len(how))]
     requests = [Request(row(CONFIG, i, p, how[i], logprobs=tell[i]), how[i]) for i, p in enumerate(given)]
-    told = drive(EngineCore(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5])
+    told = drive(EngineCore(network, OPTIONS[options]), requests, arrivals=[0, 1, 2, 2, 5, 6])
     for i, request in enumerate(requests):
         got, wanted = reply(told[request]), alone(given[i], i, how[i], logprobs=tell[i])
         assert (got.tokens, got.usage, got.finish_reason) == (wanted.tokens, wanted.usage, wanted.finish_reason)
@@ -127,6 +128,7 @@ def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, 
         values = [[t.logprob for t in r.logprobs or ()] for r in (got, wanted)]
         torch.testing.assert_close(torch.tensor(values[0]), torch.tensor(values[1]), rtol=1e-4, atol=1e-4)
     assert sum(reply(told[request]).usage.redos for request in requests) > 0
+    assert sum(reply(told[request]).usage.repairs for request in requests) > 0
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, pytest.param(32, marks=pytest.mark.slow)])
