@@ -28,6 +28,7 @@ from blockpress.cli.bench import bench
 from blockpress.cli.decide import decide
 from blockpress.cli.doctor import doctor
 from blockpress.cli.hub import ls, pull, rm
+from blockpress.cli.infill import edit, infill
 from blockpress.cli.quantize import quantize
 from blockpress.cli.run import run
 from blockpress.cli.show import show
@@ -93,7 +94,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, decide, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
+for _command in (sudoku, run, infill, edit, decide, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
     app.command()(_command)
 
 

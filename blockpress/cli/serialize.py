@@ -30,6 +30,7 @@ def reply_to_dict(reply: Reply, chat: bool = False) -> dict[str, Any]:
         **_logprobs(reply.logprobs),
         "finish_reason": reply.finish_reason,
         **({} if reply.invalid is None else {"invalid": reply.invalid}),
+        **({} if reply.whole is None else {"holes": reply.holes, "whole": reply.whole}),
         "usage": vars(reply.usage),
     }
 

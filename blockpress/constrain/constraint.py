@@ -73,9 +73,9 @@ class Constraint:
             fits[automaton.source[way]] = True
         return fits
 
-    def check_length(self, most: int) -> None:
-        """Raises RequestError: no allowed text has as few as `most` tokens."""
-        least = int(self.automaton.distance[0])
+    def check_length(self, most: int, state: int = 0) -> None:
+        """Raises RequestError: no allowed text from a state on has as few as `most` tokens."""
+        least = int(self.automaton.distance[state])
         if least > most:
             raise RequestError(
                 f"{self.about} needs {least} tokens, and there is room for {most}",

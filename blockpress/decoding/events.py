@@ -72,6 +72,7 @@ class Reply:
     For a chat also the thought (None without one), the tool calls, and the malformed ones.
     logprobs: one for each of `tokens`, in order; None if they were not requested. invalid: why the answer does not
     satisfy its constraint, which an answer that was cut or cancelled may not; None if it does, or has none.
+    holes, whole: of an infill or edit, the texts of its holes and the whole text; `text` is the holes, joined.
     """
 
     text: str | None
@@ -83,6 +84,8 @@ class Reply:
     broken_calls: tuple[MalformedToolCall, ...] = ()
     logprobs: list[TokenLogprob] | None = None
     invalid: str | None = None
+    holes: tuple[str, ...] = ()
+    whole: str | None = None
 
     @property
     def message(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class SequenceState:
         most = self.max_draft_tokens + self.max_later_tokens
         self.given.check_room(most, self._stop_ids)
         if self.constraint is not None:
-            self.constraint.constraint.check_length(most)
+            self.constraint.constraint.check_length(most, self.constraint.state)
             self.constraint.constraint.check_pins(self.given.pins, most)
 
     @property

@@ -44,7 +44,7 @@ class GivenOptions(TypedDict, total=False):
     """What is given of the answer.
 
     pins: position in the answer to the id of the token that stands there. draft: text or ids that the answer starts
-    from. noise: share of the draft's tokens that random ones replace, from 0 to 1; None: 0.5.
+    from. noise: share of the draft's tokens that random ones replace, from 0 to 1; None: 0.5 (docs/infilling.md).
     """
 
     pins: Mapping[int, int] | None

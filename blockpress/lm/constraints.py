@@ -18,7 +18,7 @@ from blockpress.lm.arguments import ConstraintOptions
 
 if TYPE_CHECKING:
     from blockpress.constrain import Constraint
-    from blockpress.constrain.automaton import Expression
+    from blockpress.constrain.automaton import Automaton, Expression
     from blockpress.constrain.tokens import TokenBytes
     from blockpress.constrain.turns import Turn
     from blockpress.text import Tokenizer
@@ -50,22 +50,15 @@ class ConstraintCache:
             TypeError: an option has another name. RequestError: more than one is given, one is malformed, cannot be
                 enforced, or not beside what else is asked for; the message says which.
         """
-        unknown = options.keys() - ConstraintOptions.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-        given = [(name, value) for name, value in options.items() if value is not None]
+        name, checked = _only(options)
         calls = None if turn is None else turn.calls
-        if not given and calls is None:
+        if name is None and calls is None:
             return None
-        if len(given) > 1:
-            raise RequestError(f"{' and '.join(name for name, _ in given)} are given", hint="give one constraint")
-        name, value = given[0] if given else (None, None)
         if name is not None and calls is not None and calls.needed:
             raise RequestError(
                 f"{name} is given, and tool_choice says that the answer is a call",
                 hint=f"leave {name} out, or let tool_choice be 'auto' or 'none'",
             )
-        checked = check_choice(value) if name == "choice" else value
         try:
             key = (frozenset(stop_ids), name, _key(name, checked), turn)
             compiled = self._compiled.pop(key, None) or self._compile(stop_ids, name, checked, turn)
@@ -75,6 +68,22 @@ class ConstraintCache:
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
         return compiled
+
+    def hole(self, options: ConstraintOptions) -> tuple[Automaton, str] | None:
+        """What the text of a hole must be, and its name; None if no constraint is given. Raises as `get`."""
+        from blockpress.constrain.automaton import _NothingMatches
+        from blockpress.constrain.compiler import compile_expression
+
+        name, checked = _only(options)
+        if name is None:
+            return None
+        about = f"{name} {checked!r:.200}"
+        try:
+            return compile_expression(_expression(name, checked)), about
+        except _NothingMatches:
+            raise RequestError(f"{about} allows no text", hint="correct it so that something matches") from None
+        except RecursionError:
+            raise RequestError(f"{name} nests too deeply", hint="nest fewer levels") from None
 
     def __reduce__(self) -> tuple[object, ...]:
         # A copy of a model compiles its own: what is compiled is quick to make and long to pickle.
@@ -90,12 +99,12 @@ class ConstraintCache:
             if turn is not None:
                 expression = turn.expression(expression)
             assert expression is not None, "there is a constraint or there are calls"
-            return Constraint.of(expression, self._vocabulary, stop_ids, about)
+            return Constraint.of(expression, self.vocabulary, stop_ids, about)
         except _NothingMatches:
             raise RequestError(f"{about} allows no text", hint="correct it so that something matches") from None
 
     @cached_property
-    def _vocabulary(self) -> TokenBytes:
+    def vocabulary(self) -> TokenBytes:
         from blockpress.constrain.tokens import TokenBytes
         from blockpress.constrain.turns import LETTERS
 
@@ -109,6 +118,18 @@ class ConstraintCache:
         ids = {getattr(controls, control): letter for control, letter in LETTERS.items()}
         letters = {token: letter for token, letter in ids.items() if token is not None and token < self._vocab_size}
         return TokenBytes([*pieces, *[None] * (self._vocab_size - len(pieces))], letters)
+
+
+def _only(options: ConstraintOptions) -> tuple[str | None, Any]:
+    """The name and value of the one constraint that is given; (None, None): none is."""
+    unknown = options.keys() - ConstraintOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    given = [(name, value) for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(name for name, _ in given)} are given", hint="give one constraint")
+    name, value = given[0] if given else (None, None)
+    return name, check_choice(value) if name == "choice" else value
 
 
 def _expression(name: str, value: Any) -> Expression:

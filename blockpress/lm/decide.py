@@ -136,12 +136,7 @@ class Decider:
                 f"context is {value_text(context)}, and the model has no chat template", hint="give a text"
             )
         encoded = self._chat.encode(with_questions(context, text))
-        controls = self._chat.controls
-        if controls.thought is None or encoded.ids[-1] == controls.thought_end:
-            return encoded
-        opened = controls.section_after(encoded.ids) == "thought"
-        thought = "<channel|>" if opened else "<|channel>thought\n<channel|>"
-        ids = [*encoded.ids, *self._tokenizer.encode(thought, add_special=False)]
+        ids = after_thought(self._chat, self._tokenizer, encoded.ids)
         return EncodedChat(ids=ids, pictures=encoded.pictures, image_spans=encoded.image_spans)
 
     @computing()
@@ -151,6 +146,16 @@ class Decider:
             return None
         seen = zip(prompt.image_spans, self._tower()(prompt.pictures), strict=True)
         return [{span.start: features for span, features in seen}]
+
+
+def after_thought(chat: Chat, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """A chat's prompt that goes on to the answer: after an empty thought, if the model has thoughts."""
+    controls = chat.controls
+    if controls.thought is None or ids[-1] == controls.thought_end:
+        return ids
+    opened = controls.section_after(ids) == "thought"
+    thought = "<channel|>" if opened else "<|channel>thought\n<channel|>"
+    return [*ids, *tokenizer.encode(thought, add_special=False)]
 
 
 def with_questions(context: Any, text: str | None) -> Any:

@@ -39,13 +39,14 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.decide import Context
 from blockpress.lm.execute import Answer, LazyEngine
+from blockpress.lm.infilling import Infilling
 from blockpress.lm.logits import denoise_logits, next_token_logits
 from blockpress.lm.requests import RequestBuilder, needs_tokenizer
 from blockpress.model import Network
 from blockpress.text import Tokenizer
 
 
-class LM:
+class LM(Infilling):
     """A loaded model. `path` is its directory, `config` its shape, `network` the torch module inside.
 
     Calls, from any thread, share one engine, created by the first: it caches what it has read, so a conversation that

@@ -32,6 +32,7 @@ from blockpress.lm.arguments import (
 )
 from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.decide import Decider
+from blockpress.lm.fills import FillBuilder
 from blockpress.lm.given import read_given
 from blockpress.lm.rows import attach_images, check_ids, make_sequences
 from blockpress.lm.tool_choice import check_tool_choice
@@ -173,6 +174,13 @@ class RequestBuilder:
         tokenizer = needs_tokenizer(self._tokenizer, self._checkpoint.path, "decide")
         chat = None if tokenizer.chat_template is None else self._chat
         return Decider(self._network, self._generation, tokenizer, chat, lambda: self._tower)
+
+    @cached_property
+    def fills(self) -> FillBuilder:
+        """What makes the fillers of holes. Raises CheckpointError: the model has no tokenizer."""
+        tokenizer = needs_tokenizer(self._tokenizer, self._checkpoint.path, "infill")
+        chat = None if tokenizer.chat_template is None else self._chat
+        return FillBuilder(self._network, self._generation, tokenizer, chat, self._constraints)
 
     @cached_property
     def _chat(self) -> Chat:

@@ -1,11 +1,13 @@
 """What constraints do to answers, and what they cost. The figures are in docs/log.md.
 
 Run it:  python -m tests.constrain.measure puzzles --count 300       python -m tests.constrain.measure cost
+         python -m tests.constrain.measure holes --count 100         python -m tests.constrain.measure drafts --count 100
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,17 +60,77 @@ def givens(puzzle: str) -> str:
     return r"\n".join(row.replace("0", "[1-9]") for row in rows)
 
 
+def kept_out(count: int) -> list[sudoku.Puzzle]:
+    """Held-out puzzles of 30 to 40 givens."""
+    return puzzles(count, (30, 40), Path("runs/sudoku/sudoku-pool.npz"), 1)
+
+
+def pinned(lm: LM, puzzle: str) -> dict[int, int]:
+    """The givens and the line ends at their positions in the answer."""
+    assert lm.tokenizer is not None
+    tokens = lm.tokenizer.encode(sudoku.layout(puzzle), add_special=False)
+    return {place: token for place, token in enumerate(tokens) if sudoku.layout(puzzle)[place] != "0"}
+
+
+def measure_holes(count: int) -> None:
+    """Holes of 1 to 20 characters anywhere in solved grids: how many are filled rightly, and at what length."""
+    lm, rng = blockpress.load("sudoku-nano"), random.Random(0)
+    rows: dict[str, list[tuple[bool, bool, int]]] = {}
+    for puzzle in kept_out(count):
+        before, grid = sudoku.layout(puzzle.puzzle), sudoku.layout(puzzle.solution)
+        length = rng.randint(1, 20)
+        start = rng.randint(0, 89 - length)
+        hole, rest = grid[start : start + length], grid[start + length :]
+        calls: dict[str, tuple[str, dict[str, Any]]] = {
+            "after the puzzle": (before, {}),
+            "puzzle as instruction": ("", {"instruction": before}),
+            "length given": (before, {"regex": rf"[1-9\n]{{{length}}}"}),
+            "without the puzzle": ("", {}),
+        }
+        for name, (shown, options) in calls.items():
+            reply = lm.infill(shown + grid[:start], rest, **options)
+            assert reply.whole.removeprefix(before) == grid[:start] + reply.text + rest
+            rows.setdefault(name, []).append((reply.text == hole, len(reply.text) == length, reply.usage.steps))
+    for name, outcomes in rows.items():
+        right, fits, steps = (sum(values) / count for values in zip(*outcomes, strict=True))
+        print(
+            f"{name}: right {right:.1%}, of the right length {fits:.1%}, {steps:.1f} steps, trials included; n {count}"
+        )
+
+
+def measure_drafts(count: int) -> None:
+    """Answers that start from the right grid with ten digits changed, by noise level; no pins."""
+    lm, rng = blockpress.load("sudoku-nano"), random.Random(0)
+    cases = []
+    for puzzle in kept_out(count):
+        grid = list(sudoku.layout(puzzle.solution))
+        for place in rng.sample([i for i in range(89) if grid[i] != "\n"], 10):
+            grid[place] = rng.choice("123456789")
+        cases.append((sudoku.layout(puzzle.puzzle), sudoku.layout(puzzle.solution), "".join(grid)))
+    for noise in (None, 0.0, 0.25, 0.5, 0.75, 1.0):
+        given: list[dict[str, Any]] = [{} if noise is None else {"draft": wrong, "noise": noise} for *_, wrong in cases]
+        replies = [lm.generate(case[0], 90, **each) for case, each in zip(cases, given, strict=True)]
+        solved = sum(reply.text == case[1] for reply, case in zip(replies, cases, strict=True)) / count
+        steps = sum(reply.usage.steps for reply in replies) / count
+        print(f"noise {noise}: solved {solved:.1%} of {count}, {steps:.2f} steps", flush=True)
+
+
 def compare_puzzles(count: int) -> None:
     """Held-out puzzles of 30 to 40 givens: plain, held to the grid's form, and with the givens pinned; paired."""
-    lm = blockpress.load("sudoku-nano")
-    held_out = puzzles(count, (30, 40), Path("runs/sudoku/sudoku-pool.npz"), 1)
-    shapes: dict[str, Callable[[str], str | None]] = {"plain": lambda _: None, "form": lambda _: FORM, "givens": givens}
+    lm, held_out = blockpress.load("sudoku-nano"), kept_out(count)
+    shapes: dict[str, Callable[[str], dict[str, Any]]] = {
+        "plain": lambda _: {},
+        "form": lambda _: {"regex": FORM},
+        "givens": lambda puzzle: {"regex": givens(puzzle)},
+        "pinned": lambda puzzle: {"pins": pinned(lm, puzzle)},
+        "pinned, form": lambda puzzle: {"pins": pinned(lm, puzzle), "regex": FORM},
+    }
     solved: dict[str, list[bool]] = {}
     for name, shape in shapes.items():
         started, steps, valid = time.process_time(), 0, True
         solved[name] = []
         for puzzle in held_out:
-            reply = lm.generate(sudoku.layout(puzzle.puzzle), 90, regex=shape(puzzle.puzzle))
+            reply = lm.generate(sudoku.layout(puzzle.puzzle), 90, **shape(puzzle.puzzle))
             solved[name].append(reply.text == sudoku.layout(puzzle.solution))
             steps, valid = steps + reply.usage.steps, valid and reply.invalid is None
         pairs = list(zip(solved["plain"], solved[name], strict=True))
@@ -114,13 +176,17 @@ def measure_cost() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["puzzles", "cost"])
+    parser.add_argument("what", choices=["puzzles", "holes", "drafts", "cost"])
     parser.add_argument("--count", type=int, default=300)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
     if options.what == "puzzles":
         compare_puzzles(options.count)
+    elif options.what == "holes":
+        measure_holes(options.count)
+    elif options.what == "drafts":
+        measure_drafts(options.count)
     else:
         measure_cost()
 
