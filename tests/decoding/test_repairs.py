@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +162,50 @@ def test_repairs_keep_a_constraint(network: Network) -> None:
     ]
     found = replies(list(generate_verified(network, given, REPAIRED.with_(repair_below=0.3))))
     assert all(reply.invalid is None for reply in found) and sum(reply.usage.repairs for reply in found)
+
+
+SMALL = replace(CONFIG, hidden_size=VOCAB)
+QUOTE, WORD, PLAIN, END = 3, 7, 8, 9
+
+
+class Neighbours(Network):
+    """From noise it is sure of a quote and of a word without one, each as if the other were not there; a word that it
+    writes beside the quote has one. Its causal pass never saw a quote before a word without one."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.embed_tokens.weight.copy_(torch.eye(VOCAB))
+        self.requires_grad_(False)
+
+    def denoise(self, canvas: torch.Tensor, cache: Any, signal: Any) -> torch.Tensor:
+        best = torch.full_like(canvas, END)
+        best[:, 0] = QUOTE
+        best[:, 1] = torch.where((canvas[:, 0] == QUOTE) & (canvas[:, 1] != PLAIN), WORD, PLAIN)
+        return torch.nn.functional.one_hot(best, VOCAB).float() * 100
+
+    def read(self, tokens: torch.Tensor, cache: Any, counts: Any = None, images: Any = None) -> Any:
+        _, grown = super().read(tokens, cache, counts)
+        expected = torch.where(tokens == QUOTE, WORD, torch.where((tokens == WORD) | (tokens == END), END, QUOTE))
+        return torch.nn.functional.one_hot(expected, VOCAB).float() * 4, grown
+
+
+def test_neighbours_that_do_not_fit_are_made_to_fit() -> None:
+    """Which no threshold of confidence does: both are certain when the canvas settles."""
+
+    def written(sampling: Sampling) -> Any:
+        [row] = rows([[1, 2]], max_tokens=CANVAS)
+        [reply] = replies(list(generate_verified(Neighbours(), [row], sampling)))
+        return reply
+
+    sampling = Sampling(steps=8)
+    plain = written(sampling)
+    assert plain.tokens[:2] == [QUOTE, PLAIN] and plain.usage.steps < 8
+    mended = written(sampling.with_(max_repairs=4, repair_below=0.1))
+    assert mended.tokens == [QUOTE, WORD, *plain.tokens[2:]]
+    assert mended.usage.repairs == 1 and mended.usage.forwards < 2 * plain.usage.forwards + 3
 
 
 def test_what_was_given_is_never_repaired(network: Network) -> None:
