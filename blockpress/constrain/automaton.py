@@ -10,7 +10,7 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,6 +73,13 @@ class Graph:
 
 
 @dataclass(frozen=True, eq=False)
+class Linked:
+    """An automaton in an expression whose texts what stands around them tells apart; it is not gone through again."""
+
+    automaton: Automaton
+
+
+@dataclass(frozen=True, eq=False)
 class Automaton:
     """A minimal automaton; itself an expression."""
 
@@ -101,7 +108,7 @@ class Automaton:
         return state
 
 
-Expression = Chars | Bytes | Concat | Union | Repeat | Graph | Automaton
+Expression = Chars | Bytes | Concat | Union | Repeat | Graph | Linked | Automaton
 EMPTY_TEXT = Concat(())
 ANY_CHAR = Chars(((0, 0x10FFFF),))
 
@@ -110,9 +117,16 @@ class _NothingMatches(Exception):
     """No text at all is allowed."""
 
 
+class _TooLarge(RequestError):
+    """An automaton would have more states than it may."""
+
+
 def literal(text: str) -> Expression:
     """Exactly this text."""
-    return Concat(tuple(Chars(((ord(char), ord(char)),)) for char in text))
+    try:
+        return Concat(tuple(Bytes(byte, byte) for byte in text.encode()))
+    except UnicodeEncodeError:
+        return Union(())  # a surrogate, which no UTF-8 has
 
 
 def optional(part: Expression) -> Expression:
@@ -138,32 +152,31 @@ def difference(left: Automaton, right: Automaton) -> Automaton:
 
 def _product(left: Automaton, right: Automaton, accept: Callable[[Flags, Flags], Flags]) -> Automaton:
     width = len(right)
+    columns, column_of = np.unique(np.vstack((left.table, right.table)), axis=1, return_inverse=True)
+    ways_left, ways_right = columns[: len(left)].tolist(), columns[len(left) :].tolist()
     found: dict[int, int] = {0: 0}
-    rows: list[Int32[np.ndarray, " 256"]] = []
+    rows: list[list[int]] = []
     queue = [0]
     for pair in queue:
         a, b = divmod(pair, width)
-        next_a, next_b = left.table[a].astype(np.int64), right.table[b]
-        pairs = np.where((next_a == DEAD) | (next_b == DEAD), DEAD, next_a * width + next_b)
-        for new in np.unique(pairs).tolist():
+        row = []
+        for next_a, next_b in zip(ways_left[a], ways_right[b], strict=True):
+            new = DEAD if next_a == DEAD or next_b == DEAD else next_a * width + next_b
             if new != DEAD and new not in found:
                 found[new] = len(queue)
                 queue.append(new)
                 check_size(len(queue), MAX_STATES)
-        rows.append(_renumber(pairs, found))
+            row.append(found.get(new, DEAD))
+        rows.append(row)
     states = np.array(queue)
-    return minimal(np.stack(rows), accept(left.accepting[states // width], right.accepting[states % width]))
-
-
-def _renumber(values: Ints, numbers: Mapping[int, int]) -> Int32[np.ndarray, " _"]:
-    unique, inverse = np.unique(values, return_inverse=True)
-    return np.array([numbers.get(value, DEAD) for value in unique.tolist()], np.int32)[inverse]
+    table = np.array(rows, np.int32)[:, column_of.ravel()]
+    return minimal(table, accept(left.accepting[states // width], right.accepting[states % width]))
 
 
 def check_size(count: int, most: int) -> None:
     """Raises RequestError: an automaton has more states than it may."""
     if count > most:
-        raise RequestError(
+        raise _TooLarge(
             f"the shape needs more than {most} states", hint="make repetitions shorter, or nest fewer of them"
         )
 
@@ -174,15 +187,10 @@ def minimal(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, 
     Raises:
         _NothingMatches: no accepting state can be reached.
     """
-    keep = _useful(table, accepting)
-    if not keep[0]:
-        raise _NothingMatches
-    numbers = np.where(keep, np.cumsum(keep) - 1, DEAD).astype(np.int32)
-    table = np.where(table[keep] == DEAD, DEAD, numbers[table[keep]])
-    accepting = accepting[keep]
+    automaton, block = _trimmed(table, accepting)
+    table, accepting, count = automaton.table, automaton.accepting, 0
     columns, column_of = np.unique(table, axis=1, return_inverse=True)
     weights = np.random.default_rng(0).integers(1, 2**63, columns.shape[1] + 1, dtype=np.uint64)
-    block, count = accepting.astype(np.int64), 0
     while True:  # states are alike if their block and the blocks that follow are; the hash stands for both
         following = np.append(block + 1, 0)[columns].astype(np.uint64)
         signature = following @ weights[:-1] + block.astype(np.uint64) * weights[-1]
@@ -198,31 +206,71 @@ def minimal(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, 
     return Automaton(np.ascontiguousarray(merged[:, column_of.ravel()]), accepting[first])
 
 
+def trimmed(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, " states"]) -> Automaton:
+    """Without states that are on no way from the start to an accepting one. Raises as `minimal`."""
+    return _trimmed(table, accepting)[0]
+
+
+def _trimmed(
+    table: Int32[np.ndarray, "states symbols"], accepting: Bool[np.ndarray, " states"]
+) -> tuple[Automaton, Int[np.ndarray, " kept"]]:
+    """What is left, and numbers that only differ for states that are not alike."""
+    keep, lengths = _useful(table, accepting)
+    if not keep[0]:
+        raise _NothingMatches
+    numbers = np.where(keep, np.cumsum(keep) - 1, DEAD).astype(np.int32)
+    return Automaton(np.where(table[keep] == DEAD, DEAD, numbers[table[keep]]), accepting[keep]), lengths[keep]
+
+
 def _useful(
     table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, " states"]
-) -> Bool[np.ndarray, " states"]:
-    """States on a way from the start to an accepting one."""
+) -> tuple[Bool[np.ndarray, " states"], Int[np.ndarray, " states"]]:
+    """States on a way from the start to an accepting one, and a number for the lengths of their shortest and longest
+    continuations."""
     source, byte = np.nonzero(table != DEAD)
     pairs = np.unique(source * len(table) + table[source, byte])
     source, target = np.divmod(pairs, len(table))
     start = np.zeros(len(table), bool)
     start[0] = True
-    return _spread(start, source, target) & _spread(accepting, target, source)
+    shortest = _spread(accepting, target, source)
+    keep = (_spread(start, source, target) >= 0) & (shortest >= 0)
+    inside = keep[source] & keep[target]
+    longest = _longest(len(table), source[inside], target[inside])
+    return keep, shortest * (len(table) + 1) + longest
 
 
-def _spread(reached: Flags, source: Ints, target: Ints) -> Flags:
-    """Everything that edges lead to from `reached`."""
-    order = np.argsort(source, kind="stable")
-    source, target = source[order], target[order]
-    starts, ends = (np.searchsorted(source, np.arange(len(reached)), side=side) for side in ("left", "right"))
-    reached, queue = reached.copy(), np.nonzero(reached)[0].tolist()
-    while queue:
-        state = queue.pop()
-        for other in target[starts[state] : ends[state]].tolist():
-            if not reached[other]:
-                reached[other] = True
+def _spread(reached: Flags, source: Ints, target: Ints) -> Ints:
+    """How many edges lead to each state from the nearest that is `reached`; -1: none do."""
+    following, starts = _adjacent(len(reached), source, target)
+    distance, queue = np.where(reached, 0, -1).tolist(), np.nonzero(reached)[0].tolist()
+    for state in queue:
+        for other in following[starts[state] : starts[state + 1]]:
+            if distance[other] < 0:
+                distance[other] = distance[state] + 1
                 queue.append(other)
-    return reached
+    return np.array(distance, np.int64)
+
+
+def _longest(states: int, source: Ints, target: Ints) -> Ints:
+    """The length of the longest way from each state; the number of states where there is no longest."""
+    before, starts = _adjacent(states, target, source)
+    open_ways = np.bincount(source, minlength=states).tolist()
+    longest, queue = [states] * states, [state for state, ways in enumerate(open_ways) if not ways]
+    length = [0] * states
+    for state in queue:
+        longest[state] = length[state]
+        for other in before[starts[state] : starts[state + 1]]:
+            length[other] = max(length[other], length[state] + 1)
+            open_ways[other] -= 1
+            if not open_ways[other]:
+                queue.append(other)
+    return np.array(longest, np.int64)
+
+
+def _adjacent(states: int, source: Ints, target: Ints) -> tuple[list[int], list[int]]:
+    """The targets of edges, source by source, and where each source's begin."""
+    order = np.argsort(source, kind="stable")
+    return target[order].tolist(), np.searchsorted(source[order], np.arange(states + 1)).tolist()
 
 
 @lru_cache(maxsize=512)

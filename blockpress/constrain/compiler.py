@@ -7,7 +7,7 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -22,11 +22,13 @@ from blockpress.constrain.automaton import (
     Concat,
     Expression,
     Graph,
+    Linked,
     Repeat,
     Union,
     byte_ranges,
     check_size,
     minimal,
+    trimmed,
 )
 from blockpress.errors import RequestError
 
@@ -35,27 +37,109 @@ MAX_POSITIONS = 200_000
 MAX_SECONDS = 10.0
 
 
-def compile_expression(expression: Expression, deadline: float | None = None) -> Automaton:
+def compile_expression(expression: Expression) -> Automaton:
     """The minimal automaton of an expression.
-
-    Args:
-        deadline: by `time.monotonic`; None: `MAX_SECONDS` from now.
 
     Raises:
         RequestError: it needs too many states or too much time. _NothingMatches: no text is allowed.
     """
-    if isinstance(expression, Automaton):
-        return expression
-    builder = _Builder(time.monotonic() + MAX_SECONDS if deadline is None else deadline)
-    start, end = builder.state(), builder.state()
-    builder.add(expression, start, end)
-    return minimal(*builder.determinize(start, end))
+    if isinstance(expression, Automaton | Linked):
+        return expression if isinstance(expression, Automaton) else expression.automaton
+    for linking in (True, False):
+        builder = _Builder(time.thread_time() + MAX_SECONDS, linking=linking)
+        start, end = builder.state(), builder.state()
+        builder.add(expression, start, end)
+        skeleton = minimal(*builder.determinize(start, end))
+        automaton = _link(skeleton, [*builder.linked.values()]) if builder.linked else skeleton
+        if automaton is not None:
+            check_size(len(automaton), MAX_STATES)
+            return automaton
+    raise AssertionError("without links nothing is in the way of another")
+
+
+def _link(skeleton: Automaton, parts: Sequence[Automaton]) -> Automaton | None:
+    """An automaton whose symbols from 256 on each stand for a text of a part, with these parts in their place.
+
+    None: a byte may belong to two parts, or to a part and what follows it.
+    """
+    table = skeleton.table
+    source, part = np.nonzero(table[:, 256:] != DEAD)
+    uses = list(zip(source.tolist(), part.tolist(), table[source, part + 256].tolist(), strict=True))
+    offsets: dict[tuple[int, int], int] = {}
+    total = len(table)
+    for _, number, target in uses:
+        if (number, target) not in offsets:
+            offsets[number, target] = total
+            total += len(parts[number])
+            check_size(total, 2 * MAX_STATES)
+    rows = np.full((total, 256), DEAD, np.int32)
+    rows[: len(table)] = table[:, :256]
+    ends = np.append(skeleton.accepting, np.zeros(total - len(table), bool))
+    inside_of = {use: _placed(parts[use[0]], offset, use[1]) for use, offset in offsets.items()}
+    for state, number, target in uses:
+        first = inside_of[number, target][0]
+        if parts[number].accepting[0] or ((first != DEAD) & (rows[state] != DEAD)).any():
+            return None
+        rows[state] = np.where(first == DEAD, rows[state], first)
+    for (number, target), offset in offsets.items():
+        block, last = inside_of[number, target], parts[number].accepting
+        if ((block[last] != DEAD) & (rows[target] != DEAD)).any():
+            return None
+        block[last] = np.where(block[last] == DEAD, rows[target], block[last])
+        rows[offset : offset + len(block)] = block
+        ends[offset : offset + len(block)] = last & skeleton.accepting[target]
+    return trimmed(rows, ends)
+
+
+def _placed(part: Automaton, offset: int, target: int) -> Int32[np.ndarray, "states 256"]:
+    """A part's table at its place: a state in which it can only end is the one after it."""
+    place = np.arange(offset, offset + len(part))
+    place[part.accepting & (part.table == DEAD).all(1)] = target
+    return np.where(part.table == DEAD, DEAD, place[part.table]).astype(np.int32)
+
+
+def text_automaton(texts: Iterable[str]) -> Automaton:
+    """The automaton of just these texts, built state by state in their order, each state minimal as soon as it is done.
+
+    Source: Daciuk et al., Incremental construction of minimal acyclic finite-state automata (2000).
+
+    Raises:
+        RequestError: it has too many states. _NothingMatches: there are no texts.
+    """
+    words = sorted({text.encode() for text in texts})
+    rows: list[tuple[dict[int, int], bool]] = []
+    known: dict[tuple[tuple[tuple[int, int], ...], bool], int] = {}
+    path: list[tuple[dict[int, int], bool]] = [({}, False)]  # the states of the last word, whose ways are still open
+
+    def close(length: int) -> None:
+        while len(path) > length + 1:
+            moves, ends = path.pop()
+            key = (tuple(moves.items()), ends)
+            if key not in known:
+                known[key] = len(rows)
+                rows.append((moves, ends))
+                check_size(len(rows), MAX_STATES)
+            path[-1][0][before[len(path) - 1]] = known[key]
+
+    before = b""
+    for word in words:
+        shared = next((i for i, (a, b) in enumerate(zip(before, word, strict=False)) if a != b), len(before))
+        close(shared)
+        path += [({}, False) for _ in range(len(word) - len(path) + 1)]
+        path[-1] = (path[-1][0], True)
+        before = word
+    close(0)
+    table = np.full((len(rows) + 1, 256), DEAD, np.int32)
+    for state, (moves, _) in enumerate([path[0], *rows]):
+        for byte, target in moves.items():
+            table[state, byte] = target + 1
+    return minimal(table, np.array([ends for _, ends in [path[0], *rows]]))
 
 
 @lru_cache(maxsize=512)
 def char_automaton(ranges: tuple[tuple[int, int], ...]) -> Automaton | None:
     """The automaton of one character of these ranges; None if UTF-8 can write none of them."""
-    builder = _Builder(time.monotonic() + MAX_SECONDS)
+    builder = _Builder(time.thread_time() + MAX_SECONDS, linking=False)
     start, end = builder.state(), builder.state()
     empty = True
     for low, high in ranges:
@@ -100,7 +184,7 @@ def utf8_sequences(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
 
 def check_time(deadline: float) -> None:
     """Raises RequestError: it is later than the deadline."""
-    if time.monotonic() > deadline:
+    if time.thread_time() > deadline:
         raise RequestError(
             f"the shape takes more than {MAX_SECONDS:.0f} seconds to compile",
             hint="make repetitions shorter, or nest fewer of them",
@@ -110,8 +194,11 @@ def check_time(deadline: float) -> None:
 class _Builder:
     """A nondeterministic automaton in the making: byte ranges and empty moves between numbered states."""
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: float, *, linking: bool) -> None:
+        self._deadline, self._linking = deadline, linking
+        self.linked: dict[int, Automaton] = {}
+        """Automata that a move stands for: the first for the symbol 256, and so on."""
+        self._symbols: dict[int, int] = {}
         self._moves: list[list[tuple[int, int, int]]] = []
         self._empty: list[list[int]] = []
 
@@ -152,6 +239,12 @@ class _Builder:
                         for each in (source, target)
                     ]
                     self.add(part, *ends)
+            case Linked(automaton) if self._linking:
+                symbol = self._symbols.setdefault(id(automaton), 256 + len(self._symbols))
+                self.linked[symbol] = automaton
+                self.move(start, symbol, symbol, end)
+            case Linked(automaton):
+                self._embed(automaton, start, end)
             case Automaton():
                 self._embed(expression, start, end)
 
@@ -185,13 +278,18 @@ class _Builder:
                 self._empty[inner[number]].append(end)
 
     def move(self, start: int, low: int, high: int, end: int) -> None:
-        """One byte from low to high."""
+        """One byte from low to high, or the symbol of a linked automaton."""
         self._moves[start].append((low, high, end))
 
-    def determinize(self, start: int, end: int) -> tuple[Int32[np.ndarray, "states 256"], Bool[np.ndarray, " states"]]:
+    def determinize(
+        self, start: int, end: int
+    ) -> tuple[Int32[np.ndarray, "states symbols"], Bool[np.ndarray, " states"]]:
         """Subset construction over classes of bytes that no move tells apart."""
-        cuts = sorted({0, 256} | {cut for moves in self._moves for low, high, _ in moves for cut in (low, high + 1)})
-        class_of = np.searchsorted(cuts, np.arange(256), side="right") - 1
+        symbols = 256 + len(self.linked)
+        cuts = sorted(
+            {0, 256, symbols} | {cut for moves in self._moves for low, high, _ in moves for cut in (low, high + 1)}
+        )
+        class_of = np.searchsorted(cuts, np.arange(symbols), side="right") - 1
         index = {cut: number for number, cut in enumerate(cuts)}
         closures: dict[int, frozenset[int]] = {}
         first = self._closure(start, closures)

@@ -1,25 +1,29 @@
-"""The JSON texts of strings and numbers with limits, as expressions.
+"""The JSON texts of strings, as expressions.
 
-    string      what the decoded text must be, an automaton --escaped--> what stands in the JSON text
-    number      decimal digits compared with the bounds from the left
+    decoded text, an automaton --escaped--> what stands between the quotes
 
-Texts are written in one way where JSON allows several (no escapes but the necessary ones, no exponent next to bounds),
-so that text and value determine each other.
+Texts are written in one way where JSON allows several (no escapes but the necessary ones), so that text and value
+determine each other.
 
-Invariant: every text of an expression parses to a value within the limits.
+Invariant: every text of an expression parses to a string within the limits.
 Run it:  python -m pytest tests/constrain/test_json_text.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from decimal import Decimal
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import Any
+
+import numpy as np
 
 from blockpress.constrain.automaton import (
     ANY_CHAR,
+    DEAD,
     EMPTY_TEXT,
+    MAX_STATES,
     Automaton,
     Bytes,
     Chars,
@@ -27,33 +31,52 @@ from blockpress.constrain.automaton import (
     Expression,
     Graph,
     Repeat,
-    Union,
     _NothingMatches,
     byte_ranges,
+    check_size,
     intersection,
     literal,
-    optional,
+    minimal,
 )
 from blockpress.constrain.compiler import compile_expression
-from blockpress.constrain.regex import NOTHING, parse_regex
+from blockpress.constrain.ecma import pattern_texts, texts_without
+from blockpress.constrain.formats import FORMATS, format_texts
 
-DIGIT = Chars(((48, 57),))
-MOST_DIGITS = 18
-"""Most digits of a whole number, and most in front of a point if others follow it: half as many."""
-FRACTION = 6
-"""Digits after the point next to bounds, unless a bound has more: so few that a float tells any two numbers apart."""
-EXACT_DIGITS = 15
-"""Decimal digits that a float tells apart: next to bounds, those before and after the point together."""
 _ESCAPES = {byte: json.dumps(chr(byte))[1:-1] for byte in (*range(32), 34, 92)}
+WRITTEN = Chars(((8, 10), (12, 13), (32, 0x10FFFF)))
+"""Characters of strings, unless a pattern asks for others: of control characters those with an escape of one letter."""
+COUNTED = 256
+"""Most characters of a string that are counted where `maxLength` allows more."""
 
 
-def json_string(decoded: Automaton) -> Expression:
-    """The JSON strings whose decoded text an automaton allows, quotes included."""
-    return Concat((literal('"'), _escaped(decoded), literal('"')))
+@lru_cache(maxsize=512)
+def json_string(decoded: Automaton) -> Automaton:
+    """The JSON strings whose decoded text an automaton allows, quotes included.
+
+    Raises:
+        RequestError: it has too many states.
+    """
+    count = len(decoded)  # states: those of the text, then one after a backslash in each, a start and an end
+    start, end = 2 * count, 2 * count + 1
+    table = np.full((2 * count + 2, 256), DEAD, np.int32)
+    plain = [byte for byte in range(32, 256) if byte not in _ESCAPES]
+    table[:count, plain] = decoded.table[:, plain]
+    for byte, text in _ESCAPES.items():
+        table[count : 2 * count, ord(text[1])] = decoded.table[:, byte] if len(text) == 2 else DEAD
+    table[:count, 92] = np.where((table[count : 2 * count] != DEAD).any(1), np.arange(count, 2 * count), DEAD)
+    table[:count, 34] = np.where(decoded.accepting, end, DEAD)
+    table[start, 34] = 0
+    controls = [byte for byte, text in _ESCAPES.items() if len(text) > 2]
+    if (decoded.table[:, controls] != DEAD).any():
+        return compile_expression(Concat((literal('"'), _with_controls(decoded), literal('"'))))
+    accepting = np.arange(len(table)) == end
+    first = np.concatenate(([start], np.arange(start), [end]))
+    place = np.argsort(first)
+    return minimal(np.where(table == DEAD, DEAD, place[table])[first].astype(np.int32), accepting[first])
 
 
-@lru_cache(maxsize=256)
-def _escaped(decoded: Automaton) -> Expression:
+def _with_controls(decoded: Automaton) -> Expression:
+    """What stands between the quotes, control characters as \\\\uXXXX."""
     edges: list[tuple[int, Expression, int]] = [(0, EMPTY_TEXT, 2)]
     for state, row in enumerate(byte_ranges(decoded)):
         if decoded.accepting[state]:
@@ -65,177 +88,99 @@ def _escaped(decoded: Automaton) -> Expression:
     return Graph(tuple(edges))
 
 
-@lru_cache(maxsize=256)
-def text_of(lengths: tuple[int, int | None], patterns: tuple[str, ...], formats: tuple[str, ...]) -> Automaton:
-    """The texts of so many characters in which every pattern is found and which have every format.
+@lru_cache(maxsize=512)
+def text_of(
+    lengths: tuple[int, int | None],
+    patterns: tuple[str, ...] = (),
+    formats: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    counted: int = COUNTED,
+) -> Automaton:
+    """The texts of so many characters in which every pattern is found and which have every format, if it is known.
+
+    Args:
+        without: patterns that are not found.
+        counted: no text has more characters than this where the limit on its length is larger.
 
     Raises:
-        RequestError: a pattern or format that cannot be enforced. _NothingMatches: no text is left.
+        RequestError: a pattern that cannot be enforced. _NothingMatches: no text is left.
     """
-    if lengths[1] is not None and lengths[0] > lengths[1]:
-        raise _NothingMatches
-    result = compile_expression(Repeat(ANY_CHAR, *lengths))
-    for pattern in patterns:
-        result = intersection(result, compile_expression(parse_regex(pattern, search=True)))
-    for name in formats:
-        result = intersection(result, compile_expression(parse_regex(FORMATS[name])))
-    return result
-
-
-_DATE = (
-    r"\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
-)
-_DATE = r"(?!0000)" + _DATE
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?"
-_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_HEX = r"[0-9a-f]{1,4}"
-FORMATS: dict[str, str] = {
-    "date": rf"(?a:{_DATE})",
-    "time": rf"(?a:{_TIME})",
-    "date-time": rf"(?a:{_DATE}T{_TIME})",
-    "duration": r"P(?:NW|NY(?:NM)?(?:ND)?|NM(?:ND)?|ND|(?:ND)?T(?:NH(?:NM)?(?:NS)?|NM(?:NS)?|NS))".replace(
-        "N", "[0-9]{1,4}"
-    ),
-    "email": rf"[A-Za-z0-9_+-]{{1,32}}(?:\.[A-Za-z0-9_+-]{{1,16}}){{0,2}}@{_LABEL}(?:\.{_LABEL}){{1,2}}",
-    "hostname": rf"{_LABEL}(?:\.{_LABEL}){{0,3}}",
-    "ipv4": rf"(?a:{_BYTE}(?:\.{_BYTE}){{3}})",
-    "ipv6": rf"(?:{_HEX}:){{7}}{_HEX}|(?:{_HEX}:){{1,6}}(?::{_HEX}){{1}}|::(?:{_HEX})?",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "uri": rf"(?:https?|ftp)://{_LABEL}(?:\.{_LABEL}){{0,3}}(?::[1-9]\d{{0,3}})?(?:/[A-Za-z0-9._~-]{{0,32}}){{0,6}}(?:\?[A-Za-z0-9._~=&-]{{0,64}})?(?:#[A-Za-z0-9._~-]{{0,32}})?",
-}
-FORMATS["uri"] = FORMATS["uri"].replace(r"\d", "[0-9]")
-"""Formats that are enforced: regular expressions of texts that have them, not of all such texts."""
-
-
-def json_integer(low: int | None, high: int | None, multiple: int | None) -> Expression:
-    """Whole numbers from `low` to `high` that `multiple` divides."""
-    most = 10**MOST_DIGITS - 1
-    low, high = max(-most, -most if low is None else low), min(most, most if high is None else high)
-    parts = [_naturals(max(low, 0), high)] if high >= 0 else []
-    if low < 0 and low <= high:
-        parts.append(Concat((literal("-"), _naturals(max(1, -high), -low))))
-    result: Expression = Union(tuple(parts))
-    if multiple is None or multiple == 1:
+    languages = [format_texts(name) for name in formats if name in FORMATS]
+    languages += [*(pattern_texts(pattern, most=counted) for pattern in patterns), *map(texts_without, without)]
+    low, high = lengths
+    result = languages[0] if languages else compile_expression(Repeat(WRITTEN, 0, None))
+    for other in languages[1:]:
+        result = intersection(result, other)
+    if patterns or without:
+        with contextlib.suppress(_NothingMatches):  # raised by a pattern of control characters
+            result = intersection(result, compile_expression(Repeat(WRITTEN, 0, None)))
+    shortest, longest = char_lengths(result)
+    least = low if low > shortest else 0
+    if high is None or (longest is not None and longest <= high):
+        most = None
+    else:
+        most = min(high, max(low, shortest, counted if not languages else 4 * counted // len(result)))
+        if most < max(low, shortest):
+            raise _NothingMatches
+    if not least and most is None:
         return result
-    try:
-        return intersection(compile_expression(result), _multiples(multiple))
-    except _NothingMatches:
-        return NOTHING
+    length = _counted(WRITTEN if not languages else ANY_CHAR, least, most)
+    return length if not languages else intersection(result, length)
 
 
-def _naturals(low: int, high: int) -> Expression:
-    """The decimal texts of low to high, without leading zeros."""
-    parts = []
-    for digits in range(len(str(low)), len(str(high)) + 1):
-        first, last = max(low, 10 ** (digits - 1) if digits > 1 else 0), min(high, 10**digits - 1)
-        if first <= last:
-            parts.append(_between(str(first), str(last)))
-    return Union(tuple(parts))
+def _counted(char: Chars, low: int, high: int | None) -> Automaton:
+    """So many characters: copies of the automaton of one, each from the end of the one before."""
+    if high is None:
+        return compile_expression(Repeat(char, low, high))
+    one = compile_expression(char)
+    inner = len(one) - 1  # its start and all states but the end
+    end = int(np.nonzero(one.accepting)[0][0])
+    place = np.arange(len(one)) - (np.arange(len(one)) > end)
+    place[end] = inner  # the start of the next copy
+    rows = np.where(one.table == DEAD, DEAD, place[one.table])[np.arange(len(one)) != end]
+    check_size(high * inner, MAX_STATES)
+    shifts = (np.arange(high) * inner)[:, None, None]
+    table = np.where(rows[None] == DEAD, DEAD, rows[None] + shifts).reshape(-1, 256)
+    table = np.vstack((table, np.full((1, 256), DEAD))).astype(np.int32)
+    accepting = np.zeros(len(table), bool)
+    accepting[low * inner :: inner] = True
+    return Automaton(table, accepting)
 
 
-def _between(low: str, high: str) -> Expression:
-    """Digit texts of one length from low to high."""
-    if not low.strip("0") and not high.strip("9"):
-        return Repeat(DIGIT, len(low), len(low))
-    a, b, rest = int(low[0]), int(high[0]), len(low) - 1
-    if a == b:
-        return Concat((literal(low[0]), _between(low[1:], high[1:])))
-    parts = [
-        Concat((literal(low[0]), _between(low[1:], "9" * rest))),
-        Concat((literal(high[0]), _between("0" * rest, high[1:]))),
-    ]
-    if b - a > 1:
-        parts.append(Concat((Chars(((49 + a, 47 + b),)), Repeat(DIGIT, rest, rest))))
-    return Union(tuple(parts))
+def char_lengths(automaton: Automaton) -> tuple[int, int | None]:
+    """How many characters the shortest and the longest text have; None: there is no longest."""
+    following = []
+    for row in automaton.table:
+        moves = np.nonzero(row != DEAD)[0]
+        starts = bool(len(moves)) and not 0x80 <= moves[0] < 0xC0
+        following.append((int(starts), np.unique(row[moves]).tolist()))
+    shortest = [len(automaton)] * len(automaton)
+    queue = [(0, 0)]
+    while queue:
+        count, state = heappop(queue)
+        if count < shortest[state]:
+            shortest[state] = count
+            for target in following[state][1]:
+                heappush(queue, (count + following[state][0], target))
+    return min(shortest[state] for state in np.nonzero(automaton.accepting)[0]), _longest(automaton, following)
 
 
-def _multiples(multiple: int) -> Automaton:
-    edges: list[tuple[int, Expression, int]] = [(0, EMPTY_TEXT, 2), (0, literal("-"), 2)]
-    for rest in range(multiple):
-        edges += [(rest + 2, literal(str(digit)), (rest * 10 + digit) % multiple + 2) for digit in range(10)]
-    return compile_expression(Graph((*edges, (2, EMPTY_TEXT, 1))))
-
-
-Bound = tuple[Decimal, bool]
-"""A number, and whether it is excluded itself."""
-
-
-def json_number(low: Bound | None, high: Bound | None) -> Expression:
-    """Decimal numbers between two bounds; without bounds also with an exponent."""
-    if low is None and high is None:
-        whole = Concat((optional(literal("-")), _naturals(0, 10**MOST_DIGITS - 1)))
-        fraction = Concat((literal("."), Repeat(DIGIT, 1, MOST_DIGITS)))
-        exponent = Concat((Chars(((69, 69), (101, 101))), optional(Chars(((43, 43), (45, 45)))), Repeat(DIGIT, 1, 2)))
-        return Concat((whole, optional(fraction), optional(exponent)))
-    most = Decimal(10**MOST_DIGITS - 1)
-    low = (-most, False) if low and low[0] < -most else low
-    high = (most, False) if high and high[0] > most else high
-    positive = _magnitudes(low if low and low[0] >= 0 else None, high) if high is None or high[0] >= 0 else NOTHING
-    mirrored_low = None if high is None or high[0] > 0 else (-high[0], high[1])
-    mirrored_high = None if low is None else (-low[0], low[1])
-    negative: Expression = NOTHING
-    if low is None or low[0] < 0:
-        negative = Concat((literal("-"), _magnitudes(mirrored_low or (Decimal(0), True), mirrored_high)))
-    return Union((positive, negative))
-
-
-def _magnitudes(low: Bound | None, high: Bound | None) -> Expression:
-    """Decimals of at least 0 within bounds of at least 0."""
-    digits, places = _digits_and_places(low, high)
-    digits = max(digits, min(MOST_DIGITS // 2, EXACT_DIGITS - places))
-    places = max(places, min(FRACTION, EXACT_DIGITS - digits))
-    most = 10**digits - 1
-    fraction = optional(Concat((literal("."), Repeat(DIGIT, 1, places)))) if places else EMPTY_TEXT
-    least, excluded = (Decimal(0), False) if low is None else low
-    largest, open_end = (Decimal(most), False) if high is None else high
-    first, last = int(least), int(largest)
-    parts: list[Expression] = []
-    if last - first > 1:
-        parts.append(Concat((_naturals(first + 1, last - 1), fraction)))
-    low_digits, high_digits = (_fraction_digits(value, places) for value in (least, largest))
-    if first == last:
-        parts.append(Concat((literal(str(first)), _fractions(low_digits, excluded, high_digits, open_end, places))))
-    elif first < last:
-        nines = "9" * places
-        parts.append(Concat((literal(str(first)), _fractions(low_digits, excluded, nines, False, places))))
-        parts.append(Concat((literal(str(last)), _fractions("0" * places, False, high_digits, open_end, places))))
-    return Union(tuple(parts))
-
-
-def _digits_and_places(*bounds: Bound | None) -> tuple[int, int]:
-    """The most digits before and after the point of some bounds."""
-    values = [Decimal(0), *(bound[0] for bound in bounds if bound is not None)]
-    return max(len(str(abs(int(value)))) for value in values), max(map(_places, values))
-
-
-def has_exact_digits(low: Bound | None, high: Bound | None) -> bool:
-    """Whether a float tells apart any two numbers that are as fine as these bounds."""
-    digits, places = _digits_and_places(low, high)
-    return not places or digits + places <= EXACT_DIGITS
-
-
-def _places(value: Decimal) -> int:
-    exponent = value.normalize().as_tuple().exponent
-    return max(0, -exponent) if isinstance(exponent, int) else 0
-
-
-def _fraction_digits(value: Decimal, places: int) -> str:
-    return str(int((value - int(value)).scaleb(places))).zfill(places)
-
-
-def _fractions(low: str, above: bool, high: str, below: bool, places: int) -> Expression:
-    """Fractions, point included or nothing at all, from low to high; above, below: without these themselves."""
-    first, last = int(low or "0") + above, int(high or "0") - below
-    if first > last:
-        return NOTHING
-    parts: list[Expression] = [] if first > 0 else [EMPTY_TEXT]
-    for digits in range(1, places + 1):
-        unit = 10 ** (places - digits)
-        start, stop = -(-first // unit), last // unit
-        if start <= stop:
-            parts.append(Concat((literal("."), _between(str(start).zfill(digits), str(stop).zfill(digits)))))
-    return Union(tuple(parts))
+def _longest(automaton: Automaton, following: list[tuple[int, list[int]]]) -> int | None:
+    before = [0] * len(automaton)
+    for _, targets in following:
+        for target in targets:
+            before[target] += 1
+    longest, queue = [0] * len(automaton), [0] if not before[0] else []
+    for state in queue:
+        weight, targets = following[state]
+        for target in targets:
+            longest[target] = max(longest[target], longest[state] + weight)
+            before[target] -= 1
+            if not before[target]:
+                queue.append(target)
+    if len(queue) < len(automaton):
+        return None  # the others lie on circles
+    return max(longest[state] for state in np.nonzero(automaton.accepting)[0].tolist())
 
 
 def json_literal(value: Any) -> Expression:

@@ -1,7 +1,8 @@
 """A JSON schema's own keywords in one form, and two sets of them that a value must satisfy both as one.
 
-    type        a list                      enum       also of const           pattern, format     tuples
+    type        a list                      enum       also of const           pattern, format, multipleOf   tuples
     minimum     (number, excluded)          maximum    likewise                prefixItems  also of a list in items
+    contains    (schema, least, most)s      not_values, not_pattern            what `not` makes of enum and pattern
 
 Invariant: a value satisfies the merged keywords exactly if it satisfies both; None means that no value can.
 Run it:  python -m pytest tests/constrain/test_schema.py
@@ -11,60 +12,60 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+from blockpress.constrain.ecma import pattern_is_found
+from blockpress.constrain.references import below
 from blockpress.errors import RequestError
 
-ANNOTATIONS = frozenset(
-    [
-        "$anchor",
-        "$comment",
-        "$defs",
-        "$id",
-        "$schema",
-        "contentEncoding",
-        "contentMediaType",
-        "default",
-        "definitions",
-        "deprecated",
-        "description",
-        "discriminator",
-        "example",
-        "examples",
-        "externalDocs",
-        "readOnly",
-        "title",
-        "writeOnly",
-        "xml",
-    ]
-)
-"""Keywords that say nothing about which values are allowed."""
 OF_TYPE = {
     "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
-    "array": "items prefixItems additionalItems minItems maxItems uniqueItems",
-    "string": "minLength maxLength pattern format",
+    "array": "items prefixItems additionalItems minItems maxItems uniqueItems contains",
+    "string": "minLength maxLength pattern format not_pattern",
     "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
 }
-KEYWORDS = frozenset(" ".join(OF_TYPE.values()).split()) | {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
-"""Keywords that are enforced."""
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_TUPLES = ("pattern", "not_pattern", "format", "multipleOf", "contains", "not_values")
+PLAIN = frozenset(" ".join(OF_TYPE.values()).split()) - {"not_pattern"} | {
+    *("type", "enum", "const", "minContains", "maxContains")
+}
+"""Keywords about a value itself."""
+Flat = dict[str, Any]
 
 
-def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] | None:
+class Synthetic(dict[str, Any]):
+    """A schema made of others. name: what it is made of, alike for those that are."""
+
+    def __init__(self, name: Hashable, keywords: Mapping[str, Any]) -> None:
+        super().__init__(keywords)
+        self.name = name
+
+
+def schema_name(schema: Any) -> Hashable:
+    """What tells a schema from others: where it lies in memory, or what it is made of."""
+    return schema if isinstance(schema, bool) else schema.name if isinstance(schema, Synthetic) else id(schema)
+
+
+def not_schema(schema: Any) -> Any:
+    """What does not satisfy a schema, as a schema."""
+    return not schema if isinstance(schema, bool) else Synthetic(("not", schema_name(schema)), {"not": schema})
+
+
+def normalize_keywords(schema: Mapping[str, Any], path: str, draft: int = 0) -> Flat | None:
     """The keywords of a schema without combining ones, checked; None if no value satisfies them.
 
     Raises:
         RequestError: a keyword's value is not what it must be.
     """
-    flat = dict(schema)
+    flat = {name: value for name, value in schema.items() if name in PLAIN}
 
     def need(name: str, ok: bool, what: str) -> None:
         if not ok:
-            raise RequestError(f"{path}.{name} is {schema[name]!r:.80}", hint=f"it must be {what}")
+            raise RequestError(f"schema {below(path, name)} is {schema[name]!r:.80}", hint=f"it must be {what}")
 
     if "type" in flat:
         given = flat["type"]
@@ -82,7 +83,7 @@ def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] |
     if "required" in flat:
         need("required", all(isinstance(each, str) for each in flat["required"]), "a list of names")
         flat["required"] = list(dict.fromkeys(flat["required"]))
-    for name in _COUNTS:
+    for name in (*COUNTS, "minContains", "maxContains"):
         if name in flat:
             need(name, _is_number(flat[name]) and flat[name] == int(flat[name]) >= 0, "a whole number of at least 0")
             flat[name] = int(flat[name])
@@ -92,14 +93,15 @@ def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] |
             flat[name] = (flat[name],)
     if "multipleOf" in flat:
         need("multipleOf", _is_number(flat["multipleOf"]) and flat["multipleOf"] > 0, "a number above 0")
-    if isinstance(flat.get("items"), list | tuple):
-        flat["prefixItems"] = flat.pop("items")
-        if "additionalItems" in flat:
-            flat["items"] = flat["additionalItems"]
-    flat.pop("additionalItems", None)
+        flat["multipleOf"] = (Fraction(repr(flat["multipleOf"])),)
+    _normalize_items(flat, draft)
     for side in ("minimum", "maximum"):
+        exclusive = f"exclusive{side.capitalize()}"
         bounds = []
-        for name, excluded in ((side, False), (f"exclusive{side.capitalize()}", True)):
+        sides: tuple[tuple[str, bool], ...] = ((side, False), (exclusive, True))
+        if isinstance(flat.get(exclusive), bool):  # as in draft 4
+            sides = ((side, bool(flat.pop(exclusive))),)
+        for name, excluded in sides:
             if name in flat:
                 need(name, _is_number(flat[name]), "a number")
                 bounds.append((Decimal(repr(flat.pop(name))), excluded))
@@ -107,61 +109,65 @@ def normalize_keywords(schema: Mapping[str, Any], path: str) -> dict[str, Any] |
             flat[side] = _tighter(side, bounds)
     if "const" in flat:
         listed = {"enum": [flat.pop("const")]}
-        return merge_keywords(flat, listed, path)
-    return None if flat.get("type") == [] else flat
+        return merge_keywords(flat, listed)
+    return None if flat.get("type") == [] or flat.get("enum") == [] else flat
 
 
-def _fold_patterns(flat: dict[str, Any], path: str) -> None:
+def _normalize_items(flat: Flat, draft: int) -> None:
+    if isinstance(flat.get("items"), list | tuple):
+        flat["prefixItems"] = flat.pop("items")
+        if "additionalItems" in flat:
+            flat["items"] = flat["additionalItems"]
+    flat.pop("additionalItems", None)
+    least, most = flat.pop("minContains", 1), flat.pop("maxContains", None)
+    if "contains" in flat:
+        least = max(least, int(0 < draft < 2019))  # which know no minContains
+        flat["contains"] = ((flat["contains"], least, most),)
+
+
+def _fold_patterns(flat: Flat, path: str) -> None:
     """Asks of declared properties also what patterns that match their names do."""
     for pattern in flat.get("patternProperties", ()):
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RequestError(f"{path}.patternProperties has {pattern!r:.200}: {error}", hint="correct it") from None
+            pattern_is_found(pattern, "")
+        except RequestError as error:
+            place = below(path, "patternProperties", pattern)
+            raise RequestError(f"schema {place}: {error.message}", hint=error.hint) from None
     if "patternProperties" in flat and "properties" in flat:
         flat["properties"] = {
-            name: _all_of(schema, property_schema({**flat, "properties": {}, "additionalProperties": True}, name))
+            name: all_of(schema, property_schema({**flat, "properties": {}, "additionalProperties": True}, name))
             for name, schema in flat["properties"].items()
         }
 
 
-def merge_keywords(left: dict[str, Any], right: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """Keywords that hold exactly where those of both sides do, all as `normalize_keywords` gives them; None: nowhere.
-
-    Raises:
-        RequestError: factors that have no common multiple among whole numbers.
-    """
+def merge_keywords(left: Flat, right: Flat) -> Flat | None:
+    """Keywords that hold where those of both sides do, all as `normalize_keywords` gives them; None: nowhere."""
     both = {**right, **left}
     for name in left.keys() & right.keys():
         one, other = left[name], right[name]
         if name == "type":
             both[name] = _common_types(one, other)
         elif name == "enum":
-            texts = [_canonical(value) for value in other]
-            both[name] = [value for value in one if _canonical(value) in texts]
+            both[name] = _common_values(one, other)
         elif name in ("minimum", "maximum"):
             both[name] = _tighter(name, [one, other])
-        elif name in _COUNTS:
+        elif name in COUNTS:
             both[name] = max(one, other) if name.startswith("min") else min(one, other)
-        elif name in ("pattern", "format"):
+        elif name in _TUPLES:
             both[name] = (*one, *(each for each in other if each not in one))
         elif name == "required":
             both[name] = list(dict.fromkeys([*one, *other]))
         elif name == "uniqueItems":
             both[name] = one or other
-        elif name == "multipleOf":
-            if one != int(one) or other != int(other):
-                raise RequestError(f"{path}.multipleOf is {one!r} and {other!r}", hint="give whole numbers")
-            both[name] = math.lcm(int(one), int(other))
         elif name in ("items", "additionalProperties", "propertyNames"):
-            both[name] = _all_of(one, other)
+            both[name] = all_of(one, other)
     if "properties" in both:
         names = dict.fromkeys([*left.get("properties", {}), *right.get("properties", {})])
-        both["properties"] = {name: _all_of(*(property_schema(side, name) for side in (left, right))) for name in names}
+        both["properties"] = {name: all_of(*(property_schema(side, name) for side in (left, right))) for name in names}
     if "patternProperties" in both:
         patterns = dict.fromkeys([*left.get("patternProperties", {}), *right.get("patternProperties", {})])
         both["patternProperties"] = {
-            pattern: _all_of(
+            pattern: all_of(
                 *(
                     side.get("patternProperties", {}).get(pattern, side.get("additionalProperties", True))
                     for side in (left, right)
@@ -171,43 +177,49 @@ def merge_keywords(left: dict[str, Any], right: dict[str, Any], path: str) -> di
         }
     if "prefixItems" in left and "prefixItems" in right:
         longest = max(len(left["prefixItems"]), len(right["prefixItems"]))
-        both["prefixItems"] = [_all_of(*(_item(side, place) for side in (left, right))) for place in range(longest)]
+        both["prefixItems"] = [all_of(*(_item(side, place) for side in (left, right))) for place in range(longest)]
     elif "prefixItems" in both:
         side, other = (left, right) if "prefixItems" in left else (right, left)
-        both["prefixItems"] = [_all_of(item, other.get("items", True)) for item in side["prefixItems"]]
-    return None if both.get("type") == [] or both.get("enum") == [] else both
+        both["prefixItems"] = [all_of(item, other.get("items", True)) for item in side["prefixItems"]]
+    return None if _is_empty(both) else both
 
 
-def overlap(left: dict[str, Any], right: dict[str, Any]) -> bool:
+def _is_empty(flat: Flat) -> bool:
+    """Whether no value satisfies these keywords, as far as a glance tells."""
+    if flat.get("enum") == []:
+        return True
+    kinds = flat.get("type")
+    if kinds is None or kinds == ["object"]:
+        missing = any(property_schema(flat, name) is False for name in flat.get("required", ()))
+        return missing and (kinds is not None or implied_types(flat) == ["object"])
+    return kinds == []
+
+
+def overlap(left: Flat, right: Flat) -> bool:
     """Whether one value may satisfy both; False only where that is certain."""
-    both = merge_keywords(left, right, "")
-    if both is None or both.get("enum") == []:
-        return False
-    for name in set(both.get("required", ())) if both.get("type") == ["object"] else ():
-        parts = [property_schema(side, name) for side in (left, right)]
-        one, other = (_values(part) for part in parts)
-        if one is not None and other is not None and not {*map(_canonical, one)} & {*map(_canonical, other)}:
-            return False
-        if False in parts:
-            return False
-    return True
+    for name in {*left.get("required", ()), *right.get("required", ())}:
+        if left.get("type") == ["object"] or right.get("type") == ["object"]:
+            both = all_of(property_schema(left, name), property_schema(right, name))
+            if both is False or (isinstance(both, Mapping) and both.get("enum") == []):
+                return False
+    if all(side.get("type") and "enum" not in side for side in (left, right)):
+        return bool(_common_types(left["type"], right["type"])) and merge_keywords(left, right) is not None
+    return merge_keywords(left, right) is not None
 
 
-def _values(schema: Any) -> list[Any] | None:
-    if not isinstance(schema, Mapping):
-        return None
-    return [schema["const"]] if "const" in schema else schema.get("enum")
-
-
-def property_schema(side: Mapping[str, Any], name: str) -> Any:
+def property_schema(side: Flat, name: str) -> Any:
     """What one side asks of a property."""
     if name in side.get("properties", {}):
         return side["properties"][name]
-    matching = [schema for pattern, schema in side.get("patternProperties", {}).items() if re.search(pattern, name)]
-    return {"allOf": matching} if matching else side.get("additionalProperties", True)
+    found = {pattern: pattern_is_found(pattern, name) for pattern in side.get("patternProperties", {})}
+    schema: Any = True
+    for pattern, there in found.items():
+        if there is not False:
+            schema = all_of(schema, side["patternProperties"][pattern])
+    return schema if True in found.values() else all_of(schema, side.get("additionalProperties", True))
 
 
-def has_type(value: Any, kinds: list[str] | None) -> bool:
+def has_type(value: Any, kinds: Sequence[str] | None) -> bool:
     """Whether a value is of one of the types; None: of any."""
     if kinds is None or value is None or isinstance(value, bool):
         return kinds is None or ("null" if value is None else "boolean") in kinds
@@ -216,16 +228,34 @@ def has_type(value: Any, kinds: list[str] | None) -> bool:
     return ("string" if isinstance(value, str) else "object" if isinstance(value, Mapping) else "array") in kinds
 
 
-def _item(side: Mapping[str, Any], place: int) -> Any:
+def _item(side: Flat, place: int) -> Any:
     return side["prefixItems"][place] if place < len(side["prefixItems"]) else side.get("items", True)
 
 
-def _all_of(one: Any, other: Any) -> Any:
-    if one is True or one == other:
+def all_of(one: Any, other: Any) -> Any:
+    """One schema for two; False where listed values tell that nothing satisfies both."""
+    if one is True or schema_name(one) == schema_name(other):
         return other
     if other is True:
         return one
-    return False if one is False or other is False else {"allOf": [one, other]}
+    if one is False or other is False or not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return False if False in (one, other) else Synthetic(("all", id(one), id(other)), {"allOf": [one, other]})
+    for side, rival in ((one, other), (other, one)):
+        values, against, never = _values(side), _values(rival), rival.get("not")
+        if values is not None and against is not None and not _common_values(values, against):
+            return False
+        listed = isinstance(never, Mapping) and never.keys() in ({"const"}, {"enum"})
+        if values is not None and listed and len(_common_values(values, _values(never) or [])) == len(values):
+            return False
+    return Synthetic(("all", schema_name(one), schema_name(other)), {"allOf": [one, other]})
+
+
+def _values(schema: Any) -> list[Any] | None:
+    """The values that a schema lists, if it does no more."""
+    if not isinstance(schema, Mapping) or (isinstance(schema, Synthetic) and "enum" not in schema):
+        return None
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else None
 
 
 def _common_types(one: list[str], other: list[str]) -> list[str]:
@@ -235,13 +265,18 @@ def _common_types(one: list[str], other: list[str]) -> list[str]:
     return list(dict.fromkeys(common))
 
 
+def _common_values(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
+    known = {*map(canonical, other)}
+    return [value for value in one if canonical(value) in known]
+
+
 def _tighter(side: str, bounds: list[tuple[Decimal, bool]]) -> tuple[Decimal, bool]:
     if side == "minimum":
         return max(bounds, key=lambda bound: (bound[0], bound[1]))
     return min(bounds, key=lambda bound: (bound[0], not bound[1]))
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
     """One text for equal values; 1 and 1.0 are equal, 1 and true are not."""
 
     def plain(part: Any) -> Any:
@@ -249,7 +284,7 @@ def _canonical(value: Any) -> str:
             return {key: plain(each) for key, each in part.items()}
         if isinstance(part, list | tuple):
             return [plain(each) for each in part]
-        return int(part) if isinstance(part, float) and part == int(part) else part
+        return int(part) if isinstance(part, float) and math.isfinite(part) and part == int(part) else part
 
     return json.dumps(plain(value), sort_keys=True)
 
@@ -268,5 +303,5 @@ def implied_types(flat: Mapping[str, Any]) -> list[str]:
 def schema_list(value: Any, path: str) -> Sequence[Any]:
     """The schemas of a combining keyword. Raises RequestError: it is no list."""
     if not isinstance(value, list | tuple):
-        raise RequestError(f"{path} is {value!r:.80}", hint="it must be a list of schemas")
+        raise RequestError(f"schema {path} is {value!r:.80}", hint="it must be a list of schemas")
     return value
