@@ -188,13 +188,13 @@ def json_multiple(low: Bound | None, high: Bound | None, factors: Sequence[Fract
     step = factors[0]
     for other in (*factors[1:], *([Fraction(1)] if whole else [])):
         step = _common_multiple(step, other)
-    places = _binary_places(step)
+    whole_step, places = step, _binary_places(step)
     if places is not None:
         step = _common_multiple(step, Fraction(1, 2**places))
     exact = all(abs(Fraction(float(factor)) - factor) / factor <= Fraction(1, 2**54) for factor in factors)
     scaled = step * 10 ** (places or 0)
     if places is None or places > FRACTION or not exact or scaled > MOST_MULTIPLE >> 2 * places:
-        return Union(tuple(literal(text) for text in _listed_multiples(low, high, step, factors)))
+        return Union(tuple(literal(text) for text in _listed_multiples(low, high, whole_step, factors)))
     if not places or step.denominator == 1:
         return json_integer(whole_bound(low, up=True), whole_bound(high, up=False), int(step))
     try:

@@ -78,8 +78,8 @@ LIMITS = (
     Limits(6, 3, 256, 4000, None, 6000),
     Limits(3, 2, 64, 1000, None, 6000),
     Limits(2, 1, 32, 250, None, 8000),
-    Limits(2, 0, 24, 100, 3000, 10_000),
-    Limits(1, 0, 16, 50, 1000, MAX_STATES),
+    Limits(1, 0, 16, 50, None, MAX_STATES),
+    Limits(1, 0, 16, 50, 6000, MAX_STATES),
 )
 """From generous to narrow: the first that stay small enough are taken."""
 
@@ -223,8 +223,8 @@ class _Compiler:
             if kind == "any":
                 parts.append(Linked(any_value(self._limits.any_depth)))
             elif kind == "boolean" or kind == "null":
-                texts = ("true", "false") if kind == "boolean" else ("null",)
-                parts += [literal(text) for text in texts if json.loads(text) not in excluded]
+                words = ("true", "false") if kind == "boolean" else ("null",)
+                parts += [literal(word) for word in words if json.loads(word) not in excluded]
             elif kind in ("object", "array"):
                 texts = object_texts if kind == "object" else array_texts
                 least = f"min{'Properties' if kind == 'object' else 'Items'}"

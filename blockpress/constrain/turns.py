@@ -139,8 +139,7 @@ def _arguments(function: Function) -> Expression:
     try:
         return call_text(schema_automaton(_as_rendered(json.loads(function.parameters))))
     except RequestError as error:
-        place = error.message.removeprefix("schema")
-        message = f"{function.at}.parameters{place}" if place != error.message else f"{function.at}.parameters: {place}"
+        message = f"{function.at}.parameters: {error.message.removeprefix('schema ')}"
         raise RequestError(message, hint=error.hint) from error
     except _NothingMatches:
         raise RequestError(
