@@ -108,8 +108,7 @@ def normalize_keywords(schema: Mapping[str, Any], path: str, draft: int = 0) -> 
         if bounds:
             flat[side] = _tighter(side, bounds)
     if "const" in flat:
-        listed = {"enum": [flat.pop("const")]}
-        return merge_keywords(flat, listed)
+        return merge_keywords(flat, {"enum": [flat.pop("const")]})
     return None if flat.get("type") == [] or flat.get("enum") == [] else flat
 
 

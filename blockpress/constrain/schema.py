@@ -77,7 +77,7 @@ class Limits:
 LIMITS = (
     Limits(6, 3, 256, 4000, None, 6000),
     Limits(3, 2, 64, 1000, None, 6000),
-    Limits(2, 1, 32, 250, None, 8000),
+    Limits(2, 1, 32, 250, None, 14_000),
     Limits(1, 0, 16, 50, None, MAX_STATES),
     Limits(1, 0, 16, 50, 6000, MAX_STATES),
 )
@@ -253,12 +253,7 @@ class _Compiler:
         values = [value for value in flat["enum"] if self._values.fits(value, flat, place)]
         if not values:
             return NOTHING
-        whole = flat.get("type", ["number"])
-        texts = [
-            json.dumps(int(each) if isinstance(each, float) and "number" not in whole else each, ensure_ascii=False)
-            for each in values
-        ]
-        return Linked(text_automaton(texts))
+        return Linked(text_automaton(json.dumps(value, ensure_ascii=False) for value in values))
 
     def _string(self, flat: Flat, place: str) -> Expression:
         patterns, formats, without = (tuple(flat.get(name, ())) for name in ("pattern", "format", "not_pattern"))

@@ -93,8 +93,11 @@ class Values:
 
     def fits(self, value: Any, flat: Flat, place: str) -> Verdict:
         """Whether a value satisfies keywords in the form of `normalize_keywords`."""
-        if not has_type(value, flat.get("type")):
+        kinds = flat.get("type")
+        if not has_type(value, kinds):
             return False
+        if self._document.draft == 4 and isinstance(value, float) and kinds is not None and "number" not in kinds:
+            return False  # there 1.0 is no integer
         if "enum" in flat and not self._is_among(value, flat["enum"]):
             return False
         if "not_values" in flat and self._is_among(value, flat["not_values"]):

@@ -61,7 +61,9 @@ def main() -> None:
     outcomes: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     seconds: list[float] = []
-    for name, schema in schemas(options.count, options.files):
+    for number, (name, schema) in enumerate(schemas(options.count, options.files)):
+        if number and number % 25 == 0:
+            print(number, dict(outcomes), flush=True)
         started = time.process_time()
         try:
             lm.build_requests("a", options.tokens, schema=schema)

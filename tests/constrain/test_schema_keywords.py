@@ -77,6 +77,7 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
     ("an uneven fraction", {"type": "number", "multipleOf": 0.7, "minimum": 0}, [0.7, 1.4, 0], [1, 0.5]),
     ("a large factor", {"type": "integer", "multipleOf": 10000}, [0, 20000, -10000], [1, 5000]),
     ("exclusive as in draft 4", {**D4, "type": "integer", "minimum": 2, "exclusiveMinimum": True}, [3], [2]),
+    ("no integer of draft 4", {**D4, "type": "integer", "enum": [1.0, 2]}, [2], [1.0]),
     ("int64", {"type": "integer", "maximum": 2**63 - 1, "minimum": -(2**63)}, [10**17], []),
     ("a long string", {"type": "string", "maxLength": 65535}, ["a" * 256], []),
     ("an unknown format", {"type": "string", "format": "html-color"}, ["any"], [1]),
