@@ -28,9 +28,7 @@ from blockpress.constrain.posterior import entry_weights, posterior
 from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
 from blockpress.errors import RequestError
 from blockpress.ops.transfer import to_device, to_host
-
-BLOCK = 1 << 24
-"""Elements of the logits that are gathered at once: 64 MB."""
+from blockpress.ops.vocabulary import ClassBias, ClassStats, class_stats
 
 
 @final
@@ -190,10 +188,28 @@ class CanvasConstraint:
     def __call__(
         self, scaled: Float32[Tensor, "canvas vocab"]
     ) -> tuple[Float32[Tensor, "canvas vocab"], Int[Tensor, " canvas"]]:
-        """From temperature-scaled logits: those of the posterior, and the likeliest allowed canvas."""
-        logits = to_host(scaled[: self.positions].detach()).numpy()
-        members, starts = self.automaton.members
-        mass, best = _class_stats(logits, members, starts)
+        """From temperature-scaled logits: those of the posterior, and the likeliest allowed canvas.
+
+        The plain version of what `vocabulary.sample_conditioned` does without full logits.
+        """
+        classes = self.automaton.classes(scaled.device)
+        own = scaled[: self.positions]
+        own = own if classes.tokens is None else own[:, classes.tokens]
+        stats = class_stats(own.detach(), None, scaled.new_ones(self.positions), classes)
+        values, labels = self.condition(stats)
+        path = stats.token.gather(1, labels[:, None])[:, 0]
+        biased, posterior_logits = ClassBias(classes, values).added(own), scaled.clone()
+        if classes.tokens is None:
+            posterior_logits[: self.positions] = biased
+        else:
+            path = classes.tokens[path]
+            posterior_logits[: self.positions] = -torch.inf
+            posterior_logits[: self.positions, classes.tokens] = biased
+        return posterior_logits, torch.cat((path, scaled[self.positions :].argmax(-1)))
+
+    def condition(self, stats: ClassStats) -> tuple[Float32[Tensor, "n classes_and_one"], Int[Tensor, " n"]]:
+        """The bias of each class at each position, and the classes of the likeliest allowed canvas."""
+        mass, best = (to_host(x).double().numpy() for x in (stats.mass, stats.best))
         for place, token in self.pins.items():
             for masses in (mass, best) if place < self.positions else ():
                 masses[place] = -np.inf
@@ -201,34 +217,5 @@ class CanvasConstraint:
         weights = entry_weights(self.automaton, self.left, mass, self.ends)
         result = posterior(self.automaton, self.state, self.left, mass + weights, best + weights, self.ends)
         bias = np.concatenate((result.bias + weights, np.full((self.positions, 1), -np.inf)), axis=1).astype(np.float32)
-        posterior_logits = scaled.clone()
-        classes = to_device(torch.from_numpy(self.automaton.class_of.astype(np.int64)), scaled.device)
-        table = to_device(torch.from_numpy(bias), scaled.device)
-        for row in range(self.positions):
-            posterior_logits[row] += table[row][classes]
-        path = [
-            self._best(logits[i], members[starts[label] : starts[label + 1]]) for i, label in enumerate(result.path)
-        ]
-        best_path = to_device(torch.tensor(path, dtype=torch.long), scaled.device)
-        return posterior_logits, torch.cat((best_path, scaled[self.positions :].argmax(-1)))
-
-    def _best(self, logits: np.ndarray, members: np.ndarray) -> int:
-        return int(members[logits[members].argmax()])
-
-
-def _class_stats(logits: np.ndarray, members: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each position and class: log of the sum of exp of its tokens' logits, and the largest of these."""
-    count, classes = len(logits), len(starts) - 1
-    mass, best = np.empty((count, classes)), np.empty((count, classes))
-    sizes = np.diff(starts)
-    rows = max(1, BLOCK // max(1, len(members)))
-    for first in range(0, count, rows):
-        block = logits[first : first + rows].take(members, axis=1)
-        highest = np.maximum.reduceat(block, starts[:-1], axis=1)
-        finite = np.where(np.isneginf(highest), 0, highest)
-        block -= np.repeat(finite, sizes, axis=1)
-        np.exp(block, out=block)
-        with np.errstate(divide="ignore"):
-            mass[first : first + rows] = np.log(np.add.reduceat(block, starts[:-1], axis=1, dtype=np.float64)) + finite
-        best[first : first + rows] = highest
-    return mass, best
+        device = stats.mass.device
+        return to_device(torch.from_numpy(bias), device), to_device(torch.from_numpy(result.path), device)

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from blockpress.constrain.tokens import EdgeGroups, Ints, TokenAutomaton
+from blockpress.constrain.tokens import TokenAutomaton
+from blockpress.ops.chain import Groups, chain
 
 Masses = Float64[np.ndarray, "positions classes"]
 
@@ -50,8 +51,12 @@ def posterior(
     mass: Masses,
     best: Masses,
     ends: Bool[np.ndarray, " states"] | None = None,
+    *,
+    native: bool = True,
 ) -> Posterior:
     """The posterior of a canvas of as many positions as `mass` has.
+
+    If no allowed text has any weight, the biases are NaN, and the path means nothing.
 
     Args:
         start: the state before the canvas.
@@ -65,27 +70,21 @@ def posterior(
     """
     if automaton.distance[start] > len(mass) + left:
         raise ValueError("no allowed text is this short")
-    end = np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
-    positions, states = len(mass), len(end)
-    into, out_of, of_class = automaton.groups
-    source, label, target = automaton.source, automaton.label, automaton.target
-    forward = np.full((positions + 1, states), -np.inf)
-    highest, backward = forward.copy(), forward.copy()
-    forward[0, start] = highest[0, start] = 0.0
-    backward[-1] = end
-    for i in range(positions):
-        way = into.log_sum(forward[i, source[into.order]] + mass[i, label[into.order]])
-        forward[i + 1, into.keys] = way - way.max()
-        highest[i + 1, into.keys] = into.highest(highest[i, source[into.order]] + best[i, label[into.order]])
-    for i in reversed(range(positions)):
-        way = out_of.log_sum(mass[i, label[out_of.order]] + backward[i + 1, target[out_of.order]])
-        backward[i, out_of.keys] = way - way.max()
-    bias = np.full(mass.shape, -np.inf)
-    bias[:, of_class.keys] = of_class.log_sum(
-        forward[:-1, source[of_class.order]] + backward[1:, target[of_class.order]]
-    )
-    bias -= bias.max(1, keepdims=True)
-    return Posterior(bias, *_best_path(automaton, into, highest, best, end))
+    moves, end = automaton.moves, np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
+    by_label, by_class = moves.by_label, moves.by_class
+    weight = by_label.log_sum(mass.T[moves.member[by_label.order]]).T
+    highest = by_label.highest(best.T[moves.member[by_label.order]]).T
+    result = chain(moves.graph, start, end, weight, highest, native=native)
+    bias = by_class.log_sum(result.bias.T[moves.label[by_class.order]]).T
+    with np.errstate(invalid="ignore"):
+        bias -= bias.max(1, keepdims=True)
+    path = np.zeros(len(mass), np.int64)
+    for i, label in enumerate(result.path):
+        if label < 0:
+            break
+        members = moves.member[by_label.order[by_label.starts[label] : by_label.starts[label + 1]]]
+        path[i] = members[best[i, members].argmax()]
+    return Posterior(bias, path, result.through)
 
 
 def entry_weights(
@@ -101,32 +100,17 @@ def entry_weights(
     if not len(labels):
         return weights
     mass = mass - np.logaddexp.reduce(mass, axis=1, keepdims=True)  # 0 is certainty
-    out_of = automaton.groups[1]
-    label, target = automaton.label[out_of.order], automaton.target[out_of.order]
-    ahead = np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
+    moves, (_, out_of, _) = automaton.moves, automaton.moves.graph.groups
+    graph, ahead = moves.graph, np.where(automaton.distance <= left if ends is None else ends, 0.0, -np.inf)
+    weight = moves.by_label.log_sum(mass.T[moves.member[moves.by_label.order]]).T
+    changed = np.unique(moves.label[np.isin(moves.member, labels)])
+    pair = np.nonzero(np.isin(moves.label, changed))[0]
+    sets = Groups.of(np.searchsorted(changed, moves.label[pair]), len(changed))
+    members = moves.member[pair[sets.order]]
+    label, target = graph.label[out_of.order], graph.target[out_of.order]
     for i in reversed(range(len(mass))):
         rest = ahead[targets]
         weights[i, labels] = np.where(np.isneginf(rest), 0.0, -rest)
-        way = out_of.log_sum(mass[i, label] + weights[i, label] + ahead[target])
-        ahead = np.full(len(ahead), -np.inf)
-        ahead[out_of.keys] = way
+        weight[i, changed] = sets.log_sum(mass[i, members] + weights[i, members])
+        ahead = out_of.log_sum(weight[i, label] + ahead[target])
     return weights
-
-
-def _best_path(
-    automaton: TokenAutomaton,
-    into: EdgeGroups,
-    highest: Float64[np.ndarray, "ends states"],
-    best: Masses,
-    end: Float64[np.ndarray, " states"],
-) -> tuple[Ints, Ints]:
-    """The classes and states of the likeliest way, followed from its end; of equal ways the first."""
-    positions = len(best)
-    path, states = np.empty(positions, np.int64), np.empty(positions + 1, np.int64)
-    states[-1] = state = int((highest[-1] + end).argmax())
-    for i in reversed(range(positions)):
-        edges = into.members(state)
-        edge = edges[(highest[i, automaton.source[edges]] + best[i, automaton.label[edges]]).argmax()]
-        path[i], states[i] = automaton.label[edge], automaton.source[edge]
-        state = int(states[i])
-    return path, states

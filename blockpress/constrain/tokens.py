@@ -12,14 +12,18 @@ Run it:  python -m pytest tests/constrain/test_tokens.py
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32
+import torch
+from jaxtyping import Bool, Int, Int32
 
 from blockpress.constrain.automaton import DEAD, Automaton
+from blockpress.ops.chain import ChainGraph, Groups
+from blockpress.ops.vocabulary import TokenClasses
 
 Ints = Int[np.ndarray, " _"]
 MAX_WALKS = 4_000_000
@@ -78,36 +82,36 @@ def _trie(vocabulary: TokenBytes, column_of: Ints) -> tuple[list[TrieLevel], Int
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeGroups:
-    """Edges grouped by a key. order: all edges, group by group. keys: of each group. starts: where it begins."""
+class Moves:
+    """The edges of an automaton, those from one state to another joined to one move.
 
-    order: Ints
-    keys: Ints
-    starts: Ints
-    index: Ints
+    graph: its labels are the sets of classes that some two states are joined by, most often far fewer than the edges.
+    label, member: each set of classes, as (label, class) pairs; by_label and by_class: these in groups.
+    """
+
+    graph: ChainGraph
+    label: Ints
+    member: Ints
+    by_label: Groups
+    by_class: Groups
 
     @classmethod
-    def of(cls, keys: Ints) -> EdgeGroups:
-        order = np.argsort(keys, kind="stable")
-        unique, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
-        return cls(order, unique, starts, np.repeat(np.arange(len(unique)), counts))
-
-    def members(self, key: int) -> Ints:
-        """The edges of one group."""
-        place = int(np.searchsorted(self.keys, key))
-        stop = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.order)
-        return self.order[self.starts[place] : stop]
-
-    def highest(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
-        """The largest value of each group, of values in the groups' order."""
-        return np.maximum.reduceat(values, self.starts, axis=-1)
-
-    def log_sum(self, values: Float[np.ndarray, "*rows edges"]) -> Float[np.ndarray, "*rows groups"]:
-        """log of the sum of exp over each group; -inf where all are."""
-        largest = self.highest(values)
-        finite = np.where(np.isneginf(largest), 0.0, largest)
-        with np.errstate(divide="ignore"):
-            return np.log(np.add.reduceat(np.exp(values - finite[..., self.index]), self.starts, axis=-1)) + finite
+    def of(cls, source: Ints, label: Ints, target: Ints, states: int, classes: int) -> Moves:
+        order = np.lexsort((label, target, source))
+        source, label, target = (each[order].astype(np.int32) for each in (source, label, target))
+        first = np.ones(len(source), bool)
+        first[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
+        starts = np.append(np.nonzero(first)[0], len(source))
+        sets: dict[bytes, int] = {}
+        of_move = [
+            sets.setdefault(label[start:stop].tobytes(), len(sets))
+            for start, stop in itertools.pairwise(starts.tolist())
+        ]
+        members = [np.frombuffer(each, np.int32) for each in sets]
+        flat = np.concatenate([np.empty(0, np.int32), *members])
+        owner = np.repeat(np.arange(len(sets)), [len(each) for each in members])
+        graph = ChainGraph(source[first], np.array(of_move, np.int32), target[first], states, len(sets))
+        return cls(graph, owner, flat, Groups.of(owner, len(sets)), Groups.of(flat, classes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +135,15 @@ class TokenAutomaton:
         return int(self.class_of.max(initial=-1)) + 1
 
     @cached_property
-    def members(self) -> tuple[Ints, Ints]:
-        """All tokens that have a class, class by class in ascending order, and where each class begins."""
-        order = np.argsort(self.class_of, kind="stable")
-        order = order[np.searchsorted(self.class_of[order], 0) :]
-        return order, np.searchsorted(self.class_of[order], np.arange(self.num_classes + 1))
+    def _placed(self) -> dict[torch.device, TokenClasses]:
+        host = torch.device("cpu")
+        return {host: TokenClasses.of(torch.from_numpy(self.class_of))}
+
+    def classes(self, device: torch.device) -> TokenClasses:
+        """The classes of tokens, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self._placed[torch.device("cpu")].to(device)
+        return self._placed[device]
 
     def with_stops(self, stop_ids: Collection[int]) -> TokenAutomaton:
         """With a last state, in which stop ids end the text and after which only more of them come.
@@ -162,9 +170,8 @@ class TokenAutomaton:
         )
 
     @cached_property
-    def groups(self) -> tuple[EdgeGroups, EdgeGroups, EdgeGroups]:
-        """The edges by target, by source and by class."""
-        return EdgeGroups.of(self.target), EdgeGroups.of(self.source), EdgeGroups.of(self.label)
+    def moves(self) -> Moves:
+        return Moves.of(self.source, self.label, self.target, len(self.accepting), self.num_classes)
 
     @cached_property
     def entries(self) -> tuple[Ints, Ints]:

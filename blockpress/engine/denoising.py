@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from blockpress.config import Sampling
-from blockpress.decoding.denoisers import output_from_logits
 from blockpress.diffusion import (
     Accept,
     DenoiserOutput,
@@ -32,7 +31,6 @@ from blockpress.diffusion import (
     Schedule,
     Settle,
     StableAndConfident,
-    TokenMask,
     update,
 )
 from blockpress.diffusion.noise import LOW
@@ -45,6 +43,7 @@ from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.ops.transfer import to_device
+from blockpress.ops.vocabulary import SampleStats
 
 Numbers = Int64[Tensor, "canvases fields"]
 Flat = Float[Tensor, "1 rows hidden"]
@@ -221,38 +220,38 @@ def _output(
     signal: SoftEmbedding,
     requests: Sequence[Request],
 ) -> DenoiserOutput:
-    """What the step computes from the vocabulary: in blocks, but for canvases with a constraint from full logits."""
-    states, count = hidden.unflatten(0, (len(canvases.slot), slots.length)), len(canvases.slot)
-    constraints = [request.row.canvas_constraint for request in requests] or [None] * count
-    outputs: list[DenoiserOutput] = []
-    free = [i for i in range(count) if constraints[i] is None]
-    order = free + [i for i in range(count) if constraints[i] is not None]
-    if free:
-        chosen = slice(None) if len(free) == count else to_device(torch.tensor(free), hidden.device)
-        at = canvases.slot[chosen]
-        stats = vocabulary.sample_from_hidden(
-            states[chosen].flatten(0, 1),
+    """What the step computes from the vocabulary: a pass for each canvas with a constraint, one for all other rows."""
+    count, length = len(canvases.slot), slots.length
+    temperature = canvases.temperature[:, None].expand(-1, length).flatten()
+    banned = slots.banned.index_select(0, canvases.slot).flatten(0, 1) if features.banned else None
+
+    def read(rows: Int[Tensor, " some"] | slice, how: Callable[..., SampleStats]) -> SampleStats:
+        return how(
+            hidden[rows],
             network.embed_tokens.weight,
             cap=network.config.softcap,
-            temperature=canvases.temperature[chosen, None].expand(-1, slots.length).flatten(),
-            uniform=inputs.uniform[chosen].flatten(),
-            banned=(slots.ids, slots.banned.index_select(0, at).flatten(0, 1)) if features.banned else None,
+            temperature=temperature[rows],
+            uniform=inputs.uniform.flatten()[rows],
+            banned=None if banned is None else (slots.ids, banned[rows]),
             signal=signal,
             scale=network.embed_scale(),
         )
-        outputs.append(DenoiserOutput.of(stats, len(free)))
-    for i in order[len(free) :]:
-        scaled = network.logits(states[i : i + 1]) / canvases.temperature[i]
-        if features.banned:
-            scaled = TokenMask(slots.ids, slots.banned)(canvases.slot[i : i + 1], scaled)
-        draw = partial(vocabulary.sample, uniform=inputs.uniform[i : i + 1])
-        outputs.append(output_from_logits(network, scaled, draw, [constraints[i]]))
-    if not order[len(free) :]:
-        return outputs[0]
-    back = to_device(torch.tensor(order).argsort(), hidden.device)
-    fields = zip(*((each.argmax, each.sample, each.entropy, each.signal) for each in outputs), strict=True)
-    argmax, sample, entropy, embedded = (torch.cat(field)[back] for field in fields)
-    return DenoiserOutput(argmax=argmax, sample=sample, entropy=entropy, signal=embedded)
+
+    constraints = [(i, request.row.canvas_constraint) for i, request in enumerate(requests)]
+    held = [(i * length, constraint) for i, constraint in constraints if constraint is not None]
+    if not held:
+        return DenoiserOutput.of(read(slice(None), vocabulary.sample_from_hidden), count)
+    parts, free = [], torch.ones(count * length, dtype=torch.bool)
+    for start, constraint in held:
+        rows = slice(start, start + constraint.positions)
+        free[rows] = False
+        classes = constraint.automaton.classes(hidden.device)
+        parts.append(
+            read(rows, partial(vocabulary.sample_conditioned, classes=classes, condition=constraint.condition))
+        )
+    parts.append(read(to_device(free.nonzero()[:, 0], hidden.device), vocabulary.sample_from_hidden))
+    order = to_device(torch.cat(((~free).nonzero()[:, 0], free.nonzero()[:, 0])).argsort(), hidden.device)
+    return DenoiserOutput.of(SampleStats.joined(parts, order), count)
 
 
 def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Accept, Settle]:

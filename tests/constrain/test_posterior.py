@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from blockpress.constrain import CanvasConstraint
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
 from blockpress.constrain.tokens import TokenAutomaton, TokenBytes, lift
+from blockpress.ops import chain, compiled
 
 PIECES: list[bytes | None] = [None, b"a", b"b", b"ab", b"ba", b"c"]
 STOP = 0
@@ -39,6 +41,16 @@ def is_allowed(pattern: str, tokens: tuple[int, ...], left: int) -> bool:
             return True
         texts = {each + piece for each in texts for piece in PIECES if piece}
     return False
+
+
+@pytest.fixture(params=["C++", "numpy"], autouse=True, scope="module")
+def version(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(chain, "_library", lambda: None)
+        elif compiled.library("chain") is None:
+            pytest.skip("no C++ compiler")
+        yield
 
 
 @given(
@@ -83,3 +95,11 @@ def test_a_token_without_any_probability_is_never_chosen() -> None:
     biased, argmax = CanvasConstraint(automaton_of("a?b?"), 0, 2, 0)(logits)
     assert 1 not in argmax.tolist()
     assert biased.softmax(-1)[:, 1].tolist() == [0.0, 0.0]
+
+
+def test_a_canvas_that_no_allowed_text_can_fill_has_no_probabilities() -> None:
+    logits = torch.zeros(3, len(PIECES))
+    logits[:, [2, 3, 4]] = float("-inf")  # all that write "b"
+    biased, argmax = CanvasConstraint(automaton_of("[bc]b"), 0, 3, 0)(logits)
+    assert biased.softmax(-1).isnan().all()
+    assert all(0 <= token < len(PIECES) for token in argmax.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,10 +58,25 @@ def test_tokens_of_one_class_have_the_same_edges_and_others_do_not(pattern: str,
     by_token: dict[int, frozenset[tuple[int, int]]] = {}
     for token in range(len(pieces)):
         by_token[token] = frozenset((a, b) for a, other, b in edges(lifted) if other == token)
-    assert {token for token, ways in by_token.items() if ways} == {*lifted.members[0].tolist()}
+    assert {token for token, ways in by_token.items() if ways} == {*np.nonzero(lifted.class_of != DEAD)[0].tolist()}
     alive = [token for token, ways in by_token.items() if ways]
     assert len({by_token[token] for token in alive}) == len({int(lifted.class_of[token]) for token in alive})
     assert len({(by_token[token], int(lifted.class_of[token])) for token in alive}) == lifted.num_classes
+
+
+@given(pattern=PATTERNS, pieces=PIECES)
+def test_moves_are_the_edges_joined(pattern: str, pieces: list[bytes | None]) -> None:
+    lifted = lift(compile_expression(parse_regex(pattern)), TokenBytes(pieces)).with_stops([])
+    moves, graph = lifted.moves, lifted.moves.graph
+    pairs = list(zip(graph.source.tolist(), graph.target.tolist(), strict=True))
+    assert len(pairs) == len(set(pairs))
+    joined = {
+        (source, int(moves.member[at]), target)
+        for (source, target), label in zip(pairs, graph.label, strict=True)
+        for at in np.nonzero(moves.label == label)[0]
+    }
+    edges = zip(lifted.source.tolist(), lifted.label.tolist(), lifted.target.tolist(), strict=True)
+    assert joined == set(edges)
 
 
 def test_stop_ids_end_a_text_and_only_more_of_them_follow() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import torch
 
 from blockpress.checkpoints.build import multiplied, packable, put
 from blockpress.config import PRESETS, AutoregressiveSampling, ModelConfig, Sampling
+from blockpress.constrain import Constraint, ConstraintState
+from blockpress.constrain.regex import parse_regex
+from blockpress.constrain.tokens import TokenBytes
 from blockpress.decoding import Denoised, Done, Event
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.hardware import isa, processor
@@ -119,6 +123,30 @@ def test_a_request_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(options: str, dtype: torch.dtype) -> None:
     check(network(dtype), [7], [options])
+
+
+SHAPES = [None, "[AB]{3,40}", r"[^A]*A(B|[C-Z]{2})*", None, "(AB|C)*D", r"[^Z]{20,60}"]
+"""What requests must match: of few tokens, whose products alone are computed, and of nearly all."""
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("unchecked")
+def test_constraints_keep_the_bits_of_their_rows_and_of_all_others(dtype: torch.dtype) -> None:
+    net, texts = network(dtype), [None, None, *[bytes([token + 46]) for token in range(2, CONFIG.vocab_size)]]
+    constraints = [shape and Constraint.of(parse_regex(shape), TokenBytes(texts), [1], shape) for shape in SHAPES]
+    given = prompts(CONFIG, len(SHAPES), 60, seed=8, shared=20)
+
+    def make(index: int) -> Request:
+        constraint = constraints[index]
+        state = ConstraintState(constraint) if constraint else None
+        return Request(row(CONFIG, index, given[index], STEPS, constraint=state), STEPS)
+
+    makers = [partial(make, index) for index in range(len(SHAPES))]
+    alone = [run(net, [make])[0][0] for make in makers]
+    for chosen in (slice(0, 6), slice(1, 3), slice(2, 5), slice(5, None, -1)):
+        assert run(net, makers[chosen])[0] == alone[chosen]
+    for name in ("chunks of 7", "without reuse"):
+        assert run(net, makers, OTHERS[name], arrivals=[0, 2, 1, 3, 5, 4])[0] == alone
 
 
 PACKED = {

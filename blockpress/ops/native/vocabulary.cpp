@@ -15,207 +15,18 @@
 // per temperature), with no tanh, quotient or exp left. The caller's torch version is ops/vocabulary/passes.py.
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "pool.h"
-#include "simd.h"
+#include "readers.h"
 
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15; // fewest values per slice
-
-#if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
-#define GATHERS // AMD's gathers take longer than as many loads; g++ before 13 takes Zen 4 for Zen 3
-#endif
 constexpr int64_t SPAN = 256; // values summed in float32 before they are added to a float64 sum
-constexpr float INF = std::numeric_limits<float>::infinity();
-
-inline F all(float x) { return x - F{}; }
-inline F pick(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
-
-// Bit k: whether lane k of a comparison is true.
-inline uint32_t lanes(I mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX__)
-    return (uint32_t)_mm256_movemask_ps((__m256)mask);
-#else
-    typedef int64_t Longs __attribute__((vector_size(4 * W)));
-    int64_t any = 0;
-    for (int k = 0; k < W / 2; ++k) any |= ((Longs)mask)[k];
-    if (!any) return 0;
-    uint32_t bits = 0;
-    for (int k = 0; k < W; ++k) bits |= (uint32_t)(mask[k] & 1) << k;
-    return bits;
-#endif
-}
-
-inline F held(F d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
-
-// tanh to 2 ulp (Cephes tanhf); -inf stays -inf: a banned token. Few logits are large enough for the second form.
-inline F tangent(F z) {
-    F size = (F)((I)z & 0x7fffffff);
-    F s = z * z, p = all(-5.70498872745e-3f);
-    p = p * s + 2.06390887954e-2f;
-    p = p * s - 5.37397155531e-2f;
-    p = p * s + 1.33314422036e-1f;
-    p = p * s - 3.33332819422e-1f;
-    F small = p * (s * z) + z;
-    I large = size >= 0.625f;
-    if (!lanes(large)) return small;
-    F enough = size < 9.2f ? size : all(9.2f); // where tanh is 1
-    F one = 1.0f - 2.0f / (exponential_above(enough + enough) + 1.0f);
-    one = (F)((I)one | ((I)z & (int32_t)0x80000000));
-    return pick(large, pick(z < -FLT_MAX, z, one), small);
-}
-
-// x / by, rounded as a division rounds, x finite: from the reciprocal (Markstein), which needs a fused multiply-add.
-inline F quotient(F x, float by, float reciprocal) {
-#if defined(__FMA__) || defined(__aarch64__)
-    F q = x * reciprocal;
-    F rest = x - q * by; // rounded once: contracted to a fused multiply-add
-    return q + rest * reciprocal;
-#else
-    (void)reciprocal;
-    return x / by;
-#endif
-}
-
-inline I codes(const bf16 *from) {
-    H h;
-    std::memcpy(&h, from, sizeof h);
-#if defined(__AVX512F__)
-    return (I)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); // in one instruction, not four
-#elif defined(__AVX2__)
-    return (I)_mm256_cvtepu16_epi32((__m128i)h);
-#else
-    return __builtin_convertvector(h, I);
-#endif
-}
-
-struct Sums { // in float64, of float32 vectors
-    typedef float Half __attribute__((vector_size(2 * W)));
-    typedef double Doubles __attribute__((vector_size(4 * W)));
-    Doubles low = {}, high = {};
-    void operator+=(F x) {
-        Half parts[2];
-        std::memcpy(parts, &x, sizeof x);
-        low += __builtin_convertvector(parts[0], Doubles);
-        high += __builtin_convertvector(parts[1], Doubles);
-    }
-    double all() const {
-        double sum = 0;
-        for (int k = 0; k < W / 2; ++k) sum += low[k] + high[k];
-        return sum;
-    }
-};
-
-inline float typed(float x, const float *) { return x; }
-inline bf16 typed(float x, const bf16 *) { // of a value that is a bfloat16
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return {(uint16_t)(bits >> 16)};
-}
-
-// Readers of products: each gives scaled logits, their difference `below` from the maximum, and weights of both kinds.
-
-template <class T, bool CAPPED> struct Computed; // weights are relative to the row's maximum
-
-// With a cap the logits are tanh alone: their differences, scaled, are more exact than differences of capped logits.
-template <bool CAPPED> struct Computed<float, CAPPED> {
-    typedef float Type;
-    float temperature, by_cap, by_temperature, factor, top = 0;
-    Computed(float cap, float temperature)
-        : temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature),
-          factor((float)((double)cap / temperature)) {}
-    F scaled(const float *from) const {
-        return CAPPED ? tangent(load(from) * by_cap) : quotient(load(from), temperature, by_temperature);
-    }
-    float found(const float *most) {
-        top = scaled(most)[0];
-        return CAPPED ? top * factor : top;
-    }
-    F below(F s) const { return CAPPED ? (s - top) * factor : s - top; } // NaN for a banned token
-    F weight(const float *, F d) const { return exponential_above(held(d)); }
-    F belief(const float *, F) const { return F{}; } // the same as the weights
-};
-
-template <bool CAPPED> struct Computed<bf16, CAPPED> {
-    typedef bf16 Type;
-    float cap, temperature, by_cap, by_temperature, top = 0, about = 0;
-    Computed(float cap, float temperature)
-        : cap(cap), temperature(temperature), by_cap(CAPPED ? 1.0f / cap : 0), by_temperature(1.0f / temperature) {}
-    F scaled(const bf16 *from) const {
-        F x = load(from), s = x;
-        if (CAPPED) s = tangent(quotient(s, cap, by_cap)) * cap;
-        return x < -FLT_MAX ? all(-INF) : quotient(s, temperature, by_temperature);
-    }
-    float found(const bf16 *most) {
-        top = scaled(most)[0];
-        about = kept(all(top), bf16{})[0];
-        return top;
-    }
-    F below(F s) const { return s - top; }
-    F weight(const bf16 *, F d) const { return exponential_above(held(d)); }
-    F belief(const bf16 *, F s) const { return exponential_above(held(kept(s, bf16{}) - about)); }
-};
-
-struct Tabled { // weights are exp(s) itself: the caller ensures |s| <= 84
-    typedef bf16 Type;
-    const float *logits, *weights, *beliefs;
-    float top = 0;
-    explicit Tabled(const float *tables) : logits(tables), weights(tables + 65536), beliefs(tables + 2 * 65536) {}
-    static F entries(const float *table, const bf16 *from) {
-#ifdef GATHERS
-        __mmask16 every = 0xffff;
-        __asm__("" : "+Yk"(every)); // else the compiler drops the zeros, and each gather waits for the register's last use
-        return (F)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), every, (__m512i)codes(from), table, 4);
-#else
-        constexpr int some = W < 8 ? W : 8; // g++ turns 16 at once into 16 insertions into a whole register
-        typedef float Part __attribute__((vector_size(4 * some)));
-        Part parts[W / some];
-        for (int i = 0; i < W; ++i) parts[i / some][i % some] = table[from[i].bits];
-        F x;
-        std::memcpy(&x, parts, sizeof x);
-        return x;
-#endif
-    }
-    F scaled(const bf16 *from) const { return entries(logits, from); }
-    float found(const bf16 *most) { return top = logits[most->bits]; }
-    F below(F s) const { return s - top; }
-    F weight(const bf16 *from, F) const { return entries(weights, from); }
-    F belief(const bf16 *from, F) const { return entries(beliefs, from); }
-};
-
-// The last values of a row, padded with banned tokens.
-template <class T> struct Tail {
-    T values[W];
-    Tail(const T *from, int64_t count) {
-        const uint32_t banned = sizeof(T) == 2 ? 0xff80u : 0xff800000u;
-        for (int i = 0; i < W; ++i) std::memcpy(values + i, &banned, sizeof(T));
-        std::memcpy(values, from, count * sizeof(T));
-    }
-};
-
-// Calls `each(from, place, count)` for all of [from, to), W at a time; the last call may have a smaller count.
-template <class T, class Each>
-inline __attribute__((always_inline)) void walk(const T *row, int64_t from, int64_t to, Each each) {
-    int64_t i = from;
-    for (; i + W <= to; i += W) each(row + i, i, W);
-    if (i < to) each(Tail<T>(row + i, to - i).values, i, to - i);
-}
-
-// W times the same product.
-template <class T> struct Same {
-    T values[W];
-    explicit Same(T value) { std::fill(values, values + W, value); }
-};
 
 // The largest product; NaN if any product is NaN.
 template <class T> float largest(const T *row, int64_t vocab) {
@@ -252,6 +63,7 @@ struct Room { // a thread's buffers
     std::vector<double> tiles;       // sums of weights
     std::unique_ptr<float[]> weight; // of the last tile read
     std::unique_ptr<float[]> belief; // weights of a row's rounded logits
+    std::unique_ptr<float[]> ready;  // a row's scaled logits
 };
 
 // All weights, ties included, are left in `weights`: over the row's products (`over`), else one tile at a time.
@@ -372,13 +184,20 @@ struct Block { // mirrors ops/vocabulary/native.py: Block
     float *entropy, *total; // total: log of the sum of exp(scaled)
     int64_t *counts, *ids;  // of the sparse probabilities; count -1: all of the row's probabilities are written
     float *shares;
+    double dropped; // most probability that the sparse form leaves out
     float cap;      // 0: none
     int32_t belief; // 0: none, 1: whole, 2: sparse
+    int64_t classes;
+    const int32_t *class_of; // of each token; `classes`: of none
+    const int32_t *members;  // the tokens of all classes, class by class in ascending order
+    const int64_t *starts;   // [classes + 1]: where each class begins among them
+    const float *bias;       // [rows][classes + 1], added to scaled logits; null: none
+    double *mass;            // [rows][classes] of each class, log of the sum of exp(scaled)
+    float *best;             // the largest scaled logit
+    int64_t *token;          // and the first token that has it
 };
 
-constexpr double DROPPED = 1.0 / 512 - 1e-6; // most probability that the sparse form leaves out
-
-// The tokens that hold a row's probability except DROPPED; -1 where they are more than `most`.
+// The tokens that hold a row's probability except `dropped`; -1 where they are more than `most`.
 template <class T>
 int64_t gather(const float *weights, const T *, const Block &b, Share share, int64_t *ids, float *shares) {
     for (double least = 1.0 / 4096;; least /= 16) {
@@ -398,17 +217,17 @@ int64_t gather(const float *weights, const T *, const Block &b, Share share, int
                 covered += p;
             }
         }
-        const double open = 1.0 - DROPPED - covered;
+        const double open = 1.0 - b.dropped - covered;
         if (open <= 0) return count;
         if (count + open / least > (double)b.most) return -1; // every remaining token has less than `least`
     }
 }
 
 // The result for a row whose maximum is not finite.
-template <class T> void give_up(const Block &b, T *row, int64_t r, float most) {
+template <class Type, class T> void give_up(const Block &b, const Type *from, T *row, int64_t r, float most) {
     b.argmax[r] = 0;
     for (int64_t i = 0; i < b.vocab; ++i) {
-        const float x = widen(row[i]);
+        const float x = widen(from[i]);
         if (most != most ? x == x : x != most) continue;
         b.argmax[r] = i;
         break;
@@ -419,24 +238,25 @@ template <class T> void give_up(const Block &b, T *row, int64_t r, float most) {
     if (b.belief == 2) b.counts[r] = -1;
 }
 
-template <class Read> void see_row(Read read, const Block &b, int64_t r, Room &room) {
-    typedef typename Read::Type T;
-    T *row = (T *)b.products + r * b.vocab;
-    const float most = largest(row, b.vocab);
-    const Same<T> same(typed(most, row));
+// `row`: the products, over which probabilities are written; `from`: what `read` reads, these or a row of their size.
+template <class Read, class T>
+void see_row(Read read, const typename Read::Type *from, T *row, const Block &b, int64_t r, Room &room) {
+    typedef typename Read::Type Type;
+    const float most = largest(from, b.vocab);
+    const Same<Type> same(typed(most, from));
     const float top = read.found(same.values);
-    if (!std::isfinite(most) || !std::isfinite(top)) return give_up(b, row, r, most);
+    if (!std::isfinite(most) || !std::isfinite(top)) return give_up(b, from, row, r, most);
     const double unit = read.weight(same.values, F{})[0];
     constexpr bool narrow = sizeof(T) == 2;
     const bool over = b.belief && !narrow; // float32 weights overwrite the products: they are those of the probabilities
     float *weights = over ? (float *)row : room.weight.get();
-    const Moments m = narrow && b.belief ? measure<Read, narrow>(read, row, b.vocab, b.tile, unit, room, weights, over)
-                                         : measure<Read, false>(read, row, b.vocab, b.tile, unit, room, weights, over);
+    const Moments m = narrow && b.belief ? measure<Read, narrow>(read, from, b.vocab, b.tile, unit, room, weights, over)
+                                         : measure<Read, false>(read, from, b.vocab, b.tile, unit, room, weights, over);
     const double ties = (double)m.ties, rest = m.rest / unit, sum = ties + rest;
     b.argmax[r] = m.argmax;
     b.entropy[r] = (float)(std::log(ties) + std::log1p(rest / ties) - m.moment / unit / sum);
     b.total[r] = (float)(top + std::log(sum));
-    if (b.uniform) b.sample[r] = draw(read, row, b.vocab, b.tile, b.uniform[r], room, weights, over);
+    if (b.uniform) b.sample[r] = draw(read, from, b.vocab, b.tile, b.uniform[r], room, weights, over);
     if (!b.belief) return;
     const Share share(narrow ? m.belief : sum * unit);
     const float *shared = narrow ? room.belief.get() : weights;
@@ -448,11 +268,107 @@ template <class Read> void see_row(Read read, const Block &b, int64_t r, Room &r
     believe(shared, row, b.vocab, share);
 }
 
+// The classes of W tokens, or of fewer: the rest count as tokens of none.
+inline I classes_of(const Block &b, int64_t place, int64_t count) {
+    if (count == W) return *reinterpret_cast<const I *>(b.class_of + place);
+    I which = I{} + (int32_t)b.classes;
+    std::memcpy(&which, b.class_of + place, count * sizeof(int32_t));
+    return which;
+}
+
+// A row's scaled logits, each plus the bias of its token's class if there is one; they may overwrite float32 products.
+template <class Read>
+void prepare(const Read &read, const typename Read::Type *row, const Block &b, const float *bias, float *to) {
+    walk(row, 0, b.vocab, [&](const typename Read::Type *from, int64_t place, int64_t count) {
+        F s = read.logit(read.scaled(from));
+        if (bias) {
+            const I which = classes_of(b, place, count);
+            s += gathered([&](int k) { return bias[which[k]]; });
+        }
+        put(to + place, s, count);
+    });
+}
+
+struct ClassSum { // of a class: its largest logit, that one's first token, and the sum of exp(logit - best)
+    float best = -INF;
+    int64_t token = 0;
+    double sum = 0;
+    void raise(float top, int64_t first) {
+        if (top > best) sum *= std::exp((double)best - top), best = top, token = first;
+    }
+    // `values` of at most SPAN logits, padded to whole vectors with -inf
+    void add(const float *values, int64_t count) {
+        if (best == -INF) return;
+        F part = {};
+        for (int64_t i = 0; i < count; i += W) part += exponential_above(held(load(values + i) - best));
+        Sums sums;
+        sums += part;
+        sum += sums.all();
+    }
+};
+
+inline float highest(F x) {
+    float top = x[0];
+    for (int k = 1; k < W; ++k) top = std::max(top, x[k]);
+    return top;
+}
+
+// Of each class of a row: mass, largest logit and its first token. The sum is relative to the largest so far, so a class
+// far below others has all of its digits. NaN counts as -inf.
+inline void measure_classes(const Block &b, int64_t r, const float *scaled) {
+    float some[SPAN];
+    for (int64_t c = 0; c < b.classes; ++c) {
+        ClassSum own;
+        own.token = b.members[b.starts[c]];
+        const bool large = (b.starts[c + 1] - b.starts[c]) * 4 > b.vocab; // its tokens are looked at where they lie
+        const int64_t stop = large ? b.vocab : b.starts[c + 1];
+        for (int64_t start = large ? 0 : b.starts[c]; start < stop; start += SPAN) {
+            const int64_t count = std::min(SPAN, stop - start);
+            F best = all(-INF);
+            for (int64_t i = 0; i < count; i += W) {
+                F x;
+                if (large) {
+                    x = load(scaled + start + i);
+                    x = classes_of(b, start + i, std::min<int64_t>(W, count - i)) == (int32_t)c ? x : all(-INF);
+                } else {
+                    const int32_t *tokens = b.members + start + i;
+                    x = i + W <= count ? gathered([&](int k) { return scaled[tokens[k]]; })
+                                       : gathered([&](int k) { return i + k < count ? scaled[tokens[k]] : -INF; });
+                }
+                best = x > best ? x : best;
+                store(some + i, x);
+            }
+            const float top = highest(best);
+            if (top > own.best) {
+                const int64_t place = start + (std::find(some, some + count, top) - some);
+                own.raise(top, large ? place : b.members[place]);
+            }
+            own.add(some, count);
+        }
+        const int64_t at = r * b.classes + c;
+        b.mass[at] = own.best + std::log(own.sum), b.best[at] = own.best, b.token[at] = own.token;
+    }
+}
+
+// What is done with row r: the statistics of its classes, if these are asked for, or else those of a step.
+template <class Read, class T> void read_row(const Read &read, const Block &b, int64_t r, Room &room, const T *) {
+    T *row = (T *)b.products + r * b.vocab;
+    if (b.mass) {
+        prepare(read, row, b, nullptr, room.ready.get());
+        measure_classes(b, r, room.ready.get());
+    } else if (b.bias) {
+        float *ready = sizeof(T) == 4 ? (float *)row : room.ready.get();
+        prepare(read, row, b, b.bias + r * (b.classes + 1), ready);
+        see_row(Ready<T>(), ready, row, b, r, room);
+    } else
+        see_row(read, row, row, b, r, room);
+}
+
 template <class T> void see_computed(const Block &b, int64_t r, Room &room) {
     if (b.cap > 0)
-        see_row(Computed<T, true>(b.cap, b.temperature[r]), b, r, room);
+        read_row(Computed<T, true>(b.cap, b.temperature[r]), b, r, room, (T *)nullptr);
     else
-        see_row(Computed<T, false>(0, b.temperature[r]), b, r, room);
+        read_row(Computed<T, false>(0, b.temperature[r]), b, r, room, (T *)nullptr);
 }
 
 template <class T> void add_rows(const T *weight, int64_t hidden, const Block &b, float *out, int64_t r) {
@@ -473,21 +389,23 @@ static void see_rows(const Block &b, bool narrow, int64_t start, int64_t stop) {
     room.tiles.resize((b.vocab + b.tile - 1) / b.tile);
     room.weight.reset(new float[b.tile + W]);
     if (narrow && b.belief) room.belief.reset(new float[b.vocab + W]);
+    if (b.mass || (narrow && b.bias)) room.ready.reset(new float[b.vocab + W]);
     for (int64_t r = start; r < stop; ++r) {
         if (!narrow)
             see_computed<float>(b, r, room);
         else if (b.tables && b.table[r] >= 0)
-            see_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, room);
+            read_row(Tabled(b.tables + b.table[r] * 3 * 65536), b, r, room, (bf16 *)nullptr);
         else
             see_computed<bf16>(b, r, room);
     }
 }
 
-// The sums of embedding rows weighted by sparse probabilities, [rows, hidden] in float32; 0 for a row of count -1.
+// A step's statistics of each row; where `mass` is given, those of each row's classes, and nothing else.
 extern "C" void see(const Block *block, int32_t narrow, int64_t rows, int32_t threads) {
     share(rows, rows * block->vocab / GRAIN, threads, [&](long start, long stop) { see_rows(*block, narrow, start, stop); });
 }
 
+// The sums of embedding rows weighted by sparse probabilities, [rows, hidden] in float32; 0 for a row of count -1.
 // values: the number of embeddings over all rows.
 extern "C" void combine(const Block *block, const void *weight, int32_t narrow, int64_t hidden, float *out,
                         int64_t rows, int64_t values, int32_t threads) {

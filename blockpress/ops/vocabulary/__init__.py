@@ -3,6 +3,7 @@
     plain.py     entropy and sample from float32 logits: the reference
     types.py     arguments and results of a step
     step.py      argmax, sample, entropy and self-conditioning embedding, from hidden states
+    conditioned.py  the same for a canvas under a constraint
     causal.py    greedy tokens, and logprobs of given tokens, from hidden states
     blocks.py    the products of the head, a block of rows at a time, and the choice between:
     passes.py    the pass over a block in torch
@@ -14,18 +15,26 @@ Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary
 """
 
 from blockpress.ops.vocabulary.causal import TargetScores, score_ids, score_targets
+from blockpress.ops.vocabulary.conditioned import Condition, sample_conditioned
+from blockpress.ops.vocabulary.passes import class_stats
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
 from blockpress.ops.vocabulary.step import sample_from_hidden
-from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
+from blockpress.ops.vocabulary.types import BannedTokens, ClassBias, ClassStats, SampleStats, SignalKind, TokenClasses
 
 __all__ = [
     "TILE",
     "BannedTokens",
+    "ClassBias",
+    "ClassStats",
+    "Condition",
     "SampleStats",
     "SignalKind",
     "TargetScores",
+    "TokenClasses",
+    "class_stats",
     "entropy",
     "sample",
+    "sample_conditioned",
     "sample_from_hidden",
     "score_ids",
     "score_targets",

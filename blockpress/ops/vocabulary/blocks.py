@@ -28,6 +28,7 @@ from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
 from blockpress.ops.vocabulary import passes
 from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, Sparse
+from blockpress.ops.vocabulary.types import ClassBias, ClassStats, TokenClasses
 from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
@@ -46,18 +47,33 @@ def products(
         return
     most = max(1, BUFFER // (vocab * hidden.element_size()))
     step = math.ceil(n / math.ceil(n / most))
-    buffer, readable = _buffer(step, vocab, hidden), bridge.for_product(hidden, weight)
+    buffer = _buffer(step, vocab, hidden)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        product = buffer[: rows.stop - start]
-        if readable is not None:
-            in_cpp.linear(hidden[rows], readable, out=product)
-        elif isinstance(weight, Tensor):
-            linear.into(product, hidden[rows], weight)
-        else:
-            for first, part in linear.products(hidden[rows], weight):
-                product[:, first : first + part.shape[1]] = part
-        yield rows, product
+        yield rows, _multiply(hidden[rows], weight, buffer[: rows.stop - start])
+
+
+def all_products(
+    hidden: Float[Tensor, "n hidden"], weight: Float[Tensor, "vocab hidden"] | Packed
+) -> Float[Tensor, "n vocab"]:
+    """`linear(hidden, weight)` of all rows at once: for what needs every position before it can finish one."""
+    return _multiply(hidden, weight, _buffer(len(hidden), weight.shape[0], hidden))
+
+
+def _multiply(
+    hidden: Float[Tensor, "rows hidden"],
+    weight: Float[Tensor, "vocab hidden"] | Packed,
+    product: Float[Tensor, "rows vocab"],
+) -> Float[Tensor, "rows vocab"]:
+    readable = bridge.for_product(hidden, weight)
+    if readable is not None:
+        in_cpp.linear(hidden, readable, out=product)
+    elif isinstance(weight, Tensor):
+        linear.into(product, hidden, weight)
+    else:
+        for first, part in linear.products(hidden, weight):
+            product[:, first : first + part.shape[1]] = part
+    return product
 
 
 def _buffer(rows: int, vocab: int, like: Tensor) -> Tensor:
@@ -73,12 +89,26 @@ def block_stats(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
     probabilities: Probabilities = None,
+    bias: ClassBias | None = None,
     *,
     native: bool = True,
 ) -> BlockStats:
     """`passes.block_stats`, in C++ where that is allowed and possible."""
     version = in_native.block_stats if native and in_native.supports(product) else passes.block_stats
-    return version(product, cap, temperature, uniform, probabilities)
+    return version(product, cap, temperature, uniform, probabilities, bias)
+
+
+def class_stats(
+    product: Float[Tensor, "rows held"],
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    classes: TokenClasses,
+    *,
+    native: bool = True,
+) -> ClassStats:
+    """`passes.class_stats`, in C++ where that is allowed and possible."""
+    version = in_native.class_stats if native and in_native.supports(product) else passes.class_stats
+    return version(product, cap, temperature, classes)
 
 
 def combine_sparse(

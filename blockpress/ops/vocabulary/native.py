@@ -19,13 +19,14 @@ from torch import Tensor
 
 from blockpress.costs import TABLED
 from blockpress.ops import compiled
-from blockpress.ops.vocabulary.passes import MOST, BlockStats, Probabilities, Sparse, scaled_logits
+from blockpress.ops.vocabulary.passes import LIMITS, BlockStats, Probabilities, Sparse, scaled_logits
 from blockpress.ops.vocabulary.plain import TILE
+from blockpress.ops.vocabulary.types import ClassBias, ClassStats, TokenClasses
 
 LARGEST = 84.0
 """The largest logit for which its exp, that of its negative, and sums of 64 of them are normal float32 numbers."""
 
-_PROBABILITIES: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2}
+_PROBABILITIES: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2, "few": 2}
 
 
 class Block(ctypes.Structure):
@@ -36,8 +37,11 @@ class Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("vocab", "tile", "most")),
         *((name, ctypes.c_void_p) for name in ("temperature", "uniform", "tables", "table")),
         *((name, ctypes.c_void_p) for name in ("argmax", "sample", "entropy", "total", "counts", "ids", "shares")),
+        ("dropped", ctypes.c_double),
         ("cap", ctypes.c_float),
         ("belief", ctypes.c_int32),
+        ("classes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("class_of", "members", "starts", "bias", "mass", "best", "token")),
     ]
 
 
@@ -52,33 +56,27 @@ def block_stats(
     temperature: Float32[Tensor, " rows"],
     uniform: Float64[Tensor, " rows"] | None = None,
     probabilities: Probabilities = None,
+    bias: ClassBias | None = None,
 ) -> BlockStats:
-    """`passes.block_stats` in C++; full probabilities overwrite the products."""
-    library = _library()
-    assert library is not None and product.is_contiguous()
-    rows, vocab = product.shape
-    temperature = temperature.contiguous()
-    uniform = None if uniform is None else uniform.contiguous()
+    """`passes.block_stats` in C++; full probabilities overwrite the products, and with a bias float32 logits do."""
+    rows = len(product)
     # Every tensor stays bound to a name for as long as C++ holds a pointer to it.
-    tables = _tables(product, cap, temperature)
+    uniform = None if uniform is None else uniform.contiguous()
     argmax, sample = torch.empty(2, rows, dtype=torch.int64)
     entropy, total = torch.empty(2, rows, dtype=torch.float32)
-    sparse = None
-    if probabilities == "sparse":
+    sparse, most, dropped = None, 0, 0.0
+    if probabilities == "sparse" or probabilities == "few":
+        most, dropped = LIMITS[probabilities]
         sparse = Sparse(
             counts=torch.empty(rows, dtype=torch.int64),
-            ids=torch.empty(rows, MOST, dtype=torch.int64),
-            shares=torch.empty(rows, MOST, dtype=torch.float32),
+            ids=torch.empty(rows, most, dtype=torch.int64),
+            shares=torch.empty(rows, most, dtype=torch.float32),
         )
+    values = None if bias is None else bias.values.contiguous()
     block = Block(
-        products=product.data_ptr(),
-        vocab=vocab,
-        tile=min(TILE, vocab),
-        most=MOST,
-        temperature=temperature.data_ptr(),
-        uniform=None if uniform is None else uniform.data_ptr(),
-        tables=None if tables is None else tables[0].data_ptr(),
-        table=None if tables is None else tables[1].data_ptr(),
+        most=most,
+        dropped=dropped,
+        uniform=_pointer(uniform),
         argmax=argmax.data_ptr(),
         sample=sample.data_ptr(),
         entropy=entropy.data_ptr(),
@@ -86,14 +84,57 @@ def block_stats(
         counts=None if sparse is None else sparse.counts.data_ptr(),
         ids=None if sparse is None else sparse.ids.data_ptr(),
         shares=None if sparse is None else sparse.shares.data_ptr(),
-        cap=cap or 0.0,
         belief=_PROBABILITIES[probabilities],
+        bias=_pointer(values),
     )
-    narrow = product.dtype == torch.bfloat16
-    library.see(ctypes.byref(block), narrow, rows, torch.get_num_threads())
+    _see(block, product, cap, temperature, None if bias is None else bias.classes)
     return BlockStats(
         argmax, None if uniform is None else sample, entropy, total, product if probabilities else None, sparse
     )
+
+
+def class_stats(
+    product: Float[Tensor, "rows held"],
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    classes: TokenClasses,
+) -> ClassStats:
+    """`passes.class_stats` in C++."""
+    shape = len(product), len(classes)
+    stats = ClassStats(
+        torch.empty(shape, dtype=torch.float64), torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    )
+    block = Block(mass=stats.mass.data_ptr(), best=stats.best.data_ptr(), token=stats.token.data_ptr())
+    _see(block, product, cap, temperature, classes)
+    return stats
+
+
+def _see(
+    block: Block,
+    product: Float[Tensor, "rows vocab"],
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    classes: TokenClasses | None,
+) -> None:
+    """Run C++ over a block that has its outputs; what it reads is added here."""
+    library = _library()
+    assert library is not None and product.is_contiguous()
+    rows, vocab = product.shape
+    temperature = temperature.contiguous()
+    tables = _tables(product, cap, temperature)
+    block.products, block.vocab, block.tile = product.data_ptr(), vocab, min(TILE, vocab)
+    block.temperature, block.cap = temperature.data_ptr(), cap or 0.0
+    if tables is not None:
+        block.tables, block.table = tables[0].data_ptr(), tables[1].data_ptr()
+    if classes is not None:
+        assert len(classes.class_of) == vocab, "a class for every column"
+        block.classes, block.class_of = len(classes), classes.class_of.data_ptr()
+        block.members, block.starts = classes.members.data_ptr(), classes.starts.data_ptr()
+    library.see(ctypes.byref(block), product.dtype == torch.bfloat16, rows, torch.get_num_threads())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Float32[Tensor, "rows hidden"]:

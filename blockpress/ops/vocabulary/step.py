@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blockpress.ops import kernels
 from blockpress.ops.linear import combine
+from blockpress.ops.vocabulary import blocks
 from blockpress.ops.vocabulary.blocks import block_stats, combine_sparse, products
 from blockpress.ops.vocabulary.passes import BlockStats, Probabilities
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
@@ -76,14 +77,23 @@ def sample_from_hidden(
 def soft_embedding(
     stats: BlockStats, weight: Float[Tensor, "vocab hidden"] | Packed, *, native: bool
 ) -> Float[Tensor, "rows hidden"]:
-    """The expected embedding under each row's probabilities, in their dtype."""
+    """The expected embedding under each row's probabilities, in their dtype; may move their rows."""
     assert stats.probabilities is not None
     if stats.sparse is None:
-        return combine(stats.probabilities, weight)
+        return _combined(stats.probabilities, weight)
     mean = combine_sparse(stats.sparse, weight, stats.probabilities.dtype, native=native)
-    whole = stats.sparse.counts < 0
-    if bool(whole.all()):
-        return combine(stats.probabilities, weight)
-    if bool(whole.any()):
-        mean[whole] = combine(stats.probabilities[whole], weight)
+    whole = (stats.sparse.counts < 0).nonzero()[:, 0]
+    if len(whole):
+        for place, row in enumerate(whole.tolist()):
+            if place != row:  # closed up where they lie: a copy of all of them may be as large as the block
+                stats.probabilities[place] = stats.probabilities[row]
+        mean[whole] = _combined(stats.probabilities[: len(whole)], weight)
     return mean
+
+
+def _combined(
+    probabilities: Float[Tensor, "rows vocab"], weight: Float[Tensor, "vocab hidden"] | Packed
+) -> Float[Tensor, "rows hidden"]:
+    """`combine`, of as many rows at a time as a block of products has: more of them would not fit the caches."""
+    step = max(1, blocks.BUFFER // (probabilities.shape[1] * probabilities.element_size()))
+    return torch.cat([combine(part, weight) for part in probabilities.split(step)])
