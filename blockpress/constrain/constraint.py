@@ -44,10 +44,15 @@ class Constraint:
         """Compile an expression.
 
         Raises:
-            RequestError: the vocabulary can write none of its texts; it needs too many states. _NothingMatches: it
-                allows no text.
+            RequestError: there is no stop id; the vocabulary without these can write none of its texts; it needs too
+                many states. _NothingMatches: it allows no text.
         """
-        automaton = lift(compile_expression(expression), vocabulary)
+        if not stop_ids:
+            raise RequestError(
+                f"the model has no stop ids, so no text of {about} could end",
+                hint="name its eos_token_id in generation_config.json",
+            )
+        automaton = lift(compile_expression(expression), vocabulary.without(stop_ids))
         if automaton.distance[0] >= FAR:
             raise RequestError(f"the vocabulary cannot write {about}", hint="use characters that it has tokens for")
         return cls(automaton.with_stops(stop_ids), about)

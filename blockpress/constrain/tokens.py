@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,6 +54,15 @@ class TokenBytes:
         self.bytes = np.zeros((len(self.tokens), int(self.lengths.max(initial=0))), np.uint8)
         filled = np.arange(self.bytes.shape[1]) < self.lengths[:, None]
         self.bytes[filled] = np.frombuffer(b"".join([taken[token] for token in self.tokens.tolist()]), np.uint8)
+
+    def without(self, tokens: Collection[int]) -> TokenBytes:
+        """Without the text of some tokens."""
+        left = ~np.isin(self.tokens, list(tokens))
+        if left.all():
+            return self
+        other = copy(self)
+        other.tokens, other.lengths, other.bytes = self.tokens[left], self.lengths[left], self.bytes[left]
+        return other
 
 
 @dataclass(frozen=True)

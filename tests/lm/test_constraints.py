@@ -293,3 +293,12 @@ def test_random_weights_write_valid_json_over_the_published_vocabulary(
     reply = model.generate("hi", 60, 1, sampling, mode=mode, schema=SCHEMA)
     assert reply.invalid is None
     jsonschema.validate(json.loads(reply.text or ""), SCHEMA)
+
+
+@pytest.mark.parametrize(("stop_ids", "message"), [("", "no stop ids"), ("1", "cannot write")])
+def test_a_shape_that_stop_ids_leave_no_way_to_write_or_end_is_refused(lm: LM, stop_ids: str, message: str) -> None:
+    assert lm.tokenizer is not None
+    generation = replace(lm.generation, stop_ids=tuple(lm.tokenizer.encode(stop_ids)) if stop_ids else ())
+    other = LM(path=lm.path, network=lm.network, generation=generation, tokenizer=lm.tokenizer)
+    with pytest.raises(RequestError, match=message):
+        other.generate("12", 10, regex="1{3}")
