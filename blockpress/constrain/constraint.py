@@ -28,7 +28,7 @@ from blockpress.constrain.posterior import entry_weights, posterior
 from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
 from blockpress.errors import RequestError
 from blockpress.ops.transfer import to_device, to_host
-from blockpress.ops.vocabulary import ClassBias, ClassStats, class_stats
+from blockpress.ops.vocabulary import ClassBias, ClassStats, Room, class_stats
 
 
 @final
@@ -93,6 +93,7 @@ class ConstraintState:
 
     def __init__(self, constraint: Constraint, pins: Mapping[int, int] | None = None) -> None:
         self.constraint, self.state, self.pins, self._count = constraint, 0, pins or {}, 0
+        self.room = Room()
 
     def after(self, tokens: Iterable[int], state: int = 0) -> int:
         """The state after some tokens, or DEAD."""

@@ -237,18 +237,21 @@ def _output(
             scale=network.embed_scale(),
         )
 
-    constraints = [(i, request.row.canvas_constraint) for i, request in enumerate(requests)]
-    held = [(i * length, constraint) for i, constraint in constraints if constraint is not None]
-    if not held:
+    states = {i: request.row.constraint for i, request in enumerate(requests) if request.row.constraint is not None}
+    if not states:
         return DenoiserOutput.of(read(slice(None), vocabulary.sample_from_hidden), count)
+    room, *others = (state.room for state in states.values())  # one for all; it goes with its request
+    for other in others:
+        other.clear()
     parts, free = [], torch.ones(count * length, dtype=torch.bool)
-    for start, constraint in held:
-        rows = slice(start, start + constraint.positions)
+    for i in states:
+        constraint = requests[i].row.canvas_constraint
+        assert constraint is not None
+        rows = slice(i * length, i * length + constraint.positions)
         free[rows] = False
         classes = constraint.automaton.classes(hidden.device)
-        parts.append(
-            read(rows, partial(vocabulary.sample_conditioned, classes=classes, condition=constraint.condition))
-        )
+        how = partial(vocabulary.sample_conditioned, classes=classes, condition=constraint.condition, room=room)
+        parts.append(read(rows, how))
     parts.append(read(to_device(free.nonzero()[:, 0], hidden.device), vocabulary.sample_from_hidden))
     order = to_device(torch.cat(((~free).nonzero()[:, 0], free.nonzero()[:, 0])).argsort(), hidden.device)
     return DenoiserOutput.of(SampleStats.joined(parts, order), count)

@@ -20,6 +20,7 @@ import blockpress
 from blockpress import sudoku
 from blockpress.bench.subject import bench_262k
 from blockpress.config import GenerationConfig, Sampling
+from blockpress.constrain import ConstraintState
 from blockpress.evals.sudoku import puzzles
 from blockpress.hardware import machine
 from blockpress.lm import LM
@@ -142,42 +143,61 @@ def compare_puzzles(count: int) -> None:
         )
 
 
-def measure_cost() -> None:
+def measure_cost(turns: int) -> None:
     """Steps of bench-262k with the published tokenizer, free and constrained, in turns; processor time, one thread."""
     config = bench_262k()
     tokenizer = blockpress.text.Tokenizer.from_directory(GEMMA)
     generation, network = GenerationConfig(stop_ids=(1, 106)), make_random_network(config)
     lm = LM(path=Path(), network=network, generation=generation, tokenizer=tokenizer)
-    sampling = replace(Sampling(), steps=2)
+    sampling = replace(Sampling(), steps=4)
 
     def step(**shape: Any) -> float:
         started = time.process_time()
         reply = lm.generate("hi", config.canvas_length, sampling=sampling, **shape)
         return (time.process_time() - started) / reply.usage.steps
 
-    step()
-    for name, shape in SHAPES.items():
+    def compiled(shape: dict[str, Any]) -> tuple[float, ConstraintState]:
         started = time.process_time()
         state = lm.build_requests("hi", config.canvas_length, **shape)[0].row.constraint
-        cold = time.process_time() - started
-        started = time.process_time()
-        lm.build_requests("hi", config.canvas_length, **shape)
-        warm = time.process_time() - started
-        pairs = [(step(), step(**shape)) for _ in range(2)]
-        free, held = min(a for a, _ in pairs), min(b for _, b in pairs)
         assert state is not None
+        return time.process_time() - started, state
+
+    first, _ = compiled({"choice": ["a"]})
+    print(
+        f"the first constraint of a model, which reads its vocabulary: {first:.2f} s; memory of a free step {peak(step)} MB"
+    )
+    for name, shape in SHAPES.items():
+        (cold, state), (warm, _) = compiled(shape), compiled(shape)
+        held = peak(lambda shape=shape: step(**shape))  # type: ignore[misc]
+        pairs = [(step(), step(**shape)) for _ in range(turns)]
+        ratios = sorted(constrained / free for free, constrained in pairs)
         automaton = state.constraint.automaton
         print(
             f"{name}: {len(automaton.accepting)} states, {automaton.num_classes} classes, {len(automaton.source)} edges; "
-            f"compiled in {cold:.2f} s, again {warm * 1000:.1f} ms; a step {held / free:.2f} times a free one's {free:.2f} s",
+            f"compiled in {cold:.2f} s, again {warm * 1000:.1f} ms; a step {ratios[len(ratios) // 2]:.2f} times a free one "
+            f"({', '.join(f'{b:.2f}/{a:.2f} s' for a, b in pairs)}); memory {held} MB",
             flush=True,
         )
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The megabytes that a call holds at most beyond those before it (Linux)."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["puzzles", "holes", "drafts", "cost"])
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
@@ -188,7 +208,7 @@ def main() -> None:
     elif options.what == "drafts":
         measure_drafts(options.count)
     else:
-        measure_cost()
+        measure_cost(options.turns)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ vocabulary.
 Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary_step.py
 """
 
+from blockpress.ops.vocabulary.blocks import Room
 from blockpress.ops.vocabulary.causal import TargetScores, score_ids, score_targets
 from blockpress.ops.vocabulary.conditioned import Condition, sample_conditioned
 from blockpress.ops.vocabulary.passes import class_stats
@@ -27,6 +28,7 @@ __all__ = [
     "ClassBias",
     "ClassStats",
     "Condition",
+    "Room",
     "SampleStats",
     "SignalKind",
     "TargetScores",

@@ -4,7 +4,8 @@
                        --condition--> bias of each class, path --products plus bias--> sample, entropy, signal
 
 The condition needs every position before any can be finished, so the products of one canvas are held, in the weight's
-dtype; its probabilities overwrite them. Where the classes hold few tokens, only these are computed.
+dtype; its probabilities overwrite them, and the next step's products those (`Room`). Where the classes hold few tokens,
+only the products of these are computed.
 
 Invariant: results are those of full logits through `condition`; a canvas's bits do not depend on others.
 Run it:  python -m pytest tests/ops/test_vocabulary_conditioned.py
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.ops.linear import lookup
-from blockpress.ops.vocabulary.blocks import all_products, block_stats, class_stats
+from blockpress.ops.vocabulary.blocks import Room, all_products, block_stats, class_stats
 from blockpress.ops.vocabulary.passes import Probabilities
 from blockpress.ops.vocabulary.step import soft_embedding
 from blockpress.ops.vocabulary.types import (
@@ -50,6 +51,7 @@ def sample_conditioned(
     signal: SignalKind = "exact",
     banned: BannedTokens | None = None,
     native: bool = True,
+    room: Room | None = None,
 ) -> SampleStats:
     """`sample_from_hidden` for the n > 0 positions of one canvas, of probabilities that `condition` biases.
 
@@ -58,11 +60,12 @@ def sample_conditioned(
         condition: what the positions are held to. The argmax is the best token of the class that it chooses.
         signal: as in `sample_from_hidden`. "exact" leaves out what is less than 2^-22 of a position's probability
             where the rest is held by few tokens.
+        room: memory that is kept for the next call; None: none is kept.
     """
     if classes.tokens is not None:
         weight = lookup(classes.tokens, weight, hidden.dtype)
         banned = banned and _among(classes.tokens, banned)
-    product = all_products(hidden, weight)
+    product = all_products(hidden, weight, room or Room())
     if banned is not None:
         ids, where = banned
         product[:, ids] = product[:, ids].masked_fill(where, float("-inf"))
