@@ -48,7 +48,9 @@ Span = Annotated[
 Marker = Annotated[str, typer.Option(metavar="TEXT", help="What stands in the text where a hole is, without --at.")]
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="As MODEL of `blockpress run`.")]
 Asked = Annotated[str | None, typer.Option("--instruction", metavar="TEXT", help="What the text answers.")]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens that a hole may add.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Most tokens that a hole may add. Default: four canvases.")
+]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of all random draws: the same seed, the same text.")]
 Noise = Annotated[float, typer.Option(metavar="X", help="How much of the old text noise replaces, from 0 to 1.")]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Write FILE, once its changes are shown and confirmed.")]

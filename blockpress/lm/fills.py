@@ -26,6 +26,8 @@ from blockpress.lm.seams import Seams
 from blockpress.model import Network
 from blockpress.text import Tokenizer
 
+CANVASES = 4
+"""How many canvases a hole may fill if `max_tokens` is not given."""
 FILL = "<fill>"
 """What marks a hole where the text is shown to the model."""
 
@@ -103,11 +105,12 @@ def check_fill(
         raise RequestError(f"sampling is {value_text(chosen)}", hint="give a blockpress.Sampling")
     if chosen.stop:
         raise RequestError(f"sampling.stop is {chosen.stop!r}", hint="leave it out: a hole ends at the text after it")
-    if chosen.max_verifications:
-        raise RequestError(
-            f"sampling.max_verifications is {chosen.max_verifications}, and the causal pass does not see what follows",
-            hint="leave it out",
-        )
+    for field in ("max_verifications", "max_repairs"):
+        if getattr(chosen, field):
+            raise RequestError(
+                f"sampling.{field} is {getattr(chosen, field)}, and the causal pass does not see what follows a hole",
+                hint=f"leave {field} out",
+            )
     if max_tokens is not None and not is_count(max_tokens):
         raise RequestError(
             f"max_tokens is {value_text(max_tokens)}", hint="max_tokens must be a whole number from 1, or None"
@@ -154,7 +157,7 @@ class FillBuilder:
                 f"{hole[1]} is given for {len(pieces) - 1} holes", hint="fill one hole at a time, each with its own"
             )
         shape: dict[str, Any] = {} if hole is None else {"hole": hole[0], "about": hole[1]}
-        fill: dict[str, Any] = {"sampling": chosen, "most": max_tokens, **shape}
+        fill: dict[str, Any] = {"sampling": chosen, "most": self._most(max_tokens), **shape}
         return self._run(answer, check_cancel(cancel), pieces, instruction, FILL.join(pieces), seed, **fill)
 
     def edit(
@@ -178,8 +181,11 @@ class FillBuilder:
         hole = self._constraints.hole(constraint)
         given: dict[str, Any] = {} if hole is None else {"hole": hole[0], "about": hole[1]}
         given |= {} if level == 1 or not old else {"old": old, "noise": level}
-        fill: dict[str, Any] = {"sampling": chosen, "most": max_tokens, **given}
+        fill: dict[str, Any] = {"sampling": chosen, "most": self._most(max_tokens), **given}
         return self._run(answer, check_cancel(cancel), (before, after), instruction, text, seed, **fill)
+
+    def _most(self, max_tokens: int | None) -> int:
+        return CANVASES * self._network.config.canvas_length if max_tokens is None else int(max_tokens)
 
     def _run(
         self,

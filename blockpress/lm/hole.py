@@ -30,9 +30,9 @@ class Fill:
     stop_ids: tuple[int, ...]
     seed: int
     sampling: Sampling
+    most: int
     hole: Expression | Automaton = ANY_TEXT
     about: str = "the text around the hole"
-    most: int | None = None
     old: str | None = None
     noise: float = 1.0
 

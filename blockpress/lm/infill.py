@@ -64,10 +64,10 @@ class Infiller:
                 f"span has {len(hole.old)} tokens, and a canvas has room for {self._room(hole)}",
                 hint="edit a shorter span, one after the other",
             )
-        most = self.fill.most
-        if most is not None and hole.least > most:
+        if hole.least > self.fill.most:
             raise RequestError(
-                f"{self.fill.about} needs {hole.least} tokens, and max_tokens is {most}", hint="allow more tokens"
+                f"{self.fill.about} needs {hole.least} tokens, and max_tokens is {self.fill.most}",
+                hint="allow more tokens",
             )
         count = len(self.fill.base) + len(hole.before) + len(hole.heal)
         raise PromptTooLong(
@@ -131,7 +131,7 @@ class Infiller:
             here = len(inside) - len(hole.starts) - len(hole.seam)
             full = outcome.reply.finish_reason == "length" if ahead else hole.old is None and here >= self._room(hole)
             region = [*hole.kept, *inside]
-            used_up = self.fill.most is not None and len(region) - len(hole.heal) - len(hole.seam) >= self.fill.most
+            used_up = len(region) - len(hole.heal) - len(hole.seam) >= self.fill.most
             kept = len(inside) if ahead else (len(inside) - len(hole.seam)) // 2
             if full and kept > 0 and not (used_up and layout.end != "open"):
                 later = hole.after_canvas(inside[:kept], states[kept])
@@ -179,8 +179,6 @@ class Infiller:
         """The most tokens that one canvas has for the hole itself."""
         view = min(len(hole.after) + hole.last, max(1, self.canvas // VIEW))
         room = self.canvas - len(hole.heal) - len(hole.seam) - view
-        if self.fill.most is None:
-            return room
         return min(room, self.fill.most - self._added(hole))
 
     def _added(self, hole: Hole) -> int:
@@ -191,7 +189,7 @@ class Infiller:
         """The lengths that have room, in ascending order."""
         room, fits = self._room(hole), self.context_length - self.canvas
         if hole.least > room and hole.old is None:  # one canvas does not suffice: this one is a part of the hole
-            enough = self.fill.most is None or hole.least <= self.fill.most - self._added(hole)
+            enough = hole.least <= self.fill.most - self._added(hole)
             whole = len(self.fill.base) + len(hole.before) + len(hole.kept) + hole.least
             return [self.canvas] if enough and whole <= fits else []
         lengths = range(hole.least or not hole.seam, room + 1)
@@ -241,7 +239,7 @@ class Infiller:
             most = len(layout.before) + layout.region - layout.length + self._room(hole)
             least = min(len(layout.after), max(1, self.canvas - most))
             if layout.end == "open":
-                least = FAR - 1 if fill.most is None else fill.most - self._added(hole) - layout.length + len(hole.seam)
+                least = fill.most - self._added(hole) - layout.length + len(hole.seam)
             made = filling(hole.middle, hole.state, layout.before, layout.after, layout.end, fill.stop_ids, least=least)
             state = ConstraintState(Constraint(made.automaton, fill.about))
             state.state = made.start

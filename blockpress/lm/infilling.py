@@ -61,7 +61,7 @@ class Infilling:
 
         Args:
             prefix: the text before the hole; or the texts around several, and no `suffix`.
-            max_tokens: most tokens that each hole may add to the text; None: as many as the context has room for.
+            max_tokens: most tokens that each hole may add to the text; None: four canvases of them.
             seed: as in `generate`; with a list of them there is a reply for each.
             options: `lm.fills.InfillOptions`.
 

@@ -97,6 +97,12 @@ def test_the_text_around_a_hole_comes_back_byte_for_byte(
     assert len(reply.tokens) <= most + 1 and reply.invalid is None  # a token may hold some of a seam
 
 
+def test_a_hole_without_a_limit_ends_after_four_canvases(short: LM) -> None:
+    replies = short.infill("12", "34", seed=[0, 1, 2, 3], sampling=SHORT)
+    assert all(len(reply.tokens) <= 64 for reply in replies)
+    assert any(reply.usage.canvases > 1 for reply in replies)
+
+
 @settings(max_examples=num_examples(5))
 @given(pieces=st.lists(st.text("0123456789\n", min_size=1, max_size=8), min_size=3, max_size=4), seed=st.integers(0, 9))
 def test_several_holes_are_filled_between_their_pieces(short: LM, pieces: list[str], seed: int) -> None:
@@ -143,13 +149,13 @@ def test_the_seams_allow_the_cut_of_the_joined_text(large: LM, gemma: Tokenizer,
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (30, 37), (60, 75), (84, 89)])
 def test_a_hole_in_a_solved_grid_is_filled_rightly(lm: LM, start: int, stop: int) -> None:
     for prompt, instruction in ((PUZZLE, None), ("", PUZZLE)):
-        reply = lm.infill(prompt + SOLVED[:start], SOLVED[stop:], instruction=instruction)
+        reply = lm.infill(prompt + SOLVED[:start], SOLVED[stop:], 16, instruction=instruction)
         assert reply.text == SOLVED[start:stop] and reply.finish_reason == "stop"
 
 
 def test_two_holes_in_a_solved_grid_are_filled_rightly(lm: LM) -> None:
     pieces = [PUZZLE + SOLVED[:10], SOLVED[13:50], SOLVED[55:]]
-    assert lm.infill(pieces).holes == (SOLVED[10:13], SOLVED[50:55])
+    assert lm.infill(pieces, None, 8).holes == (SOLVED[10:13], SOLVED[50:55])
 
 
 def test_an_edit_mends_what_is_wrong_and_nothing_around_it(lm: LM) -> None:
@@ -223,9 +229,9 @@ def test_the_reference_loop_fills_the_same(lm: LM) -> None:
 
 
 def test_events_are_the_steps_the_holes_and_the_reply(lm: LM) -> None:
-    events = list(lm.infill_stream(PUZZLE + SOLVED[:30], SOLVED[37:]))
+    events = list(lm.infill_stream(PUZZLE + SOLVED[:30], SOLVED[37:], 9))
     (done,) = (event for event in events if isinstance(event, Done))
-    assert events[-1] is done and done.reply == lm.infill(PUZZLE + SOLVED[:30], SOLVED[37:])
+    assert events[-1] is done and done.reply == lm.infill(PUZZLE + SOLVED[:30], SOLVED[37:], 9)
     assert "".join(event.text for event in events if isinstance(event, Text)) == done.reply.text
     steps = [event for event in events if isinstance(event, Denoised)]
     assert 0 < len(steps) < done.reply.usage.steps  # the lengths that were tried are counted, not shown
@@ -234,7 +240,7 @@ def test_events_are_the_steps_the_holes_and_the_reply(lm: LM) -> None:
 def test_a_cancelled_fill_says_so_and_keeps_the_text(lm: LM) -> None:
     cancel = threading.Event()
     events = []
-    for event in lm.infill_stream(PUZZLE + SOLVED[:30], SOLVED[37:], cancel=cancel):
+    for event in lm.infill_stream(PUZZLE + SOLVED[:30], SOLVED[37:], 9, cancel=cancel):
         events.append(event)
         cancel.set()
     reply = events[-1].reply
@@ -257,6 +263,7 @@ def test_a_cancelled_fill_says_so_and_keeps_the_text(lm: LM) -> None:
         (("1", "3"), {"instruction": ""}, "instruction is ''"),
         (("1", "3"), {"sampling": Sampling(stop=("2",))}, "sampling.stop is"),
         (("1", "3"), {"sampling": Sampling(max_verifications=2)}, "sampling.max_verifications is 2"),
+        (("1", "3"), {"sampling": Sampling(max_repairs=2)}, "sampling.max_repairs is 2"),
         (("1", "3"), {"sampling": 5}, "sampling is 5"),
         (("1", "3"), {"cancel": 5}, "cancel is 5"),
         (("1", "3", 2), {"regex": "[1-9]{5}"}, r"regex '\[1-9\]\{5\}' needs 5 tokens, and max_tokens is 2"),
