@@ -31,6 +31,7 @@ from blockpress.cli.hub import ls, pull, rm
 from blockpress.cli.infill import edit, infill
 from blockpress.cli.quantize import quantize
 from blockpress.cli.run import run
+from blockpress.cli.serve import serve
 from blockpress.cli.show import show
 from blockpress.cli.sudoku import sudoku
 from blockpress.cli.synthesize import synthesize
@@ -94,7 +95,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, infill, edit, decide, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
+for _command in (sudoku, run, infill, edit, decide, serve, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
     app.command()(_command)
 
 

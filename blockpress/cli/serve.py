@@ -1,0 +1,132 @@
+"""`blockpress serve`: a model behind HTTP, for whatever client speaks OpenAI's, Anthropic's or Ollama's API.
+
+Invariant: without flags it serves this machine alone, and says so; it is ready only after its first answer.
+Run it:  blockpress serve
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockpress.cli import options
+from blockpress.cli.hub import opened_or_pulled
+from blockpress.errors import RequestError
+
+if TYPE_CHECKING:
+    from blockpress.serve import ServeOptions
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MIB = 1 << 20
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `blockpress run`. Default: the shipped one.")]
+Names = list[str]
+
+
+def serve(
+    model: Model = options.SHIPPED,
+    host: Annotated[str, typer.Option(metavar="H", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What clients call the model.")] = None,
+    api_key: Annotated[
+        Names | None, typer.Option(metavar="KEY", help="Ask for this key; repeatable. Also BLOCKPRESS_API_KEY.")
+    ] = None,
+    allow_origin: Annotated[
+        Names | None, typer.Option(metavar="URL", help="Let pages of this origin call (CORS); repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        Names | None, typer.Option(metavar="NAME", help="Another name of this machine; repeatable.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(metavar="N", help="Requests in one forward.")] = 32,
+    max_waiting: Annotated[int, typer.Option(metavar="N", help="Requests in the queue; more get status 429.")] = 1024,
+    memory: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Memory for the KV cache. Default: half of what is free.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="MIB", help="Most of one request.")] = 32,
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="List fields that cannot be honoured as warnings; do not refuse them.")
+    ] = False,
+    fetch_images: Annotated[
+        bool, typer.Option("--fetch-images", help="Fetch images by address; never from private networks.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+    dtype: options.Dtype = None,
+    compute_dtype: options.ComputeDtype = None,
+    device: options.Device = "cpu",
+    yes: options.Yes = False,
+) -> None:
+    """Serve a model over HTTP: OpenAI's, Anthropic's and Ollama's APIs, and a page to watch it think.
+
+    \b
+    Examples:
+      blockpress serve
+      blockpress serve google/diffusiongemma-26B-A4B-it --device cuda --port 8080
+      blockpress serve --host 0.0.0.0 --api-key "$KEY"
+    """
+    _need_extra()
+    from blockpress.serve import ServeOptions
+
+    keys = tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(",")))
+    options.positive(max_body, "--max-body")
+    options.positive(memory, "--memory")
+    rules = ServeOptions(
+        api_keys=keys,
+        origins=tuple(allow_origin or ()),
+        hosts=tuple(allow_host or ()),
+        max_body=max_body * MIB,
+        max_streams=max_running + max_waiting,
+        lenient=lenient,
+        fetch_images=fetch_images,
+        log_prompts=log_prompts,
+    )
+    from blockpress.engine import EngineOptions
+
+    engine = EngineOptions(
+        max_running=max_running, max_waiting=max_waiting, memory=None if memory is None else memory * MIB
+    )
+    from blockpress.lm import load
+
+    types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
+    lm = opened_or_pulled(lambda: load(model, **types), model, yes)
+    called = name or (Path(model).name if os.path.exists(model) else model)
+    _run(lm, called, rules, engine, host, port)
+
+
+def _run(lm: Any, name: str, rules: ServeOptions, engine: Any, host: str, port: int) -> None:
+    import uvicorn
+
+    from blockpress.serve import create_app
+
+    app = create_app(lm, name, rules, engine)
+    if host not in LOOPBACK and not rules.api_keys:
+        open_to = f"anybody who reaches {host}:{port} may use the model; --api-key asks for a key"
+        print(f"blockpress: {open_to}", file=sys.stderr)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(rules.patience),
+    )
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit as error:  # uvicorn could not bind, and has said why
+        raise RequestError(f"--port is {port}, and {host} cannot be listened at", hint="give another --port") from error
+
+
+def _need_extra() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"serve needs the package {error.name}, which is not installed", hint="pip install 'blockpress[serve]'"
+        ) from None

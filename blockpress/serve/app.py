@@ -1,0 +1,109 @@
+"""The application: its routes, its checks, what an error becomes, and how it starts and stops.
+
+    client --HTTP--> Guard (Host, Origin, key, size) --> a route of one API --Job--> Service --> engine
+
+Invariant: every error has a status and a body that its client can read; a traceback never leaves the process.
+Run it:  blockpress serve
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from blockpress import __version__
+from blockpress.engine import EngineOptions
+from blockpress.errors import BlockpressError, one_line
+from blockpress.lm import LM
+from blockpress.serve import completions, info, openai
+from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, openai_error, status_of
+from blockpress.serve.guard import Guard
+from blockpress.serve.options import ServeOptions
+from blockpress.serve.service import Service
+
+logger = logging.getLogger("blockpress.serve")
+
+
+def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: EngineOptions | None = None) -> FastAPI:
+    """An ASGI application that serves a model. It takes the model over: when it stops, the model is closed.
+
+    Args:
+        name: what clients call the model. engine: limits of the engine that answers.
+    """
+    options = ServeOptions() if options is None else options
+    service = Service(lm, name, options, EngineOptions() if engine is None else engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.warm_up()
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = FastAPI(title="blockpress", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for router in (openai.router, completions.router, info.router):
+        app.include_router(router)
+    app.add_exception_handler(BlockpressError, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(_ClientGone, lambda http, error: Response(status_code=499))
+    app.add_exception_handler(Exception, _broken)
+    app.middleware("http")(_log)
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, options=options)
+    return app
+
+
+async def _failed(http: Request, error: Exception) -> Response:
+    assert isinstance(error, BlockpressError)
+    status = status_of(error)
+    headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else None
+    return JSONResponse(openai_error(error, status), status, headers)
+
+
+async def _invalid(http: Request, error: Exception) -> Response:
+    """A body that is not of its shape: the first fault, by the name of its field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return await _failed(http, FieldError("body", f"the body is not JSON: {first['ctx']['error']}", "send JSON"))
+    place = [str(part) for part in first["loc"] if part != "body"]
+    field = ".".join(place) or "body"
+    given = "" if first["type"] == "missing" else f", and is {first.get('input')!r:.80}"
+    return await _failed(http, FieldError(field, f"{field}: {first['msg']}{given}", "docs/server.md lists the fields"))
+
+
+async def _http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, _Refused):
+        return await _failed(http, cause)
+    refused = _Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "see docs/server.md")
+    return JSONResponse(openai_error(refused), error.status_code, error.headers)
+
+
+async def _broken(http: Request, error: Exception) -> Response:
+    logger.error("%s %s failed: %s", http.method, http.url.path, one_line(error), exc_info=error)
+    broken = _Refused(500, "the server made a mistake of its own", "report it with the line of the server's log")
+    return JSONResponse(openai_error(broken), 500)
+
+
+async def _log(http: Request, call_next) -> Response:  # type: ignore[no-untyped-def]
+    started = time.monotonic()
+    response: Response = await call_next(http)
+    seconds = time.monotonic() - started
+    logger.info("%s %s %d %.3f s", http.method, http.url.path, response.status_code, seconds)
+    return response

@@ -1,0 +1,81 @@
+"""What goes wrong between a client and the server, and the status that each error has.
+
+Invariant: every error of ours has one status; each API only writes it in its own form.
+"""
+
+from __future__ import annotations
+
+from blockpress.errors import BlockpressError, EngineError, Overloaded, PromptTooLong, RequestError, TextError
+
+RETRY_AFTER = 1
+"""Seconds after which a refused client may ask again."""
+
+
+class FieldError(RequestError):
+    """A field of a body that is wrong or cannot be honoured; `field` is its name."""
+
+    def __init__(self, field: str, message: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.field = field
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FieldError, (self.field, self.message, self.hint)
+
+
+class _Refused(BlockpressError):
+    """A call that is refused before its body is read; `status` says how."""
+
+    def __init__(self, status: int, message: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class _UnknownModel(RequestError):
+    """A client asks for another model than the one that is served."""
+
+
+class _ClientGone(Exception):  # not an error of anybody
+    """The client left before its answer was whole."""
+
+
+def status_of(error: BlockpressError) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, _Refused):
+        return error.status
+    if isinstance(error, _UnknownModel):
+        return 404
+    if isinstance(error, Overloaded):
+        return 429
+    if isinstance(error, RequestError | TextError):
+        return 400
+    return 500
+
+
+def kind_of(status: int) -> str:
+    """The type of an error in OpenAI's words."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def code_of(error: BlockpressError) -> str | None:
+    """OpenAI's code for an error, where it has one."""
+    if isinstance(error, PromptTooLong):
+        return "context_length_exceeded"
+    if isinstance(error, _UnknownModel):
+        return "model_not_found"
+    if isinstance(error, Overloaded):
+        return "queue_full"
+    return "engine_error" if isinstance(error, EngineError) else None
+
+
+def openai_error(error: BlockpressError, status: int | None = None) -> dict[str, object]:
+    """An error as OpenAI's clients read it."""
+    status = status_of(error) if status is None else status
+    return {
+        "error": {
+            "message": str(error),
+            "type": kind_of(status),
+            "param": getattr(error, "field", None),
+            "code": code_of(error),
+        }
+    }

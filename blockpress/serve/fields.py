@@ -1,0 +1,161 @@
+"""The fields of requests that several APIs share, and what they mean for a canvas.
+
+| field | meaning |
+|---|---|
+| temperature | scales the checkpoint's schedule: 1 leaves it as it is, 0 takes the likeliest tokens |
+| seed | of all random draws: the same seed gives the same answer, in any batch |
+| n | answers to one prompt, which is read once; their seeds follow each other |
+| max_tokens | at most that many are returned, exactly |
+| mode | "diffusion", "verified" or "autoregressive" |
+| diffusion | the sampler's own settings, see `DiffusionFields` |
+
+Invariant: a field is honoured, known to have no meaning here, or refused by name (with `lenient`: listed in warnings).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.lm.arguments import AnySampling, Mode, check_mode
+from blockpress.serve.errors import FieldError
+from blockpress.serve.service import Service
+
+MOST_SEED = 2**63 - 1
+MOST_COUNT = 2**31 - 1
+
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+
+
+class Fields(BaseModel):
+    """The base of all bodies: numbers must be numbers; fields that nobody knows are kept in `model_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class DiffusionFields(BaseModel):
+    """How canvases are denoised, as `blockpress.Sampling` has it; null: as in the checkpoint.
+
+    frames: whether a stream also has every step of the canvas. early: whether text is released before its canvas ends.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    steps: Positive | None = None
+    entropy_bound: float | None = None
+    confidence: float | None = None
+    stability: Count | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    max_verifications: Count | None = None
+    frames: bool = False
+
+
+class SamplingFields(Fields):
+    """What decides how an answer is drawn."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_COUNT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    mode: Mode | None = None
+    diffusion: DiffusionFields | None = None
+    lenient: bool | None = None
+    stream: bool | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class Refusals:
+    """Fields that are not honoured: an error, or with leniency a warning in the answer."""
+
+    def __init__(self, lenient: bool) -> None:
+        self.lenient, self.warnings = lenient, list[str]()
+
+    def refuse(self, name: str, value: object, why: str) -> None:
+        """Raises RequestError: the field is not honoured, and the client is not lenient."""
+        if not self.lenient:
+            raise FieldError(name, f"{name} is {value!r:.200}: {why}", "leave it out, or send lenient: true")
+        self.warnings.append(f"{name} is ignored: {why}")
+
+
+def seeds(body: SamplingFields) -> list[int]:
+    """A seed for each choice; random ones without a seed."""
+    count = body.n or 1
+    first = random.getrandbits(62) if body.seed is None else body.seed
+    return [(first + number) % 2**63 for number in range(count)]
+
+
+def sampling_of(service: Service, body: SamplingFields, refusals: Refusals) -> tuple[AnySampling, Mode]:
+    """The sampling and the mode of a request.
+
+    Raises:
+        RequestError: a value out of range, or a field that the mode cannot honour.
+    """
+    generation, config = service.lm.generation, service.lm.config
+    mode = check_mode(body.mode, config)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if mode == "autoregressive":
+        return _tokens(generation.autoregressive, body, refusals).with_(stop=tuple(stop)), mode
+    for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        value = getattr(body, name)
+        if value not in (None, *NEUTRAL[name]):
+            refusals.refuse(name, value, "a canvas is drawn by the checkpoint's entropy-bound sampler")
+    if body.logit_bias:
+        refusals.refuse("logit_bias", body.logit_bias, "logits of a canvas are not edited")
+    sampling = _canvas(generation.sampling, body)
+    if mode == "verified" and not sampling.max_verifications:
+        sampling = sampling.with_(max_verifications=4)
+    return sampling.with_(stop=tuple(stop)), mode
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+}
+"""Values that change nothing."""
+
+
+def _canvas(sampling: Sampling, body: SamplingFields) -> Sampling:
+    asked = body.diffusion.model_dump(exclude_none=True) if body.diffusion is not None else {}
+    changes = {name: value for name, value in asked.items() if name in Sampling.__dataclass_fields__}
+    if body.temperature is not None and not changes.keys() & {"t_min", "t_max"}:
+        scale = max(body.temperature, 1e-6)
+        changes |= {"t_min": sampling.t_min * scale, "t_max": sampling.t_max * scale}
+    return sampling.with_(**changes)
+
+
+def _tokens(sampling: AutoregressiveSampling, body: SamplingFields, refusals: Refusals) -> AutoregressiveSampling:
+    changes: dict[str, Any] = {}
+    if body.temperature is not None:
+        changes["temperature"] = body.temperature
+    if body.top_p is not None:
+        changes["top_p"] = body.top_p
+    if body.top_k is not None and body.top_k > 0:
+        changes["top_k"] = body.top_k
+    for name in ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        value = getattr(body, name)
+        if value not in (None, *NEUTRAL[name]):
+            refusals.refuse(name, value, "the mode autoregressive samples by temperature, top_k and top_p")
+    if body.logit_bias:
+        refusals.refuse("logit_bias", body.logit_bias, "logits are not edited")
+    if body.diffusion is not None and body.diffusion.model_dump(exclude_none=True, exclude={"frames"}):
+        refusals.refuse("diffusion", body.diffusion.model_dump(exclude_none=True), "the mode is autoregressive")
+    return sampling.with_(**changes)

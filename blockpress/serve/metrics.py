@@ -1,0 +1,86 @@
+"""What a server counts, in Prometheus' text form and under vLLM's names, so that dashboards and routers for it work.
+
+Source: the names and kinds of vLLM's metrics, its counters of diffusion included; Prometheus' text format 0.0.4.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from blockpress.decoding import Committed, Denoised, Done, Event
+
+if TYPE_CHECKING:
+    from blockpress.serve.service import Service
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384, 65536, 262144)
+
+
+@final
+class Metrics:
+    """The counters of one server; each has the model's name as a label."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(name, what, ("model_name", *labels), registry=self.registry)
+
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(name, what, ("model_name",), registry=self.registry)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, what, ("model_name",), registry=self.registry, buckets=buckets)
+
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
+        self._generated = counter("vllm:generation_tokens", "Tokens returned.")
+        self._success = counter("vllm:request_success", "Finished requests.", "finished_reason")
+        self._preemptions = gauge("vllm:num_preemptions_total", "Requests that gave their pages to others.")
+        self._steps = counter("vllm:diffusion_num_denoising_steps", "Denoising steps of all canvases.")
+        self._positions = counter("vllm:diffusion_num_canvas_positions", "Positions denoised, over all steps.")
+        self._committed = counter("vllm:diffusion_num_committed_tokens", "Tokens of finished canvases.")
+        self._retries = counter("blockpress:empty_retries", "Canvases written again because the answer was empty.")
+        self._running = gauge("vllm:num_requests_running", "Requests in forwards.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests in the queue.")
+        self._pages = gauge("vllm:kv_cache_usage_perc", "Share of pages held by requests, 0 to 1.")
+        self._hits = gauge("vllm:prefix_cache_hits_total", "Prompt tokens found in cached pages.")
+        self._first = histogram("vllm:time_to_first_token_seconds", "Until the first text.", SECONDS)
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "Until the answer was whole.", SECONDS)
+        self._prompts = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self._answers = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
+
+    def first_text(self, seconds: float) -> None:
+        """Count how long a request waited for its first text."""
+        self._first.labels(model_name=self._model).observe(seconds)
+
+    def event(self, event: Event, seconds: float) -> None:
+        """Count an event that came `seconds` after its request."""
+        label = {"model_name": self._model}
+        if isinstance(event, Committed):
+            self._committed.labels(**label).inc(len(event.tokens))
+        elif isinstance(event, Denoised):
+            self._positions.labels(**label).inc(len(event.argmax))
+        elif isinstance(event, Done):
+            usage = event.reply.usage
+            self._prompt.labels(**label).inc(usage.prompt_tokens)
+            self._generated.labels(**label).inc(usage.completion_tokens)
+            self._success.labels(**label, finished_reason=event.reply.finish_reason).inc()
+            self._steps.labels(**label).inc(usage.steps)
+            self._retries.labels(**label).inc(usage.empty_retries)
+            self._whole.labels(**label).observe(seconds)
+            self._prompts.labels(**label).observe(usage.prompt_tokens)
+            self._answers.labels(**label).observe(usage.completion_tokens)
+
+    def text(self, service: Service) -> bytes:
+        """All of it now, as Prometheus reads it."""
+        label, stats = {"model_name": self._model}, service.engine.core.stats.scheduler
+        self._running.labels(**label).set(stats.running)
+        self._waiting.labels(**label).set(stats.waiting)
+        self._preemptions.labels(**label).set(stats.preemptions)
+        self._hits.labels(**label).set(stats.reused_tokens)
+        total = sum(pages.total for pages in stats.pages.values())
+        self._pages.labels(**label).set(sum(pages.held for pages in stats.pages.values()) / max(1, total))
+        return generate_latest(self.registry)

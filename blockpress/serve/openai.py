@@ -1,0 +1,247 @@
+"""OpenAI's chat completions and completions: the bodies, the answers, and their streams.
+
+Source: https://platform.openai.com/docs/api-reference (the types of openai 3.57), with vLLM's further fields.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from blockpress.decoding import (
+    Committed,
+    Denoised,
+    Done,
+    Event,
+    MalformedToolCallEvent,
+    ReasoningDelta,
+    Reply,
+    Text,
+    TokenLogprob,
+    ToolCallEvent,
+    Usage,
+)
+from blockpress.engine import Request as EngineRequest
+from blockpress.lm import LM
+from blockpress.serve.errors import FieldError
+from blockpress.serve.fields import Refusals, sampling_of, seeds
+from blockpress.serve.frames import frame
+from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
+from blockpress.serve.prompts import chat_requests
+from blockpress.serve.service import Service
+from blockpress.serve.sse import DONE, event_stream
+
+router = APIRouter()
+
+FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "stop"}
+
+
+@dataclass
+class Job:
+    """What a route asks of the engine, and how its answer is written."""
+
+    requests: Sequence[EngineRequest]
+    id: str
+    object: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    warnings: list[str] = field(default_factory=list)
+    frames: bool = False
+    usage_chunk: bool = False
+    reasoning: bool = True
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def chat_job(service: Service, body: ChatBody) -> Job:
+    """Check a chat, and make its requests. Raises BlockpressError: whatever is wrong with it."""
+    service.check_model(body.model)
+    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
+    sampling, mode = sampling_of(service, body, refusals)
+    thinking, budget = thinking_of(body)
+    tools = body.tools if body.tool_choice != "none" else None
+    asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "tools": tools}
+    asked |= {"max_tokens": body.max_completion_tokens or body.max_tokens}
+    asked |= {"thinking": thinking, "thinking_budget": budget, **constraint_of(body)}
+    if body.logprobs:
+        asked["logprobs"] = body.top_logprobs or 0
+    elif body.top_logprobs:
+        raise FieldError("top_logprobs", "top_logprobs is given without logprobs", "set logprobs to true")
+    if tools and body.tool_choice not in (None, "auto"):
+        asked["tool_choice"] = body.tool_choice
+    requests = chat_requests(service.lm, body.messages, refusals, service.options, **asked)
+    return Job(
+        requests=requests,
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        object="chat.completion",
+        model=service.name,
+        warnings=refusals.warnings,
+        frames=body.diffusion is not None and body.diffusion.frames,
+        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
+        reasoning=body.include_reasoning is not False,
+    )
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat_completions(body: ChatBody, http: Request) -> Response:
+    """A chat's answer, whole or as a stream of server-sent events."""
+    service: Service = http.app.state.service
+    job = await service.build(lambda: chat_job(service, body))
+    if body.stream:
+        return event_stream(http, chat_chunks(service, job))
+    replies = await service.replies(job.requests, http)
+    choices = [chat_choice(service.lm, job, index, reply) for index, reply in enumerate(replies)]
+    return answered(job, choices, replies)
+
+
+def answered(job: Job, choices: list[dict[str, Any]], replies: Sequence[Reply]) -> JSONResponse:
+    """The whole body of an answer."""
+    body = {**job.head(job.object), "choices": choices, "usage": usage_of([reply.usage for reply in replies])}
+    body["system_fingerprint"] = None
+    if job.warnings:
+        body["warnings"] = job.warnings
+    return JSONResponse(body)
+
+
+def chat_choice(lm: LM, job: Job, index: int, reply: Reply) -> dict[str, Any]:
+    """One choice of a chat's answer."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
+    if not reply.tool_calls:
+        message["content"] = reply.text or ""
+    if reply.thinking is not None and job.reasoning:
+        message |= {"reasoning": reply.thinking, "reasoning_content": reply.thinking}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call_id(job, index, n),
+                "type": "function",
+                "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)},
+            }
+            for n, c in enumerate(reply.tool_calls)
+        ]
+    if reply.broken_calls:
+        message["broken_tool_calls"] = [asdict(call) for call in reply.broken_calls]
+    logprobs = (
+        None
+        if reply.logprobs is None
+        else {"content": [token_logprob(lm, one) for one in reply.logprobs], "refusal": None}
+    )
+    choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": FINISH[reply.finish_reason]}
+    if reply.invalid is not None:
+        choice["invalid"] = reply.invalid
+    return choice
+
+
+def call_id(job: Job, index: int, number: int) -> str:
+    """The id of a tool call, which no other call of this server has."""
+    return f"call_{job.id[-24:]}_{index}_{number}"
+
+
+def token_logprob(lm: LM, one: TokenLogprob) -> dict[str, Any]:
+    """A token's log-probability, as OpenAI has it."""
+    top = [{**_token(lm, token), "logprob": value} for token, value in one.top]
+    return {**_token(lm, one.token), "logprob": one.logprob, "top_logprobs": top}
+
+
+def _token(lm: LM, token: int) -> dict[str, Any]:
+    assert lm.tokenizer is not None
+    raw = lm.tokenizer.token_bytes()[token]
+    text = raw if raw is not None else lm.tokenizer.token(token).encode()
+    return {"token": text.decode("utf-8", "replace"), "bytes": list(text)}
+
+
+def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Usage over all choices; the prompt, which they share, is counted once for each different one."""
+    completion = sum(usage.completion_tokens for usage in usages)
+    prompt = max((usage.prompt_tokens for usage in usages), default=0)
+    forwards = sum(usage.forwards for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
+        "diffusion": {
+            "steps": sum(usage.steps for usage in usages),
+            "forwards": forwards,
+            "canvases": sum(usage.canvases for usage in usages),
+            "tokens_per_forward": completion / forwards if forwards else 0.0,
+            "empty_retries": sum(usage.empty_retries for usage in usages),
+            "verifications": sum(usage.verifications for usage in usages),
+            "redos": sum(usage.redos for usage in usages),
+            "thought_cut": any(usage.thought_cut for usage in usages),
+        },
+    }
+
+
+async def chat_chunks(service: Service, job: Job) -> AsyncIterator[str]:
+    """The stream of a chat: JSON texts, one for each event."""
+    head = job.head("chat.completion.chunk")
+    calls = [0] * len(job.requests)
+    usages: list[Usage] = []
+
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": more.pop("logprobs", None),
+            "finish_reason": finish,
+            **more,
+        }
+        return json.dumps(
+            {**head, "choices": [choice], **({"usage": None} if job.usage_chunk else {})}, ensure_ascii=False
+        )
+
+    for index in range(len(job.requests)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, event in service.events(job.requests):
+        for delta in _deltas(job, index, event, calls):
+            yield chunk(index, delta)
+        if isinstance(event, Denoised) and job.frames:
+            yield json.dumps(
+                {**head, "choices": [{"index": index, "delta": {}, "finish_reason": None}], **frame(service.lm, event)}
+            )
+        elif isinstance(event, Committed) and event.logprobs:
+            yield chunk(
+                index,
+                {},
+                logprobs={"content": [token_logprob(service.lm, one) for one in event.logprobs], "refusal": None},
+            )
+        elif isinstance(event, Done):
+            usages.append(event.reply.usage)
+            more = {} if event.reply.invalid is None else {"invalid": event.reply.invalid}
+            yield chunk(index, {}, FINISH[event.reply.finish_reason], **more)
+    if job.usage_chunk:
+        yield json.dumps({**head, "choices": [], "usage": usage_of(usages)})
+    yield DONE
+
+
+def _deltas(job: Job, index: int, event: Event, calls: list[int]) -> list[dict[str, Any]]:
+    """What an event adds to a message."""
+    if isinstance(event, Text) and event.text:
+        return [{"content": event.text}]
+    if isinstance(event, ReasoningDelta) and event.text and job.reasoning:
+        return [{"reasoning": event.text, "reasoning_content": event.text}]
+    if isinstance(event, ToolCallEvent):
+        number, calls[index] = calls[index], calls[index] + 1
+        opened = {
+            "id": call_id(job, index, number),
+            "type": "function",
+            "function": {"name": event.call.name, "arguments": ""},
+        }
+        arguments = json.dumps(event.call.arguments, ensure_ascii=False)
+        return [
+            {"tool_calls": [{"index": number, **opened}]},
+            {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]},
+        ]
+    if isinstance(event, MalformedToolCallEvent):
+        return [{"broken_tool_calls": [asdict(event.call)]}]
+    return []

@@ -1,0 +1,111 @@
+"""The bodies of OpenAI's chat completions and completions, with the fields that vLLM adds.
+
+Source: https://platform.openai.com/docs/api-reference (the types of openai 3.57); vLLM's `ChatCompletionRequest`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from blockpress.serve.errors import FieldError
+from blockpress.serve.fields import Fields, Positive, SamplingFields
+
+BUDGETS = {"minimal": 256, "low": 1024, "medium": 4096}
+"""Most tokens of a thought by `reasoning_effort`; more effort has no limit."""
+
+
+class JsonSchema(Fields):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Fields):
+    """vLLM's constraints; one of them."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Prediction(Fields):
+    type: Literal["content"] = "content"
+    content: str | list[dict[str, Any]]
+
+
+class ConstrainedFields(SamplingFields):
+    """With what an answer must be, in OpenAI's form or vLLM's."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatBody(ConstrainedFields):
+    """The body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: Positive | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=128)] | None = None
+    return_token_ids: bool | None = None
+
+
+def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
+    """The constraint that a body asks for, as an argument of `LM.generate`. Raises FieldError: a form without it."""
+    form, outputs = body.response_format, body.structured_outputs
+    extra = {key for key in body.model_extra or {} if key.startswith("guided_")}
+    if extra:
+        name = min(extra)
+        raise FieldError(name, f"{name} is no longer used", "send structured_outputs or response_format")
+    if outputs is not None:
+        given = outputs.model_dump(exclude_none=True, exclude=set(outputs.model_extra or ()))
+        if "json_" in given:
+            schema = given.pop("json_")
+            given["schema"] = json.loads(schema) if isinstance(schema, str) else schema
+        return given
+    if form is None or form.type == "text":
+        return {}
+    if form.type == "json_object":
+        return {"schema": {"type": "object"}}
+    if form.type == "json_schema":
+        if form.json_schema is None or form.json_schema.schema_ is None:
+            place = "response_format.json_schema.schema"
+            raise FieldError(place, "response_format has no schema", f"add {place}")
+        return {"schema": form.json_schema.schema_}
+    value = (form.model_extra or {}).get(form.type)
+    if value is None:
+        raise FieldError(f"response_format.{form.type}", f"response_format has no {form.type}", f"add {form.type}")
+    return {form.type: value}
+
+
+def thinking_of(body: ChatBody) -> tuple[bool, int | None]:
+    """Whether the model is asked to think, and for how many tokens at most."""
+    asked = (body.chat_template_kwargs or {}).get("enable_thinking")
+    effort = body.reasoning_effort
+    thinking = bool(asked) if asked is not None else effort not in (None, "none")
+    budget = body.thinking_token_budget or BUDGETS.get(effort or "")
+    return thinking, budget if thinking else None

@@ -1,0 +1,151 @@
+"""One model that is served: requests are built on threads, answered by one engine, and reported as they go.
+
+    route --> build (a thread: templates, images, shapes) --requests--> engine --events--> route, in its API's form
+
+Invariant: whatever ends a job (an answer, an error, a client that leaves), its requests leave the engine within a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+import anyio.to_thread
+
+from blockpress.decoding import Done, Event, Failed, ReasoningDelta, Reply, Text
+from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
+from blockpress.errors import BlockpressError, Overloaded
+from blockpress.lm import LM
+from blockpress.serve.errors import _ClientGone, _UnknownModel
+from blockpress.serve.metrics import Metrics
+from blockpress.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as HTTPRequest
+
+Made = TypeVar("Made")
+
+
+@final
+class Service:
+    """A model, its engine, and what is counted. `name`: what clients call the model."""
+
+    def __init__(self, lm: LM, name: str, options: ServeOptions, engine: EngineOptions) -> None:
+        self.lm, self.name, self.options = lm, name, options
+        self.created = int(time.time())
+        self.metrics = Metrics(name)
+        self.engine = ThreadedEngine(EngineCore(lm.network, engine))
+        self.ready = self.stopping = False
+        self._open = 0
+
+    @property
+    def open_requests(self) -> int:
+        """Requests of clients that are answered or wait now."""
+        return self._open
+
+    async def warm_up(self) -> None:
+        """One short answer, so that no client waits for what is built and measured at the first one."""
+        ids = [self.lm.config.bos_id if self.lm.config.bos_id is not None else 0]
+        requests = await self.build(lambda: self.lm.build_requests(ids, max_tokens=1))
+        async for _ in self.events(requests):
+            pass
+        self.ready = True
+
+    def close(self) -> None:
+        """End what is still answered, and free the model's memory."""
+        self.stopping = True
+        self.engine.close()
+        self.lm.close()
+
+    async def build(self, make: Callable[[], Made]) -> Made:
+        """Run `make` on a thread, as reading images and compiling shapes take long."""
+        return await anyio.to_thread.run_sync(make)
+
+    async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+        """The events of requests that are answered side by side, each with its request's number, until all have ended.
+
+        Leaving the loop early cancels them.
+
+        Raises:
+            Overloaded: too many are open. BlockpressError: what one of them ended with; the others are cancelled.
+        """
+        if self.stopping:
+            raise Overloaded("the server is stopping", hint="send the request to another one")
+        if self._open + len(requests) > self.options.max_streams:
+            raise Overloaded(f"{self._open} requests are open", hint="send it again later")
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[int, Event | BlockpressError]] = asyncio.Queue()
+
+        def deliver_to(number: int) -> Callable[[Event | BlockpressError], None]:
+            def deliver(event: Event | BlockpressError) -> None:
+                loop.call_soon_threadsafe(queue.put_nowait, (number, event))
+
+            return deliver
+
+        self._open += len(requests)
+        started = time.monotonic()
+        silent = set(range(len(requests)))
+        try:
+            for number, request in enumerate(requests):
+                self.engine.submit(request, deliver_to(number))
+            left = len(requests)
+            while left:
+                number, event = await queue.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, BlockpressError):
+                    raise event
+                seconds = time.monotonic() - started
+                self.metrics.event(event, seconds)
+                if number in silent and isinstance(event, Text | ReasoningDelta):
+                    silent.remove(number)
+                    self.metrics.first_text(seconds)
+                left -= isinstance(event, Done)
+                yield number, event
+        finally:
+            self._open -= len(requests)
+            for request in requests:
+                self.engine.cancel(request)
+
+    async def replies(self, requests: Sequence[Request], http: HTTPRequest) -> list[Reply]:
+        """The whole answers, in the order of the requests.
+
+        Raises:
+            _ClientGone: the client left, and the requests are cancelled. BlockpressError: as `events`.
+        """
+        replies: dict[int, Reply] = {}
+
+        async def collect() -> None:
+            async for number, event in self.events(requests):
+                if isinstance(event, Done):
+                    replies[number] = event.reply
+
+        await unless_gone(collect(), http)
+        return [replies[number] for number in range(len(requests))]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises RequestError: the client asks for a model that is not served here."""
+        if name not in (None, "", self.name, "default"):
+            raise _UnknownModel(f"model is {name!r:.200}, which is not served here", hint=f"give {self.name!r}")
+
+
+async def unless_gone(work: Coroutine[Any, Any, Made], http: HTTPRequest) -> Made:
+    """Await `work`, but cancel it when the client closes its connection. Raises _ClientGone: it has."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientGone
+        return task.result()
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
