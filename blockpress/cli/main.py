@@ -29,6 +29,7 @@ from blockpress.cli.decide import decide
 from blockpress.cli.doctor import doctor
 from blockpress.cli.hub import ls, pull, rm
 from blockpress.cli.infill import edit, infill
+from blockpress.cli.launch import launch
 from blockpress.cli.quantize import quantize
 from blockpress.cli.run import run
 from blockpress.cli.serve import serve
@@ -95,7 +96,7 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, infill, edit, decide, serve, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
+for _command in (sudoku, run, infill, edit, decide, serve, launch, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
     app.command()(_command)
 
 

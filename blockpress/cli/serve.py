@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIB = 1 << 20
+GRACE = 5
+"""Seconds for streams to write their last event when the server stops."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `blockpress run`. Default: the shipped one.")]
 Names = list[str]
@@ -112,12 +114,30 @@ def _run(lm: Any, name: str, rules: ServeOptions, engine: Any, host: str, port: 
         log_level="info",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(rules.patience),
+        timeout_graceful_shutdown=int(rules.patience) + GRACE,
     )
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.service.drain()
+            await super().shutdown(sockets)
+
+    _allow_many_connections()
     try:
-        uvicorn.Server(config).run()
+        Server(config).run()
     except SystemExit as error:  # uvicorn could not bind, and has said why
         raise RequestError(f"--port is {port}, and {host} cannot be listened at", hint="give another --port") from error
+
+
+def _allow_many_connections() -> None:
+    """Let the process have as many open connections as the system allows it."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _need_extra() -> None:

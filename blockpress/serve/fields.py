@@ -92,6 +92,63 @@ class Refusals:
         self.warnings.append(f"{name} is ignored: {why}")
 
 
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "allowed_token_ids": (([],), "which tokens may be written is not limited"),
+    "audio": ((), "this model does not speak"),
+    "bad_words": (([],), "which tokens may be written is not limited"),
+    "cache_salt": ((), "cached prefixes are shared by all clients"),
+    "chat_template": ((), "a template in a request is not run"),
+    "continue_final_message": ((False,), "an answer begins a turn"),
+    "documents": (([],), "the template has no place for them: put them into a message"),
+    "function_call": (("none", "auto"), "it is the older form of tool_choice"),
+    "functions": (([],), "it is the older form of tools"),
+    "ignore_eos": ((False,), "an answer ends where the model ends it"),
+    "include_stop_str_in_output": ((False,), "a stop text is not part of the answer"),
+    "length_penalty": ((1, 1.0), "there are no beams"),
+    "min_tokens": ((0,), "an answer ends where the model ends it"),
+    "modalities": ((["text"],), "this model writes text"),
+    "moderation": ((), "nothing is moderated"),
+    "prompt_logprobs": ((0,), "log-probabilities are those of the answer"),
+    "skip_special_tokens": ((True,), "control tokens are not part of a text"),
+    "stop_token_ids": (([],), "the model's own stop tokens end an answer; stop takes texts"),
+    "truncate_prompt_tokens": ((), "a prompt is read whole"),
+    "use_beam_search": ((False,), "there are no beams"),
+    "web_search_options": ((), "nothing is searched"),
+}
+"""Fields of OpenAI and vLLM that are not honoured: the values (beside null) that ask for nothing, and why not."""
+
+XARGS = {"diffusion_max_steps": "steps", "max_denoising_steps": "steps"}
+"""Names that vLLM (`vllm_xargs`) and mlx-vlm have for settings of the sampler."""
+
+
+def check_extras(body: Fields, refusals: Refusals) -> None:
+    """Refuse the known fields that are not honoured; unknown ones are passed over, as OpenAI does.
+
+    Raises:
+        FieldError: one is given, and the client is not lenient.
+    """
+    for name, value in (body.model_extra or {}).items():
+        if name.startswith("guided_"):
+            refusals.refuse(name, value, "it was removed from vLLM: structured_outputs and response_format are read")
+        elif name in REFUSED and value is not None and value not in REFUSED[name][0]:
+            refusals.refuse(name, value, REFUSED[name][1])
+
+
+def diffusion_of(body: SamplingFields, refusals: Refusals) -> dict[str, Any]:
+    """The settings of the sampler that a body gives, by whichever name. Raises FieldError: one that is not known."""
+    given = {} if body.diffusion is None else body.diffusion.model_dump(exclude_none=True, exclude={"frames"})
+    extra = body.model_extra or {}
+    others = {**(extra.get("vllm_xargs") or {}), **{name: extra[name] for name in XARGS if name in extra}}
+    for name, value in others.items():
+        if name not in XARGS:
+            refusals.refuse(f"vllm_xargs.{name}", value, f"known are {', '.join(XARGS)}")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FieldError(name, f"{name} is {value!r:.80}", "give a whole number of at least 1")
+        else:
+            given.setdefault(XARGS[name], value)
+    return given
+
+
 def seeds(body: SamplingFields) -> list[int]:
     """A seed for each choice; random ones without a seed."""
     count = body.n or 1
@@ -106,17 +163,19 @@ def sampling_of(service: Service, body: SamplingFields, refusals: Refusals) -> t
         RequestError: a value out of range, or a field that the mode cannot honour.
     """
     generation, config = service.lm.generation, service.lm.config
+    check_extras(body, refusals)
+    asked = diffusion_of(body, refusals)
     mode = check_mode(body.mode, config)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if mode == "autoregressive":
-        return _tokens(generation.autoregressive, body, refusals).with_(stop=tuple(stop)), mode
+        return _tokens(generation.autoregressive, body, asked, refusals).with_(stop=tuple(stop)), mode
     for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
         value = getattr(body, name)
         if value not in (None, *NEUTRAL[name]):
             refusals.refuse(name, value, "a canvas is drawn by the checkpoint's entropy-bound sampler")
     if body.logit_bias:
         refusals.refuse("logit_bias", body.logit_bias, "logits of a canvas are not edited")
-    sampling = _canvas(generation.sampling, body)
+    sampling = _canvas(generation.sampling, body, asked)
     if mode == "verified" and not sampling.max_verifications:
         sampling = sampling.with_(max_verifications=4)
     return sampling.with_(stop=tuple(stop)), mode
@@ -133,16 +192,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Values that change nothing."""
 
 
-def _canvas(sampling: Sampling, body: SamplingFields) -> Sampling:
-    asked = body.diffusion.model_dump(exclude_none=True) if body.diffusion is not None else {}
-    changes = {name: value for name, value in asked.items() if name in Sampling.__dataclass_fields__}
+def _canvas(sampling: Sampling, body: SamplingFields, asked: Mapping[str, Any]) -> Sampling:
+    changes = dict(asked)
     if body.temperature is not None and not changes.keys() & {"t_min", "t_max"}:
         scale = max(body.temperature, 1e-6)
         changes |= {"t_min": sampling.t_min * scale, "t_max": sampling.t_max * scale}
     return sampling.with_(**changes)
 
 
-def _tokens(sampling: AutoregressiveSampling, body: SamplingFields, refusals: Refusals) -> AutoregressiveSampling:
+def _tokens(
+    sampling: AutoregressiveSampling, body: SamplingFields, asked: Mapping[str, Any], refusals: Refusals
+) -> AutoregressiveSampling:
     changes: dict[str, Any] = {}
     if body.temperature is not None:
         changes["temperature"] = body.temperature
@@ -156,6 +216,6 @@ def _tokens(sampling: AutoregressiveSampling, body: SamplingFields, refusals: Re
             refusals.refuse(name, value, "the mode autoregressive samples by temperature, top_k and top_p")
     if body.logit_bias:
         refusals.refuse("logit_bias", body.logit_bias, "logits are not edited")
-    if body.diffusion is not None and body.diffusion.model_dump(exclude_none=True, exclude={"frames"}):
-        refusals.refuse("diffusion", body.diffusion.model_dump(exclude_none=True), "the mode is autoregressive")
+    if asked:
+        refusals.refuse("diffusion", dict(asked), "the mode is autoregressive")
     return sampling.with_(**changes)

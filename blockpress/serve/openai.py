@@ -66,17 +66,15 @@ def chat_job(service: Service, body: ChatBody) -> Job:
     service.check_model(body.model)
     refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
     sampling, mode = sampling_of(service, body, refusals)
-    thinking, budget = thinking_of(body)
-    tools = body.tools if body.tool_choice != "none" else None
-    asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "tools": tools}
+    thinking, budget = thinking_of(body, refusals)
+    asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "tools": body.tools}
     asked |= {"max_tokens": body.max_completion_tokens or body.max_tokens}
     asked |= {"thinking": thinking, "thinking_budget": budget, **constraint_of(body)}
     if body.logprobs:
         asked["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
         raise FieldError("top_logprobs", "top_logprobs is given without logprobs", "set logprobs to true")
-    if tools and body.tool_choice not in (None, "auto"):
-        asked["tool_choice"] = body.tool_choice
+    asked |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
     requests = chat_requests(service.lm, body.messages, refusals, service.options, **asked)
     return Job(
         requests=requests,

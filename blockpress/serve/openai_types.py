@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from blockpress.serve.errors import FieldError
-from blockpress.serve.fields import Fields, Positive, SamplingFields
+from blockpress.serve.fields import Fields, Positive, Refusals, SamplingFields
 
 BUDGETS = {"minimal": 256, "low": 1024, "medium": 4096}
 """Most tokens of a thought by `reasoning_effort`; more effort has no limit."""
@@ -77,10 +77,6 @@ class ChatBody(ConstrainedFields):
 def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
     """The constraint that a body asks for, as an argument of `LM.generate`. Raises FieldError: a form without it."""
     form, outputs = body.response_format, body.structured_outputs
-    extra = {key for key in body.model_extra or {} if key.startswith("guided_")}
-    if extra:
-        name = min(extra)
-        raise FieldError(name, f"{name} is no longer used", "send structured_outputs or response_format")
     if outputs is not None:
         given = outputs.model_dump(exclude_none=True, exclude=set(outputs.model_extra or ()))
         if "json_" in given:
@@ -102,9 +98,12 @@ def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
     return {form.type: value}
 
 
-def thinking_of(body: ChatBody) -> tuple[bool, int | None]:
+def thinking_of(body: ChatBody, refusals: Refusals) -> tuple[bool, int | None]:
     """Whether the model is asked to think, and for how many tokens at most."""
     asked = (body.chat_template_kwargs or {}).get("enable_thinking")
+    for name, value in (body.chat_template_kwargs or {}).items():
+        if name not in ("enable_thinking", "thinking"):
+            refusals.refuse(f"chat_template_kwargs.{name}", value, "only enable_thinking is read")
     effort = body.reasoning_effort
     thinking = bool(asked) if asked is not None else effort not in (None, "none")
     budget = body.thinking_token_budget or BUDGETS.get(effort or "")

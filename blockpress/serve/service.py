@@ -18,7 +18,7 @@ from blockpress.decoding import Done, Event, Failed, ReasoningDelta, Reply, Text
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.errors import BlockpressError, Overloaded
 from blockpress.lm import LM
-from blockpress.serve.errors import _ClientGone, _UnknownModel
+from blockpress.serve.errors import _ClientGone, _Refused, _UnknownModel
 from blockpress.serve.metrics import Metrics
 from blockpress.serve.options import ServeOptions
 
@@ -39,6 +39,7 @@ class Service:
         self.engine = ThreadedEngine(EngineCore(lm.network, engine))
         self.ready = self.stopping = False
         self._open = 0
+        self._drain: asyncio.Task[None] | None = None
 
     @property
     def open_requests(self) -> int:
@@ -53,9 +54,20 @@ class Service:
             pass
         self.ready = True
 
+    def drain(self) -> None:
+        """Take no more requests, and end those that are not answered within `patience` with an error. Called once."""
+        self.stopping = True
+        self._drain = asyncio.get_running_loop().create_task(self._end_late())
+
+    async def _end_late(self) -> None:
+        await asyncio.sleep(self.options.patience)
+        await anyio.to_thread.run_sync(self.engine.close)
+
     def close(self) -> None:
         """End what is still answered, and free the model's memory."""
         self.stopping = True
+        if self._drain is not None:
+            self._drain.cancel()
         self.engine.close()
         self.lm.close()
 
@@ -72,7 +84,7 @@ class Service:
             Overloaded: too many are open. BlockpressError: what one of them ended with; the others are cancelled.
         """
         if self.stopping:
-            raise Overloaded("the server is stopping", hint="send the request to another one")
+            raise _Refused(503, "the server stops", "send the request again, or to another one")
         if self._open + len(requests) > self.options.max_streams:
             raise Overloaded(f"{self._open} requests are open", hint="send it again later")
         loop = asyncio.get_running_loop()
@@ -99,6 +111,8 @@ class Service:
                     raise event
                 seconds = time.monotonic() - started
                 self.metrics.event(event, seconds)
+                if self.stopping and isinstance(event, Done) and event.reply.finish_reason == "cancelled":
+                    raise _Refused(503, "the server stops, and the answer is not whole", "send the request again")
                 if number in silent and isinstance(event, Text | ReasoningDelta):
                     silent.remove(number)
                     self.metrics.first_text(seconds)

@@ -12,11 +12,14 @@ from typing import Any
 
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 
 from blockpress.errors import BlockpressError
 from blockpress.serve.errors import openai_error
 
 DONE = "[DONE]"
+
+AppStatus.disable_automatic_graceful_drain()  # a server that stops lets streams go on for a while: `Service.drain`
 
 
 def event_stream(
