@@ -6,6 +6,7 @@ Run it:  blockpress serve
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -122,6 +123,7 @@ def _run(lm: Any, name: str, rules: ServeOptions, engine: Any, host: str, port: 
             app.state.service.drain()
             await super().shutdown(sockets)
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     _allow_many_connections()
     try:
         Server(config).run()

@@ -8,6 +8,7 @@ Invariant: whatever ends a job (an answer, an error, a client that leaves), its 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, final
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HTTPRequest
 
 Made = TypeVar("Made")
+logger = logging.getLogger("blockpress.serve")
 
 
 @final
@@ -116,12 +118,28 @@ class Service:
                 if number in silent and isinstance(event, Text | ReasoningDelta):
                     silent.remove(number)
                     self.metrics.first_text(seconds)
-                left -= isinstance(event, Done)
+                if isinstance(event, Done):
+                    left -= 1
+                    self._log(requests[number], event.reply, seconds)
                 yield number, event
         finally:
             self._open -= len(requests)
             for request in requests:
                 self.engine.cancel(request)
+
+    def _log(self, request: Request, reply: Reply, seconds: float) -> None:
+        usage = reply.usage
+        logger.info(
+            "answered in %.3f s: %d prompt tokens, %d tokens, %d steps, %s",
+            seconds,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.steps,
+            reply.finish_reason,
+        )
+        if self.options.log_prompts:
+            texts = (self.lm.tokenizer and self.lm.decode(request.row.prompt), reply.text)
+            logger.info("prompt: %r answer: %r", *texts)
 
     async def replies(self, requests: Sequence[Request], http: HTTPRequest) -> list[Reply]:
         """The whole answers, in the order of the requests.
