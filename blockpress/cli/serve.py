@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,9 @@ def serve(
         int | None, typer.Option(metavar="MIB", help="Memory for the KV cache. Default: half of what is free.")
     ] = None,
     max_body: Annotated[int, typer.Option(metavar="MIB", help="Most of one request.")] = 32,
+    replicas: Annotated[
+        int, typer.Option(metavar="N", help="Processes that serve the model; a conversation stays with one.")
+    ] = 1,
     lenient: Annotated[
         bool, typer.Option("--lenient", help="List fields that cannot be honoured as warnings; do not refuse them.")
     ] = False,
@@ -71,13 +75,13 @@ def serve(
       blockpress serve --host 0.0.0.0 --api-key "$KEY"
     """
     _need_extra()
+    from blockpress.engine import EngineOptions
     from blockpress.serve import ServeOptions
 
-    keys = tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(",")))
-    options.positive(max_body, "--max-body")
-    options.positive(memory, "--memory")
+    for value, option in ((max_body, "--max-body"), (memory, "--memory"), (replicas, "--replicas")):
+        options.positive(value, option)
     rules = ServeOptions(
-        api_keys=keys,
+        api_keys=tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(","))),
         origins=tuple(allow_origin or ()),
         hosts=tuple(allow_host or ()),
         max_body=max_body * MIB,
@@ -86,25 +90,37 @@ def serve(
         fetch_images=fetch_images,
         log_prompts=log_prompts,
     )
-    from blockpress.engine import EngineOptions
-
     engine = EngineOptions(
         max_running=max_running, max_waiting=max_waiting, memory=None if memory is None else memory * MIB
     )
-    from blockpress.lm import load
-
-    types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
-    lm = opened_or_pulled(lambda: load(model, **types), model, yes)
     called = name or (Path(model).name if os.path.exists(model) else model)
-    _run(lm, called, rules, engine, host, port)
+    types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
+    if replicas > 1:
+        from blockpress.serve.replicas import create_front
 
-
-def _run(lm: Any, name: str, rules: ServeOptions, engine: Any, host: str, port: int) -> None:
-    import uvicorn
-
+        limits = {"max-running": max_running, "max-waiting": max_waiting, "memory": memory, "max-body": max_body}
+        given = {"name": called, **limits, **{option.replace("_", "-"): value for option, value in types.items()}}
+        flags = {"lenient": lenient, "fetch-images": fetch_images, "log-prompts": log_prompts}
+        command = [sys.executable, "-m", "blockpress", "serve", model]
+        for option, value in given.items():
+            command += [] if value is None else [f"--{option}", str(value)]
+        command += [f"--{option}" for option, is_set in flags.items() if is_set]
+        os.environ["BLOCKPRESS_API_KEY"] = ",".join(rules.api_keys)  # not on the command line, which all may read
+        front = create_front(command, replicas, rules)
+        _run(front, front.state.front.drain, rules, host, port)
+        return
+    from blockpress.lm import load
     from blockpress.serve import create_app
 
-    app = create_app(lm, name, rules, engine)
+    lm = opened_or_pulled(lambda: load(model, **types), model, yes)
+    app = create_app(lm, called, rules, engine)
+    _run(app, app.state.service.drain, rules, host, port)
+
+
+def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, port: int) -> None:
+    """Answer until a signal comes; then `drain` is called, and what runs may end."""
+    import uvicorn
+
     if host not in LOOPBACK and not rules.api_keys:
         open_to = f"anybody who reaches {host}:{port} may use the model; --api-key asks for a key"
         print(f"blockpress: {open_to}", file=sys.stderr)
@@ -120,10 +136,11 @@ def _run(lm: Any, name: str, rules: ServeOptions, engine: Any, host: str, port: 
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
-            app.state.service.drain()
+            drain()
             await super().shutdown(sockets)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     _allow_many_connections()
     try:
         Server(config).run()

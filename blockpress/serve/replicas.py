@@ -1,0 +1,238 @@
+"""Several servers of one model on one machine, behind one address: each conversation stays with the server that has it.
+
+    client --> front --+--> replica 0 (a process of its own, on a loopback port)
+                       +--> replica 1
+
+A request goes to the replica that the beginning of its prompt hashes to (rendezvous hashing: when one is lost, only its
+own requests move), so what a conversation has in the KV cache is found again; a replica that is much busier than the
+others passes it on.
+
+Invariant: a request that no replica has begun to answer is sent to another one; a stream whose replica dies ends with
+an error event. A replica that has died is started again.
+Run it:  blockpress serve --replicas 2
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, openai_error
+from blockpress.serve.guard import Guard
+from blockpress.serve.options import ServeOptions
+from blockpress.serve.service import unless_gone
+
+logger = logging.getLogger("blockpress.serve")
+
+KEY_LENGTH = 512
+"""Characters of a prompt by which its replica is chosen."""
+SLACK = 4
+"""How many more open requests than the least busy replica one may have before it passes new ones on."""
+_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
+"""Headers that are of one connection, and are not passed on."""
+_LOST = b'data: {"error": {"message": "the replica that answered was lost", "type": "server_error", "code": null}}\n\n'
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server process. `open`: its requests now. stopping: it is not started again."""
+
+    number: int
+    command: Sequence[str]
+    port: int = 0
+    open: int = 0
+    ready: bool = False
+    stopping: bool = False
+    process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def keep_running(self) -> None:
+        """Start the process whenever there is none, and wait until it is ready; until cancelled."""
+        pause = 1.0
+        try:
+            while True:
+                self.port = _free_port()
+                self.process = await asyncio.create_subprocess_exec(*self.command, "--port", str(self.port))
+                self.ready = await self._wait()
+                logger.info("replica %d %s at %s", self.number, "is ready" if self.ready else "failed", self.url)
+                pause = 1.0 if self.ready else min(2 * pause, 60.0)
+                code = await self.process.wait()
+                self.ready = False
+                if self.stopping:
+                    return
+                logger.warning("replica %d ended with status %s, and is started again", self.number, code)
+                await asyncio.sleep(pause)
+        finally:
+            self.stop()
+            if self.process is not None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.process.wait(), 60)
+
+    def stop(self) -> None:
+        """Let the process end what it answers, in its own time."""
+        self.stopping = True
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+
+    async def _wait(self) -> bool:
+        assert self.process is not None
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while self.process.returncode is None:
+                with suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/health", timeout=5)).status_code == 200:
+                        return True
+                await asyncio.sleep(0.1)
+        return False
+
+
+@final
+class Front:
+    """Chooses a replica for each request, and passes bytes on."""
+
+    def __init__(self, replicas: Sequence[Replica], options: ServeOptions) -> None:
+        self.replicas, self.options = replicas, options
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=5), limits=httpx.Limits(max_connections=None), trust_env=False
+        )
+
+    def order(self, key: bytes) -> list[Replica]:
+        """The ready replicas, the best for that key first."""
+        ready = [replica for replica in self.replicas if replica.ready]
+        ranked = sorted(ready, key=lambda replica: hashlib.blake2b(key + bytes([replica.number])).digest())
+        least = min((replica.open for replica in ready), default=0)
+        return sorted(ranked, key=lambda replica: replica.open > least + SLACK)
+
+    def drain(self) -> None:
+        """Take no more requests; those that run end as their replicas stop."""
+        for replica in self.replicas:
+            replica.stop()
+
+    async def health(self, http: Request) -> Response:
+        ready = sum(replica.ready for replica in self.replicas)
+        state = {"status": "ok" if ready else "warming up", "replicas": len(self.replicas), "ready": ready}
+        return JSONResponse(state, 200 if ready else 503)
+
+    async def metrics(self, http: Request) -> Response:
+        """The figures of all replicas, told apart by a label."""
+        texts = []
+        for replica in self.order(b""):
+            with suppress(httpx.HTTPError):
+                answer = await self.client.get(f"{replica.url}/metrics", headers=_passed(http))
+                texts.append(re.sub(r"(?m)^([a-z:_]+)\{", rf'\1{{replica="{replica.number}",', answer.text))
+        return Response("".join(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def forward(self, http: Request) -> Response:
+        """Pass a request to its replica, and the answer back as it comes."""
+        body = await http.body()
+        for replica in self.order(routing_key(body)):
+            answer = await unless_gone(self._begin(replica, http, body), http)
+            if answer is not None:
+                headers = {name: value for name, value in answer.headers.items() if name not in _HOP}
+                headers["x-blockpress-replica"] = str(replica.number)
+                return StreamingResponse(self._rest(replica, answer), answer.status_code, headers)
+        refused = _Refused(503, "no replica is ready", "send the request again later")
+        return JSONResponse(openai_error(refused), 503, {"Retry-After": str(RETRY_AFTER)})
+
+    async def _begin(self, replica: Replica, http: Request, body: bytes) -> httpx.Response | None:
+        """The head of a replica's answer; None if it was lost before it gave one."""
+        path = http.url.path + (f"?{http.url.query}" if http.url.query else "")
+        request = self.client.build_request(http.method, replica.url + path, content=body, headers=_passed(http))
+        replica.open += 1
+        try:
+            return await self.client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            replica.open -= 1
+            logger.warning("replica %d does not answer: %s", replica.number, error)
+            return None
+        except BaseException:
+            replica.open -= 1
+            raise
+
+    async def _rest(self, replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
+        is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+        try:
+            async for chunk in answer.aiter_raw():
+                yield chunk
+        except httpx.HTTPError:
+            if not is_stream:
+                raise
+            yield _LOST
+        finally:
+            replica.open -= 1
+            await answer.aclose()
+
+
+def routing_key(body: bytes) -> bytes:
+    """The beginning of a request's prompt: of a chat its first two messages, which stay the same over its turns.
+
+    >>> routing_key(b'{"prompt": "once upon a time"}')
+    b'once upon a time'
+    """
+    try:
+        fields: Any = json.loads(body)
+    except ValueError:
+        return body[:KEY_LENGTH]
+    if not isinstance(fields, dict):
+        return body[:KEY_LENGTH]
+    given = [fields.get(name) for name in ("system", "instructions", "prompt", "input", "input_prefix")]
+    messages = fields.get("messages")
+    given += messages[:2] if isinstance(messages, list) else []
+    texts = [each if isinstance(each, str) else json.dumps(each) for each in given if each is not None]
+    return "".join(texts)[:KEY_LENGTH].encode()
+
+
+def create_front(command: Sequence[str], count: int, options: ServeOptions) -> Starlette:
+    """An ASGI application in front of `count` servers, each started by `command` and a `--port`."""
+    replicas = [Replica(number, command) for number in range(count)]
+    front = Front(replicas, options)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(replica.keep_running()) for replica in replicas]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await front.client.aclose()
+
+    methods = ["GET", "POST", "PUT", "DELETE", "HEAD"]
+    routes = [
+        Route("/health", front.health),
+        Route("/metrics", front.metrics),
+        Route("/{path:path}", front.forward, methods=methods),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.add_exception_handler(_ClientGone, lambda http, error: Response(status_code=499))
+    app.add_middleware(Guard, options=options)
+    app.state.front = front
+    return app
+
+
+def _passed(http: Request) -> dict[str, str]:
+    return {name: value for name, value in http.headers.items() if name not in (*_HOP, "origin")}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
