@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from blockpress.chat import RETRIES, MalformedToolCall, ToolCall
-from blockpress.config import PRESETS, GenerationConfig, Sampling
+from blockpress.config import GenerationConfig, Sampling
 from blockpress.decoding import (
     Committed,
     Denoised,
@@ -35,88 +33,18 @@ from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Cache, Network
 from blockpress.text import Tokenizer
-from tests.chat_tokenizer import TOKENIZER, VOCABULARY, backend, ids
+from tests.builders.chats import CANVAS, CONFIG, LOREM, Script, Scripted, Told, whole
+from tests.builders.chats import scripted_model as model
+from tests.chat_tokenizer import TOKENIZER, backend, ids
 from tests.conftest import num_examples
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-VOCAB, CANVAS, EOS = len(VOCABULARY), 12, 1
-CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, hidden_size=VOCAB, canvas_length=CANVAS, context_length=4096)
 RESULT = 'response:ls{value:<|"|>{"ok": true}<|"|>}<tool_response|>'
 HI = [{"role": "user", "content": "Hi"}]
 ZIP = {"type": "object", "properties": {"zip": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": ZIP}}]
-LOREM = "abcdefghijklmnopqrstuvwxyz" * 8
-
-
 TURN_END, THOUGHT, THOUGHT_END = ids("<turn|><|channel><channel|>")
-
-
-@dataclass(frozen=True)
-class Told(Cache):
-    """A context that also remembers its tokens."""
-
-    history: tuple[tuple[int, ...], ...] = ()
-
-    def select(self, rows: Tensor) -> Told:
-        chosen = super().select(rows)
-        return Told(chosen.layers, chosen.lengths, tuple(self.history[row] for row in rows.tolist()))
-
-
-Script = Callable[[str, int], str]
-
-
-class Scripted(Network):
-    """Writes `script(text behind the prompt, attempt)`, cut or filled to a canvas; where that is banned, an "x"."""
-
-    def __init__(self, script: Script) -> None:
-        super().__init__(CONFIG)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-            self.embed_tokens.weight.copy_(torch.eye(VOCAB))
-        self.script = script
-        self.begun: Counter[str] = Counter()
-
-    def empty_cache(self, batch: int) -> Told:
-        plain = super().empty_cache(batch)
-        return Told(plain.layers, plain.lengths, ((),) * batch)
-
-    def read(
-        self, tokens: Tensor, cache: Cache, counts: Tensor | None = None, images: Any = None
-    ) -> tuple[Tensor, Cache]:
-        assert isinstance(cache, Told) and counts is not None
-        hidden, grown = super().read(tokens, cache, counts)
-        rows = zip(cache.history, tokens.tolist(), counts.tolist(), strict=True)
-        history = tuple((*old, *row[:count]) for old, row, count in rows)
-        return hidden, Told(grown.layers, grown.lengths, history)
-
-    def denoise(self, canvas: Tensor, cache: Cache, signal: Tensor | None) -> Tensor:
-        assert isinstance(cache, Told)
-        written = []
-        for history, length in zip(cache.history, cache.lengths.tolist(), strict=True):
-            assert len(history) == length
-            text = TOKENIZER.decode(history, skip_special=False)
-            self.begun[text] += signal is None
-            told = self.script(text.rpartition("<|turn>model\n")[2], self.begun[text] - 1)
-            written.append((ids(told) + ids(LOREM))[:CANVAS])
-        best = F.one_hot(torch.tensor(written), VOCAB).float() * 100
-        return best + 30 * F.one_hot(torch.tensor(ids("x")), VOCAB)
-
-
-def whole(text: str) -> Script:
-    """A turn that goes on as `text` does, wherever its canvases end; what a budget closed it leaves."""
-    return lambda behind, attempt: (text + LOREM).removeprefix(behind.removeprefix("<|channel>thought\n<channel|>"))
-
-
-def model(script: Script, stop_ids: tuple[int, ...] = (EOS,)) -> LM:
-    return LM(
-        path=Path("scripted"),
-        network=Scripted(script),
-        generation=GenerationConfig(stop_ids=stop_ids),
-        tokenizer=TOKENIZER,
-        answer=run_reference,
-    )
 
 
 def events_of(lm: LM, **options: Any) -> list[Event]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import av
 import numpy as np
@@ -19,9 +18,8 @@ from PIL import Image
 import blockpress
 from blockpress import LM, Done
 from blockpress.chat import Chat, ChatTemplate
-from blockpress.checkpoints import load_picture_settings, load_vision, save_checkpoint
-from blockpress.checkpoints.safetensors import vision as weights_vision
-from blockpress.config import GenerationConfig, ModelConfig, Sampling
+from blockpress.checkpoints import load_picture_settings, load_vision
+from blockpress.config import Sampling
 from blockpress.decoding import SequenceState
 from blockpress.decoding.generate import generate
 from blockpress.errors import BlockpressError, MediaError, RequestError
@@ -29,6 +27,7 @@ from blockpress.model import Network
 from blockpress.multimodal import expand, insert_placeholders, prepare_images
 from blockpress.text import Tokenizer
 from tests import chat_tokenizer
+from tests.builders.chats import save_seeing
 
 from . import published
 
@@ -40,29 +39,10 @@ SHORT = Sampling(steps=4)
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory, tiny: ModelConfig, random_network: Any) -> LM:
-    """A model that was saved and loaded: its tower has 48 positions, so that a video's frames fit it too."""
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    """A model that was saved and loaded."""
     folder = tmp_path_factory.mktemp("seeing")
-    backend = chat_tokenizer.backend()
-    backend.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in PICTURE_TOKENS])
-    ids = {name: backend.token_to_id(name) for name in ("<|image|>", *PICTURE_TOKENS)}
-    with patch.dict(weights_vision.MINIMAL_TOWER, {"position_embedding_size": 48}):
-        tower, tensors = weights_vision.minimal_vision(0, tiny.hidden_size)
-    config = replace(
-        tiny,
-        vocab_size=backend.get_vocab_size(),
-        image_id=ids["<|image|>"],
-        vision=tower,
-        context_length=2048,
-        source={
-            "boi_token_id": ids["<|image>"],
-            "eoi_token_id": ids["<image|>"],
-            "text_config": {"use_bidirectional_attention": "vision"},
-        },
-    )
-    tokenizer = Tokenizer(backend, config={"bos_token": "<bos>", "eos_token": "<eos>"}, chat_template=TEMPLATE)
-    network: Network = random_network(config, seed=5)
-    save_checkpoint(folder, network, generation=GenerationConfig(), tokenizer=tokenizer, kept=tensors)
+    save_seeing(folder)
     return blockpress.load(folder)
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from blockpress.chat import ChatTemplate, encode_chat
 from blockpress.text import Tokenizer
+from tests.builders.chats import Scripted
+from tests.builders.chats import scripted_model as model
 from tests.chat_tokenizer import TOKENIZER, backend
 
 from . import published
-from .test_conversation import Scripted, model
 
 
 @pytest.mark.parity

@@ -16,23 +16,10 @@ from blockpress.decoding import Committed, Denoised, Event, Reply
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Cache
+from tests.builders.chats import EOS, LOREM, VOCAB, Script, Scripted, Told, whole
 from tests.chat_tokenizer import TOKENIZER, ids
 
-from .test_conversation import (
-    EOS,
-    HI,
-    LOREM,
-    RESULT,
-    THOUGHT,
-    VOCAB,
-    After,
-    Script,
-    Scripted,
-    Told,
-    check_joined,
-    thinker,
-    whole,
-)
+from .test_conversation import HI, RESULT, THOUGHT, After, check_joined, thinker
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

@@ -1,0 +1,105 @@
+"""A server on a thread, for clients that know nothing but its address."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from blockpress.decoding import Event
+from blockpress.engine import EngineCore, EngineOptions, Request
+from blockpress.errors import BlockpressError, EngineError, one_line
+from blockpress.lm import LM
+from blockpress.lm.execute import run_reference
+from blockpress.serve import ServeOptions, create_app
+from blockpress.serve.service import Service
+
+
+class ReferenceEngine:
+    """The reference loop behind the doors of a `ThreadedEngine`: networks of tests run in no other.
+
+    cancelled: the requests that were cancelled before their end.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.cancelled: list[Request] = []
+        self._flags: dict[Request, threading.Event] = {}
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, request: Request, deliver: Callable[[Event | BlockpressError], None]) -> None:
+        flag = self._flags[request] = threading.Event()
+
+        def work() -> None:
+            try:
+                for event in run_reference(self.core.network, [request], flag):
+                    deliver(event)
+            except BlockpressError as error:
+                deliver(error)
+            except Exception as error:
+                deliver(EngineError(f"the engine broke: {one_line(error)}", hint="look at the test"))
+            finally:
+                self._flags.pop(request, None)
+
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
+
+    def cancel(self, request: Request) -> None:
+        flag = self._flags.get(request)
+        if flag is not None:
+            self.cancelled.append(request)
+            flag.set()
+
+    def close(self) -> None:
+        for flag in list(self._flags.values()):
+            flag.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server. engine: its engine, or the stand-in."""
+
+    url: str
+    service: Service
+    engine: Any
+
+    def idle(self, seconds: float = 5) -> bool:
+        """Wait until no request is open; False if one still is after that time."""
+        until = time.monotonic() + seconds
+        while self.service.open_requests and time.monotonic() < until:
+            time.sleep(0.01)
+        return not self.service.open_requests
+
+
+@contextmanager
+def serving(
+    lm: LM, name: str, options: ServeOptions | None = None, *, reference: bool = False, **engine: Any
+) -> Iterator[Served]:
+    """Serve a model on a free port. reference: by the reference loop. engine: further `EngineOptions`."""
+    app = create_app(lm, name, options, EngineOptions(**{"memory": 32 << 20, **engine}))
+    service: Service = app.state.service
+    if reference:
+        service.engine.close()
+        service.engine = ReferenceEngine(service.engine.core)  # type: ignore[assignment]
+    config = uvicorn.Config(app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            until = time.monotonic() + 60
+            while not server.started:
+                assert thread.is_alive() and time.monotonic() < until, "the server did not start"
+                time.sleep(0.01)
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, service.engine)
+        finally:
+            server.should_exit = True
+            thread.join()
