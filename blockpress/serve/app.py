@@ -9,7 +9,6 @@ Run it:  blockpress serve
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,7 +22,7 @@ from blockpress import __version__
 from blockpress.engine import EngineOptions
 from blockpress.errors import BlockpressError, one_line
 from blockpress.lm import LM
-from blockpress.serve import completions, info, openai
+from blockpress.serve import completions, decisions, info, openai
 from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, openai_error, status_of
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
@@ -51,14 +50,13 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
 
     app = FastAPI(title="blockpress", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for router in (openai.router, completions.router, info.router):
+    for router in (openai.router, completions.router, decisions.router, info.router):
         app.include_router(router)
     app.add_exception_handler(BlockpressError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(_ClientGone, lambda http, error: Response(status_code=499))
     app.add_exception_handler(Exception, _broken)
-    app.middleware("http")(_log)
     if options.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"], allow_headers=["*"]
@@ -99,11 +97,3 @@ async def _broken(http: Request, error: Exception) -> Response:
     logger.error("%s %s failed: %s", http.method, http.url.path, one_line(error), exc_info=error)
     broken = _Refused(500, "the server made a mistake of its own", "report it with the line of the server's log")
     return JSONResponse(openai_error(broken), 500)
-
-
-async def _log(http: Request, call_next) -> Response:  # type: ignore[no-untyped-def]
-    started = time.monotonic()
-    response: Response = await call_next(http)
-    seconds = time.monotonic() - started
-    logger.info("%s %s %d %.3f s", http.method, http.url.path, response.status_code, seconds)
-    return response

@@ -22,7 +22,7 @@ from blockpress.serve.frames import frame
 from blockpress.serve.openai import FINISH, Job, answered, token_logprob, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
 from blockpress.serve.prompts import prompt_of
-from blockpress.serve.service import Service
+from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, event_stream
 
 router = APIRouter()
@@ -82,7 +82,7 @@ async def completions(body: CompletionBody, http: Request) -> Response:
     service: Service = http.app.state.service
     job, echoes = await service.build(lambda: completion_job(service, body))
     if body.stream:
-        return event_stream(http, completion_chunks(service, job, echoes))
+        return event_stream(http, completion_chunks(service, job, service.begin(job.requests), echoes))
     replies = await service.replies(job.requests, http)
     choices = [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)]
     return answered(job, choices, replies)
@@ -111,7 +111,7 @@ def _logprobs(lm: LM, reply: Reply, offset: int) -> dict[str, Any]:
     }
 
 
-async def completion_chunks(service: Service, job: Job, echoes: list[str]) -> AsyncIterator[str]:
+async def completion_chunks(service: Service, job: Job, running: Running, echoes: list[str]) -> AsyncIterator[str]:
     """The stream of a completion: JSON texts, one for each event."""
     usages: list[Usage] = []
 
@@ -122,7 +122,7 @@ async def completion_chunks(service: Service, job: Job, echoes: list[str]) -> As
     for index, echo in enumerate(echoes):
         if echo:
             yield chunk(index, echo)
-    async for index, event in service.events(job.requests):
+    async for index, event in running.events():
         if isinstance(event, Text) and event.text:
             yield chunk(index, event.text)
         elif isinstance(event, Denoised) and job.frames:

@@ -128,7 +128,7 @@ def check_extras(body: Fields, refusals: Refusals) -> None:
         FieldError: one is given, and the client is not lenient.
     """
     for name, value in (body.model_extra or {}).items():
-        if name.startswith("guided_"):
+        if name.startswith("guided_") and value is not None:
             refusals.refuse(name, value, "it was removed from vLLM: structured_outputs and response_format are read")
         elif name in REFUSED and value is not None and value not in REFUSED[name][0]:
             refusals.refuse(name, value, REFUSED[name][1])

@@ -13,7 +13,9 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import socket
+import time
 from typing import final
 
 from starlette.datastructures import Headers
@@ -21,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockpress.serve.errors import _Refused, openai_error
 from blockpress.serve.options import ServeOptions
+
+logger = logging.getLogger("blockpress.serve")
 
 OPEN = ("/health", "/ping", "/")
 """Paths that need no key, as well as the page's files."""
@@ -39,20 +43,23 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, started = Headers(scope=scope), False
+        headers, status, began = Headers(scope=scope), 0, time.monotonic()
 
         async def sending(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                seconds = time.monotonic() - began
+                logger.info("%s %s: %d after %.3f s", scope["method"], scope["path"], status, seconds)
             await send(message)
 
         try:
             self._check(scope, headers)
             await self._app(scope, self._limited(headers, receive), sending)
         except _Refused as refused:
-            if started:
+            if status:
                 raise
-            await _answer(refused, send)
+            await _answer(refused, sending)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = _host(headers.get("host", ""))

@@ -35,7 +35,7 @@ from blockpress.serve.fields import Refusals, sampling_of, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
 from blockpress.serve.prompts import chat_requests
-from blockpress.serve.service import Service
+from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, event_stream
 
 router = APIRouter()
@@ -94,7 +94,7 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
     service: Service = http.app.state.service
     job = await service.build(lambda: chat_job(service, body))
     if body.stream:
-        return event_stream(http, chat_chunks(service, job))
+        return event_stream(http, chat_chunks(service, job, service.begin(job.requests)))
     replies = await service.replies(job.requests, http)
     choices = [chat_choice(service.lm, job, index, reply) for index, reply in enumerate(replies)]
     return answered(job, choices, replies)
@@ -180,7 +180,7 @@ def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-async def chat_chunks(service: Service, job: Job) -> AsyncIterator[str]:
+async def chat_chunks(service: Service, job: Job, running: Running) -> AsyncIterator[str]:
     """The stream of a chat: JSON texts, one for each event."""
     head = job.head("chat.completion.chunk")
     calls = [0] * len(job.requests)
@@ -200,7 +200,7 @@ async def chat_chunks(service: Service, job: Job) -> AsyncIterator[str]:
 
     for index in range(len(job.requests)):
         yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, event in service.events(job.requests):
+    async for index, event in running.events():
         for delta in _deltas(job, index, event, calls):
             yield chunk(index, delta)
         if isinstance(event, Denoised) and job.frames:

@@ -77,57 +77,29 @@ class Service:
         """Run `make` on a thread, as reading images and compiling shapes take long."""
         return await anyio.to_thread.run_sync(make)
 
-    async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
-        """The events of requests that are answered side by side, each with its request's number, until all have ended.
-
-        Leaving the loop early cancels them.
+    def begin(self, requests: Sequence[Request]) -> Running:
+        """Hand requests to the engine, to be answered side by side.
 
         Raises:
-            Overloaded: too many are open. BlockpressError: what one of them ended with; the others are cancelled.
+            Overloaded: too many are open. EngineError: the engine broke. BlockpressError (503): the server stops.
         """
         if self.stopping:
             raise _Refused(503, "the server stops", "send the request again, or to another one")
         if self._open + len(requests) > self.options.max_streams:
             raise Overloaded(f"{self._open} requests are open", hint="send it again later")
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[int, Event | BlockpressError]] = asyncio.Queue()
+        return Running(self, requests)
 
-        def deliver_to(number: int) -> Callable[[Event | BlockpressError], None]:
-            def deliver(event: Event | BlockpressError) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (number, event))
-
-            return deliver
-
-        self._open += len(requests)
-        started = time.monotonic()
-        silent = set(range(len(requests)))
+    async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+        """Begin, and give the events; leaving the loop early cancels the requests. Errors as in `begin`."""
+        running = self.begin(requests)
         try:
-            for number, request in enumerate(requests):
-                self.engine.submit(request, deliver_to(number))
-            left = len(requests)
-            while left:
-                number, event = await queue.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, BlockpressError):
-                    raise event
-                seconds = time.monotonic() - started
-                self.metrics.event(event, seconds)
-                if self.stopping and isinstance(event, Done) and event.reply.finish_reason == "cancelled":
-                    raise _Refused(503, "the server stops, and the answer is not whole", "send the request again")
-                if number in silent and isinstance(event, Text | ReasoningDelta):
-                    silent.remove(number)
-                    self.metrics.first_text(seconds)
-                if isinstance(event, Done):
-                    left -= 1
-                    self._log(requests[number], event.reply, seconds)
+            async for number, event in running.events():
                 yield number, event
         finally:
-            self._open -= len(requests)
-            for request in requests:
-                self.engine.cancel(request)
+            running.close()
 
-    def _log(self, request: Request, reply: Reply, seconds: float) -> None:
+    def log(self, request: Request, reply: Reply, seconds: float) -> None:
+        """Note an answer in the log."""
         usage = reply.usage
         logger.info(
             "answered in %.3f s: %d prompt tokens, %d tokens, %d steps, %s",
@@ -161,6 +133,67 @@ class Service:
         """Raises RequestError: the client asks for a model that is not served here."""
         if name not in (None, "", self.name, "default"):
             raise _UnknownModel(f"model is {name!r:.200}, which is not served here", hint=f"give {self.name!r}")
+
+
+@final
+class Running:
+    """Requests that the engine answers side by side, until they have ended, or this is closed or forgotten."""
+
+    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+        self._service, self._requests = service, requests
+        self._loop, self._started = asyncio.get_running_loop(), time.monotonic()
+        self._events: asyncio.Queue[tuple[int, Event | BlockpressError]] = asyncio.Queue()
+        self._closed = False
+        service._open += len(requests)
+        try:
+            for number, request in enumerate(requests):
+                service.engine.submit(request, self._deliver_to(number))
+        except BaseException:
+            self.close()
+            raise
+
+    def _deliver_to(self, number: int) -> Callable[[Event | BlockpressError], None]:
+        loop, events = self._loop, self._events  # not this object, which ends the requests when nobody holds it
+
+        def deliver(event: Event | BlockpressError) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+        return deliver
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all requests as they occur, each with its request's number.
+
+        Raises:
+            BlockpressError: what one of them ended with; the others go on until this is closed.
+        """
+        service, left, silent = self._service, len(self._requests), set(range(len(self._requests)))
+        while left:
+            number, event = await self._events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, BlockpressError):
+                raise event
+            seconds = time.monotonic() - self._started
+            service.metrics.event(event, seconds)
+            if service.stopping and isinstance(event, Done) and event.reply.finish_reason == "cancelled":
+                raise _Refused(503, "the server stops, and the answer is not whole", "send the request again")
+            if number in silent and isinstance(event, Text | ReasoningDelta):
+                silent.remove(number)
+                service.metrics.first_text(seconds)
+            if isinstance(event, Done):
+                left -= 1
+                service.log(self._requests[number], event.reply, seconds)
+            yield number, event
+
+    def close(self) -> None:
+        """Cancel what has not ended. It may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._service._open -= len(self._requests)
+            for request in self._requests:
+                self._service.engine.cancel(request)
+
+    __del__ = close  # a client may leave before its stream has begun, and then nobody closes it
 
 
 async def unless_gone(work: Coroutine[Any, Any, Made], http: HTTPRequest) -> Made:

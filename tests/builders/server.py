@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -65,11 +66,12 @@ class ReferenceEngine:
 
 @dataclass(frozen=True)
 class Served:
-    """A running server. engine: its engine, or the stand-in."""
+    """A running server. engine: its engine, or the stand-in. loop: its event loop."""
 
     url: str
     service: Service
     engine: Any
+    loop: asyncio.AbstractEventLoop
 
     def idle(self, seconds: float = 5) -> bool:
         """Wait until no request is open; False if one still is after that time."""
@@ -77,6 +79,14 @@ class Served:
         while self.service.open_requests and time.monotonic() < until:
             time.sleep(0.01)
         return not self.service.open_requests
+
+
+class _Server(uvicorn.Server):
+    loop: asyncio.AbstractEventLoop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
 
 @contextmanager
@@ -90,7 +100,7 @@ def serving(
         service.engine.close()
         service.engine = ReferenceEngine(service.engine.core)  # type: ignore[assignment]
     config = uvicorn.Config(app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = _Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -99,7 +109,7 @@ def serving(
             while not server.started:
                 assert thread.is_alive() and time.monotonic() < until, "the server did not start"
                 time.sleep(0.01)
-            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, service.engine)
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, service.engine, server.loop)
         finally:
             server.should_exit = True
             thread.join()
