@@ -53,7 +53,8 @@ def test_figures_are_prometheus_and_count_what_was_answered(nano: Served) -> Non
         }
 
     before = figures()
-    answer = httpx.post(f"{nano.url}/v1/completions", json={"prompt": "1", "max_tokens": 5}).json()
+    puzzle = sudoku.layout(sudoku.generate_puzzle(seed=5, givens=45).puzzle)
+    answer = httpx.post(f"{nano.url}/v1/completions", json={"prompt": puzzle, "max_tokens": 5}).json()
     after = figures()
 
     def grown(name: str) -> float:
