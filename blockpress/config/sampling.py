@@ -43,8 +43,9 @@ class Sampling:
     canvas, and what it rejects is denoised again; 0: never. max_repairs: how many times at most places of a settled
     canvas are denoised again, all others held: those whose token the causal pass gives a probability below
     repair_below; 0: never. checked_spans: what is verified or repaired, as (start, stop) pairs of places in the answer;
-    it is called with the answer's tokens, the settled canvas included; None: all. stop: text that ends the answer and
-    is not part of it.
+    it is called with the answer's tokens, the settled canvas included; None: all. release: steps for which the first
+    tokens of a canvas must have stayed, each at most at the entropy `confidence`, to be pinned and their text released
+    before the canvas ends; 0: text is released with its canvas. stop: text that ends the answer and is not part of it.
     accept, settle: your own rules (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of
     stability and confidence; their steps are not captured on a GPU.
     """
@@ -59,6 +60,7 @@ class Sampling:
     max_repairs: int = 0
     repair_below: float = 0.01
     checked_spans: Callable[[Sequence[int]], Iterable[tuple[int, int]]] | None = None
+    release: int = 0
     stop: tuple[str, ...] = ()
     accept: Callable[[Any], Any] | None = None
     settle: Callable[[Any, Any], Any] | None = None
@@ -71,7 +73,7 @@ class Sampling:
                 )
 
         numbers = ("entropy_bound", "t_min", "t_max", "confidence", "repair_below")
-        _as_python(self, ("steps", "stability", "max_verifications", "max_repairs"), numbers)
+        _as_python(self, ("steps", "stability", "max_verifications", "max_repairs", "release"), numbers)
         need(is_count(self.steps, 1, MOST), "steps", f"a whole number from 1 to {MOST}")
         need(is_number(self.entropy_bound) and self.entropy_bound > 0, "entropy_bound", "a number above 0 (nats)")
         need(is_number(self.t_max) and COLDEST <= self.t_max <= HOTTEST, "t_max", _TEMPERATURE)
@@ -91,6 +93,7 @@ class Sampling:
         need(
             self.checked_spans is None or callable(self.checked_spans), "checked_spans", "a callable of tokens, or None"
         )
+        need(is_count(self.release, 0, MOST), "release", f"a whole number from 0 to {MOST}")
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))

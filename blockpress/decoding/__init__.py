@@ -4,6 +4,7 @@ the caller gets (events, `Reply`).
 Invariant: everything specific to one answer is kept here or in its output processor, never in the loop that writes it.
 """
 
+from blockpress.decoding.early import EarlyText
 from blockpress.decoding.events import (
     Cancel,
     Committed,
@@ -30,6 +31,7 @@ __all__ = [
     "Decoder",
     "Denoised",
     "Done",
+    "EarlyText",
     "Event",
     "Failed",
     "FinishReason",

@@ -104,13 +104,21 @@ def denoise_canvases(
     seeds, numbers = [row.seed for row in rows], [row.canvas_number for row in rows]
     draws = make_draws(seeds, numbers, length=length, vocab=network.config.vocab_size, device=device)
     token_mask = TokenMask.of([row.banned_ids for row in rows], length, device)
-    pins = Pins.of([row.pins for row in rows], length, network.embed, device)
+    pins = Pins.of([row.pins for row in rows], length, network.embed, device, always=sampling.release > 0)
     start = given_tokens([row.start for row in rows], length, device)
-    denoiser = make_denoiser(network, cache, [row.canvas_constraint for row in rows])
+    constraints = [row.canvas_constraint for row in rows]
+    denoiser = make_denoiser(network, cache, constraints)
     for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins, start):
         for i, row in enumerate(rows[index] for index in step.rows.tolist()):
             row.draft(step.argmax[i].tolist(), step.number)
-            yield denoised_event(row, i, step)
+            yield (event := denoised_event(row, i, step))
+            if not event.settled and step.number < schedule.last:
+                held = row.pins
+                yield from row.release_text(event)
+                if row.pins is not held:
+                    assert pins is not None
+                    pins.add(int(step.rows[i]), row.pins, network.embed)
+                    constraints[int(step.rows[i])] = row.canvas_constraint
         if cancel is not None and cancel.is_set():
             for row in rows:
                 yield from row.cancel()

@@ -20,8 +20,10 @@ from torch import Tensor
 from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
 from blockpress.config.checks import is_count, value_text
 from blockpress.constrain import CanvasConstraint, ConstraintState
+from blockpress.decoding.early import EarlyText
 from blockpress.decoding.events import (
     Committed,
+    Denoised,
     Done,
     Event,
     FinishReason,
@@ -103,7 +105,7 @@ class SequenceState:
         """How many of the last draft's tokens that a causal pass read are context now."""
         self.new_tokens: list[int] = []
         """Tokens of the last committed canvas that the context does not hold yet; empty while a canvas is redone."""
-        self._stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
+        self.stop_ids, self._canvas_length, self._room = frozenset(stop_ids), canvas_length, room
         self._limit = None if max_tokens is None else int(max_tokens)
         self._processor: OutputProcessor = TextOutputProcessor(decoder) if processor is None else processor
         self._tokens, self._read_tokens = list[int](), list[int]()
@@ -140,7 +142,7 @@ class SequenceState:
     def check_given(self) -> None:
         """Raises RequestError: a constraint, pins or a draft need more tokens than there is room for, or contradict."""
         most = self.max_draft_tokens + self.max_later_tokens
-        self.given.check_room(most, self._stop_ids)
+        self.given.check_room(most, self.stop_ids)
         if self.constraint is not None:
             self.constraint.constraint.check_length(most, self.constraint.state)
             self.constraint.constraint.check_pins(self.given.pins, most)
@@ -148,7 +150,7 @@ class SequenceState:
     @property
     def banned_ids(self) -> Mapping[int, Container[int]]:
         """Ids that the current canvas must not hold, and at which positions."""
-        return self.given.banned_on(len(self._tokens), self._stop_ids, self._processor.banned_ids)
+        return self.given.banned_on(len(self._tokens), self.stop_ids, self._processor.banned_ids)
 
     @property
     def start(self) -> Mapping[int, int]:
@@ -160,11 +162,6 @@ class SequenceState:
     def skipped_steps(self, steps: int) -> int:
         """How many of a canvas's steps come before the one that the current canvas starts with."""
         return 0 if self.repairs else self.given.skipped_steps(len(self._tokens), self._canvas_length, steps)
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end the answer."""
-        return self._stop_ids
 
     @property
     def max_draft_tokens(self) -> int:
@@ -217,6 +214,14 @@ class SequenceState:
         """Replace the draft's tokens."""
         self._draft = FinishedCanvas(tokens, self._draft.steps)
 
+    def release_text(self, step: Denoised) -> Iterator[Event]:
+        """The output that a step of the canvas releases before its end; the tokens become pins (`early`)."""
+        pieces = None
+        if isinstance(self._processor, EarlyText):
+            pieces = self._processor.step(step, self.max_draft_tokens, self.stop_ids)
+            self.pins = self.pins if pieces is None else {**self.pins, **self._processor.pins}
+        yield from self._emit(pieces or [])
+
     def redo(self, pins: Mapping[int, int], repaired: set[tuple[int, int]] | None = None) -> None:
         """Denoise the canvas again, with new draws; it holds the pins from its first noise on.
 
@@ -243,6 +248,8 @@ class SequenceState:
         if stopped and self._processor.should_retry(valid):
             self.retry, self._restarts, self._retries = self.retry + 1, self._restarts + 1, self._retries + 1
             self._retried_steps += canvas.steps
+            if isinstance(self._processor, EarlyText):
+                self.pins = {**self.pins, **self._processor.pins}
             return
         kept, context = kept[: self._room], (canvas.tokens if kept is valid else kept)[: self._room]
         self.retry, self._restarts, self._room = 0, 0, self._room - len(context)
@@ -253,7 +260,7 @@ class SequenceState:
 
     def _end(self, canvas: FinishedCanvas) -> int | None:
         """The length of a canvas up to and including its first stop id; None without one."""
-        return next((i + 1 for i, token in enumerate(canvas.tokens) if token in self._stop_ids), None)
+        return next((i + 1 for i, token in enumerate(canvas.tokens) if token in self.stop_ids), None)
 
     def _extend_answer(self, tokens: list[int], stopped: bool, logprobs: Sequence[TokenLogprob]) -> Iterator[Event]:
         """Add the canvas's tokens to the answer, up to the limit or a stop text; finish it if it cannot continue."""
@@ -280,8 +287,7 @@ class SequenceState:
         assert self.logprobs is None or len(self._logprobs) == len(self._tokens), "log-probabilities are missing"
         new_logprobs = None if self.logprobs is None else self._logprobs[before:]
         yield Committed(self.index, len(self.canvases) - 1, tokens, self.canvases[-1].steps, new_logprobs)
-        self._pieces += pieces
-        yield from piece_events(self.index, pieces)
+        yield from self._emit(pieces)
         if stopped and self._processor.stopped is None and any(isinstance(piece, ToolCall) for piece in self._pieces):
             self.finish_reason = "tool_calls"
         if self.finish_reason is not None:
@@ -290,10 +296,12 @@ class SequenceState:
     def cancel(self) -> Iterator[Event]:
         """End here: committed tokens stay, and text held back for later tokens is released."""
         self.finish_reason = "cancelled"
-        pieces = self._processor.finish()
-        self._pieces += pieces
-        yield from piece_events(self.index, pieces)
+        yield from self._emit(self._processor.finish())
         yield Done(self.index, self.reply())
+
+    def _emit(self, pieces: list[Piece]) -> Iterator[Event]:
+        self._pieces += pieces
+        return piece_events(self.index, pieces)
 
     def reply(self) -> Reply:
         """The finished answer. The steps of a cancelled canvas are counted, its tokens are not returned."""

@@ -47,17 +47,29 @@ class Pins:
         length: int,
         embed: Callable[[Canvas], Signal],
         device: torch.device | str = "cpu",
+        *,
+        always: bool = False,
     ) -> Pins | None:
         """From one mapping per row: position in a canvas of `length` to the token that it must hold.
 
         Args:
             embed: the self-conditioning embedding of tokens that are certain: `Network.embed`.
+            always: pins will be added.
 
         Returns:
-            None if no row has pins.
+            None if no row has pins, and not `always`.
         """
         tokens = given_tokens(pinned, length, device)
+        if tokens is None and always:
+            tokens = torch.full((len(pinned), length), UNPINNED, device=device)
         return None if tokens is None else cls(tokens, embed(tokens.clamp(min=0)))
+
+    def add(self, row: int, pinned: Mapping[int, int], embed: Callable[[Canvas], Signal]) -> None:
+        """Let a row hold these tokens too, from the next step on."""
+        places = to_device(torch.tensor([*pinned]), self.tokens.device)
+        tokens = to_device(torch.tensor([*pinned.values()]), self.tokens.device)
+        self.tokens[row, places] = tokens
+        self.signal[row, places] = embed(tokens[None])[0]
 
     def hold(self, rows: Int[Tensor, " rows"], canvas: Canvas) -> Canvas:
         """The canvas of some rows of the batch, with their pins put in.

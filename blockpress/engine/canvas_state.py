@@ -67,15 +67,22 @@ class CanvasState:
         self._owner: dict[int, Request] = {}
         self._bans: dict[int, Mapping[int, Container[int]]] = {}
         self._pinned: set[int] = set()
+        self._held: dict[int, Mapping[int, int]] = {}
+        """The pins that each slot holds; a row that pins more has others."""
         self._started: set[int] = set()
 
     def begin(self, requests: Sequence[Request]) -> StepFeatures:
-        """Write what is given of canvases whose next step is their first; returns which features the step needs."""
+        """Write what is given of canvases before their first step, and pins that have changed; returns which features
+        the step needs."""
         starting = [request for request in requests if request.step == 0]
+        for request in requests:
+            slot = slot_of(request)
+            if self._held.get(slot) is not request.row.pins:
+                self._held[slot] = request.row.pins
+                self._put(slot, request.row.pins, self.pins, self._pinned)
         for request in starting:
             slot = slot_of(request)
             self._owner[slot], self._bans[slot] = request, dict(request.row.banned_ids)
-            self._put(slot, request.row.pins, self.pins, self._pinned)
             self._put(slot, request.row.start, self.start, self._started)
         if any(token not in self._column for request in starting for token in self._bans[slot_of(request)]):
             self._gather_ids()

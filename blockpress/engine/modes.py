@@ -312,7 +312,7 @@ def after_step(outcome: RunnerOutput) -> RequestProgress:
         return RequestProgress()
     row.draft(outcome.canvas or [], outcome.denoised.step)
     if outcome.canvas is None:
-        return RequestProgress(events=[outcome.denoised])
+        return RequestProgress(events=[outcome.denoised, *row.release_text(outcome.denoised)])
     if needs_causal_pass(row, canvas_sampling(request)):
         return RequestProgress(events=[outcome.denoised], next_tokens=row.proposal, is_draft=True)
     return RequestProgress(events=[outcome.denoised, *row.commit()], next_tokens=row.new_tokens)

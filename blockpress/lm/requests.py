@@ -17,7 +17,7 @@ from blockpress.checkpoints import Checkpoint, load_picture_settings, load_visio
 from blockpress.config import GenerationConfig, Sampling
 from blockpress.constrain import Constraint
 from blockpress.constrain.turns import Turn
-from blockpress.decoding import Given, OutputProcessor, SequenceState, TextOutputProcessor
+from blockpress.decoding import EarlyText, Given, OutputProcessor, SequenceState, TextOutputProcessor
 from blockpress.engine import Request
 from blockpress.errors import CheckpointError
 from blockpress.lm.arguments import (
@@ -205,6 +205,12 @@ class RequestBuilder:
         given: Given | None = None,
     ) -> list[SequenceState]:
         canvas = self._network.config.canvas_length if isinstance(sampling, Sampling) else 1
+        if (
+            isinstance(sampling, Sampling)
+            and sampling.release
+            and not (sampling.max_verifications or sampling.max_repairs)
+        ):
+            make_processor = partial(_early_text, make_processor, sampling)
         limits: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": stop_ids, "logprobs": logprobs, "given": given}
         return make_sequences(
             ids, seed, make_processor, canvas, self._network.config, constraints=constraints, **limits
@@ -218,3 +224,7 @@ def needs_tokenizer(tokenizer: Tokenizer | None, path: Path, what: str) -> Token
             f"{path} has no tokenizer.json, which {what} needs", hint="give token ids, or add the file"
         )
     return tokenizer
+
+
+def _early_text(make: Callable[[list[int]], OutputProcessor], sampling: Sampling, prompt: list[int]) -> EarlyText:
+    return EarlyText(make(prompt), make(prompt), sampling.release, sampling.confidence)
