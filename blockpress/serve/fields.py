@@ -25,6 +25,9 @@ from blockpress.lm.arguments import AnySampling, Mode, check_mode
 from blockpress.serve.errors import FieldError
 from blockpress.serve.service import Service
 
+RELEASE = 2
+"""For how many steps the first tokens of a canvas must have stayed to be sent before the canvas ends: one step would
+send text earlier, three later; none changes how many answers are right (docs/log.md)."""
 MOST_SEED = 2**63 - 1
 MOST_COUNT = 2**31 - 1
 
@@ -41,7 +44,8 @@ class Fields(BaseModel):
 class DiffusionFields(BaseModel):
     """How canvases are denoised, as `blockpress.Sampling` has it; null: as in the checkpoint.
 
-    frames: whether a stream also has every step of the canvas. early: whether text is released before its canvas ends.
+    release: 0 sends text with its canvas only; the server's default is `RELEASE`. frames: whether a stream also has
+    every step of the canvas.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -53,6 +57,7 @@ class DiffusionFields(BaseModel):
     t_min: float | None = None
     t_max: float | None = None
     max_verifications: Count | None = None
+    release: Count | None = None
     frames: bool = False
 
 
@@ -193,7 +198,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def _canvas(sampling: Sampling, body: SamplingFields, asked: Mapping[str, Any]) -> Sampling:
-    changes = dict(asked)
+    changes = {"release": RELEASE, **asked}
     if body.temperature is not None and not changes.keys() & {"t_min", "t_max"}:
         scale = max(body.temperature, 1e-6)
         changes |= {"t_min": sampling.t_min * scale, "t_max": sampling.t_max * scale}

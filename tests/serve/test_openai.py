@@ -318,3 +318,13 @@ def test_a_server_can_be_lenient(serve: Serve) -> None:
     assert "top_p" in httpx.post(f"{served.url}/v1/chat/completions", json=body).json()["warnings"][0]
     body["lenient"] = False
     assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 400
+
+
+def test_text_is_sent_before_its_canvas_ends_unless_it_is_switched_off(nano: Served) -> None:
+    def pieces(**diffusion: int) -> list[str]:
+        stream = ask(nano, PUZZLE, seed=0, stream=True, extra_body={"diffusion": diffusion})
+        return [chunk.choices[0].delta.content for chunk in stream if chunk.choices[0].delta.content]
+
+    assert len(pieces(release=1)) > 1
+    assert len(pieces(release=0)) == 1
+    assert "".join(pieces(release=1)) == ask(nano, PUZZLE, seed=0, extra_body={"diffusion": {"release": 1}}).choices[0].message.content  # fmt: skip
