@@ -46,6 +46,7 @@ class Metrics:
         self._running = gauge("vllm:num_requests_running", "Requests in forwards.")
         self._waiting = gauge("vllm:num_requests_waiting", "Requests in the queue.")
         self._pages = gauge("vllm:kv_cache_usage_perc", "Share of pages held by requests, 0 to 1.")
+        self._forwards = gauge("blockpress:forwards_total", "Runs of the network.")
         self._hits = gauge("vllm:prefix_cache_hits_total", "Prompt tokens found in cached pages.")
         self._first = histogram("vllm:time_to_first_token_seconds", "Until the first text.", SECONDS)
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Until the answer was whole.", SECONDS)
@@ -76,7 +77,9 @@ class Metrics:
 
     def text(self, service: Service) -> bytes:
         """All of it now, as Prometheus reads it."""
-        label, stats = {"model_name": self._model}, service.engine.core.stats.scheduler
+        label, whole = {"model_name": self._model}, service.engine.core.stats
+        stats = whole.scheduler
+        self._forwards.labels(**label).set(whole.forwards)
         self._running.labels(**label).set(stats.running)
         self._waiting.labels(**label).set(stats.waiting)
         self._preemptions.labels(**label).set(stats.preemptions)

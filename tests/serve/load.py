@@ -1,0 +1,166 @@
+"""Many clients at once against `blockpress serve`: what they get, how long they wait, what the server takes.
+
+A tenth of the requests is malformed, a tenth leaves in the middle. Nothing may fail with a status of 500 or above, no
+stream may hang, and the server's memory must stay where it is.
+
+    python -m tests.serve.load --clients 64 --seconds 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from blockpress import sudoku
+from blockpress.hardware import processor
+
+MALFORMED: list[dict[str, Any]] = [
+    {"messages": []},
+    {"messages": [{"role": "user", "content": "hello"}]},
+    {"messages": [{"role": "user", "content": "1"}], "temperature": "hot"},
+    {"messages": [{"role": "user", "content": "1" * 400}]},
+    {"messages": [{"role": "user", "content": "1"}], "response_format": {"type": "regex", "regex": "("}},
+    {"messages": [{"role": "user", "content": "1"}], "model": "another"},
+]
+
+
+class Seen:
+    """What the clients saw: statuses, faults, and seconds until the first text, between texts, and in total."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.first: list[float] = []
+        self.between: list[float] = []
+        self.total: list[float] = []
+
+
+async def one_client(url: str, number: int, until: float, seen: Seen) -> None:
+    """Ask again and again until the time is up."""
+    draw = random.Random(number)
+    puzzles = [sudoku.layout(puzzle.puzzle) for puzzle in sudoku.held_out(number, 4)]
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
+        while time.monotonic() < until:
+            kind = draw.random()
+            if kind < 0.1:
+                answer = await client.post("/v1/chat/completions", json=draw.choice(MALFORMED))
+                seen.statuses[answer.status_code] += 1
+                if answer.status_code < 400:
+                    seen.faults["malformed, and answered"] += 1
+                continue
+            await one_stream(client, draw.choice(puzzles), draw, leaves=kind < 0.2, seen=seen)
+
+
+async def one_stream(client: httpx.AsyncClient, puzzle: str, draw: random.Random, *, leaves: bool, seen: Seen) -> None:
+    body = {"messages": [{"role": "user", "content": puzzle}], "seed": draw.randrange(1 << 30), "stream": True}
+    began = last = time.monotonic()
+    text, ended = "", False
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        seen.statuses[answer.status_code] += 1
+        if answer.status_code != 200:
+            return
+        async for line in answer.aiter_lines():
+            if leaves and time.monotonic() - began > draw.random():
+                return
+            if line == "data: [DONE]":
+                ended = True
+            elif line.startswith("data: "):
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    seen.faults[f"error event: {chunk['error']['message'][:60]}"] += 1
+                    return
+                piece = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
+                if piece:
+                    now = time.monotonic()
+                    (seen.between if text else seen.first).append(now - last)
+                    text, last = text + piece, now
+    seen.total.append(time.monotonic() - began)
+    if not ended:
+        seen.faults["a stream without an end"] += 1
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main_thread_seconds(pid: int) -> float:
+    """Processor time of the event loop, which runs in the main thread."""
+    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def forwards(url: str) -> float:
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found = re.search(r"^blockpress:forwards_total\{[^}]*\} (\S+)", text, re.M)
+    assert found is not None
+    return float(found[1])
+
+
+async def run(url: str, pid: int, clients: int, seconds: float, seen: Seen) -> list[int]:
+    """All clients, and the server's memory every tenth of the time."""
+    until = time.monotonic() + seconds
+    work = asyncio.gather(*(one_client(url, number, until, seen) for number in range(clients)))
+    memory = []
+    while not work.done():
+        memory.append(resident(pid))
+        await asyncio.wait([work], timeout=seconds / 10)
+    await work
+    return memory
+
+
+def shown(name: str, values: list[float]) -> str:
+    ranked = sorted(values) or [float("nan")]
+    p50, p99 = (ranked[min(len(ranked) - 1, int(share * len(ranked)))] for share in (0.5, 0.99))
+    return f"{name:14} p50 {p50:7.3f} s   p99 {p99:7.3f} s   n {len(values)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--port", type=int, default=8765)
+    asked = parser.parse_args()
+    url = f"http://127.0.0.1:{asked.port}"
+    command = [sys.executable, "-m", "blockpress", "serve", "--port", str(asked.port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        seen = Seen()
+        asyncio.run(run(url, server.pid, min(8, asked.clients), 5, Seen()))  # caches fill first
+        loop, count = main_thread_seconds(server.pid), forwards(url)
+        memory = asyncio.run(run(url, server.pid, asked.clients, asked.seconds, seen))
+        loop, count = main_thread_seconds(server.pid) - loop, forwards(url) - count
+    finally:
+        server.terminate()
+        server.wait()
+    print(f"{asked.clients} clients, {asked.seconds:.0f} s, {processor().cores} cores of {processor().name}")
+    print("statuses", dict(sorted(seen.statuses.items())), "faults", dict(seen.faults) or "none")
+    for name, values in (("first text", seen.first), ("between texts", seen.between), ("in total", seen.total)):
+        print(shown(name, values))
+    print(f"memory MiB    {' '.join(str(size >> 20) for size in memory)}")
+    print(f"event loop    {1000 * loop / max(1, count):.2f} ms of processor time a forward, {count:.0f} forwards")
+    failed = seen.faults or any(status >= 500 for status in seen.statuses)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
