@@ -96,7 +96,24 @@ def _top(
         print(ctx.get_help())
 
 
-for _command in (sudoku, run, infill, edit, decide, serve, launch, show, pull, ls, rm, quantize, synthesize, train, bench, doctor):
+for _command in (
+    sudoku,
+    run,
+    infill,
+    edit,
+    decide,
+    serve,
+    launch,
+    show,
+    pull,
+    ls,
+    rm,
+    quantize,
+    synthesize,
+    train,
+    bench,
+    doctor,
+):
     app.command()(_command)
 
 
