@@ -73,6 +73,7 @@ class Reply:
     logprobs: one for each of `tokens`, in order; None if they were not requested. invalid: why the answer does not
     satisfy its constraint, which an answer that was cut or cancelled may not; None if it does, or has none.
     holes, whole: of an infill or edit, the texts of its holes and the whole text; `text` is the holes, joined.
+    stopped: the stop text that ended it, which is not part of it; None if none did.
     """
 
     text: str | None
@@ -86,6 +87,7 @@ class Reply:
     invalid: str | None = None
     holes: tuple[str, ...] = ()
     whole: str | None = None
+    stopped: str | None = None
 
     @property
     def message(self) -> dict[str, Any]:

@@ -320,6 +320,7 @@ class SequenceState:
             broken_calls=tuple(piece for piece in self._pieces if isinstance(piece, MalformedToolCall)),
             logprobs=None if self.logprobs is None else list(self._logprobs),
             invalid=self.constraint and self.constraint.invalid(self._tokens, self._processor.stopped),
+            stopped=self._processor.stopped,
         )
 
     def _usage(self) -> Usage:

@@ -68,6 +68,8 @@ class Request:
         self.num_draft_tokens = 0
         """How many of the context's last tokens, from `last_commit_start` on, are a draft that is not yet verified."""
         self.state: State = "new"
+        self.num_cached_tokens = 0
+        """How many tokens of the prompt were in cached pages when it first ran; set on the caller's request."""
         self.number = -1
         """Its rank in order of submission."""
 

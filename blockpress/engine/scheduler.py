@@ -270,7 +270,10 @@ class Scheduler:
         if part is None or not self._tables.has_room(request, found, self._running):
             return None, left
         self._queue.popleft()
-        self._reused += self._tables.adopt(request, found)
+        reused = self._tables.adopt(request, found)
+        self._reused += reused
+        if request.state == "waiting":  # what it finds again after it was preempted is its own
+            request.handle.num_cached_tokens = reused
         if request.slot is None:
             request.slot = heapq.heappop(self._slots)
         request.state = "running"

@@ -22,8 +22,8 @@ from blockpress import __version__
 from blockpress.engine import EngineOptions
 from blockpress.errors import BlockpressError, one_line
 from blockpress.lm import LM
-from blockpress.serve import completions, decisions, info, openai
-from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, openai_error, status_of
+from blockpress.serve import anthropic, completions, decisions, info, ollama, openai, responses
+from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, error_body, status_of
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import Service
@@ -50,8 +50,8 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
 
     app = FastAPI(title="blockpress", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for router in (openai.router, completions.router, decisions.router, info.router):
-        app.include_router(router)
+    for room in (openai, completions, responses, decisions, anthropic, ollama, info):
+        app.include_router(room.router)
     app.add_exception_handler(BlockpressError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -69,7 +69,7 @@ async def _failed(http: Request, error: Exception) -> Response:
     assert isinstance(error, BlockpressError)
     status = status_of(error)
     headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else None
-    return JSONResponse(openai_error(error, status), status, headers)
+    return JSONResponse(error_body(http.url.path, error, status), status, headers)
 
 
 async def _invalid(http: Request, error: Exception) -> Response:
@@ -90,10 +90,10 @@ async def _http_error(http: Request, error: Exception) -> Response:
     if isinstance(cause, _Refused):
         return await _failed(http, cause)
     refused = _Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "see docs/server.md")
-    return JSONResponse(openai_error(refused), error.status_code, error.headers)
+    return JSONResponse(error_body(http.url.path, refused), error.status_code, error.headers)
 
 
 async def _broken(http: Request, error: Exception) -> Response:
     logger.error("%s %s failed: %s", http.method, http.url.path, one_line(error), exc_info=error)
     broken = _Refused(500, "the server made a mistake of its own", "report it with the line of the server's log")
-    return JSONResponse(openai_error(broken), 500)
+    return JSONResponse(error_body(http.url.path, broken), 500)

@@ -79,3 +79,32 @@ def openai_error(error: BlockpressError, status: int | None = None) -> dict[str,
             "code": code_of(error),
         }
     }
+
+
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: BlockpressError, status: int | None = None) -> dict[str, object]:
+    """An error as Anthropic's clients read it."""
+    status = status_of(error) if status is None else status
+    kind = ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": None}
+
+
+def ollama_error(error: BlockpressError) -> dict[str, object]:
+    """An error as Ollama's clients read it."""
+    return {"error": str(error)}
+
+
+def error_body(path: str, error: BlockpressError, status: int | None = None) -> dict[str, object]:
+    """An error in the form of the API that has the path."""
+    if path.startswith("/v1/messages"):
+        return anthropic_error(error, status)
+    return ollama_error(error) if path.startswith("/api/") else openai_error(error, status)

@@ -21,7 +21,7 @@ from typing import final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blockpress.serve.errors import _Refused, openai_error
+from blockpress.serve.errors import _Refused, error_body
 from blockpress.serve.options import ServeOptions
 
 logger = logging.getLogger("blockpress.serve")
@@ -59,7 +59,7 @@ class Guard:
         except _Refused as refused:
             if status:
                 raise
-            await _answer(refused, sending)
+            await _answer(refused, scope["path"], sending)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = _host(headers.get("host", ""))
@@ -126,8 +126,8 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _answer(refused: _Refused, send: Send) -> None:
-    body = json.dumps(openai_error(refused)).encode()
+async def _answer(refused: _Refused, path: str, send: Send) -> None:
+    body = json.dumps(error_body(path, refused)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

@@ -68,6 +68,7 @@ class Tokenizer:
         """The control tokens that `decode` skips."""
         self._unknown = self._unknown_id()
         self._lossless = is_lossless(backend)
+        self._pieces: list[bytes | None] | None = None
         self._add_bos = self._flag("add_bos_token", self.bos, "bos_token")
         self._add_eos = self._flag("add_eos_token", self.eos, "eos_token")
         self._adds_bos_itself = self.bos is not None and backend.encode("").ids[:1] == [self.bos]
@@ -141,7 +142,9 @@ class Tokenizer:
 
     def token_bytes(self) -> list[bytes | None]:
         """The bytes that each token adds to a text; None for control tokens. TextError if it depends on others."""
-        pieces = token_bytes(self.backend)
+        if self._pieces is None:  # a second or more for a large vocabulary
+            self._pieces = token_bytes(self.backend)
+        pieces = self._pieces
         if pieces is None:
             raise TextError(
                 "what a token of this tokenizer writes depends on the tokens around it",

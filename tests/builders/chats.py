@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import time
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import tokenizers
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -192,3 +196,11 @@ def save_seeing(folder: Path, context_length: int = 2048) -> None:
     tokenizer = Tokenizer(backend, config={"bos_token": "<bos>", "eos_token": "<eos>"}, chat_template=template)
     network = make_random_network(config, seed=5)
     save_checkpoint(folder, network, generation=GenerationConfig(), tokenizer=tokenizer, kept=tensors)
+
+
+def picture(size: tuple[int, int] = (60, 60)) -> str:
+    """An image as base64 of a PNG file."""
+    noise = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()

@@ -25,11 +25,13 @@ from blockpress.chat import ChatTemplate
 from blockpress.config import PRESETS, GenerationConfig, Sampling
 from blockpress.lm import LM
 from blockpress.text import Tokenizer
-from tests.builders.chats import obedient_model, save_seeing
+from tests.builders.chats import obedient_model, picture, save_seeing
 from tests.builders.server import Served, serving
 from tests.conftest import make_random_network
 
 Serve = Callable[..., Served]
+PICTURE = picture()
+"""A small image as base64 of a PNG file."""
 SHORT = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 
 
