@@ -19,6 +19,7 @@ from blockpress.lm import LM
 from blockpress.serve.errors import FieldError
 from blockpress.serve.fields import Positive, Refusals, sampling_of, seeds
 from blockpress.serve.frames import frame
+from blockpress.serve.infill import begin_fill, filled
 from blockpress.serve.openai import FINISH, Job, answered, token_logprob, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
 from blockpress.serve.prompts import prompt_of
@@ -80,12 +81,29 @@ def completion_job(service: Service, body: CompletionBody) -> tuple[Job, list[st
 async def completions(body: CompletionBody, http: Request) -> Response:
     """What follows a prompt, whole or as a stream of server-sent events."""
     service: Service = http.app.state.service
+    if body.suffix is not None:
+        return await _between(service, body, body.suffix, http)
     job, echoes = await service.build(lambda: completion_job(service, body))
     if body.stream:
         return event_stream(http, completion_chunks(service, job, service.begin(job.requests), echoes))
     replies = await service.replies(job.requests, http)
     choices = [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)]
     return answered(job, choices, replies)
+
+
+async def _between(service: Service, body: CompletionBody, suffix: str, http: Request) -> Response:
+    """A completion with a suffix: what stands between the two."""
+    if not isinstance(body.prompt, str):
+        raise FieldError("prompt", "prompt is not one text, and there is a suffix", "send one text")
+    if body.logprobs is not None:
+        raise FieldError("logprobs", "logprobs are given with a suffix", "leave one of them out")
+    running, job = await begin_fill(service, body, body.prompt, suffix, body.max_tokens)
+    job.object = "text_completion"
+    echoes = [body.prompt if body.echo else ""] * (body.n or 1)
+    if body.stream:
+        return event_stream(http, completion_chunks(service, job, running, echoes))
+    replies = await filled(running, http)
+    return answered(job, [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)], replies)
 
 
 def _choice(lm: LM, index: int, reply: Reply, echo: str) -> dict[str, Any]:

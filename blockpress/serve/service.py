@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import anyio.to_thread
 
-from blockpress.decoding import Done, Event, Failed, ReasoningDelta, Reply, Text
+from blockpress.decoding import Cancel, Done, Event, Failed, ReasoningDelta, Reply, Text
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
-from blockpress.errors import BlockpressError, Overloaded
+from blockpress.errors import BlockpressError, EngineError, Overloaded, one_line
 from blockpress.lm import LM
+from blockpress.model import Network
 from blockpress.serve.errors import _ClientGone, _Refused, _UnknownModel
 from blockpress.serve.metrics import Metrics
 from blockpress.serve.options import ServeOptions
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HTTPRequest
 
 Made = TypeVar("Made")
+Deliver = Callable[[int, Event | BlockpressError], None]
+"""Takes an event of the answer of that number, from any thread; an error is the last thing that it takes."""
+POLL = 0.05
+"""Seconds between two looks at a flag that may end an answer."""
 logger = logging.getLogger("blockpress.serve")
 
 
@@ -40,6 +49,7 @@ class Service:
         self.metrics = Metrics(name)
         self.engine = ThreadedEngine(EngineCore(lm.network, engine))
         self.ready = self.stopping = False
+        lm.answer = self._answer
         self._open = 0
         self._drain: asyncio.Task[None] | None = None
 
@@ -47,6 +57,10 @@ class Service:
     def open_requests(self) -> int:
         """Requests of clients that are answered or wait now."""
         return self._open
+
+    def opened(self, count: int) -> None:
+        """Count that many more open requests, or fewer."""
+        self._open += count
 
     async def warm_up(self) -> None:
         """One short answer, so that no client waits for what is built and measured at the first one."""
@@ -83,11 +97,68 @@ class Service:
         Raises:
             Overloaded: too many are open. EngineError: the engine broke. BlockpressError (503): the server stops.
         """
-        if self.stopping:
-            raise _Refused(503, "the server stops", "send the request again, or to another one")
-        if self._open + len(requests) > self.options.max_streams:
-            raise Overloaded(f"{self._open} requests are open", hint="send it again later")
-        return Running(self, requests)
+
+        def cancel() -> None:
+            for request in requests:
+                self.engine.cancel(request)
+
+        def start(deliver: Deliver) -> Callable[[], None]:
+            for number, request in enumerate(requests):
+                self.engine.submit(request, partial(deliver, number))
+            return cancel
+
+        return Running(self, len(requests), start, requests)
+
+    async def begin_stream(self, make: Callable[[Cancel], Iterator[Event]], count: int) -> Running:
+        """Begin a stream of the model, such as `LM.infill_stream` with `count` seeds, and read it on a thread.
+
+        Args:
+            make: begins the stream; it gets a flag that ends it.
+
+        Raises:
+            BlockpressError: what `make` refuses, and as `begin`.
+        """
+        gone = threading.Event()
+        events = await self.build(lambda: make(gone))
+
+        def start(deliver: Deliver) -> Callable[[], None]:
+            def read() -> None:
+                try:
+                    for event in events:
+                        deliver(event.row, event)
+                except BlockpressError as error:
+                    deliver(0, error)
+                except Exception as error:
+                    deliver(0, EngineError(f"the stream broke: {one_line(error)}", hint="report this line"))
+
+            threading.Thread(target=read, name="blockpress-stream", daemon=True).start()
+            return gone.set
+
+        return Running(self, count, start)
+
+    def _answer(self, network: Network, requests: Sequence[Request], cancel: Cancel | None) -> Iterator[Event]:
+        """What `LM` runs its own calls with: the engine that answers all others, so that there is one KV cache."""
+        events: SimpleQueue[Event | BlockpressError] = SimpleQueue()
+        left, cancelled = len(requests), False
+        try:
+            for request in requests:
+                self.engine.submit(request, events.put)
+            while left:
+                if cancel is not None and cancel.is_set() and not cancelled:
+                    cancelled = True
+                    for request in requests:
+                        self.engine.cancel(request)
+                with suppress(Empty):
+                    event = events.get(timeout=POLL)
+                    if isinstance(event, BlockpressError):
+                        raise event
+                    if isinstance(event, Failed):
+                        raise event.error
+                    left -= isinstance(event, Done)
+                    yield event
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
 
     async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
         """Begin, and give the events; leaving the loop early cancels the requests. Errors as in `begin`."""
@@ -98,7 +169,7 @@ class Service:
         finally:
             running.close()
 
-    def log(self, request: Request, reply: Reply, seconds: float) -> None:
+    def log(self, request: Request | None, reply: Reply, seconds: float) -> None:
         """Note an answer in the log."""
         usage = reply.usage
         logger.info(
@@ -110,8 +181,8 @@ class Service:
             reply.finish_reason,
         )
         if self.options.log_prompts:
-            texts = (self.lm.tokenizer and self.lm.decode(request.row.prompt), reply.text)
-            logger.info("prompt: %r answer: %r", *texts)
+            prompt = None if request is None or self.lm.tokenizer is None else self.lm.decode(request.row.prompt)
+            logger.info("prompt: %r answer: %r", prompt, reply.text)
 
     async def replies(self, requests: Sequence[Request], http: HTTPRequest) -> list[Reply]:
         """The whole answers, in the order of the requests.
@@ -137,28 +208,41 @@ class Service:
 
 @final
 class Running:
-    """Requests that the engine answers side by side, until they have ended, or this is closed or forgotten."""
+    """Answers that are being written side by side, until they have ended, or this is closed or forgotten.
 
-    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
-        self._service, self._requests = service, requests
-        self._loop, self._started = asyncio.get_running_loop(), time.monotonic()
+    Args:
+        count: how many. start: begins them, given what takes each one's events from any thread by its number; returns
+            what ends them. requests: of each, where there is one, for the log.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        count: int,
+        start: Callable[[Deliver], Callable[[], None]],
+        requests: Sequence[Request] = (),
+    ) -> None:
+        if service.stopping:
+            raise _Refused(503, "the server stops", "send the request again, or to another one")
+        if service.open_requests + count > service.options.max_streams:
+            raise Overloaded(f"{service.open_requests} requests are open", hint="send it again later")
+        self._service, self._count, self._requests = service, count, requests
+        self._started = time.monotonic()
+        self._stop: Callable[[], None] = lambda: None
         self._events: asyncio.Queue[tuple[int, Event | BlockpressError]] = asyncio.Queue()
         self._closed = False
-        service._open += len(requests)
+        service.opened(count)
+        loop, events = asyncio.get_running_loop(), self._events  # not this object, which ends all when nobody holds it
+
+        def deliver(number: int, event: Event | BlockpressError) -> None:
+            with suppress(RuntimeError):  # the loop has closed, and nobody waits
+                loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
         try:
-            for number, request in enumerate(requests):
-                service.engine.submit(request, self._deliver_to(number))
+            self._stop = start(deliver)
         except BaseException:
             self.close()
             raise
-
-    def _deliver_to(self, number: int) -> Callable[[Event | BlockpressError], None]:
-        loop, events = self._loop, self._events  # not this object, which ends the requests when nobody holds it
-
-        def deliver(event: Event | BlockpressError) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (number, event))
-
-        return deliver
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """The events of all requests as they occur, each with its request's number.
@@ -166,7 +250,7 @@ class Running:
         Raises:
             BlockpressError: what one of them ended with; the others go on until this is closed.
         """
-        service, left, silent = self._service, len(self._requests), set(range(len(self._requests)))
+        service, left, silent = self._service, self._count, set(range(self._count))
         while left:
             number, event = await self._events.get()
             if isinstance(event, Failed):
@@ -182,16 +266,15 @@ class Running:
                 service.metrics.first_text(seconds)
             if isinstance(event, Done):
                 left -= 1
-                service.log(self._requests[number], event.reply, seconds)
+                service.log(self._requests[number] if self._requests else None, event.reply, seconds)
             yield number, event
 
     def close(self) -> None:
         """Cancel what has not ended. It may be called again."""
         if not self._closed:
             self._closed = True
-            self._service._open -= len(self._requests)
-            for request in self._requests:
-                self._service.engine.cancel(request)
+            self._service.opened(-self._count)
+            self._stop()
 
     __del__ = close  # a client may leave before its stream has begun, and then nobody closes it
 
