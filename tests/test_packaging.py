@@ -88,10 +88,13 @@ blockpress.lod("sudoku-nano")  # the one mistake
 """
 
 
-def test_the_mark_that_the_package_is_typed_is_shipped() -> None:
+@pytest.mark.parametrize(
+    "file", ["py.typed", *(f"serve/page/{n}" for n in ("index.html", "app.js", "page.css", "icon.svg"))]
+)
+def test_what_is_no_module_is_shipped(file: str) -> None:
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel == {"packages": ["blockpress"]} and (PACKAGE / "py.typed").is_file()
-    ignored = subprocess.run(["git", "check-ignore", "-q", PACKAGE / "py.typed"], cwd=ROOT)
+    assert wheel == {"packages": ["blockpress"]} and (PACKAGE / file).is_file()
+    ignored = subprocess.run(["git", "check-ignore", "-q", PACKAGE / file], cwd=ROOT)
     assert ignored.returncode != 0, "what git ignores, the wheel lacks"
 
 

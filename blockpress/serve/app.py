@@ -22,7 +22,18 @@ from blockpress import __version__
 from blockpress.engine import EngineOptions
 from blockpress.errors import BlockpressError, one_line
 from blockpress.lm import LM
-from blockpress.serve import anthropic, completions, decisions, infill, info, ollama, openai, responses
+from blockpress.serve import (
+    anthropic,
+    canvas,
+    completions,
+    decisions,
+    infill,
+    info,
+    ollama,
+    openai,
+    page,
+    responses,
+)
 from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, error_body, status_of
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
@@ -50,8 +61,9 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
 
     app = FastAPI(title="blockpress", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for room in (openai, completions, infill, responses, decisions, anthropic, ollama, info):
+    for room in (openai, completions, infill, responses, decisions, anthropic, ollama, canvas, info, page):
         app.include_router(room.router)
+    app.mount("/page", page.page_files())
     app.add_exception_handler(BlockpressError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from blockpress import __version__
 from blockpress.serve.errors import FieldError
 from blockpress.serve.fields import Fields, Refusals
+from blockpress.serve.page import solves_sudoku
 from blockpress.serve.prompts import has_template, plain_messages
 from blockpress.serve.service import Service
 
@@ -145,6 +146,8 @@ async def props(http: Request) -> dict[str, Any]:
         "chat_template": has_template(lm),
         "modalities": {"vision": lm.config.image_id is not None and has_template(lm)},
         "kv_cache_bytes": stats.page_bytes,
+        "sudoku": solves_sudoku(lm),
+        "routes": sorted(http.app.openapi()["paths"]),
         "build_info": f"blockpress {__version__}",
     }
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from blockpress import __version__
@@ -226,12 +226,6 @@ async def pull(body: NameBody, http: Request) -> Response:
             yield {"status": status}
 
     return ndjson_stream(http, states())
-
-
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-async def is_running() -> Response:
-    """What Ollama's clients expect at `/`."""
-    return PlainTextResponse("Ollama is running", headers={"Vary": "Accept"})
 
 
 def _card(service: Service) -> dict[str, Any]:
