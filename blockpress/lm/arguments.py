@@ -79,6 +79,8 @@ class ChatRequestOptions(ConstraintOptions, total=False):
     soft_tokens: int | None
     mode: Mode | None
     logprobs: int | None
+    draft: str | None
+    noise: float | None
 
 
 class ChatOptions(ChatRequestOptions, total=False):

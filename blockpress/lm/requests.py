@@ -19,7 +19,7 @@ from blockpress.constrain import Constraint
 from blockpress.constrain.turns import Turn
 from blockpress.decoding import EarlyText, Given, OutputProcessor, SequenceState, TextOutputProcessor
 from blockpress.engine import Request
-from blockpress.errors import CheckpointError
+from blockpress.errors import CheckpointError, RequestError
 from blockpress.lm.arguments import (
     AnySampling,
     ConstraintOptions,
@@ -122,6 +122,8 @@ class RequestBuilder:
         soft_tokens: int | None = None,
         mode: Mode | None = None,
         logprobs: int | None = None,
+        draft: str | None = None,
+        noise: float | None = None,
         **constraint: Unpack[ConstraintOptions],
     ) -> list[Request]:
         """The requests of `LM.chat`, for a conversation or a list of them.
@@ -138,6 +140,7 @@ class RequestBuilder:
             retry_empty: rewrite a canvas that ends the answer before it contains anything, at most three times;
                 `usage.empty_retries` counts them.
             soft_tokens: most tokens per image or video frame (70, 140, 280, 560 or 1120); None: as in the checkpoint.
+            draft, noise: as in `for_prompts`, of an answer without thoughts (`arguments.GivenOptions`).
             constraint: as in `for_prompts`, of the answer's text; with tools, an answer may be a call instead.
         """
         check_options(thinking, thinking_budget, retry_empty, soft_tokens)
@@ -149,6 +152,10 @@ class RequestBuilder:
         encoded = self._chat.encode_all(conversations, many, tools=tools, thinking=thinking, soft_tokens=soft_tokens)
         stop_ids = (*self._generation.stop_ids, *self._chat.controls.stops)
 
+        if thinking and draft is not None:
+            hint = "leave out one of them: such an answer begins with a thought"
+            raise RequestError("draft is given with thinking", hint=hint)
+        given = read_given({"draft": draft, "noise": noise}, sampling, self._network.config, self._encode_answer)
         choice = check_tool_choice(tool_choice, parallel_tool_calls, tools)
         is_shaped = any(value is not None for value in constraint.values())
         calls = choice.all_calls if is_shaped else choice.calls
@@ -160,9 +167,12 @@ class RequestBuilder:
         limits = partial(self._chat.output_processor, thinking_budget=thinking_budget, retry_empty=retry_empty)
         may = {"may_call": choice.may_call, "held": any(compiled)}
         make_processor = partial(limits, stop=sampling.stop, stop_ids=stop_ids, tools=tools, **may)
-        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled)
+        rows = self._rows(ids, max_tokens, seed, stop_ids, make_processor, sampling, logprobs, compiled, given)
         attach_images(rows, encoded, lambda: self._tower)
         return [Request(row, sampling) for row in rows]
+
+    def _encode_answer(self, text: str) -> list[int]:
+        return self._chat.tokenizer.encode(text, add_special=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         # A copy of a model reads its own template and tower: a template cannot be pickled.

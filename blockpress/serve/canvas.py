@@ -173,5 +173,5 @@ def _whole(reply: Reply) -> dict[str, Any]:
         "reasoning": reply.thinking,
         "tool_calls": calls,
         "invalid": reply.invalid,
-        "usage": usage_of([reply.usage]),
+        "usage": usage_of([reply]),
     }

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from blockpress.decoding import Denoised, Done, Reply, Text, Usage
+from blockpress.decoding import Denoised, Done, Reply, Text
 from blockpress.lm import LM
 from blockpress.serve.errors import FieldError
 from blockpress.serve.fields import Positive, Refusals, sampling_of, seeds
@@ -131,7 +131,7 @@ def _logprobs(lm: LM, reply: Reply, offset: int) -> dict[str, Any]:
 
 async def completion_chunks(service: Service, job: Job, running: Running, echoes: list[str]) -> AsyncIterator[str]:
     """The stream of a completion: JSON texts, one for each event."""
-    usages: list[Usage] = []
+    replies: list[Reply] = []
 
     def chunk(index: int, text: str, finish: str | None = None, **more: Any) -> str:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish, **more}
@@ -148,11 +148,11 @@ async def completion_chunks(service: Service, job: Job, running: Running, echoes
             yield json.dumps({**job.head("text_completion"), "choices": [empty], **frame(service.lm, event)})
         elif isinstance(event, Done):
             reply = event.reply
-            usages.append(reply.usage)
+            replies.append(reply)
             more: dict[str, Any] = {} if reply.invalid is None else {"invalid": reply.invalid}
             if reply.logprobs is not None:
                 more["logprobs"] = _logprobs(service.lm, reply, len(echoes[index]))
             yield chunk(index, "", FINISH[reply.finish_reason], **more)
     if job.usage_chunk:
-        yield json.dumps({**job.head("text_completion"), "choices": [], "usage": usage_of(usages)})
+        yield json.dumps({**job.head("text_completion"), "choices": [], "usage": usage_of(replies, job)})
     yield DONE

@@ -140,16 +140,16 @@ async def fim(body: FimBody, http: Request) -> Response:
 
 
 async def _fim_chunks(running: Running, job: Job) -> AsyncIterator[str]:
-    usages = []
+    replies: list[Reply] = []
     head = job.head("chat.completion.chunk")
     async for index, event in running.events():
         if isinstance(event, Text) and event.text:
             delta = {"role": "assistant", "content": event.text}
             yield json.dumps({**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]})
         elif isinstance(event, Done):
-            usages.append(event.reply.usage)
+            replies.append(event.reply)
             last = {"index": index, "delta": {}, "finish_reason": FINISH[event.reply.finish_reason]}
-            yield json.dumps({**head, "choices": [last], "usage": usage_of(usages)})
+            yield json.dumps({**head, "choices": [last], "usage": usage_of(replies)})
     running.close()
     yield DONE
 

@@ -26,7 +26,6 @@ from blockpress.decoding import (
     Text,
     TokenLogprob,
     ToolCallEvent,
-    Usage,
 )
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
@@ -56,6 +55,7 @@ class Job:
     frames: bool = False
     usage_chunk: bool = False
     reasoning: bool = True
+    draft: Sequence[int] = ()
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -75,6 +75,12 @@ def chat_job(service: Service, body: ChatBody) -> Job:
     elif body.top_logprobs:
         raise FieldError("top_logprobs", "top_logprobs is given without logprobs", "set logprobs to true")
     asked |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
+    draft: Sequence[int] = ()
+    if body.prediction is not None and body.prediction.text:
+        asked["draft"] = body.prediction.text
+        draft = (
+            [] if service.lm.tokenizer is None else service.lm.tokenizer.encode(body.prediction.text, add_special=False)
+        )
     requests = chat_requests(service.lm, body.messages, refusals, service.options, **asked)
     return Job(
         requests=requests,
@@ -85,6 +91,7 @@ def chat_job(service: Service, body: ChatBody) -> Job:
         frames=body.diffusion is not None and body.diffusion.frames,
         usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
         reasoning=body.include_reasoning is not False,
+        draft=draft,
     )
 
 
@@ -97,12 +104,15 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
         return event_stream(http, chat_chunks(service, job, service.begin(job.requests)))
     replies = await service.replies(job.requests, http)
     choices = [chat_choice(service.lm, job, index, reply) for index, reply in enumerate(replies)]
+    if body.return_token_ids:
+        for choice, reply in zip(choices, replies, strict=True):
+            choice["token_ids"] = reply.tokens
     return answered(job, choices, replies)
 
 
 def answered(job: Job, choices: list[dict[str, Any]], replies: Sequence[Reply]) -> JSONResponse:
     """The whole body of an answer."""
-    body = {**job.head(job.object), "choices": choices, "usage": usage_of([reply.usage for reply in replies])}
+    body = {**job.head(job.object), "choices": choices, "usage": usage_of(replies, job)}
     body["system_fingerprint"] = None
     if job.warnings:
         body["warnings"] = job.warnings
@@ -156,17 +166,27 @@ def _token(lm: LM, token: int) -> dict[str, Any]:
     return {"token": text.decode("utf-8", "replace"), "bytes": list(text)}
 
 
-def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
-    """Usage over all choices; the prompt, which they share, is counted once for each different one."""
+def usage_of(replies: Sequence[Reply], job: Job | None = None) -> dict[str, Any]:
+    """Usage over all choices; the prompt, which they share, is counted once.
+
+    With a `job`, also how many tokens of its prompt were found in cached pages, and of its prediction in the answers.
+    """
+    usages = [reply.usage for reply in replies]
     completion = sum(usage.completion_tokens for usage in usages)
     prompt = max((usage.prompt_tokens for usage in usages), default=0)
+    cached = 0 if job is None else min((request.num_cached_tokens for request in job.requests), default=0)
+    details = {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)}
+    if job is not None and job.draft:
+        kept = sum(a == b for reply in replies for a, b in zip(reply.tokens, job.draft, strict=False))
+        details |= {"accepted_prediction_tokens": kept}
+        details |= {"rejected_prediction_tokens": len(replies) * len(job.draft) - kept}
     forwards = sum(usage.forwards for usage in usages)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": details,
         "diffusion": {
             "steps": sum(usage.steps for usage in usages),
             "forwards": forwards,
@@ -184,7 +204,7 @@ async def chat_chunks(service: Service, job: Job, running: Running) -> AsyncIter
     """The stream of a chat: JSON texts, one for each event."""
     head = job.head("chat.completion.chunk")
     calls = [0] * len(job.requests)
-    usages: list[Usage] = []
+    replies: list[Reply] = []
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
         choice = {
@@ -214,11 +234,11 @@ async def chat_chunks(service: Service, job: Job, running: Running) -> AsyncIter
                 logprobs={"content": [token_logprob(service.lm, one) for one in event.logprobs], "refusal": None},
             )
         elif isinstance(event, Done):
-            usages.append(event.reply.usage)
+            replies.append(event.reply)
             more = {} if event.reply.invalid is None else {"invalid": event.reply.invalid}
             yield chunk(index, {}, FINISH[event.reply.finish_reason], **more)
     if job.usage_chunk:
-        yield json.dumps({**head, "choices": [], "usage": usage_of(usages)})
+        yield json.dumps({**head, "choices": [], "usage": usage_of(replies, job)})
     yield DONE
 
 

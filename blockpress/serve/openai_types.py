@@ -43,17 +43,26 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool | None = None
 
 
-class Prediction(Fields):
-    type: Literal["content"] = "content"
-    content: str | list[dict[str, Any]]
-
-
 class ConstrainedFields(SamplingFields):
     """With what an answer must be, in OpenAI's form or vLLM's."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream_options: StreamOptions | None = None
+
+
+class Prediction(Fields):
+    """What the answer will be like: it starts from this text in place of noise."""
+
+    type: Literal["content"] = "content"
+    content: str | list[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(str(part.get("text") or "") for part in self.content)
 
 
 class ChatBody(ConstrainedFields):
@@ -72,6 +81,7 @@ class ChatBody(ConstrainedFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=128)] | None = None
     return_token_ids: bool | None = None
+    prediction: Prediction | None = None
 
 
 def constraint_of(body: ConstrainedFields) -> dict[str, Any]:

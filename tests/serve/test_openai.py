@@ -21,7 +21,10 @@ from blockpress.serve.fields import REFUSED
 from tests.builders.server import Served
 from tests.serve.conftest import Serve
 
-PUZZLE = sudoku.layout(sudoku.generate_puzzle(seed=5, givens=45).puzzle)
+PUZZLE, SOLVED = (
+    sudoku.layout(x)
+    for x in (sudoku.generate_puzzle(seed=5, givens=45).puzzle, sudoku.generate_puzzle(seed=5, givens=45).solution)
+)
 BRIEF: dict[str, Any] = {"messages": [{"role": "user", "content": "1"}], "diffusion": {"steps": 1}}
 LONG = {"steps": 1_000_000, "confidence": 0, "entropy_bound": 1e-9}
 DOCS = Path(__file__).parents[2] / "docs"
@@ -328,3 +331,28 @@ def test_text_is_sent_before_its_canvas_ends_unless_it_is_switched_off(nano: Ser
     assert len(pieces(release=1)) > 1
     assert len(pieces(release=0)) == 1
     assert "".join(pieces(release=1)) == ask(nano, PUZZLE, seed=0, extra_body={"diffusion": {"release": 1}}).choices[0].message.content  # fmt: skip
+
+
+def test_a_prediction_is_what_the_answer_starts_from(chatty: Served, nano: Served) -> None:
+    answer = ask(nano, PUZZLE, seed=0, prediction={"type": "content", "content": SOLVED})
+    details = answer.usage.completion_tokens_details
+    assert answer.choices[0].message.content == SOLVED
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (len(SOLVED), 0)
+    assert answer.usage.diffusion["steps"] <= ask(nano, PUZZLE, seed=0).usage.diffusion["steps"]
+    told = ask(chatty, "say 12345", prediction={"type": "content", "content": [{"type": "text", "text": "12x45"}]})
+    assert told.choices[0].message.content == "12345"
+    assert told.usage.completion_tokens_details.accepted_prediction_tokens == 4
+    thinking = {"messages": said("say 4"), "prediction": {"content": "4"}, "reasoning_effort": "low"}
+    assert httpx.post(f"{chatty.url}/v1/chat/completions", json=thinking).status_code == 400
+
+
+def test_a_prompt_that_was_read_before_is_counted_as_cached(nano: Served) -> None:
+    asked = {"prompt": PUZZLE, "max_tokens": 1, "diffusion": {"steps": 1}}
+    counts = [httpx.post(f"{nano.url}/v1/completions", json=asked).json()["usage"] for _ in range(2)]
+    assert counts[1]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_token_ids_are_returned_where_they_are_asked_for(nano: Served) -> None:
+    body = {**BRIEF, "return_token_ids": True}
+    choice = httpx.post(f"{nano.url}/v1/chat/completions", json=body).json()["choices"][0]
+    assert nano.service.lm.decode(choice["token_ids"]) == choice["message"]["content"]
