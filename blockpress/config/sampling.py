@@ -45,7 +45,8 @@ class Sampling:
     repair_below; 0: never. checked_spans: what is verified or repaired, as (start, stop) pairs of places in the answer;
     it is called with the answer's tokens, the settled canvas included; None: all. release: steps for which the first
     tokens of a canvas must have stayed, each at most at the entropy `confidence`, to be pinned and their text released
-    before the canvas ends; 0: text is released with its canvas. stop: text that ends the answer and is not part of it.
+    before the canvas ends; 0: text is released with its canvas. greedy: whether accepted positions hold their likeliest
+    tokens, not samples; what is accepted stays as it is. stop: text that ends the answer and is not part of it.
     accept, settle: your own rules (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of
     stability and confidence; their steps are not captured on a GPU.
     """
@@ -61,6 +62,7 @@ class Sampling:
     repair_below: float = 0.01
     checked_spans: Callable[[Sequence[int]], Iterable[tuple[int, int]]] | None = None
     release: int = 0
+    greedy: bool = False
     stop: tuple[str, ...] = ()
     accept: Callable[[Any], Any] | None = None
     settle: Callable[[Any, Any], Any] | None = None
@@ -93,6 +95,7 @@ class Sampling:
         need(
             self.checked_spans is None or callable(self.checked_spans), "checked_spans", "a callable of tokens, or None"
         )
+        need(isinstance(self.greedy, bool), "greedy", "True or False")
         need(is_count(self.release, 0, MOST), "release", f"a whole number from 0 to {MOST}")
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")

@@ -108,7 +108,7 @@ def denoise_canvases(
     start = given_tokens([row.start for row in rows], length, device)
     constraints = [row.canvas_constraint for row in rows]
     denoiser = make_denoiser(network, cache, constraints)
-    for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins, start):
+    for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins, start, sampling.greedy):
         for i, row in enumerate(rows[index] for index in step.rows.tolist()):
             row.draft(step.argmax[i].tolist(), step.number)
             yield (event := denoised_event(row, i, step))

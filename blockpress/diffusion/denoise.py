@@ -16,7 +16,7 @@ Source: reference model, section 2.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -82,12 +82,14 @@ def denoise(
     token_mask: TokenMask | None = None,
     pins: Pins | None = None,
     start: Canvas | None = None,
+    greedy: bool = False,
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
     A row's result is the argmax of its last step: the one in which it settled, or step `schedule.last`. `Step.canvas`
     is what the step read. `token_mask` and `pins` hold for all steps; `start` has the tokens that stand in the first
-    noise, `UNPINNED` elsewhere. Their rows are those of the batch.
+    noise, `UNPINNED` elsewhere. Their rows are those of the batch. `greedy`: positions that are accepted hold their
+    likeliest tokens, not samples.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
@@ -100,6 +102,8 @@ def denoise(
     signal, previous = None, torch.full_like(canvas, -1)
     for number in range(1, schedule.last + 1):
         output = denoiser(rows, number, canvas, signal, schedule.temperature(number), draws, token_mask)
+        if greedy:
+            output = replace(output, sample=output.argmax)
         if pins is not None:
             output = pins(rows, output)
         noise = draws.noise(rows, number)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -55,7 +55,8 @@ class CanvasBatch:
 
     slot: its row in `CanvasState`. context: tokens before it. rows: its length, or 0 for padding. low, high: the halves
     of its seed. canvas: what keys its draws (`SequenceState.canvas_number`). number: the step, from 1. last: whether it
-    is the last one allowed. stability, temperature, bound, confidence: from `Sampling` and `Schedule`.
+    is the last one allowed. greedy: whether likeliest tokens are kept, not samples. The others:
+    stability, temperature, bound, confidence: from `Sampling` and `Schedule`.
     """
 
     slot: Int[Tensor, " canvases"]
@@ -66,6 +67,7 @@ class CanvasBatch:
     canvas: Int[Tensor, " canvases"]
     number: Int[Tensor, " canvases"]
     last: Bool[Tensor, " canvases"]
+    greedy: Bool[Tensor, " canvases"]
     stability: Int[Tensor, " canvases"]
     temperature: Float32[Tensor, " canvases"]
     bound: Float32[Tensor, " canvases"]
@@ -85,7 +87,8 @@ class CanvasBatch:
             high=high,
             canvas=canvas,
             number=number,
-            last=last != 0,
+            last=last & 1 != 0,
+            greedy=last & 2 != 0,
             stability=stability,
             temperature=real[0],
             bound=real[1],
@@ -111,7 +114,8 @@ def packed_entry(part: Part) -> list[int]:
     ]
     schedule = Schedule.of(sampling, request.row.skipped_steps(sampling.steps))
     real = (schedule.temperature(number).item(), sampling.entropy_bound, sampling.confidence)
-    return [*whole, number, number == schedule.last, sampling.stability, *map(_bits, real)]
+    flags = (number == schedule.last) + 2 * sampling.greedy
+    return [*whole, number, flags, sampling.stability, *map(_bits, real)]
 
 
 def padding_entry(padding_slot: int) -> list[int]:
@@ -191,6 +195,7 @@ def finish_step(
     """
     at = canvases.slot
     output = _output(network, slots, canvases, features, inputs, hidden, signal, requests)
+    output = replace(output, sample=torch.where(canvases.greedy[:, None], output.argmax, output.sample))
     if inputs.pins is not None:
         output = inputs.pins(torch.arange(len(at), device=at.device), output)
     accept, settle = custom_rules(canvases, requests)

@@ -2,7 +2,7 @@
 
 | field | meaning |
 |---|---|
-| temperature | scales the checkpoint's schedule: 1 leaves it as it is, 0 takes the likeliest tokens |
+| temperature | scales the checkpoint's schedule: 1 leaves it as it is; 0 keeps it, and takes the likeliest tokens |
 | seed | of all random draws: the same seed gives the same answer, in any batch |
 | n | answers to one prompt, which is read once; their seeds follow each other |
 | max_tokens | at most that many are returned, exactly |
@@ -199,9 +199,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def _canvas(sampling: Sampling, body: SamplingFields, asked: Mapping[str, Any]) -> Sampling:
     changes = {"release": RELEASE, **asked}
-    if body.temperature is not None and not changes.keys() & {"t_min", "t_max"}:
-        scale = max(body.temperature, 1e-6)
-        changes |= {"t_min": sampling.t_min * scale, "t_max": sampling.t_max * scale}
+    if body.temperature == 0:
+        changes["greedy"] = True
+    elif body.temperature is not None and not changes.keys() & {"t_min", "t_max"}:
+        changes |= {name: getattr(sampling, name) * body.temperature for name in ("t_min", "t_max")}
     return sampling.with_(**changes)
 
 
