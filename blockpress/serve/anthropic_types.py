@@ -20,7 +20,7 @@ NAMES = {
     r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
     r"tools\[(\d+)\]\.function": r"tools[\1]",
     "stop": "stop_sequences",
-    "response_format.json_schema": "output_config.format",
+    "schema": "output_config.format.schema",
     "thinking_token_budget": "thinking.budget_tokens",
 }
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {

@@ -73,7 +73,7 @@ class Talk:
 
         text = re.sub(r"\bmessages\[(\d+)\]", place, text)
         for ours, theirs in self.names.items():
-            text = re.sub(rf"(?<![\w.]){ours}(?!\w)", theirs, text)
+            text = re.sub(rf"(?<![\w.]){ours}(?=$|[:.\[]| is | must )", theirs, text)
         return text
 
 

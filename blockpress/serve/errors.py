@@ -95,7 +95,9 @@ def anthropic_error(error: BlockpressError, status: int | None = None) -> dict[s
     """An error as Anthropic's clients read it."""
     status = status_of(error) if status is None else status
     kind = ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": None}
+    # The words by which Claude Code knows that it must shorten the conversation.
+    message = f"prompt is too long: {error}" if isinstance(error, PromptTooLong) else str(error)
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
 
 
 def ollama_error(error: BlockpressError) -> dict[str, object]:

@@ -5,6 +5,7 @@ Source: OpenAI's models, vLLM's /tokenize, /detokenize, /load and /version, llam
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -41,7 +42,7 @@ async def version() -> dict[str, str]:
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """The served model, as OpenAI and vLLM describe one."""
+    """The served model, as OpenAI, vLLM and Anthropic describe one."""
     config = service.lm.config
     return {
         "id": service.name,
@@ -51,12 +52,17 @@ def model_card(service: Service) -> dict[str, Any]:
         "root": str(service.lm.path.name),
         "parent": None,
         "max_model_len": config.context_length,
+        "type": "model",
+        "display_name": service.name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+        "max_input_tokens": config.context_length,
     }
 
 
 @router.get("/v1/models")
 async def models(http: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [model_card(_service(http))]}
+    card = model_card(_service(http))
+    return {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
 
 
 @router.get("/v1/models/{name:path}")

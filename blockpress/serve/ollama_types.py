@@ -23,7 +23,7 @@ NAMES = {
     r"(messages\[\d+\])\.content\[(\d+)\](\.image_url)?": r"\1.images[\2]",
     "max_completion_tokens": "options.num_predict",
     "max_tokens": "options.num_predict",
-    "response_format.json_schema": "format",
+    "schema": "format",
     "thinking": "think",
     **{name: f"options.{name}" for name in ("temperature", "top_p", "top_k", "seed", "stop")},
 }

@@ -22,8 +22,7 @@ from blockpress.serve.service import Service
 
 NAMES = {
     r"tools\[(\d+)\]\.function": r"tools[\1]",
-    "response_format.json_schema": "text.format",
-    "response_format": "text.format",
+    "schema": "text.format.schema",
     "reasoning_effort": "reasoning.effort",
 }
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {

@@ -289,7 +289,12 @@ def test_documents_and_search_results_are_text(client: anthropic.Anthropic):
         ({"output_config": {"format": {"type": "json"}}}, "output_config.format"),
         ({"top_p": 0.5}, "top_p"),
         ({"temperature": "1"}, "temperature"),
-        ({"stop_sequences": [""]}, "stop"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": 3}}}},
+            "output_config.format.schema.type",
+        ),
+        ({"messages": [{"role": "user", "content": "a" * 5000}]}, "prompt is too long"),
         ({"mcp_servers": [{"type": "url", "name": "a", "url": "b"}]}, "mcp_servers"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits"),
     ],
@@ -383,3 +388,9 @@ def test_the_seed_decides_the_answer_and_a_puzzle_is_read_without_a_template(nan
         said = [ask(client, f"Solve {puzzle}", model="sudoku-nano", extra_body={"seed": 3}) for _ in range(2)]
     assert text_of(said[0]) == text_of(said[1])
     assert len("".join(text_of(said[0]).split())) == 81
+
+
+def test_the_model_is_listed_as_anthropic_lists_one(client: anthropic.Anthropic):
+    (model,) = client.models.list()
+    assert (model.id, model.type, model.display_name, model.max_input_tokens) == ("chatty", "model", "chatty", 4096)
+    assert client.models.retrieve("chatty").created_at == model.created_at
