@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from sse_starlette import ServerSentEvent
 
 from blockpress.decoding import Reply
@@ -23,7 +23,7 @@ from blockpress.serve.dialects import AnswerPart, as_json, parts, prompt_tokens,
 from blockpress.serve.errors import anthropic_error
 from blockpress.serve.openai import Job, call_id
 from blockpress.serve.service import Running, Service
-from blockpress.serve.sse import event_stream, named
+from blockpress.serve.sse import JSONAnswer, event_stream, named
 
 router = APIRouter()
 
@@ -42,7 +42,7 @@ async def messages(body: MessagesBody, http: Request) -> Response:
         )
     pieces, reply = await whole_parts(service, job, http)
     content = [_written(job, n, part) for n, part in enumerate(pieces)]
-    return JSONResponse(_message(job, content, reply, body.max_tokens))
+    return JSONAnswer(_message(job, content, reply, body.max_tokens))
 
 
 @router.post("/v1/messages/count_tokens")

@@ -182,7 +182,7 @@ def _blocks(content: Any, at: str, kinds: set[str]) -> list[dict[str, Any]]:
 
 def _block(block: Any, at: str, kinds: set[str]) -> list[dict[str, Any]]:
     kind = block.get("type") if isinstance(block, dict) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {', '.join(sorted(kinds))}")
     if kind == "text":
         return [{"type": "text", "text": _text(block, "text", at)}]

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from blockpress import __version__
@@ -28,7 +28,7 @@ from blockpress.serve.ollama_types import GenerateBody, OllamaBody, OllamaChatBo
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.prompts import has_template
 from blockpress.serve.service import Running, Service, unless_gone
-from blockpress.serve.sse import ndjson_stream
+from blockpress.serve.sse import JSONAnswer, ndjson_stream
 
 API_VERSION = "0.13.5"
 """The version of Ollama whose API this is: some clients ask for a least one."""
@@ -85,7 +85,7 @@ def _loaded(http: Request, body: OllamaBody, empty: dict[str, Any]) -> Response:
     service: Service = http.app.state.service
     service.check_model(plain_name(body.model))
     reason = "unload" if body.keep_alive in (0, "0") else "load"
-    return JSONResponse({"model": body.model, "created_at": _now(), **empty, "done": True, "done_reason": reason})
+    return JSONAnswer({"model": body.model, "created_at": _now(), **empty, "done": True, "done_reason": reason})
 
 
 async def _answer(http: Request, body: OllamaChatBody | GenerateBody) -> Response:
@@ -95,7 +95,7 @@ async def _answer(http: Request, body: OllamaChatBody | GenerateBody) -> Respons
     chunks = _chunks(service, job, service.begin(job.requests), body, started)
     if body.stream is not False:
         return ndjson_stream(http, chunks)
-    return JSONResponse(await unless_gone(_whole(chunks), http))
+    return JSONAnswer(await unless_gone(_whole(chunks), http))
 
 
 async def _chunks(
@@ -219,7 +219,7 @@ async def pull(body: NameBody, http: Request) -> Response:
         why = f"model {name!r:.200} is not here, and this server fetches none"
         raise _Refused(403, why, "run `blockpress pull` and `blockpress serve` with it") from None
     if body.stream is False:
-        return JSONResponse({"status": "success"})
+        return JSONAnswer({"status": "success"})
 
     async def states() -> AsyncIterator[dict[str, Any]]:
         for status in ("pulling manifest", "success"):

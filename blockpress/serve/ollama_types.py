@@ -161,7 +161,10 @@ def _talk(body: OllamaChatBody) -> Talk:
     talk = Talk(NAMES)
     for number, message in enumerate(body.messages or ()):
         at, role = f"messages[{number}]", message.get("role")
-        content = _shown(message.get("content") or "", message.get("images"), f"{at}.images")
+        said = message.get("content") or ""
+        if not isinstance(said, str):
+            raise FieldError(f"{at}.content", f"{at}.content is {said!r:.80}", "give a text; images have a field")
+        content = _shown(said, message.get("images"), f"{at}.images")
         if role == "tool":
             called = message.get("tool_name") or message.get("name")
             talk.add(at, "tool", content, name=called, tool_call_id=message.get("tool_call_id"))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from blockpress.decoding import (
     Committed,
@@ -35,7 +35,7 @@ from blockpress.serve.frames import frame
 from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
 from blockpress.serve.prompts import chat_requests
 from blockpress.serve.service import Running, Service
-from blockpress.serve.sse import DONE, event_stream
+from blockpress.serve.sse import DONE, JSONAnswer, event_stream
 
 router = APIRouter()
 
@@ -110,13 +110,13 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
     return answered(job, choices, replies)
 
 
-def answered(job: Job, choices: list[dict[str, Any]], replies: Sequence[Reply]) -> JSONResponse:
+def answered(job: Job, choices: list[dict[str, Any]], replies: Sequence[Reply]) -> JSONAnswer:
     """The whole body of an answer."""
     body = {**job.head(job.object), "choices": choices, "usage": usage_of(replies, job)}
     body["system_fingerprint"] = None
     if job.warnings:
         body["warnings"] = job.warnings
-    return JSONResponse(body)
+    return JSONAnswer(body)
 
 
 def chat_choice(lm: LM, job: Job, index: int, reply: Reply) -> dict[str, Any]:

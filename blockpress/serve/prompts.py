@@ -94,7 +94,8 @@ def plain_messages(
             kept["content"] = [
                 _part(part, f"messages[{number}].content[{place}]", options) for place, part in enumerate(content)
             ]
-            images += sum(isinstance(part, Mapping) and part.get("type") in _IMAGE_KEYS for part in content)
+            shown = (part.get("type") for part in kept["content"] if isinstance(part, Mapping))
+            images += sum(kind in ("image_url", "video_url") for kind in shown)
         plain.append(kept)
     if images > options.max_images:
         raise FieldError("messages", f"messages have {images} images", f"send at most {options.max_images}")
@@ -110,7 +111,7 @@ def _part(part: Any, at: str, options: ServeOptions) -> Any:
         return {"type": "text", "text": part.get("text")}
     if kind == "refusal":
         return {"type": "text", "text": part.get("refusal")}
-    if kind not in _IMAGE_KEYS:
+    if not isinstance(kind, str) or kind not in _IMAGE_KEYS:
         return dict(part)
     field = str(kind) if kind != "input_image" else "image_url"
     source = part.get(field)

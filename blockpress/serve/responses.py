@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from sse_starlette import ServerSentEvent
 
 from blockpress.decoding import Reply
@@ -27,7 +27,7 @@ from blockpress.serve.errors import _Refused, code_of, status_of
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.responses_types import ResponsesBody, custom_tools, responses_job, sealed
 from blockpress.serve.service import Running, Service
-from blockpress.serve.sse import event_stream, named
+from blockpress.serve.sse import JSONAnswer, event_stream, named
 
 router = APIRouter()
 
@@ -48,7 +48,7 @@ async def create_response(body: ResponsesBody, http: Request) -> Response:
         answer.begin(part)
         answer.grow(part)
         answer.end(reply.finish_reason == "length" and part is pieces[-1])
-    return JSONResponse(answer.response(reply))
+    return JSONAnswer(answer.response(reply))
 
 
 @router.post("/v1/responses/input_tokens")

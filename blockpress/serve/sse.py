@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Message, Send
@@ -21,9 +22,22 @@ from blockpress.errors import BlockpressError
 from blockpress.serve.errors import ollama_error, openai_error
 
 DONE = "[DONE]"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 AppStatus.disable_automatic_graceful_drain()  # a server that stops lets streams go on for a while: `Service.drain`
+
+
+def escaped(text: str) -> str:
+    """JSON whose lone surrogates, which no UTF-8 has, are written as escapes: a client or a model may have sent one."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class JSONAnswer(JSONResponse):
+    """A body of JSON, whatever its texts hold."""
+
+    def render(self, content: Any) -> bytes:
+        return escaped(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode()
 
 
 def event_stream(
@@ -41,7 +55,7 @@ def event_stream(
     async def events() -> AsyncIterator[ServerSentEvent]:
         try:
             async for chunk in chunks:
-                yield ServerSentEvent(chunk, sep="\n") if isinstance(chunk, str) else chunk
+                yield ServerSentEvent(escaped(chunk), sep="\n") if isinstance(chunk, str) else chunk
         except BlockpressError as failure:
             last = error(failure)
             yield ServerSentEvent(last, sep="\n") if isinstance(last, str) else last
@@ -60,7 +74,7 @@ def event_stream(
 
 def named(kind: str, body: Mapping[str, Any]) -> ServerSentEvent:
     """An event with a name, as Anthropic's and OpenAI's newer APIs have them."""
-    return ServerSentEvent(json.dumps(body, ensure_ascii=False), event=kind, sep="\n")
+    return ServerSentEvent(escaped(json.dumps(body, ensure_ascii=False)), event=kind, sep="\n")
 
 
 class _LineResponse(StreamingResponse):
@@ -81,7 +95,7 @@ def ndjson_stream(http: Request, chunks: AsyncIterator[Mapping[str, Any]]) -> Re
     async def lines() -> AsyncIterator[str]:
         try:
             async for chunk in chunks:
-                yield json.dumps(chunk, ensure_ascii=False) + "\n"
+                yield escaped(json.dumps(chunk, ensure_ascii=False)) + "\n"
         except BlockpressError as failure:
             yield json.dumps(ollama_error(failure), ensure_ascii=False) + "\n"
         finally:

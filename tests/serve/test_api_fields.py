@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,29 @@ def test_the_page_has_every_field_of_the_clients_libraries() -> None:
     options = {f"options.{name}" for name in Options.model_fields}
     assert (asked - {"options"}) - listed["Ollama"] == set() == options - listed["Ollama"]
     assert {dialect: examples.keys() for dialect, examples in EXAMPLES.items()} == listed
+
+
+@pytest.mark.parametrize("kind", [{}, [], {"a": 1}, 3, None])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("v1/chat/completions", "messages"),
+        ("v1/messages", "messages"),
+        ("v1/responses", "input"),
+        ("api/chat", "messages"),
+    ],
+)
+def test_a_part_whose_type_is_no_text_is_refused(chatty: Served, path: str, field: str, kind: Any) -> None:
+    body = {"model": "chatty", "max_tokens": 3, field: [{"role": "user", "content": [{"type": kind, "text": "a"}]}]}
+    answer = httpx.post(f"{chatty.url}/{path}", json=body, timeout=30)
+    assert answer.status_code == 400 and f"{field}[0].content" in answer.text
+
+
+def test_half_a_character_comes_back_as_it_was_sent(chatty: Served) -> None:
+    """A lone surrogate is JSON, and no UTF-8."""
+    body = {"model": "chatty", "input": "say 4", "metadata": {"a": "\ud83d"}}
+    json_type = {"Content-Type": "application/json"}
+    for stream in (False, True):
+        sent = json.dumps({**body, "stream": stream})
+        answer = httpx.post(f"{chatty.url}/v1/responses", content=sent, headers=json_type, timeout=30)
+        assert answer.status_code == 200 and '"a":"\\ud83d"' in answer.text.replace(": ", ":")
