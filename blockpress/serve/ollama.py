@@ -24,7 +24,8 @@ from blockpress.decoding import Committed, Done
 from blockpress.serve.dialects import part_of
 from blockpress.serve.errors import _Refused, _UnknownModel
 from blockpress.serve.fields import Fields
-from blockpress.serve.ollama_types import GenerateBody, OllamaBody, OllamaChatBody, ollama_job, plain_name
+from blockpress.serve.infill import begin_fill
+from blockpress.serve.ollama_types import GenerateBody, OllamaBody, OllamaChatBody, hole_body, ollama_job, plain_name
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.prompts import has_template
 from blockpress.serve.service import Running, Service, unless_gone
@@ -75,7 +76,7 @@ async def chat(body: OllamaChatBody, http: Request) -> Response:
 @router.post("/api/generate", response_model=None)
 async def generate(body: GenerateBody, http: Request) -> Response:
     """What follows a prompt, as lines of JSON unless `stream` is false."""
-    if not body.prompt and not body.images:
+    if not (body.prompt or body.images or body.suffix):
         return _loaded(http, body, {"response": ""})
     return await _answer(http, body)
 
@@ -91,8 +92,13 @@ def _loaded(http: Request, body: OllamaBody, empty: dict[str, Any]) -> Response:
 async def _answer(http: Request, body: OllamaChatBody | GenerateBody) -> Response:
     service: Service = http.app.state.service
     started = time.monotonic_ns()
-    job = await service.build(lambda: ollama_job(service, body))
-    chunks = _chunks(service, job, service.begin(job.requests), body, started)
+    if isinstance(body, GenerateBody) and body.suffix:
+        hole, most = hole_body(service, body)
+        running, job = await begin_fill(service, hole, body.prompt or "", body.suffix, most)
+    else:
+        job = await service.build(lambda: ollama_job(service, body))
+        running = service.begin(job.requests)
+    chunks = _chunks(service, job, running, body, started)
     if body.stream is not False:
         return ndjson_stream(http, chunks)
     return JSONAnswer(await unless_gone(_whole(chunks), http))
@@ -260,7 +266,8 @@ def _capabilities(service: Service) -> list[str]:
     template = (has_template(lm) and lm.tokenizer and lm.tokenizer.chat_template) or ""
     words = {"tools": "tools", "thinking": "enable_thinking"}
     vision = ["vision"] if template and lm.config.vision is not None else []
-    return ["completion", *(name for name, word in words.items() if word in template), *vision]
+    holes = ["insert"] if lm.config.has_canvas else []
+    return ["completion", *holes, *(name for name, word in words.items() if word in template), *vision]
 
 
 def _rounded(count: int) -> str:

@@ -17,6 +17,7 @@ from blockpress.serve.dialects import DialectBody, Talk, dialect_job, lenience
 from blockpress.serve.errors import FieldError
 from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Positive, Refusals
 from blockpress.serve.openai import Job
+from blockpress.serve.openai_types import ConstrainedFields
 from blockpress.serve.service import Service
 
 NAMES = {
@@ -91,8 +92,8 @@ def plain_name(name: str) -> str:
     return name.removesuffix(":latest")
 
 
-def ollama_job(service: Service, body: OllamaChatBody | GenerateBody) -> Job:
-    """Check a body, and make its requests. Raises BlockpressError: whatever is wrong with it, in its own words."""
+def _common(service: Service, body: OllamaBody) -> tuple[DialectBody, Refusals, dict[str, Any]]:
+    """What every answer is drawn by, what is refused of it, and further fields of a chat."""
     options = body.options or Options()
     shared = DialectBody(
         model=plain_name(body.model),
@@ -113,6 +114,23 @@ def ollama_job(service: Service, body: OllamaChatBody | GenerateBody) -> Job:
     if body.think is not None:
         asked |= {"chat_template_kwargs": {"enable_thinking": body.think is not False}}
         asked |= {"reasoning_effort": body.think} if isinstance(body.think, str) else {}
+    return shared, refusals, asked
+
+
+def hole_body(service: Service, body: GenerateBody) -> tuple[ConstrainedFields, int | None]:
+    """What fills the hole between the prompt and the suffix, and in how many tokens. Raises BlockpressError."""
+    shared, refusals, asked = _common(service, body)
+    for name in ("system", "images", "think", "raw", "template", "context", "logprobs"):
+        if getattr(body, name):
+            refusals.refuse(name, getattr(body, name), "with a suffix, the two texts are all that is read")
+    given = {name: getattr(shared, name) for name in DialectBody.model_fields if name != "stream"}
+    plain = {name: asked[name] for name in ("stop", "response_format")}
+    return ConstrainedFields(**given, **plain), asked["max_tokens"]
+
+
+def ollama_job(service: Service, body: OllamaChatBody | GenerateBody) -> Job:
+    """Check a body, and make its requests. Raises BlockpressError: whatever is wrong with it, in its own words."""
+    shared, refusals, asked = _common(service, body)
     if isinstance(body, OllamaChatBody):
         tools = [{"type": "function", **_given(tool)} for tool in body.tools or ()]
         return dialect_job(service, shared, _talk(body), refusals, tools=tools or None, **asked)
@@ -122,8 +140,6 @@ def ollama_job(service: Service, body: OllamaChatBody | GenerateBody) -> Job:
 def _generate_job(
     service: Service, body: GenerateBody, shared: DialectBody, refusals: Refusals, asked: dict[str, Any]
 ) -> Job:
-    if body.suffix:
-        refusals.refuse("suffix", body.suffix, "an answer comes after a prompt, not between two texts")
     if body.template:
         refusals.refuse("template", body.template, "a template in a request is not run")
     if body.context:

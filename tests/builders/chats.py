@@ -64,6 +64,7 @@ class Scripted(Network):
             for parameter in self.parameters():
                 parameter.zero_()
             self.embed_tokens.weight.copy_(torch.eye(VOCAB))
+        self.requires_grad_(False)
         self.script = script
         self.begun: Counter[str] = Counter()
 

@@ -14,6 +14,7 @@ from blockpress.serve import ServeOptions
 from tests.builders.chats import obedient_model
 from tests.builders.server import Served
 from tests.serve.conftest import PICTURE, Serve
+from tests.serve.test_infill import AFTER, BEFORE
 
 LS = {
     "type": "function",
@@ -169,15 +170,15 @@ def test_the_model_is_listed_and_described(client: ollama.Client, nano: Served, 
     (loaded,) = client.ps().models
     assert (loaded.model, loaded.context_length, loaded.size_vram) == ("chatty:latest", 4096, 0)
     shown = client.show("chatty")
-    assert shown.capabilities == ["completion", "tools", "thinking"]
+    assert shown.capabilities == ["completion", "insert", "tools", "thinking"]
     assert shown.modelinfo is not None and shown.modelinfo["general.architecture"] == "diffusion_gemma"
     assert shown.modelinfo["diffusion_gemma.context_length"] == 4096
     with ollama.Client(seeing.url) as other:
-        assert other.show("seeing").capabilities == ["completion", "tools", "thinking", "vision"]
+        assert other.show("seeing").capabilities == ["completion", "insert", "tools", "thinking", "vision"]
     with ollama.Client(nano.url) as other:
         (small,) = other.list().models
         assert small.size is not None and small.size > 100_000 and len(small.digest or "") == 64
-        assert other.show("sudoku-nano:latest").capabilities == ["completion"]
+        assert other.show("sudoku-nano:latest").capabilities == ["completion", "insert"]
 
 
 def test_the_probes_of_clients_are_answered(chatty: Served):
@@ -234,7 +235,7 @@ def test_log_probabilities_come_with_the_text(random: Served):
         ("chat", {"options": {"repeat_penalty": 1.1}}, "options.repeat_penalty"),
         ("chat", {"options": {"mirostat": 2}}, "options.mirostat"),
         ("chat", {"top_logprobs": 300}, "top_logprobs"),
-        ("generate", {"suffix": "b"}, "suffix"),
+        ("generate", {"suffix": "b", "system": "c"}, "system"),
         ("generate", {"template": "b"}, "template"),
         ("generate", {"context": [1, 2]}, "context"),
         ("generate", {"raw": True, "system": "b"}, "system"),
@@ -296,3 +297,14 @@ def test_a_client_that_leaves_ends_its_answer(chatty: Served):
     with httpx.stream("POST", f"{chatty.url}/api/chat", json=body, timeout=30) as answer:
         next(answer.iter_lines())
     assert chatty.idle() and len(chatty.engine.cancelled) == before + 1
+
+
+def test_a_suffix_makes_a_prompt_a_hole(nano: Served):
+    """The same text as OpenAI's completions with a suffix fill in."""
+    before, after = BEFORE, AFTER
+    with ollama.Client(nano.url) as client:
+        whole = client.generate("sudoku-nano", before, suffix=after, options={"seed": 0})
+        chunks = list(client.generate("sudoku-nano", before, suffix=after, options={"seed": 0}, stream=True))
+    body = {"prompt": before, "suffix": after, "seed": 0}
+    wanted = httpx.post(f"{nano.url}/v1/completions", json=body, timeout=30).json()["choices"][0]["text"]
+    assert whole.response == wanted == "".join(chunk.response for chunk in chunks)
