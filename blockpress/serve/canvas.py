@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -26,7 +26,7 @@ from blockpress.decoding import Committed, Denoised, Done, Event, ReasoningDelta
 from blockpress.errors import BlockpressError
 from blockpress.lm import LM
 from blockpress.serve.errors import FieldError, openai_error
-from blockpress.serve.fields import Positive, Refusals, SamplingFields, sampling_of, seeds
+from blockpress.serve.fields import Count, Positive, Refusals, SamplingFields, sampling_of, seeds
 from blockpress.serve.frames import FrameDiffs
 from blockpress.serve.openai import Job, usage_of
 from blockpress.serve.prompts import chat_requests, prompt_of
@@ -40,7 +40,9 @@ class CanvasBody(SamplingFields):
     """The body of /v1/canvas. Fields that it does not have are refused.
 
     messages or prompt: a chat, or a text or token ids as they stand. thinking, thinking_budget: as in `LM.chat`, for
-    messages. regex, choice, schema: what the answer must be; one of them. diffusion.frames: false leaves out the steps.
+    messages. regex, choice, schema: what the answer must be; one of them. pins, draft, noise: what is given of the
+    answer, as in `LM.generate`, positions as texts; in a chat only a draft's text. diffusion.frames: false leaves out
+    the steps.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,6 +55,9 @@ class CanvasBody(SamplingFields):
     regex: str | None = None
     choice: list[str] | None = None
     schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    pins: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Count] | None = None
+    draft: str | list[Count] | None = None
+    noise: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 def canvas_job(service: Service, body: CanvasBody) -> tuple[Job, list[dict[str, Any]]]:
@@ -73,14 +78,22 @@ def canvas_job(service: Service, body: CanvasBody) -> tuple[Job, list[dict[str, 
     asked |= {name: value for name, value in constraint.items() if value is not None}
     if (body.messages is None) == (body.prompt is None):
         raise FieldError("messages", "a canvas needs messages or a prompt", "give one of them")
+    parts: dict[str, Any] = {"pins": body.pins, "draft": body.draft, "noise": body.noise}
+    given = {name: value for name, value in parts.items() if value is not None}
     if body.messages is not None:
+        for name, value in given.items():
+            if name == "pins" or isinstance(value, list):
+                refusals.refuse(name, value, "in a chat only a draft's text is given; send a prompt")
+        asked |= {name: value for name, value in given.items() if name != "pins" and not isinstance(value, list)}
         thoughts = {"thinking": bool(body.thinking), "thinking_budget": body.thinking_budget}
         requests = chat_requests(service.lm, body.messages, refusals, service.options, **asked, **thoughts)
     else:
         for name in ("thinking", "thinking_budget"):
             if getattr(body, name):
                 refusals.refuse(name, getattr(body, name), "a prompt is read as it stands; send messages")
-        requests = service.lm.build_requests(prompt_of(service.lm, body.prompt, "prompt"), **asked)
+        if body.pins is not None:
+            given["pins"] = {int(place): token for place, token in body.pins.items()}
+        requests = service.lm.build_requests(prompt_of(service.lm, body.prompt, "prompt"), **asked, **given)
     frames = body.diffusion is None or "frames" not in body.diffusion.model_fields_set or body.diffusion.frames
     job = Job(requests, f"canvas-{uuid.uuid4().hex}", "canvas", service.name, warnings=refusals.warnings, frames=frames)
     starts = [

@@ -145,10 +145,36 @@ def test_settings_are_honoured(nano: Served) -> None:
     assert given["text"] in ("3", "4")
 
 
+def test_pins_stand_at_every_step(nano: Served) -> None:
+    nine = 14  # the token of the digit
+    events = watch(nano, {**SOLVE, "pins": {"0": nine, "88": nine}})
+    canvas: dict[int, int] = {}
+    for frame in of(events, "frame"):
+        canvas |= {place: token for place, token, *_ in frame["cells"]}
+        assert canvas[0] == canvas[88] == nine
+    assert of(events, "done")[0]["text"].startswith("9")
+
+
+def test_a_draft_without_noise_is_where_the_answer_starts(nano: Served) -> None:
+    hard = sudoku.generate_puzzle(1, 28)
+    solution = sudoku.layout(hard.solution)
+    ask = {"prompt": sudoku.layout(hard.puzzle), "seed": 3, "diffusion": {"steps": 1}}
+
+    def wrong(body: dict[str, Any]) -> int:
+        (frame,) = of(watch(nano, body), "frame")
+        return sum(cell[2] != sign for cell, sign in zip(frame["cells"], solution, strict=False))
+
+    assert wrong({**ask, "draft": solution, "noise": 0.0}) < wrong(ask)
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
         ({}, "messages"),
+        ({"messages": [{"role": "user", "content": "1"}], "pins": {"0": 5}}, "pins"),
+        ({"messages": [{"role": "user", "content": "1"}], "draft": [1]}, "draft"),
+        ({"prompt": "1", "pins": {"x": 5}}, "pins"),
+        ({"prompt": "1", "draft": "1", "noise": 2.0}, "noise"),
         ({"prompt": "1", "messages": [{"role": "user", "content": "1"}]}, "messages"),
         ({"prompt": "1", "mode": "autoregressive"}, "mode"),
         ({"prompt": "1", "stream": False}, "stream"),

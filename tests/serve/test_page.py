@@ -9,7 +9,6 @@ Run it:  AXE=node_modules/axe-core/axe.min.js python -m pytest tests/serve/test_
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -33,7 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="the
 PHONE, DESKTOP = (390, 844), (1280, 800)
 Open = Callable[..., Any]
 PUZZLE = sudoku.generate_puzzle(1, 45)
-INFILL = "/v1/fim/completions"
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +44,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Open]:
-    """`visit(served, path="/", size=DESKTOP, before=None, **context)`: a page that must log no error."""
+    """`visit(served, path="/", size=DESKTOP, **context)`: a page that must log no error."""
     faults: list[str] = []
     contexts = []
 
-    def visit(served: Served, path: str = "/", size: tuple[int, int] = DESKTOP, before: Any = None, **more: Any) -> Any:
+    def visit(served: Served, path: str = "/", size: tuple[int, int] = DESKTOP, **more: Any) -> Any:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **more)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
-        if before is not None:
-            before(page)
         page.goto(served.url + path)
         return page
 
@@ -91,26 +87,6 @@ def paste(page: Any, grid: str) -> None:
         new ClipboardEvent('paste', {clipboardData, bubbles: true})); }""",
         grid,
     )
-
-
-def with_infill(answer: dict[str, Any] | None = None, asked: list[Any] | None = None) -> Callable[[Any], None]:
-    """A server that also infills, as far as the page can tell."""
-
-    def before(page: Any) -> None:
-        def props(route: Any) -> None:
-            response = route.fetch()
-            said = response.json()
-            route.fulfill(json={**said, "routes": sorted({*said["routes"], INFILL})})
-
-        def fulfil(route: Any) -> None:
-            if asked is not None:
-                asked.append(json.loads(route.request.post_data))
-            route.fulfill(json=answer)
-
-        page.route("**/props", props)
-        page.route(f"**{INFILL}", fulfil)
-
-    return before
 
 
 def test_a_stranger_watches_a_puzzle_being_solved_within_ten_seconds(nano: Served, visit: Open) -> None:
@@ -283,22 +259,31 @@ def test_what_is_typed_is_text_and_nothing_else(chatty: Served, visit: Open) -> 
     assert page.locator(".turn img, .turn script").count() == 0
 
 
-def test_a_hole_is_filled_in_place_and_undone(chatty: Served, visit: Open) -> None:
-    asked: list[Any] = []
-    filled = {"choices": [{"message": {"content": "blue"}, "finish_reason": "stop"}]}
-    page = visit(chatty, "/#infill", before=with_infill(filled, asked))
+def test_a_hole_is_filled_in_place_and_undone(seeing: Served, visit: Open) -> None:
+    value = "document.querySelector('#infill-text').value"
+    page = visit(seeing, "/#infill")
+    page.fill("#infill-most", "4")
+    page.fill("#infill-seed", "1")
     page.fill("#infill-text", "The sky is <hole> today.")
     page.click("#infill-fill")
-    until(page, f"{status(page, 'infill')} === 'Filled.'")
-    assert (asked[0]["prompt"], asked[0]["suffix"]) == ("The sky is ", " today.")
-    assert page.input_value("#infill-text") == "The sky is blue today."
-    assert page.inner_text("#infill-preview ins") == "blue"
+    until(page, f"{status(page, 'infill')}.startsWith('Filled')")
+    written = page.evaluate("document.querySelector('#infill-preview ins').textContent")
+    assert page.evaluate(value) == f"The sky is {written} today."
+    selected = page.evaluate(
+        f"(t => {value}.slice(t.selectionStart, t.selectionEnd))(document.querySelector('#infill-text'))"
+    )
+    assert selected == written != ""
     page.evaluate("document.querySelector('#infill-text').setSelectionRange(4, 7)")
     page.press("#infill-text", "Control+Enter")
-    until(page, "document.querySelector('#infill-text').value === 'The blue is blue today.'")
+    until(page, "document.querySelector('#infill-preview del')")
     assert page.inner_text("#infill-preview del") == "sky"
+    other = page.evaluate("document.querySelector('#infill-preview ins').textContent")
+    assert page.evaluate(value) == f"The {other} is {written} today."
     page.click("#infill-undo")
-    assert page.input_value("#infill-text") == "The sky is blue today."
+    assert page.evaluate(value) == f"The sky is {written} today."
+    page.fill("#infill-text", "nothing is missing")
+    page.click("#infill-fill")
+    assert "<hole>" in page.inner_text("#infill-status")
 
 
 def test_questions_are_answered_with_bars(seeing: Served, visit: Open) -> None:
@@ -322,7 +307,7 @@ def test_questions_are_answered_with_bars(seeing: Served, visit: Open) -> None:
 
 
 def test_views_that_the_server_does_not_have_are_not_shown(nano: Served, visit: Open) -> None:
-    page = visit(nano, "/#decisions", before=with_infill())
+    page = visit(nano, "/#decisions")
     until(page, "document.querySelector('#view-wait').hidden")
     assert page.locator("nav a:visible").all_inner_texts() == ["Sudoku", "Chat", "Figures"]
     assert page.is_visible("#view-sudoku")
@@ -383,7 +368,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
     nano: Served, chatty: Served, visit: Open, view: str, size: tuple[int, int], scheme: str
 ) -> None:
     served = nano if view == "sudoku" else chatty
-    page = visit(served, f"/#{view}", size, with_infill(), color_scheme=scheme, reduced_motion="reduce")
+    page = visit(served, f"/#{view}", size, color_scheme=scheme, reduced_motion="reduce")
     until(page, f"!document.querySelector('#view-{view}').hidden")
     if view == "sudoku":
         until(page, f"/^(Solved|Not solved) in/.test({status(page, 'sudoku')})")

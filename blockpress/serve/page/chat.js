@@ -8,6 +8,7 @@ class Chat extends HTMLElement {
     this.player = this.querySelector("bp-player");
     this.turns = this.querySelector(".turns");
     Object.assign(this, { messages: [], work: null });
+    this.player.blank(props.canvas_length);
     this.find("think").parentElement.hidden = !props.chat_template;
     if (props.sudoku) this.find("hint").textContent = "This model reads puzzles: 81 digits, 0 for a blank.";
     this.querySelector("form").addEventListener("submit", (event) => {

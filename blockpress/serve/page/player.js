@@ -180,6 +180,11 @@ export class Player extends HTMLElement {
     this.screen.hidden = true;
   }
 
+  // A canvas of that many tokens, of which none is written.
+  blank(length) {
+    this.#draw(Array.from({ length }));
+  }
+
   open(recording) {
     this.stop();
     this.recording = recording;
@@ -276,7 +281,7 @@ export class Player extends HTMLElement {
       span.classList.toggle("past", place >= kept);
       span.style.setProperty("--heat", cell ? heatOf(cell.entropy) : 0);
     });
-    const accepted = frame?.settled ? cells.length : cells.filter((cell) => cell.accepted).length;
+    const accepted = frame?.settled ? cells.length : cells.filter((cell) => cell?.accepted).length;
     const label = frame ? `${this.label.textContent}: ${accepted} of ${cells.length} tokens accepted` : "empty";
     this.screen.setAttribute("aria-label", `Canvas, ${label}`);
   }
