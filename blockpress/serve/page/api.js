@@ -93,14 +93,14 @@ export async function exportFile(recording) {
   const data = JSON.stringify(recording).replaceAll("<", "\\u003c");
   const text = (value) => String(value).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
   const { model, seed, prompt } = recording.about;
+  const turns = `<div class="turns"><pre class="asked">${text(prompt)}</pre><pre>${text(recording.text)}</pre></div>\n`;
   const policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'";
   const html = `<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="${policy}">
 <title>${text(model)}: a canvas</title><style>${style}</style></head>
 <body class="exported"><main><h1>${text(model)}</h1><p class="meta">seed ${text(seed)}, ${recording.frames.length} steps</p>
-<div class="turns"><pre class="asked">${text(prompt ?? "")}</pre><pre class="answer">${text(recording.text)}</pre></div>
-<bp-player></bp-player></main>
+${recording.kind === "text" ? turns : ""}<bp-player></bp-player></main>
 <script type="application/json" data-recording>${data}</script>
 <script type="module">${script.replaceAll("</script", "<\\/script")}</script></body></html>`;
   const link = document.createElement("a");

@@ -27,6 +27,7 @@ class Chat extends HTMLElement {
 
   clear() {
     this.work?.abort();
+    this.player.stop();
     this.messages = [];
     this.turns.replaceChildren(this.find("hint") ?? this.hint);
     this.say("");
@@ -45,7 +46,8 @@ class Chat extends HTMLElement {
       return value === "" ? undefined : Number(value);
     };
     const thinking = this.find("think").checked || undefined;
-    const body = { messages: this.messages, seed: number("seed"), max_tokens: number("most"), thinking };
+    const seed = number("seed") ?? crypto.getRandomValues(new Uint32Array(1))[0]; // shown, so it must fit a double
+    const body = { messages: this.messages, seed, max_tokens: number("most"), thinking };
     return { ...body, temperature: number("temperature") };
   }
 
@@ -83,8 +85,10 @@ class Chat extends HTMLElement {
         if (said) messages.push({ role: "assistant", content: said });
         else if (this.messages.pop()?.content === text && turn.failed) this.find("text").value ||= text;
       }
-      this.work = null;
-      this.find("send").textContent = "Send";
+      if (this.work === work) {
+        this.work = null;
+        this.find("send").textContent = "Send";
+      }
       this.turns.scrollTop = this.turns.scrollHeight;
     }
   }

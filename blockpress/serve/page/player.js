@@ -273,7 +273,7 @@ export class Player extends HTMLElement {
     while (this.#cells.length < cells.length) {
       this.#cells.push(this.screen.appendChild(make("span", { className: "token" })));
     }
-    const kept = frame ? this.recording.kept(frame.canvas) : 0;
+    const kept = frame ? this.recording.kept(frame.canvas) : Infinity;
     this.#cells.forEach((span, place) => {
       const cell = cells[place];
       span.textContent = cell ? sign(cell.piece) : "";
