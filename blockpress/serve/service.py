@@ -222,6 +222,7 @@ class Running:
         start: Callable[[Deliver], Callable[[], None]],
         requests: Sequence[Request] = (),
     ) -> None:
+        self._closed = True  # until something has begun
         if service.stopping:
             raise _Refused(503, "the server stops", "send the request again, or to another one")
         if service.open_requests + count > service.options.max_streams:
