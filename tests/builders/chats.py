@@ -72,6 +72,10 @@ class Scripted(Network):
         """What comes next after the whole text of a context."""
         return self.script(text.rpartition("<|turn>model\n")[2], attempt)
 
+    def padding(self, told: str) -> list[int]:
+        """What follows in the canvas; empty: more text."""
+        return []
+
     def empty_cache(self, batch: int) -> Told:
         plain = super().empty_cache(batch)
         return Told(plain.layers, plain.lengths, ((),) * batch)
@@ -92,7 +96,8 @@ class Scripted(Network):
             assert len(history) == length
             text = TOKENIZER.decode(history, skip_special=False)
             self.begun[text] += signal is None
-            written.append((ids(self.told(text, self.begun[text] - 1)) + ids(LOREM))[:CANVAS])
+            told = self.told(text, self.begun[text] - 1)
+            written.append((ids(told) + (self.padding(told) or ids(LOREM)))[:CANVAS])
         best = F.one_hot(torch.tensor(written), VOCAB).float() * 100
         return best + 30 * F.one_hot(torch.tensor(ids("x")), VOCAB)
 
@@ -134,6 +139,10 @@ class Obedient(Scripted):
         if calls and behind.count("<tool_call|>") == calls:  # held to a schema, they may be longer than it was told
             return "<turn|>"
         return answer[len(behind) :]
+
+    def padding(self, told: str) -> list[int]:
+        """Only stop ids follow the end of a turn, as in networks that are trained: under a constraint they count."""
+        return [EOS] * CANVAS if told.endswith("<turn|>") else []
 
     def _answer(self, text: str, asked: str, results: str) -> str:
         verb, _, what = asked.partition(" ")

@@ -299,7 +299,7 @@ def test_images_are_seen_in_messages_and_results(seeing: Served):
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "text.format.schema.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "#/type is 3"),
         ({"top_p": 0.5}, "top_p"),
     ],
 )
