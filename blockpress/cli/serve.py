@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,40 +27,49 @@ MIB = 1 << 20
 GRACE = 5
 """Seconds for streams to write their last event when the server stops."""
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `blockpress run`. Default: the shipped one.")]
 Names = list[str]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `blockpress run`. Default: the shipped one.")]
+Host = Annotated[str, typer.Option(metavar="H", help="Address to listen at; 0.0.0.0 for all.")]
+Port = Annotated[int, typer.Option(metavar="N", help="Port; 0 takes a free one.")]
+Called = Annotated[str | None, typer.Option("--name", metavar="NAME", help="What clients call the model.")]
+Keys = Annotated[
+    Names | None, typer.Option(metavar="KEY", help="Ask for this key; repeatable. Also BLOCKPRESS_API_KEY.")
+]
+Origins = Annotated[Names | None, typer.Option(metavar="URL", help="Let pages of this origin call (CORS); repeatable.")]
+Hosts = Annotated[Names | None, typer.Option(metavar="NAME", help="Another name of this machine; repeatable.")]
+Running = Annotated[int, typer.Option(metavar="N", help="Requests in one forward.")]
+Waiting = Annotated[int, typer.Option(metavar="N", help="Requests in the queue; more get status 429.")]
+Memory = Annotated[
+    int | None, typer.Option(metavar="MIB", help="Memory for the KV cache. Default: half of what is free.")
+]
+Body = Annotated[int, typer.Option(metavar="MIB", help="Most of one request.")]
+Replicas = Annotated[
+    int, typer.Option(metavar="N", help="Processes that serve the model; a conversation stays with one.")
+]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="List fields that cannot be honoured as warnings; do not refuse them.")
+]
+Fetch = Annotated[bool, typer.Option("--fetch-images", help="Fetch images by address; never from private networks.")]
+Log = Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")]
 
 
 def serve(
     model: Model = options.SHIPPED,
-    host: Annotated[str, typer.Option(metavar="H", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What clients call the model.")] = None,
-    api_key: Annotated[
-        Names | None, typer.Option(metavar="KEY", help="Ask for this key; repeatable. Also BLOCKPRESS_API_KEY.")
-    ] = None,
-    allow_origin: Annotated[
-        Names | None, typer.Option(metavar="URL", help="Let pages of this origin call (CORS); repeatable.")
-    ] = None,
-    allow_host: Annotated[
-        Names | None, typer.Option(metavar="NAME", help="Another name of this machine; repeatable.")
-    ] = None,
-    max_running: Annotated[int, typer.Option(metavar="N", help="Requests in one forward.")] = 32,
-    max_waiting: Annotated[int, typer.Option(metavar="N", help="Requests in the queue; more get status 429.")] = 1024,
-    memory: Annotated[
-        int | None, typer.Option(metavar="MIB", help="Memory for the KV cache. Default: half of what is free.")
-    ] = None,
-    max_body: Annotated[int, typer.Option(metavar="MIB", help="Most of one request.")] = 32,
-    replicas: Annotated[
-        int, typer.Option(metavar="N", help="Processes that serve the model; a conversation stays with one.")
-    ] = 1,
-    lenient: Annotated[
-        bool, typer.Option("--lenient", help="List fields that cannot be honoured as warnings; do not refuse them.")
-    ] = False,
-    fetch_images: Annotated[
-        bool, typer.Option("--fetch-images", help="Fetch images by address; never from private networks.")
-    ] = False,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Called = None,
+    api_key: Keys = None,
+    allow_origin: Origins = None,
+    allow_host: Hosts = None,
+    max_running: Running = 32,
+    max_waiting: Waiting = 1024,
+    memory: Memory = None,
+    max_body: Body = 32,
+    replicas: Replicas = 1,
+    lenient: Lenient = False,
+    fetch_images: Fetch = False,
+    log_prompts: Log = False,
     dtype: options.Dtype = None,
     compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
@@ -78,8 +87,7 @@ def serve(
     from blockpress.engine import EngineOptions
     from blockpress.serve import ServeOptions
 
-    for value, option in ((max_body, "--max-body"), (memory, "--memory"), (replicas, "--replicas")):
-        options.positive(value, option)
+    _check_counts({"--max-body": max_body, "--memory": memory, "--replicas": replicas})
     rules = ServeOptions(
         api_keys=tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(","))),
         origins=tuple(allow_origin or ()),
@@ -90,31 +98,37 @@ def serve(
         fetch_images=fetch_images,
         log_prompts=log_prompts,
     )
-    engine = EngineOptions(
-        max_running=max_running, max_waiting=max_waiting, memory=None if memory is None else memory * MIB
-    )
     called = name or (Path(model).name if os.path.exists(model) else model)
     types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     if replicas > 1:
-        from blockpress.serve.replicas import create_front
-
         limits = {"max-running": max_running, "max-waiting": max_waiting, "memory": memory, "max-body": max_body}
         given = {"name": called, **limits, **{option.replace("_", "-"): value for option, value in types.items()}}
         flags = {"lenient": lenient, "fetch-images": fetch_images, "log-prompts": log_prompts}
-        command = [sys.executable, "-m", "blockpress", "serve", model]
-        for option, value in given.items():
-            command += [] if value is None else [f"--{option}", str(value)]
-        command += [f"--{option}" for option, is_set in flags.items() if is_set]
-        os.environ["BLOCKPRESS_API_KEY"] = ",".join(rules.api_keys)  # not on the command line, which all may read
-        front = create_front(command, replicas, rules)
-        _run(front, front.state.front.drain, rules, host, port)
+        _serve_replicas(model, replicas, {**given, **flags}, rules, host, port)
         return
     from blockpress.lm import load
     from blockpress.serve import create_app
 
-    lm = opened_or_pulled(lambda: load(model, **types), model, yes)
-    app = create_app(lm, called, rules, engine)
+    engine = EngineOptions(max_running=max_running, max_waiting=max_waiting, memory=memory and memory * MIB)
+    app = create_app(opened_or_pulled(lambda: load(model, **types), model, yes), called, rules, engine)
     _run(app, app.state.service.drain, rules, host, port)
+
+
+def _serve_replicas(
+    model: str, count: int, given: Mapping[str, Any], rules: ServeOptions, host: str, port: int
+) -> None:
+    """Several processes, each started with the options of `given`: a flag is True, and None is left out."""
+    from blockpress.serve.replicas import create_front
+
+    command = [sys.executable, "-m", "blockpress", "serve", model]
+    for option, value in given.items():
+        if value is True:
+            command += [f"--{option}"]
+        elif value is not None and value is not False:
+            command += [f"--{option}", str(value)]
+    os.environ["BLOCKPRESS_API_KEY"] = ",".join(rules.api_keys)  # not on the command line, which all may read
+    front = create_front(command, count, rules)
+    _run(front, front.state.front.drain, rules, host, port)
 
 
 def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, port: int) -> None:
@@ -146,6 +160,11 @@ def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, po
         Server(config).run()
     except SystemExit as error:  # uvicorn could not bind, and has said why
         raise RequestError(f"--port is {port}, and {host} cannot be listened at", hint="give another --port") from error
+
+
+def _check_counts(given: Mapping[str, int | None]) -> None:
+    for option, value in given.items():
+        options.positive(value, option)
 
 
 def _allow_many_connections() -> None:

@@ -26,7 +26,7 @@ from blockpress.decoding import Committed, Denoised, Done, Event, ReasoningDelta
 from blockpress.errors import BlockpressError
 from blockpress.lm import LM
 from blockpress.serve.errors import FieldError, openai_error
-from blockpress.serve.fields import Count, Positive, Refusals, SamplingFields, sampling_of, seeds
+from blockpress.serve.fields import Count, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.frames import FrameDiffs
 from blockpress.serve.openai import Job, usage_of
 from blockpress.serve.prompts import chat_requests, prompt_of
@@ -68,7 +68,7 @@ def canvas_job(service: Service, body: CanvasBody) -> tuple[Job, list[dict[str, 
     """
     service.check_model(body.model)
     refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
-    sampling, mode = sampling_of(service, body, refusals)
+    sampling, mode = read_sampling(service, body, refusals)
     if not isinstance(sampling, Sampling):
         raise FieldError("mode", "mode is 'autoregressive', which has no canvas", "ask /v1/completions or /v1/chat")
     if body.stream is False:

@@ -17,7 +17,7 @@ from pydantic import Field
 from blockpress.decoding import Denoised, Done, Reply, Text
 from blockpress.lm import LM
 from blockpress.serve.errors import FieldError
-from blockpress.serve.fields import Positive, Refusals, sampling_of, seeds
+from blockpress.serve.fields import Positive, Refusals, read_sampling, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.infill import begin_fill, filled
 from blockpress.serve.openai import FINISH, Job, answered, token_logprob, usage_of
@@ -48,7 +48,7 @@ def completion_job(service: Service, body: CompletionBody) -> tuple[Job, list[st
     """
     service.check_model(body.model)
     refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
-    sampling, mode = sampling_of(service, body, refusals)
+    sampling, mode = read_sampling(service, body, refusals)
     count = body.n or 1
     if body.best_of is not None and body.best_of != count:
         refusals.refuse("best_of", body.best_of, f"all answers are returned, and n is {count}")

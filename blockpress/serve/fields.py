@@ -161,7 +161,7 @@ def seeds(body: SamplingFields) -> list[int]:
     return [(first + number) % 2**63 for number in range(count)]
 
 
-def sampling_of(service: Service, body: SamplingFields, refusals: Refusals) -> tuple[AnySampling, Mode]:
+def read_sampling(service: Service, body: SamplingFields, refusals: Refusals) -> tuple[AnySampling, Mode]:
     """The sampling and the mode of a request.
 
     Raises:

@@ -22,7 +22,7 @@ from blockpress.config import Sampling
 from blockpress.decoding import Done, Reply, Text
 from blockpress.lm.arguments import AnySampling
 from blockpress.serve.errors import FieldError
-from blockpress.serve.fields import Count, Fields, Positive, Refusals, SamplingFields, sampling_of, seeds
+from blockpress.serve.fields import Count, Fields, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.openai import FINISH, Job, answered, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
 from blockpress.serve.service import Running, Service, unless_gone
@@ -68,7 +68,7 @@ class EditBody(ConstrainedFields):
 
 def hole_sampling(service: Service, body: SamplingFields, refusals: Refusals) -> AnySampling:
     """The sampling of a hole, which needs a canvas. Raises FieldError: another mode, or stop texts."""
-    sampling, _ = sampling_of(service, body, refusals)
+    sampling, _ = read_sampling(service, body, refusals)
     if not isinstance(sampling, Sampling):
         raise FieldError("mode", f"mode is {body.mode!r}, which fills no holes", "leave it out")
     if sampling.stop:

@@ -30,7 +30,7 @@ from blockpress.decoding import (
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
 from blockpress.serve.errors import FieldError
-from blockpress.serve.fields import Refusals, sampling_of, seeds
+from blockpress.serve.fields import Refusals, read_sampling, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
 from blockpress.serve.prompts import chat_requests
@@ -65,7 +65,7 @@ def chat_job(service: Service, body: ChatBody) -> Job:
     """Check a chat, and make its requests. Raises BlockpressError: whatever is wrong with it."""
     service.check_model(body.model)
     refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
-    sampling, mode = sampling_of(service, body, refusals)
+    sampling, mode = read_sampling(service, body, refusals)
     thinking, budget = thinking_of(body, refusals)
     asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "tools": body.tools}
     asked |= {"max_tokens": body.max_completion_tokens or body.max_tokens}

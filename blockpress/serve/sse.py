@@ -28,7 +28,7 @@ UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 AppStatus.disable_automatic_graceful_drain()  # a server that stops lets streams go on for a while: `Service.drain`
 
 
-def escaped(text: str) -> str:
+def whole_characters(text: str) -> str:
     """JSON whose lone surrogates, which no UTF-8 has, are written as escapes: a client or a model may have sent one."""
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -37,7 +37,9 @@ class JSONAnswer(JSONResponse):
     """A body of JSON, whatever its texts hold."""
 
     def render(self, content: Any) -> bytes:
-        return escaped(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode()
+        return whole_characters(
+            json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        ).encode()
 
 
 def event_stream(
@@ -55,7 +57,7 @@ def event_stream(
     async def events() -> AsyncIterator[ServerSentEvent]:
         try:
             async for chunk in chunks:
-                yield ServerSentEvent(escaped(chunk), sep="\n") if isinstance(chunk, str) else chunk
+                yield ServerSentEvent(whole_characters(chunk), sep="\n") if isinstance(chunk, str) else chunk
         except BlockpressError as failure:
             last = error(failure)
             yield ServerSentEvent(last, sep="\n") if isinstance(last, str) else last
@@ -74,7 +76,7 @@ def event_stream(
 
 def named(kind: str, body: Mapping[str, Any]) -> ServerSentEvent:
     """An event with a name, as Anthropic's and OpenAI's newer APIs have them."""
-    return ServerSentEvent(escaped(json.dumps(body, ensure_ascii=False)), event=kind, sep="\n")
+    return ServerSentEvent(whole_characters(json.dumps(body, ensure_ascii=False)), event=kind, sep="\n")
 
 
 class _LineResponse(StreamingResponse):
@@ -95,7 +97,7 @@ def ndjson_stream(http: Request, chunks: AsyncIterator[Mapping[str, Any]]) -> Re
     async def lines() -> AsyncIterator[str]:
         try:
             async for chunk in chunks:
-                yield escaped(json.dumps(chunk, ensure_ascii=False)) + "\n"
+                yield whole_characters(json.dumps(chunk, ensure_ascii=False)) + "\n"
         except BlockpressError as failure:
             yield json.dumps(ollama_error(failure), ensure_ascii=False) + "\n"
         finally:
