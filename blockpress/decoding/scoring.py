@@ -22,17 +22,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from blockpress.decoding import SequenceState, TokenLogprob
+from blockpress.decoding import Cancel, SequenceState, TokenLogprob
 from blockpress.decoding.generate import pad
 from blockpress.diffusion import TokenMask
+from blockpress.errors import EngineError
 from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
 from blockpress.ops.transfer import to_device, to_host
 
 LastHidden = Float[Tensor, "rows 1 hidden"]
 """The hidden state of the last token of each row's context."""
+PIECE = 512
+"""Tokens of a prompt that `score_prompt` reads at a time."""
 States = Float[Tensor, "rows states hidden"]
 """Hidden states that predict tokens: at position i, the state of the token before token i."""
+Forbid = Callable[[slice, Float[Tensor, "positions vocab"]], None]
+"""Sets the products of some positions to -inf where a token may not stand."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +87,64 @@ def score_tokens(
     wanted = [row.logprobs for row in rows] if wanted is None else wanted
     if not any(drafts):
         return [TokenScores([], [], []) for _ in drafts]
-    config, tokens = network.config, [token for draft in drafts for token in draft]
     tops = [top for top in wanted if top is not None]
-    result = vocabulary.score_targets(
+    scores = _score(
+        network,
         torch.cat([states[row, : len(draft)] for row, draft in enumerate(drafts)]),
+        [token for draft in drafts for token in draft],
+        max(tops) if tops else None,
+        banned=_banned(rows, drafts, network.device),
+        forbid=_forbid(rows, drafts, network.device),
+    )
+    return _split_by_row(wanted, drafts, scores)
+
+
+@torch.inference_mode()
+def score_prompt(
+    network: Network, prompt: Sequence[int], top: int = 0, cancel: Cancel | None = None
+) -> list[TokenLogprob]:
+    """The log-probability of every token of a prompt after those before it, from the second one on.
+
+    Args:
+        prompt: one token or more. top: how many of the likeliest tokens come with each.
+        cancel: checked between two pieces; once it is set, what was scored until then is returned.
+
+    Raises:
+        EngineError: the network gave NaN.
+    """
+    scored: list[TokenLogprob] = []
+    cache = network.empty_cache(1)
+    for start in range(0, len(prompt) - 1, PIECE):
+        if cancel is not None and cancel.is_set():
+            break
+        tokens = list(prompt[start : start + PIECE + 1])  # the last one is predicted, and read with the next piece
+        padded, counts = pad(network, [tokens[:-1]])
+        hidden, cache = network.read(padded, cache, counts)
+        scored += _score(network, hidden[0], tokens[1:], top).logprobs
+    if any(math.isnan(each.logprob) for each in scored):
+        raise EngineError("the network gave NaN for the prompt", hint="its weights are damaged, or overflow this dtype")
+    return scored
+
+
+def _score(
+    network: Network,
+    states: Float[Tensor, "tokens hidden"],
+    tokens: list[int],
+    top: int | None,
+    banned: vocabulary.BannedTokens | None = None,
+    forbid: Forbid | None = None,
+) -> TokenScores:
+    """The scores of tokens, given the state that predicts each; without `top` the greedy tokens only."""
+    config = network.config
+    result = vocabulary.score_targets(
+        states,
         network.embed_tokens.weight,
         cap=config.softcap,
         tokens=to_device(torch.tensor(tokens), network.device),
-        top=min(max(tops), config.vocab_size) if tops else None,
+        top=None if top is None else min(top, config.vocab_size),
         wide=config.has_canvas,
-        banned=_banned(rows, drafts, network.device),
-        forbid=_forbid(rows, drafts, network.device),
+        banned=banned,
+        forbid=forbid,
     )
     columns = [result.greedy[:, None]]
     if result.logprobs is not None:
@@ -101,13 +153,13 @@ def score_tokens(
     # One copy, waited for once; float64 holds ids exactly.
     table = to_host(torch.cat([column.double() for column in columns], dim=1)).tolist()
     greedy_ids, logprobs, greedy_logprobs = [int(line[0]) for line in table], [], []
-    for token, (greedy, *line) in zip(tokens, table if tops else [], strict=bool(tops)):
-        logprob, greedy_logprob, *top = line
-        ids, values = map(int, top[: len(top) // 2]), top[len(top) // 2 :]
+    for token, (greedy, *line) in zip(tokens, [] if top is None else table, strict=top is not None):
+        logprob, greedy_logprob, *best = line
+        ids, values = map(int, best[: len(best) // 2]), best[len(best) // 2 :]
         pairs = tuple(pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf)
         logprobs.append(TokenLogprob(token, logprob, pairs))
         greedy_logprobs.append(TokenLogprob(int(greedy), greedy_logprob, pairs))
-    return _split_by_row(wanted, drafts, TokenScores(greedy_ids, logprobs, greedy_logprobs))
+    return TokenScores(greedy_ids, logprobs, greedy_logprobs)
 
 
 def _banned(
@@ -120,9 +172,7 @@ def _banned(
     return token_mask.ids, torch.cat([token_mask.banned[row, : len(draft)] for row, draft in enumerate(drafts)])
 
 
-def _forbid(
-    rows: Sequence[SequenceState], drafts: Sequence[list[int]], device: torch.device
-) -> Callable[[slice, Float[Tensor, "positions vocab"]], None] | None:
+def _forbid(rows: Sequence[SequenceState], drafts: Sequence[list[int]], device: torch.device) -> Forbid | None:
     """Masks what the rows' constraints do not allow at each token of the drafts; None if no row has one."""
     if all(row.constraint is None for row in rows):
         return None

@@ -1,6 +1,6 @@
-"""The logits of both passes, to look inside a model: `LM.denoise_logits` and `LM.next_token_logits`.
+"""The logits of both passes, to look inside a model: `LM.denoise_logits`, `LM.next_token_logits`, `LM.token_logprobs`.
 
-Invariant: they are those of the reference loop, over the whole vocabulary; the engine is not involved.
+Invariant: they are those of the reference loop; the engine is not involved.
 Run it:  python -m pytest tests/lm/test_model.py
 """
 
@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from blockpress.decoding import Cancel, TokenLogprob
+from blockpress.decoding.scoring import score_prompt
 from blockpress.errors import RequestError
+from blockpress.lm.arguments import check_cancel, check_logprobs
 from blockpress.lm.rows import check_context_length, check_ids
 from blockpress.model import Network
 from blockpress.ops.computing import computing
@@ -54,3 +57,14 @@ def next_token_logits(network: Network, ids: Sequence[int] | Tensor) -> Float32[
     check_context_length(network.config, len(tokens), 0)
     hidden, _ = network.read(torch.tensor([tokens], device=network.device), network.empty_cache(1))
     return network.logits(hidden)[0]
+
+
+@computing()
+def token_logprobs(
+    network: Network, ids: Sequence[int] | Tensor, top: int = 0, cancel: Cancel | None = None
+) -> list[TokenLogprob]:
+    """The log-probability of every token but the first, from the causal pass, in pieces of the prompt and blocks of
+    the vocabulary."""
+    tokens = check_ids(network.config, ids, "ids")
+    check_context_length(network.config, len(tokens), 0)
+    return score_prompt(network, tokens, check_logprobs(top, network.config) or 0, check_cancel(cancel))

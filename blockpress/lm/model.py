@@ -19,7 +19,7 @@ from blockpress.checkpoints import Checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
 from blockpress.decide import Decision
 from blockpress.decide.questions import Question
-from blockpress.decoding import Done, Event, Reply
+from blockpress.decoding import Cancel, Done, Event, Reply, TokenLogprob
 from blockpress.engine import EngineOptions, Request
 from blockpress.errors import renamed_attribute
 from blockpress.lm.arguments import (
@@ -40,7 +40,7 @@ from blockpress.lm.arguments import (
 from blockpress.lm.decide import Context
 from blockpress.lm.execute import Answer, LazyEngine
 from blockpress.lm.infilling import Infilling
-from blockpress.lm.logits import denoise_logits, next_token_logits
+from blockpress.lm.logits import denoise_logits, next_token_logits, token_logprobs
 from blockpress.lm.requests import RequestBuilder, needs_tokenizer
 from blockpress.model import Network
 from blockpress.text import Tokenizer
@@ -286,6 +286,19 @@ class LM(Infilling):
     def next_token_logits(self, ids: Sequence[int] | Tensor) -> Float32[Tensor, "length vocab"]:
         """The causal pass as a language model: for every token, softcapped float32 logits of the one after it."""
         return next_token_logits(self.network, ids)
+
+    def token_logprobs(
+        self, ids: Sequence[int] | Tensor, top: int = 0, cancel: Cancel | None = None
+    ) -> list[TokenLogprob]:
+        """The causal pass as a judge of a text: for every token but the first, the log-probability that it follows.
+
+        It is that of `log_softmax(next_token_logits(ids))`, in memory that does not grow with the vocabulary.
+
+        Args:
+            top: how many of the likeliest tokens come with each. cancel: checked between pieces of the text; what was
+                scored until then is returned.
+        """
+        return token_logprobs(self.network, ids, top, cancel)
 
     @cached_property
     def _builder(self) -> RequestBuilder:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -34,7 +36,7 @@ from blockpress.serve import (
     page,
     responses,
 )
-from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, error_body, status_of
+from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, error_body, error_schema, status_of
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import Service
@@ -74,7 +76,20 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
             CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Guard, options=options)
+    app.openapi = partial(_document, app)  # type: ignore[method-assign]
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the errors that the routes have in place of FastAPI's own."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path, methods in document["paths"].items():
+            content = {"application/json": {"schema": error_schema(path)}}
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                operation["responses"]["4XX"] = {"description": "What is wrong, and what to do", "content": content}
+    return app.openapi_schema or document
 
 
 async def _failed(http: Request, error: Exception) -> Response:

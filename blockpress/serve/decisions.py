@@ -20,14 +20,58 @@ from blockpress.serve.service import Service
 router = APIRouter()
 
 
-@router.post("/v1/decisions")
+_INPUT = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+_TEXT = {"type": "string", "minLength": 1}
+_OPENAI = {
+    "type": "object",
+    "required": ["model", "input", "questions"],
+    "properties": {
+        "model": _TEXT,
+        "input": _INPUT,
+        "questions": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 64,
+            "items": {
+                "type": "object",
+                "required": ["type", "instructions"],
+                "properties": {"type": {"enum": ["predicate", "choice", "score"]}, "instructions": _INPUT},
+            },
+        },
+    },
+}
+_TYPESAFE = {
+    "type": "object",
+    "required": ["model", "state", "questions"],
+    "properties": {
+        "model": _TEXT,
+        "state": {},
+        "questions": {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 64,
+            "additionalProperties": {
+                "type": "object",
+                "required": ["type", "instructions"],
+                "properties": {"type": {"enum": ["noul", "choice", "score"]}},
+            },
+        },
+    },
+}
+
+
+def _documented(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post("/v1/decisions", openapi_extra=_documented({"anyOf": [_OPENAI, _TYPESAFE]}))
 async def decisions(http: Request) -> dict[str, Any]:
     """The probabilities of all answers, in the shape in which the questions came."""
     body = await _object(http)
     return await _decide(http, body, typesafe="state" in body)
 
 
-@router.post("/v1/systemone")
+@router.post("/v1/systemone", openapi_extra=_documented(_TYPESAFE))
 async def systemone(http: Request) -> dict[str, Any]:
     """The same in TypeSafe's shape."""
     return await _decide(http, await _object(http), typesafe=True)

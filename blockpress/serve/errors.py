@@ -110,3 +110,18 @@ def error_body(path: str, error: BlockpressError, status: int | None = None) -> 
     if path.startswith("/v1/messages"):
         return anthropic_error(error, status)
     return ollama_error(error) if path.startswith("/api/") else openai_error(error, status)
+
+
+def _object(**properties: object) -> dict[str, object]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def error_schema(path: str) -> dict[str, object]:
+    """The JSON schema of `error_body` for a path."""
+    text, none = {"type": "string"}, {"type": "null"}
+    maybe = {"anyOf": [text, none]}
+    if path.startswith("/v1/messages"):
+        return _object(type={"const": "error"}, error=_object(type=text, message=text), request_id=maybe)
+    if path.startswith("/api/"):
+        return _object(error=text)
+    return _object(error=_object(message=text, type=text, param=maybe, code=maybe))

@@ -16,7 +16,7 @@ from blockpress import __version__
 from blockpress.serve.errors import FieldError
 from blockpress.serve.fields import Fields, Refusals
 from blockpress.serve.page import solves_sudoku
-from blockpress.serve.prompts import has_template, plain_messages
+from blockpress.serve.prompts import chat_requests, has_template
 from blockpress.serve.service import Service
 
 router = APIRouter()
@@ -87,6 +87,20 @@ class TokenizeBody(Fields):
         return self
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(http: Request) -> dict[str, Any]:
+    """The control tokens by their names, and the chat template, as clients without the tokenizer read them."""
+    service = _service(http)
+    tokenizer = service.lm.tokenizer
+    if tokenizer is None:
+        raise FieldError("model", "the model has no tokenizer", "send token ids")
+    ends = service.lm.generation.stop_ids[:1] if tokenizer.eos is None else (tokenizer.eos,)
+    first = service.lm.config.bos_id if tokenizer.bos is None else tokenizer.bos
+    ids = {"bos_token": first, "eos_token": next(iter(ends), None)}
+    names = {name: None if id is None else tokenizer.token(id) for name, id in ids.items()}
+    return {"chat_template": tokenizer.chat_template, **names, **tokenizer.special_tokens}
+
+
 class DetokenizeBody(Fields):
     model: str | None = None
     tokens: list[int]
@@ -104,8 +118,8 @@ async def tokenize(body: TokenizeBody, http: Request) -> dict[str, Any]:
     if text is not None:
         ids = lm.tokenizer.encode(text, add_special=body.add_special_tokens)
     else:
-        plain = plain_messages(body.messages or [], Refusals(True), service.options)
-        [request] = await service.build(lambda: lm.build_chat_requests(plain))
+        messages = body.messages or []
+        [request] = await service.build(lambda: chat_requests(lm, messages, Refusals(True), service.options, seed=[0]))
         ids = list(request.row.prompt)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": lm.config.context_length, "tokens": ids}
     if body.return_token_strs:

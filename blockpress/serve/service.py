@@ -52,6 +52,7 @@ class Service:
         lm.answer = self._answer
         self._open = 0
         self._drain: asyncio.Task[None] | None = None
+        self._computing: anyio.CapacityLimiter | None = None
 
     @property
     def open_requests(self) -> int:
@@ -90,6 +91,16 @@ class Service:
     async def build(self, make: Callable[[], Made]) -> Made:
         """Run `make` on a thread, as reading images and compiling shapes take long."""
         return await anyio.to_thread.run_sync(make)
+
+    async def build_unless_gone(self, make: Callable[[Cancel], Made], http: HTTPRequest) -> Made:
+        """The same for what computes: one at a time; its flag is set when the client leaves. Raises _ClientGone."""
+        gone = threading.Event()
+        one = self._computing = self._computing or anyio.CapacityLimiter(1)
+        try:
+            run = anyio.to_thread.run_sync(partial(make, gone), abandon_on_cancel=True, limiter=one)
+            return await unless_gone(run, http)
+        finally:
+            gone.set()
 
     def begin(self, requests: Sequence[Request]) -> Running:
         """Hand requests to the engine, to be answered side by side.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,6 +41,26 @@ def test_tokens_are_those_of_the_tokenizer_and_come_back(chatty: Served, nano: S
 def test_a_wrong_text_or_token_is_named(nano: Served, path: str, body: dict[str, Any], param: str | None) -> None:
     answer = httpx.post(f"{nano.url}/{path}", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_a_chat_is_tokenised_without_a_template_as_it_is_answered(nano: Served) -> None:
+    made = httpx.post(f"{nano.url}/tokenize", json={"messages": [{"role": "user", "content": "12"}]}).json()
+    assert made["tokens"] == nano.service.lm.encode("12")
+    wrong = httpx.post(f"{nano.url}/tokenize", json={"messages": []})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "messages")
+
+
+def test_the_document_declares_bodies_and_errors_as_they_are(nano: Served) -> None:
+    document = httpx.get(f"{nano.url}/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert ("requestBody" in operation) == (method == "post"), path
+            assert "422" not in operation["responses"]
+            if method == "post":
+                answer = httpx.post(f"{nano.url}{path}", content="[")
+                assert answer.status_code == 400
+                schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+                jsonschema.validate(answer.json(), schema)
 
 
 def test_figures_are_prometheus_and_count_what_was_answered(nano: Served) -> None:
