@@ -25,17 +25,17 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "regex", "choice"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Fields):
-    """vLLM's constraints; one of them."""
+    """vLLM's constraints; one of them. Others of its fields are refused by name (`constraint_of`)."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
-    grammar: str | None = None
 
 
 class StreamOptions(Fields):
@@ -88,11 +88,7 @@ def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
     """The constraint that a body asks for, as an argument of `LM.generate`. Raises FieldError: a form without it."""
     form, outputs = body.response_format, body.structured_outputs
     if outputs is not None:
-        given = outputs.model_dump(exclude_none=True, exclude=set(outputs.model_extra or ()))
-        if "json_" in given:
-            schema = given.pop("json_")
-            given["schema"] = json.loads(schema) if isinstance(schema, str) else schema
-        return given
+        return _structured(outputs)
     if form is None or form.type == "text":
         return {}
     if form.type == "json_object":
@@ -106,6 +102,24 @@ def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
     if value is None:
         raise FieldError(f"response_format.{form.type}", f"response_format has no {form.type}", f"add {form.type}")
     return {form.type: value}
+
+
+def _structured(outputs: StructuredOutputs) -> dict[str, Any]:
+    for name, value in (outputs.model_extra or {}).items():
+        if value not in (None, False):
+            at = f"structured_outputs.{name}"
+            raise FieldError(at, f"{at} is {value!r:.80}", "give json, json_object, regex or choice alone")
+    given = outputs.model_dump(exclude_none=True, exclude=set(outputs.model_extra or ()))
+    if given.pop("json_object", False):
+        given.setdefault("json_", {"type": "object"})
+    if "json_" in given:
+        schema = given.pop("json_")
+        try:
+            given["schema"] = json.loads(schema) if isinstance(schema, str) else schema
+        except (ValueError, RecursionError) as error:
+            at = "structured_outputs.json"
+            raise FieldError(at, f"{at} is not JSON: {error}", "give a JSON schema, or its text") from error
+    return given
 
 
 def thinking_of(body: ChatBody, refusals: Refusals) -> tuple[bool, int | None]:

@@ -256,6 +256,18 @@ def test_an_error_in_mid_stream_is_an_event(chatty: Served) -> None:
         ({"messages": said("hello")}, 400, "messages"),
         ({"messages": said("1"), "model": "gpt-4"}, 404, None),
         ({"messages": said("1"), "structured_outputs": {"regex": "("}}, 400, None),
+        ({"messages": said("1"), "structured_outputs": {"grammar": "a"}}, 400, "structured_outputs.grammar"),
+        (
+            {"messages": said("1"), "structured_outputs": {"structural_tag": "a"}},
+            400,
+            "structured_outputs.structural_tag",
+        ),
+        ({"messages": said("1"), "structured_outputs": {"json": "{"}}, 400, "structured_outputs.json"),
+        ({"messages": said("1"), "structured_outputs": {"json": "[" * 100_000}}, 400, "structured_outputs.json"),
+        ({"messages": said("1"), "structured_outputs": {"regex": "1", "choice": ["1"]}}, 400, None),
+        ({"messages": said("1"), "response_format": {"type": "grammar", "grammar": "a"}}, 400, "response_format.type"),
+        ({"messages": said("1"), "response_format": {"type": "regex", "regex": 1}}, 400, None),
+        ({"messages": said("1"), "response_format": {"type": "choice", "choice": 1}}, 400, None),
         ({"messages": said("1" * 300)}, 400, None),
     ],
 )
