@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # stay in one process, or every process would make what the file makes once; those with what takes long are handed out first.
 WORKERS ?= 0
 
-.PHONY: demo test test-fast check clients format readme clean format-check lint types contracts check-gpu bench-gpu
+.PHONY: demo test test-fast check clients suites format readme clean format-check lint types contracts check-gpu bench-gpu
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -65,6 +65,10 @@ readme: $(VENV)/.developing
 # Clients that others wrote, each in an environment of its own under build/clients, from PyPI and npm: a table by feature.
 clients: $(VENV)/.developing
 	@$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+# Suites that others wrote, against our server: schemathesis, lm-eval, jevbench. Minutes, most of them the first one's.
+suites: $(VENV)/.developing
+	@$(BIN)/python -m tests.clients.suites $(SUITES)
 
 # On a machine with a GPU: no environment is made, since torch and Triton of that machine are the ones to measure.
 check-gpu:
