@@ -38,6 +38,8 @@ UNCHECKED = {
     "blockpress.bench.gpu.standin",
     "blockpress.constrain.automaton",  # every check of an expression would walk all of its parts
     "blockpress.constrain.compiler",
+    "blockpress.constrain.nondeterministic",
+    "blockpress.constrain.threads",
     "blockpress.lm.logits",
     "blockpress.lm.model",
     "blockpress.shapes",

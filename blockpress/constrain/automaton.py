@@ -58,11 +58,12 @@ class Union:
 
 @dataclass(frozen=True)
 class Repeat:
-    """The part `low` to `high` times; None: without a limit."""
+    """The part `low` to `high` times; None: without a limit. lazy: fewer times are tried first, for `first_match`."""
 
     part: Expression
     low: int
     high: int | None
+    lazy: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,39 @@ class Automaton:
             state = int(self.table[state, byte])
         return state
 
+    def texts(self, most: int) -> list[str] | None:
+        """All allowed texts; None if they are more than `most`."""
+        found: list[str] = []
+        stack = [(0, b"")]
+        while stack:
+            state, text = stack.pop()
+            if self.accepting[state]:
+                found.append(text.decode())
+            if len(found) > most or len(text) > len(self):  # a longer text has been in one state twice
+                return None
+            stack += [(int(to), text + bytes([byte])) for byte, to in enumerate(self.table[state]) if to != DEAD]
+        return found
 
-Expression = Chars | Bytes | Concat | Union | Repeat | Graph | Linked | Automaton
+
+@dataclass(frozen=True)
+class Ahead:
+    """Nothing, where the automaton allows the whole rest of the text."""
+
+    automaton: Automaton
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Nothing, where the automaton allows the whole text before."""
+
+    automaton: Automaton
+
+
+Expression = Chars | Bytes | Concat | Union | Repeat | Graph | Linked | Automaton | Ahead | Behind
 EMPTY_TEXT = Concat(())
+NOTHING = Union(())
 ANY_CHAR = Chars(((0, 0x10FFFF),))
+ANY_BYTES = Automaton(np.zeros((1, 256), np.int32), np.ones(1, bool))
 
 
 class _NothingMatches(Exception):
@@ -179,6 +209,15 @@ def check_size(count: int, most: int) -> None:
         raise _TooLarge(
             f"the shape needs more than {most} states", hint="make repetitions shorter, or nest fewer of them"
         )
+
+
+@lru_cache(maxsize=512)
+def rerooted(automaton: Automaton, state: int) -> Automaton:
+    """What may follow from a state."""
+    order = np.arange(len(automaton))
+    order[[0, state]] = state, 0
+    numbers = np.append(order, DEAD).astype(np.int32)  # a swap is its own inverse
+    return minimal(numbers[automaton.table[order]], automaton.accepting[order])
 
 
 def minimal(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, " states"]) -> Automaton:

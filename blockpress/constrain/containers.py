@@ -18,6 +18,7 @@ from blockpress.constrain.automaton import (
     DEAD,
     EMPTY_TEXT,
     MAX_STATES,
+    NOTHING,
     Automaton,
     Concat,
     Expression,
@@ -39,7 +40,6 @@ from blockpress.constrain.json_numbers import json_number
 from blockpress.constrain.json_text import json_string, text_of
 from blockpress.constrain.merge import Flat, all_of, not_schema, property_schema
 from blockpress.constrain.references import below
-from blockpress.constrain.regex import NOTHING
 from blockpress.errors import RequestError
 
 COMMA = Concat((literal(","), optional(literal(" "))))

@@ -2,6 +2,7 @@ r"""Patterns of JSON schemas: ECMA-262's syntax as Python's, for what both of th
 
     \d     narrow [0-9], wide \d          `.`    narrow without line ends, wide without "\n"
     $      narrow \Z,    wide also before a last "\n"        \p{L}, \cJ, (?<name>...): written out
+    \b     narrow where ASCII and Unicode have a boundary, wide where either has
 
 A validator in Python takes a pattern as Python's, one in JavaScript as ECMA's. What an answer must match, it must match
 for both: narrow. What it must not match, it must not for either: wide.
@@ -32,6 +33,12 @@ from blockpress.errors import RequestError
 
 _COUNTS = re.compile(r"\{([0-9]*),([0-9]+)\}")
 _ASCII = {"d": "0-9", "w": "A-Za-z0-9_", "s": r" \t-\r"}
+_BOUNDARIES = {
+    ("b", False): r"(?:\b(?a:\b))",
+    ("b", True): r"(?:\b|(?a:\b))",
+    ("B", False): r"(?:\B(?a:\B))",
+    ("B", True): r"(?!\b(?a:\b))",  # the empty text has one in ECMA-262, and in Python from 3.14 on
+}
 _BOTH = {"d": r"\d", "w": r"\w", "s": r"\s\ufeff"}
 
 
@@ -81,14 +88,14 @@ def pattern_is_found(pattern: str, text: str) -> bool | None:
 
 
 class _Translation:
-    """One pass over a pattern. wide: which way it errs now; look-aheads that must fail turn it round."""
+    """One pass over a pattern. wide: which way it errs now; what must not stand around turns it round."""
 
     def __init__(self, pattern: str, wide: bool, most: int | None) -> None:
         self._pattern, self._wide, self._most, self._at = pattern, wide, most, 0
 
     def text(self) -> str:
         parts: list[str] = []
-        groups: list[tuple[bool, bool]] = []  # of each open group: what `wide` was, and whether it looks ahead
+        groups: list[bool] = []  # of each open group: what `wide` was
         while self._at < len(self._pattern):
             char, rest = self._pattern[self._at], self._pattern[self._at :]
             if char == "\\":
@@ -99,22 +106,21 @@ class _Translation:
                 continue
             self._at += 1
             if char == "(":
-                ahead = rest.startswith(("(?=", "(?!"))
-                groups.append((self._wide, ahead))
-                self._wide ^= rest.startswith("(?!")
-                if named := re.match(r"\(\?<[^=!>]+>", rest):
+                groups.append(self._wide)
+                self._wide ^= rest.startswith(("(?!", "(?<!"))
+                if named := re.match(r"\(\?<([^=!>]+)>", rest):
                     self._at += named.end() - 1
+                    char = f"(?P<{named[1]}>" if f"\\k<{named[1]}>" in self._pattern else "("
             elif (counts := _COUNTS.match(rest)) and self._most is not None and not self._wide:
                 low, high = int(counts[1] or 0), int(counts[2])
                 char = f"{{{low},{min(high, max(low, self._most))}}}"
                 self._at += counts.end() - 1
             elif char == ")" and groups:
-                self._wide = groups.pop()[0]
+                self._wide = groups.pop()
             elif char == ".":
                 char = "." if self._wide else r"[^\n\r\u2028\u2029]"
-            elif char == "$":
-                ahead = any(ahead for _, ahead in groups)
-                char = r"\Z" if not self._wide else "$" if ahead else r"(?:\n?\Z)"
+            elif char == "$" and not self._wide:
+                char = r"\Z"
             parts.append(char)
         return "".join(parts)
 
@@ -150,8 +156,12 @@ class _Translation:
             inside = _property(known[2])
             text = inside if (known[1] == "p") != ("{^" in known[0]) else _complement(inside)
             text = text if in_set else f"[{text}]"
+        elif not in_set and (known := re.match(r"\\k<([^>]+)>", rest)):
+            text = f"(?P={known[1]})"
         elif known := re.match(r"\\0(?![0-9])", rest):
             text = r"\x00"
+        elif kind and kind in "bB" and not in_set:
+            known, text = re.match(r"..", rest), _BOUNDARIES[kind, self._wide]
         elif kind and kind in "dws":
             known, text = re.match(r"..", rest, re.DOTALL), (_BOTH if self._wide else _ASCII)[kind]
             text = text if in_set else f"[{text}]"

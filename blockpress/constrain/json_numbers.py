@@ -16,6 +16,7 @@ from fractions import Fraction
 
 from blockpress.constrain.automaton import (
     EMPTY_TEXT,
+    NOTHING,
     Automaton,
     Chars,
     Concat,
@@ -29,7 +30,6 @@ from blockpress.constrain.automaton import (
     optional,
 )
 from blockpress.constrain.compiler import compile_expression
-from blockpress.constrain.regex import NOTHING
 
 DIGIT = Chars(((48, 57),))
 MOST_DIGITS = 18

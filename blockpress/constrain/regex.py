@@ -2,7 +2,7 @@
 
 Python's own parser reads the pattern, so every construct means what `re` makes it mean for text that matches whole.
 
-Invariant: what an automaton cannot express (back references, assertions inside repetitions, ...) is refused by name.
+Invariant: what an automaton cannot express (conditional groups, most back references) is refused by name.
 Run it:  python -m pytest tests/constrain/test_regex.py
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
@@ -25,19 +25,24 @@ from blockpress.constrain.automaton import (
     Repeat,
     Union,
     _NothingMatches,
-    difference,
-    intersection,
+    literal,
 )
 from blockpress.constrain.compiler import compile_expression
+from blockpress.constrain.conditions import ANY_TEXT, ahead, begins, behind, ends, first_match, looks
 from blockpress.errors import RequestError
 
-ANY_TEXT = Repeat(ANY_CHAR, 0, None)
-NOTHING = Union(())
 LAST = sys.maxunicode
+MAX_GROUP = 64
+"""Most texts of a group that is referred to."""
 
 
-def parse_regex(pattern: object, *, search: bool = False) -> Expression:
+def parse_regex(pattern: object, *, search: bool = False, ordered: bool = False) -> Expression:
     """The texts that match a pattern as a whole; with `search` those in which it is found.
+
+    A search knows no atomic groups and no possessive repetitions: if less of them is allowed, more may match.
+
+    Args:
+        ordered: the expression is for `first_match`.
 
     Raises:
         RequestError: the pattern is not one, or has a construct that an automaton cannot express; it is named.
@@ -45,139 +50,114 @@ def parse_regex(pattern: object, *, search: bool = False) -> Expression:
     if not isinstance(pattern, str):
         raise RequestError(f"regex is {pattern!r:.80}", hint="regex must be a text")
     try:
-        tree = _parser.parse(pattern, re.UNICODE)
-    except (re.error, OverflowError, RecursionError) as error:
+        tree = _parser.parse(pattern)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise RequestError(f"regex {pattern!r:.200} is not a regular expression: {error}", hint="correct it") from error
-    translator = _Translator(pattern)
-    nodes = list(tree)
-    if not search:
-        return translator.sequence(nodes, tree.state.flags, EMPTY_TEXT)
-    return translator.found(nodes, tree.state.flags)
+    inner = _Translator(pattern, search, ordered).sequence(list(tree), tree.state.flags)
+    return Concat((ANY_TEXT, inner, ANY_TEXT)) if search else inner
 
 
 class _Translator:
     """Nodes of Python's parser to expressions. Flags are those that hold at a node."""
 
-    def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
+    def __init__(self, pattern: str, search: bool, ordered: bool) -> None:
+        self._pattern, self._search, self._ordered = pattern, search, ordered
+        self._groups: dict[int, str] = {}
 
-    def sequence(
-        self, nodes: Sequence[Any], flags: int, rest: Expression, *, first: bool = True, last: bool = True
-    ) -> Expression:
-        """The nodes one after the other, then `rest`. first, last: whether the text begins and ends with them."""
-        result = rest
-        after_nothing = rest == EMPTY_TEXT
-        for place in reversed(range(len(nodes))):
-            code, value = nodes[place]
-            at_start = first and all(self._is_empty(node) for node in nodes[:place])
-            if code is sre.ASSERT or code is sre.ASSERT_NOT:
-                result = self._look_ahead(code is sre.ASSERT, value, flags, result, at_start=at_start, known_rest=last)
-            elif code is sre.AT:
-                result = self._anchor(
-                    value, flags, result, at_start=at_start, known_rest=last, at_end=last and after_nothing
-                )
-            else:
-                alone = place == len(nodes) - 1
-                result = self._join(
-                    self.node(code, value, flags, first=at_start, last=last and alone and after_nothing), result
-                )
-                after_nothing = False
-        return result
+    def sequence(self, nodes: Sequence[Any], flags: int) -> Expression:
+        """The nodes one after the other. A group that a later one refers to is written out, text by text."""
+        for place, (code, value) in enumerate(nodes):
+            if code is sre.SUBPATTERN and value[0] is not None and _refers(nodes[place + 1 :], value[0]):
+                before = [self.node(earlier, what, flags) for earlier, what in nodes[:place]]
+                known, options = self._groups, []
+                for text in self._texts(self.node(code, value, flags)):
+                    self._groups = {**known, value[0]: text}
+                    options.append(Concat((literal(text), self.sequence(nodes[place + 1 :], flags))))
+                self._groups = known
+                return Concat((*before, Union(tuple(options))))
+        parts = tuple(self.node(code, value, flags) for code, value in nodes)
+        return parts[0] if len(parts) == 1 else Concat(parts)
 
-    def found(self, nodes: Sequence[Any], flags: int) -> Expression:
-        """Texts in which the nodes are found: alternatives are anchored one by one."""
-        if len(nodes) == 1 and nodes[0][0] is sre.SUBPATTERN:
-            _, added, removed, inner = nodes[0][1]
-            return self.found(list(inner), (flags | added) & ~removed)
-        nodes = list(nodes)
-        begins, ends = self._starts_anchored(nodes, flags), self._ends_anchored(nodes, flags)
-        before, middle, after = nodes[:begins], nodes[begins : len(nodes) - ends], nodes[len(nodes) - ends :]
-        if len(middle) == 1 and middle[0][0] is sre.BRANCH:
-            return Union(tuple(self.found([*before, *branch, *after], flags) for branch in middle[0][1][1]))
-        inner = self.sequence(middle, flags, EMPTY_TEXT if ends else ANY_TEXT, first=bool(begins), last=True)
-        return inner if begins else Concat((ANY_TEXT, inner))
+    def _texts(self, group: Expression) -> list[str]:
+        try:
+            texts = None if any(looks(group)) else compile_expression(group).texts(MAX_GROUP)
+        except _NothingMatches:
+            return []
+        if texts is None or (self._ordered and any(a != b and b.startswith(a) for a in texts for b in texts)):
+            raise self._refused(f"a back reference to a group of other than at most {MAX_GROUP} texts")
+        return texts
 
-    def _starts_anchored(self, nodes: Sequence[Any], flags: int) -> int:
-        kinds = (sre.AT_BEGINNING_STRING,) if flags & re.MULTILINE else (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING)
-        return int(bool(nodes) and nodes[0][0] is sre.AT and nodes[0][1] in kinds)
-
-    def _ends_anchored(self, nodes: Sequence[Any], flags: int) -> int:
-        kinds = (sre.AT_END_STRING,) if flags & re.MULTILINE else (sre.AT_END, sre.AT_END_STRING)
-        return int(bool(nodes) and nodes[-1][0] is sre.AT and nodes[-1][1] in kinds)
-
-    def node(self, code: Any, value: Any, flags: int, *, first: bool = False, last: bool = False) -> Expression:
-        """One node that takes text. first, last: whether the text begins and ends with it."""
-        if code is sre.LITERAL:
-            return self._chars([(value, value)], flags)
-        if code is sre.NOT_LITERAL:
-            return self._chars(_negated(_folded([(value, value)], flags)), flags & ~re.IGNORECASE)
-        if code is sre.ANY:
-            return ANY_CHAR if flags & re.DOTALL else Chars(((0, 9), (11, LAST)))
-        if code is sre.IN:
-            return self._set(value, flags)
-        if code is sre.BRANCH:
-            return Union(
-                tuple(self.sequence(list(branch), flags, EMPTY_TEXT, first=first, last=last) for branch in value[1])
-            )
-        if code is sre.SUBPATTERN:
-            _, added, removed, inner = value
-            return self.sequence(list(inner), (flags | added) & ~removed, EMPTY_TEXT, first=first, last=last)
-        if code is sre.MAX_REPEAT or code is sre.MIN_REPEAT:
-            low, high, inner = value
-            part = self.sequence(list(inner), flags, EMPTY_TEXT, first=False, last=False)
-            return Repeat(part, low, None if high == sre.MAXREPEAT else high)
+    def node(self, code: Any, value: Any, flags: int) -> Expression:
+        """One node."""
+        match code:
+            case sre.LITERAL:
+                return self._chars([(value, value)], flags)
+            case sre.NOT_LITERAL:
+                return self._chars(_negated(_folded([(value, value)], flags)), flags & ~re.IGNORECASE)
+            case sre.ANY:
+                return ANY_CHAR if flags & re.DOTALL else Chars(((0, 9), (11, LAST)))
+            case sre.IN:
+                return self._set(value, flags)
+            case sre.BRANCH:
+                return Union(tuple(self.sequence(list(branch), flags) for branch in value[1]))
+            case sre.SUBPATTERN:
+                _, added, removed, inner = value
+                return self.sequence(list(inner), (flags | added) & ~removed)
+            case sre.MAX_REPEAT | sre.MIN_REPEAT:
+                return self._repeat(code, value, flags)
+            case sre.POSSESSIVE_REPEAT if not self._search:
+                return self._first_match(lambda: self._repeat(code, value, flags))
+            case sre.ATOMIC_GROUP if not self._search:
+                return self._first_match(lambda: self.sequence(list(value), flags))
+            case sre.ASSERT | sre.ASSERT_NOT:
+                return self._look(value, flags, code is sre.ASSERT)
+            case sre.AT:
+                return self._at(value, flags)
+            case sre.GROUPREF if value in self._groups:
+                return Concat(tuple(self._chars([(ord(char), ord(char))], flags) for char in self._groups[value]))
         raise self._refused(_NAMES.get(code, str(code).lower()))
 
-    def _join(self, part: Expression, rest: Expression) -> Expression:
-        return part if rest == EMPTY_TEXT else Concat((part, rest))
+    def _repeat(self, code: Any, value: Any, flags: int) -> Expression:
+        low, high, inner = value
+        most = None if high == sre.MAXREPEAT else high
+        return Repeat(self.sequence(list(inner), flags), low, most, code is sre.MIN_REPEAT)
 
-    def _is_empty(self, node: Any) -> bool:
-        return node[0] in (sre.AT, sre.ASSERT, sre.ASSERT_NOT)
+    def _first_match(self, make: Callable[[], Expression]) -> Expression:
+        before, self._ordered = self._ordered, True
+        inner = make()
+        self._ordered = before
+        return first_match(inner)
 
-    def _look_ahead(
-        self, positive: bool, value: Any, flags: int, rest: Expression, *, at_start: bool, known_rest: bool
-    ) -> Expression:
-        direction, nodes = value[0], list(value[1])
-        if direction < 0:
-            raise self._refused("a look-behind")
-        if not known_rest:
-            raise self._refused("a look-ahead inside a repetition or before an alternative's end")
-        behind: Expression = ANY_TEXT
-        if self._ends_anchored(nodes, flags):
-            behind = Repeat(Chars(((10, 10),)), 0, int(nodes.pop()[1] is sre.AT_END))
-        wanted = Concat((self.sequence(nodes, flags, EMPTY_TEXT, first=at_start, last=False), behind))
-        try:
-            follows = compile_expression(rest)
-        except _NothingMatches:
-            return NOTHING
-        try:
-            ahead = compile_expression(wanted)
-        except _NothingMatches:
-            return NOTHING if positive else follows
-        try:
-            return intersection(follows, ahead) if positive else difference(follows, ahead)
-        except _NothingMatches:
-            return NOTHING
+    def _look(self, value: Any, flags: int, wanted: bool) -> Expression:
+        direction, nodes = value
+        inner = self.sequence(list(nodes), flags)
+        if direction > 0:
+            return ahead(inner, wanted)
+        if looks(inner)[1]:
+            raise self._refused("a look-ahead inside a look-behind")
+        return behind(inner, wanted)
 
-    def _anchor(
-        self, value: Any, flags: int, rest: Expression, *, at_start: bool, known_rest: bool, at_end: bool
-    ) -> Expression:
-        begins = value in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING)
-        if begins and at_start:
-            return rest
-        if value in (sre.AT_END, sre.AT_END_STRING) and known_rest and not flags & re.MULTILINE:
-            if at_end:
-                return rest
-            allowed: Expression = EMPTY_TEXT
-            if value is sre.AT_END:
-                allowed = Union((EMPTY_TEXT, Chars(((10, 10),))))
-            try:
-                return intersection(compile_expression(rest), compile_expression(allowed))
-            except _NothingMatches:
-                return NOTHING
-        if begins and not flags & re.MULTILINE and not at_start:
-            raise self._refused("an anchor inside the text")
-        raise self._refused(_NAMES.get(value, str(value).lower()))
+    def _at(self, value: Any, flags: int) -> Expression:
+        lines, newline = bool(flags & re.MULTILINE), Chars(((10, 10),))
+        match value:
+            case sre.AT_BEGINNING if lines:
+                return Union((begins(), behind(newline)))
+            case sre.AT_BEGINNING | sre.AT_BEGINNING_STRING:
+                return begins()
+            case sre.AT_END if lines:
+                return Union((ends(EMPTY_TEXT), ahead(newline)))
+            case sre.AT_END:
+                return ends(Union((EMPTY_TEXT, newline)))
+            case sre.AT_END_STRING:
+                return ends(EMPTY_TEXT)
+        word = Chars(tuple(_category(sre.CATEGORY_WORD, bool(flags & re.ASCII))))
+        if value is sre.AT_BOUNDARY:
+            return Union(tuple(Concat((behind(word, side), ahead(word, not side))) for side in (True, False)))
+        inside = Concat((behind(word), ahead(word)))
+        outside = Concat((behind(word, False), ahead(word, False)))
+        if re.match(r"\B", ""):  # from Python 3.14 on
+            return Union((inside, outside))
+        return Union((inside, *(Concat((outside, some)) for some in (ahead(ANY_CHAR), behind(ANY_CHAR)))))
 
     def _set(self, items: Sequence[Any], flags: int) -> Expression:
         negated = items[0][0] is sre.NEGATE
@@ -203,17 +183,18 @@ class _Translator:
 
 
 _NAMES = {
-    sre.GROUPREF: "a back reference",
+    sre.GROUPREF: "a back reference to a group that is not before it",
     sre.GROUPREF_EXISTS: "a conditional group",
     sre.ATOMIC_GROUP: "an atomic group",
     sre.POSSESSIVE_REPEAT: "a possessive repetition",
-    sre.AT_BOUNDARY: r"\b",
-    sre.AT_NON_BOUNDARY: r"\B",
-    sre.AT_BEGINNING: "^ for lines",
-    sre.AT_END: "$ for lines or inside a repetition",
-    sre.AT_BEGINNING_STRING: r"\A inside the text",
-    sre.AT_END_STRING: r"\Z inside a repetition",
 }
+
+
+def _refers(nodes: Any, group: int) -> bool:
+    """Whether a back reference to a group stands somewhere in the nodes."""
+    if isinstance(nodes, tuple) and len(nodes) == 2 and nodes[0] is sre.GROUPREF:
+        return bool(nodes[1] == group)
+    return isinstance(nodes, list | tuple | _parser.SubPattern) and any(_refers(node, group) for node in nodes)
 
 
 @lru_cache(maxsize=32)

@@ -26,6 +26,7 @@ from typing import Any
 from blockpress.constrain.alternatives import Alternatives
 from blockpress.constrain.automaton import (
     MAX_STATES,
+    NOTHING,
     Automaton,
     Expression,
     Linked,
@@ -48,7 +49,6 @@ from blockpress.constrain.json_numbers import (
 from blockpress.constrain.json_text import json_string, text_of
 from blockpress.constrain.merge import Flat, canonical, has_type, implied_types, schema_name
 from blockpress.constrain.references import ROOT, Document, below
-from blockpress.constrain.regex import NOTHING
 from blockpress.constrain.values import Values
 from blockpress.errors import RequestError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 
 import pytest
@@ -12,6 +14,8 @@ from blockpress.constrain.automaton import Automaton, _NothingMatches
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
 from blockpress.errors import RequestError
+from tests.constrain.regex_cases import CASES
+from tests.constrain.walks import random_text
 
 ATOMS = [
     "a",
@@ -94,20 +98,78 @@ def test_a_search_allows_texts_in_which_the_pattern_is_found(pattern: str, texts
             assert automaton.matches(text) == bool(re.search(pattern, text))
 
 
+CONDITIONS = [r"\b", r"\B", "^", "$", "(?m:^)", "(?m:$)", r"\A", r"\Z"]
+BEHIND = ["a", "b", "ab", "[^a]", "^", "^a", r"\n", "a|b", "(?<!a)b"]
+SHORT = ["".join(chars) for length in range(5) for chars in itertools.product("ab \n", repeat=length)]
+
+
+def conditional_patterns() -> st.SearchStrategy[str]:
+    """With conditions on what stands around, anywhere, and groups whose first match is final."""
+
+    def longer(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        pairs = st.tuples(inner, inner)
+        times = st.sampled_from(["*", "+", "?", "{2}", "*?", "+?", "??", "*+", "++", "?+"])
+        return st.one_of(
+            pairs.map("".join),
+            pairs.map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+            st.tuples(inner, times).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
+            inner.map(lambda part: f"(?={part})"),
+            inner.map(lambda part: f"(?!{part})"),
+            inner.map(lambda part: f"(?>{part})"),
+            inner.map(lambda part: f"(?P<group>{part})") | inner,
+        )
+
+    atoms = st.sampled_from(["a", "b", "ab", ".", r"\w", "[^a]", " ", r"\n", *CONDITIONS])
+    looks = st.tuples(st.sampled_from("=!"), st.sampled_from(BEHIND)).map(lambda pair: f"(?<{pair[0]}{pair[1]})")
+    return st.recursive(atoms | looks, longer, max_leaves=5).filter(lambda text: text.count("<group>") < 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=conditional_patterns())
+def test_conditions_hold_wherever_they_stand(pattern: str) -> None:
+    """Against every text of at most four characters, with boundaries of ASCII words, which are quick."""
+    automaton = compiled(f"(?a){pattern}")
+    wrong = [
+        text
+        for text in SHORT
+        if bool(re.fullmatch(f"(?a){pattern}", text)) != (automaton is not None and automaton.matches(text))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\bsiehe\b.*",
+        r"(?=.*\bä)(?:\b\w+\b ?)+",
+        r"(\w+)\B.",
+        r"(['\"ä]).*?\1",
+        r"(?i)(ä|b)x\1",
+        r"(?P<q>''|\")[^\"']*(?P=q)(;(b|a)\3)*",
+        r"(a|ab)(c|bcd)\1",
+        r'"(?:[^"\\]|\\.)*+"',
+        r"(?m)^a$\n^b$",
+        r"(?<=a)|b|\Bc|^",
+    ],
+)
+def test_conditions_and_back_references_mean_what_re_makes_of_them(pattern: str) -> None:
+    rng, automaton = random.Random(0), compiled(pattern)
+    assert automaton is not None
+    for _ in range(60):
+        text = random_text(automaton, rng, 14)
+        assert re.fullmatch(pattern, text), text
+        other = "".join(rng.choice([char, *"abcdxäÄ'\" ;\n"]) for char in text)
+        assert automaton.matches(other) == bool(re.fullmatch(pattern, other)), other
+
+
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
-        (r"(a)\1", "a back reference"),
+        (r"(\w+) \1", "a back reference to a group of other than at most 64 texts"),
+        (r"(a)?\1", "a back reference to a group that is not before it"),
+        (r"(?:(a)|b\1)*", "a back reference to a group that is not before it"),
         (r"(a)?(?(1)b|c)", "a conditional group"),
-        (r"(?>a)b", "an atomic group"),
-        (r"a++", "a possessive repetition"),
-        (r"(?<=a)b", "a look-behind"),
-        (r"\ba", r"\b"),
-        (r"a\Bb", r"\B"),
-        (r"(?:(?=a).)*", "a look-ahead inside a repetition"),
-        (r"a^b", "an anchor inside the text"),
-        (r"(?m)a\n^b", "^ for lines"),
-        (r"(?:a$)*b", "$"),
+        (r"(?<=a\b)b", "a look-ahead inside a look-behind"),
     ],
 )
 def test_what_an_automaton_cannot_express_is_refused_by_name(pattern: str, named: str) -> None:
@@ -115,13 +177,56 @@ def test_what_an_automaton_cannot_express_is_refused_by_name(pattern: str, named
         compile_expression(parse_regex(pattern))
 
 
-@pytest.mark.parametrize("pattern", ["[", "(", "a{2,1}", "*a", "\\", "(?z)", 5, None, b"a"])
+@pytest.mark.parametrize("pattern", ["[", "(", "a{2,1}", "*a", "\\", "(?z)", "(?L)a", "(?au)a", 5, None, b"a"])
 def test_what_is_no_pattern_is_refused_by_its_value(pattern: object) -> None:
     with pytest.raises(RequestError, match="regex"):
         parse_regex(pattern)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pattern", ["(.{1,300}){1,300}", "(a|b)*a(a|b){16}"])
-def test_a_pattern_that_explodes_is_refused_within_the_limits(pattern: str) -> None:
-    with pytest.raises(RequestError, match=r"states|seconds"):
+@pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){20}", "((a{1,100}){1,100}){1,100}", ".{0,3000}"])
+def test_a_pattern_that_explodes_is_refused_by_the_states_that_it_needs(pattern: str) -> None:
+    with pytest.raises(RequestError, match="states"):
         compile_expression(parse_regex(pattern))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["(.{1,50}){1,50}", "(?:(?:a{1,30}){1,30}){1,30}"])
+def test_a_pattern_that_takes_long_is_refused_within_the_limits(pattern: str) -> None:
+    with pytest.raises(RequestError, match=r"work|seconds"):
+        compile_expression(parse_regex(pattern))
+
+
+REFUSED = {
+    r"<([a-z]+)>[^<>]*</\1>",
+    r"([a-z]+) \1",
+    "(a)?(?(1)b|c)",
+    r"(\w)\1",
+    r"(\d)(?:\1)?x",
+    r"(?:(a)|b)\1",
+    r"(?:\w{1,64}\.){1,8}\w{2,63}",
+}
+LARGE = {
+    "(a|b)*a(a|b){20}",
+    "(.{1,50}){1,50}",
+    "(?:(?:a{1,30}){1,30}){1,30}",
+    "((a{1,100}){1,100}){1,100}",
+    ".{0,3000}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_expressions_as_people_write_them_are_enforced_or_refused(part: int) -> None:
+    """Which are refused is pinned: a conditional group, back references to groups of many texts, and what explodes."""
+    rng = random.Random(part)
+    for pattern in CASES[part::8]:
+        if pattern in LARGE:
+            continue
+        if pattern in REFUSED:
+            with pytest.raises(RequestError):
+                compile_expression(parse_regex(pattern))
+            continue
+        automaton = compile_expression(parse_regex(pattern))
+        for _ in range(5):
+            text = random_text(automaton, rng, 40)
+            assert re.fullmatch(pattern, text), (pattern, text)

@@ -257,7 +257,7 @@ def test_random_schemas_give_valid_values_alone_or_have_none(schema: Any, seed: 
         ({"required": "a"}, "#/required"),
         ({"items": 3}, "#/items"),
         ({"properties": {"a": {"pattern": "("}}}, "#/properties/a/pattern"),
-        ({"pattern": r"(a)\1"}, "back reference"),
+        ({"pattern": r"(a+)\1"}, "back reference"),
         ({"pattern": r"\p{Wrong}"}, "#/pattern"),
         ({"properties": {"a": {"$ref": "#/$defs/x"}}}, "#/properties/a/$ref"),
         ({"$ref": "https://example.org/s.json"}, "https://example.org"),

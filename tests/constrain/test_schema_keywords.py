@@ -224,6 +224,17 @@ def test_what_does_not_fit_is_left_out_where_it_may_be() -> None:
         (r"b", "abc", True, False),
         (r"b", "ac", False, True),
         (r"^[[\]]$", "[", True, False),
+        (r"\bd\b", "ä d", True, False),
+        (r"\bd", "äd", False, False),
+        (r"\Bd", "äd", False, False),
+        (r"\B", "", False, False),
+        (r"[\b]d", "\bd", True, False),
+        (r"(?<!\w)d", "äd", False, False),
+        (r"(?<!\w)d", "ad", False, True),
+        (r"(?<=\$)\d", "a$1", True, False),
+        (r"^(?=a$)", "a\n", False, False),
+        (r"^(['\"])a\1$", "'a'", True, False),
+        (r"^(?<q>['\"])a\k<q>$", "'a\"", False, True),
     ],
 )
 def test_a_pattern_is_found_or_missing_only_where_that_is_so_in_both_syntaxes(
