@@ -85,6 +85,7 @@ def infill(
     regex: options.Regex = None,
     choice: options.Choice = None,
     schema: options.SchemaFile = None,
+    grammar: options.GrammarFile = None,
     json: options.Json = False,
     model: Model = options.SHIPPED,
     dtype: options.Dtype = None,
@@ -103,7 +104,7 @@ def infill(
       blockpress infill notes.md --at 12:1-14:20 --in-place
     """
     _check(file, in_place, json, yes, max_tokens)
-    limits = options.constraint(regex, choice, schema)
+    limits = options.constraint(regex, choice, schema, grammar)
     source = _read(file)
     pieces = _at_places(source.text, at) if at else source.text.split(marker) if marker else []
     if len(pieces) < 2:

@@ -63,28 +63,44 @@ RepairBelow = Annotated[
 Regex = Annotated[
     str | None, typer.Option(metavar="R", help="The whole answer matches this regular expression (Python's syntax).")
 ]
-Choice = Annotated[str | None, typer.Option(metavar="A,B", help="The answer is one of these texts.")]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(metavar="A,B", help="The answer is one of these texts. Repeated: each is one text, commas and all."),
+]
 SchemaFile = Annotated[
     str | None, typer.Option("--schema", metavar="FILE", help="The answer is JSON that this JSON schema allows.")
 ]
+GrammarFile = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE", help="The answer is a text of this grammar, in Lark's syntax."),
+]
 
 
-def constraint(regex: str | None, choice: str | None, schema: str | None) -> dict[str, Any]:
+def constraint(regex: str | None, choice: list[str] | None, schema: str | None, grammar: str | None) -> dict[str, Any]:
     """The constraint of an answer as arguments of `LM.generate`.
 
     Raises:
-        RequestError: more than one is given, or the file of the schema cannot be read.
+        RequestError: more than one is given, or the file of the schema or the grammar cannot be read.
     """
-    given = {"--regex": regex, "--choice": choice, "--schema": schema}
+    given = {"--regex": regex, "--choice": choice or None, "--schema": schema, "--grammar": grammar}
     for option, value in given.items():
         if value is not None:
             refuse(option, {name: other for name, other in given.items() if name != option})
-    if schema is None:
-        return {"regex": regex, "choice": None if choice is None else choice.split(",")}
+    if schema is not None:
+        try:
+            return {"schema": json.loads(_text("--schema", schema, "a JSON schema"))}
+        except ValueError as error:
+            raise RequestError(f"--schema is {schema!r}: {error}", hint="give a file that holds JSON") from error
+    if grammar is not None:
+        return {"grammar": _text("--grammar", grammar, "a grammar in Lark's syntax")}
+    return {"regex": regex, "choice": (choice[0].split(",") if len(choice) == 1 else choice) if choice else None}
+
+
+def _text(option: str, file: str, what: str) -> str:
     try:
-        return {"schema": json.loads(Path(schema).read_text(encoding="utf-8"))}
+        return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise RequestError(f"--schema is {schema!r}: {error}", hint="give a file that holds a JSON schema") from error
+        raise RequestError(f"{option} is {file!r}: {error}", hint=f"give a file that holds {what}") from error
 
 
 def positive(value: int | None, option: str) -> None:

@@ -108,6 +108,8 @@ _DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confiden
 _READING = ("max_verifications", "max_repairs", "repair_below")
 FIELDS = frozenset((*_DENOISING, *_READING, "temperature", "top_k", "top_p", "stop"))
 """The options of `run` that are fields of a sampling."""
+SHAPES = ("regex", "choice", "schema", "grammar")
+"""Those that say what the answer must be."""
 
 
 def run(
@@ -140,6 +142,7 @@ def run(
     regex: options.Regex = None,
     choice: options.Choice = None,
     schema: options.SchemaFile = None,
+    grammar: options.GrammarFile = None,
     json: options.Json = False,
     events: Events = False,
     dtype: options.Dtype = None,
@@ -169,18 +172,18 @@ def run(
     changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "logprobs": logprobs}
-    limits["constraint"], file = options.constraint(regex, choice, schema), check_file(record)
+    limits = {name: value for name, value in locals().items() if name in (*SHAPES, "max_tokens", "seed", "logprobs")}
+    given = model, mode, changes, chat, shown, limits, raw, check_file(record)
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events or record is not None) else read_prompt(prompt)
-    given = model, mode, changes, chat, shown, limits, raw, file
     _answer(opened_or_pulled(lambda: _open(*given, dtype, compute_dtype, device), model, yes), text, json, events, fast)
 
 
 def _check(
     limits: dict[str, Any], budget: int | None, raw: bool, json: bool, events: bool, chat: dict[str, Any]
 ) -> None:
-    """Raises RequestError: a count below 1, or options that mean nothing together."""
+    """Put the constraint among the limits. Raises RequestError: a count below 1, or options that do not go together."""
+    limits["constraint"] = options.constraint(*(limits.pop(name) for name in SHAPES))
     options.positive(limits["max_tokens"], "--max-tokens")
     options.positive(budget, "--thinking-budget")
     if raw:

@@ -32,12 +32,14 @@ class ConstraintOptions(TypedDict, total=False):
     """What the answer must be; at most one of them is given.
 
     regex: a regular expression in Python's syntax that matches the whole answer. choice: texts, of which the answer is
-    one. schema: a JSON schema of the value that the answer, a JSON text, stands for (docs/constraints.md).
+    one. schema: a JSON schema of the value that the answer, a JSON text, stands for. grammar: a context-free grammar in
+    Lark's syntax, which derives the answer from its rule `start` (docs/constraints.md has what each may hold).
     """
 
     regex: str | None
     choice: Sequence[str] | None
     schema: Mapping[str, Any] | bool | None
+    grammar: str | None
 
 
 class GivenOptions(TypedDict, total=False):

@@ -136,14 +136,17 @@ def _expression(name: str, value: Any) -> Expression:
     """The texts that a constraint allows."""
     from blockpress.constrain.automaton import Union, literal
     from blockpress.constrain.compiler import compile_expression
+    from blockpress.constrain.conditions import looks
+    from blockpress.constrain.grammar import grammar_automaton
     from blockpress.constrain.regex import parse_regex
     from blockpress.constrain.schema import schema_automaton
 
     if name == "choice":
         return Union(tuple(literal(option) for option in value))
     if name == "regex":
-        return compile_expression(parse_regex(value))  # its conditions are about the answer, not what is around it
-    return schema_automaton(value)
+        expression = parse_regex(value)  # its conditions are about the answer, not what is around it
+        return compile_expression(expression) if any(looks(expression)) else expression
+    return grammar_automaton(value) if name == "grammar" else schema_automaton(value)
 
 
 def _key(name: str | None, value: Any) -> Hashable:

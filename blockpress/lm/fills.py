@@ -36,8 +36,8 @@ class InfillOptions(ConstraintOptions, total=False):
     """The options of `LM.infill`.
 
     instruction: what the text answers; it stands before the text, by the chat template where the model has one.
-    sampling: how canvases are denoised; None: the checkpoint's. cancel: as in `LM.generate`. regex, choice, schema:
-    what the hole must be, if there is one.
+    sampling: how canvases are denoised; None: the checkpoint's. cancel: as in `LM.generate`. regex, choice, schema,
+    grammar: what the hole must be, if there is one.
     """
 
     instruction: str | None

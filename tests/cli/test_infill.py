@@ -31,6 +31,13 @@ def test_json_has_the_holes_and_the_whole_text(call: Call) -> None:
     assert reply["holes"] == [SOLVED[30:37]] and reply["whole"] == SOLVED
 
 
+def test_a_hole_is_held_to_a_grammar_in_a_file_or_to_a_choice(call: Call, tmp_path: Path) -> None:
+    grammar = tmp_path / "row.lark"
+    grammar.write_text("start: /[1-9]/~7", encoding="utf-8")
+    for shape in (("--grammar", grammar), ("--choice", SOLVED[30:37]), ("--choice", "1", "--choice", SOLVED[30:37])):
+        assert call("infill", "-", *ASK, *shape, stdin=HOLED).out == SOLVED
+
+
 @pytest.mark.parametrize(("mark", "newline"), [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "marked, two characters"])
 def test_a_file_is_filled_in_place_and_keeps_its_bytes(call: Call, tmp_path: Path, mark: str, newline: str) -> None:
     wanted = (mark + SOLVED.replace("\n", newline)).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,50 @@ def test_a_terminal_shows_the_canvas_and_keeps_the_text(call: Call, screen: Scre
     for line in text.splitlines():
         assert line in done.out
     assert "stopped after 90 tokens: 1 canvas" in done.out and done.out.endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        (["--grammar", "g.lark"], "3(1+3)*4*"),
+        (["--choice", "7"], "7"),
+        (["--choice", "34,567"], "34|567"),
+        (["--choice", "34", "--choice", "567"], "34|567"),
+    ],
+)
+def test_an_answer_is_held_to_a_grammar_in_a_file_or_to_a_choice(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], allowed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "g.lark").write_text('start: "3" (/1+/ start)? | "3" /1+/ start "4" | "34"', encoding="utf-8")
+    done = call("run", "sudoku-nano", "12", *options, "--json", "--max-tokens", 8, "--steps", 2)
+    text = json.loads(done.out)["text"]
+    assert re.fullmatch(allowed, text)
+
+
+def test_a_choice_that_is_repeated_may_hold_commas(call: Call) -> None:
+    done = call("run", "sudoku-nano", "12", "--choice", "3,4", "--choice", "5,6,7")
+    assert done.code == 2 and "vocabulary cannot write choice ('3,4', '5,6,7')" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--grammar", "none.lark"], "--grammar is 'none.lark'"),
+        (["--grammar", "bad.json"], "grammar is not one that lark reads"),
+        (["--schema", "none.json"], "--schema is 'none.json'"),
+        (["--schema", "bad.json"], "--schema is 'bad.json': Expecting"),
+        (["--regex", "(1"], "regex '(1' is not a regular expression"),
+        (["--choice", "1,1"], "choice has '1' twice"),
+        (["--choice", "1,"], "empty text"),
+        (["--choice", "1", "--regex", "1"], "given with"),
+        (["--grammar", "bad.json", "--schema", "bad.json"], "given with"),
+    ],
+)
+def test_a_constraint_that_is_none_is_refused_by_its_option(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text('{"a": ', encoding="utf-8")
+    done = call("run", "sudoku-nano", "12", *options, "--steps", 1)
+    assert done.code == 2 and named in done.err

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lark import Lark
 
 import blockpress
 from blockpress import sudoku
@@ -25,6 +26,7 @@ from blockpress.text import Tokenizer
 
 RandomNetwork = Callable[..., Network]
 GRID = r"([1-9]{9}\n){8}[1-9]{9}"
+NESTED = 'start: "1" start "2" start "3" | "45"*'
 PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")
 
 
@@ -54,8 +56,9 @@ def reference(lm: LM) -> LM:
         {"regex": "(12|34)*5"},
         {"choice": ["12", "7", "999"]},
         {"schema": {"type": "integer", "minimum": 10}},
+        {"grammar": NESTED},
     ],
-    ids=["grid", "pairs", "choice", "schema"],
+    ids=["grid", "pairs", "choice", "schema", "grammar"],
 )
 def test_an_answer_satisfies_its_constraint(lm: LM, mode: str, options: dict[str, Any]) -> None:
     reply = lm.generate(PUZZLE, 90, mode=mode, **options)
@@ -65,6 +68,8 @@ def test_an_answer_satisfies_its_constraint(lm: LM, mode: str, options: dict[str
         assert re.fullmatch(options["regex"], reply.text)
     elif "choice" in options:
         assert reply.text in options["choice"]
+    elif "grammar" in options:
+        Lark(NESTED).parse(reply.text)
     else:
         assert json.loads(reply.text) >= 10
 
@@ -166,7 +171,9 @@ def test_a_constraint_is_carried_from_canvas_to_canvas(small: LM) -> None:
         assert re.fullmatch(r"(12){8,20}3", reply.text or "")
 
 
-@pytest.mark.parametrize("options", [{"regex": GRID}, {"choice": ["12", "7", "999"]}], ids=["grid", "choice"])
+@pytest.mark.parametrize(
+    "options", [{"regex": GRID}, {"choice": ["12", "7", "999"]}, {"grammar": NESTED}], ids=["grid", "choice", "grammar"]
+)
 def test_the_reference_loop_gives_the_same_answer(lm: LM, reference: LM, options: dict[str, Any]) -> None:
     prompts, sampling = [PUZZLE, "12"], Sampling(steps=6)
     assert lm.generate(prompts, 90, 3, sampling, **options) == reference.generate(prompts, 90, 3, sampling, **options)
@@ -244,6 +251,11 @@ def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name:
         ({"schema": nested(lambda inner: {"items": inner}, 900)}, "schema nests too deeply"),
         ({"regex": "(?:" * 300 + "1" + "|2)*" * 300}, "regex nests too deeply"),
         ({"regex": "1{99}"}, "needs 99 tokens"),
+        ({"grammar": "start: x"}, "grammar is not one that lark reads: Rule 'x'"),
+        ({"grammar": ["start"]}, r"grammar is \['start'\]"),
+        ({"grammar": 'start: "1"~99'}, "needs 99 tokens"),
+        ({"grammar": 'start: "a"'}, "vocabulary cannot write"),
+        ({"grammar": 'start: "1" /(?!1)1/'}, "allows no text"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_before_any_forward(lm: LM, options: dict[str, Any], named: str) -> None:

@@ -192,8 +192,10 @@ def test_a_hole_longer_than_a_canvas_is_filled_canvas_by_canvas(short: LM) -> No
         ({"regex": "[1-3]{2,5}"}, lambda text: re.fullmatch("[1-3]{2,5}", text)),
         ({"choice": ["12", "345"]}, lambda text: text in ["12", "345"]),
         ({"schema": {"type": "integer", "minimum": 10, "maximum": 99}}, lambda text: 10 <= json.loads(text) <= 99),
+        ({"grammar": 'start: "1" start "2" | "3"'}, lambda text: re.fullmatch("1*32*", text) and len(text) % 2),
+        ({"regex": r"\b[1-3]{2,5}\b(?!.)"}, lambda text: re.fullmatch("[1-3]{2,5}", text)),
     ],
-    ids=["regex", "choice", "schema"],
+    ids=["regex", "choice", "schema", "grammar", "boundaries"],
 )
 def test_a_hole_may_have_a_shape(short: LM, options: dict[str, Any], fits: Callable[[str], Any]) -> None:
     for seed in range(3):
