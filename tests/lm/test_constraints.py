@@ -245,7 +245,7 @@ def test_an_option_of_another_name_is_refused_as_python_refuses_it(lm: LM, name:
         ({"choice": [1]}, r"choice is \[1\]"),
         ({"schema": {"type": "string"}}, "vocabulary cannot write"),
         ({"schema": {"const": {1, 2}}}, "not JSON"),
-        ({"schema": {"not": {}}}, r"schema\.not"),
+        ({"schema": {"not": {}}}, "allows no text"),
         ({"schema": {"const": float("nan")}}, "JSON"),
         ({"schema": {"const": nested(lambda inner: [inner], 100_000)}}, "schema nests too deeply"),
         ({"schema": nested(lambda inner: {"items": inner}, 900)}, "schema nests too deeply"),
