@@ -228,8 +228,9 @@ def test_small_grammars_allow_exactly_the_short_texts_that_lark_accepts(
         assert not any(accepts(parser, text) for text in SHORT)
         return
     except RequestError as error:
-        assert re.search("can never end|seconds|work|states", error.message)
-        return
+        if re.search("can never end|seconds|work|states", error.message):
+            return
+        raise
     assert [text for text in SHORT if automaton.matches(text)] == [text for text in SHORT if accepts(parser, text)]
 
 
