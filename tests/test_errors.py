@@ -19,7 +19,9 @@ PACKAGE = Path(blockpress.__file__).parent
 
 
 def tree(root: type[BlockpressError] = BlockpressError) -> list[type[BlockpressError]]:
-    return [root, *(kind for child in root.__subclasses__() for kind in tree(child))]
+    """All but those of a room's own, which are caught or answered there and begin with an underscore."""
+    public = (child for child in root.__subclasses__() if not child.__name__.startswith("_"))
+    return [root, *(kind for child in public for kind in tree(child))]
 
 
 TREE = tree()

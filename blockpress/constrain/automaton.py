@@ -4,7 +4,8 @@
     automaton      table[state, byte] = next state, or DEAD        accepting[state]: the text may end here
 
 Invariant: state 0 is the start; every state is reached by some text and can still become accepting, so a text is a
-beginning of an allowed one exactly if it never meets DEAD. No two states accept the same continuations.
+beginning of an allowed one exactly if it never meets DEAD. No two states accept the same continuations, but where parts
+that were not gone through again (`Linked`) stand.
 Run it:  python -m pytest tests/constrain/test_automaton.py
 """
 
@@ -82,7 +83,7 @@ class Linked:
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """A minimal automaton; itself an expression."""
+    """A minimal automaton, but for what is `Linked` in it; itself an expression."""
 
     table: Int32[np.ndarray, "states 256"]
     accepting: Bool[np.ndarray, " states"]

@@ -23,12 +23,15 @@ import torch
 from jaxtyping import Bool, Int, Int32
 
 from blockpress.constrain.automaton import DEAD, Automaton
+from blockpress.errors import RequestError
 from blockpress.ops.chain import ChainGraph, Groups
 from blockpress.ops.vocabulary import TokenClasses
 
 Ints = Int[np.ndarray, " _"]
 MAX_WALKS = 4_000_000
 """How many (state, beginning of a token) pairs are walked at once: some 100 MB."""
+MAX_EDGES = 64_000_000
+"""Most (state, tokens of the same columns) pairs that lead somewhere: 24 bytes each, twice while they are joined."""
 FIRST_LETTER = 0xF8
 """UTF-8 has no bytes from here on: in an automaton they are letters that stand for control tokens (`turns`)."""
 
@@ -232,10 +235,22 @@ FAR = 1 << 40
 
 
 def lift(automaton: Automaton, vocabulary: TokenBytes) -> TokenAutomaton:
-    """The automaton over the vocabulary's tokens. If `distance[0]` is FAR, these cannot write any allowed text."""
+    """The automaton over the vocabulary's tokens. If `distance[0]` is FAR, these cannot write any allowed text.
+
+    Raises:
+        RequestError: it has too many edges.
+    """
     columns, column_of = np.unique(automaton.table, axis=1, return_inverse=True)
     levels, group_of = _trie(vocabulary, columns, column_of.ravel())
-    parts = [*_edges(columns, levels)]
+    parts, count = [], 0
+    for part in _edges(columns, levels):
+        parts.append(part)
+        count += len(part[0])
+        if count > MAX_EDGES:
+            raise RequestError(
+                f"the shape needs more than {MAX_EDGES} edges over tokens",
+                hint="let texts, names and blanks stand at fewer places",
+            )
     source, group, target = (np.concatenate([part[i] for part in parts]) for i in range(3))
     distance = _distances(source, target, automaton.accepting)
     alive = (distance[source] < FAR) & (distance[target] < FAR)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from blockpress.serve.dialects import DialectBody, Talk, as_json, dialect_job, joined_content, lenience
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Positive, Refusals
 from blockpress.serve.openai import Job
 from blockpress.serve.service import Service
@@ -85,7 +85,7 @@ def messages_job(service: Service, body: CountBody) -> Job:
     if form is not None:
         if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
             at = "output_config.format"
-            raise FieldError(at, f"{at} is {form!r:.80}", 'give {"type": "json_schema", "schema": {...}}')
+            raise _FieldError(at, f"{at} is {form!r:.80}", 'give {"type": "json_schema", "schema": {...}}')
         asked["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
     job = dialect_job(service, body, _talk(body, refusals), refusals, **asked)
     job.id = f"msg_{uuid.uuid4().hex}"
@@ -101,7 +101,7 @@ def _thought(body: CountBody, refusals: Refusals) -> dict[str, Any]:
         refusals.refuse("thinking.type", asked.type, "a thought comes before an answer")
         return {}
     if asked.type == "enabled" and asked.budget_tokens is None:
-        raise FieldError("thinking.budget_tokens", "thinking.budget_tokens is missing", "give a number of tokens")
+        raise _FieldError("thinking.budget_tokens", "thinking.budget_tokens is missing", "give a number of tokens")
     thinking = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": asked.budget_tokens}
     return thinking if asked.budget_tokens else {**thinking, "reasoning_effort": effort}
 
@@ -115,7 +115,7 @@ def _choice(choice: dict[str, Any] | None) -> dict[str, Any]:
     elif kind in ("auto", "any", "none"):
         named = "required" if kind == "any" else kind
     else:
-        raise FieldError("tool_choice.type", f"tool_choice.type is {kind!r:.80}", "give auto, any, tool or none")
+        raise _FieldError("tool_choice.type", f"tool_choice.type is {kind!r:.80}", "give auto, any, tool or none")
     serial = choice.get("disable_parallel_tool_use")
     return {"tool_choice": named, "parallel_tool_calls": not serial if isinstance(serial, bool) else None}
 
@@ -147,7 +147,7 @@ def _talk(body: CountBody, refusals: Refusals) -> Talk:
     for number, message in enumerate(body.messages):
         place, role = f"messages[{number}]", message.get("role")
         if role not in ("user", "assistant", "system"):
-            raise FieldError(f"{place}.role", f"{place}.role is {role!r:.80}", "give user, assistant or system")
+            raise _FieldError(f"{place}.role", f"{place}.role is {role!r:.80}", "give user, assistant or system")
         if role == "assistant":
             _assistant(talk, place, message.get("content"))
             continue
@@ -163,7 +163,7 @@ def _talk(body: CountBody, refusals: Refusals) -> Talk:
         elif shown:
             talk.add(place, role, joined_content(shown))
     if not body.messages or body.messages[-1].get("role") == "assistant":
-        raise FieldError("messages", "messages do not end with a user's", "end with a user's: an answer begins a turn")
+        raise _FieldError("messages", "messages do not end with a user's", "end with a user's: an answer begins a turn")
     return talk
 
 
@@ -176,14 +176,14 @@ def _blocks(content: Any, at: str, kinds: set[str]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list):
-        raise FieldError(at, f"{at} is {content!r:.80}", "give a text or a list of content blocks")
+        raise _FieldError(at, f"{at} is {content!r:.80}", "give a text or a list of content blocks")
     return [part for n, block in enumerate(content) for part in _block(block, f"{at}[{n}]", kinds)]
 
 
 def _block(block: Any, at: str, kinds: set[str]) -> list[dict[str, Any]]:
     kind = block.get("type") if isinstance(block, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
-        raise FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {', '.join(sorted(kinds))}")
+        raise _FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {', '.join(sorted(kinds))}")
     if kind == "text":
         return [{"type": "text", "text": _text(block, "text", at)}]
     if kind == "tool_reference":
@@ -211,7 +211,7 @@ def _document(block: dict[str, Any], source: dict[str, Any], at: str) -> list[di
     if source.get("type") == "content":
         return [*head, *_blocks(source.get("content"), f"{at}.source.content", {"text", "image"})]
     kind = source.get("type")
-    raise FieldError(f"{at}.source.type", f"{at}.source.type is {kind!r:.80}", "send the document as text or content")
+    raise _FieldError(f"{at}.source.type", f"{at}.source.type is {kind!r:.80}", "send the document as text or content")
 
 
 def _address(source: dict[str, Any], at: str) -> str:
@@ -219,13 +219,13 @@ def _address(source: dict[str, Any], at: str) -> str:
         return f"data:{_text(source, 'media_type', at)};base64,{_text(source, 'data', at)}"
     if source.get("type") == "url":
         return _text(source, "url", at)
-    raise FieldError(f"{at}.type", f"{at}.type is {source.get('type')!r:.80}", "send the image as base64")
+    raise _FieldError(f"{at}.type", f"{at}.type is {source.get('type')!r:.80}", "send the image as base64")
 
 
 def _text(block: Mapping[str, Any], name: str, at: str) -> str:
     value = block.get(name)
     if not isinstance(value, str):
-        raise FieldError(f"{at}.{name}", f"{at}.{name} is {value!r:.80}", "give a text")
+        raise _FieldError(f"{at}.{name}", f"{at}.{name} is {value!r:.80}", "give a text")
     return value
 
 
@@ -245,7 +245,7 @@ def _assistant(talk: Talk, place: str, content: Any) -> None:
             calls.append({"id": _text(block, "id", at), "type": "function", "function": call})
         elif kind != "redacted_thinking":
             known = "text, thinking, redacted_thinking or tool_use"
-            raise FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {known}")
+            raise _FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {known}")
     last = talk.messages[-1] if talk.messages else {}
     if last.get("role") == "assistant":
         last["content"] += said

@@ -36,7 +36,7 @@ from blockpress.serve import (
     page,
     responses,
 )
-from blockpress.serve.errors import RETRY_AFTER, FieldError, _ClientGone, _Refused, error_body, error_schema, status_of
+from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _FieldError, _Refused, error_body, error_schema, status_of
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import Service
@@ -104,11 +104,11 @@ async def _invalid(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return await _failed(http, FieldError("body", f"the body is not JSON: {first['ctx']['error']}", "send JSON"))
+        return await _failed(http, _FieldError("body", f"the body is not JSON: {first['ctx']['error']}", "send JSON"))
     place = [str(part) for part in first["loc"] if part != "body"]
     field = ".".join(place) or "body"
     given = "" if first["type"] == "missing" else f", and is {first.get('input')!r:.80}"
-    return await _failed(http, FieldError(field, f"{field}: {first['msg']}{given}", "docs/server.md lists the fields"))
+    return await _failed(http, _FieldError(field, f"{field}: {first['msg']}{given}", "docs/server.md lists the fields"))
 
 
 async def _http_error(http: Request, error: Exception) -> Response:

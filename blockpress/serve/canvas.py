@@ -25,7 +25,7 @@ from blockpress.config import Sampling
 from blockpress.decoding import Committed, Denoised, Done, Event, ReasoningDelta, Reply, Text
 from blockpress.errors import BlockpressError
 from blockpress.lm import LM
-from blockpress.serve.errors import FieldError, openai_error
+from blockpress.serve.errors import _FieldError, openai_error
 from blockpress.serve.fields import Count, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.frames import FrameDiffs
 from blockpress.serve.openai import Job, usage_of
@@ -70,14 +70,14 @@ def canvas_job(service: Service, body: CanvasBody) -> tuple[Job, list[dict[str, 
     refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
     sampling, mode = read_sampling(service, body, refusals)
     if not isinstance(sampling, Sampling):
-        raise FieldError("mode", "mode is 'autoregressive', which has no canvas", "ask /v1/completions or /v1/chat")
+        raise _FieldError("mode", "mode is 'autoregressive', which has no canvas", "ask /v1/completions or /v1/chat")
     if body.stream is False:
         refusals.refuse("stream", False, "a canvas is always a stream")
     asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "max_tokens": body.max_tokens}
     constraint = {"regex": body.regex, "choice": body.choice, "schema": body.schema_}
     asked |= {name: value for name, value in constraint.items() if value is not None}
     if (body.messages is None) == (body.prompt is None):
-        raise FieldError("messages", "a canvas needs messages or a prompt", "give one of them")
+        raise _FieldError("messages", "a canvas needs messages or a prompt", "give one of them")
     parts: dict[str, Any] = {"pins": body.pins, "draft": body.draft, "noise": body.noise}
     given = {name: value for name, value in parts.items() if value is not None}
     if body.messages is not None:

@@ -22,7 +22,7 @@ from pydantic import Field
 from blockpress.decoding import Cancel, Denoised, Done, Event, Reply, Text, TokenLogprob, Usage
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Count, Positive, Refusals, read_sampling, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.infill import begin_fill, filled
@@ -73,12 +73,12 @@ def completion_job(service: Service, body: CompletionBody) -> tuple[Job, list[Ec
     asked: dict[str, Any] = {"sampling": sampling, "mode": mode, "max_tokens": body.max_tokens, **constraint_of(body)}
     asked["logprobs"] = body.logprobs
     if body.max_tokens == 0 and not body.echo:
-        raise FieldError("max_tokens", "max_tokens is 0, and echo is not set", "ask for a token, or for an echo")
+        raise _FieldError("max_tokens", "max_tokens is 0, and echo is not set", "ask for a token, or for an echo")
     many = isinstance(body.prompt, list) and not all(isinstance(token, int) for token in body.prompt)
     prompts = list(body.prompt) if many else [body.prompt]
     if len(prompts) * count > service.options.max_choices:
         most = service.options.max_choices
-        raise FieldError("n", f"{len(prompts)} prompts with n of {count} ask for too many answers", f"at most {most}")
+        raise _FieldError("n", f"{len(prompts)} prompts with n of {count} ask for too many answers", f"at most {most}")
     requests: list[EngineRequest] = []
     echoes: list[Echo] = []
     for number, given in enumerate(prompts):
@@ -120,9 +120,9 @@ async def completions(body: CompletionBody, http: Request) -> Response:
 async def _between(service: Service, body: CompletionBody, suffix: str, http: Request) -> Response:
     """A completion with a suffix: what stands between the two."""
     if not isinstance(body.prompt, str):
-        raise FieldError("prompt", "prompt is not one text, and there is a suffix", "send one text")
+        raise _FieldError("prompt", "prompt is not one text, and there is a suffix", "send one text")
     if body.logprobs is not None:
-        raise FieldError("logprobs", "logprobs are given with a suffix", "leave one of them out")
+        raise _FieldError("logprobs", "logprobs are given with a suffix", "leave one of them out")
     running, job = await begin_fill(service, body, body.prompt, suffix, body.max_tokens)
     job.object = "text_completion"
     echoes = [Echo(body.prompt) if body.echo else Echo()] * (body.n or 1)

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from blockpress.decide.wire import DecisionRequest, format_decisions, format_systemone, parse_decisions, parse_systemone
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Refusals
 from blockpress.serve.prompts import plain_messages
 from blockpress.serve.service import Service
@@ -81,9 +81,9 @@ async def _object(http: Request) -> dict[str, Any]:
     try:
         body = json.loads(await http.body())
     except ValueError as error:
-        raise FieldError("body", f"the body is not JSON: {error}", "send a JSON object") from error
+        raise _FieldError("body", f"the body is not JSON: {error}", "send a JSON object") from error
     if not isinstance(body, dict):
-        raise FieldError("body", f"the body is {body!r:.80}", "send a JSON object")
+        raise _FieldError("body", f"the body is {body!r:.80}", "send a JSON object")
     return body
 
 

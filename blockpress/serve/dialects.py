@@ -23,7 +23,7 @@ from blockpress.chat import ToolCall
 from blockpress.decoding import Done, Event, MalformedToolCallEvent, ReasoningDelta, Reply, Text, ToolCallEvent
 from blockpress.errors import BlockpressError
 from blockpress.lm.arguments import Mode
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Refusals
 from blockpress.serve.openai import Job, chat_job
 from blockpress.serve.openai_types import ChatBody
@@ -93,7 +93,7 @@ def dialect_job(service: Service, body: DialectBody, talk: Talk, refusals: Refus
         job = chat_job(service, ChatBody(messages=talk.messages, **{**shared, **asked}))
     except BlockpressError as error:
         error.message, error.hint = talk.told(error.message), talk.told(error.hint)
-        if isinstance(error, FieldError):
+        if isinstance(error, _FieldError):
             error.field = talk.told(error.field)
         raise
     job.warnings = [*refusals.warnings, *map(talk.told, job.warnings)]

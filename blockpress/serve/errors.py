@@ -11,7 +11,7 @@ RETRY_AFTER = 1
 """Seconds after which a refused client may ask again."""
 
 
-class FieldError(RequestError):
+class _FieldError(RequestError):
     """A field of a body that is wrong or cannot be honoured; `field` is its name."""
 
     def __init__(self, field: str, message: str, hint: str) -> None:
@@ -19,7 +19,7 @@ class FieldError(RequestError):
         self.field = field
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FieldError, (self.field, self.message, self.hint)
+        return _FieldError, (self.field, self.message, self.hint)
 
 
 class _Refused(BlockpressError):

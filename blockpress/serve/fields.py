@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.lm.arguments import AnySampling, Mode, check_mode
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.service import Service
 
 RELEASE = 2
@@ -93,7 +93,7 @@ class Refusals:
     def refuse(self, name: str, value: object, why: str) -> None:
         """Raises RequestError: the field is not honoured, and the client is not lenient."""
         if not self.lenient:
-            raise FieldError(name, f"{name} is {value!r:.200}: {why}", "leave it out, or send lenient: true")
+            raise _FieldError(name, f"{name} is {value!r:.200}: {why}", "leave it out, or send lenient: true")
         self.warnings.append(f"{name} is ignored: {why}")
 
 
@@ -130,7 +130,7 @@ def check_extras(body: Fields, refusals: Refusals) -> None:
     """Refuse the known fields that are not honoured; unknown ones are passed over, as OpenAI does.
 
     Raises:
-        FieldError: one is given, and the client is not lenient.
+        _FieldError: one is given, and the client is not lenient.
     """
     for name, value in (body.model_extra or {}).items():
         if name.startswith("guided_") and value is not None:
@@ -140,7 +140,7 @@ def check_extras(body: Fields, refusals: Refusals) -> None:
 
 
 def diffusion_of(body: SamplingFields, refusals: Refusals) -> dict[str, Any]:
-    """The settings of the sampler that a body gives, by whichever name. Raises FieldError: one that is not known."""
+    """The settings of the sampler that a body gives, by whichever name. Raises _FieldError: one that is not known."""
     given = {} if body.diffusion is None else body.diffusion.model_dump(exclude_none=True, exclude={"frames"})
     extra = body.model_extra or {}
     others = {**(extra.get("vllm_xargs") or {}), **{name: extra[name] for name in XARGS if name in extra}}
@@ -148,7 +148,7 @@ def diffusion_of(body: SamplingFields, refusals: Refusals) -> dict[str, Any]:
         if name not in XARGS:
             refusals.refuse(f"vllm_xargs.{name}", value, f"known are {', '.join(XARGS)}")
         elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FieldError(name, f"{name} is {value!r:.80}", "give a whole number of at least 1")
+            raise _FieldError(name, f"{name} is {value!r:.80}", "give a whole number of at least 1")
         else:
             given.setdefault(XARGS[name], value)
     return given

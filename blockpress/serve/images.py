@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.options import ServeOptions
 
 SECONDS = 10.0
@@ -26,11 +26,11 @@ def fetched(address: str, field: str, options: ServeOptions) -> str:
     """An image at an http or https address, as a `data:` address.
 
     Raises:
-        FieldError: the server fetches none, the address is not public, or there is no image.
+        _FieldError: the server fetches none, the address is not public, or there is no image.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not options.fetch_images:
-        raise FieldError(
+        raise _FieldError(
             field,
             f"{field} is {address!r:.80}, and this server fetches no images",
             "send it as data:image/png;base64,..., or start the server with --fetch-images",
@@ -42,7 +42,7 @@ def fetched(address: str, field: str, options: ServeOptions) -> str:
         address = urljoin(address, headers.get("location", ""))
     kind = headers.get("content-type", "").partition(";")[0].strip()
     if status != 200 or not kind.startswith("image/"):
-        raise FieldError(field, f"{field}: {address!r:.80} gave status {status}, {kind!r}", "give an image")
+        raise _FieldError(field, f"{field}: {address!r:.80} gave status {status}, {kind!r}", "give an image")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -53,10 +53,10 @@ def _get(address: str, field: str, options: ServeOptions) -> tuple[int, httpx.He
         port = parts.port or (443 if parts.scheme == "https" else 80)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise FieldError(field, f"{field}: {host!r:.80} cannot be resolved: {error}", "check the address") from error
+        raise _FieldError(field, f"{field}: {host!r:.80} cannot be resolved: {error}", "check the address") from error
     ips = [ipaddress.ip_address(entry[4][0]) for entry in found]
     if parts.scheme not in ("http", "https") or not ips or not all(ip.is_global and not ip.is_multicast for ip in ips):
-        raise FieldError(field, f"{field}: {host!r:.80} is not a public address", "send the image as data:")
+        raise _FieldError(field, f"{field}: {host!r:.80} is not a public address", "send the image as data:")
     ip = f"[{ips[0]}]" if ips[0].version == 6 else str(ips[0])
     target = parts._replace(netloc=f"{ip}:{port}").geturl()
     try:
@@ -73,7 +73,7 @@ def _get(address: str, field: str, options: ServeOptions) -> tuple[int, httpx.He
             for chunk in answer.iter_bytes():
                 content += chunk
                 if len(content) > options.max_body:
-                    raise FieldError(field, f"{field} has more than {options.max_body} bytes", "send a smaller image")
+                    raise _FieldError(field, f"{field} has more than {options.max_body} bytes", "send a smaller image")
             return answer.status_code, answer.headers, bytes(content)
     except httpx.HTTPError as error:
-        raise FieldError(field, f"{field}: {address!r:.80} cannot be fetched: {error}", "check the address") from error
+        raise _FieldError(field, f"{field}: {address!r:.80} cannot be fetched: {error}", "check the address") from error

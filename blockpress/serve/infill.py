@@ -21,7 +21,7 @@ from pydantic import Field
 from blockpress.config import Sampling
 from blockpress.decoding import Done, Reply, Text
 from blockpress.lm.arguments import AnySampling
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Count, Fields, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.openai import FINISH, Job, answered, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
@@ -67,10 +67,10 @@ class EditBody(ConstrainedFields):
 
 
 def hole_sampling(service: Service, body: SamplingFields, refusals: Refusals) -> AnySampling:
-    """The sampling of a hole, which needs a canvas. Raises FieldError: another mode, or stop texts."""
+    """The sampling of a hole, which needs a canvas. Raises _FieldError: another mode, or stop texts."""
     sampling, _ = read_sampling(service, body, refusals)
     if not isinstance(sampling, Sampling):
-        raise FieldError("mode", f"mode is {body.mode!r}, which fills no holes", "leave it out")
+        raise _FieldError("mode", f"mode is {body.mode!r}, which fills no holes", "leave it out")
     if sampling.stop:
         refusals.refuse("stop", list(sampling.stop), "a hole ends where the text after it begins")
     return sampling.with_(stop=(), release=0)

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import model_validator
 
 from blockpress import __version__
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Refusals
 from blockpress.serve.page import solves_sudoku
 from blockpress.serve.prompts import chat_requests, has_template
@@ -93,7 +93,7 @@ async def tokenizer_info(http: Request) -> dict[str, Any]:
     service = _service(http)
     tokenizer = service.lm.tokenizer
     if tokenizer is None:
-        raise FieldError("model", "the model has no tokenizer", "send token ids")
+        raise _FieldError("model", "the model has no tokenizer", "send token ids")
     ends = service.lm.generation.stop_ids[:1] if tokenizer.eos is None else (tokenizer.eos,)
     first = service.lm.config.bos_id if tokenizer.bos is None else tokenizer.bos
     ids = {"bos_token": first, "eos_token": next(iter(ends), None)}
@@ -113,7 +113,7 @@ async def tokenize(body: TokenizeBody, http: Request) -> dict[str, Any]:
     service.check_model(body.model)
     lm = service.lm
     if lm.tokenizer is None:
-        raise FieldError("model", "the model has no tokenizer", "send token ids")
+        raise _FieldError("model", "the model has no tokenizer", "send token ids")
     text = body.prompt if body.prompt is not None else body.content
     if text is not None:
         ids = lm.tokenizer.encode(text, add_special=body.add_special_tokens)

@@ -14,7 +14,7 @@ from pydantic import Field
 from blockpress.lm.arguments import Mode
 from blockpress.serve.completions import CompletionBody, completion_job
 from blockpress.serve.dialects import DialectBody, Talk, dialect_job, lenience
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Positive, Refusals
 from blockpress.serve.openai import Job
 from blockpress.serve.openai_types import ConstrainedFields
@@ -165,7 +165,7 @@ def _form(form: str | dict[str, Any] | None) -> dict[str, Any] | None:
     if isinstance(form, dict):
         return {"type": "json_schema", "json_schema": {"schema": form}}
     if form not in (None, "", "json"):
-        raise FieldError("format", f"format is {form!r:.80}", "give json or a JSON schema")
+        raise _FieldError("format", f"format is {form!r:.80}", "give json or a JSON schema")
     return {"type": "json_object"} if form else None
 
 
@@ -179,7 +179,7 @@ def _talk(body: OllamaChatBody) -> Talk:
         at, role = f"messages[{number}]", message.get("role")
         said = message.get("content") or ""
         if not isinstance(said, str):
-            raise FieldError(f"{at}.content", f"{at}.content is {said!r:.80}", "give a text; images have a field")
+            raise _FieldError(f"{at}.content", f"{at}.content is {said!r:.80}", "give a text; images have a field")
         content = _shown(said, message.get("images"), f"{at}.images")
         if role == "tool":
             called = message.get("tool_name") or message.get("name")
@@ -191,14 +191,14 @@ def _talk(body: OllamaChatBody) -> Talk:
         elif role in ("user", "system", "developer"):
             talk.add(at, role, content)
         else:
-            raise FieldError(f"{at}.role", f"{at}.role is {role!r:.80}", "give system, user, assistant or tool")
+            raise _FieldError(f"{at}.role", f"{at}.role is {role!r:.80}", "give system, user, assistant or tool")
     return talk
 
 
 def _call(call: Any, at: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise FieldError(f"{at}.function", f"{at}.function is {function!r:.80}", "give a name and arguments")
+        raise _FieldError(f"{at}.function", f"{at}.function is {function!r:.80}", "give a name and arguments")
     plain = {"name": function.get("name"), "arguments": function.get("arguments")}
     return {"type": "function", "function": plain, **({"id": call["id"]} if call.get("id") else {})}
 
@@ -208,6 +208,6 @@ def _shown(text: Any, images: Sequence[Any] | None, at: str) -> Any:
     if not images:
         return text
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise FieldError(at, f"{at} is {images!r:.80}", "give a list of images as base64")
+        raise _FieldError(at, f"{at} is {images!r:.80}", "give a list of images as base64")
     shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
     return [*shown, *([{"type": "text", "text": text}] if text else [])]

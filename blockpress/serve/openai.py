@@ -29,7 +29,7 @@ from blockpress.decoding import (
 )
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Refusals, read_sampling, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
@@ -73,7 +73,7 @@ def chat_job(service: Service, body: ChatBody) -> Job:
     if body.logprobs:
         asked["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
-        raise FieldError("top_logprobs", "top_logprobs is given without logprobs", "set logprobs to true")
+        raise _FieldError("top_logprobs", "top_logprobs is given without logprobs", "set logprobs to true")
     asked |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
     draft: Sequence[int] = ()
     if body.prediction is not None and body.prediction.text:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Positive, Refusals, SamplingFields
 
 BUDGETS = {"minimal": 256, "low": 1024, "medium": 4096}
@@ -85,7 +85,7 @@ class ChatBody(ConstrainedFields):
 
 
 def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
-    """The constraint that a body asks for, as an argument of `LM.generate`. Raises FieldError: a form without it."""
+    """The constraint that a body asks for, as an argument of `LM.generate`. Raises _FieldError: a form without it."""
     form, outputs = body.response_format, body.structured_outputs
     if outputs is not None:
         return _structured(outputs)
@@ -96,11 +96,11 @@ def constraint_of(body: ConstrainedFields) -> dict[str, Any]:
     if form.type == "json_schema":
         if form.json_schema is None or form.json_schema.schema_ is None:
             place = "response_format.json_schema.schema"
-            raise FieldError(place, "response_format has no schema", f"add {place}")
+            raise _FieldError(place, "response_format has no schema", f"add {place}")
         return {"schema": form.json_schema.schema_}
     value = (form.model_extra or {}).get(form.type)
     if value is None:
-        raise FieldError(f"response_format.{form.type}", f"response_format has no {form.type}", f"add {form.type}")
+        raise _FieldError(f"response_format.{form.type}", f"response_format has no {form.type}", f"add {form.type}")
     return {form.type: value}
 
 
@@ -108,7 +108,7 @@ def _structured(outputs: StructuredOutputs) -> dict[str, Any]:
     for name, value in (outputs.model_extra or {}).items():
         if value not in (None, False):
             at = f"structured_outputs.{name}"
-            raise FieldError(at, f"{at} is {value!r:.80}", "give json, json_object, regex or choice alone")
+            raise _FieldError(at, f"{at} is {value!r:.80}", "give json, json_object, regex or choice alone")
     given = outputs.model_dump(exclude_none=True, exclude=set(outputs.model_extra or ()))
     if given.pop("json_object", False):
         given.setdefault("json_", {"type": "object"})
@@ -118,7 +118,7 @@ def _structured(outputs: StructuredOutputs) -> dict[str, Any]:
             given["schema"] = json.loads(schema) if isinstance(schema, str) else schema
         except (ValueError, RecursionError) as error:
             at = "structured_outputs.json"
-            raise FieldError(at, f"{at} is not JSON: {error}", "give a JSON schema, or its text") from error
+            raise _FieldError(at, f"{at} is not JSON: {error}", "give a JSON schema, or its text") from error
     return given
 
 

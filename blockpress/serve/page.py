@@ -23,7 +23,7 @@ from starlette.types import Scope
 from blockpress import sudoku
 from blockpress.errors import PuzzleError, TextError
 from blockpress.lm import LM
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import MOST_SEED
 from blockpress.serve.service import Service
 
@@ -74,12 +74,12 @@ async def puzzle(
     """A puzzle with one solution: 81 digits, row by row, 0 a blank. The same one for the same seed and givens."""
     service: Service = http.app.state.service
     if not solves_sudoku(service.lm):
-        raise FieldError("model", f"{service.name} does not solve puzzles", "serve sudoku-nano")
+        raise _FieldError("model", f"{service.name} does not solve puzzles", "serve sudoku-nano")
     number = random.getrandbits(32) if seed is None else seed
     try:
         made = await service.build(lambda: sudoku.generate_puzzle(number, givens))
     except PuzzleError as error:
-        raise FieldError("givens", error.message, error.hint or "") from error
+        raise _FieldError("givens", error.message, error.hint or "") from error
     return {"puzzle": made.puzzle, "givens": made.givens, "seed": number}
 
 

@@ -14,7 +14,7 @@ from blockpress import sudoku
 from blockpress.engine import Request
 from blockpress.errors import PuzzleError, TextError
 from blockpress.lm import LM
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Refusals
 from blockpress.serve.images import fetched
 from blockpress.serve.options import ServeOptions
@@ -57,12 +57,12 @@ def last_text(lm: LM, messages: Sequence[Mapping[str, Any]]) -> str:
     """
     texts = [_text(message.get("content")) for message in messages if message.get("role") in ("user", "developer")]
     if not texts or not texts[-1].strip():
-        raise FieldError("messages", "messages has no text of a user", "add a message of role user with a text")
+        raise _FieldError("messages", "messages has no text of a user", "add a message of role user with a text")
     return puzzle_or_text(lm, texts[-1])
 
 
 def puzzle_or_text(lm: LM, text: str) -> str:
-    """The text, or the Sudoku in it where the model has no tokens for the rest. Raises FieldError: neither."""
+    """The text, or the Sudoku in it where the model has no tokens for the rest. Raises _FieldError: neither."""
     try:
         lm.encode(text)
         return text
@@ -71,7 +71,7 @@ def puzzle_or_text(lm: LM, text: str) -> str:
         try:
             return sudoku.layout(sudoku.parse_puzzle(found[0] if found else text))
         except PuzzleError:
-            raise FieldError("messages", f"the prompt cannot be read: {error.message}", error.hint) from error
+            raise _FieldError("messages", f"the prompt cannot be read: {error.message}", error.hint) from error
 
 
 def plain_messages(
@@ -88,7 +88,7 @@ def plain_messages(
                 if value not in (None, "", {}, []) and key in ("name", "refusal", "audio", "function_call"):
                     refusals.warnings.append(f"messages[{number}].{key} is not shown to the model")
         if kept.get("role") == "function":
-            raise FieldError(f"messages[{number}].role", "the role function is no longer used", "use role tool")
+            raise _FieldError(f"messages[{number}].role", "the role function is no longer used", "use role tool")
         content = kept.get("content")
         if isinstance(content, list):
             kept["content"] = [
@@ -98,7 +98,7 @@ def plain_messages(
             images += sum(kind in ("image_url", "video_url") for kind in shown)
         plain.append(kept)
     if images > options.max_images:
-        raise FieldError("messages", f"messages have {images} images", f"send at most {options.max_images}")
+        raise _FieldError("messages", f"messages have {images} images", f"send at most {options.max_images}")
     return plain
 
 
@@ -117,7 +117,7 @@ def _part(part: Any, at: str, options: ServeOptions) -> Any:
     source = part.get(field)
     address = source.get("url") if isinstance(source, Mapping) else source
     if not isinstance(address, str):
-        raise FieldError(f"{at}.{field}", f"{at}.{field} has no address", "give data:image/png;base64,...")
+        raise _FieldError(f"{at}.{field}", f"{at}.{field} has no address", "give data:image/png;base64,...")
     if not _DATA.match(address[:100]):
         address = fetched(address, f"{at}.{field}", options)
     plural = _IMAGE_KEYS[field]
@@ -137,4 +137,4 @@ def prompt_of(lm: LM, prompt: Any, field: str) -> str | list[int]:
         return puzzle_or_text(lm, prompt)
     if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
         return prompt
-    raise FieldError(field, f"{field} is {prompt!r:.80}", "give a text or a list of token ids")
+    raise _FieldError(field, f"{field} is {prompt!r:.80}", "give a text or a list of token ids")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from blockpress.serve.dialects import DialectBody, Talk, dialect_job, joined_content, lenience
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Positive, Refusals
 from blockpress.serve.openai import Job
 from blockpress.serve.service import Service
@@ -98,11 +98,11 @@ def _form(form: dict[str, Any] | None) -> dict[str, Any] | None:
     if kind == "json_schema":
         assert form is not None
         if not isinstance(form.get("schema"), dict):
-            raise FieldError("text.format.schema", "text.format.schema is missing", "add text.format.schema")
+            raise _FieldError("text.format.schema", "text.format.schema is missing", "add text.format.schema")
         return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
     if kind not in ("text", "json_object"):
         known = "give text, json_object or json_schema"
-        raise FieldError("text.format.type", f"text.format.type is {kind!r:.80}", known)
+        raise _FieldError("text.format.type", f"text.format.type is {kind!r:.80}", known)
     return {"type": kind}
 
 
@@ -149,7 +149,7 @@ def _talk(body: ResponsesBody) -> Talk:
     for number, item in enumerate(body.input):
         _item(talk, item, f"input[{number}]")
     if talk.messages and talk.messages[-1]["role"] == "assistant" and not talk.messages[-1].get("tool_calls"):
-        raise FieldError("input", "input ends with the model's", "end with a user's message: an answer begins a turn")
+        raise _FieldError("input", "input ends with the model's", "end with a user's message: an answer begins a turn")
     return talk
 
 
@@ -169,13 +169,13 @@ def _item(talk: Talk, item: dict[str, Any], at: str) -> None:
         talk.add(at, "tool", content, tool_call_id=item.get("call_id"))
     else:
         known = "message, reasoning, function_call, function_call_output, custom_tool_call, custom_tool_call_output"
-        raise FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {known}")
+        raise _FieldError(f"{at}.type", f"{at}.type is {kind!r:.80}", f"it may be {known}")
 
 
 def _message(talk: Talk, item: dict[str, Any], at: str) -> None:
     role, content = item.get("role"), item.get("content")
     if role not in ("user", "assistant", "system", "developer"):
-        raise FieldError(f"{at}.role", f"{at}.role is {role!r:.80}", "give user, assistant, system or developer")
+        raise _FieldError(f"{at}.role", f"{at}.role is {role!r:.80}", "give user, assistant, system or developer")
     shown = content if isinstance(content, str) else joined_content(_content(content, f"{at}.content"))
     if role == "assistant":
         _own(talk, at, content=shown if isinstance(shown, str) else "".join(part.get("text", "") for part in shown))
@@ -216,7 +216,7 @@ def sealed(thought: str) -> str:
 
 def _content(content: Any, at: str) -> list[dict[str, Any]]:
     if not isinstance(content, list):
-        raise FieldError(at, f"{at} is {content!r:.80}", "give a text or a list of parts")
+        raise _FieldError(at, f"{at} is {content!r:.80}", "give a text or a list of parts")
     return [_part(part, f"{at}[{number}]") for number, part in enumerate(content)]
 
 
@@ -228,4 +228,4 @@ def _part(part: Any, at: str) -> dict[str, Any]:
     if kind == "input_image" and isinstance(part.get("image_url"), str):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     known = "input_text, output_text, refusal with a text, or input_image with an image_url"
-    raise FieldError(at, f"{at} is {part!r:.80}", f"it may be {known}")
+    raise _FieldError(at, f"{at} is {part!r:.80}", f"it may be {known}")

@@ -89,6 +89,8 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "t_max": 0.9,
         "stability": 2,
         "confidence": 0.1,
+        "release": 0,
+        "greedy": False,
         "max_verifications": 2,
         "max_repairs": 0,
         "repair_below": 0.02,

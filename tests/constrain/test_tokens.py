@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from blockpress.constrain.automaton import DEAD
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
 from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
+from blockpress.errors import RequestError
 
 PIECES = st.lists(
     st.one_of(st.none(), st.binary(max_size=4), st.text("abcé", min_size=1, max_size=4).map(str.encode)), max_size=30
@@ -91,3 +93,11 @@ def test_stop_ids_end_a_text_and_only_more_of_them_follow() -> None:
 def test_a_vocabulary_that_cannot_write_a_text_is_far_from_its_end() -> None:
     assert lift(compile_expression(parse_regex("x")), TokenBytes([b"a", b"b"])).distance[0] == FAR
     assert lift(compile_expression(parse_regex("x")), TokenBytes([])).distance[0] == FAR
+
+
+def test_a_shape_of_too_many_edges_is_refused_before_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    automaton, vocabulary = compile_expression(parse_regex("[ab]{9}")), TokenBytes([b"a", b"b", b"ab"])
+    lift(automaton, vocabulary)
+    monkeypatch.setattr("blockpress.constrain.tokens.MAX_EDGES", 10)
+    with pytest.raises(RequestError, match="more than 10 edges over tokens"):
+        lift(automaton, vocabulary)

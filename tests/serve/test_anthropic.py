@@ -292,7 +292,7 @@ def test_documents_and_search_results_are_text(client: anthropic.Anthropic):
         ({"stop_sequences": [""]}, "stop_sequences"),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": {"type": 3}}}},
-            "output_config.format.schema.type",
+            "#/type is 3",
         ),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, "prompt is too long"),
         ({"mcp_servers": [{"type": "url", "name": "a", "url": "b"}]}, "mcp_servers"),

@@ -18,7 +18,7 @@ import blockpress
 from blockpress.errors import RequestError
 from blockpress.serve import ServeOptions
 from blockpress.serve import images as by_address
-from blockpress.serve.errors import FieldError
+from blockpress.serve.errors import _FieldError
 from tests.builders.server import Served
 from tests.serve.conftest import Serve
 
@@ -109,7 +109,8 @@ def test_more_streams_than_allowed_are_refused_until_some_end(strict: Served) ->
         url = f"{strict.url}/v1/chat/completions"
         with client.stream("POST", url, json=body) as one, client.stream("POST", url, json=body) as two:
             assert one.status_code == two.status_code == 200
-            next(one.iter_raw()), next(two.iter_raw())
+            reading = one.iter_raw(), two.iter_raw()  # a reader that is dropped closes its connection
+            assert all(next(each) for each in reading)
             third = client.post(url, json=BODY)
             assert third.status_code == 429, third.text
             assert third.headers["retry-after"] == "1"
@@ -176,7 +177,7 @@ def test_a_name_that_leads_to_a_private_network_is_not_fetched(address: str, mon
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     monkeypatch.setattr(by_address.socket, "getaddrinfo", lambda *_, **__: [(family, 1, 6, "", (address, 80))])
     monkeypatch.setattr(by_address.httpx, "Client", lambda **_: pytest.fail("a packet would leave"))
-    with pytest.raises(FieldError, match="not a public address"):
+    with pytest.raises(_FieldError, match="not a public address"):
         by_address.fetched("https://pictures.example/a.png", "messages[0]", FETCHES)
 
 
@@ -211,9 +212,9 @@ def test_an_image_is_fetched_from_what_its_name_was_checked_for(monkeypatch: pyt
     assert network.asked[0].headers["host"] == "pictures.example"
     assert network.asked[0].extensions["sni_hostname"] == "pictures.example"
     assert fetch("https://pictures.example/go", "/b.png")[0] == found
-    with pytest.raises(FieldError, match="not a public address"):
+    with pytest.raises(_FieldError, match="not a public address"):
         fetch("https://pictures.example/go", "http://inside.example/")
-    with pytest.raises(FieldError, match="gave status 302"):
+    with pytest.raises(_FieldError, match="gave status 302"):
         fetch("https://pictures.example/go", "/go")
 
 

@@ -228,7 +228,7 @@ def test_log_probabilities_come_with_the_text(random: Served):
         ),
         ("chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ("chat", {"format": "xml"}, "format"),
-        ("chat", {"format": {"type": 3}}, "format.type"),
+        ("chat", {"format": {"type": 3}}, "#/type is 3"),
         ("chat", {"think": "never"}, "think"),
         ("chat", {"options": {"temperature": -1}}, "options.temperature"),
         ("chat", {"options": {"top_k": 40}}, "options.top_k"),
