@@ -15,6 +15,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
@@ -33,6 +34,9 @@ from blockpress.ops.computing import PATIENCE
 Deliver = Callable[[Event | BlockpressError], None]
 """Receives a request's events, on the worker's thread; an error is the last thing that it receives. All requests wait
 for it meanwhile; if it raises, whatever that is, its request is cancelled."""
+
+LAST_EVENTS = 0.2
+"""Seconds at the end of the process for readers of answers that were cut."""
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +261,11 @@ _engines = WeakSet[ThreadedEngine]()
 
 def _close_all() -> None:
     """At the end of the process: Python would end a thread inside of C++, which aborts."""
+    answering = any(engine.core.busy for engine in list(_engines))
     for engine in list(_engines):
         engine._close(PATIENCE)
+    if answering:  # daemon threads that read take their last events, whose tensors are freed in C++
+        time.sleep(LAST_EVENTS)
 
 
 atexit.register(_close_all)
