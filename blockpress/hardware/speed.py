@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -97,10 +98,11 @@ def _rates_of_any_threads() -> Rates:
     """The measured rates; without torch imported, those that another number of threads had count, too."""
     if "torch" not in sys.modules:
         conditions = _conditions(version("torch"))
-        for file in sorted((cache_folder() / "hardware").glob("*.json")):
-            key = _stored_key(file)
-            if key is not None and conditions.items() <= json.loads(key).items() and (stored := _read(key)) is not None:
-                return stored
+        with suppress(OSError):  # there is no folder for caches
+            for file in sorted((cache_folder() / "hardware").glob("*.json")):
+                stored = _load(file)
+                if stored is not None and conditions.items() <= json.loads(stored[0]).items():
+                    return stored[1]
     return rates()
 
 
@@ -119,24 +121,23 @@ def _file(key: str) -> Path:
 
 def _read(key: str) -> Rates | None:
     """The stored rates; None where the file is missing, damaged, or another machine's."""
+    with suppress(OSError):  # there is no folder for caches
+        stored = _load(_file(key))
+        return stored[1] if stored is not None and stored[0] == key else None
+    return None
+
+
+def _load(file: Path) -> tuple[str, Rates] | None:
+    """The key and the rates of a file; None where it is missing or damaged."""
     try:
-        data: Any = json.loads(_file(key).read_text(encoding="utf-8"))
-        result = Rates(products=data["products"], reading=data["reading"])
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        key, result = data["key"], Rates(products=data["products"], reading=data["reading"])
         figures = [result.reading, *(rate for shapes in result.products.values() for rate in shapes.values())]
-        good = data["key"] == key and data["sum"] == _sum(key, result)
+        good = data["sum"] == _sum(key, result) and isinstance(json.loads(key), dict)
         good = good and all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return result if good else None
-
-
-def _stored_key(file: Path) -> str | None:
-    """The key that a stored file names; None where it cannot be read."""
-    try:
-        key: Any = json.loads(file.read_text(encoding="utf-8"))["key"]
-        return key if isinstance(json.loads(key), dict) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return (key, result) if good else None
 
 
 def _sum(key: str, measured: Rates) -> str:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from blockpress.serve.dialects import DialectBody, Talk, as_json, dialect_job, joined_content, lenience
+from blockpress.serve.dialects import DialectBody, Talk, as_json, dialect_job, joined_content
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Positive, Refusals
 from blockpress.serve.openai import Job
@@ -65,7 +65,7 @@ class MessagesBody(CountBody):
 
 def messages_job(service: Service, body: CountBody) -> Job:
     """Check a body, and make its requests. Raises BlockpressError: whatever is wrong with it, in its own words."""
-    refusals = lenience(service, body)
+    refusals = Refusals.of(service, body.lenient)
     for name, (neutral, why) in REFUSED.items():
         value = (body.model_extra or {}).get(name)
         if value is not None and value not in neutral:

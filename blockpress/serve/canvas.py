@@ -67,7 +67,7 @@ def canvas_job(service: Service, body: CanvasBody) -> tuple[Job, list[dict[str, 
         BlockpressError: whatever is wrong with it.
     """
     service.check_model(body.model)
-    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
+    refusals = Refusals.of(service, body.lenient)
     sampling, mode = read_sampling(service, body, refusals)
     if not isinstance(sampling, Sampling):
         raise _FieldError("mode", "mode is 'autoregressive', which has no canvas", "ask /v1/completions or /v1/chat")
@@ -114,7 +114,9 @@ async def canvas(body: CanvasBody, http: Request) -> Response:
     """An answer as a stream of named server-sent events, with every step of its canvases."""
     service: Service = http.app.state.service
     job, starts = await service.build(lambda: canvas_job(service, body))
-    return event_stream(http, canvas_events(service, job, starts, service.begin(job.requests)), _failed)
+    return event_stream(
+        http, canvas_events(service, job, starts, service.begin(job.requests, steps=job.frames)), _failed
+    )
 
 
 def _failed(error: BlockpressError) -> ServerSentEvent:

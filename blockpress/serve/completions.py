@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +22,9 @@ from blockpress.decoding import Cancel, Denoised, Done, Event, Reply, Text, Toke
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Count, Positive, Refusals, read_sampling, seeds
+from blockpress.serve.fields import Count, Positive, Refusals, has_frames, read_sampling, seeds
 from blockpress.serve.frames import frame
-from blockpress.serve.infill import begin_fill, filled
+from blockpress.serve.infill import begin_fill
 from blockpress.serve.openai import FINISH, Job, answered, token_logprob, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
 from blockpress.serve.prompts import prompt_of
@@ -65,7 +64,7 @@ def completion_job(service: Service, body: CompletionBody) -> tuple[Job, list[Ec
         BlockpressError: whatever is wrong with it.
     """
     service.check_model(body.model)
-    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
+    refusals = Refusals.of(service, body.lenient)
     sampling, mode = read_sampling(service, body, refusals)
     count = body.n or 1
     if body.best_of is not None and body.best_of != count:
@@ -87,16 +86,8 @@ def completion_job(service: Service, body: CompletionBody) -> tuple[Job, list[Ec
         requests += made if body.max_tokens != 0 else ()
         text = given if isinstance(given, str) else service.lm.decode(given)  # type: ignore[arg-type]
         echoes += [Echo(text, made[0].row.prompt) if body.echo else Echo()] * count
-    job = Job(
-        requests=requests,
-        id=f"cmpl-{uuid.uuid4().hex}",
-        object="text_completion",
-        model=service.name,
-        warnings=refusals.warnings,
-        frames=body.diffusion is not None and body.diffusion.frames,
-        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
-    )
-    return job, echoes
+    how = {"requests": requests, "frames": has_frames(body)}
+    return Job.of(service, body, refusals, "cmpl", "text_completion", **how), echoes
 
 
 @router.post("/v1/completions", response_model=None)
@@ -110,9 +101,11 @@ async def completions(body: CompletionBody, http: Request) -> Response:
         score = partial(_scored, service.lm, echoes, body.n or 1, body.logprobs)
         echoes = await service.build_unless_gone(score, http)
     if body.stream:
-        running = service.begin(job.requests) if job.requests else None
+        running = service.begin(job.requests, steps=job.frames) if job.requests else None
         return event_stream(http, completion_chunks(service, job, running, echoes))
-    replies = await service.replies(job.requests, http) if job.requests else [_no_answer(echo) for echo in echoes]
+    replies = [_no_answer(echo) for echo in echoes]
+    if job.requests:
+        replies = await service.begin(job.requests).replies(http)
     choices = [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)]
     return answered(job, choices, replies)
 
@@ -123,12 +116,11 @@ async def _between(service: Service, body: CompletionBody, suffix: str, http: Re
         raise _FieldError("prompt", "prompt is not one text, and there is a suffix", "send one text")
     if body.logprobs is not None:
         raise _FieldError("logprobs", "logprobs are given with a suffix", "leave one of them out")
-    running, job = await begin_fill(service, body, body.prompt, suffix, body.max_tokens)
-    job.object = "text_completion"
+    running, job = await begin_fill(service, body, body.prompt, suffix, body.max_tokens, "text_completion")
     echoes = [Echo(body.prompt) if body.echo else Echo()] * (body.n or 1)
     if body.stream:
         return event_stream(http, completion_chunks(service, job, running, echoes))
-    replies = await filled(running, http)
+    replies = await running.replies(http)
     return answered(job, [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)], replies)
 
 

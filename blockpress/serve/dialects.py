@@ -77,11 +77,6 @@ class Talk:
         return text
 
 
-def lenience(service: Service, body: DialectBody) -> Refusals:
-    """Where a dialect refuses the fields that it alone has."""
-    return Refusals(service.options.lenient if body.lenient is None else body.lenient)
-
-
 def dialect_job(service: Service, body: DialectBody, talk: Talk, refusals: Refusals, **asked: Any) -> Job:
     """The job of a chat. asked: further fields of `ChatBody`.
 

@@ -15,13 +15,13 @@ Invariant: a field is honoured, known to have no meaning here, or refused by nam
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from blockpress.config import AutoregressiveSampling, Sampling
-from blockpress.lm.arguments import AnySampling, Mode, check_mode
+from blockpress.lm.arguments import AnySampling, Mode, check_mode, check_sampling
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.service import Service
 
@@ -89,6 +89,11 @@ class Refusals:
 
     def __init__(self, lenient: bool) -> None:
         self.lenient, self.warnings = lenient, list[str]()
+
+    @classmethod
+    def of(cls, service: Service, lenient: bool | None) -> Refusals:
+        """As a body asks; None: as the server's options do."""
+        return cls(service.options.lenient if lenient is None else lenient)
 
     def refuse(self, name: str, value: object, why: str) -> None:
         """Raises RequestError: the field is not honoured, and the client is not lenient."""
@@ -174,16 +179,11 @@ def read_sampling(service: Service, body: SamplingFields, refusals: Refusals) ->
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if mode == "autoregressive":
         return _tokens(generation.autoregressive, body, asked, refusals).with_(stop=tuple(stop)), mode
-    for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-        value = getattr(body, name)
-        if value not in (None, *NEUTRAL[name]):
-            refusals.refuse(name, value, "a canvas is drawn by the checkpoint's entropy-bound sampler")
+    _refuse_others(body, NEUTRAL, refusals, "a canvas is drawn by the checkpoint's entropy-bound sampler")
     if body.logit_bias:
         refusals.refuse("logit_bias", body.logit_bias, "logits of a canvas are not edited")
-    sampling = _canvas(generation.sampling, body, asked)
-    if mode == "verified" and not sampling.max_verifications:
-        sampling = sampling.with_(max_verifications=4)
-    return sampling.with_(stop=tuple(stop)), mode
+    sampling = _canvas(generation.sampling, body, asked).with_(stop=tuple(stop))
+    return check_sampling(sampling, mode, generation, config, has_text=service.lm.tokenizer is not None), mode
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -195,6 +195,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
 }
 """Values that change nothing."""
+
+
+def _refuse_others(body: SamplingFields, names: Iterable[str], refusals: Refusals, why: str) -> None:
+    """Refuse those of the fields that are given and change something."""
+    for name in names:
+        value = getattr(body, name)
+        if value not in (None, *NEUTRAL[name]):
+            refusals.refuse(name, value, why)
+
+
+def has_frames(body: SamplingFields) -> bool:
+    """Whether every step of the canvas is asked for."""
+    return body.diffusion is not None and body.diffusion.frames
 
 
 def _canvas(sampling: Sampling, body: SamplingFields, asked: Mapping[str, Any]) -> Sampling:
@@ -216,10 +229,8 @@ def _tokens(
         changes["top_p"] = body.top_p
     if body.top_k is not None and body.top_k > 0:
         changes["top_k"] = body.top_k
-    for name in ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-        value = getattr(body, name)
-        if value not in (None, *NEUTRAL[name]):
-            refusals.refuse(name, value, "the mode autoregressive samples by temperature, top_k and top_p")
+    others = [name for name in NEUTRAL if name not in ("top_p", "top_k")]
+    _refuse_others(body, others, refusals, "the mode autoregressive samples by temperature, top_k and top_p")
     if body.logit_bias:
         refusals.refuse("logit_bias", body.logit_bias, "logits are not edited")
     if asked:

@@ -9,11 +9,15 @@ from blockpress.decoding import Denoised
 from blockpress.lm import LM
 
 
+def written_bytes(lm: LM, token: int) -> bytes:
+    """The bytes that a token writes; of a control token, its name."""
+    assert lm.tokenizer is not None
+    return lm.tokenizer.token_bytes()[token] or lm.tokenizer.token(token).encode()
+
+
 def pieces_of(lm: LM, tokens: Sequence[int]) -> list[str]:
     """The text of each token by itself; control tokens are spelled out."""
-    assert lm.tokenizer is not None
-    raw = lm.tokenizer.token_bytes()
-    return [(raw[token] or lm.tokenizer.token(token).encode()).decode("utf-8", "replace") for token in tokens]
+    return [written_bytes(lm, token).decode("utf-8", "replace") for token in tokens]
 
 
 @final

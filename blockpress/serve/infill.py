@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -19,13 +18,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from blockpress.config import Sampling
-from blockpress.decoding import Done, Reply, Text
+from blockpress.decoding import Done, Event, Reply, Text
 from blockpress.lm.arguments import AnySampling
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Count, Fields, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.openai import FINISH, Job, answered, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
-from blockpress.serve.service import Running, Service, unless_gone
+from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, event_stream
 
 router = APIRouter()
@@ -77,45 +76,35 @@ def hole_sampling(service: Service, body: SamplingFields, refusals: Refusals) ->
 
 
 async def begin_fill(
-    service: Service, body: ConstrainedFields, prefix: str, suffix: str, most: int | None
+    service: Service,
+    body: ConstrainedFields,
+    prefix: str,
+    suffix: str,
+    most: int | None,
+    kind: str = "chat.completion",
 ) -> tuple[Running, Job]:
-    """Begin to fill the hole between two texts, once for each choice. Raises BlockpressError: whatever is wrong."""
+    """Begin to fill the hole between two texts, once for each choice. kind: as of `Job.of`.
+
+    Raises:
+        BlockpressError: whatever is wrong.
+    """
+
+    def make(**how: Any) -> Iterator[Event]:
+        return service.lm.infill_stream(prefix, suffix, most, **how)
+
+    return await _begin(service, body, kind, make)
+
+
+async def _begin(
+    service: Service, body: ConstrainedFields, kind: str, make: Callable[..., Iterator[Event]]
+) -> tuple[Running, Job]:
+    """`make` begins the stream, given seed, sampling, constraint and the flag that ends it."""
     service.check_model(body.model)
-    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
+    refusals = Refusals.of(service, body.lenient)
     options: dict[str, Any] = {"sampling": hole_sampling(service, body, refusals), **constraint_of(body)}
     numbers = seeds(body)
-
-    def make(gone: Any) -> Any:
-        return service.lm.infill_stream(prefix, suffix, most, numbers, cancel=gone, **options)
-
-    return await service.begin_stream(make, len(numbers)), _job(service, body, refusals)
-
-
-def _job(service: Service, body: ConstrainedFields, refusals: Refusals) -> Job:
-    return Job(
-        requests=(),
-        id=f"fim-{uuid.uuid4().hex}",
-        object="chat.completion",
-        model=service.name,
-        warnings=refusals.warnings,
-        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
-    )
-
-
-async def filled(running: Running, http: Request) -> list[Reply]:
-    """The whole answers, in the order of their seeds. Errors as `Running.events`."""
-    replies: dict[int, Reply] = {}
-
-    async def collect() -> None:
-        async for number, event in running.events():
-            if isinstance(event, Done):
-                replies[number] = event.reply
-
-    try:
-        await unless_gone(collect(), http)
-    finally:
-        running.close()
-    return [replies[number] for number in sorted(replies)]
+    running = await service.begin_stream(lambda gone: make(seed=numbers, cancel=gone, **options), len(numbers))
+    return running, Job.of(service, body, refusals, "fim", kind, requests=())
 
 
 @router.post("/v1/fim/completions", response_model=None)
@@ -127,7 +116,7 @@ async def fim(body: FimBody, http: Request) -> Response:
     running, job = await begin_fill(service, body, body.prompt, body.suffix, body.max_tokens)
     if body.stream:
         return event_stream(http, _fim_chunks(running, job))
-    replies = await filled(running, http)
+    replies = await running.replies(http)
     choices = [
         {
             "index": index,
@@ -150,7 +139,6 @@ async def _fim_chunks(running: Running, job: Job) -> AsyncIterator[str]:
             replies.append(event.reply)
             last = {"index": index, "delta": {}, "finish_reason": FINISH[event.reply.finish_reason]}
             yield json.dumps({**head, "choices": [last], "usage": usage_of(replies)})
-    running.close()
     yield DONE
 
 
@@ -191,11 +179,10 @@ async def infill(body: InfillBody, http: Request) -> Response:
                 yield json.dumps({"content": event.text, "tokens": [], "stop": False})
             elif isinstance(event, Done):
                 yield json.dumps({**last(event.reply), "content": ""})
-        running.close()
 
     if body.stream:
         return event_stream(http, chunks())
-    [reply, *_] = await filled(running, http)
+    [reply, *_] = await running.replies(http)
     return JSONResponse(last(reply))
 
 
@@ -203,23 +190,17 @@ async def infill(body: InfillBody, http: Request) -> Response:
 async def edits(body: EditBody, http: Request) -> Response:
     """A span of a text written anew; `text` is what stands in it now, `whole` the whole text."""
     service: Service = http.app.state.service
-    service.check_model(body.model)
-    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
-    sampling, numbers = hole_sampling(service, body, refusals), seeds(body)
     start, stop = body.span or (0, len(body.input))
-    options: dict[str, Any] = {"sampling": sampling, "max_tokens": body.max_tokens, **constraint_of(body)}
     noise = 0.5 if body.noise is None else body.noise
 
-    def make(gone: Any) -> Any:
+    def make(**how: Any) -> Iterator[Event]:
         edited = service.lm.edit_stream
-        return edited(body.input, (start, stop), body.instruction, noise, numbers, cancel=gone, **options)
+        return edited(body.input, (start, stop), body.instruction, noise, max_tokens=body.max_tokens, **how)
 
-    job = _job(service, body, refusals)
-    job.object = "edit"
-    running = await service.begin_stream(make, len(numbers))
+    running, job = await _begin(service, body, "edit", make)
     if body.stream:
         return event_stream(http, _fim_chunks(running, job))
-    replies = await filled(running, http)
+    replies = await running.replies(http)
     choices = [
         {"index": index, "text": reply.text, "whole": reply.whole, "finish_reason": FINISH[reply.finish_reason]}
         for index, reply in enumerate(replies)

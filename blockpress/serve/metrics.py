@@ -57,13 +57,15 @@ class Metrics:
         """Count how long a request waited for its first text."""
         self._first.labels(model_name=self._model).observe(seconds)
 
+    def denoised(self, event: Denoised) -> None:
+        """Count a step of a canvas, from any thread."""
+        self._positions.labels(model_name=self._model).inc(len(event.argmax))
+
     def event(self, event: Event, seconds: float) -> None:
         """Count an event that came `seconds` after its request."""
         label = {"model_name": self._model}
         if isinstance(event, Committed):
             self._committed.labels(**label).inc(len(event.tokens))
-        elif isinstance(event, Denoised):
-            self._positions.labels(**label).inc(len(event.argmax))
         elif isinstance(event, Done):
             usage = event.reply.usage
             self._prompt.labels(**label).inc(usage.prompt_tokens)

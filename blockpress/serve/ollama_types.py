@@ -13,7 +13,7 @@ from pydantic import Field
 
 from blockpress.lm.arguments import Mode
 from blockpress.serve.completions import CompletionBody, completion_job
-from blockpress.serve.dialects import DialectBody, Talk, dialect_job, lenience
+from blockpress.serve.dialects import DialectBody, Talk, dialect_job
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Positive, Refusals
 from blockpress.serve.openai import Job
@@ -102,7 +102,7 @@ def _common(service: Service, body: OllamaBody) -> tuple[DialectBody, Refusals, 
         mode=body.mode,
         **{name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")},
     )
-    refusals = lenience(service, shared)
+    refusals = Refusals.of(service, shared.lenient)
     for name, (neutral, why) in NEUTRAL.items():
         value = (options.model_extra or {}).get(name)
         if value is not None and value not in neutral:

@@ -30,9 +30,9 @@ from blockpress.decoding import (
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Refusals, read_sampling, seeds
-from blockpress.serve.frames import frame
-from blockpress.serve.openai_types import ChatBody, constraint_of, thinking_of
+from blockpress.serve.fields import Refusals, has_frames, read_sampling, seeds
+from blockpress.serve.frames import frame, written_bytes
+from blockpress.serve.openai_types import ChatBody, ConstrainedFields, constraint_of, thinking_of
 from blockpress.serve.prompts import chat_requests
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, JSONAnswer, event_stream
@@ -57,6 +57,20 @@ class Job:
     reasoning: bool = True
     draft: Sequence[int] = ()
 
+    @classmethod
+    def of(
+        cls, service: Service, body: ConstrainedFields, refusals: Refusals, prefix: str, kind: str, **more: Any
+    ) -> Job:
+        """The job of a body. prefix: of its id. kind: the `object` of its answer. more: further fields."""
+        return cls(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            object=kind,
+            model=service.name,
+            warnings=refusals.warnings,
+            usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
+            **more,
+        )
+
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
@@ -64,7 +78,7 @@ class Job:
 def chat_job(service: Service, body: ChatBody) -> Job:
     """Check a chat, and make its requests. Raises BlockpressError: whatever is wrong with it."""
     service.check_model(body.model)
-    refusals = Refusals(service.options.lenient if body.lenient is None else body.lenient)
+    refusals = Refusals.of(service, body.lenient)
     sampling, mode = read_sampling(service, body, refusals)
     thinking, budget = thinking_of(body, refusals)
     asked: dict[str, Any] = {"seed": seeds(body), "sampling": sampling, "mode": mode, "tools": body.tools}
@@ -82,17 +96,8 @@ def chat_job(service: Service, body: ChatBody) -> Job:
             [] if service.lm.tokenizer is None else service.lm.tokenizer.encode(body.prediction.text, add_special=False)
         )
     requests = chat_requests(service.lm, body.messages, refusals, service.options, **asked)
-    return Job(
-        requests=requests,
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        object="chat.completion",
-        model=service.name,
-        warnings=refusals.warnings,
-        frames=body.diffusion is not None and body.diffusion.frames,
-        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
-        reasoning=body.include_reasoning is not False,
-        draft=draft,
-    )
+    how = {"frames": has_frames(body), "reasoning": body.include_reasoning is not False, "draft": draft}
+    return Job.of(service, body, refusals, "chatcmpl", "chat.completion", requests=requests, **how)
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -101,8 +106,8 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
     service: Service = http.app.state.service
     job = await service.build(lambda: chat_job(service, body))
     if body.stream:
-        return event_stream(http, chat_chunks(service, job, service.begin(job.requests)))
-    replies = await service.replies(job.requests, http)
+        return event_stream(http, chat_chunks(service, job, service.begin(job.requests, steps=job.frames)))
+    replies = await service.begin(job.requests).replies(http)
     choices = [chat_choice(service.lm, job, index, reply) for index, reply in enumerate(replies)]
     if body.return_token_ids:
         for choice, reply in zip(choices, replies, strict=True):
@@ -137,15 +142,15 @@ def chat_choice(lm: LM, job: Job, index: int, reply: Reply) -> dict[str, Any]:
         ]
     if reply.broken_calls:
         message["broken_tool_calls"] = [asdict(call) for call in reply.broken_calls]
-    logprobs = (
-        None
-        if reply.logprobs is None
-        else {"content": [token_logprob(lm, one) for one in reply.logprobs], "refusal": None}
-    )
+    logprobs = None if reply.logprobs is None else _logprobs(lm, reply.logprobs)
     choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": FINISH[reply.finish_reason]}
     if reply.invalid is not None:
         choice["invalid"] = reply.invalid
     return choice
+
+
+def _logprobs(lm: LM, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {"content": [token_logprob(lm, one) for one in logprobs], "refusal": None}
 
 
 def call_id(job: Job, index: int, number: int) -> str:
@@ -160,9 +165,7 @@ def token_logprob(lm: LM, one: TokenLogprob) -> dict[str, Any]:
 
 
 def _token(lm: LM, token: int) -> dict[str, Any]:
-    assert lm.tokenizer is not None
-    raw = lm.tokenizer.token_bytes()[token]
-    text = raw if raw is not None else lm.tokenizer.token(token).encode()
+    text = written_bytes(lm, token)
     return {"token": text.decode("utf-8", "replace"), "bytes": list(text)}
 
 
@@ -228,11 +231,7 @@ async def chat_chunks(service: Service, job: Job, running: Running) -> AsyncIter
                 {**head, "choices": [{"index": index, "delta": {}, "finish_reason": None}], **frame(service.lm, event)}
             )
         elif isinstance(event, Committed) and event.logprobs:
-            yield chunk(
-                index,
-                {},
-                logprobs={"content": [token_logprob(service.lm, one) for one in event.logprobs], "refusal": None},
-            )
+            yield chunk(index, {}, logprobs=_logprobs(service.lm, event.logprobs))
         elif isinstance(event, Done):
             replies.append(event.reply)
             more = {} if event.reply.invalid is None else {"invalid": event.reply.invalid}

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from blockpress.serve.dialects import DialectBody, Talk, dialect_job, joined_content, lenience
+from blockpress.serve.dialects import DialectBody, Talk, dialect_job, joined_content
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Fields, Positive, Refusals
 from blockpress.serve.openai import Job
@@ -65,7 +65,7 @@ class ResponsesBody(DialectBody):
 
 def responses_job(service: Service, body: ResponsesBody) -> Job:
     """Check a body, and make its requests. Raises BlockpressError: whatever is wrong with it, in its own words."""
-    refusals = lenience(service, body)
+    refusals = Refusals.of(service, body.lenient)
     for name, (neutral, why) in REFUSED.items():
         value = (body.model_extra or {}).get(name)
         if value is not None and value not in neutral:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import anyio.to_thread
 
-from blockpress.decoding import Cancel, Done, Event, Failed, ReasoningDelta, Reply, Text
+from blockpress.decoding import Cancel, Denoised, Done, Event, Failed, ReasoningDelta, Reply, Text
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.errors import BlockpressError, EngineError, Overloaded, one_line
 from blockpress.lm import LM
@@ -67,7 +67,7 @@ class Service:
         """One short answer, so that no client waits for what is built and measured at the first one."""
         ids = [self.lm.config.bos_id if self.lm.config.bos_id is not None else 0]
         requests = await self.build(lambda: self.lm.build_requests(ids, max_tokens=1))
-        async for _ in self.events(requests):
+        async for _ in self.begin(requests).events():
             pass
         self.ready = True
 
@@ -102,8 +102,11 @@ class Service:
         finally:
             gone.set()
 
-    def begin(self, requests: Sequence[Request]) -> Running:
+    def begin(self, requests: Sequence[Request], *, steps: bool = False) -> Running:
         """Hand requests to the engine, to be answered side by side.
+
+        Args:
+            steps: whether `Denoised` is among the events, which wakes the event loop at every step.
 
         Raises:
             Overloaded: too many are open. EngineError: the engine broke. BlockpressError (503): the server stops.
@@ -118,7 +121,7 @@ class Service:
                 self.engine.submit(request, partial(deliver, number))
             return cancel
 
-        return Running(self, len(requests), start, requests)
+        return Running(self, len(requests), start, requests, steps=steps)
 
     async def begin_stream(self, make: Callable[[Cancel], Iterator[Event]], count: int) -> Running:
         """Begin a stream of the model, such as `LM.infill_stream` with `count` seeds, and read it on a thread.
@@ -171,15 +174,6 @@ class Service:
             for request in requests:
                 self.engine.cancel(request)
 
-    async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
-        """Begin, and give the events; leaving the loop early cancels the requests. Errors as in `begin`."""
-        running = self.begin(requests)
-        try:
-            async for number, event in running.events():
-                yield number, event
-        finally:
-            running.close()
-
     def log(self, request: Request | None, reply: Reply, seconds: float) -> None:
         """Note an answer in the log."""
         usage = reply.usage
@@ -195,22 +189,6 @@ class Service:
             prompt = None if request is None or self.lm.tokenizer is None else self.lm.decode(request.row.prompt)
             logger.info("prompt: %r answer: %r", prompt, reply.text)
 
-    async def replies(self, requests: Sequence[Request], http: HTTPRequest) -> list[Reply]:
-        """The whole answers, in the order of the requests.
-
-        Raises:
-            _ClientGone: the client left, and the requests are cancelled. BlockpressError: as `events`.
-        """
-        replies: dict[int, Reply] = {}
-
-        async def collect() -> None:
-            async for number, event in self.events(requests):
-                if isinstance(event, Done):
-                    replies[number] = event.reply
-
-        await unless_gone(collect(), http)
-        return [replies[number] for number in range(len(requests))]
-
     def check_model(self, name: str | None) -> None:
         """Raises RequestError: the client asks for a model that is not served here."""
         if name not in (None, "", self.name, "default"):
@@ -223,7 +201,7 @@ class Running:
 
     Args:
         count: how many. start: begins them, given what takes each one's events from any thread by its number; returns
-            what ends them. requests: of each, where there is one, for the log.
+            what ends them. requests: of each, where there is one, for the log. steps: as in `Service.begin`.
     """
 
     def __init__(
@@ -232,6 +210,8 @@ class Running:
         count: int,
         start: Callable[[Deliver], Callable[[], None]],
         requests: Sequence[Request] = (),
+        *,
+        steps: bool = False,
     ) -> None:
         self._closed = True  # until something has begun
         if service.stopping:
@@ -247,6 +227,10 @@ class Running:
         loop, events = asyncio.get_running_loop(), self._events  # not this object, which ends all when nobody holds it
 
         def deliver(number: int, event: Event | BlockpressError) -> None:
+            if isinstance(event, Denoised):
+                service.metrics.denoised(event)
+                if not steps:
+                    return
             with suppress(RuntimeError):  # the loop has closed, and nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
@@ -257,11 +241,30 @@ class Running:
             raise
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """The events of all requests as they occur, each with its request's number.
+        """The events of all requests as they occur, each with its request's number; then this is closed.
 
         Raises:
-            BlockpressError: what one of them ended with; the others go on until this is closed.
+            BlockpressError: what one of them ended with; the others are ended, too.
         """
+        try:
+            async for each in self._until_done():
+                yield each
+        finally:
+            self.close()
+
+    async def replies(self, http: HTTPRequest) -> list[Reply]:
+        """The whole answers, in order. Raises _ClientGone: the client left; BlockpressError: as `events`."""
+        replies: dict[int, Reply] = {}
+
+        async def collect() -> None:
+            async for number, event in self.events():
+                if isinstance(event, Done):
+                    replies[number] = event.reply
+
+        await unless_gone(collect(), http)
+        return [replies[number] for number in sorted(replies)]
+
+    async def _until_done(self) -> AsyncIterator[tuple[int, Event]]:
         service, left, silent = self._service, self._count, set(range(self._count))
         while left:
             number, event = await self._events.get()
