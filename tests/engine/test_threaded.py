@@ -157,6 +157,7 @@ def test_closing_ends_running_requests(network: Network):
 
 
 def test_a_broken_core_fails_every_request(network: Network, monkeypatch: pytest.MonkeyPatch):
+    others = set(threading.enumerate())
     engine = ThreadedEngine(EngineCore(network, ROOM))
 
     def broken() -> list[Any]:
@@ -165,8 +166,7 @@ def test_a_broken_core_fails_every_request(network: Network, monkeypatch: pytest
     monkeypatch.setattr(engine.core, "step", broken)
     with pytest.raises(EngineError, match="out of order"):
         list(engine.events(request(0)))
-    for thread in threading.enumerate():
-        if thread.name == "blockpress-engine":
-            thread.join(10)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(10)
     with pytest.raises(EngineError, match="out of order"):
         engine.events(request(1))

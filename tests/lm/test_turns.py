@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from lark import Lark
 
 from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding import Committed, Done, ReasoningDelta, Reply, Text, ToolCallEvent
@@ -88,6 +89,17 @@ def test_an_answer_is_valid_with_and_without_a_thought_before_it(
         assert reply.usage.reasoning_tokens <= thinking.get("thinking_budget", 120)
         assert bool(thinking) or not reply.thinking
         assert TOKENIZER.decode(reply.tokens, skip_special=False).startswith("<|channel>") or not thinking
+
+
+GRAMMAR = 'start: item ("," item)*\nitem: NAME "(" [start] ")"\nNAME: /[a-c]+/'
+
+
+@pytest.mark.parametrize(
+    "options", [{"thinking": True}, {"tools": TOOLS}, {"mode": "verified"}], ids=["thought", "tools", "verified"]
+)
+def test_a_grammar_holds_after_a_thought_beside_tools_and_when_verified(lm: LM, options: dict[str, Any]) -> None:
+    for reply in asked(lm, grammar=GRAMMAR, max_tokens=40, **options):
+        assert reply.tool_calls or Lark(GRAMMAR).parse(reply.text or "")
 
 
 def test_a_stop_text_is_none_in_a_thought_or_in_a_call() -> None:
