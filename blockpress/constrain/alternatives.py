@@ -165,7 +165,8 @@ class Alternatives:
     def _any_of(self, options: Sequence[tuple[str, Any]], depth: int) -> list[Alternative]:
         """Alternatives of all options. Those that only ask for properties are told apart by the first one there is:
         an automaton would have to remember all of them."""
-        if not all(isinstance(part, Mapping) and part.keys() <= {"required", "type"} for _, part in options):
+        asks = ({"required"}, {"required", "type"})
+        if not all(isinstance(part, Mapping) and part.keys() in asks for _, part in options):
             return [each for where, part in options for each in self.of(part, where, depth)]
         result: list[Alternative] = []
         earlier = [Alternative({}, depth)]
@@ -324,6 +325,8 @@ def _failing_keywords(own: Flat) -> Iterable[Flat]:
         kinds = {*own["type"], *(["integer"] if "number" in own["type"] else [])}
         others = [kind for kind in TYPES if kind not in kinds and kind != "integer"]
         yield {"type": [kind for kind in others if not (kind == "number" and "integer" in kinds)]}
+        if "number" in others and "integer" in kinds:
+            yield {"type": ["number"], "fractional": True}
     for what, kind in (("Length", "string"), ("Items", "array"), ("Properties", "object")):
         if own.get(f"min{what}", 0):
             yield {"type": [kind], f"max{what}": own[f"min{what}"] - 1}

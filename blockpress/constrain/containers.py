@@ -204,7 +204,7 @@ def _free_members(
 ) -> Iterator[tuple[Automaton, Expression, int]]:
     """(key, colon and value, states) of members that are not declared one by one."""
     patterns: Mapping[str, Any] = flat.get("patternProperties", {})
-    additional = flat.get("additionalProperties", not (declared or patterns))
+    additional = flat.get("additionalProperties", not (flat.get("declares") or patterns))
     schemas: list[tuple[tuple[str, ...], Any]] = [
         (("patternProperties", pattern), schema) for pattern, schema in patterns.items()
     ]

@@ -3,6 +3,7 @@
     type        a list                      enum       also of const           pattern, format, multipleOf   tuples
     minimum     (number, excluded)          maximum    likewise                prefixItems  also of a list in items
     contains    (schema, least, most)s      not_values, not_pattern            what `not` makes of enum and pattern
+    fractional  a number is not whole       declares   `properties` are the schema's own, so that others are not meant
 
 Invariant: a value satisfies the merged keywords exactly if it satisfies both; None means that no value can.
 Run it:  python -m pytest tests/constrain/test_schema.py
@@ -25,12 +26,12 @@ OF_TYPE = {
     "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
     "array": "items prefixItems additionalItems minItems maxItems uniqueItems contains",
     "string": "minLength maxLength pattern format not_pattern",
-    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf fractional",
 }
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _TUPLES = ("pattern", "not_pattern", "format", "multipleOf", "contains", "not_values")
-PLAIN = frozenset(" ".join(OF_TYPE.values()).split()) - {"not_pattern"} | {
+PLAIN = frozenset(" ".join(OF_TYPE.values()).split()) - {"not_pattern", "fractional"} | {
     *("type", "enum", "const", "minContains", "maxContains")
 }
 """Keywords about a value itself."""
@@ -76,6 +77,8 @@ def normalize_keywords(schema: Mapping[str, Any], path: str, draft: int = 0) -> 
         if name in flat:
             mapped = isinstance(flat[name], Mapping) and all(isinstance(key, str) for key in flat[name])
             need(name, mapped, "a mapping of schemas")
+    if flat.get("properties"):
+        flat["declares"] = True
     _fold_patterns(flat, path)
     for name in ("enum", "required", "prefixItems"):
         if name in flat:
@@ -156,7 +159,7 @@ def merge_keywords(left: Flat, right: Flat) -> Flat | None:
             both[name] = (*one, *(each for each in other if each not in one))
         elif name == "required":
             both[name] = list(dict.fromkeys([*one, *other]))
-        elif name == "uniqueItems":
+        elif name in ("uniqueItems", "declares"):
             both[name] = one or other
         elif name in ("items", "additionalProperties", "propertyNames"):
             both[name] = all_of(one, other)
@@ -185,9 +188,9 @@ def merge_keywords(left: Flat, right: Flat) -> Flat | None:
 
 def _is_empty(flat: Flat) -> bool:
     """Whether no value satisfies these keywords, as far as a glance tells."""
-    if flat.get("enum") == []:
-        return True
     kinds = flat.get("type")
+    if flat.get("enum") == [] or (flat.get("fractional") and kinds == ["integer"]):
+        return True
     if kinds is None or kinds == ["object"]:
         missing = any(property_schema(flat, name) is False for name in flat.get("required", ()))
         return missing and (kinds is not None or implied_types(flat) == ["object"])

@@ -28,17 +28,23 @@ from blockpress.constrain.automaton import (
     MAX_STATES,
     NOTHING,
     Automaton,
+    Chars,
+    Concat,
     Expression,
     Linked,
+    Repeat,
     Union,
     _NothingMatches,
     _TooLarge,
     difference,
+    intersection,
     literal,
+    optional,
 )
 from blockpress.constrain.compiler import compile_expression, text_automaton
 from blockpress.constrain.containers import any_value, array_texts, bounds, object_texts, refused
 from blockpress.constrain.json_numbers import (
+    DIGIT,
     MOST_DIGITS,
     has_exact_digits,
     json_integer,
@@ -283,9 +289,21 @@ def _without(expression: Expression, excluded: list[Any]) -> Expression:
         return NOTHING
 
 
+def _fractional(numbers: Expression) -> Expression:
+    """Those of some numbers that have a point, a digit other than 0 after it and no exponent."""
+    digits, some = Repeat(DIGIT, 0, None), Chars(((49, 57),))
+    try:
+        fractions = Concat((optional(literal("-")), digits, literal("."), digits, some, digits))
+        return intersection(compile_expression(numbers), compile_expression(fractions))
+    except _NothingMatches:
+        return NOTHING
+
+
 def _number(flat: Flat, place: str, kind: str) -> Expression:
     low, high = flat.get("minimum"), flat.get("maximum")
     whole = kind == "integer"
+    if flat.get("fractional"):
+        return NOTHING if whole else _fractional(_number({**flat, "fractional": False}, place, kind))
     for name, bound, side in (("minimum", low, 1), ("maximum", high, -1)):
         far = bound is not None and side * bound[0] >= 10**MOST_DIGITS
         if far or not (whole or bound is None or has_exact_digits(bound, high or low)):

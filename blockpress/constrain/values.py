@@ -147,6 +147,7 @@ class Values:
 
 def _number(value: float, flat: Flat) -> Iterable[Verdict]:
     exact = Decimal(repr(value))
+    yield not flat.get("fractional") or exact != exact.to_integral_value()
     for side, sign in (("minimum", 1), ("maximum", -1)):
         if side in flat:
             bound, excluded = flat[side]
