@@ -1,9 +1,10 @@
-"""Schemas through `generate`: which compile, how long that takes, and whether every answer is valid.
+"""Schemas and regular expressions through `generate`: which compile, how long that takes, and whether answers are valid.
 
 A network of random weights and tiny dimensions, and the published tokenizer of 262,144 pieces. The figures are in
 docs/log.md.
 
 Run it:  python -m tests.constrain.measure_schemas --count 500        --files 'DIRECTORY/**/*.json' for schemas of yours
+         python -m tests.constrain.measure_schemas --regex --count 200
 """
 
 from __future__ import annotations
@@ -30,16 +31,27 @@ from blockpress.lm import LM
 from blockpress.text import Tokenizer
 from tests.conftest import GEMMA, make_random_network
 from tests.constrain.given_schemas import SCHEMAS, random_schema, validator
+from tests.constrain.regex_cases import CASES
 
 
-def schemas(count: int, files: str | None) -> Iterator[tuple[str, Any]]:
-    """The given schemas, then random ones; or those of some files."""
-    if files is not None:
+def constraints(count: int, files: str | None, regex: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The given schemas, then random ones; or those of some files; or the regular expressions of the tests."""
+    if regex:
+        yield from ((case, {"regex": case}) for case in CASES[:count])
+    elif files is not None:
         for path in sorted(glob(files, recursive=True))[:count]:
-            yield path, json.loads(Path(path).read_text("utf-8"))
-        return
-    yield from ((f"line {number + 1}", schema) for number, schema in enumerate(SCHEMAS[:count]))
-    yield from ((f"seed {seed}", random_schema(random.Random(seed))) for seed in range(count - len(SCHEMAS)))
+            yield path, {"schema": json.loads(Path(path).read_text("utf-8"))}
+    else:
+        yield from ((f"line {number + 1}", {"schema": schema}) for number, schema in enumerate(SCHEMAS[:count]))
+        for seed in range(count - len(SCHEMAS)):
+            yield f"seed {seed}", {"schema": random_schema(random.Random(seed))}
+
+
+def problems(text: str, regex: str | None = None, schema: Any = None) -> list[str]:
+    """What is wrong with an answer. Raises RecursionError: jsonschema follows a reference for ever."""
+    if regex is not None:
+        return [] if re.fullmatch(regex, text) else ["re does not match it"]
+    return [error.message for error in validator(schema).iter_errors(json.loads(text))]
 
 
 def main() -> None:
@@ -47,6 +59,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--files")
+    parser.add_argument("--regex", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
@@ -61,12 +74,12 @@ def main() -> None:
     outcomes: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     seconds: list[float] = []
-    for number, (name, schema) in enumerate(schemas(options.count, options.files)):
+    for number, (name, constraint) in enumerate(constraints(options.count, options.files, options.regex)):
         if number and number % 25 == 0:
             print(number, dict(outcomes), flush=True)
         started = time.process_time()
         try:
-            lm.build_requests("a", options.tokens, schema=schema)
+            lm.build_requests("a", options.tokens, **constraint)
         except RequestError as error:
             keyword = re.search(r"schema #\S*/([^/ ]+) ", error.message)
             outcomes["refused"] += 1
@@ -74,18 +87,18 @@ def main() -> None:
             continue
         finally:
             seconds.append(time.process_time() - started)
-        reply = lm.generate("a", options.tokens, schema=schema, sampling=sampling, seed=len(seconds))
+        reply = lm.generate("a", options.tokens, sampling=sampling, seed=len(seconds), **constraint)
         if reply.invalid is not None:
             outcomes["cut, and told"] += 1
             continue
         try:
-            problems = [error.message for error in validator(schema).iter_errors(json.loads(reply.text or ""))]
+            found = problems(reply.text or "", **constraint)
         except RecursionError:
             outcomes["not judged: jsonschema follows # for ever"] += 1
             continue
-        outcomes["INVALID" if problems else "valid"] += 1
-        if problems:
-            print(f"INVALID {name}: {reply.text!r:.200} {problems[0]:.200}", flush=True)
+        outcomes["INVALID" if found else "valid"] += 1
+        if found:
+            print(f"INVALID {name}: {reply.text!r:.200} {found[0]:.200}", flush=True)
     print(dict(outcomes), dict(refused))
     tenths = statistics.quantiles(seconds, n=10)
     print(
