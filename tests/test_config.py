@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from blockpress.config import PRESETS, GenerationConfig, LayerConfig, ModelConfig, Rope, Sampling
+from blockpress.config import (
+    PRESETS,
+    AutoregressiveSampling,
+    GenerationConfig,
+    LayerConfig,
+    ModelConfig,
+    Rope,
+    Sampling,
+)
 from blockpress.config.families import SIZES
 from blockpress.errors import BlockpressError, ConfigError, RequestError
 
@@ -496,6 +506,67 @@ def test_a_canvas_is_repaired_or_verified():
 def test_a_custom_rule_cannot_be_saved(rule: str):
     sampling = Sampling(**{rule: len})
     refused(lambda: GenerationConfig(sampling=sampling).to_dict(), ConfigError, rule, "len")
+
+
+EDITS: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ([5], {"5": 1.0}, {-1: 1.0}, {True: 1.0}, {5: 100.5}, {5: math.nan}, {5: "1"}, 7),
+    "allowed_token_ids": ([], "12", [1.5], [-1], {5: 1.0}, 7),
+    "suppress_tokens": (None, "12", [None], [-1], 7),
+    "presence_penalty": (2.1, -2.1, math.nan, "1", None, True),
+    "frequency_penalty": (2.1, -2.1, math.inf, "1", None),
+    "repetition_penalty": (0, -1, 1e4, 1e-9, math.nan, None),
+    "top_k": (0, -1, 1.5, True, 2**31),
+    "top_p": (0, -0.1, 1.1, None, math.nan),
+    "min_p": (-0.1, 1.1, None, math.nan),
+}
+
+
+@pytest.mark.parametrize("kind", [Sampling, AutoregressiveSampling])
+@pytest.mark.parametrize("field", EDITS)
+def test_an_edit_out_of_range_is_refused_by_name(kind: Any, field: str):
+    for value in EDITS[field]:
+        refused(lambda value=value: kind(**{field: value}), RequestError, f"sampling field {field}")
+        refused(lambda value=value: kind().with_(**{field: value}), RequestError, field)
+
+
+@pytest.mark.parametrize("kind", [Sampling, AutoregressiveSampling])
+def test_edits_are_kept_as_plain_values_of_their_own(kind: Any):
+    bias = {np.int64(9): np.float32(1.5), 2: 1}
+    one = kind(logit_bias=bias, allowed_token_ids=np.array([4, 2, 4]), suppress_tokens={7, 3}, top_k=np.int32(4))
+    bias[2] = 50
+    assert (one.logit_bias, one.allowed_token_ids, one.suppress_tokens) == ({2: 1.0, 9: 1.5}, (2, 4), (3, 7))
+    assert all(type(x) is int for x in (*one.logit_bias, *one.allowed_token_ids, *one.suppress_tokens, one.top_k))
+    same = kind(logit_bias={9: 1.5, 2: 1.0}, allowed_token_ids=[2, 4], suppress_tokens=[3, 7], top_k=4)
+    assert (one, hash(one)) == (same, hash(same)) and one != same.with_(logit_bias={})
+    refused(lambda: kind(allowed_token_ids=[1, 2], suppress_tokens=[1, 2, 3]), RequestError, "allowed_token_ids")
+
+
+def test_sampling_without_edits_edits_nothing():
+    for plain in (Sampling(), AutoregressiveSampling(temperature=1.0)):
+        assert not (plain.edits_logits or plain.truncates or plain.has_penalties or plain.changed)
+    for field, value in {"logit_bias": {5: 0.5}, "presence_penalty": 1, "suppress_tokens": [4]}.items():
+        assert Sampling(**{field: value}).edits_logits and not Sampling(**{field: value}).truncates
+
+
+def test_edits_that_the_file_cannot_hold_are_not_saved_without_them():
+    refused(lambda: GenerationConfig(sampling=Sampling(top_k=4)).to_dict(), ConfigError, "top_k", "4")
+    edited = AutoregressiveSampling(logit_bias={4: 1.0})
+    refused(lambda: GenerationConfig(autoregressive=edited).to_dict(), ConfigError, "logit_bias")
+
+
+@pytest.mark.parametrize("config", [TINY, SIBLING])
+def test_edits_of_single_tokens_are_read_and_written_as_the_reference_does(config: ModelConfig):
+    """min_p needs do_sample, the other two do not; all three are written again."""
+    told = {"repetition_penalty": 1.2, "suppress_tokens": [3, 5], "min_p": 0.1}
+    read = GenerationConfig.from_dict({"do_sample": True, "top_k": 0, **told}, config)
+    wanted = AutoregressiveSampling(temperature=1.0, min_p=0.1, repetition_penalty=1.2, suppress_tokens=(3, 5))
+    assert read.autoregressive == wanted and not read.sampling.changed
+    assert GenerationConfig.from_dict(read.to_dict(), config) == read
+    assert GenerationConfig.from_dict(told, config).autoregressive == wanted.with_(temperature=0.0, min_p=0.0)
+    plain = replace(read, autoregressive=AutoregressiveSampling())
+    assert GenerationConfig.from_dict(plain.to_dict(), config).autoregressive == AutoregressiveSampling()
+    with pytest.raises(ConfigError, match="repetition_penalty is 0"):
+        GenerationConfig.from_dict({"repetition_penalty": 0}, config)
 
 
 def test_boundary_values_are_allowed():

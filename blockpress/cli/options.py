@@ -15,7 +15,7 @@ import typer
 from blockpress.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from blockpress.checkpoints import Checkpoint
     from blockpress.config import AutoregressiveSampling, GenerationConfig, Sampling
@@ -59,6 +59,19 @@ MaxRepairs = Annotated[
 RepairBelow = Annotated[
     float | None,
     typer.Option(metavar="P", help="Below this probability in the causal pass a place is repaired. Default: 0.01."),
+]
+TopK = Annotated[int | None, typer.Option(metavar="N", help="Draw from the N likeliest tokens only; 0: from all.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Draw from the likeliest tokens only that together hold this probability."),
+]
+Edit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FIELD=JSON",
+        help="Edit the logits: min_p=0.1, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5, "
+        'logit_bias={"5":-100}, suppress_tokens=[5], allowed_token_ids=[5,6]; repeatable.',
+    ),
 ]
 Regex = Annotated[
     str | None, typer.Option(metavar="R", help="The whole answer matches this regular expression (Python's syntax).")
@@ -184,6 +197,7 @@ def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any
 
     defaults = generation.autoregressive if mode == "autoregressive" else generation.sampling
     given = {field: value for field, value in changes.items() if value is not None}
+    given |= _edits(given.pop("edit", ()))
     for field in given:
         if field not in defaults.__dataclass_fields__:
             option, other = _option(field), "diffusion" if mode == "autoregressive" else "autoregressive"
@@ -195,12 +209,34 @@ def _sampling(generation: GenerationConfig, mode: str, changes: Mapping[str, Any
         given["top_k"] = None
     chosen = defaults.with_(**given)
     if isinstance(chosen, AutoregressiveSampling) and chosen.temperature == 0:
-        for field in [field for field in ("top_k", "top_p") if field in given]:
+        for field in [field for field in ("top_k", "top_p", "min_p") if field in given]:
             raise RequestError(
                 f"{_option(field)} is given with a temperature of 0, which takes the likeliest token",
                 hint=f"leave out {_option(field)}, or give a --temperature above 0",
             )
     return chosen
+
+
+def _edits(given: Sequence[str]) -> dict[str, Any]:
+    """The fields of `LogitEdits` that --edit gives. Raises RequestError: it gives none, or one twice."""
+    from blockpress.config import LogitEdits
+
+    edits: dict[str, Any] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        field = name.strip().replace("-", "_")
+        if field not in LogitEdits.__dataclass_fields__ or field in edits:
+            fields = ", ".join(LogitEdits.__dataclass_fields__)
+            raise RequestError(f"--edit is {text!r:.200}", hint=f"give FIELD=JSON, each once, of the fields {fields}")
+        try:
+            edits[field] = json.loads(value)
+        except ValueError as error:
+            raise RequestError(
+                f"--edit is {text!r:.200}: {error}", hint=f"give {field}= and a value in JSON"
+            ) from error
+    if isinstance(edits.get("logit_bias"), dict):  # JSON has no other keys than texts
+        edits["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in edits["logit_bias"].items()}
+    return edits
 
 
 def _option(field: str) -> str:

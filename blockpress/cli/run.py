@@ -66,13 +66,6 @@ Logprobs = Annotated[
 Temperature = Annotated[
     float | None, typer.Option(metavar="T", help="Token by token: divides the logits; 0 takes the likeliest token.")
 ]
-TopK = Annotated[
-    int | None, typer.Option(metavar="N", help="Token by token: draw from the N likeliest only; 0: from all.")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(metavar="P", help="Token by token: draw from the likeliest that together hold this probability."),
-]
 Bound = Annotated[
     float | None, typer.Option(metavar="NATS", help="Entropy that the tokens accepted in one step may hold together.")
 ]
@@ -106,7 +99,7 @@ Events = Annotated[
 
 _DENOISING = ("steps", "entropy_bound", "t_min", "t_max", "stability", "confidence")
 _READING = ("max_verifications", "max_repairs", "repair_below")
-FIELDS = frozenset((*_DENOISING, *_READING, "temperature", "top_k", "top_p", "stop"))
+FIELDS = frozenset((*_DENOISING, *_READING, "temperature", "top_k", "top_p", "edit", "stop"))
 """The options of `run` that are fields of a sampling."""
 SHAPES = ("regex", "choice", "schema", "grammar")
 """Those that say what the answer must be."""
@@ -135,8 +128,9 @@ def run(
     max_repairs: options.MaxRepairs = None,
     repair_below: options.RepairBelow = None,
     temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    edit: options.Edit = None,
     stop: Stop = None,
     logprobs: Logprobs = None,
     regex: options.Regex = None,
@@ -168,8 +162,7 @@ def run(
       blockpress run ./my-checkpoint "What is this?" --image photo.jpg --thinking-budget 500
       blockpress run ./my-checkpoint "Why is the sky blue?" --record sky.svg
     """
-    max_verifications = options.renamed_option("--checks", checks, "--max-verifications", max_verifications)
-    changes = {name: value for name, value in locals().items() if name in FIELDS and value != []}
+    changes = _changes(locals())
     chat = {"--system": system, "--thinking": thinking, "--thinking-budget": thinking_budget}
     shown = {"--image": image or None, "--video": video or None, "--soft-tokens": soft_tokens}
     limits = {name: value for name, value in locals().items() if name in (*SHAPES, "max_tokens", "seed", "logprobs")}
@@ -177,6 +170,13 @@ def run(
     _check(limits, thinking_budget, raw, json, events, chat | shown)
     text = None if prompt is None and _may_talk(raw or json or events or record is not None) else read_prompt(prompt)
     _answer(opened_or_pulled(lambda: _open(*given, dtype, compute_dtype, device), model, yes), text, json, events, fast)
+
+
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a sampling among the options of `run`."""
+    old, new = given["checks"], given["max_verifications"]
+    given |= {"max_verifications": options.renamed_option("--checks", old, "--max-verifications", new)}
+    return {name: value for name, value in given.items() if name in FIELDS and value != []}
 
 
 def _check(

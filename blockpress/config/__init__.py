@@ -5,6 +5,7 @@ and speed can be planned without it.
 Run it:  python -c "from blockpress.config import PRESETS; print(PRESETS['diffusiongemma-26B-A4B']())"
 """
 
+from blockpress.config.edits import LogitEdits
 from blockpress.config.families import FAMILIES, Family
 from blockpress.config.layers import LayerConfig, LayerKind, Rope
 from blockpress.config.model import FAMILY, ModelConfig
@@ -20,6 +21,7 @@ __all__ = [
     "GenerationConfig",
     "LayerConfig",
     "LayerKind",
+    "LogitEdits",
     "ModelConfig",
     "Rope",
     "Sampling",

@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Any
 
 from blockpress.config.checks import is_count, is_number, require, value_text
+from blockpress.config.edits import LogitEdits
 from blockpress.config.model import ModelConfig
 from blockpress.errors import ConfigError, RequestError, newer_names, renamed_fields
 
@@ -33,7 +34,7 @@ _OLDER = {"checks": "max_verifications"}  # until version 0.3
 
 @renamed_fields(**_OLDER)
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(LogitEdits):
     """How a canvas is denoised; the defaults are the reference's.
 
     steps: most denoising steps per canvas. entropy_bound: most nats of the accepted tokens together, the largest not
@@ -48,7 +49,8 @@ class Sampling:
     before the canvas ends; 0: text is released with its canvas. greedy: whether accepted positions hold their likeliest
     tokens, not samples; what is accepted stays as it is. stop: text that ends the answer and is not part of it.
     accept, settle: your own rules (`diffusion.Accept` and `diffusion.Settle`) instead of the entropy bound, and of
-    stability and confidence; their steps are not captured on a GPU.
+    stability and confidence; their steps are not captured on a GPU, nor are those with edits of the logits
+    (`LogitEdits` has these fields).
     """
 
     steps: int = 48
@@ -100,6 +102,7 @@ class Sampling:
         need(self.accept is None or callable(self.accept), "accept", "a callable of entropies, or None")
         need(self.settle is None or callable(self.settle), "settle", "a callable of counts and entropies, or None")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
+        super().__post_init__()
 
     @property
     def reads_drafts(self) -> bool:
@@ -114,17 +117,14 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressiveSampling:
+class AutoregressiveSampling(LogitEdits):
     """How the next token is chosen in autoregressive decoding; the defaults take the likeliest one.
 
-    temperature: the logits are divided by it; 0 takes the likeliest token, and the next two fields have no effect.
-    top_k: how many of the likeliest tokens may be sampled; None: all. top_p: of these, the likeliest that together have
-    at least this probability may be sampled. stop: text that ends the answer and is not part of it.
+    temperature: the logits are divided by it; 0 takes the likeliest token, and top_k, top_p and min_p have no effect.
+    stop: text that ends the answer and is not part of it. The other fields are those of `LogitEdits`.
     """
 
     temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,12 +134,11 @@ class AutoregressiveSampling:
                     f"sampling field {name} is {value_text(getattr(self, name))}", hint=f"{name} must be {what}"
                 )
 
-        _as_python(self, ("top_k",), ("temperature", "top_p"))
+        _as_python(self, (), ("temperature",))
         divides = is_number(self.temperature) and (self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST)
         need(divides, "temperature", f"0, or {_TEMPERATURE}")
-        need(self.top_k is None or is_count(self.top_k, 1, MOST), "top_k", f"a whole number from 1 to {MOST}, or None")
-        need(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a probability above 0, at most 1")
         object.__setattr__(self, "stop", _stop_texts(self.stop))
+        super().__post_init__()
 
     def with_(self, **changes: Any) -> AutoregressiveSampling:
         """A copy with some fields changed; the result is checked."""
@@ -176,12 +175,10 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
 # Fields with which the reference would change the choice of a token in other ways. Value: what changes nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
-    "min_p": (None, 0),
     "top_h": (None,),
     "typical_p": (None, 1),
     "epsilon_cutoff": (None, 0),
     "eta_cutoff": (None, 0),
-    "repetition_penalty": (None, 1),
     "encoder_repetition_penalty": (None, 1),
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
@@ -191,7 +188,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "min_new_tokens": (None, 0),
     "bad_words_ids": (None, []),
     "sequence_bias": (None, []),
-    "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
@@ -259,12 +255,13 @@ class GenerationConfig:
         """The file's content, in the reference's field names."""
         out = dict(self.source) | {"eos_token_id": list(self.stop_ids)}
         s, t = self.sampling, self.autoregressive
-        for name in ("accept", "settle", "checked_spans"):
-            if getattr(s, name) is not None:
-                raise ConfigError(
-                    f"sampling field {name} is {getattr(s, name)!r}, which generation_config.json cannot hold",
-                    hint=f"save it with {name}=None, and hand the rule in when you generate",
-                )
+        rules = {name: getattr(s, name) for name in ("accept", "settle", "checked_spans")}
+        edits = s.changed | {name: value for name, value in t.changed.items() if name not in _HELD}
+        for name, value in [*edits.items(), *((name, rule) for name, rule in rules.items() if rule is not None)]:
+            raise ConfigError(
+                f"sampling field {name} is {value_text(value)}, which generation_config.json cannot hold",
+                hint=f"save it without {name}, and hand it in when you generate",
+            )
         if self.has_canvas:
             out |= {
                 "max_denoising_steps": s.steps,
@@ -276,19 +273,31 @@ class GenerationConfig:
             }
         if t.temperature > 0:
             out |= {"do_sample": True, "temperature": t.temperature, "top_k": t.top_k or 0, "top_p": t.top_p}
+            out |= {"min_p": t.min_p} if t.min_p or "min_p" in out else {}
         elif self.source.get("do_sample"):
             out["do_sample"] = False
-        return out
+        penalty, suppressed = t.repetition_penalty, list(t.suppress_tokens)
+        out |= {"repetition_penalty": penalty} if penalty != 1 or "repetition_penalty" in out else {}
+        return out | ({"suppress_tokens": suppressed} if suppressed or "suppress_tokens" in out else {})
+
+
+_HELD = ("top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens")
+"""Edits of the logits of single tokens that the file can hold."""
 
 
 def _tokens(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that choose a token, as the reference reads them: they apply only if `do_sample` is true, and then an
-    absent top_k is 50; 0 is no limit."""
+    """The fields that choose a token, as the reference reads them."""
+    always = {name: data.get(name) for name in ("repetition_penalty", "suppress_tokens")}
+    return {name: value for name, value in always.items() if value is not None} | _sampled(data)
+
+
+def _sampled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that apply only if `do_sample` is true; then an absent top_k is 50, and 0 is no limit."""
     sample = data.get("do_sample")
     require(sample is None or isinstance(sample, bool), "do_sample", sample, "true, false or null")
     if not sample:
         return {}
-    given = {name: data.get(name) for name in ("temperature", "top_k", "top_p")}
+    given = {name: data.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
     fields = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | {k: v for k, v in given.items() if v is not None}
     # The limits of these two, at which only the likeliest token is left.
     if any(is_number(fields[name]) and fields[name] == 0 for name in ("temperature", "top_p")):

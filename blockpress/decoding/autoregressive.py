@@ -25,11 +25,12 @@ from torch import Tensor
 
 from blockpress.config import AutoregressiveSampling
 from blockpress.decoding import Cancel, Done, Event, SequenceState
-from blockpress.decoding.generate import images_of, pad
+from blockpress.decoding.edits import causal_changes, truncation_of
+from blockpress.decoding.generate import images_of, pad, take
 from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward, score_tokens
 from blockpress.diffusion import KeyedDraws, TokenMask
+from blockpress.diffusion.pins import UNPINNED
 from blockpress.model import Cache, Images, Network
-from blockpress.ops.nucleus import keep_top_k, keep_top_p
 from blockpress.ops.transfer import to_device
 
 GREEDY = AutoregressiveSampling()
@@ -49,7 +50,7 @@ def generate_autoregressive(
         sampling: how a token is chosen. Its stop texts are left to the rows' output processors.
         cancel: checked before every forward; once it is set, every unfinished row ends as "cancelled".
     """
-    live, forwards = list(rows), Counter[int]()
+    live, forwards = take(rows, sampling), Counter[int]()
     new_tokens, images = [row.prompt for row in live], images_of(live)
     cache = network.empty_cache(len(live))
     last = torch.empty(len(live), 1, network.config.hidden_size, dtype=network.dtype, device=network.device)
@@ -108,13 +109,15 @@ def sample_next(
         if row.constraint is not None:
             allowed = to_device(row.constraint.allowed(row.max_later_tokens), network.device)
             logits[place] = logits[place].masked_fill(~allowed, float("-inf"))
+    scaled = logits / (sampling.temperature or 1.0)
+    heat = torch.full((1,), sampling.temperature or 1.0, device=network.device)
+    for place, row in enumerate(rows if sampling.edits_logits else ()):
+        changes = causal_changes(row, [UNPINNED], network.config.vocab_size, network.device)
+        scaled[place] = scaled[place] if changes is None else changes.added(scaled[place], heat)
     if sampling.temperature == 0:
-        return logits[:, 0].argmax(-1)
-    scaled = logits / sampling.temperature
-    if sampling.top_k is not None:
-        scaled = keep_top_k(scaled, sampling.top_k)
-    if sampling.top_p < 1:
-        scaled = keep_top_p(scaled, sampling.top_p)
+        return scaled[:, 0].argmax(-1)
+    truncation = truncation_of(sampling)
+    scaled = scaled if truncation is None else truncation(scaled)
     seeds, numbers = [row.seed for row in rows], [row.canvas_number for row in rows]
     draws = KeyedDraws(seeds, numbers, length=1, vocab=network.config.vocab_size, device=network.device)
     return draws.sample(all_rows, 0, scaled)[:, 0]

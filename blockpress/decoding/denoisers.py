@@ -16,13 +16,22 @@ from blockpress.constrain import CanvasConstraint
 from blockpress.diffusion import Denoiser, DenoiserOutput, Draws, TokenMask
 from blockpress.model import Cache, Network
 from blockpress.ops import vocabulary
+from blockpress.ops.nucleus import Truncation
+from blockpress.ops.vocabulary import LogitChanges
 from blockpress.shapes import Canvas, Logits, Signal
 
 
-def plain_denoiser(network: Network, cache: Cache, constraints: Sequence[CanvasConstraint | None] = ()) -> Denoiser:
+def plain_denoiser(
+    network: Network,
+    cache: Cache,
+    constraints: Sequence[CanvasConstraint | None] = (),
+    changes: Sequence[LogitChanges | None] = (),
+    truncation: Truncation | None = None,
+) -> Denoiser:
     """A denoiser that computes its output from full logits, over the context of `cache` (a row for each canvas).
 
-    `constraints`: of each row of the batch; none if it is empty.
+    `constraints`, `changes`: of each row of the batch; none if it is empty. Both are read at every step. `truncation`:
+    of all rows.
     """
     selected: list[tuple[int, Cache]] = [(len(cache.lengths), cache)]
 
@@ -41,11 +50,16 @@ def plain_denoiser(network: Network, cache: Cache, constraints: Sequence[CanvasC
         scaled = logits / temperature.to(logits.device)
         if token_mask is not None:
             scaled = token_mask(rows, scaled)
+        numbers, sample = rows.tolist(), partial(draws.sample, rows, step)
+        for place, edited in enumerate(changes[row] for row in numbers) if any(changes) else ():
+            if edited is not None:
+                heat = temperature.to(scaled.device).expand(scaled.shape[1])
+                scaled[place] = edited.added(scaled[place], heat)
         return output_from_logits(
             network,
             scaled,
-            partial(draws.sample, rows, step),
-            [constraints[row] for row in rows.tolist()] if constraints else (),
+            sample if truncation is None else lambda logits: sample(truncation(logits)),
+            [constraints[row] for row in numbers] if constraints else (),
         )
 
     return denoiser

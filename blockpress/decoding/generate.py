@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from blockpress.config import Sampling
+from blockpress.config import LogitEdits, Sampling
 from blockpress.constrain import CanvasConstraint
 from blockpress.decoding import Cancel, Denoised, Event, SequenceState
 from blockpress.decoding.denoisers import plain_denoiser
+from blockpress.decoding.edits import canvas_changes, truncation_of
 from blockpress.diffusion import (
     Denoiser,
     Draws,
@@ -40,10 +41,15 @@ from blockpress.diffusion import (
     given_tokens,
     step_rules,
 )
+from blockpress.diffusion.pins import UNPINNED
 from blockpress.model import Cache, Images, Network
+from blockpress.ops.nucleus import Truncation
 from blockpress.ops.transfer import to_device
+from blockpress.ops.vocabulary import LogitChanges
 
-MakeDenoiser = Callable[[Network, Cache, Sequence[CanvasConstraint | None]], Denoiser]
+MakeDenoiser = Callable[
+    [Network, Cache, Sequence[CanvasConstraint | None], Sequence[LogitChanges | None], Truncation | None], Denoiser
+]
 
 
 @torch.inference_mode()
@@ -61,10 +67,10 @@ def generate(
         rows: prompts with their seeds, stop rules and limits; each collects its answer.
         cancel: checked between steps; once it is set, every unfinished row ends as "cancelled".
         make_draws: the source of random tokens; tests pass recorded ones.
-        make_denoiser: makes what denoises canvases over a context, under their constraints. All must give the same
-            tokens.
+        make_denoiser: makes what denoises canvases over a context, under their constraints and edits. All must give the
+            same tokens.
     """
-    live = list(rows)
+    live = take(rows, sampling)
     cache = prefill(network, live)
     while True:
         if not (yield from denoise_canvases(network, live, cache, sampling, cancel, make_draws, make_denoiser)):
@@ -77,6 +83,13 @@ def generate(
         if len(unfinished) < len(live):
             live, cache = [live[i] for i in unfinished], cache.select(torch.tensor(unfinished))
         cache = commit_tokens(network, [row.new_tokens for row in live], cache)
+
+
+def take(rows: Sequence[SequenceState], sampling: LogitEdits) -> list[SequenceState]:
+    """The rows, whose logits are edited as this sampling says."""
+    for row in rows:
+        row.edits = sampling
+    return list(rows)
 
 
 def denoise_canvases(
@@ -107,7 +120,8 @@ def denoise_canvases(
     pins = Pins.of([row.pins for row in rows], length, network.embed, device, always=sampling.release > 0)
     start = given_tokens([row.start for row in rows], length, device)
     constraints = [row.canvas_constraint for row in rows]
-    denoiser = make_denoiser(network, cache, constraints)
+    changes = [_changes(network, row) for row in rows]
+    denoiser = make_denoiser(network, cache, constraints, changes, truncation_of(sampling))
     for step in denoise(denoiser, draws, len(rows), schedule, accept, settle, token_mask, pins, start, sampling.greedy):
         for i, row in enumerate(rows[index] for index in step.rows.tolist()):
             row.draft(step.argmax[i].tolist(), step.number)
@@ -119,11 +133,18 @@ def denoise_canvases(
                     assert pins is not None
                     pins.add(int(step.rows[i]), row.pins, network.embed)
                     constraints[int(step.rows[i])] = row.canvas_constraint
+                if sampling.has_penalties:
+                    decided = step.next_canvas[i].where(step.accepted[i], UNPINNED)
+                    changes[int(step.rows[i])] = _changes(network, row, decided.tolist())
         if cancel is not None and cancel.is_set():
             for row in rows:
                 yield from row.cancel()
             return False
     return True
+
+
+def _changes(network: Network, row: SequenceState, decided: Sequence[int] = ()) -> LogitChanges | None:
+    return canvas_changes(row, decided, network.config.canvas_length, network.config.vocab_size, network.device)
 
 
 def prefill(network: Network, rows: Sequence[SequenceState]) -> Cache:

@@ -4,9 +4,10 @@
     hidden state of    c        t0   t1              each predicts the token after it
     predicts           t0       t1   t2
 
-Log-probabilities are the model's own: at temperature 1, ignoring the row's banned ids. The token that it would have
-written is the likeliest one that the row has not banned, as in autoregressive decoding. Under a constraint both are
-those of the tokens that may stand there after the ones before: all others have probability 0.
+Log-probabilities are the model's own: at temperature 1, ignoring the row's banned ids and edits of its logits (vLLM's
+"raw_logprobs"). The token that it would have written is the likeliest one that the row has not banned, after the edits,
+as in autoregressive decoding. Under a constraint both are those of the tokens that may stand there after the ones
+before: all others have probability 0.
 
 Invariant: memory does not grow with tokens times vocabulary: `ops/vocabulary` holds one block of logits at a time.
 Run it:  python -m pytest tests/decoding/test_scoring.py
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from blockpress.config import Sampling
 from blockpress.decoding import Cancel, SequenceState, TokenLogprob
+from blockpress.decoding.edits import causal_changes
 from blockpress.decoding.generate import pad
 from blockpress.diffusion import TokenMask
 from blockpress.errors import EngineError
@@ -45,12 +48,14 @@ class TokenScores:
     """The causal pass's scores of some tokens of a row, one entry per position.
 
     greedy_ids: the tokens that it would have written. logprobs, greedy_logprobs: the log-probabilities of the row's
-    tokens and of the greedy ones; empty for a row that wants none.
+    tokens and of the greedy ones; empty for a row that wants none. edited_logprobs: those of the row's tokens after its
+    edits; empty for a row without edits, and where no draft is verified or repaired.
     """
 
     greedy_ids: list[int]
     logprobs: list[TokenLogprob]
     greedy_logprobs: list[TokenLogprob]
+    edited_logprobs: list[float] = field(default_factory=list)
 
 
 def causal_forward(
@@ -96,7 +101,38 @@ def score_tokens(
         banned=_banned(rows, drafts, network.device),
         forbid=_forbid(rows, drafts, network.device),
     )
-    return _split_by_row(wanted, drafts, scores)
+    split = _split_by_row(wanted, drafts, scores)
+    for place, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+        if draft and isinstance(row.edits, Sampling) and row.edits.reads_drafts and row.edits.edits_logits:
+            split[place] = _edited(network, states[place, : len(draft)], row, draft, split[place])
+    return split
+
+
+def _edited(
+    network: Network, states: Float[Tensor, "tokens hidden"], row: SequenceState, draft: list[int], scores: TokenScores
+) -> TokenScores:
+    """The scores of a row's draft with the tokens that are greedy after the row's edits."""
+    config, device = network.config, network.device
+    changes = causal_changes(row, draft, config.vocab_size, device)
+    assert changes is not None
+    edited = vocabulary.score_edited(
+        states,
+        network.embed_tokens.weight,
+        changes,
+        cap=config.softcap,
+        tokens=to_device(torch.tensor(draft), device),
+        wide=config.has_canvas,
+        banned=_banned([row], [draft], device),
+        forbid=_forbid([row], [draft], device),
+    )
+    greedy, before, after = to_host(torch.stack([x.double() for x in vars(edited).values()])).tolist()
+    pairs = zip(greedy, before, scores.greedy_logprobs, strict=False)
+    return replace(
+        scores,
+        greedy_ids=[int(token) for token in greedy],
+        greedy_logprobs=[TokenLogprob(int(token), logprob, scored.top) for token, logprob, scored in pairs],
+        edited_logprobs=after,
+    )
 
 
 @torch.inference_mode()
@@ -200,8 +236,8 @@ def _split_by_row(wanted: Sequence[int | None], drafts: Sequence[list[int]], sco
     result, start = [], 0
     for top, draft in zip(wanted, drafts, strict=True):
         part, start = slice(start, start + len(draft)), start + len(draft)
-        pair = [[], []] if top is None else [_with_top(x[part], top) for x in (scores.logprobs, scores.greedy_logprobs)]
-        result.append(TokenScores(scores.greedy_ids[part], *pair))
+        own, greedy = (() if top is None else x[part] for x in (scores.logprobs, scores.greedy_logprobs))
+        result.append(TokenScores(scores.greedy_ids[part], _with_top(own, top or 0), _with_top(greedy, top or 0)))
     return result
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockpress.chat import MalformedToolCall, Piece, TextDelta, ToolCall
+from blockpress.config import LogitEdits
 from blockpress.config.checks import is_count, value_text
 from blockpress.constrain import CanvasConstraint, ConstraintState
 from blockpress.decoding.early import EarlyText
@@ -54,9 +55,8 @@ class FinishedCanvas:
 
 
 class SequenceState:
-    """One prompt and its answer so far. Limits are in tokens; `room` is how many more the context can hold.
-
-    `seed` counts modulo 2^64: seeds that differ by a multiple of it are the same one.
+    """One prompt and its answer so far. Limits are in tokens; `room` is how many more the context can hold. Seeds that
+    differ by a multiple of 2^64 are the same one.
 
     `processor` turns the tokens into output; without one they are one text, by `decoder`, or just tokens. `logprobs`:
     how many alternatives are reported with each token's log-probability; None: no log-probabilities.
@@ -87,7 +87,7 @@ class SequenceState:
         _need(logprobs is None or is_count(logprobs, 0, MOST_LOGPROBS), "logprobs", logprobs, most)
         self.index, self.prompt, self.seed = index, list(prompt), int(seed)
         self.logprobs = None if logprobs is None else int(logprobs)
-        self.constraint = constraint
+        self.constraint, self.edits = constraint, LogitEdits()  # whoever runs the row sets those of its sampling
         self.images: Mapping[int, Float[Tensor, "_soft hidden"]] = {}
         """The images of the prompt: the position of each one's first soft token, and its features."""
         self.canvases: list[FinishedCanvas] = []

@@ -33,10 +33,10 @@ from dataclasses import dataclass
 import torch
 
 from blockpress.config import Sampling
-from blockpress.decoding import Cancel, Event, SequenceState, TokenLogprob, common_prefix
+from blockpress.decoding import Cancel, Event, SequenceState, common_prefix
 from blockpress.decoding.autoregressive import extend_cache
 from blockpress.decoding.denoisers import plain_denoiser
-from blockpress.decoding.generate import MakeDenoiser, denoise_canvases, images_of
+from blockpress.decoding.generate import MakeDenoiser, denoise_canvases, images_of, take
 from blockpress.decoding.scoring import LastHidden, TokenScores, causal_forward, gather_last_hidden, score_tokens
 from blockpress.diffusion import Draws, KeyedDraws
 from blockpress.errors import RequestError
@@ -58,7 +58,7 @@ def generate_verified(
         sampling: `max_verifications` is the most verifications per canvas, `max_repairs` the most repairs.
         rows, cancel, make_draws, make_denoiser: as in `generate`; rows with `logprobs` get log-probabilities.
     """
-    live = list(rows)
+    live = take(rows, sampling)
     last, cache = prefill_verified(network, live)
     while True:
         if not (yield from denoise_canvases(network, live, cache, sampling, cancel, make_draws, make_denoiser)):
@@ -110,7 +110,8 @@ def apply_verification(row: SequenceState, scores: TokenScores, sampling: Sampli
     # The output processor may append a token of its own (the end of a thought), which is never verified.
     length = common_prefix(proposal, row.draft_tokens)
     if len(row.repairs) < sampling.max_repairs:
-        places = _unlikely(row, proposal[:length], scores.logprobs, sampling)
+        chances = scores.edited_logprobs or [scored.logprob for scored in scores.logprobs]
+        places = _unlikely(row, proposal[:length], chances, sampling)
         if places:
             pins = repair_pins(row.draft_tokens, places, len(proposal))
             row.redo(pins, {(place, proposal[place]) for place in places})
@@ -132,17 +133,15 @@ def apply_verification(row: SequenceState, scores: TokenScores, sampling: Sampli
     yield from row.commit(logprobs)
 
 
-def _unlikely(
-    row: SequenceState, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], sampling: Sampling
-) -> list[int]:
+def _unlikely(row: SequenceState, tokens: Sequence[int], logprobs: Sequence[float], sampling: Sampling) -> list[int]:
     """Places of the draft to repair: tokens that the causal pass finds too unlikely and that no repair has tried."""
     unchecked, least = _unchecked(row, tokens, sampling), math.log(sampling.repair_below)
     given = row.given.pins_on(len(row.answer), len(tokens))
     tried = set().union(*row.repairs)
     return [
         place
-        for place, (token, scored) in enumerate(zip(tokens, logprobs, strict=False))
-        if scored.logprob < least and not (place in unchecked or place in given or (place, token) in tried)
+        for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=False))
+        if logprob < least and not (place in unchecked or place in given or (place, token) in tried)
     ]
 
 

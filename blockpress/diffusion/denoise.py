@@ -60,7 +60,10 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of one step for the rows that were not settled before it; `rows` are their indices in the batch."""
+    """The outcome of one step for the rows that were not settled before it; `rows` are their indices in the batch.
+
+    canvas: what the step read. next_canvas: what the next one reads.
+    """
 
     number: int
     rows: Int[Tensor, " rows"]
@@ -70,6 +73,7 @@ class Step:
     entropy: Entropy
     changed: Bool[Tensor, "rows canvas"]
     settled: Bool[Tensor, " rows"]
+    next_canvas: Canvas
 
 
 def denoise(
@@ -86,10 +90,9 @@ def denoise(
 ) -> Iterator[Step]:
     """Denoise one canvas for each of `batch` rows, yielding every step.
 
-    A row's result is the argmax of its last step: the one in which it settled, or step `schedule.last`. `Step.canvas`
-    is what the step read. `token_mask` and `pins` hold for all steps; `start` has the tokens that stand in the first
-    noise, `UNPINNED` elsewhere. Their rows are those of the batch. `greedy`: positions that are accepted hold their
-    likeliest tokens, not samples.
+    A row's result is the argmax of its last step: the one in which it settled, or step `schedule.last`. `token_mask`
+    and `pins` hold for all steps; `start` has the tokens that stand in the first noise, `UNPINNED` elsewhere. Their
+    rows are those of the batch. `greedy`: positions that are accepted hold their likeliest tokens, not samples.
     """
     rows = torch.arange(batch)
     canvas = draws.noise(rows, 0)
@@ -110,7 +113,17 @@ def denoise(
         if pins is not None:
             noise = pins.hold(rows, noise)
         result = update(output, noise, previous, unchanged, accept, settle)
-        yield Step(number, rows, canvas, output.argmax, result.accepted, output.entropy, result.changed, result.settled)
+        yield Step(
+            number,
+            rows,
+            canvas,
+            output.argmax,
+            result.accepted,
+            output.entropy,
+            result.changed,
+            result.settled,
+            result.canvas,
+        )
         if number == schedule.last:
             return
         live = (~result.settled).nonzero()[:, 0]

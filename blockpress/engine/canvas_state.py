@@ -3,7 +3,7 @@
     slot     canvas    what the next step reads                 signal      self-conditioning embedding of the last step
              argmax    of the last step, to detect changes      unchanged   consecutive steps without a change
              pins      tokens that it must hold, or UNPINNED    banned      which of `ids` each position must not take
-             start     tokens in its first noise, or UNPINNED
+             start     tokens in its first noise, or UNPINNED       decided  accepted tokens, of canvases with penalties
     padding  the last row, for padding entries of a batch
 
 `ids` is the union of what all running requests ban, padded with ids that none bans: so the tensors keep their shapes
@@ -38,7 +38,7 @@ class StepFeatures:
     """Optional features that the canvases of a forward need: a forward without them does not pay for them.
 
     begins: some canvas is at its first step. pinned: some canvas has pins. banned: the number of `ids`, 0 if no canvas
-    bans any. custom: some canvas has a custom rule for accepting or settling, or a constraint.
+    bans any. custom: some canvas has a custom rule for accepting or settling, a constraint, or edited logits.
     """
 
     begins: bool = True
@@ -61,6 +61,7 @@ class CanvasState:
         self.unchanged = torch.zeros(count + 1, dtype=torch.long, device=self._device)
         self.pins = torch.full(shape, UNPINNED, device=self._device)
         self.start = torch.full(shape, UNPINNED, device=self._device)
+        self.decided = torch.full(shape, UNPINNED, device=self._device)
         self.ids: Int[Tensor, " ids"] = torch.empty(0, dtype=torch.long, device=self._device)
         self.banned: Bool[Tensor, "slots canvas ids"] = torch.zeros((*shape, 0), dtype=torch.bool, device=self._device)
         self._column: dict[int, int] = {}
@@ -94,7 +95,7 @@ class CanvasState:
             begins=bool(starting),
             pinned=any(slot in self._pinned for slot in slots),
             banned=len(self.ids) if any(self._bans[slot] for slot in slots) else 0,
-            custom=any(has_custom_rules(request) or request.row.constraint is not None for request in requests),
+            custom=any(has_custom_rules(request) or needs_own_pass(request) for request in requests),
         )
 
     def _put(self, slot: int, given: Mapping[int, int], tokens: Int[Tensor, "slots canvas"], used: set[int]) -> None:
@@ -136,6 +137,12 @@ def has_custom_rules(request: Request) -> bool:
     """Whether a request has a custom rule for accepting or settling."""
     sampling = request.sampling
     return isinstance(sampling, Sampling) and not (sampling.accept is None and sampling.settle is None)
+
+
+def needs_own_pass(request: Request) -> bool:
+    """Whether the vocabulary is read for a request's canvas alone: it has a constraint, or edited logits."""
+    edits = request.row.edits
+    return request.row.constraint is not None or edits.edits_logits or edits.truncates
 
 
 def slot_of(request: Request) -> int:

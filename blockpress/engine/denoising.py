@@ -13,7 +13,7 @@ Run it:  python -m pytest tests/engine/test_runner.py
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from blockpress.config import Sampling
+from blockpress.decoding.edits import canvas_changes, truncation_of
 from blockpress.diffusion import (
     Accept,
     DenoiserOutput,
@@ -34,16 +35,16 @@ from blockpress.diffusion import (
     update,
 )
 from blockpress.diffusion.noise import LOW
-from blockpress.diffusion.pins import put_in
+from blockpress.diffusion.pins import UNPINNED, put_in
 from blockpress.diffusion.update import check_answer
 from blockpress.engine.batch import Part
-from blockpress.engine.canvas_state import CanvasState, StepFeatures, slot_of
+from blockpress.engine.canvas_state import CanvasState, StepFeatures, needs_own_pass, slot_of
 from blockpress.engine.options import SoftEmbedding
 from blockpress.engine.request import Request
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.ops.transfer import to_device
-from blockpress.ops.vocabulary import SampleStats
+from blockpress.ops.vocabulary import Room, SampleStats
 
 Numbers = Int64[Tensor, "canvases fields"]
 Flat = Float[Tensor, "1 rows hidden"]
@@ -191,7 +192,7 @@ def finish_step(
 ) -> StepOutputs:
     """Compute a step from the canvases' final hidden states, and write the next step's canvases to their slots.
 
-    `requests` are those of the canvases; they may be omitted if none has custom rules or a constraint.
+    `requests` are those of the canvases; they may be omitted if none has custom rules, a constraint or edits.
     """
     at = canvases.slot
     output = _output(network, slots, canvases, features, inputs, hidden, signal, requests)
@@ -206,6 +207,8 @@ def finish_step(
     slots.signal.index_copy_(0, at, output.signal)
     slots.argmax.index_copy_(0, at, output.argmax)
     slots.unchanged.index_copy_(0, at, result.unchanged)
+    if requests:
+        slots.decided.index_copy_(0, at, result.canvas.where(result.accepted, UNPINNED))
     return StepOutputs(
         argmax=output.argmax,
         accepted=result.accepted,
@@ -225,7 +228,8 @@ def _output(
     signal: SoftEmbedding,
     requests: Sequence[Request],
 ) -> DenoiserOutput:
-    """What the step computes from the vocabulary: a pass for each canvas with a constraint, one for all other rows."""
+    """What the step computes from the vocabulary: passes for each canvas with a constraint or edits, one for all other
+    rows."""
     count, length = len(canvases.slot), slots.length
     temperature = canvases.temperature[:, None].expand(-1, length).flatten()
     banned = slots.banned.index_select(0, canvases.slot).flatten(0, 1) if features.banned else None
@@ -242,24 +246,43 @@ def _output(
             scale=network.embed_scale(),
         )
 
-    states = {i: request.row.constraint for i, request in enumerate(requests) if request.row.constraint is not None}
-    if not states:
+    own = [i for i, request in enumerate(requests) if needs_own_pass(request)]
+    if not own:
         return DenoiserOutput.of(read(slice(None), vocabulary.sample_from_hidden), count)
-    room, *others = (state.room for state in states.values())  # one for all; it goes with its request
-    for other in others:
-        other.clear()
-    parts, free = [], torch.ones(count * length, dtype=torch.bool)
-    for i in states:
-        constraint = requests[i].row.canvas_constraint
-        assert constraint is not None
-        rows = slice(i * length, i * length + constraint.positions)
-        free[rows] = False
-        classes = constraint.automaton.classes(hidden.device)
-        how = partial(vocabulary.sample_conditioned, classes=classes, condition=constraint.condition, room=room)
-        parts.append(read(rows, how))
-    parts.append(read(to_device(free.nonzero()[:, 0], hidden.device), vocabulary.sample_from_hidden))
-    order = to_device(torch.cat(((~free).nonzero()[:, 0], free.nonzero()[:, 0])).argsort(), hidden.device)
-    return DenoiserOutput.of(SampleStats.joined(parts, order), count)
+    states = [state for i in own if (state := requests[i].row.constraint) is not None]
+    for other in states[1:]:
+        other.room.clear()
+    room = states[0].room if states else None  # one for all; it goes with its request
+    parts, places, free = list[SampleStats](), list[Tensor](), torch.ones(count * length, dtype=torch.bool)
+    for i in own:
+        for rows, how in _passes(network, slots, requests[i], length, room):
+            rows = slice(i * length + rows.start, i * length + rows.stop)
+            free[rows] = False
+            places.append(torch.arange(rows.start, rows.stop))
+            parts.append(read(rows, how))
+    places.append(free.nonzero()[:, 0])
+    parts.append(read(to_device(places[-1], hidden.device), vocabulary.sample_from_hidden))
+    return DenoiserOutput.of(SampleStats.joined(parts, to_device(torch.cat(places).argsort(), hidden.device)), count)
+
+
+def _passes(
+    network: Network, slots: CanvasState, request: Request, length: int, room: Room | None
+) -> Iterator[tuple[slice, Callable[..., SampleStats]]]:
+    """How the vocabulary is read for the places of a canvas that its constraint holds, and for the others if there are
+    edits."""
+    row, device = request.row, network.device
+    constraint, held = row.canvas_constraint, 0
+    decided = slots.decided[slot_of(request)].tolist() if request.step and row.edits.has_penalties else ()
+    changes = canvas_changes(row, decided, length, network.config.vocab_size, device)
+    truncation = truncation_of(row.edits)
+    if constraint is not None:
+        held, classes = constraint.positions, constraint.automaton.classes(device)
+        own = changes and changes.rows(slice(0, held))
+        conditioned = partial(vocabulary.sample_conditioned, classes=classes, condition=constraint.condition, room=room)
+        yield slice(0, held), partial(conditioned, changes=own, truncation=truncation)
+    if changes is not None or truncation is not None:
+        own = changes and changes.rows(slice(held, length))
+        yield slice(held, length), partial(vocabulary.sample_from_hidden, changes=own, truncation=truncation)
 
 
 def custom_rules(canvases: CanvasBatch, requests: Sequence[Request]) -> tuple[Accept, Settle]:

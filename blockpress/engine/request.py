@@ -45,6 +45,7 @@ class Request:
 
     def __init__(self, row: SequenceState, sampling: Sampling | AutoregressiveSampling) -> None:
         self.row, self.sampling = row, sampling
+        row.edits = sampling
         self.handle = self
         """The request that the caller holds: the engine works on a copy that no caller can change."""
         self.images = row.images

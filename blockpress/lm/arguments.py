@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockpress.config import AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
+from blockpress.config import AutoregressiveSampling, GenerationConfig, LogitEdits, ModelConfig, Sampling
 from blockpress.config.checks import is_count, value_text
 from blockpress.config.sampling import DEFAULT_MAX_VERIFICATIONS
 from blockpress.decoding import Cancel
@@ -172,7 +172,8 @@ def check_sampling(
     """The sampling of a mode; None: the checkpoint's. In the mode "verified", `max_verifications` of 0 is the default.
 
     Raises:
-        RequestError: a mode that the model does not have, sampling of another type, stop texts without a tokenizer.
+        RequestError: a mode that the model does not have, sampling of another type, stop texts without a tokenizer,
+            token ids that are not in the vocabulary.
     """
     chosen = check_mode(mode, config)
     kind = AutoregressiveSampling if chosen == "autoregressive" else Sampling
@@ -186,9 +187,22 @@ def check_sampling(
         raise RequestError(
             f"sampling.stop is {sampling.stop!r}", hint="stop texts need a tokenizer; this model has none"
         )
+    check_edits(sampling, config)
     if chosen == "verified" and isinstance(sampling, Sampling) and not sampling.max_verifications:
         return sampling.with_(max_verifications=DEFAULT_MAX_VERIFICATIONS)
     return sampling
+
+
+def check_edits(edits: LogitEdits, config: ModelConfig) -> None:
+    """Raises RequestError: edits name a token that is not in the vocabulary, or ban all of it."""
+    for name, ids in edits.token_ids.items():
+        token = max(ids, default=0)
+        if token >= config.vocab_size:
+            raise RequestError(
+                f"sampling.{name} has token id {token}", hint=f"ids go from 0 to {config.vocab_size - 1}"
+            )
+    if len(edits.suppress_tokens) == config.vocab_size:
+        raise RequestError("sampling.suppress_tokens bans the whole vocabulary", hint="leave some token allowed")
 
 
 def check_cancel(cancel: object) -> Cancel | None:

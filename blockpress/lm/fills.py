@@ -15,7 +15,7 @@ from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.config.checks import is_count, value_text
 from blockpress.decoding import Cancel, Event
 from blockpress.errors import RequestError
-from blockpress.lm.arguments import AnySampling, ConstraintOptions, as_list, check_cancel, is_integer
+from blockpress.lm.arguments import AnySampling, ConstraintOptions, as_list, check_cancel, check_edits, is_integer
 from blockpress.lm.constraints import ConstraintCache
 from blockpress.lm.decide import after_thought
 from blockpress.lm.execute import Answer
@@ -111,6 +111,7 @@ def check_fill(
                 f"sampling.{field} is {getattr(chosen, field)}, and the causal pass does not see what follows a hole",
                 hint=f"leave {field} out",
             )
+    check_edits(chosen, config)
     if max_tokens is not None and not is_count(max_tokens):
         raise RequestError(
             f"max_tokens is {value_text(max_tokens)}", hint="max_tokens must be a whole number from 1, or None"

@@ -1,17 +1,46 @@
-"""Which tokens may be sampled: the k likeliest, or the likeliest that together reach a probability.
+"""Which tokens may be sampled: the k likeliest, the likeliest that together reach a probability, or those that have a
+share of the likeliest one's.
 
     logits             2.0   1.0   0.0  -1.0        probabilities   0.64  0.24  0.09  0.03
     keep_top_k(2)      2.0   1.0  -inf  -inf
     keep_top_p(0.9)    2.0   1.0   0.0  -inf        0.64 + 0.24 < 0.9: the token that crosses 0.9 is kept
+    keep_min_p(0.2)    2.0   1.0  -inf  -inf        0.09 / 0.64 < 0.2
 
 Invariant: at least one token is kept, and the logits of kept tokens are unchanged.
-Run it:  python -m pytest --doctest-modules blockpress/ops/nucleus.py
-Source: `TopKLogitsWarper` and `TopPLogitsWarper` of `transformers` 5.23; Holtzman et al., arXiv 1904.09751.
+Run it:  python -m pytest --doctest-modules blockpress/ops/nucleus.py tests/ops/test_nucleus.py
+Source: `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper` of `transformers` 5.23; Holtzman et al., arXiv
+1904.09751; Nguyen et al., arXiv 2407.01082.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float32
+from torch import Tensor
+
 from blockpress.shapes import Logits
+
+FEW = 1024
+"""The likeliest tokens of a position that are looked at before all are sorted, which takes ten times as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """All three, one after another: each is of the probabilities that the one before has left."""
+
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __call__(self, scaled: Logits) -> Logits:
+        """The logits, -inf for tokens that may not be sampled."""
+        if self.top_k is not None:
+            scaled = keep_top_k(scaled, self.top_k)
+        if self.top_p < 1:
+            scaled = keep_top_p(scaled, self.top_p)
+        return keep_min_p(scaled, self.min_p) if self.min_p > 0 else scaled
 
 
 def keep_top_k(scaled: Logits, k: int) -> Logits:
@@ -26,13 +55,41 @@ def keep_top_k(scaled: Logits, k: int) -> Logits:
 
 
 def keep_top_p(scaled: Logits, p: float) -> Logits:
-    """The logits, -inf for the unlikeliest tokens whose probabilities add up to at most 1 - p.
+    """The logits, -inf for the unlikeliest tokens whose probabilities add up to at most 1 - p; of equal ones the first.
 
     >>> import torch
     >>> keep_top_p(torch.tensor([[[2.0, 1.0, 0.0, -1.0]]]), 0.9)
     tensor([[[2., 1., 0., -inf]]])
     """
-    rising, order = scaled.sort(dim=-1)
+    if scaled.shape[-1] <= FEW or scaled.device.type != "cpu":  # there sorting costs little, and nothing may wait
+        return _by_sorting(scaled, p)
+    falling = scaled.topk(FEW, dim=-1).values
+    through = (falling - scaled.logsumexp(-1, keepdim=True)).exp().cumsum(-1)
+    count = (through < p).sum(-1, keepdim=True).clamp(max=FEW - 1) + 1
+    least = falling.gather(-1, count - 1)
+    equal = scaled == least
+    spare = equal.sum(-1, keepdim=True) - (count - (falling > least).sum(-1, keepdim=True))
+    kept = scaled.masked_fill(scaled < least, float("-inf"))
+    if bool((spare > 0).any()):
+        kept.masked_fill_(equal & (equal.cumsum(-1) <= spare), float("-inf"))
+    more = through[..., -1] < p
+    if bool(more.any()):
+        kept[more] = _by_sorting(scaled[more], p)
+    return kept
+
+
+def _by_sorting(scaled: Float32[Tensor, "*places vocab"], p: float) -> Float32[Tensor, "*places vocab"]:
+    rising, order = scaled.sort(dim=-1, stable=True)
     dropped = rising.softmax(-1).cumsum(-1) <= 1 - p
     dropped[..., -1] = False
     return scaled.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+
+
+def keep_min_p(scaled: Logits, p: float) -> Logits:
+    """The logits, -inf for tokens with less than the share `p` of the likeliest one's probability.
+
+    >>> import torch
+    >>> keep_min_p(torch.tensor([[[2.0, 1.0, 0.0, -1.0]]]), 0.2)
+    tensor([[[2., 1., -inf, -inf]]])
+    """
+    return scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(p), float("-inf"))

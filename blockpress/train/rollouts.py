@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from blockpress.config import Sampling
 from blockpress.diffusion import DenoiserOutput, KeyedDraws, Schedule, step_rules, update
 from blockpress.diffusion.noise import LOW
+from blockpress.errors import RequestError
 from blockpress.model import Network
 from blockpress.ops import vocabulary
 from blockpress.train import parallel
@@ -45,6 +46,8 @@ class Rollouts:
     """
 
     def __init__(self, network: Network, objective: Objective, sampling: Sampling, rows: int, seed: int) -> None:
+        for name, value in sampling.changed.items():
+            raise RequestError(f"sampling.{name} is {value!r:.80}", hint=f"leave {name} out: training edits no logits")
         self.objective, self.sampling, self.seed = objective, sampling, seed
         self.length, self.vocab = network.config.canvas_length, network.config.vocab_size
         self.per_row, self._rows, self._first = objective.on_policy, rows, 0

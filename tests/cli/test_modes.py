@@ -151,6 +151,10 @@ def test_an_autoregressive_chat_gives_the_library_s_answer(call: Call, seeing: P
         (("--top-k", 0), {"top_k": None}),
         (("--top-p", 0.5), {"top_p": 0.5}),
         (("--temperature", 0), {"temperature": 0.0}),
+        (("--edit", "min_p=0.1", "--edit", "presence-penalty=1.5"), {"min_p": 0.1, "presence_penalty": 1.5}),
+        (("--edit", 'logit_bias={"5": -100, "6": 2}'), {"logit_bias": {5: -100.0, 6: 2.0}}),
+        (("--edit", "suppress_tokens=[5]", "--edit", "top_k=3"), {"suppress_tokens": (5,), "top_k": 3}),
+        (("--edit", "allowed_token_ids=[5, 6]"), {"allowed_token_ids": (5, 6)}),
     ],
 )
 def test_options_override_the_checkpoint_s_sampling(
@@ -190,11 +194,10 @@ def test_diffusion_options_are_refused_in_autoregressive_mode(
 
 
 @pytest.mark.usefixtures("weightless")
-@pytest.mark.parametrize("option", ["temperature", "top-k", "top-p"])
-def test_autoregressive_options_are_refused_in_diffusion_mode(call: Call, untrained: Path, option: str) -> None:
+def test_autoregressive_options_are_refused_in_diffusion_mode(call: Call, untrained: Path) -> None:
     for mode in ((), ("--mode", "diffusion")):
-        done = call("run", untrained, "1", *mode, f"--{option}", 1)
-        assert done.code == 2 and f"--{option} is given in the mode diffusion" in done.err
+        done = call("run", untrained, "1", *mode, "--temperature", 1)
+        assert done.code == 2 and "--temperature is given in the mode diffusion" in done.err
         assert "--mode autoregressive" in done.err
 
 
@@ -221,6 +224,31 @@ def test_invalid_options_are_refused_before_weights_are_read(call: Call, untrain
         assert done.code == 2 and not done.out and words in done.err
     done = call("sudoku", PUZZLE, "--model", causal)
     assert done.code == 2 and "family gemma4, which has no canvas" in done.err
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ("minp=0.1", "--edit is 'minp=0.1'"),
+        ("steps=4", "--edit is 'steps=4'"),
+        ("min_p", "--edit is 'min_p'"),
+        ("min_p=much", "give min_p= and a value in JSON"),
+        ("min_p=2", "min_p is 2"),
+        ('logit_bias={"a": 1}', "logit_bias is {'a': 1}"),
+    ],
+)
+def test_edits_that_are_none_are_refused(call: Call, untrained: Path, edit: str, words: str) -> None:
+    done = call("run", untrained, "1", "--edit", edit)
+    assert done.code == 2 and not done.out and words in done.err
+
+
+def test_a_canvas_is_drawn_by_the_edits_of_its_options(call: Call) -> None:
+    lm = blockpress.load("sudoku-nano")
+    assert lm.tokenizer is not None
+    five, six = lm.tokenizer.encode("56", add_special=False)
+    given = ("--top-k", 3, "--edit", f'logit_bias={{"{five}": 100}}', "--edit", f"suppress_tokens=[{six}]")
+    assert call("run", "sudoku-nano", PUZZLE, "--max-tokens", 9, *given).out.strip() == "5" * 9
 
 
 def test_images_come_before_the_text(call: Call, seeing: Path, shown: tuple[Path, Path, Path]) -> None:

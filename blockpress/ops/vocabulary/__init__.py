@@ -4,6 +4,7 @@
     types.py     arguments and results of a step
     step.py      argmax, sample, entropy and self-conditioning embedding, from hidden states
     conditioned.py  the same for a canvas under a constraint
+    changes.py   biases, bans and penalties of tokens, for either
     causal.py    greedy tokens, and logprobs of given tokens, from hidden states
     blocks.py    the products of the head, a block of rows at a time, and the choice between:
     passes.py    the pass over a block in torch
@@ -15,8 +16,9 @@ Run it:  python -m pytest tests/ops/test_vocabulary.py tests/ops/test_vocabulary
 """
 
 from blockpress.ops.vocabulary.blocks import Room
-from blockpress.ops.vocabulary.causal import TargetScores, score_ids, score_targets
-from blockpress.ops.vocabulary.conditioned import Condition, sample_conditioned
+from blockpress.ops.vocabulary.causal import EditedScores, TargetScores, score_edited, score_ids, score_targets
+from blockpress.ops.vocabulary.changes import Condition, LogitChanges, Penalties
+from blockpress.ops.vocabulary.conditioned import sample_conditioned
 from blockpress.ops.vocabulary.passes import class_stats
 from blockpress.ops.vocabulary.plain import TILE, entropy, sample
 from blockpress.ops.vocabulary.step import sample_from_hidden
@@ -28,6 +30,9 @@ __all__ = [
     "ClassBias",
     "ClassStats",
     "Condition",
+    "EditedScores",
+    "LogitChanges",
+    "Penalties",
     "Room",
     "SampleStats",
     "SignalKind",
@@ -38,6 +43,7 @@ __all__ = [
     "sample",
     "sample_conditioned",
     "sample_from_hidden",
+    "score_edited",
     "score_ids",
     "score_targets",
 ]

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from blockpress.ops.vocabulary.blocks import block_stats, products
+from blockpress.ops.vocabulary.changes import LogitChanges
 from blockpress.ops.vocabulary.passes import scaled_logits
 from blockpress.ops.vocabulary.types import BannedTokens
 from blockpress.ops.weight import Packed
@@ -95,6 +96,49 @@ def score_targets(
         if logprobs is not None:
             logprobs.greedy[rows] = (scaled_logits(largest.values, late_cap, temperature) - total)[:, 0]
     return TargetScores(greedy, logprobs)
+
+
+@dataclass(frozen=True)
+class EditedScores:
+    """Of n positions, where a row's logits are edited: the likeliest token after the edits with its logprob before
+    them, and the logprobs of the given tokens after the edits."""
+
+    greedy: Int[Tensor, " n"]
+    greedy_logprobs: Float32[Tensor, " n"]
+    target: Float32[Tensor, " n"]
+
+
+@torch.no_grad()
+def score_edited(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"] | Packed,
+    changes: LogitChanges,
+    *,
+    cap: float | None,
+    tokens: Int[Tensor, " n"],
+    wide: bool,
+    banned: BannedTokens | None = None,
+    forbid: Callable[[slice, Float[Tensor, "rows vocab"]], None] | None = None,
+) -> EditedScores:
+    """What `score_targets` gives of positions whose logits are edited; its arguments. The edits follow `banned`."""
+    parts = []
+    for rows, product in products(hidden, weight):
+        if forbid is not None:
+            forbid(rows, product)
+        if cap is not None and not wide:
+            product.div_(cap).tanh_().mul_(cap)
+        temperature = torch.ones(len(product), dtype=torch.float32, device=hidden.device)
+        logits = scaled_logits(product, cap if wide else None, temperature)
+        total, edited = logits.logsumexp(-1), logits
+        if banned is not None:
+            ids, where = banned
+            edited = logits.clone()
+            edited[:, ids] = edited[:, ids].masked_fill(where[rows], float("-inf"))
+        edited = changes.rows(rows).added(edited, temperature)
+        greedy = edited.argmax(-1)
+        own, target = (x.gather(-1, at[:, None])[:, 0] for x, at in ((logits, greedy), (edited, tokens[rows])))
+        parts.append((greedy, own - total, target - edited.logsumexp(-1)))
+    return EditedScores(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

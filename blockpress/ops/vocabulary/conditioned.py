@@ -13,28 +13,18 @@ Run it:  python -m pytest tests/ops/test_vocabulary_conditioned.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.ops.linear import lookup
+from blockpress.ops.nucleus import Truncation
 from blockpress.ops.vocabulary.blocks import Room, all_products, block_stats, class_stats
-from blockpress.ops.vocabulary.passes import Probabilities
+from blockpress.ops.vocabulary.changes import Condition, LogitChanges
+from blockpress.ops.vocabulary.passes import Probabilities, draw
 from blockpress.ops.vocabulary.step import soft_embedding
-from blockpress.ops.vocabulary.types import (
-    BannedTokens,
-    ClassBias,
-    ClassStats,
-    SampleStats,
-    SignalKind,
-    TokenClasses,
-)
+from blockpress.ops.vocabulary.types import BannedTokens, ClassBias, SampleStats, SignalKind, TokenClasses
 from blockpress.ops.weight import Packed
-
-Condition = Callable[[ClassStats], tuple[Float32[Tensor, "n classes_and_one"], Int[Tensor, " n"]]]
-"""From the classes' statistics at every position: the bias of each class, -inf last, and the class of the argmax."""
 
 
 @torch.no_grad()
@@ -50,6 +40,8 @@ def sample_conditioned(
     scale: Float[Tensor, ""],
     signal: SignalKind = "exact",
     banned: BannedTokens | None = None,
+    changes: LogitChanges | None = None,
+    truncation: Truncation | None = None,
     native: bool = True,
     room: Room | None = None,
 ) -> SampleStats:
@@ -58,8 +50,8 @@ def sample_conditioned(
     Args:
         classes: by which the condition tells tokens apart; those in none have probability 0.
         condition: what the positions are held to. The argmax is the best token of the class that it chooses.
-        signal: as in `sample_from_hidden`. "exact" leaves out what is less than 2^-22 of a position's probability
-            where the rest is held by few tokens.
+        signal, banned, changes, truncation: as in `sample_from_hidden`. "exact" leaves out what is less than 2^-22 of a
+            position's probability where the rest is held by few tokens. The condition is told of edited logits.
         room: memory that is kept for the next call; None: none is kept.
     """
     if classes.tokens is not None:
@@ -69,14 +61,21 @@ def sample_conditioned(
     if banned is not None:
         ids, where = banned
         product[:, ids] = product[:, ids].masked_fill(where, float("-inf"))
-    stats = class_stats(product, cap, temperature, classes, native=native)
-    values, path = condition(stats)
-    argmax = stats.token.gather(1, path[:, None])[:, 0]
+    parted = None if changes is None else changes.parted(classes)
+    held = classes if parted is None else parted.parts
+    stats = class_stats(product, cap, temperature, held, native=native)
+    if parted is None:
+        values, path = condition(stats)
+        argmax = stats.token.gather(1, path[:, None])[:, 0]
+    else:
+        values, argmax = parted.condition(stats, parted.change(product, cap, temperature), condition)
     probabilities: Probabilities = "few" if signal == "exact" else signal
-    seen = block_stats(product, cap, temperature, uniform, probabilities, ClassBias(classes, values), native=native)
+    bias = ClassBias(held, values)
+    drawn = None if truncation is None else draw(product, cap, temperature, uniform, bias, truncation)
+    seen = block_stats(product, cap, temperature, uniform, probabilities, bias, native=native)
     assert seen.sample is not None
     embedded = None if signal is None else soft_embedding(seen, weight, native=native) * scale
-    sample = seen.sample
+    sample = seen.sample if drawn is None else drawn
     if classes.tokens is not None:
         argmax, sample = classes.tokens[argmax], classes.tokens[sample]
     return SampleStats(argmax, sample, seen.entropy, embedded)

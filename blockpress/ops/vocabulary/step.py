@@ -16,9 +16,11 @@ from torch import Tensor
 
 from blockpress.ops import kernels
 from blockpress.ops.linear import combine
+from blockpress.ops.nucleus import Truncation
 from blockpress.ops.vocabulary import blocks
 from blockpress.ops.vocabulary.blocks import block_stats, combine_sparse, products
-from blockpress.ops.vocabulary.passes import BlockStats, Probabilities
+from blockpress.ops.vocabulary.changes import LogitChanges
+from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, draw
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 from blockpress.ops.weight import Packed
 
@@ -34,6 +36,8 @@ def sample_from_hidden(
     scale: Float[Tensor, ""],
     signal: SignalKind = "exact",
     banned: BannedTokens | None = None,
+    changes: LogitChanges | None = None,
+    truncation: Truncation | None = None,
     native: bool = True,
 ) -> SampleStats:
     """Argmax, sample, entropy (nats) and next self-conditioning embedding of n >= 0 positions, of any requests.
@@ -49,9 +53,12 @@ def sample_from_hidden(
             the likeliest tokens alone, which hold all but at most 2^-9 of the probability (it is not renormalised);
             None: not computed.
         banned: ids, and for each position which of them are banned.
+        changes: edits of the logits of these positions, after `banned`; None: none.
+        truncation: what the sample is cut down to; everything else is of all tokens. None: nothing is cut.
         native: whether the C++ version, or on a GPU the Triton version, may be used where there is one.
     """
-    if native and hidden.is_cuda and isinstance(weight, Tensor) and len(hidden) and kernels.available():
+    plain = changes is None and truncation is None
+    if native and plain and hidden.is_cuda and isinstance(weight, Tensor) and len(hidden) and kernels.available():
         from blockpress.ops.kernels import vocabulary as in_triton
 
         return in_triton.sample_from_hidden(
@@ -66,9 +73,14 @@ def sample_from_hidden(
         if banned is not None:
             ids, where = banned
             product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
-        stats = block_stats(product, cap, temperature[rows], uniform[rows], probabilities, native=native)
+        heat, draws = temperature[rows], uniform[rows]
+        bias = None if changes is None else changes.rows(rows).of_products(product, cap, heat)
+        drawn = None if truncation is None else draw(product, cap, heat, draws, bias, truncation)
+        stats = block_stats(product, cap, heat, draws, probabilities, bias, native=native)
         assert stats.sample is not None
         argmax[rows], sample[rows], entropy[rows] = stats.argmax, stats.sample, stats.entropy
+        if drawn is not None:
+            sample[rows] = drawn
         if embedded is not None:
             embedded[rows] = soft_embedding(stats, weight, native=native) * scale
     return SampleStats(argmax, sample, entropy, embedded)
