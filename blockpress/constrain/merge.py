@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -98,6 +98,13 @@ def normalize_keywords(schema: Mapping[str, Any], path: str, draft: int = 0) -> 
         need("multipleOf", _is_number(flat["multipleOf"]) and flat["multipleOf"] > 0, "a number above 0")
         flat["multipleOf"] = (Fraction(repr(flat["multipleOf"])),)
     _normalize_items(flat, draft)
+    _normalize_bounds(flat, need)
+    if "const" in flat:
+        return merge_keywords(flat, {"enum": [flat.pop("const")]})
+    return None if flat.get("type") == [] or flat.get("enum") == [] else flat
+
+
+def _normalize_bounds(flat: Flat, need: Callable[[str, bool, str], None]) -> None:
     for side in ("minimum", "maximum"):
         exclusive = f"exclusive{side.capitalize()}"
         bounds = []
@@ -110,9 +117,6 @@ def normalize_keywords(schema: Mapping[str, Any], path: str, draft: int = 0) -> 
                 bounds.append((Decimal(repr(flat.pop(name))), excluded))
         if bounds:
             flat[side] = _tighter(side, bounds)
-    if "const" in flat:
-        return merge_keywords(flat, {"enum": [flat.pop("const")]})
-    return None if flat.get("type") == [] or flat.get("enum") == [] else flat
 
 
 def _normalize_items(flat: Flat, draft: int) -> None:
