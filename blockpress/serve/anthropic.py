@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sse_starlette import ServerSentEvent
 
 from blockpress.decoding import Reply
 from blockpress.serve.anthropic_types import CountBody, MessagesBody, messages_job
@@ -38,7 +37,7 @@ async def messages(body: MessagesBody, http: Request) -> Response:
             http,
             _events(service.begin(job.requests), job, body.max_tokens),
             lambda error: named("error", anthropic_error(error)),
-            lambda: named("ping", {"type": "ping"}),
+            named("ping", {"type": "ping"}),
         )
     pieces, reply = await whole_parts(service, job, http)
     content = [_written(job, n, part) for n, part in enumerate(pieces)]
@@ -98,14 +97,14 @@ def _signature(thought: str) -> str:
     return hashlib.sha256(thought.encode()).hexdigest()
 
 
-async def _events(running: Running, job: Job, most: int) -> AsyncIterator[ServerSentEvent]:
+async def _events(running: Running, job: Job, most: int) -> AsyncIterator[bytes]:
     """The stream of an answer."""
     number, kind, thought = -1, "", ""
 
-    def event(name: str, **more: Any) -> ServerSentEvent:
+    def event(name: str, **more: Any) -> bytes:
         return named(name, {"type": name, **more})
 
-    def closed() -> list[ServerSentEvent]:
+    def closed() -> list[bytes]:
         """The end of the block that is open, if one is."""
         if not kind:
             return []

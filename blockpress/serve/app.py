@@ -36,7 +36,16 @@ from blockpress.serve import (
     page,
     responses,
 )
-from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _FieldError, _Refused, error_body, error_schema, status_of
+from blockpress.serve.errors import (
+    RETRY_AFTER,
+    _ClientGone,
+    _FieldError,
+    _mistake,
+    _Refused,
+    error_body,
+    error_schema,
+    status_of,
+)
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import Service
@@ -122,5 +131,4 @@ async def _http_error(http: Request, error: Exception) -> Response:
 
 async def _broken(http: Request, error: Exception) -> Response:
     logger.error("%s %s failed: %s", http.method, http.url.path, one_line(error), exc_info=error)
-    broken = _Refused(500, "the server made a mistake of its own", "report it with the line of the server's log")
-    return JSONResponse(error_body(http.url.path, broken), 500)
+    return JSONResponse(error_body(http.url.path, _mistake()), 500)

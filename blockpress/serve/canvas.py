@@ -19,7 +19,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import ConfigDict, Field
-from sse_starlette import ServerSentEvent
 
 from blockpress.config import Sampling
 from blockpress.decoding import Committed, Denoised, Done, Event, ReasoningDelta, Reply, Text
@@ -119,13 +118,13 @@ async def canvas(body: CanvasBody, http: Request) -> Response:
     )
 
 
-def _failed(error: BlockpressError) -> ServerSentEvent:
+def _failed(error: BlockpressError) -> bytes:
     return named("canvas.error", openai_error(error))
 
 
 async def canvas_events(
     service: Service, job: Job, starts: list[dict[str, Any]], running: Running
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[bytes]:
     """The events of all answers of a job, as they come."""
     answers = [_Answer(service.lm, index, job.frames) for index in range(len(starts))]
     try:
@@ -152,7 +151,7 @@ class _Answer:
         self._commit: dict[str, Any] | None = None
         self._texts = {"text": "", "reasoning": ""}
 
-    def events(self, event: Event) -> list[ServerSentEvent]:
+    def events(self, event: Event) -> list[bytes]:
         if isinstance(event, Text):
             self._texts["text"] += event.text
             return []
@@ -168,12 +167,12 @@ class _Answer:
             sent.append(self._named("canvas.done", _whole(event.reply)))
         return sent
 
-    def held(self) -> list[ServerSentEvent]:
+    def held(self) -> list[bytes]:
         """The commit that waits for its text, if there is one."""
         commit, self._commit = self._commit, None
         return [] if commit is None else [self._named("canvas.commit", commit)]
 
-    def _named(self, kind: str, body: dict[str, Any]) -> ServerSentEvent:
+    def _named(self, kind: str, body: dict[str, Any]) -> bytes:
         """An event, and with it the text that became final since the last one."""
         texts = {} if kind == "canvas.done" else {name: text for name, text in self._texts.items() if text}
         self._texts = {"text": "", "reasoning": ""}

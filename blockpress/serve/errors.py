@@ -30,6 +30,11 @@ class _Refused(BlockpressError):
         self.status = status
 
 
+def _mistake() -> _Refused:
+    """What a client is told when the server's own code failed."""
+    return _Refused(500, "the server made a mistake of its own", "report it with the line of the server's log")
+
+
 class _UnknownModel(RequestError):
     """A client asks for another model than the one that is served."""
 

@@ -17,7 +17,6 @@ from typing import Any, final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sse_starlette import ServerSentEvent
 
 from blockpress.decoding import Reply
 from blockpress.errors import BlockpressError
@@ -195,11 +194,11 @@ NAMES = {
 """By the kind of a part, or the type of a call: how events are named, and the field that holds all of it."""
 
 
-async def _events(running: Running, answer: _Answer) -> AsyncIterator[ServerSentEvent]:
+async def _events(running: Running, answer: _Answer) -> AsyncIterator[bytes]:
     """The stream of an answer. What fails is its last event."""
     sent = 0
 
-    def event(kind: str, **more: Any) -> ServerSentEvent:
+    def event(kind: str, **more: Any) -> bytes:
         nonlocal sent
         sent += 1
         return named(f"response.{kind}", {"type": f"response.{kind}", "sequence_number": sent - 1, **more})
@@ -208,13 +207,13 @@ async def _events(running: Running, answer: _Answer) -> AsyncIterator[ServerSent
         place = {"item_id": answer.item["id"], "output_index": len(answer.items) - 1}
         return place | ({"content_index": 0} if content and "content" in answer.item else {})
 
-    def opened(part: AnswerPart) -> Iterator[ServerSentEvent]:
+    def opened(part: AnswerPart) -> Iterator[bytes]:
         answer.begin(part)
         yield event("output_item.added", output_index=len(answer.items) - 1, item=answer.item)
         if part.call is None:
             yield event("content_part.added", **at(), part=answer.blank())
 
-    def closed(cut: bool = False) -> Iterator[ServerSentEvent]:
+    def closed(cut: bool = False) -> Iterator[bytes]:
         if not answer.kind:
             return
         text = answer.kind != "call"

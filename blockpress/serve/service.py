@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -221,18 +222,30 @@ class Running:
         self._service, self._count, self._requests = service, count, requests
         self._started = time.monotonic()
         self._stop: Callable[[], None] = lambda: None
-        self._events: asyncio.Queue[tuple[int, Event | BlockpressError]] = asyncio.Queue()
+        self._arrived: deque[tuple[int, Event | BlockpressError]] = deque()
+        self._there = asyncio.Event()
         self._closed = False
         service.opened(count)
-        loop, events = asyncio.get_running_loop(), self._events  # not this object, which ends all when nobody holds it
+        # Not this object, which ends all when nobody holds it.
+        loop, arrived, there = asyncio.get_running_loop(), self._arrived, self._there
+        woken = False
+
+        def wake() -> None:
+            nonlocal woken
+            woken = False  # before the reader looks: what arrives from now on wakes it again
+            there.set()
 
         def deliver(number: int, event: Event | BlockpressError) -> None:
+            nonlocal woken
             if isinstance(event, Denoised):
                 service.metrics.denoised(event)
                 if not steps:
                     return
-            with suppress(RuntimeError):  # the loop has closed, and nobody waits
-                loop.call_soon_threadsafe(events.put_nowait, (number, event))
+            arrived.append((number, event))
+            if not woken:
+                woken = True
+                with suppress(RuntimeError):  # the loop has closed, and nobody waits
+                    loop.call_soon_threadsafe(wake)
 
         try:
             self._stop = start(deliver)
@@ -267,7 +280,10 @@ class Running:
     async def _until_done(self) -> AsyncIterator[tuple[int, Event]]:
         service, left, silent = self._service, self._count, set(range(self._count))
         while left:
-            number, event = await self._events.get()
+            while not self._arrived:
+                self._there.clear()
+                await self._there.wait()
+            number, event = self._arrived.popleft()
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, BlockpressError):

@@ -1,7 +1,8 @@
 """Many clients at once against `blockpress serve`: what they get, how long they wait, what the server takes.
 
-A tenth of the requests is malformed, a tenth leaves in the middle. Nothing may fail with a status of 500 or above, no
-stream may hang, and the server's memory must stay where it is.
+A tenth of the requests is malformed, a tenth leaves: in the middle of its stream, or before its answer has begun. Nothing
+may fail with a status of 500 or above, no stream may hang, the server's memory must stay where it is, and at the end
+nothing may be left in its engine.
 
     python -m tests.serve.load --clients 64 --seconds 300
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ MALFORMED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "1"}], "response_format": {"type": "regex", "regex": "("}},
     {"messages": [{"role": "user", "content": "1"}], "model": "another"},
 ]
+MIB = 1 << 20
+SILENCE = 120
+"""Seconds without a byte after which a stream hangs."""
+GROWTH = 0.05
+"""Most by which the server's memory may grow from the first minute (or quarter) to the last, as a share."""
 
 
 class Seen:
@@ -51,19 +58,26 @@ async def one_client(url: str, number: int, until: float, seen: Seen) -> None:
     """Ask again and again until the time is up."""
     draw = random.Random(number)
     puzzles = [sudoku.layout(puzzle.puzzle) for puzzle in sudoku.held_out(number, 4)]
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=SILENCE, trust_env=False) as client:
         while time.monotonic() < until:
             kind = draw.random()
-            if kind < 0.1:
-                answer = await client.post("/v1/chat/completions", json=draw.choice(MALFORMED))
-                seen.statuses[answer.status_code] += 1
-                if answer.status_code < 400:
-                    seen.faults["malformed, and answered"] += 1
-                continue
-            await one_stream(client, draw.choice(puzzles), draw, leaves=kind < 0.2, seen=seen)
+            try:
+                if kind < 0.1:
+                    answer = await client.post("/v1/chat/completions", json=draw.choice(MALFORMED))
+                    seen.statuses[answer.status_code] += 1
+                    if answer.status_code < 400:
+                        seen.faults["malformed, and answered"] += 1
+                else:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(3 * draw.random() if kind < 0.2 else None):
+                            await one_stream(client, draw.choice(puzzles), draw, seen)
+            except httpx.TimeoutException:
+                seen.faults[f"nothing came for {SILENCE} s"] += 1
+            except httpx.HTTPError as error:
+                seen.faults[f"{type(error).__name__}: {error}"[:80]] += 1
 
 
-async def one_stream(client: httpx.AsyncClient, puzzle: str, draw: random.Random, *, leaves: bool, seen: Seen) -> None:
+async def one_stream(client: httpx.AsyncClient, puzzle: str, draw: random.Random, seen: Seen) -> None:
     body = {"messages": [{"role": "user", "content": puzzle}], "seed": draw.randrange(1 << 30), "stream": True}
     began = last = time.monotonic()
     text, ended = "", False
@@ -72,8 +86,6 @@ async def one_stream(client: httpx.AsyncClient, puzzle: str, draw: random.Random
         if answer.status_code != 200:
             return
         async for line in answer.aiter_lines():
-            if leaves and time.monotonic() - began > draw.random():
-                return
             if line == "data: [DONE]":
                 ended = True
             elif line.startswith("data: "):
@@ -99,25 +111,35 @@ def resident(pid: int) -> int:
 
 def main_thread_seconds(pid: int) -> float:
     """Processor time of the event loop, which runs in the main thread."""
-    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def forwards(url: str) -> float:
+def metric(url: str, name: str) -> float:
     text = httpx.get(f"{url}/metrics", trust_env=False).text
-    found = re.search(r"^blockpress:forwards_total\{[^}]*\} (\S+)", text, re.M)
+    found = re.search(rf"^{name}\{{[^}}]*\}} (\S+)", text, re.M)
     assert found is not None
     return float(found[1])
 
 
+def left(url: str) -> list[str]:
+    """What the engine still holds ten seconds after the last client has gone."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    until = time.monotonic() + 10
+    while True:
+        held = [name for name in names if metric(url, name)]
+        if not held or time.monotonic() > until:
+            return held
+        time.sleep(0.2)
+
+
 async def run(url: str, pid: int, clients: int, seconds: float, seen: Seen) -> list[int]:
-    """All clients, and the server's memory every tenth of the time."""
+    """All clients, and the server's memory every second."""
     until = time.monotonic() + seconds
     work = asyncio.gather(*(one_client(url, number, until, seen) for number in range(clients)))
     memory = []
     while not work.done():
         memory.append(resident(pid))
-        await asyncio.wait([work], timeout=seconds / 10)
+        await asyncio.wait([work], timeout=1)
     await work
     return memory
 
@@ -145,21 +167,26 @@ def main() -> int:
             except httpx.HTTPError:
                 time.sleep(0.2)
         seen = Seen()
-        asyncio.run(run(url, server.pid, min(8, asked.clients), 5, Seen()))  # caches fill first
-        loop, count = main_thread_seconds(server.pid), forwards(url)
+        asyncio.run(run(url, server.pid, asked.clients, asked.seconds / 6, Seen()))  # threads start, caches fill
+        loop, count = main_thread_seconds(server.pid), metric(url, "blockpress:forwards_total")
         memory = asyncio.run(run(url, server.pid, asked.clients, asked.seconds, seen))
-        loop, count = main_thread_seconds(server.pid) - loop, forwards(url) - count
+        loop = main_thread_seconds(server.pid) - loop
+        count = metric(url, "blockpress:forwards_total") - count
+        held = left(url)
     finally:
         server.terminate()
         server.wait()
+    part = min(60, len(memory) // 4 or 1)
+    first, last = (sum(sizes) / len(sizes) for sizes in (memory[:part], memory[-part:]))
     print(f"{asked.clients} clients, {asked.seconds:.0f} s, {processor().cores} cores of {processor().name}")
     print("statuses", dict(sorted(seen.statuses.items())), "faults", dict(seen.faults) or "none")
     for name, values in (("first text", seen.first), ("between texts", seen.between), ("in total", seen.total)):
         print(shown(name, values))
-    print(f"memory MiB    {' '.join(str(size >> 20) for size in memory)}")
-    print(f"event loop    {1000 * loop / max(1, count):.2f} ms of processor time a forward, {count:.0f} forwards")
-    failed = seen.faults or any(status >= 500 for status in seen.statuses)
-    return 1 if failed else 0
+    print(f"memory         {first / MIB:.0f} MiB in the first {part} s, {last / MIB:.0f} in the last")
+    print(f"event loop     {1000 * loop / max(1, count):.2f} ms of processor time a forward, {count:.0f} forwards")
+    print("left           ", ", ".join(held) or "nothing")
+    failed = seen.faults or held or any(status >= 500 for status in seen.statuses)
+    return 1 if failed or last > (1 + GROWTH) * first else 0
 
 
 if __name__ == "__main__":

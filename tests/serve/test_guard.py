@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from blockpress.errors import RequestError
 from blockpress.serve import ServeOptions
 from blockpress.serve import images as by_address
 from blockpress.serve.errors import _FieldError
+from blockpress.serve.sse import event_stream
 from tests.builders.server import Served
 from tests.serve.conftest import Serve
 
@@ -233,6 +236,43 @@ def test_a_silent_stream_is_kept_alive(serve: Serve) -> None:
             if line.startswith(":"):
                 break
     assert line == ": ping"
+
+
+async def _pieces(*given: bytes | Exception) -> AsyncIterator[str | bytes]:
+    for piece in given:
+        if isinstance(piece, Exception):
+            raise piece
+        yield piece
+
+
+def sent(chunks: AsyncIterator[str | bytes], **options: Any) -> list[dict[str, Any]]:
+    """What a stream sends to a client that stays."""
+    app = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(options=ServeOptions(**options))))
+    messages: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        response = event_stream(SimpleNamespace(app=app), chunks)  # type: ignore[arg-type]
+        await response({"type": "http", "path": "/"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    return messages
+
+
+def test_pieces_that_are_there_at_once_are_sent_at_once_and_the_last_ends_the_stream() -> None:
+    start, *bodies = sent(_pieces(b"a", b"b", b"c"))
+    assert start["type"] == "http.response.start"
+    assert [(each["body"], each["more_body"]) for each in bodies] == [(b"abc", False)]
+
+
+def test_a_mistake_in_the_middle_of_a_stream_is_an_error_event(caplog: pytest.LogCaptureFixture) -> None:
+    last = sent(_pieces(b"a", ValueError("oh")))[-1]
+    assert last["body"].startswith(b"adata: {")
+    assert b'"type": "server_error"' in last["body"]
+    assert not last["more_body"]
+    assert "oh" in caplog.text
 
 
 def test_a_server_that_stops_ends_its_streams_with_an_error(serve: Serve) -> None:
