@@ -140,6 +140,11 @@ class ThreadedEngine:
             self._inbox.append(_Posted(request, deliver))
             self._changed.notify()
 
+    @property
+    def broken(self) -> bool:
+        """Whether the worker has ended by an error that is not a request's: it answers nobody any more."""
+        return self._broken is not None
+
     def cancel(self, request: Request) -> None:
         """End a request between two forwards, from any thread; no effect if it has ended already."""
         check_request(request)

@@ -30,9 +30,10 @@ def _service(http: Request) -> Service:
 @router.get("/health")
 @router.get("/ping", include_in_schema=False)
 async def health(http: Request) -> JSONResponse:
-    """200 once the first answer was given; 503 while the server warms up or stops."""
+    """200 once the first answer was given; 503 while the server warms up or stops, and when its engine has broken."""
     service = _service(http)
     state = "stopping" if service.stopping else "ok" if service.ready else "warming up"
+    state = "broken" if service.engine.broken else state
     return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
 

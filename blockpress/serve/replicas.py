@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -35,6 +35,7 @@ from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, openai_e
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import unless_gone
+from blockpress.serve.sse import cut_off
 
 logger = logging.getLogger("blockpress.serve")
 
@@ -44,7 +45,6 @@ SLACK = 4
 """How many more open requests than the least busy replica one may have before it passes new ones on."""
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 """Headers that are of one connection, and are not passed on."""
-_LOST = b'data: {"error": {"message": "the replica that answered was lost", "type": "server_error", "code": null}}\n\n'
 
 
 @dataclass(eq=False)
@@ -114,10 +114,8 @@ class Front:
 
     def order(self, key: bytes) -> list[Replica]:
         """The ready replicas, the best for that key first."""
-        ready = [replica for replica in self.replicas if replica.ready]
-        ranked = sorted(ready, key=lambda replica: hashlib.blake2b(key + bytes([replica.number])).digest())
-        least = min((replica.open for replica in ready), default=0)
-        return sorted(ranked, key=lambda replica: replica.open > least + SLACK)
+        ready = {str(replica.number): replica for replica in self.replicas if replica.ready}
+        return [ready[name] for name in rendezvous(key, {name: each.open for name, each in ready.items()})]
 
     def drain(self) -> None:
         """Take no more requests; those that run end as their replicas stop."""
@@ -131,12 +129,12 @@ class Front:
 
     async def metrics(self, http: Request) -> Response:
         """The figures of all replicas, told apart by a label."""
-        texts = []
+        texts = {}
         for replica in self.order(b""):
             with suppress(httpx.HTTPError):
                 answer = await self.client.get(f"{replica.url}/metrics", headers=_passed(http))
-                texts.append(re.sub(r"(?m)^([a-z:_]+)\{", rf'\1{{replica="{replica.number}",', answer.text))
-        return Response("".join(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+                texts[str(replica.number)] = answer.text
+        return Response(joined_figures(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def forward(self, http: Request) -> Response:
         """Pass a request to its replica, and the answer back as it comes."""
@@ -146,7 +144,8 @@ class Front:
             if answer is not None:
                 headers = {name: value for name, value in answer.headers.items() if name not in _HOP}
                 headers["x-blockpress-replica"] = str(replica.number)
-                return StreamingResponse(self._rest(replica, answer), answer.status_code, headers)
+                rest = self._rest(replica, answer, http.url.path)
+                return StreamingResponse(rest, answer.status_code, headers)
         refused = _Refused(503, "no replica is ready", "send the request again later")
         return JSONResponse(openai_error(refused), 503, {"Retry-After": str(RETRY_AFTER)})
 
@@ -165,18 +164,55 @@ class Front:
             replica.open -= 1
             raise
 
-    async def _rest(self, replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
-        is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+    async def _rest(self, replica: Replica, answer: httpx.Response, path: str) -> AsyncIterator[bytes]:
+        sent = 0
         try:
             async for chunk in answer.aiter_raw():
+                sent += chunk.count(b"\n\n")
                 yield chunk
         except httpx.HTTPError:
-            if not is_stream:
+            last = cut_off(path, answer.headers.get("content-type", ""), sent)
+            if not last:
                 raise
-            yield _LOST
+            yield last
         finally:
             replica.open -= 1
             await answer.aclose()
+
+
+def rendezvous(key: bytes, load: Mapping[str, int]) -> list[str]:
+    """The names of replicas, the best for that key first; those with many more open requests than another come last.
+
+    When one is lost, the others keep their order, so only the keys that were its own move.
+
+    Args:
+        load: the open requests of each.
+
+    >>> rendezvous(b"once upon", {"0": 0, "1": 0, "2": 0}), rendezvous(b"once upon", {"0": 0, "1": 0})
+    (['0', '1', '2'], ['0', '1'])
+    >>> rendezvous(b"once upon", {"0": 5, "1": 0, "2": 0})
+    ['1', '2', '0']
+    """
+    most = min(load.values(), default=0) + SLACK
+    return sorted(load, key=lambda name: (load[name] > most, hashlib.blake2b(key + name.encode()).digest()))
+
+
+def joined_figures(texts: Mapping[str, str]) -> str:
+    """The figures of all replicas in Prometheus' text form, each line with its replica's name as a label.
+
+    >>> one = "# HELP steps Steps.\\n# TYPE steps counter\\nsteps{model=\\"m\\"} 1.0\\n"
+    >>> print(joined_figures({"0": one, "1": one}), end="")
+    # HELP steps Steps.
+    # TYPE steps counter
+    steps{replica="0",model="m"} 1.0
+    steps{replica="1",model="m"} 1.0
+    """
+    families: dict[str, str] = {}
+    for replica, text in texts.items():
+        for family in re.findall(r"(?m)^# HELP .*\n# TYPE .*\n(?:[^#].*\n)*", text):
+            head, samples = re.fullmatch(r"((?:#.*\n)*)((?:.*\n)*)", family).groups()  # type: ignore[union-attr]
+            families[head] = families.get(head, "") + re.sub(r"(?m)^([\w:]+)\{", rf'\1{{replica="{replica}",', samples)
+    return "".join(head + samples for head, samples in families.items())
 
 
 def routing_key(body: bytes) -> bytes:
@@ -187,15 +223,15 @@ def routing_key(body: bytes) -> bytes:
     """
     try:
         fields: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body[:KEY_LENGTH]
     if not isinstance(fields, dict):
         return body[:KEY_LENGTH]
-    given = [fields.get(name) for name in ("system", "instructions", "prompt", "input", "input_prefix")]
+    given = [fields.get(name) for name in ("system", "instructions", "prompt", "input", "input_prefix", "state")]
     messages = fields.get("messages")
     given += messages[:2] if isinstance(messages, list) else []
     texts = [each if isinstance(each, str) else json.dumps(each) for each in given if each is not None]
-    return "".join(texts)[:KEY_LENGTH].encode()
+    return "".join(texts)[:KEY_LENGTH].encode(errors="surrogatepass")
 
 
 def create_front(command: Sequence[str], count: int, options: ServeOptions) -> Starlette:

@@ -18,8 +18,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from blockpress.errors import BlockpressError, one_line
-from blockpress.serve.errors import _mistake, ollama_error, openai_error
+from blockpress.errors import BlockpressError, EngineError, one_line
+from blockpress.serve.errors import _mistake, anthropic_error, ollama_error, openai_error
 from blockpress.serve.options import ServeOptions
 
 logger = logging.getLogger("blockpress.serve")
@@ -141,3 +141,23 @@ def ndjson_stream(http: Request, chunks: AsyncIterator[Mapping[str, Any]]) -> Re
 
 def _line(body: Mapping[str, Any]) -> bytes:
     return (whole_characters(json.dumps(body, ensure_ascii=False)) + "\n").encode()
+
+
+def cut_off(path: str, media_type: str, sent: int) -> bytes:
+    """How a stream ends whose process was lost, in the form of the API that has the path; empty for other answers.
+
+    Args:
+        sent: how many events went out before, at most.
+    """
+    error = EngineError("the replica that answered was lost", hint="send the request again")
+    if media_type.startswith("application/x-ndjson"):
+        return _line(ollama_error(error))
+    if not media_type.startswith("text/event-stream"):
+        return b""
+    body = openai_error(error)
+    if path.startswith("/v1/messages"):
+        return named("error", anthropic_error(error))
+    if path.startswith("/v1/responses"):
+        said = {"code": "server_error", "message": str(error), "param": None, **body}
+        return named("error", {**said, "type": "error", "sequence_number": sent})
+    return named("canvas.error", body) if path.startswith("/v1/canvas") else _event(json.dumps(body))

@@ -28,6 +28,8 @@ class ReferenceEngine:
     cancelled: the requests that were cancelled before their end.
     """
 
+    broken = False
+
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.cancelled: list[Request] = []

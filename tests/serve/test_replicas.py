@@ -1,0 +1,224 @@
+"""Several servers behind one address, by processes or by Ray Serve: who gets which request, and what a loss looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from blockpress.errors import RequestError
+from blockpress.serve import ServeOptions
+from blockpress.serve.ray import PrefixRouter, app, ray_options
+from blockpress.serve.replicas import KEY_LENGTH, SLACK, create_front, joined_figures, rendezvous, routing_key
+from blockpress.serve.sse import cut_off
+from tests.builders.server import Served
+
+NAMES = st.sets(st.text("abcdef0123456789", min_size=1, max_size=8), min_size=1, max_size=8)
+
+
+@given(NAMES, st.binary(max_size=40), st.data())
+def test_a_lost_replica_moves_its_own_requests_only(names: set[str], key: bytes, data: st.DataObject) -> None:
+    order = rendezvous(key, dict.fromkeys(names, 0))
+    lost = data.draw(st.sampled_from(sorted(names)))
+    assert rendezvous(key, dict.fromkeys(names - {lost}, 0)) == [name for name in order if name != lost]
+
+
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 20), min_size=1), st.binary(max_size=9))
+def test_busier_replicas_come_last(load: dict[str, int], key: bytes) -> None:
+    order = rendezvous(key, load)
+    busy = [load[name] > min(load.values()) + SLACK for name in order]
+    assert sorted(order) == sorted(load) and busy == sorted(busy)
+
+
+def test_keys_spread_over_replicas() -> None:
+    first = [rendezvous(f"conversation {number}".encode(), {"a": 0, "b": 0, "c": 0})[0] for number in range(300)]
+    assert all(70 < first.count(name) < 130 for name in "abc")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "first"}]},
+        {"system": "S", "messages": [{"role": "user", "content": "first"}]},
+        {"prompt": "once upon a time"},
+        {"prompt": [5, 6, 7]},
+        {"input": [{"role": "user", "content": "first"}], "instructions": "S"},
+        {"input_prefix": "def f(", "input_suffix": ")"},
+        {"state": {"day": 1}, "questions": {}},
+        {"prompt": "half a character: \ud800"},
+    ],
+)
+def test_the_key_is_the_beginning_of_the_prompt_alone(body: dict[str, Any]) -> None:
+    key = routing_key(json.dumps(body).encode())
+    assert 0 < len(key) <= 4 * KEY_LENGTH
+    more = {**body, "seed": 7, "model": "m"}
+    if "messages" in more and len(more["messages"]) > 1:
+        more["messages"] = [*more["messages"], {"role": "assistant", "content": "yes"}]
+    assert routing_key(json.dumps(more).encode()) == key
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"[" * 200_000, b"\xff\xfe", b"null"])
+def test_what_is_no_prompt_has_a_key_too(body: bytes) -> None:
+    assert len(routing_key(body)) <= KEY_LENGTH
+
+
+def test_figures_of_replicas_are_one_page_of_prometheus(nano: Served) -> None:
+    text = httpx.get(f"{nano.url}/metrics").text
+    joined = joined_figures({"a": text, "b": text})
+    families = list(text_string_to_metric_families(joined))
+    assert len({family.name for family in families}) == len(families) > 10
+    alone = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    for name in "ab":
+        labelled = [sample for family in families for sample in family.samples if sample.labels["replica"] == name]
+        assert [(each.name, each.value) for each in labelled] == [(each.name, each.value) for each in alone]
+
+
+def answering(library: Any, answer: bytes) -> Any:
+    """A client of a server that answers every request with this stream."""
+    headers = {"content-type": "text/event-stream"}
+    transport = library.MockTransport(lambda request: library.Response(200, content=answer, headers=headers))
+    return library.Client(transport=transport)
+
+
+def read_openai(end: bytes) -> None:
+    client = openai.OpenAI(api_key="k", base_url="http://x/v1", http_client=answering(httpx, end), max_retries=0)
+    list(client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}], stream=True))
+
+
+def read_responses(end: bytes) -> None:
+    client = openai.OpenAI(api_key="k", base_url="http://x/v1", http_client=answering(httpx, end), max_retries=0)
+    list(client.responses.create(model="m", input="x", stream=True))
+
+
+def read_anthropic(end: bytes) -> None:
+    client = anthropic.Anthropic(api_key="k", base_url="http://x", http_client=answering(httpx2, end), max_retries=0)
+    list(client.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "x"}], stream=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "read", "error"),
+    [
+        ("/v1/chat/completions", read_openai, openai.APIError),
+        ("/v1/responses", read_responses, openai.APIError),
+        ("/v1/messages", read_anthropic, anthropic.APIError),
+    ],
+)
+def test_clients_read_that_the_replica_was_lost(
+    path: str, read: Callable[[bytes], None], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="was lost"):
+        read(cut_off(path, "text/event-stream; charset=utf-8", 3))
+
+
+def test_each_api_has_its_last_event() -> None:
+    assert cut_off("/v1/canvas", "text/event-stream", 3).startswith(b'event: canvas.error\ndata: {"error": {"message"')
+    assert json.loads(cut_off("/api/chat", "application/x-ndjson", 3))["error"].startswith("the replica")
+    assert b'"sequence_number": 3' in cut_off("/v1/responses", "text/event-stream", 3)
+    assert cut_off("/v1/chat/completions", "application/json", 3) == b""
+
+
+@pytest.fixture
+def dying() -> Iterator[int]:
+    """The port of a server that begins a stream and is gone."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve_one() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                connection.sendall(head + b"a\r\ndata: {}\n\n\r\n")
+
+        thread = Thread(target=serve_one, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join()
+
+
+def test_a_stream_whose_process_dies_ends_with_an_error(dying: int) -> None:
+    front = create_front(["false"], 2, ServeOptions())
+    lost, living = front.state.front.replicas
+    lost.port, lost.ready = dying, True
+    client = TestClient(front, base_url="http://localhost")  # without its lifespan, which starts processes
+    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    answer = client.post("/v1/messages", json=body)
+    assert answer.text.startswith("data: {}\n\nevent: error\n") and answer.headers["x-blockpress-replica"] == "0"
+    assert (lost.open, living.open) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"modle": "x"}, "modle is 'x'"),
+        ({"min_replicas": "many"}, "min_replicas is 'many'"),
+        ({"min_replicas": -1}, "min_replicas is -1"),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas is 2"),
+        ({"max_running": 0}, "max_running is 0"),
+        ({"target_ongoing_requests": 0}, "target_ongoing_requests is 0"),
+        ({"lenient": "perhaps"}, "lenient is 'perhaps'"),
+        ({"num_cpus": "nan"}, "num_cpus is 'nan'"),
+        ({"target_ongoing_requests": "inf"}, "target_ongoing_requests is 'inf'"),
+    ],
+)
+def test_arguments_of_ray_s_application_are_checked(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        ray_options(given)
+    assert refused.value.message.startswith(named)
+
+
+def test_arguments_come_as_texts_from_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"min_replicas": "2", "max_body": "1", "allow_host": "a.example,b.example", "lenient": "true"}
+    monkeypatch.setenv("BLOCKPRESS_API_KEY", "one,two")
+    options = ray_options(given)
+    monkeypatch.delenv("BLOCKPRESS_API_KEY")  # a replica elsewhere has another environment
+    rules = options.rules()
+    assert (options.min_replicas, options.max_replicas) == (2, 2)
+    assert (rules.max_body, rules.hosts, rules.lenient) == (1 << 20, ("a.example", "b.example"), True)
+    assert rules.api_keys == ("one", "two") and ray_options({"api_key": "k"}).rules().api_keys == ("k",)
+
+
+def test_ray_s_router_ranks_by_the_key_and_by_what_is_open() -> None:
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
+    pending = SimpleNamespace(metadata=SimpleNamespace(session_id="key"), routing_context=SimpleNamespace())
+
+    def ranked(**load: int) -> list[str]:
+        router = SimpleNamespace(replica_queue_len_cache=SimpleNamespace(get=lambda each: load.get(each.unique_id)))
+        ranks = asyncio.run(PrefixRouter.choose_replicas(router, replicas, pending))  # type: ignore[arg-type]
+        return [each.replica_id.unique_id for [each] in ranks]
+
+    first, second, third = ranked()
+    assert [first, second, third] == rendezvous(b"key", dict.fromkeys("abc", 0))
+    assert ranked(**{first: SLACK}) == [first, second, third]
+    assert ranked(**{first: SLACK + 1}) == [second, third, first]
+    assert pending.routing_context.should_backoff
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_its_application_says_how_to_install_it() -> None:
+    with pytest.raises(RequestError, match=r"pip install 'blockpress\[ray\]'"):
+        app({})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+def test_ray_keeps_prompt_families_apart_and_a_killed_replica_costs_its_streams_alone() -> None:
+    command = [sys.executable, "-m", "tests.serve.ray", "--clients", "8", "--seconds", "20"]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
