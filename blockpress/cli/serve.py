@@ -51,6 +51,12 @@ Lenient = Annotated[
     bool, typer.Option("--lenient", help="List fields that cannot be honoured as warnings; do not refuse them.")
 ]
 Fetch = Annotated[bool, typer.Option("--fetch-images", help="Fetch images by address; never from private networks.")]
+Traces = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Send a span of each request there by OTLP; the extra otel. Also OTEL_ variables."
+    ),
+]
 Log = Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")]
 
 
@@ -70,6 +76,7 @@ def serve(
     lenient: Lenient = False,
     fetch_images: Fetch = False,
     log_prompts: Log = False,
+    otlp_traces_endpoint: Traces = None,
     dtype: options.Dtype = None,
     compute_dtype: options.ComputeDtype = None,
     device: options.Device = "cpu",
@@ -83,28 +90,27 @@ def serve(
       blockpress serve google/diffusiongemma-26B-A4B-it --device cuda --port 8080
       blockpress serve --host 0.0.0.0 --api-key "$KEY"
     """
-    _need_extra()
+    _need_extras(otlp_traces_endpoint)
     from blockpress.engine import EngineOptions
     from blockpress.serve import ServeOptions
 
     _check_counts({"--max-body": max_body, "--memory": memory, "--replicas": replicas})
+    shared: dict[str, Any] = {"lenient": lenient, "fetch_images": fetch_images, "log_prompts": log_prompts}
+    shared["otlp_traces_endpoint"] = otlp_traces_endpoint
     rules = ServeOptions(
         api_keys=tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(","))),
         origins=tuple(allow_origin or ()),
         hosts=tuple(allow_host or ()),
         max_body=max_body * MIB,
         max_streams=max_running + max_waiting,
-        lenient=lenient,
-        fetch_images=fetch_images,
-        log_prompts=log_prompts,
+        **shared,
     )
     called = name or (Path(model).name if os.path.exists(model) else model)
     types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     if replicas > 1:
         limits = {"max-running": max_running, "max-waiting": max_waiting, "memory": memory, "max-body": max_body}
-        given = {"name": called, **limits, **{option.replace("_", "-"): value for option, value in types.items()}}
-        flags = {"lenient": lenient, "fetch-images": fetch_images, "log-prompts": log_prompts}
-        _serve_replicas(model, replicas, {**given, **flags}, rules, host, port)
+        named = {option.replace("_", "-"): value for option, value in (types | shared).items()}
+        _serve_replicas(model, replicas, {"name": called, **limits, **named}, rules, host, port)
         return
     from blockpress.lm import load
     from blockpress.serve import create_app
@@ -178,7 +184,8 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _need_extra() -> None:
+def _need_extras(endpoint: str | None) -> None:
+    """The packages of the server and, for traces, what sends them: said before the weights are read."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -187,3 +194,6 @@ def _need_extra() -> None:
         raise RequestError(
             f"serve needs the package {error.name}, which is not installed", hint="pip install 'blockpress[serve]'"
         ) from None
+    from blockpress.serve.tracing import span_exporter
+
+    span_exporter(endpoint)

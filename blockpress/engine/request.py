@@ -71,6 +71,8 @@ class Request:
         self.state: State = "new"
         self.num_cached_tokens = 0
         """How many tokens of the prompt were in cached pages when it first ran; set on the caller's request."""
+        self.first_run: float | None = None
+        """When it left the queue, by `time.monotonic`; set on the caller's request."""
         self.number = -1
         """Its rank in order of submission."""
 

@@ -17,6 +17,7 @@ Run it:  python -m pytest tests/engine/test_scheduler.py tests/engine/test_state
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -273,7 +274,7 @@ class Scheduler:
         reused = self._tables.adopt(request, found)
         self._reused += reused
         if request.state == "waiting":  # what it finds again after it was preempted is its own
-            request.handle.num_cached_tokens = reused
+            request.handle.num_cached_tokens, request.handle.first_run = reused, time.monotonic()
         if request.slot is None:
             request.slot = heapq.heappop(self._slots)
         request.state = "running"

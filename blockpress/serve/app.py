@@ -49,6 +49,7 @@ from blockpress.serve.errors import (
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import Service
+from blockpress.serve.tracing import telemetry
 
 logger = logging.getLogger("blockpress.serve")
 
@@ -70,7 +71,14 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
         finally:
             service.close()
 
-    app = FastAPI(title="blockpress", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        telemetry=telemetry(service.tracer_provider),
+        title="blockpress",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = service
     for room in (openai, completions, infill, responses, decisions, anthropic, ollama, canvas, info, page):
         app.include_router(room.router)

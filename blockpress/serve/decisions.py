@@ -16,6 +16,7 @@ from blockpress.serve.errors import _FieldError
 from blockpress.serve.fields import Refusals
 from blockpress.serve.prompts import plain_messages
 from blockpress.serve.service import Service
+from blockpress.serve.tracing import current_span, record_cost
 
 router = APIRouter()
 
@@ -98,6 +99,17 @@ async def _decide(http: Request, body: dict[str, Any], *, typesafe: bool) -> dic
             context = plain_messages(context, Refusals(True), service.options)
         how: dict[str, Any] = {**asked.options}
         decision = service.lm.decide(context, asked.questions, **how)
+        usage = decision.usage
+        record_cost(
+            current_span(),
+            service.name,
+            {
+                "gen_ai.usage.input_tokens": usage.input_tokens,
+                "gen_ai.usage.output_tokens": usage.output_tokens,
+                "blockpress.forwards": usage.forwards,
+                "blockpress.canvases": usage.canvases,
+            },
+        )
         return (format_systemone if typesafe else format_decisions)(decision, service.name)
 
     return await service.build(answer)

@@ -24,7 +24,8 @@ class ServeOptions:
     patience: seconds that a body may take to arrive, that a client may take to read an event, and that answers are
     given to end when the server stops. lenient: fields that cannot be honoured are listed in `warnings`, not refused.
     fetch_images: image addresses (http, https) are fetched, but never from private ranges. log_prompts: prompts and
-    answers go into the log, too.
+    answers go into the log, too. otlp_traces_endpoint: where spans of requests are sent; None: where the OTEL_
+    variables of the environment say, if they do.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class ServeOptions:
     lenient: bool = False
     fetch_images: bool = False
     log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_choices", "max_streams"):

@@ -96,6 +96,7 @@ class RayOptions(BaseModel):
     lenient: bool = False
     fetch_images: bool = False
     log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
     dtype: str | None = None
     compute_dtype: str | None = None
     device: str = "cpu"
@@ -116,6 +117,7 @@ class RayOptions(BaseModel):
             lenient=self.lenient,
             fetch_images=self.fetch_images,
             log_prompts=self.log_prompts,
+            otlp_traces_endpoint=self.otlp_traces_endpoint,
         )
 
 

@@ -28,6 +28,7 @@ from blockpress.model import Network
 from blockpress.serve.errors import _ClientGone, _Refused, _UnknownModel
 from blockpress.serve.metrics import Metrics
 from blockpress.serve.options import ServeOptions
+from blockpress.serve.tracing import AnswerSpan, stop, tracer_provider
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HTTPRequest
@@ -48,6 +49,7 @@ class Service:
         self.lm, self.name, self.options = lm, name, options
         self.created = int(time.time())
         self.metrics = Metrics(name)
+        self.tracer_provider = tracer_provider(options.otlp_traces_endpoint)
         self.engine = ThreadedEngine(EngineCore(lm.network, engine))
         self.ready = self.stopping = False
         lm.answer = self._answer
@@ -88,6 +90,8 @@ class Service:
             self._drain.cancel()
         self.engine.close()
         self.lm.close()
+        if self.tracer_provider is not None:
+            stop(self.tracer_provider)
 
     async def build(self, make: Callable[[], Made]) -> Made:
         """Run `make` on a thread, as reading images and compiling shapes take long."""
@@ -221,6 +225,7 @@ class Running:
             raise Overloaded(f"{service.open_requests} requests are open", hint="send it again later")
         self._service, self._count, self._requests = service, count, requests
         self._started = time.monotonic()
+        self._span = AnswerSpan(service.name, count, requests)
         self._stop: Callable[[], None] = lambda: None
         self._arrived: deque[tuple[int, Event | BlockpressError]] = deque()
         self._there = asyncio.Event()
@@ -262,6 +267,9 @@ class Running:
         try:
             async for each in self._until_done():
                 yield each
+        except Exception as error:
+            self._span.error = error
+            raise
         finally:
             self.close()
 
@@ -295,9 +303,13 @@ class Running:
             if number in silent and isinstance(event, Text | ReasoningDelta):
                 silent.remove(number)
                 service.metrics.first_text(seconds)
+                self._span.first_text = self._span.first_text or seconds
             if isinstance(event, Done):
                 left -= 1
+                self._span.replies.append(event.reply)
                 service.log(self._requests[number] if self._requests else None, event.reply, seconds)
+                if not left:
+                    self._span.end()  # before the last byte, after which it is too late
             yield number, event
 
     def close(self) -> None:
@@ -306,6 +318,7 @@ class Running:
             self._closed = True
             self._service.opened(-self._count)
             self._stop()
+            self._span.end()
 
     __del__ = close  # a client may leave before its stream has begun, and then nobody closes it
 
