@@ -14,10 +14,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import httpx
@@ -184,14 +187,53 @@ async def leaves(client: httpx.AsyncClient, puzzle: str) -> tuple[float, float, 
     return whole, await figure(client, "blockpress:forwards_total") - before, time.monotonic() - left
 
 
-async def check(url: str, clients: int, seconds: float) -> bool:
+async def took(client: httpx.AsyncClient, puzzle: str, seed: int) -> tuple[float, float]:
+    """Seconds to the first text of a stream, and to its end."""
+    path, fields, _ = APIS["chat"]
+    began, first = time.monotonic(), 0.0
+    async with client.stream("POST", path, json=chat("beside", puzzle, **fields, seed=seed)) as got:
+        async for line in got.aiter_lines():
+            if not first and re.search('"content": "[^"]', line):
+                first = time.monotonic() - began
+    return first, time.monotonic() - began
+
+
+async def beside(client: httpx.AsyncClient, puzzles: list[str], port: int) -> dict[str, list[float]]:
+    """Median seconds to the first text and to the end, by Ray and by a server without it, in turn."""
+    command = [sys.executable, "-m", "blockpress", "serve", "--port", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as direct:
+            for _ in range(600):
+                with suppress(httpx.HTTPError):
+                    if (await direct.get("/health")).status_code == 200:
+                        break
+                await asyncio.sleep(0.2)
+            seconds: dict[str, list[tuple[float, float]]] = {"ray": [], "direct": []}
+            for turn in range(64):
+                for name, each in (("ray", client), ("direct", direct)):
+                    seconds[name].append(await took(each, puzzles[turn % len(puzzles)], turn))
+    finally:
+        server.terminate()
+        server.wait()
+    return {name: [median(values) for values in zip(*each[4:], strict=True)] for name, each in seconds.items()}
+
+
+async def check(port: int, clients: int, seconds: float) -> bool:
     puzzles = [sudoku.layout(puzzle.puzzle) for puzzle in sudoku.held_out(1, 16)]
     limits = httpx.Limits(max_connections=None)
+    url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
         homes = await stays(client, puzzles)
         print(f"families      {FAMILY} requests of each of two stayed with theirs: {homes}")
         whole, after, took = await leaves(client, puzzles[0])
         print(f"leaving       {after:.0f} forwards after it of {whole:.0f}; nothing ran after {took:.2f} s")
+        by = await beside(client, puzzles, port + 1)
+        ratios = [with_ray / without for with_ray, without in zip(by["ray"], by["direct"], strict=True)]
+        print(
+            f"beside        a server without Ray: {ratios[0]:.2f} of its time to the first text, {ratios[1]:.2f} in total"
+        )
+        print(f"              {by} s")
         victim = next(iter(homes.values()))
         answers, killed, again = await under_load(client, puzzles, clients, seconds, victim)
     lost = [answer for answer in answers if answer.end == ERROR]
@@ -221,7 +263,7 @@ def main() -> int:
         serve.start(http_options={"port": asked.port})
         serve.run(app({"model": "sudoku-nano", "min_replicas": 2, "memory": 64}))
         print(f"{processor().name}, Ray {ray.__version__}: two replicas ready after {time.monotonic() - began:.1f} s")
-        right = asyncio.run(check(f"http://127.0.0.1:{asked.port}", asked.clients, asked.seconds))
+        right = asyncio.run(check(asked.port, asked.clients, asked.seconds))
     finally:
         serve.shutdown()
         ray.shutdown()
