@@ -141,17 +141,13 @@ def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, po
     """Answer until a signal comes; then `drain` is called, and what runs may end."""
     import uvicorn
 
+    from blockpress.serve.connection import uvicorn_config
+
     if host not in LOOPBACK and not rules.api_keys:
         open_to = f"anybody who reaches {host}:{port} may use the model; --api-key asks for a key"
         print(f"blockpress: {open_to}", file=sys.stderr)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="info",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(rules.patience) + GRACE,
+    config = uvicorn_config(
+        app, rules, host=host, port=port, log_level="info", timeout_graceful_shutdown=int(rules.patience) + GRACE
     )
 
     class Server(uvicorn.Server):
@@ -161,7 +157,6 @@ def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, po
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    _allow_many_connections()
     try:
         Server(config).run()
     except SystemExit as error:  # uvicorn could not bind, and has said why
@@ -171,17 +166,6 @@ def _run(app: Any, drain: Callable[[], None], rules: ServeOptions, host: str, po
 def _check_counts(given: Mapping[str, int | None]) -> None:
     for option, value in given.items():
         options.positive(value, option)
-
-
-def _allow_many_connections() -> None:
-    """Let the process have as many open connections as the system allows it."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _need_extras(endpoint: str | None) -> None:

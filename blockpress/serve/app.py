@@ -87,6 +87,7 @@ def create_app(lm: LM, name: str, options: ServeOptions | None = None, engine: E
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(_ClientGone, lambda http, error: Response(status_code=499))
+    app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(Exception, _broken)
     if options.origins:
         app.add_middleware(
@@ -112,7 +113,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 async def _failed(http: Request, error: Exception) -> Response:
     assert isinstance(error, BlockpressError)
     status = status_of(error)
-    headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else None
+    headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
     return JSONResponse(error_body(http.url.path, error, status), status, headers)
 
 
@@ -135,6 +136,10 @@ async def _http_error(http: Request, error: Exception) -> Response:
         return await _failed(http, cause)
     refused = _Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "see docs/server.md")
     return JSONResponse(error_body(http.url.path, refused), error.status_code, error.headers)
+
+
+async def _too_deep(http: Request, error: Exception) -> Response:
+    return await _failed(http, _FieldError("body", "the body is nested too deeply", "send fewer levels"))
 
 
 async def _broken(http: Request, error: Exception) -> Response:

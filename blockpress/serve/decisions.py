@@ -81,7 +81,7 @@ async def systemone(http: Request) -> dict[str, Any]:
 async def _object(http: Request) -> dict[str, Any]:
     try:
         body = json.loads(await http.body())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _FieldError("body", f"the body is not JSON: {error}", "send a JSON object") from error
     if not isinstance(body, dict):
         raise _FieldError("body", f"the body is {body!r:.80}", "send a JSON object")

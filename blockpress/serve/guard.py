@@ -21,7 +21,7 @@ from typing import final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blockpress.serve.errors import _Refused, error_body
+from blockpress.serve.errors import RETRY_AFTER, _Refused, error_body
 from blockpress.serve.options import ServeOptions
 
 logger = logging.getLogger("blockpress.serve")
@@ -59,7 +59,7 @@ class Guard:
         except _Refused as refused:
             if status:
                 raise
-            await _answer(refused, scope["path"], sending)
+            await answer_refused(refused, scope["path"], sending)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = _host(headers.get("host", ""))
@@ -93,13 +93,15 @@ class Guard:
         if length.isdigit() and int(length) > most:
             raise too_large
         seen, whole = 0, False
+        until = asyncio.get_running_loop().time() + self._options.patience
 
         async def limited() -> Message:
             nonlocal seen, whole
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._options.patience)
+                async with asyncio.timeout_at(until):
+                    message = await receive()
             except TimeoutError:
                 raise _Refused(408, "the body did not arrive in time", "send it faster") from None
             seen += len(message.get("body", b""))
@@ -126,10 +128,15 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _answer(refused: _Refused, path: str, send: Send) -> None:
+async def answer_refused(refused: _Refused, path: str, send: Send, *, close: bool = False) -> None:
+    """The whole answer to a request that no route sees. close: the connection, too."""
     body = json.dumps(error_body(path, refused)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 503:
+        headers.append((b"retry-after", str(RETRY_AFTER).encode()))
+    if close:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

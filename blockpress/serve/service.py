@@ -66,6 +66,11 @@ class Service:
         """Count that many more open requests, or fewer."""
         self._open += count
 
+    def check_room(self, count: int) -> None:
+        """Raises Overloaded: there is none for so many more requests."""
+        if self._open + count > self.options.max_streams:
+            raise Overloaded(f"{self._open} requests are open", hint="send it again later")
+
     async def warm_up(self) -> None:
         """One short answer, so that no client waits for what is built and measured at the first one."""
         ids = [self.lm.config.bos_id if self.lm.config.bos_id is not None else 0]
@@ -94,7 +99,8 @@ class Service:
             stop(self.tracer_provider)
 
     async def build(self, make: Callable[[], Made]) -> Made:
-        """Run `make` on a thread, as reading images and compiling shapes take long."""
+        """Run `make` on a thread, as reading images and compiling shapes take long. Raises Overloaded: a full queue."""
+        self.check_room(1)
         return await anyio.to_thread.run_sync(make)
 
     async def build_unless_gone(self, make: Callable[[Cancel], Made], http: HTTPRequest) -> Made:
@@ -221,8 +227,7 @@ class Running:
         self._closed = True  # until something has begun
         if service.stopping:
             raise _Refused(503, "the server stops", "send the request again, or to another one")
-        if service.open_requests + count > service.options.max_streams:
-            raise Overloaded(f"{service.open_requests} requests are open", hint="send it again later")
+        service.check_room(count)
         self._service, self._count, self._requests = service, count, requests
         self._started = time.monotonic()
         self._span = AnswerSpan(service.name, count, requests)

@@ -19,6 +19,7 @@ from blockpress.errors import BlockpressError, EngineError, one_line
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.serve import ServeOptions, create_app
+from blockpress.serve.connection import uvicorn_config
 from blockpress.serve.service import Service
 
 
@@ -101,7 +102,7 @@ def serving(
     if reference:
         service.engine.close()
         service.engine = ReferenceEngine(service.engine.core)  # type: ignore[assignment]
-    config = uvicorn.Config(app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    config = uvicorn_config(app, service.options, log_level="error", timeout_graceful_shutdown=5)
     server = _Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
