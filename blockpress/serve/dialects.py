@@ -24,7 +24,7 @@ from blockpress.decoding import Done, Event, MalformedToolCallEvent, ReasoningDe
 from blockpress.errors import BlockpressError
 from blockpress.lm.arguments import Mode
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Refusals
+from blockpress.serve.fields import MOST_SEED, DiffusionFields, Fields, Refusals, TopK, TopP
 from blockpress.serve.openai import Job, chat_job
 from blockpress.serve.openai_types import ChatBody
 from blockpress.serve.service import Running, Service, unless_gone
@@ -35,8 +35,8 @@ class DialectBody(Fields):
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_COUNT)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
     mode: Mode | None = None
     diffusion: DiffusionFields | None = None

@@ -6,6 +6,7 @@
 | seed | of all random draws: the same seed gives the same answer, in any batch |
 | n | answers to one prompt, which is read once; their seeds follow each other |
 | max_tokens | at most that many are returned, exactly |
+| logit_bias, allowed_token_ids, penalties, top_p, top_k, min_p | edits of the logits (`blockpress.config.LogitEdits`) |
 | mode | "diffusion", "verified" or "autoregressive" |
 | diffusion | the sampler's own settings, see `DiffusionFields` |
 
@@ -15,12 +16,13 @@ Invariant: a field is honoured, known to have no meaning here, or refused by nam
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from blockpress.config import AutoregressiveSampling, Sampling
+from blockpress.config.edits import LEAST_REPETITION, MOST_REPETITION
 from blockpress.lm.arguments import AnySampling, Mode, check_mode, check_sampling
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.service import Service
@@ -33,6 +35,12 @@ MOST_COUNT = 2**31 - 1
 
 Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, le=MOST_COUNT)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(ge=LEAST_REPETITION, le=MOST_REPETITION)]
+Window = Annotated[int, Field(ge=-1, le=MOST_COUNT)]
 
 
 class Fields(BaseModel):
@@ -62,19 +70,23 @@ class DiffusionFields(BaseModel):
 
 
 class SamplingFields(Fields):
-    """What decides how an answer is drawn."""
+    """What decides how an answer is drawn. repeat_penalty, repeat_last_n: llama.cpp's; the first is its name of
+    repetition_penalty, the second says how far back penalties look."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_COUNT)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
     stop: str | list[str] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    repeat_penalty: Repetition | None = None
+    repeat_last_n: Window | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: list[Count] | None = None
     mode: Mode | None = None
     diffusion: DiffusionFields | None = None
     lenient: bool | None = None
@@ -103,7 +115,6 @@ class Refusals:
 
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "allowed_token_ids": (([],), "which tokens may be written is not limited"),
     "audio": ((), "this model does not speak"),
     "bad_words": (([],), "which tokens may be written is not limited"),
     "cache_salt": ((), "cached prefixes are shared by all clients"),
@@ -177,32 +188,48 @@ def read_sampling(service: Service, body: SamplingFields, refusals: Refusals) ->
     asked = diffusion_of(body, refusals)
     mode = check_mode(body.mode, config)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    edits = _edits(body, config.vocab_size, refusals)
     if mode == "autoregressive":
-        return _tokens(generation.autoregressive, body, asked, refusals).with_(stop=tuple(stop)), mode
-    _refuse_others(body, NEUTRAL, refusals, "a canvas is drawn by the checkpoint's entropy-bound sampler")
-    if body.logit_bias:
-        refusals.refuse("logit_bias", body.logit_bias, "logits of a canvas are not edited")
-    sampling = _canvas(generation.sampling, body, asked).with_(stop=tuple(stop))
+        return _tokens(generation.autoregressive, body, asked, refusals).with_(stop=tuple(stop), **edits), mode
+    sampling = _canvas(generation.sampling, body, asked).with_(stop=tuple(stop), **edits)
     return check_sampling(sampling, mode, generation, config, has_text=service.lm.tokenizer is not None), mode
 
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-}
-"""Values that change nothing."""
+def _edits(body: SamplingFields, vocab: int, refusals: Refusals) -> dict[str, Any]:
+    """The edits of the logits that a body asks for, as fields of a sampling.
+
+    Raises:
+        _FieldError: a token id that the vocabulary has not, or a window of penalties.
+    """
+    repetition = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
+    penalties: dict[str, Any] = {} if repetition in (None, 1) else {"repetition_penalty": repetition}
+    penalties |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(body, name))}
+    if body.repeat_last_n == 0:
+        penalties = {}
+    elif body.repeat_last_n not in (None, -1) and penalties:
+        why = "penalties count the whole answer, and repeat_penalty the prompt too"
+        refusals.refuse("repeat_last_n", body.repeat_last_n, why)
+    given: dict[str, Any] = {
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "allowed_token_ids": body.allowed_token_ids or None,
+    }
+    edits: dict[str, Any] = {name: value for name, value in (penalties | given).items() if value is not None}
+    if body.top_k is not None:
+        edits["top_k"] = body.top_k if body.top_k > 0 else None
+    if body.logit_bias:
+        edits["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}
+    for name in ("logit_bias", "allowed_token_ids"):
+        token = max(edits.get(name, ()), default=0)
+        if token >= vocab:
+            raise _FieldError(name, f"{name} has token id {token}", f"ids go from 0 to {vocab - 1}")
+    return edits
 
 
-def _refuse_others(body: SamplingFields, names: Iterable[str], refusals: Refusals, why: str) -> None:
-    """Refuse those of the fields that are given and change something."""
-    for name in names:
-        value = getattr(body, name)
-        if value not in (None, *NEUTRAL[name]):
-            refusals.refuse(name, value, why)
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit()) or len(key) > 10:
+        raise _FieldError("logit_bias", f"logit_bias has the key {key!r:.80}", "give token ids, such as 5")
+    return int(key)
 
 
 def has_frames(body: SamplingFields) -> bool:
@@ -225,14 +252,6 @@ def _tokens(
     changes: dict[str, Any] = {}
     if body.temperature is not None:
         changes["temperature"] = body.temperature
-    if body.top_p is not None:
-        changes["top_p"] = body.top_p
-    if body.top_k is not None and body.top_k > 0:
-        changes["top_k"] = body.top_k
-    others = [name for name in NEUTRAL if name not in ("top_p", "top_k")]
-    _refuse_others(body, others, refusals, "the mode autoregressive samples by temperature, top_k and top_p")
-    if body.logit_bias:
-        refusals.refuse("logit_bias", body.logit_bias, "logits are not edited")
     if asked:
         refusals.refuse("diffusion", dict(asked), "the mode is autoregressive")
     return sampling.with_(**changes)

@@ -15,27 +15,40 @@ from blockpress.lm.arguments import Mode
 from blockpress.serve.completions import CompletionBody, completion_job
 from blockpress.serve.dialects import DialectBody, Talk, dialect_job
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import MOST_COUNT, MOST_SEED, DiffusionFields, Fields, Positive, Refusals
+from blockpress.serve.fields import (
+    MOST_COUNT,
+    MOST_SEED,
+    DiffusionFields,
+    Fields,
+    MinP,
+    Penalty,
+    Positive,
+    Refusals,
+    Repetition,
+    TopK,
+    TopP,
+    Window,
+)
 from blockpress.serve.openai import Job
 from blockpress.serve.openai_types import ConstrainedFields
 from blockpress.serve.service import Service
 
+EDITS = ("min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "repeat_last_n")
+"""Options that edit the logits, beside those of every dialect."""
 NAMES = {
     r"(messages\[\d+\])\.content\[(\d+)\](\.image_url)?": r"\1.images[\2]",
     "max_completion_tokens": "options.num_predict",
     "max_tokens": "options.num_predict",
     "schema": "format",
     "thinking": "think",
+    "repetition_penalty": "options.repeat_penalty",
     **{name: f"options.{name}" for name in ("temperature", "top_p", "top_k", "seed", "stop")},
+    **{name: f"options.{name}" for name in EDITS},
 }
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "frequency_penalty": ((0,), "logits are not edited"),
-    "min_p": ((0,), "a canvas is drawn by the checkpoint's sampler"),
-    "mirostat": ((0,), "a canvas is drawn by the checkpoint's sampler"),
-    "presence_penalty": ((0,), "logits are not edited"),
-    "repeat_penalty": ((1,), "logits are not edited"),
-    "tfs_z": ((1,), "a canvas is drawn by the checkpoint's sampler"),
-    "typical_p": ((1,), "a canvas is drawn by the checkpoint's sampler"),
+    "mirostat": ((0,), "what may be drawn is cut down by top_k, top_p and min_p"),
+    "tfs_z": ((1,), "what may be drawn is cut down by top_k, top_p and min_p"),
+    "typical_p": ((1,), "what may be drawn is cut down by top_k, top_p and min_p"),
 }
 """Options that are not honoured: the values (beside null) that ask for nothing, and why not."""
 
@@ -44,8 +57,13 @@ class Options(Fields):
     """What decides how an answer is drawn."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_COUNT)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repeat_penalty: Repetition | None = None
+    repeat_last_n: Window | None = None
     seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
     num_predict: Annotated[int, Field(ge=-2, le=MOST_COUNT)] | None = None
     stop: str | list[str] | None = None
@@ -108,6 +126,7 @@ def _common(service: Service, body: OllamaBody) -> tuple[DialectBody, Refusals, 
         if value is not None and value not in neutral:
             refusals.refuse(f"options.{name}", value, why)
     asked: dict[str, Any] = {"stop": options.stop, "response_format": _form(body.format)}
+    asked |= {name: getattr(options, name) for name in EDITS}
     asked["max_tokens"] = options.num_predict if (options.num_predict or 0) > 0 else None
     if body.logprobs:
         asked |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
@@ -124,7 +143,7 @@ def hole_body(service: Service, body: GenerateBody) -> tuple[ConstrainedFields, 
         if getattr(body, name):
             refusals.refuse(name, getattr(body, name), "with a suffix, the two texts are all that is read")
     given = {name: getattr(shared, name) for name in DialectBody.model_fields if name != "stream"}
-    plain = {name: asked[name] for name in ("stop", "response_format")}
+    plain = {name: asked[name] for name in ("stop", "response_format", *EDITS)}
     return ConstrainedFields(**given, **plain), asked["max_tokens"]
 
 
@@ -150,7 +169,7 @@ def _generate_job(
         for name in ("system", "images", "think"):
             if getattr(body, name):
                 refusals.refuse(name, getattr(body, name), "with raw, the prompt is all that is read")
-        plain = {name: asked[name] for name in ("max_tokens", "stop", "response_format")}
+        plain = {name: asked[name] for name in ("max_tokens", "stop", "response_format", *EDITS)}
         given = {name: getattr(shared, name) for name in DialectBody.model_fields if name != "stream"}
         logprobs = asked.get("top_logprobs")
         return completion_job(service, CompletionBody(prompt=body.prompt or "", logprobs=logprobs, **given, **plain))[0]

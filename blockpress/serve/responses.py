@@ -155,6 +155,8 @@ class _Answer:
             "tools": body.tools or [],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
             "truncation": "disabled",
             "usage": None if reply is None else self._usage(reply),
             **{name: given.get(name, other) for name, other in ECHOED.items()},

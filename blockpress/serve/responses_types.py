@@ -16,7 +16,7 @@ from pydantic import Field
 
 from blockpress.serve.dialects import DialectBody, Talk, dialect_job, joined_content
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Fields, Positive, Refusals
+from blockpress.serve.fields import Fields, Penalty, Positive, Refusals
 from blockpress.serve.openai import Job
 from blockpress.serve.service import Service
 
@@ -61,6 +61,8 @@ class ResponsesBody(DialectBody):
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=128)] | None = None
     metadata: dict[str, Any] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
 
 
 def responses_job(service: Service, body: ResponsesBody) -> Job:
@@ -78,6 +80,8 @@ def responses_job(service: Service, body: ResponsesBody) -> Job:
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "max_tokens": body.max_output_tokens,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
         "response_format": _form(body.text.format if body.text else None),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
     }

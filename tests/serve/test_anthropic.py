@@ -287,7 +287,8 @@ def test_documents_and_search_results_are_text(client: anthropic.Anthropic):
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
         ({"output_config": {"format": {"type": "json"}}}, "output_config.format"),
-        ({"top_p": 0.5}, "top_p"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
         ({"temperature": "1"}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         (
@@ -308,8 +309,8 @@ def test_what_is_wrong_is_named_in_anthropics_form(chatty: Served, body: dict[st
 
 
 def test_a_lenient_client_is_warned_in_place_of_refused(chatty: Served):
-    body = post(chatty, lenient=True, top_k=5, mcp_servers=[{"name": "a"}]).json()
-    assert [warning.partition(" ")[0] for warning in body["warnings"]] == ["mcp_servers", "top_k"]
+    body = post(chatty, lenient=True, thread={"type": "continue"}, mcp_servers=[{"name": "a"}]).json()
+    assert {warning.partition(" ")[0] for warning in body["warnings"]} == {"mcp_servers", "thread"}
     assert body["content"][0]["text"] == "4"
 
 

@@ -76,6 +76,8 @@ RESPONSES: dict[str, Any] = {
     "service_tier": "auto",
     "user": "a",
     "top_p": 0.9,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
     "background": True,
     "conversation": "conv_1",
     "moderation": {"model": "a"},

@@ -180,8 +180,13 @@ def test_a_draft_without_noise_is_where_the_answer_starts(nano: Served) -> None:
         ({"prompt": "1", "stream": False}, "stream"),
         ({"prompt": "1", "thinking": True}, "thinking"),
         ({"prompt": "1", "thinking_budget": 5}, "thinking_budget"),
-        ({"prompt": "1", "top_p": 0.5}, "top_p"),
-        ({"prompt": "1", "logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"prompt": "1", "top_p": 1.5}, "top_p"),
+        ({"prompt": "1", "logit_bias": {"five": 1.0}}, "logit_bias"),
+        ({"prompt": "1", "logit_bias": {"99": 1.0}}, "logit_bias"),
+        ({"prompt": "1", "logit_bias": {"5": 101.0}}, "logit_bias"),
+        ({"prompt": "1", "allowed_token_ids": [99]}, "allowed_token_ids"),
+        ({"prompt": "1", "frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"prompt": "1", "repetition_penalty": 0.0}, "repetition_penalty"),
         ({"prompt": "1", "tools": []}, "tools"),
         ({"prompt": "1", "response_format": {"type": "text"}}, "response_format"),
         ({"prompt": "1", "seed": "7"}, "seed"),
@@ -197,8 +202,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(nano: Served, body: dict[str
 
 
 def test_with_leniency_it_is_a_warning(nano: Served) -> None:
-    (start,) = of(watch(nano, {**SOLVE, "top_p": 0.5, "stream": False, "lenient": True}), "start")
-    assert [warning.split()[0] for warning in start["warnings"]] == ["top_p", "stream"]
+    narrow = {"presence_penalty": 0.1, "repeat_last_n": 9}
+    (start,) = of(watch(nano, {**SOLVE, **narrow, "stream": False, "lenient": True}), "start")
+    assert [warning.split()[0] for warning in start["warnings"]] == ["repeat_last_n", "stream"]
 
 
 def test_what_fails_in_the_middle_is_the_last_event(chatty: Served) -> None:

@@ -231,8 +231,11 @@ def test_log_probabilities_come_with_the_text(random: Served):
         ("chat", {"format": {"type": 3}}, "#/type is 3"),
         ("chat", {"think": "never"}, "think"),
         ("chat", {"options": {"temperature": -1}}, "options.temperature"),
-        ("chat", {"options": {"top_k": 40}}, "options.top_k"),
-        ("chat", {"options": {"repeat_penalty": 1.1}}, "options.repeat_penalty"),
+        ("chat", {"options": {"top_k": -2}}, "options.top_k"),
+        ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
+        ("chat", {"options": {"min_p": 1.5}}, "options.min_p"),
+        ("generate", {"options": {"presence_penalty": 3}}, "options.presence_penalty"),
+        ("generate", {"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "options.repeat_last_n"),
         ("chat", {"options": {"mirostat": 2}}, "options.mirostat"),
         ("chat", {"top_logprobs": 300}, "top_logprobs"),
         ("generate", {"suffix": "b", "system": "c"}, "system"),
@@ -258,9 +261,13 @@ def test_what_is_wrong_is_named_in_ollamas_form(
 
 def test_a_lenient_client_is_warned_in_place_of_refused(chatty: Served):
     body = post(
-        chatty, "chat", messages=said("say 4"), lenient=True, options={"top_k": 40, "repeat_penalty": 1.1}
+        chatty,
+        "chat",
+        messages=said("say 4"),
+        lenient=True,
+        options={"mirostat": 2, "repeat_penalty": 1.1, "repeat_last_n": 9},
     ).json()
-    assert [warning.partition(" ")[0] for warning in body["warnings"]] == ["options.repeat_penalty", "options.top_k"]
+    assert [warning.partition(" ")[0] for warning in body["warnings"]] == ["options.mirostat", "options.repeat_last_n"]
     assert body["message"]["content"] == "4"
 
 

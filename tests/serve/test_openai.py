@@ -16,6 +16,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.completion_create_params import CompletionCreateParamsBase
 from pydantic import BaseModel
 
+import blockpress
 from blockpress import sudoku
 from blockpress.serve.fields import REFUSED
 from tests.builders.server import Served
@@ -285,15 +286,14 @@ def test_a_body_that_is_not_json_is_named(nano: Served) -> None:
 
 UNHONOURED = {name: why for name, (_, why) in REFUSED.items()} | {
     "guided_json": "removed from vLLM",
-    "top_p": "",
-    "logit_bias": "",
+    "repeat_last_n": "penalties count the whole answer",
 }
-VALUES = {"top_p": 0.5, "logit_bias": {"1": 1}, "guided_json": {}}
+VALUES: dict[str, Any] = {"repeat_last_n": 64, "guided_json": {}}
 
 
 @pytest.mark.parametrize("name", UNHONOURED)
 def test_a_field_that_cannot_be_honoured_is_refused_or_listed(nano: Served, name: str) -> None:
-    body = {**BRIEF, name: VALUES.get(name, "x")}
+    body = {**BRIEF, "presence_penalty": 0.5, name: VALUES.get(name, "x")}
     refused = httpx.post(f"{nano.url}/v1/chat/completions", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
     allowed = httpx.post(f"{nano.url}/v1/chat/completions", json={**body, "lenient": True})
@@ -324,13 +324,76 @@ def test_a_field_without_meaning_is_accepted(nano: Served, name: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
+FIVE, SIX = (blockpress.load("sudoku-nano").encode(digit)[-1] for digit in "56")
+EDITS: list[tuple[dict[str, Any], Any]] = [
+    ({"logit_bias": {str(FIVE): 100}}, lambda text: set(text) == {"5"}),
+    ({"logit_bias": {str(FIVE): -100, str(SIX): -100}}, lambda text: not {*text} & {"5", "6"}),
+    ({"allowed_token_ids": [FIVE, SIX]}, lambda text: {*text} <= {"5", "6"}),
+    ({"presence_penalty": 2, "frequency_penalty": 2.0, "repetition_penalty": 1.5}, None),
+    ({"repeat_penalty": 1.5, "repeat_last_n": -1}, None),
+    ({"top_p": 0.9, "top_k": 3, "min_p": 0.05}, None),
+]
+
+
+@pytest.mark.parametrize(("edits", "holds"), EDITS, ids=str)
+@pytest.mark.parametrize("path", ["v1/chat/completions", "v1/completions"])
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+def test_edits_of_the_logits_are_honoured(
+    nano: Served, path: str, mode: str, edits: dict[str, Any], holds: Any
+) -> None:
+    """What is sent is what the sampling says, in every mode: the text is that of `LM.generate`."""
+    lm = blockpress.load("sudoku-nano")
+    asked = {"prompt": PUZZLE} if path == "v1/completions" else {"messages": said(PUZZLE)}
+    heat = {"temperature": 1.5} if mode == "autoregressive" else {"diffusion": {"steps": 3, "release": 0}}
+    body = {**asked, "max_tokens": 9, "seed": 4, "mode": mode, **heat, **edits}
+    answer = httpx.post(f"{nano.url}/{path}", json=body)
+    assert answer.status_code == 200 and "warnings" not in answer.json(), answer.text
+    [choice] = answer.json()["choices"]
+    fields = {name: value for name, value in edits.items() if name not in ("repeat_penalty", "repeat_last_n")}
+    if "repeat_penalty" in edits:
+        fields["repetition_penalty"] = edits["repeat_penalty"]
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(key): value for key, value in fields["logit_bias"].items()}
+    own = {"steps": 3} if mode == "diffusion" else {"temperature": 1.5}
+    defaults: Any = lm.generation.sampling if mode == "diffusion" else lm.generation.autoregressive
+    prompt = lm.encode(PUZZLE)
+    wanted = lm.generate(prompt, 9, 4, defaults.with_(**own, **fields), mode=mode)  # type: ignore[call-overload]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    assert text == wanted.text
+    assert holds is None or holds(text.replace("\n", "0"))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repeat_last_n": -2}, "repeat_last_n"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"allowed_token_ids": [9999]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+    ],
+    ids=str,
+)
+def test_an_edit_out_of_range_is_named(nano: Served, body: dict[str, Any], param: str) -> None:
+    answer = httpx.post(f"{nano.url}/v1/chat/completions", json={**BRIEF, **body})
+    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
+
+
 def test_a_server_can_be_lenient(serve: Serve) -> None:
-    import blockpress
     from blockpress.serve import ServeOptions
 
     served = serve(blockpress.load("sudoku-nano"), "sudoku-nano", ServeOptions(lenient=True))
-    body: dict[str, Any] = {**BRIEF, "top_p": 0.5}
-    assert "top_p" in httpx.post(f"{served.url}/v1/chat/completions", json=body).json()["warnings"][0]
+    body: dict[str, Any] = {**BRIEF, "min_tokens": 5}
+    assert "min_tokens" in httpx.post(f"{served.url}/v1/chat/completions", json=body).json()["warnings"][0]
     body["lenient"] = False
     assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 400
 

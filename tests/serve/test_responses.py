@@ -300,7 +300,8 @@ def test_images_are_seen_in_messages_and_results(seeing: Served):
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "#/type is 3"),
-        ({"top_p": 0.5}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
     ],
 )
 def test_what_is_wrong_is_named(chatty: Served, body: dict[str, Any], named: str):

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from blockpress import sudoku
 from tests.builders.server import Served
 
 
@@ -56,3 +57,39 @@ def test_the_obedient_model_fails_when_told(chatty: Served) -> None:
     answer = httpx.post(f"{chatty.url}/v1/chat/completions", json=body, timeout=30)
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize(
+    ("edits", "options"),
+    [
+        ({"top_p": 0.7, "top_k": 3}, {"top_p": 0.7, "top_k": 3}),
+        ({"presence_penalty": 1.5, "frequency_penalty": 1.0}, {"presence_penalty": 1.5, "frequency_penalty": 1.0}),
+        ({"repetition_penalty": 1.6, "min_p": 0.2}, {"repeat_penalty": 1.6, "min_p": 0.2}),
+        ({}, {"repeat_penalty": 1.6, "repeat_last_n": 0}),
+    ],
+    ids=str,
+)
+def test_edits_of_the_logits_mean_the_same_by_every_api(
+    nano: Served, edits: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Each under its own names; the answers are those of chat completions with the same seed."""
+    diffusion = {"steps": 3, "t_max": 3.0}
+    puzzle = sudoku.layout(sudoku.generate_puzzle(seed=5, givens=45).puzzle)
+    said, shared = [{"role": "user", "content": puzzle}], {"seed": 5, "diffusion": diffusion}
+
+    def post(path: str, **body: Any) -> Any:
+        answer = httpx.post(f"{nano.url}/{path}", json={"model": "sudoku-nano", **shared, **body}, timeout=60)
+        assert answer.status_code == 200 and "warnings" not in answer.json(), answer.text
+        return answer.json()
+
+    text = post("v1/chat/completions", messages=said, max_tokens=12, **edits)["choices"][0]["message"]["content"]
+    assert text
+    ollama = {"messages": said, "stream": False, "diffusion": diffusion}
+    answer = post("api/chat", **ollama, options={"num_predict": 12, "seed": 5, **options})
+    assert answer["message"]["content"] == text
+    if edits.keys() <= {"top_p", "top_k"}:
+        assert post("v1/messages", messages=said, max_tokens=12, **edits)["content"][0]["text"] == text
+    if edits.keys() <= {"top_p", "presence_penalty", "frequency_penalty"}:
+        answer = post("v1/responses", input=said, max_output_tokens=12, **edits)
+        assert answer["output"][0]["content"][0]["text"] == text
+        assert {name: answer[name] for name in edits} == edits
