@@ -17,13 +17,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Float32
+import torch
+from jaxtyping import Bool, Float32
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockpress.shapes import Logits
-
-FEW = 1024
-"""The likeliest tokens of a position that are looked at before all are sorted, which takes ten times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,30 @@ class Truncation:
         if self.top_p < 1:
             scaled = keep_top_p(scaled, self.top_p)
         return keep_min_p(scaled, self.min_p) if self.min_p > 0 else scaled
+
+    def kept(
+        self, falling: Float32[Tensor, "rows few"], total: Float32[Tensor, " rows"] | None
+    ) -> tuple[Bool[Tensor, "rows few"], Bool[Tensor, " rows"]]:
+        """Which of each row's likeliest tokens may be sampled, and whether no other token may be.
+
+        Args:
+            falling: their scaled logits, of equal ones that of the last token first. total: the log of the sum of exp
+                over all tokens; it is needed for top_p without top_k.
+        """
+        kept, last = torch.ones_like(falling, dtype=torch.bool), falling[:, -1]
+        whole = torch.ones_like(last, dtype=torch.bool)
+        if self.top_k is not None:
+            kept = falling >= falling[:, [min(self.top_k, falling.shape[1]) - 1]]
+            whole = ~kept[:, -1]
+            total = falling.masked_fill(~kept, float("-inf")).logsumexp(-1)
+        if self.top_p < 1:
+            assert total is not None
+            through = (falling - total[:, None]).exp().cumsum(-1)
+            kept &= F.pad(through[:, :-1], (1, 0)) < self.top_p
+        if self.min_p > 0:
+            kept &= falling >= falling[:, :1] + math.log(self.min_p)
+        least = falling.gather(1, kept.sum(-1, keepdim=True) - 1)[:, 0]
+        return kept, whole & (last < least)
 
 
 def keep_top_k(scaled: Logits, k: int) -> Logits:
@@ -61,24 +84,6 @@ def keep_top_p(scaled: Logits, p: float) -> Logits:
     >>> keep_top_p(torch.tensor([[[2.0, 1.0, 0.0, -1.0]]]), 0.9)
     tensor([[[2., 1., 0., -inf]]])
     """
-    if scaled.shape[-1] <= FEW or scaled.device.type != "cpu":  # there sorting costs little, and nothing may wait
-        return _by_sorting(scaled, p)
-    falling = scaled.topk(FEW, dim=-1).values
-    through = (falling - scaled.logsumexp(-1, keepdim=True)).exp().cumsum(-1)
-    count = (through < p).sum(-1, keepdim=True).clamp(max=FEW - 1) + 1
-    least = falling.gather(-1, count - 1)
-    equal = scaled == least
-    spare = equal.sum(-1, keepdim=True) - (count - (falling > least).sum(-1, keepdim=True))
-    kept = scaled.masked_fill(scaled < least, float("-inf"))
-    if bool((spare > 0).any()):
-        kept.masked_fill_(equal & (equal.cumsum(-1) <= spare), float("-inf"))
-    more = through[..., -1] < p
-    if bool(more.any()):
-        kept[more] = _by_sorting(scaled[more], p)
-    return kept
-
-
-def _by_sorting(scaled: Float32[Tensor, "*places vocab"], p: float) -> Float32[Tensor, "*places vocab"]:
     rising, order = scaled.sort(dim=-1, stable=True)
     dropped = rising.softmax(-1).cumsum(-1) <= 1 - p
     dropped[..., -1] = False

@@ -17,7 +17,7 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.costs import PRODUCTS
@@ -25,15 +25,19 @@ from blockpress.ops import linear
 from blockpress.ops.cpu import bridge
 from blockpress.ops.cpu import products as in_cpp
 from blockpress.ops.linear import lookup
+from blockpress.ops.nucleus import Truncation
 from blockpress.ops.packed import HalfFloats
 from blockpress.ops.vocabulary import native as in_native
-from blockpress.ops.vocabulary import passes
-from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, Sparse
+from blockpress.ops.vocabulary import passes, plain
+from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, Sparse, scaled_logits
 from blockpress.ops.vocabulary.types import ClassBias, ClassStats, TokenClasses
 from blockpress.ops.weight import Packed
 
 BUFFER = PRODUCTS
 """Most bytes of products held at a time: 256 rows of 262,144 bfloat16."""
+
+FEW, MORE = 1024, 16
+"""How many of a row's likeliest tokens are looked at for a truncated draw, and how many times as many after those."""
 
 LARGE = 1 << 22
 """Bytes from which a buffer gets large pages; with small ones, page faults take a third of the product's time."""
@@ -129,6 +133,61 @@ def class_stats(
     """`passes.class_stats`, in C++ where that is allowed and possible."""
     version = in_native.class_stats if native and in_native.supports(product) else passes.class_stats
     return version(product, cap, temperature, classes)
+
+
+def draw(
+    product: Float[Tensor, "rows vocab"],
+    cap: float | None,
+    temperature: Float32[Tensor, " rows"],
+    uniform: Float64[Tensor, " rows"],
+    bias: ClassBias | None,
+    truncation: Truncation,
+    *,
+    native: bool = True,
+) -> Int[Tensor, " rows"]:
+    """The sample of each row among the tokens that the truncation leaves; arguments as in `block_stats`. The products
+    stay as they are.
+
+    A row's FEW likeliest tokens are looked at, and more of them only where these do not hold all that may be drawn.
+    """
+    rows, vocab = product.shape
+    total = None
+    if bias is None and truncation.top_p < 1:
+        total = block_stats(product, cap, temperature, native=native).total
+    step = max(1, passes.AT_ONCE["cpu" if product.device.type == "cpu" else "other"] // vocab)
+    drawn = torch.empty(rows, dtype=torch.int64, device=product.device)
+    for start in range(0, rows, step):
+        left, few = torch.arange(start, min(start + step, rows), device=product.device), FEW
+        logits, sums = product[left[0] : left[-1] + 1], None if total is None else total[left]
+        if bias is not None:
+            chunk = slice(start, start + step)
+            logits = bias.rows(chunk).added(scaled_logits(logits, cap, temperature[chunk]))
+            sums = logits.logsumexp(-1)
+        while len(left):
+            falling, ids = logits.topk(min(few, vocab), dim=-1)
+            own = falling if bias is not None else scaled_logits(falling, cap, temperature[left])
+            tokens, ready = _draw_of(own, ids, sums, uniform[left], truncation)
+            ready |= few >= vocab
+            drawn[left[ready]] = tokens[ready]
+            left, logits, sums, few = left[~ready], logits[~ready], None if sums is None else sums[~ready], few * MORE
+    return drawn
+
+
+def _draw_of(
+    own: Float32[Tensor, "rows few"],
+    ids: Int[Tensor, "rows few"],
+    total: Float32[Tensor, " rows"] | None,
+    uniform: Float64[Tensor, " rows"],
+    truncation: Truncation,
+) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """The sample of each row among these of its tokens, and whether no other token could have been drawn."""
+    ids, order = ids.sort(dim=-1, descending=True)
+    falling, back = own.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    kept, ready = truncation.kept(falling, total)
+    left = falling.masked_fill(~kept, float("-inf"))
+    by_id = torch.empty_like(left).scatter_(1, back, left).flip(-1)
+    place = plain.sample(by_id[None], uniform[None])[0]
+    return ids.flip(-1).gather(1, place[:, None])[:, 0], ready
 
 
 def combine_sparse(

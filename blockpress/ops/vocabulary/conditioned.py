@@ -19,9 +19,9 @@ from torch import Tensor
 
 from blockpress.ops.linear import lookup
 from blockpress.ops.nucleus import Truncation
-from blockpress.ops.vocabulary.blocks import Room, all_products, block_stats, class_stats
+from blockpress.ops.vocabulary.blocks import Room, all_products, block_stats, class_stats, draw
 from blockpress.ops.vocabulary.changes import Condition, LogitChanges
-from blockpress.ops.vocabulary.passes import Probabilities, draw
+from blockpress.ops.vocabulary.passes import Probabilities
 from blockpress.ops.vocabulary.step import soft_embedding
 from blockpress.ops.vocabulary.types import BannedTokens, ClassBias, SampleStats, SignalKind, TokenClasses
 from blockpress.ops.weight import Packed
@@ -71,7 +71,7 @@ def sample_conditioned(
         values, argmax = parted.condition(stats, parted.change(product, cap, temperature), condition)
     probabilities: Probabilities = "few" if signal == "exact" else signal
     bias = ClassBias(held, values)
-    drawn = None if truncation is None else draw(product, cap, temperature, uniform, bias, truncation)
+    drawn = None if truncation is None else draw(product, cap, temperature, uniform, bias, truncation, native=native)
     seen = block_stats(product, cap, temperature, uniform, probabilities, bias, native=native)
     assert seen.sample is not None
     embedded = None if signal is None else soft_embedding(seen, weight, native=native) * scale

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
-from blockpress.ops.nucleus import Truncation
 from blockpress.ops.vocabulary import plain
 from blockpress.ops.vocabulary.types import ClassBias, ClassStats, TokenClasses
 
@@ -135,25 +134,6 @@ def _some(
     if probabilities is not None:
         product.copy_(torch.softmax(scaled.to(product.dtype), dim=-1, dtype=torch.float32))
     return result
-
-
-def draw(
-    product: Float[Tensor, "rows vocab"],
-    cap: float | None,
-    temperature: Float32[Tensor, " rows"],
-    uniform: Float64[Tensor, " rows"],
-    bias: ClassBias | None,
-    truncation: Truncation,
-) -> Int[Tensor, " rows"]:
-    """The sample of each row among the tokens that the truncation leaves; arguments as in `block_stats`."""
-    step = max(1, AT_ONCE["cpu" if product.device.type == "cpu" else "other"] // product.shape[1])
-    drawn = []
-    for start in range(0, len(product), step):
-        chunk = slice(start, start + step)
-        scaled = scaled_logits(product[chunk], cap, temperature[chunk])
-        scaled = scaled if bias is None else bias.rows(chunk).added(scaled)
-        drawn.append(plain.sample(truncation(scaled[None]), uniform[None, chunk])[0])
-    return torch.cat(drawn)
 
 
 def _sparse(probabilities: Float[Tensor, "rows vocab"]) -> Sparse:

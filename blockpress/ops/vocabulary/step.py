@@ -18,9 +18,9 @@ from blockpress.ops import kernels
 from blockpress.ops.linear import combine
 from blockpress.ops.nucleus import Truncation
 from blockpress.ops.vocabulary import blocks
-from blockpress.ops.vocabulary.blocks import block_stats, combine_sparse, products
+from blockpress.ops.vocabulary.blocks import block_stats, combine_sparse, draw, products
 from blockpress.ops.vocabulary.changes import LogitChanges
-from blockpress.ops.vocabulary.passes import BlockStats, Probabilities, draw
+from blockpress.ops.vocabulary.passes import BlockStats, Probabilities
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats, SignalKind
 from blockpress.ops.weight import Packed
 
@@ -75,7 +75,7 @@ def sample_from_hidden(
             product[:, ids] = product[:, ids].masked_fill(where[rows], float("-inf"))
         heat, draws = temperature[rows], uniform[rows]
         bias = None if changes is None else changes.rows(rows).of_products(product, cap, heat)
-        drawn = None if truncation is None else draw(product, cap, heat, draws, bias, truncation)
+        drawn = None if truncation is None else draw(product, cap, heat, draws, bias, truncation, native=native)
         stats = block_stats(product, cap, heat, draws, probabilities, bias, native=native)
         assert stats.sample is not None
         argmax[rows], sample[rows], entropy[rows] = stats.argmax, stats.sample, stats.entropy
