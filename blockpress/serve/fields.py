@@ -16,16 +16,18 @@ Invariant: a field is honoured, known to have no meaning here, or refused by nam
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.config.edits import LEAST_REPETITION, MOST_REPETITION
+from blockpress.errors import TextError
 from blockpress.lm.arguments import AnySampling, Mode, check_mode, check_sampling
 from blockpress.serve.errors import _FieldError
 from blockpress.serve.service import Service
+from blockpress.text import Tokenizer
 
 RELEASE = 2
 """For how many steps the first tokens of a canvas must have stayed to be sent before the canvas ends: one step would
@@ -87,6 +89,7 @@ class SamplingFields(Fields):
     repeat_last_n: Window | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     allowed_token_ids: list[Count] | None = None
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
     mode: Mode | None = None
     diffusion: DiffusionFields | None = None
     lenient: bool | None = None
@@ -116,7 +119,6 @@ class Refusals:
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "this model does not speak"),
-    "bad_words": (([],), "which tokens may be written is not limited"),
     "cache_salt": ((), "cached prefixes are shared by all clients"),
     "chat_template": ((), "a template in a request is not run"),
     "continue_final_message": ((False,), "an answer begins a turn"),
@@ -188,19 +190,20 @@ def read_sampling(service: Service, body: SamplingFields, refusals: Refusals) ->
     asked = diffusion_of(body, refusals)
     mode = check_mode(body.mode, config)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    edits = _edits(body, config.vocab_size, refusals)
+    edits = _edits(service, body, refusals)
     if mode == "autoregressive":
         return _tokens(generation.autoregressive, body, asked, refusals).with_(stop=tuple(stop), **edits), mode
     sampling = _canvas(generation.sampling, body, asked).with_(stop=tuple(stop), **edits)
     return check_sampling(sampling, mode, generation, config, has_text=service.lm.tokenizer is not None), mode
 
 
-def _edits(body: SamplingFields, vocab: int, refusals: Refusals) -> dict[str, Any]:
+def _edits(service: Service, body: SamplingFields, refusals: Refusals) -> dict[str, Any]:
     """The edits of the logits that a body asks for, as fields of a sampling.
 
     Raises:
-        _FieldError: a token id that the vocabulary has not, or a window of penalties.
+        _FieldError: a token id that the vocabulary has not, a window of penalties, or a banned word of several tokens.
     """
+    vocab = service.lm.config.vocab_size
     repetition = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
     penalties: dict[str, Any] = {} if repetition in (None, 1) else {"repetition_penalty": repetition}
     penalties |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(body, name))}
@@ -219,11 +222,33 @@ def _edits(body: SamplingFields, vocab: int, refusals: Refusals) -> dict[str, An
         edits["top_k"] = body.top_k if body.top_k > 0 else None
     if body.logit_bias:
         edits["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}
+    if body.bad_words:
+        edits["suppress_tokens"] = _single_tokens(service.lm.tokenizer, body.bad_words, refusals)
     for name in ("logit_bias", "allowed_token_ids"):
         token = max(edits.get(name, ()), default=0)
         if token >= vocab:
             raise _FieldError(name, f"{name} has token id {token}", f"ids go from 0 to {vocab - 1}")
     return edits
+
+
+def _single_tokens(tokenizer: Tokenizer | None, words: Sequence[str], refusals: Refusals) -> list[int]:
+    """The tokens of words that are to be banned, alone and after a space, as vLLM reads them."""
+
+    def spelled(text: str) -> list[int]:
+        try:
+            return [] if tokenizer is None else tokenizer.encode(text, add_special=False)
+        except TextError:
+            return []  # the vocabulary cannot write it
+
+    banned = set[int]()
+    for number, word in enumerate(words):
+        alone, after_space = spelled(word.lstrip()), spelled(f" {word.lstrip()}")
+        if len(alone) > 1 or not (alone or tokenizer):
+            why = "it is not one token, and a canvas can only do without single ones"
+            refusals.refuse(f"bad_words[{number}]", word, why)
+        else:
+            banned |= {*alone, *(after_space if len(after_space) == 1 else ())}
+    return sorted(banned)
 
 
 def _token_id(key: str) -> int:

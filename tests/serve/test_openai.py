@@ -332,6 +332,7 @@ EDITS: list[tuple[dict[str, Any], Any]] = [
     ({"presence_penalty": 2, "frequency_penalty": 2.0, "repetition_penalty": 1.5}, None),
     ({"repeat_penalty": 1.5, "repeat_last_n": -1}, None),
     ({"top_p": 0.9, "top_k": 3, "min_p": 0.05}, None),
+    ({"bad_words": ["5", "6", "no word of this vocabulary"]}, lambda text: not {*text} & {"5", "6"}),
 ]
 
 
@@ -354,6 +355,8 @@ def test_edits_of_the_logits_are_honoured(
         fields["repetition_penalty"] = edits["repeat_penalty"]
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(key): value for key, value in fields["logit_bias"].items()}
+    if "bad_words" in fields:
+        fields["suppress_tokens"] = [FIVE, SIX] if fields.pop("bad_words") else []
     own = {"steps": 3} if mode == "diffusion" else {"temperature": 1.5}
     defaults: Any = lm.generation.sampling if mode == "diffusion" else lm.generation.autoregressive
     prompt = lm.encode(PUZZLE)
@@ -380,6 +383,9 @@ def test_edits_of_the_logits_are_honoured(
         ({"logit_bias": [5]}, "logit_bias"),
         ({"allowed_token_ids": [9999]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"bad_words": ["56"]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": "5"}, "bad_words"),
     ],
     ids=str,
 )
