@@ -4,8 +4,7 @@
     automaton      table[state, byte] = next state, or DEAD        accepting[state]: the text may end here
 
 Invariant: state 0 is the start; every state is reached by some text and can still become accepting, so a text is a
-beginning of an allowed one exactly if it never meets DEAD. No two states accept the same continuations, but where parts
-that were not gone through again (`Linked`) stand.
+beginning of an allowed one exactly if it never meets DEAD. No two states accept the same continuations.
 Run it:  python -m pytest tests/constrain/test_automaton.py
 """
 
@@ -76,14 +75,14 @@ class Graph:
 
 @dataclass(frozen=True, eq=False)
 class Linked:
-    """An automaton in an expression whose texts what stands around them tells apart; it is not gone through again."""
+    """An automaton in an expression that is copied as it stands where no other way leads through it at once."""
 
     automaton: Automaton
 
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """A minimal automaton, but for what is `Linked` in it; itself an expression."""
+    """A minimal automaton; itself an expression."""
 
     table: Int32[np.ndarray, "states 256"]
     accepting: Bool[np.ndarray, " states"]
@@ -227,39 +226,64 @@ def minimal(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, 
     Raises:
         _NothingMatches: no accepting state can be reached.
     """
-    automaton, block = _trimmed(table, accepting)
-    table, accepting, count = automaton.table, automaton.accepting, 0
-    columns, column_of = np.unique(table, axis=1, return_inverse=True)
-    weights = np.random.default_rng(0).integers(1, 2**63, columns.shape[1] + 1, dtype=np.uint64)
-    while True:  # states are alike if their block and the blocks that follow are; the hash stands for both
-        following = np.append(block + 1, 0)[columns].astype(np.uint64)
-        signature = following @ weights[:-1] + block.astype(np.uint64) * weights[-1]
-        _, first, block = np.unique(signature, return_index=True, return_inverse=True)
-        if len(first) == count:
-            break
-        count = len(first)
-    order = np.argsort(first)  # the start stays first
-    rank = np.empty_like(order)
-    rank[order] = np.arange(count)
-    block, first = rank[block], first[order]
-    merged = np.append(block, DEAD)[columns[first]].astype(np.int32)
-    return Automaton(np.ascontiguousarray(merged[:, column_of.ravel()]), accepting[first])
-
-
-def trimmed(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, " states"]) -> Automaton:
-    """Without states that are on no way from the start to an accepting one. Raises as `minimal`."""
-    return _trimmed(table, accepting)[0]
-
-
-def _trimmed(
-    table: Int32[np.ndarray, "states symbols"], accepting: Bool[np.ndarray, " states"]
-) -> tuple[Automaton, Int[np.ndarray, " kept"]]:
-    """What is left, and numbers that only differ for states that are not alike."""
-    keep, lengths = _useful(table, accepting)
+    cuts = np.append(0, np.flatnonzero((table[:, 1:] != table[:, :-1]).any(0)) + 1)  # of columns that are alike, one
+    widths = np.diff(np.append(cuts, table.shape[1]))
+    table = table[:, cuts]
+    keep, kinds = _useful(table, accepting)  # those on a way to an end; numbers that only differ where states do
     if not keep[0]:
         raise _NothingMatches
-    numbers = np.where(keep, np.cumsum(keep) - 1, DEAD).astype(np.int32)
-    return Automaton(np.where(table[keep] == DEAD, DEAD, numbers[table[keep]]), accepting[keep]), lengths[keep]
+    numbers = np.where(keep, np.cumsum(keep) - 1, DEAD)
+    table, accepting, kinds = np.append(numbers, DEAD)[table[keep]], accepting[keep], kinds[keep]
+    _, first, block = np.unique(_alike(table, kinds), return_index=True, return_inverse=True)
+    order = np.argsort(first)  # the start stays first
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    first = first[order]
+    merged = np.append(rank[block], DEAD)[table[first]].astype(np.int32)
+    return Automaton(np.repeat(merged, widths, axis=1), accepting[first])
+
+
+def _alike(table: Int32[np.ndarray, "states symbols"], kinds: Ints) -> Ints:
+    """A number for each state, the same for those from which the same may follow.
+
+    States are alike if their kinds are and what follows is; a hash stands for what follows. A state is looked at again
+    only after one that follows has got a new number.
+    """
+    random, total = np.random.default_rng(0), len(table)
+    _, block = np.unique(kinds, return_inverse=True)
+    hashes = np.append(random.integers(1, 2**63, total, dtype=np.uint64), np.uint64(0))
+    weights = random.integers(1, 2**63, table.shape[1], dtype=np.uint64)
+    source, column = np.nonzero(table != DEAD)
+    order = np.argsort(table[source, column], kind="stable")
+    starts = np.searchsorted(table[source, column][order], np.arange(total + 1))
+    source, weight = source[order], weights[column[order]]
+    signature = hashes[np.append(block, DEAD)[table]] @ weights
+    sizes, count = np.bincount(block, minlength=total), int(block.max()) + 1
+    common = np.zeros(total, np.uint64)  # the signature of those in a block that have not changed
+    changed = np.arange(total)
+    while len(changed):
+        changed = changed[np.lexsort((signature[changed], block[changed]))]
+        blocks, signs = block[changed], signature[changed]
+        first = np.flatnonzero(np.append(True, (np.diff(blocks) != 0) | (signs[1:] != signs[:-1])))
+        blocks, signs, lengths = blocks[first], signs[first], np.diff(np.append(first, len(changed)))
+        stays = signs == common[blocks]
+        largest = np.lexsort((-lengths, blocks))
+        largest = largest[np.append(True, np.diff(blocks[largest]) != 0)]
+        gone = (np.bincount(blocks, lengths, total) == sizes) & (np.bincount(blocks, stays, total) == 0)
+        largest = largest[gone[blocks[largest]]]  # keeps the number of a block whose states have all changed
+        common[blocks[largest]], stays[largest] = signs[largest], True
+        new = count + np.arange(len(first) - stays.sum())
+        count += len(new)
+        np.subtract.at(sizes, blocks[~stays], lengths[~stays])
+        common[new], sizes[new] = signs[~stays], lengths[~stays]
+        moved, number = changed[np.repeat(~stays, lengths)], np.repeat(new, lengths[~stays])
+        delta = hashes[number] - hashes[block[moved]]
+        block[moved] = number
+        uses = starts[moved + 1] - starts[moved]
+        edges = np.repeat(starts[moved] - np.cumsum(uses) + uses, uses) + np.arange(uses.sum())
+        np.add.at(signature, source[edges], weight[edges] * np.repeat(delta, uses))
+        changed = np.unique(source[edges])
+    return block
 
 
 def _useful(
@@ -316,10 +340,11 @@ def _adjacent(states: int, source: Ints, target: Ints) -> tuple[list[int], list[
 @lru_cache(maxsize=512)
 def byte_ranges(automaton: Automaton) -> list[list[tuple[int, int, int]]]:
     """For each state its moves as (low, high, target), whole ranges of bytes."""
-    rows: list[list[tuple[int, int, int]]] = []
-    for row in automaton.table:
-        cuts = np.concatenate(([0], np.nonzero(np.diff(row))[0] + 1, [256]))
-        targets = row[cuts[:-1]].tolist()
-        ends = cuts.tolist()
-        rows.append([(ends[i], ends[i + 1] - 1, t) for i, t in enumerate(targets) if t != DEAD])
-    return rows
+    return [row_ranges(row) for row in automaton.table]
+
+
+def row_ranges(row: Int32[np.ndarray, " 256"]) -> list[tuple[int, int, int]]:
+    """The moves of one state."""
+    cuts = np.concatenate(([0], np.nonzero(np.diff(row))[0] + 1, [256]))
+    targets, ends = row[cuts[:-1]].tolist(), cuts.tolist()
+    return [(ends[i], ends[i + 1] - 1, to) for i, to in enumerate(targets) if to != DEAD]

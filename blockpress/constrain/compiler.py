@@ -7,10 +7,9 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Int32
 
 from blockpress.constrain.automaton import (
     DEAD,
@@ -20,7 +19,6 @@ from blockpress.constrain.automaton import (
     Linked,
     check_size,
     minimal,
-    trimmed,
 )
 from blockpress.constrain.nondeterministic import MAX_SECONDS, Builder
 from blockpress.constrain.threads import Threads
@@ -37,60 +35,21 @@ def compile_expression(expression: Expression, deadline: float | None = None) ->
     """
     if isinstance(expression, Automaton | Linked):
         return expression if isinstance(expression, Automaton) else expression.automaton
-    for linking in (True, False):
-        limit = time.thread_time() + MAX_SECONDS if deadline is None else deadline
-        builder = Builder(limit, linking=linking)
-        start, end = builder.state(), builder.state()
-        builder.add(expression, start, end)
-        if builder.conditions and builder.linked:
-            continue  # a condition asks for what is inside of a part, too
-        skeleton = minimal(*(Threads(builder) if builder.conditions else builder).determinize(start, end))
-        automaton = _link(skeleton, [*builder.linked.values()]) if builder.linked else skeleton
-        if automaton is not None:
-            check_size(len(automaton), MAX_STATES)
-            return automaton
-    raise AssertionError("without links nothing is in the way of another")
+    limit = time.thread_time() + MAX_SECONDS if deadline is None else deadline
+    builder, ends = _built(expression, limit, linking=True)
+    if builder.conditions:
+        builder, ends = _built(expression, limit, linking=False)  # they ask for what is inside of a part, too
+    automaton = minimal(*(Threads(builder) if builder.conditions else builder).determinize(*ends))
+    check_size(len(automaton), MAX_STATES)
+    return automaton
 
 
-def _link(skeleton: Automaton, parts: Sequence[Automaton]) -> Automaton | None:
-    """An automaton whose symbols from 256 on each stand for a text of a part, with these parts in their place.
-
-    None: a byte may belong to two parts, or to a part and what follows it.
-    """
-    table = skeleton.table
-    source, part = np.nonzero(table[:, 256:] != DEAD)
-    uses = list(zip(source.tolist(), part.tolist(), table[source, part + 256].tolist(), strict=True))
-    offsets: dict[tuple[int, int], int] = {}
-    total = len(table)
-    for _, number, target in uses:
-        if (number, target) not in offsets:
-            offsets[number, target] = total
-            total += len(parts[number])
-            check_size(total, 2 * MAX_STATES)
-    rows = np.full((total, 256), DEAD, np.int32)
-    rows[: len(table)] = table[:, :256]
-    ends = np.append(skeleton.accepting, np.zeros(total - len(table), bool))
-    inside_of = {use: _placed(parts[use[0]], offset, use[1]) for use, offset in offsets.items()}
-    for state, number, target in uses:
-        first = inside_of[number, target][0]
-        if parts[number].accepting[0] or ((first != DEAD) & (rows[state] != DEAD)).any():
-            return None
-        rows[state] = np.where(first == DEAD, rows[state], first)
-    for (number, target), offset in offsets.items():
-        block, last = inside_of[number, target], parts[number].accepting
-        if ((block[last] != DEAD) & (rows[target] != DEAD)).any():
-            return None
-        block[last] = np.where(block[last] == DEAD, rows[target], block[last])
-        rows[offset : offset + len(block)] = block
-        ends[offset : offset + len(block)] = last & skeleton.accepting[target]
-    return trimmed(rows, ends)
-
-
-def _placed(part: Automaton, offset: int, target: int) -> Int32[np.ndarray, "states 256"]:
-    """A part's table at its place: a state in which it can only end is the one after it."""
-    place = np.arange(offset, offset + len(part))
-    place[part.accepting & (part.table == DEAD).all(1)] = target
-    return np.where(part.table == DEAD, DEAD, place[part.table]).astype(np.int32)
+def _built(expression: Expression, deadline: float, *, linking: bool) -> tuple[Builder, tuple[int, int]]:
+    """An expression's nondeterministic automaton, its start and its end."""
+    builder = Builder(deadline, linking=linking)
+    ends = builder.state(), builder.state()
+    builder.add(expression, *ends)
+    return builder, ends
 
 
 def text_automaton(texts: Iterable[str]) -> Automaton:

@@ -1,5 +1,9 @@
 """A nondeterministic automaton of an expression, and the sets of its states.
 
+    Concat("[", Linked(item), "]")      start --[--> (item, to 7)  ...copied as it stands...  7 --]--> end
+
+A linked automaton is gone through only where several ways lead through it, or through it and others, at once.
+
 Invariant: empty moves of a state stand in the order in which `re` tries them.
 Run it:  python -m pytest tests/constrain/test_automaton.py
 """
@@ -7,7 +11,7 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -30,6 +34,7 @@ from blockpress.constrain.automaton import (
     byte_ranges,
     check_size,
     minimal,
+    row_ranges,
 )
 from blockpress.constrain.utf8 import utf8_sequences
 from blockpress.errors import RequestError
@@ -37,6 +42,8 @@ from blockpress.errors import RequestError
 MAX_POSITIONS = 200_000
 """Most states of the nondeterministic automaton."""
 MAX_SECONDS = 10.0
+PART = 1 << 20
+"""More than any automaton has states."""
 
 
 @lru_cache(maxsize=512)
@@ -70,9 +77,10 @@ class Builder:
 
     def __init__(self, deadline: float, *, linking: bool = False) -> None:
         self.deadline, self._linking = deadline, linking
-        self.linked: dict[int, Automaton] = {}
-        """Automata that a move stands for: the first for the symbol 256, and so on."""
-        self._symbols: dict[int, int] = {}
+        self._parts: list[tuple[Automaton, frozenset[int]]] = []
+        """Linked automata, each with the states after it: its state q is the state (its number + 1) * PART + q here."""
+        self._part_numbers: dict[tuple[int, frozenset[int]], int] = {}
+        self._closures: dict[int, frozenset[int]] = {}
         self.moves: list[list[tuple[int, int, int]]] = []
         self.empty: list[list[int]] = []
         self.conditions: dict[int, Ahead | Behind] = {}
@@ -116,9 +124,7 @@ class Builder:
                     ]
                     self.add(part, *ends)
             case Linked(automaton) if self._linking:
-                symbol = self._symbols.setdefault(id(automaton), 256 + len(self._symbols))
-                self.linked[symbol] = automaton
-                self.move(start, symbol, symbol, end)
+                self.empty[start].append(self._part(automaton, frozenset((end,))))
             case Linked(automaton):
                 self._embed(automaton, start, end)
             case Automaton():
@@ -158,53 +164,125 @@ class Builder:
                 self.empty[inner[number]].append(end)
 
     def move(self, start: int, low: int, high: int, end: int) -> None:
-        """One byte from low to high, or the symbol of a linked automaton."""
+        """One byte from low to high."""
         self.moves[start].append((low, high, end))
 
-    def classes(self, more: Iterable[Automaton] = ()) -> tuple[dict[int, int], Int32[np.ndarray, " symbols"]]:
-        """Of symbols that no move tells apart, nor one of `more`: the class that begins at each cut, and each one's."""
-        symbols = 256 + len(self.linked)
+    def classes(self, more: Iterable[Automaton] = ()) -> tuple[dict[int, int], Int32[np.ndarray, " 256"]]:
+        """Of bytes that no move tells apart, nor one of `more`: the class that begins at each cut, and each one's."""
         ways = (*self.moves, *(row for automaton in more for row in byte_ranges(automaton)))
-        cuts = sorted({0, 256, symbols} | {cut for moves in ways for low, high, _ in moves for cut in (low, high + 1)})
-        class_of = np.searchsorted(cuts, np.arange(symbols), side="right") - 1
+        cuts = sorted({0, 256} | {cut for moves in ways for low, high, _ in moves for cut in (low, high + 1)})
+        class_of = np.searchsorted(cuts, np.arange(256), side="right") - 1
         return {cut: number for number, cut in enumerate(cuts)}, class_of.astype(np.int32)
 
-    def determinize(
-        self, start: int, end: int
-    ) -> tuple[Int32[np.ndarray, "states symbols"], Bool[np.ndarray, " states"]]:
-        """Subset construction, without conditions."""
-        index, class_of = self.classes()
-        closures: dict[int, frozenset[int]] = {}
-        first = self._closure(start, closures)
-        numbers, queue = {first: 0}, [first]
-        rows: list[list[int]] = []
-        for subset in queue:
-            if len(rows) % 64 == 0:
-                check_time(self.deadline)
-            following: dict[int, set[int]] = {}
-            for state in subset:
-                for low, high, target in self.moves[state]:
-                    closure = self._closure(target, closures)
-                    for each in range(index[low], index[high + 1]):
-                        following.setdefault(each, set()).update(closure)
-            row = [DEAD] * (len(index) - 1)
-            for each, states in following.items():
-                key = frozenset(states)
-                if key not in numbers:
-                    numbers[key] = len(queue)
-                    queue.append(key)
-                    check_size(len(queue), MAX_STATES)
-                row[each] = numbers[key]
-            rows.append(row)
-        return np.array(rows, np.int32)[:, class_of], np.array([end in subset for subset in queue])
+    def determinize(self, start: int, end: int) -> tuple[Int32[np.ndarray, "states 256"], Bool[np.ndarray, " states"]]:
+        """Subset construction, without conditions. What is in one linked automaton alone is copied with it."""
+        numbers: dict[frozenset[int], int] = {}
+        copied: dict[int, int] = {}  # by part, where its states begin among all that are copied: state q is -2 - place
+        places: dict[int, Int32[np.ndarray, " states"]] = {}
+        queue: list[frozenset[int]] = []
+        rows: list[list[tuple[int, int, int]]] = []
+        total = 0
 
-    def _closure(self, state: int, known: dict[int, frozenset[int]]) -> frozenset[int]:
+        def number(subset: frozenset[int]) -> int:
+            nonlocal total
+            if len(subset) == 1 and (state := next(iter(subset))) >= PART:
+                part, inner = divmod(state, PART)
+                automaton = self._parts[part - 1][0]
+                if not automaton.accepting[inner]:
+                    if part not in copied:
+                        copied[part], total = total, total + len(automaton)
+                        check_size(total, 2 * MAX_STATES)
+                    return -2 - copied[part] - inner
+            if subset not in numbers:
+                numbers[subset] = len(queue)
+                queue.append(subset)
+                check_size(len(queue), MAX_STATES)
+            return numbers[subset]
+
+        first = number(self._closure(start))
+        while len(rows) < len(queue) or len(places) < len(copied):
+            for subset in queue[len(rows) :]:
+                if len(rows) % 64 == 0:
+                    check_time(self.deadline)
+                rows.append([(low, high, number(states)) for low, high, states in self._following(subset)])
+            for part in [*copied][len(places) :]:
+                automaton = self._parts[part - 1][0]
+                places[part] = np.arange(-2 - copied[part], -2 - copied[part] - len(automaton), -1, dtype=np.int32)
+                for inner in np.flatnonzero(automaton.accepting).tolist():
+                    places[part][inner] = number(self._closure(part * PART + inner))
+        table = np.full((len(rows) + total, 256), DEAD, np.int32)
+        for row, ways in zip(table, rows, strict=False):
+            for low, high, target in ways:
+                row[low : high + 1] = target
+        for part, place in copied.items():
+            inside = self._parts[part - 1][0].table
+            table[len(rows) + place :][: len(inside)] = np.append(places[part], DEAD)[inside]
+        table = np.where(table < DEAD, len(rows) - 2 - table, table)
+        if first:  # a state of a part, or one after it
+            table = np.vstack((table[first if first >= 0 else len(rows) - 2 - first], table + (table != DEAD)))
+            table[0] += table[0] != DEAD
+        accepting = np.array([end in subset for subset in queue] + [False] * total, bool)
+        return table.astype(np.int32), np.append([False], accepting) if first else accepting
+
+    def _part(self, automaton: Automaton, ends: frozenset[int]) -> int:
+        """The first state of a linked automaton before some states."""
+        key = id(automaton), ends
+        if key not in self._part_numbers:
+            self._parts.append((automaton, ends))
+            self._part_numbers[key] = len(self._parts)
+        return self._part_numbers[key] * PART
+
+    def _following(self, subset: frozenset[int]) -> Iterator[tuple[int, int, frozenset[int]]]:
+        """The sets of states that follow, each with the bytes that lead there."""
+        ways = [way for state in subset for way in self._ways(state)]
+        cuts = sorted({cut for low, high, _ in ways for cut in (low, high + 1)})
+        index = {cut: place for place, cut in enumerate(cuts)}
+        reached: list[set[int]] = [set() for _ in cuts]
+        for low, high, target in ways:
+            for states in reached[index[low] : index[high + 1]]:
+                states.add(target)
+        joined: dict[frozenset[int], frozenset[int]] = {}
+        for place, states in enumerate(map(frozenset, reached)):
+            if states:
+                if states not in joined:
+                    joined[states] = self._joined(frozenset().union(*map(self._closure, states)))
+                yield cuts[place], cuts[place + 1] - 1, joined[states]
+
+    def _ways(self, state: int) -> list[tuple[int, int, int]]:
+        """The moves of a state, those inside of parts included."""
+        if state < PART:
+            return self.moves[state]
+        part, inner = divmod(state, PART)
+        return [(low, high, part * PART + to) for low, high, to in row_ranges(self._parts[part - 1][0].table[inner])]
+
+    def _joined(self, states: frozenset[int]) -> frozenset[int]:
+        """The same states, but one for all that are in the same state of one automaton before different states."""
+        inside: dict[tuple[int, int], list[int]] = {}
+        for state in states:
+            if state >= PART:
+                inside.setdefault((id(self._parts[state // PART - 1][0]), state % PART), []).append(state)
+        for several in inside.values():
+            if len(several) > 1:
+                parts = [self._parts[state // PART - 1] for state in several]
+                ends = frozenset[int]().union(*(ends for _, ends in parts))
+                states = states.difference(several) | {self._part(parts[0][0], ends) + several[0] % PART}
+        return states
+
+    def _closure(self, state: int) -> frozenset[int]:
         """The states that empty moves reach, of which only those with moves of their own, or without any, are kept."""
-        if state not in known:
+        if state not in self._closures:
             seen, queue = {state}, [state]
+            kept = set()
             for each in queue:
-                new = [other for other in self.empty[each] if other not in seen]
+                if each < PART:
+                    others, keeps = self.empty[each], bool(self.moves[each] or not self.empty[each])
+                else:
+                    automaton, ends = self._parts[each // PART - 1]
+                    others = [*ends] if automaton.accepting[each % PART] else []
+                    keeps = bool((automaton.table[each % PART] != DEAD).any())
+                kept |= {each} if keeps else set()
+                new = [other for other in others if other not in seen]
                 seen.update(new)
                 queue += new
-            known[state] = frozenset(each for each in seen if self.moves[each] or not self.empty[each])
-        return known[state]
+            self._closures[state] = self._joined(frozenset(kept))
+        return self._closures[state]
