@@ -15,17 +15,19 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from blockpress.constrain.automaton import _TooLarge
+from blockpress.constrain.failing import failing_keywords, loss, with_others
 from blockpress.constrain.merge import (
     PLAIN,
-    TYPES,
     Flat,
     Synthetic,
-    canonical,
+    combined_lists,
+    dependencies,
+    implied_types,
     merge_keywords,
     normalize_keywords,
-    not_schema,
     overlap,
-    schema_list,
+    property_schema,
     schema_name,
 )
 from blockpress.constrain.references import Document, below
@@ -40,6 +42,8 @@ KEYWORDS = PLAIN | {
 SINCE = {"const": 6, "contains": 6, "propertyNames": 6, "if": 7, "prefixItems": 2020}
 """Drafts that first know a keyword: one that does not ignores it."""
 MAX_ALTERNATIVES = 128
+MAX_MERGED = 60_000
+"""Most pairs of alternatives that are tried together in one document."""
 MAX_OF_AN_OPTION = 8
 """Most alternatives that are tried to keep one option of a `oneOf` apart from the others."""
 
@@ -79,7 +83,7 @@ class Alternatives:
     def __init__(self, document: Document, values: Values) -> None:
         self._document, self._values = document, values
         self._known: dict[Hashable, tuple[Any, list[Alternative]]] = {}
-        self.cut = False
+        self._merged, self.cut = 0, False
 
     def of(self, schema: Any, place: str, depth: int) -> list[Alternative]:
         """The alternatives of a schema.
@@ -121,7 +125,7 @@ class Alternatives:
         )
         result = [Alternative(own, depth, seen)]
         for part in self._parts(schema, place, depth):
-            result = _both(result, part)
+            result = self._both(result, part)
         return self._unevaluated(result, schema, place)
 
     def _parts(self, schema: Mapping[str, Any], place: str, depth: int) -> Iterable[list[Alternative]]:
@@ -129,7 +133,7 @@ class Alternatives:
         for name in ("$ref", "$dynamicRef", "$recursiveRef"):
             if name in schema:
                 yield self._follow(schema, name, place, depth, self.of)
-        for name, options in _lists(schema, place):
+        for name, options in combined_lists(schema, place):
             if name == "allOf":
                 yield from (self.of(part, where, depth) for where, part in options)
             elif name == "anyOf":
@@ -141,10 +145,15 @@ class Alternatives:
         if "if" in schema and ("then" in schema or "else" in schema):
             condition, when = schema["if"], below(place, "if")
             then, otherwise = (self.of(schema.get(name, True), below(place, name), depth) for name in ("then", "else"))
-            yield _both(self.of(condition, when, depth), then) + _both(self.failing(condition, when, depth), otherwise)
-        for name, needed, where in _dependencies(schema, place):
+            yield self._both(self.of(condition, when, depth), then) + self._both(
+                self.failing(condition, when, depth), otherwise
+            )
+        for name, needed, where in dependencies(schema, place):
             there = Alternative({"required": [name]}, depth)
-            yield [Alternative({"properties": {name: False}}, depth), *_both([there], self.of(needed, where, depth))]
+            yield [
+                Alternative({"properties": {name: False}}, depth),
+                *self._both([there], self.of(needed, where, depth)),
+            ]
 
     def _follow(
         self,
@@ -171,9 +180,23 @@ class Alternatives:
         result: list[Alternative] = []
         earlier = [Alternative({}, depth)]
         for where, part in options:
-            result += _both(self.of(part, where, depth), earlier)
-            earlier = _both(earlier, self.failing(part, where, depth))
+            result += self._both(self.of(part, where, depth), earlier)
+            earlier = self._both(earlier, self.failing(part, where, depth))
         return result
+
+    def _both(self, left: Sequence[Alternative], right: Sequence[Alternative]) -> list[Alternative]:
+        """One alternative of each side together, but for pairs that no value satisfies."""
+        self._merged += len(left) * len(right)
+        if self._merged > MAX_MERGED:
+            raise _TooLarge("schema # has too many alternatives", hint="nest fewer anyOf, oneOf, not and if")
+        result = [
+            Alternative(flat, min(one.depth, other.depth), one.seen | other.seen)
+            for one in left
+            for other in right
+            if (flat := merge_keywords(one.flat, other.flat)) is not None
+        ]
+        # A long list of options stays whole: only what multiplies is cut.
+        return result[: max(MAX_ALTERNATIVES, len(left), len(right))]
 
     def _one_of(self, options: Sequence[tuple[str, Any]], place: str, depth: int) -> list[Alternative]:
         """Alternatives that satisfy one option each, and certainly no other."""
@@ -182,8 +205,8 @@ class Alternatives:
         result = []
         for number, option in enumerate(alternatives):
             for other, (where, part) in enumerate(options):
-                if other != number and any(overlap(a.flat, b.flat) for a in option for b in covers[other]):
-                    option = _both(option, self.failing(part, where, depth))[:MAX_OF_AN_OPTION]
+                if other != number:
+                    option = self._apart(option, part, [each.flat for each in covers[other]], where)
             result += option
         if not result and any(alternatives):
             raise RequestError(
@@ -192,6 +215,51 @@ class Alternatives:
             )
         return result
 
+    def _apart(self, option: list[Alternative], part: Any, cover: list[Flat], where: str) -> list[Alternative]:
+        """What of an option's alternatives does not satisfy another option, of which every value satisfies one of
+        `cover`: where it can be all, or nearly, that alone."""
+        result: list[Alternative] = []
+        for one in option:
+            if not any(self._meet(one.flat, other, where) for other in cover):
+                result.append(one)
+                continue
+            others = [Alternative(flat, one.depth) for flat in with_others(one.flat, cover)]
+            found = self._both([one], [*self.failing(part, where, one.depth), *others])
+            found = sorted(
+                (each for each in found if not self._is_vain(each, where)), key=lambda x: loss(one.flat, x.flat)
+            )
+            result += found[:1] if found and not loss(one.flat, found[0].flat) else found[:MAX_OF_AN_OPTION]
+        return result[: max(MAX_OF_AN_OPTION, len(option))]
+
+    def _meet(self, left: Flat, right: Flat, where: str, nested: int = 2) -> bool:
+        """Whether one value may satisfy both; False only where that is certain."""
+        for side, other in ((left, right), (right, left)):
+            if "enum" in side:
+                return any(self._values.fits(value, other, where) is not False for value in side["enum"])
+        if not overlap(left, right):
+            return False
+        if not nested or not any(side.get("type", implied_types(side)) == ["object"] for side in (left, right)):
+            return True
+        for name in {*left.get("required", ()), *right.get("required", ())}:
+            both = [property_schema(side, name) for side in (left, right)]
+            if all(isinstance(each, Mapping) for each in both):
+                one, other = (self._once("cover", each, where, 0, self._cover) for each in both)
+                if not any(self._meet(a.flat, b.flat, where, nested - 1) for a in one for b in other):
+                    return False
+        return True
+
+    def _is_vain(self, one: Alternative, where: str) -> bool:
+        """Whether a property that is required has listed values, and none of them is allowed."""
+        for name in one.flat.get("required", ()):
+            schema = property_schema(one.flat, name)
+            if isinstance(schema, Synthetic):
+                covers = self._once("cover", schema, where, 0, self._cover)
+                values = [value for each in covers for value in each.flat.get("enum", [None])]
+                listed = all("enum" in each.flat for each in covers)
+                if listed and all(self._values.allows(value, schema, where) is False for value in values):
+                    return True
+        return False
+
     def _cover(self, schema: Mapping[str, Any], place: str, depth: int) -> list[Alternative]:
         """Alternatives of which every value that satisfies a schema satisfies one: `of` with less asked."""
         own = normalize_keywords(schema, place, self._document.draft)
@@ -199,10 +267,10 @@ class Alternatives:
         result = [] if own is None else [Alternative(own, depth)]
         parts = [
             [each for where, part in options for each in self._once("cover", part, where, depth, self._cover)]
-            for name, options in _lists(schema, place)
+            for name, options in combined_lists(schema, place)
             if name != "allOf"
         ]
-        for name, options in _lists(schema, place):
+        for name, options in combined_lists(schema, place):
             if name == "allOf":
                 parts += [self._once("cover", part, where, depth, self._cover) for where, part in options]
         if "$ref" in schema:
@@ -210,7 +278,7 @@ class Alternatives:
             parts.append(self._once("cover", target, place, depth, self._cover))
         for part in parts:
             if len(result) * len(part) <= MAX_ALTERNATIVES:
-                result = _both(result, part)
+                result = self._both(result, part)
         return result
 
     def _unevaluated(self, found: list[Alternative], schema: Mapping[str, Any], place: str) -> list[Alternative]:
@@ -230,23 +298,23 @@ class Alternatives:
         own = normalize_keywords(schema, place, draft)
         if own is None:
             return [Alternative({}, depth)]
-        result = [Alternative(flat, depth) for flat in _failing_keywords(own)]
+        result = [Alternative(flat, depth) for flat in failing_keywords(own)]
         for name in ("$ref", "$dynamicRef", "$recursiveRef"):
             if name in schema:
                 result += self._follow(whole, name, place, depth, self.failing)
-        for name, options in _lists(schema, place):
+        for name, options in combined_lists(schema, place):
             fails = [self.failing(part, where, depth) for where, part in options]
             if name == "allOf":
                 result += [each for fail in fails for each in fail]
                 continue
             none = [Alternative({}, depth)]
             for fail in fails:
-                none = _both(none, fail)
+                none = self._both(none, fail)
             result += none
             if name == "oneOf":
                 holds = [self.of(part, where, depth) for where, part in options]
                 pairs = ((one, other) for place, one in enumerate(holds) for other in holds[:place])
-                result += [each for one, other in pairs for each in _both(one, other)][:MAX_OF_AN_OPTION]
+                result += [each for one, other in pairs for each in self._both(one, other)][:MAX_OF_AN_OPTION]
         if "not" in schema:
             result += self.of(schema["not"], below(place, "not"), depth)
         if "if" in schema and ("then" in schema or "else" in schema):
@@ -254,43 +322,9 @@ class Alternatives:
             then, otherwise = (
                 self.failing(schema.get(name, True), below(place, name), depth) for name in ("then", "else")
             )
-            result += _both(self.of(condition, when, depth), then)
-            result += _both(self.failing(condition, when, depth), otherwise)
+            result += self._both(self.of(condition, when, depth), then)
+            result += self._both(self.failing(condition, when, depth), otherwise)
         return [replace(each, seen=Seen()) for each in result][:MAX_ALTERNATIVES]
-
-
-def _both(left: Sequence[Alternative], right: Sequence[Alternative]) -> list[Alternative]:
-    """One alternative of each side together, but for pairs that no value satisfies."""
-    result: list[Alternative] = []
-    for one in left:
-        for other in right:
-            flat = merge_keywords(one.flat, other.flat)
-            if flat is not None:
-                result.append(Alternative(flat, min(one.depth, other.depth), one.seen | other.seen))
-    # A long list of options stays whole: only what multiplies is cut.
-    return result[: max(MAX_ALTERNATIVES, len(left), len(right))]
-
-
-def _lists(schema: Mapping[str, Any], place: str) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
-    for name in ("allOf", "anyOf", "oneOf"):
-        if name in schema:
-            where = below(place, name)
-            yield name, [(below(where, i), part) for i, part in enumerate(schema_list(schema[name], where))]
-
-
-def _dependencies(schema: Mapping[str, Any], place: str) -> Iterable[tuple[str, Any, str]]:
-    """(property, what its presence asks for, where) of all kinds of dependencies."""
-    for name in ("dependencies", "dependentRequired", "dependentSchemas"):
-        given = schema.get(name, {})
-        if not isinstance(given, Mapping):
-            raise RequestError(f"schema {below(place, name)} is {given!r:.80}", hint="it must be a mapping")
-        for key, needed in given.items():
-            where = below(place, name, key)
-            listed = [needed] if isinstance(needed, str) else needed
-            if isinstance(listed, list | tuple) and name != "dependentSchemas":
-                yield key, Synthetic(("required", *map(str, listed)), {"required": list(listed)}), where
-            else:
-                yield key, needed, where
 
 
 def _with_rest_of_properties(one: Alternative, rest: Any) -> Alternative | None:
@@ -315,35 +349,3 @@ def _with_rest_of_items(one: Alternative, rest: Any) -> Alternative | None:
         known["prefixItems"] = [True] * seen.items
     flat = merge_keywords(one.flat, known)
     return None if flat is None else replace(one, flat=flat, seen=replace(seen, all_items=True))
-
-
-def _failing_keywords(own: Flat) -> Iterable[Flat]:
-    """For each keyword what fails it, if that can be said."""
-    if "enum" in own:
-        yield {"not_values": tuple({canonical(value): value for value in own["enum"]}.values())}
-    if "type" in own:
-        kinds = {*own["type"], *(["integer"] if "number" in own["type"] else [])}
-        others = [kind for kind in TYPES if kind not in kinds and kind != "integer"]
-        yield {"type": [kind for kind in others if not (kind == "number" and "integer" in kinds)]}
-        if "number" in others and "integer" in kinds:
-            yield {"type": ["number"], "fractional": True}
-    for what, kind in (("Length", "string"), ("Items", "array"), ("Properties", "object")):
-        if own.get(f"min{what}", 0):
-            yield {"type": [kind], f"max{what}": own[f"min{what}"] - 1}
-        if f"max{what}" in own:
-            yield {"type": [kind], f"min{what}": own[f"max{what}"] + 1}
-    for side, other in (("minimum", "maximum"), ("maximum", "minimum")):
-        if side in own:
-            yield {"type": ["number"], other: (own[side][0], not own[side][1])}
-    for pattern in own.get("pattern", ()):
-        yield {"type": ["string"], "not_pattern": (pattern,)}
-    for name in own.get("required", ()):
-        yield {"type": ["object"], "properties": {name: False}}
-    for name, schema in own.get("properties", {}).items():
-        if schema is not True and schema != {}:
-            yield {"type": ["object"], "required": [name], "properties": {name: not_schema(schema)}}
-    for schema, least, most in own.get("contains", ()):
-        if least == 1 and most is None:
-            yield {"type": ["array"], "items": not_schema(schema)}
-    if own.get("items", True) not in (True, {}) and "prefixItems" not in own:
-        yield {"type": ["array"], "minItems": 1, "contains": ((not_schema(own["items"]), 1, None),)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -50,6 +51,12 @@ def _built(expression: Expression, deadline: float, *, linking: bool) -> tuple[B
     ends = builder.state(), builder.state()
     builder.add(expression, *ends)
     return builder, ends
+
+
+@lru_cache(maxsize=4096)
+def listed_texts(texts: tuple[str, ...]) -> Automaton:
+    """`text_automaton`, once."""
+    return text_automaton(texts)
 
 
 def text_automaton(texts: Iterable[str]) -> Automaton:

@@ -38,9 +38,8 @@ from blockpress.constrain.distinct import distinct_parts
 from blockpress.constrain.ecma import texts_without
 from blockpress.constrain.json_numbers import json_number
 from blockpress.constrain.json_text import json_string, text_of
-from blockpress.constrain.merge import Flat, all_of, not_schema, property_schema
+from blockpress.constrain.merge import Flat, all_of, bounds, not_schema, property_schema, refused
 from blockpress.constrain.references import below
-from blockpress.errors import RequestError
 
 COMMA = Concat((literal(","), optional(literal(" "))))
 COLON = Concat((literal(":"), optional(literal(" "))))
@@ -54,6 +53,13 @@ class Parts(Protocol):
     def listed(self, schema: Any, place: str) -> list[Any] | None:
         """The values of a schema that only lists some."""
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether what may be left out is, since enough has been made."""
+
+    enough: int
+    """Most states of an automaton."""
+
     repeated: int
     """Most states that a counted repetition has, where it may be shorter."""
 
@@ -63,6 +69,8 @@ class Parts(Protocol):
 
 def _may_miss(schema: Any, place: str, parts: Parts) -> Automaton | None:
     """The automaton of what may be left out, if it is not too large."""
+    if parts.exhausted:
+        return None
     try:
         value = parts.value(schema, place)
     except _TooLarge:
@@ -133,6 +141,8 @@ def object_texts(flat: Flat, place: str, parts: Parts) -> Expression:
         if value is not None:
             steps.append((Concat((literal(key), COLON, Linked(value))), name not in required))
             sizes.append(len(value) + len(key))
+            if parts.optional is None:
+                check_size(sum(sizes), parts.enough)
         elif name in required:
             return NOTHING
     if parts.optional is not None:
@@ -333,18 +343,3 @@ def _growing(queue: dict[Any, None]) -> Iterator[Any]:
 @lru_cache(maxsize=4096)
 def _linked(automaton: Automaton) -> Linked:
     return Linked(automaton)
-
-
-def bounds(flat: Mapping[str, Any], what: str, place: str) -> tuple[int, int | None]:
-    """The limits `minWHAT` and `maxWHAT`. Raises RequestError: the lower one is out of reach."""
-    if flat.get(f"min{what}", 0) > MAX_STATES:
-        raise refused(below(place, f"min{what}"), flat[f"min{what}"], f"above {MAX_STATES}")
-    return flat.get(f"min{what}", 0), flat.get(f"max{what}")
-
-
-def refused(place: str, value: Any, why: str) -> RequestError:
-    """The error for a keyword that cannot be enforced."""
-    return RequestError(
-        f"schema {place} is {value!r:.80}, which cannot be enforced {why}",
-        hint="leave it out and check the answer yourself",
-    )

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from blockpress.constrain.automaton import MAX_STATES
 from blockpress.constrain.ecma import pattern_is_found
 from blockpress.constrain.references import below
 from blockpress.errors import RequestError
@@ -311,3 +312,41 @@ def schema_list(value: Any, path: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"schema {path} is {value!r:.80}", hint="it must be a list of schemas")
     return value
+
+
+def bounds(flat: Mapping[str, Any], what: str, place: str) -> tuple[int, int | None]:
+    """The limits `minWHAT` and `maxWHAT`. Raises RequestError: the lower one is out of reach."""
+    if flat.get(f"min{what}", 0) > MAX_STATES:
+        raise refused(below(place, f"min{what}"), flat[f"min{what}"], f"above {MAX_STATES}")
+    return flat.get(f"min{what}", 0), flat.get(f"max{what}")
+
+
+def refused(place: str, value: Any, why: str) -> RequestError:
+    """The error for a keyword that cannot be enforced."""
+    return RequestError(
+        f"schema {place} is {value!r:.80}, which cannot be enforced {why}",
+        hint="leave it out and check the answer yourself",
+    )
+
+
+def dependencies(schema: Mapping[str, Any], place: str) -> Iterable[tuple[str, Any, str]]:
+    """(property, what its presence asks for, where) of all kinds of dependencies."""
+    for name in ("dependencies", "dependentRequired", "dependentSchemas"):
+        given = schema.get(name, {})
+        if not isinstance(given, Mapping):
+            raise RequestError(f"schema {below(place, name)} is {given!r:.80}", hint="it must be a mapping")
+        for key, needed in given.items():
+            where = below(place, name, key)
+            listed = [needed] if isinstance(needed, str) else needed
+            if isinstance(listed, list | tuple) and name != "dependentSchemas":
+                yield key, Synthetic(("required", *map(str, listed)), {"required": list(listed)}), where
+            else:
+                yield key, needed, where
+
+
+def combined_lists(schema: Mapping[str, Any], place: str) -> Iterable[tuple[str, list[tuple[str, Any]]]]:
+    """The schemas of each combining keyword, with their places."""
+    for name in ("allOf", "anyOf", "oneOf"):
+        if name in schema:
+            where = below(place, name)
+            yield name, [(below(where, i), part) for i, part in enumerate(schema_list(schema[name], where))]

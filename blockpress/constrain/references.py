@@ -10,7 +10,7 @@ Run it:  python -m pytest tests/constrain/test_schema.py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -50,11 +50,46 @@ def subschemas(schema: Any) -> Iterator[tuple[tuple[object, ...], Any]]:
             yield from (((name, key), part) for key, part in schema[name].items() if isinstance(part, Mapping | bool))
 
 
+_ANNOTATIONS = {"title", "description", "markdownDescription", "$comment"}
+_NO_SCHEMAS = {"enum", "const", "default", "examples", "dependencies"}
+
+
+def interned(root: Any) -> Any:
+    """The same schema with one object for all parts that are alike but for annotations, so that each is made once.
+
+    One with names inside, by which the same reference means different schemas, stays as it is.
+    """
+    known: dict[Hashable, Any] = {}
+    named = False
+
+    def same(part: Any, *, plain: bool = False) -> Any:
+        nonlocal named
+        if isinstance(part, list | tuple):
+            items = [same(each, plain=plain) for each in part]
+            return known.setdefault(("list", *map(_key, items)), items)
+        if not isinstance(part, Mapping):
+            return part
+        named = named or (part is not root and any(isinstance(part.get(name), str) for name in ("id", "$id")))
+        pairs = {
+            name: same(each, plain=plain or name in _NO_SCHEMAS)
+            for name, each in part.items()
+            if plain or name not in _ANNOTATIONS or not isinstance(each, str)
+        }
+        return known.setdefault(tuple((name, _key(each)) for name, each in pairs.items()), pairs)
+
+    result = same(root)
+    return root if named else result
+
+
+def _key(part: Any) -> Hashable:
+    return id(part) if isinstance(part, list | dict) else (type(part), part)
+
+
 class Document:
     """A schema as a whole. draft: 3 to 7, 2019 or 2020, by `$schema`; 0 if that does not say."""
 
     def __init__(self, root: Any) -> None:
-        self.root = root
+        self.root = root = interned(root)
         named = str(root.get("$schema", "")) if isinstance(root, Mapping) else ""
         drafts = {"draft-03": 3, "draft-04": 4, "draft-06": 6, "draft-07": 7, "2019-09": 2019, "2020-12": 2020}
         self.draft = next((number for name, number in drafts.items() if name in named), 0)
@@ -64,6 +99,7 @@ class Document:
         self._dynamic: Counter[str] = Counter()
         self._resources = 0
         self._recursive: dict[int, bool] = {}
+        self._reached: dict[int, list[Any]] = {}
         self._walk(root, "", ROOT)
 
     def _walk(self, schema: Any, base: str, place: str) -> None:
@@ -149,11 +185,14 @@ class Document:
             self._recursive[id(schema)] = id(schema) in reached
         return self._recursive[id(schema)]
 
-    def _targets(self, schema: Any) -> Iterator[Any]:
+    def _targets(self, schema: Any) -> list[Any]:
         """What the references within a schema lead to; those of its definitions are not applied by itself."""
-        queue = [schema]
-        for part in queue:
-            for name in ("$ref", "$dynamicRef", "$recursiveRef"):
-                if isinstance(part, Mapping) and isinstance(part.get(name), str):
-                    yield self.follow(part, name, self.place(part, ROOT))
-            queue += [inner for names, inner in subschemas(part) if names[0] not in DEFINITIONS]
+        if id(schema) not in self._reached:
+            found, queue = [], [schema]
+            for part in queue:
+                for name in ("$ref", "$dynamicRef", "$recursiveRef"):
+                    if isinstance(part, Mapping) and isinstance(part.get(name), str):
+                        found.append(self.follow(part, name, self.place(part, ROOT)))
+                queue += [inner for names, inner in subschemas(part) if names[0] not in DEFINITIONS]
+            self._reached[id(schema)] = found
+        return self._reached[id(schema)]

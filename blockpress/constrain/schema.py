@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any
@@ -41,8 +41,8 @@ from blockpress.constrain.automaton import (
     literal,
     optional,
 )
-from blockpress.constrain.compiler import compile_expression, text_automaton
-from blockpress.constrain.containers import any_value, array_texts, bounds, object_texts, refused
+from blockpress.constrain.compiler import compile_expression, listed_texts
+from blockpress.constrain.containers import any_value, array_texts, object_texts
 from blockpress.constrain.json_numbers import (
     DIGIT,
     MOST_DIGITS,
@@ -53,11 +53,13 @@ from blockpress.constrain.json_numbers import (
     whole_bound,
 )
 from blockpress.constrain.json_text import json_string, text_of
-from blockpress.constrain.merge import Flat, canonical, has_type, implied_types, schema_name
+from blockpress.constrain.merge import Flat, bounds, canonical, has_type, implied_types, refused, schema_name
 from blockpress.constrain.references import ROOT, Document, below
 from blockpress.constrain.values import Values
 from blockpress.errors import RequestError
 
+COMPILED = 20
+"""As how many states the work of making an automaton of any size counts."""
 MAX_SECONDS = 120.0
 """A last resort: what an automaton may need is limited by its states."""
 
@@ -69,7 +71,8 @@ class Limits:
     depth: recursive references within each other. any_depth: arrays and objects within each other where any value may
     stand. counted: characters of a string that has a `maxLength`. repeated: states of an array's counted items.
     optional: states of what an object or array may do without, all together; None: all of it is written out.
-    enough: the most states of an automaton for which these limits are taken.
+    enough: the most states of an automaton for which these limits are taken. work: the most of all that it is made
+    of, each counted where it is made; a part that comes later has to be one that may be left out.
     """
 
     depth: int
@@ -78,14 +81,15 @@ class Limits:
     repeated: int
     optional: int | None
     enough: int
+    work: int
 
 
 LIMITS = (
-    Limits(6, 3, 256, 4000, None, 6000),
-    Limits(3, 2, 64, 1000, None, 6000),
-    Limits(2, 1, 32, 250, None, 14_000),
-    Limits(1, 0, 16, 50, None, MAX_STATES),
-    Limits(1, 0, 16, 50, 6000, MAX_STATES),
+    Limits(6, 3, 256, 4000, None, 6000, 40_000),
+    Limits(3, 2, 64, 1000, None, 6000, 40_000),
+    Limits(2, 1, 32, 250, None, 14_000, 60_000),
+    Limits(1, 0, 16, 50, None, MAX_STATES, 100_000),
+    Limits(1, 0, 16, 50, 6000, MAX_STATES, 100_000),
 )
 """From generous to narrow: the first that stay small enough are taken."""
 
@@ -103,11 +107,11 @@ def schema_automaton(schema: object) -> Automaton:
     if document.draft == 3:
         raise RequestError("schema #/$schema is draft 3", hint="write it as draft 4 or later")
     deadline = time.thread_time() + MAX_SECONDS
-    cut, large = False, None
+    cut, large, compiler = False, None, None
     for limits in LIMITS:
-        compiler = _Compiler(document, limits, deadline)
+        compiler = _Compiler(document, limits, deadline, compiler)
         try:
-            result = compiler.value(schema, ROOT)
+            result = compiler.value(document.root, ROOT)
         except _TooLarge as error:
             large = error
             continue
@@ -122,20 +126,30 @@ def schema_automaton(schema: object) -> Automaton:
 
 
 class _Compiler:
-    """One schema within limits. cut: a reference was not followed, for depth."""
+    """One schema within limits. cut: a reference was not followed, for depth. before: what other limits have left."""
 
-    def __init__(self, document: Document, limits: Limits, deadline: float) -> None:
+    def __init__(self, document: Document, limits: Limits, deadline: float, before: _Compiler | None) -> None:
         self._limits, self._deadline = limits, deadline
         self._document, self._values = document, Values(document)
-        self._alternatives = Alternatives(document, self._values)
+        self._alternatives = Alternatives(document, self._values) if before is None else before._alternatives
         self._known: dict[Hashable, tuple[Any, Automaton | None]] = {}
         self._alike: dict[bytes, Automaton] = {}
         self._depth = limits.depth
-        self.repeated, self.optional = limits.repeated, limits.optional
+        self.repeated, self.optional, self.enough = limits.repeated, limits.optional, limits.enough
+        self._work = 0
+        if before is not None and limits.optional and replace(before._limits, optional=limits.optional) == limits:
+            self._alike = before._alike  # what is small is the same with and without a limit on what is optional
+            small = limits.optional // 2
+            self._known = {key: each for key, each in before._known.items() if len(each[1] or ()) <= small}
 
     @property
     def cut(self) -> bool:
         return self._alternatives.cut
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether what may be left out is: the rest of the work is for what it stands in."""
+        return self.optional is not None and 2 * self._work > self._limits.work
 
     def value(self, schema: Any, place: str) -> Automaton | None:
         """The texts of a schema; None: there are none."""
@@ -144,6 +158,7 @@ class _Compiler:
         key = (schema_name(schema), depth)
         if key not in self._known:
             self._check_time(place)
+            self._check_work(0, place)
             self._known[key] = schema, self._shared(self._compile(self._parts(schema, place, depth), place))
         return self._known[key][1]
 
@@ -154,6 +169,8 @@ class _Compiler:
         found = self._alternatives.of(schema, place, depth)
         problem: _TooLarge | None = None
         for each in found:
+            if parts and self.exhausted:
+                break
             self._depth = each.depth
             try:
                 part = self._flat(each.flat, place)
@@ -196,9 +213,18 @@ class _Compiler:
             return None
         except _TooLarge:
             raise self._too_large(place) from None
+        self._check_work(len(result) + COMPILED, place)
         if len(result) > self._limits.enough:
             raise self._too_large(place)
         return result
+
+    def _check_work(self, more: int, place: str) -> None:
+        self._work += more
+        if self._work > self._limits.work:
+            raise _TooLarge(
+                f"schema {place} and what it is made of need more than {self._limits.work} states in all",
+                hint="make its strings, lists and numbers shorter, or nest fewer schemas there",
+            )
 
     def _too_large(self, place: str) -> _TooLarge:
         inner = [(len(found), self._document.place(each, "")) for each, found in self._known.values() if found]
@@ -233,10 +259,7 @@ class _Compiler:
                 parts += [literal(word) for word in words if json.loads(word) not in excluded]
             elif kind in ("object", "array"):
                 texts = object_texts if kind == "object" else array_texts
-                least = f"min{'Properties' if kind == 'object' else 'Items'}"
-                if not any(excluded):  # an empty one has no member; of others no text is known
-                    own = {**flat, least: max(flat.get(least, 0), 1)} if excluded else flat
-                    parts.append(self._placed(texts, own, place))
+                parts.append(self._placed(texts, flat, place))
             else:
                 expression = self._string(flat, place) if kind == "string" else _number(flat, place, kind)
                 parts.append(self._linked(_without(expression, excluded)))
@@ -259,7 +282,7 @@ class _Compiler:
         values = [value for value in flat["enum"] if self._values.fits(value, flat, place)]
         if not values:
             return NOTHING
-        return Linked(text_automaton(json.dumps(value, ensure_ascii=False) for value in values))
+        return Linked(listed_texts(tuple(json.dumps(value, ensure_ascii=False) for value in values)))
 
     def _string(self, flat: Flat, place: str) -> Expression:
         patterns, formats, without = (tuple(flat.get(name, ())) for name in ("pattern", "format", "not_pattern"))

@@ -263,7 +263,13 @@ def test_random_schemas_give_valid_values_alone_or_have_none(schema: Any, seed: 
         ({"$ref": "https://example.org/s.json"}, "https://example.org"),
         ({"$ref": "#nowhere"}, "#/$ref"),
         ({"$ref": 3}, "#/$ref"),
-        ({"$defs": {"a": {"$dynamicAnchor": "n"}, "b": {"$dynamicAnchor": "n"}}, "$dynamicRef": "#n"}, "#/$dynamicRef"),
+        (
+            {
+                "$defs": {"a": {"$dynamicAnchor": "n"}, "b": {"$dynamicAnchor": "n", "type": "null"}},
+                "$dynamicRef": "#n",
+            },
+            "#/$dynamicRef",
+        ),
         ({"anyOf": {}}, "#/anyOf"),
         ({"dependentRequired": []}, "#/dependentRequired"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "format": "uri"}]}, "#/oneOf"),

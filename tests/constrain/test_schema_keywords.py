@@ -70,6 +70,25 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
     ("oneOf of required", {**AB, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, [{"a": 1}, {"b": ""}],
      [{}, {"a": 1, "b": ""}]),
     ("oneOf of anything twice", {"oneOf": [{"const": 1}, {"type": "string"}, {"enum": ["a", 2]}]}, [1, 2, "b"], ["a"]),
+    ("oneOf of closed objects without a required key", {"oneOf": [
+        {"properties": {"a": {"type": "integer"}, "b": {}}, "additionalProperties": False},
+        {"properties": {"c": {"type": "integer"}, "b": {}}, "additionalProperties": False}]},
+     [{"a": 1}, {"c": 1}, {"a": 1, "b": 2}], [{}, {"b": 1}, {"a": 1, "c": 1}]),
+    ("oneOf of listed objects and open ones", {"type": "object", "oneOf": [{"enum": [{"t": "void"}]},
+        {"properties": {"t": {"type": "string"}}, "required": ["t"], "additionalProperties": False}]},
+     [{"t": "x"}], [{"t": "void"}, {}]),
+    ("oneOf told by a constant behind a reference", {"$defs": {"cat": {"const": "cat"}, "dog": {"enum": ["dog", "wolf"]}},
+        "oneOf": [{"type": "object", "properties": {"k": {"$ref": "#/$defs/cat"}, "n": {}}, "required": ["k"]},
+        {"type": "object", "properties": {"k": {"$ref": "#/$defs/dog"}, "n": {}}, "required": ["k"]}]},
+     [{"k": "cat", "n": 1}, {"k": "wolf"}], [{"k": "cow"}, {"n": 1}]),
+    ("oneOf of which one has a key more", {"oneOf": [
+        {"type": "object", "properties": {"a": {}, "b": {}}, "required": ["a", "b"]},
+        {"type": "object", "properties": {"a": {}}, "required": ["a"]}]}, [{"a": 1}], [{"a": 1, "b": 1}, {"b": 1}]),
+    ("not of listed objects and arrays", {"type": ["object", "array"], "items": {"type": "integer"}, "properties":
+        {"a": {"type": "integer"}, "b": {}}, "not": {"enum": [{"a": 1}, {"a": 2, "b": 3}, [1], [1, 2]]}},
+     [{"a": 3}, {"b": 3}, {}, [1, 2, 3], []], [{"a": 1}, {"a": 2, "b": 3}, [1], [1, 2]]),
+    ("not of a closed object", {"additionalProperties": {"type": "integer"}, "not":
+        {"additionalProperties": False, "properties": {"a": {}}}}, [{"a": 1, "b": 2}], [{"a": 1}, {}]),
     ("propertyNames", {"propertyNames": {"pattern": "^a"}, "properties": {"b": {}, "ab": {}}}, [{"ab": 1}], [{"b": 1}]),
     ("listed objects in another order", {"enum": [{"b": 1, "a": 2}], "required": ["a"], "properties":
      {"a": {"minimum": 2}}}, [{"b": 1, "a": 2}], [{"b": 1, "a": 3}]),
