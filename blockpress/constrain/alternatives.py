@@ -185,7 +185,7 @@ class Alternatives:
         return result
 
     def _both(self, left: Sequence[Alternative], right: Sequence[Alternative]) -> list[Alternative]:
-        """One alternative of each side together, but for pairs that no value satisfies."""
+        """One alternative of each side together, but for pairs that no value satisfies. A long list stays whole."""
         self._merged += len(left) * len(right)
         if self._merged > MAX_MERGED:
             raise _TooLarge("schema # has too many alternatives", hint="nest fewer anyOf, oneOf, not and if")
@@ -195,7 +195,6 @@ class Alternatives:
             for other in right
             if (flat := merge_keywords(one.flat, other.flat)) is not None
         ]
-        # A long list of options stays whole: only what multiplies is cut.
         return result[: max(MAX_ALTERNATIVES, len(left), len(right))]
 
     def _one_of(self, options: Sequence[tuple[str, Any]], place: str, depth: int) -> list[Alternative]:
@@ -233,9 +232,9 @@ class Alternatives:
 
     def _meet(self, left: Flat, right: Flat, where: str, nested: int = 2) -> bool:
         """Whether one value may satisfy both; False only where that is certain."""
-        for side, other in ((left, right), (right, left)):
+        for side, rival in ((left, right), (right, left)):
             if "enum" in side:
-                return any(self._values.fits(value, other, where) is not False for value in side["enum"])
+                return any(self._values.fits(value, rival, where) is not False for value in side["enum"])
         if not overlap(left, right):
             return False
         if not nested or not any(side.get("type", implied_types(side)) == ["object"] for side in (left, right)):
@@ -243,8 +242,8 @@ class Alternatives:
         for name in {*left.get("required", ()), *right.get("required", ())}:
             both = [property_schema(side, name) for side in (left, right)]
             if all(isinstance(each, Mapping) for each in both):
-                one, other = (self._once("cover", each, where, 0, self._cover) for each in both)
-                if not any(self._meet(a.flat, b.flat, where, nested - 1) for a in one for b in other):
+                ours, theirs = (self._once("cover", each, where, 0, self._cover) for each in both)
+                if not any(self._meet(a.flat, b.flat, where, nested - 1) for a in ours for b in theirs):
                     return False
         return True
 

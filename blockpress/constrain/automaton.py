@@ -252,7 +252,7 @@ def _alike(table: Int32[np.ndarray, "states symbols"], kinds: Ints) -> Ints:
     random, total = np.random.default_rng(0), len(table)
     _, block = np.unique(kinds, return_inverse=True)
     hashes = np.append(random.integers(1, 2**63, total, dtype=np.uint64), np.uint64(0))
-    weights = random.integers(1, 2**63, table.shape[1], dtype=np.uint64)
+    weights = random.integers(1, 2**63, (table.shape[1],), dtype=np.uint64)
     source, column = np.nonzero(table != DEAD)
     order = np.argsort(table[source, column], kind="stable")
     starts = np.searchsorted(table[source, column][order], np.arange(total + 1))

@@ -239,8 +239,8 @@ class Builder:
         index = {cut: place for place, cut in enumerate(cuts)}
         reached: list[set[int]] = [set() for _ in cuts]
         for low, high, target in ways:
-            for states in reached[index[low] : index[high + 1]]:
-                states.add(target)
+            for targets in reached[index[low] : index[high + 1]]:
+                targets.add(target)
         joined: dict[frozenset[int], frozenset[int]] = {}
         for place, states in enumerate(map(frozenset, reached)):
             if states:

@@ -2,15 +2,19 @@
 
     {"$id": "https://a.org/s", "$defs": {"x": {"$anchor": "y"}}}     "#/$defs/x", "#y", "https://a.org/s#y": the same
 
-Invariant: a reference leads to a schema of the same document, or is refused with its place; nothing is fetched.
+Invariant: a reference leads to a schema of the same document or to the metaschema of drafts 4 to 7, or is refused with
+its place; nothing is fetched.
 Source: JSON Schema 2020-12, core, 8.2; drafts 4 to 7 for `id` and `$id` with a fragment.
 Run it:  python -m pytest tests/constrain/test_schema.py
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -24,6 +28,13 @@ _LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAP = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
 DEFINITIONS = ("$defs", "definitions")
 ROOT = "#"
+
+
+@cache
+def metaschemas() -> dict[str, Any]:
+    """The schemas of schemas of drafts 4, 6 and 7, as json-schema.org publishes them, by their names."""
+    found = json.loads(Path(__file__).with_name("metaschemas.json").read_text("utf-8"))
+    return {str(each.get("$id", each.get("id"))).removesuffix("#"): interned(each) for each in found}
 
 
 def below(place: str, *names: object) -> str:
@@ -147,6 +158,9 @@ class Document:
             problem, hint = "whose target depends on where it is used", "use $ref"
         uri, fragment = urldefrag(base + ref if ref.startswith("#") else urljoin(base, ref))
         fragment = unquote(fragment)
+        if uri not in self._named and uri in metaschemas():
+            self._named[uri] = metaschemas()[uri]
+            self._walk(self._named[uri], uri, uri + "#")
         if problem:
             pass
         elif uri not in self._named:

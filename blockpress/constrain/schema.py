@@ -131,7 +131,7 @@ class _Compiler:
     def __init__(self, document: Document, limits: Limits, deadline: float, before: _Compiler | None) -> None:
         self._limits, self._deadline = limits, deadline
         self._document, self._values = document, Values(document)
-        self._alternatives = Alternatives(document, self._values) if before is None else before._alternatives
+        self._alternatives: Alternatives = before._alternatives if before else Alternatives(document, self._values)
         self._known: dict[Hashable, tuple[Any, Automaton | None]] = {}
         self._alike: dict[bytes, Automaton] = {}
         self._depth = limits.depth

@@ -119,6 +119,8 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
      "$ref": "#/$defs/z"}}, "$ref": "y"}, [None], [1]),
     ("a name of draft 4", {**D4, "id": "http://a.org/x", "definitions": {"i": {"id": "#i", "type": "null"}}, "items":
      {"$ref": "http://a.org/x#i"}}, [[None]], [[1]]),
+    ("a part of a metaschema", {"items": {"$ref": "http://json-schema.org/draft-04/schema#/definitions/positiveInteger"}},
+     [[0, 3]], [[-1], ["a"]]),
     ("nested definitions", {"properties": {"a": {"$defs": {"i": {"type": "null"}}}}, "items":
      {"$ref": "#/properties/a/$defs/i"}}, [[None]], [[1]]),
     ("one dynamic anchor", {"$dynamicAnchor": "n", "type": ["array", "null"], "items": {"$dynamicRef": "#n"}},
@@ -224,6 +226,13 @@ def test_large_schemas_compile_into_a_shape_within_the_limits() -> None:
     listed = {"enum": [f"{i * 7919 % 99991:05}" for i in range(5000)]}
     assert schema_automaton(listed).matches('"07919"')
     assert len(schema_automaton(strings)) < LIMITS[-1].enough
+
+
+@pytest.mark.slow
+def test_a_metaschema_is_known_by_its_name() -> None:
+    automaton = schema_automaton({"$ref": "http://json-schema.org/draft-07/schema#"})
+    texts = ('{"type":"object"}', "true", '{"minLength":3}', '{"type":"odd"}', '{"minLength":-1}', "3")
+    assert [automaton.matches(text) for text in texts] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.slow
