@@ -1,12 +1,11 @@
 """From an expression to its minimal automaton: a nondeterministic one, then sets of its states or of its threads.
 
-Invariant: it ends within a number of states and of seconds, or says that it would not.
+Invariant: it ends within a number of states and of steps, the same everywhere, or says that it would not.
 Run it:  python -m pytest tests/constrain/test_automaton.py
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -21,33 +20,32 @@ from blockpress.constrain.automaton import (
     check_size,
     minimal,
 )
-from blockpress.constrain.nondeterministic import MAX_SECONDS, Builder
+from blockpress.constrain.nondeterministic import Builder, Work
 from blockpress.constrain.threads import Threads
 
 
-def compile_expression(expression: Expression, deadline: float | None = None) -> Automaton:
+def compile_expression(expression: Expression, work: Work | None = None) -> Automaton:
     """The minimal automaton of an expression.
 
     Args:
-        deadline: by `time.thread_time`; None: `MAX_SECONDS` from now.
+        work: what is left of it; None: `MAX_WORK` of its own.
 
     Raises:
-        RequestError: it needs too many states or too much time. _NothingMatches: no text is allowed.
+        RequestError: it needs too many states or too much work. _NothingMatches: no text is allowed.
     """
     if isinstance(expression, Automaton | Linked):
         return expression if isinstance(expression, Automaton) else expression.automaton
-    limit = time.thread_time() + MAX_SECONDS if deadline is None else deadline
-    builder, ends = _built(expression, limit, linking=True)
+    builder, ends = _built(expression, work or Work(), linking=True)
     if builder.conditions:
-        builder, ends = _built(expression, limit, linking=False)  # they ask for what is inside of a part, too
+        builder, ends = _built(expression, builder.work, linking=False)  # they ask for what is inside of a part, too
     automaton = minimal(*(Threads(builder) if builder.conditions else builder).determinize(*ends))
     check_size(len(automaton), MAX_STATES)
     return automaton
 
 
-def _built(expression: Expression, deadline: float, *, linking: bool) -> tuple[Builder, tuple[int, int]]:
+def _built(expression: Expression, work: Work, *, linking: bool) -> tuple[Builder, tuple[int, int]]:
     """An expression's nondeterministic automaton, its start and its end."""
-    builder = Builder(deadline, linking=linking)
+    builder = Builder(work, linking=linking)
     ends = builder.state(), builder.state()
     builder.add(expression, *ends)
     return builder, ends

@@ -9,7 +9,6 @@ Run it:  python -m pytest tests/constrain/test_regex.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, reduce
 
@@ -39,7 +38,7 @@ from blockpress.constrain.automaton import (
     rerooted,
 )
 from blockpress.constrain.compiler import compile_expression
-from blockpress.constrain.nondeterministic import MAX_SECONDS, Builder
+from blockpress.constrain.nondeterministic import Builder, Work
 from blockpress.constrain.threads import Held, Places, Thread, Threads
 
 ANY_TEXT = Repeat(ANY_CHAR, 0, None)
@@ -169,7 +168,7 @@ class _FirstMatch:
     """
 
     def __init__(self, expression: Expression) -> None:
-        builder = Builder(time.thread_time() + MAX_SECONDS)
+        builder = Builder(Work())
         self._start, end, self._tail = (builder.state() for _ in range(3))
         builder.add(expression, self._start, end)
         builder.add(EMPTY_TEXT, end, self._tail)
@@ -183,11 +182,10 @@ class _FirstMatch:
         ways, index = self._threads, self._threads.index
         cuts = [*index]
         first = self._cut(ways.closure((self._start, frozenset()), ways.places)), ways.places
-        numbers, queue, work = {first: 2}, [first], 0
+        numbers, queue = {first: 2}, [first]
         edges: list[tuple[int, Expression, int]] = [(0, EMPTY_TEXT, 2)]  # other ways may leave node 0
         for threads, places in queue:
-            work += len(threads)
-            ways.check_work(work)
+            ways.work.spend(len(threads))
             node = numbers[threads, places]
             following: dict[int, dict[Thread, None]] = {}
             for rank, (state, held) in enumerate(threads):

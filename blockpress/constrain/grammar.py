@@ -12,7 +12,6 @@ Run it:  python -m pytest tests/constrain/test_grammar.py
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ from blockpress.constrain.automaton import (
 )
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.conditions import ahead, first_match
-from blockpress.constrain.nondeterministic import MAX_SECONDS
+from blockpress.constrain.nondeterministic import Work
 from blockpress.constrain.regex import parse_regex
 from blockpress.constrain.unfold import Rules, Unfolding, productive, rule_name
 from blockpress.errors import RequestError
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 8
 """How often a rule may stand inside itself at most."""
 MAX_TERMINALS = 256
+MAX_WORK = 400_000
+"""Steps of making an automaton from which on half the depth is tried."""
 MAX_SIZE = 6_000
 """States of terminals, wherever they stand, from which on no further depth is tried."""
 
@@ -59,9 +60,8 @@ def grammar_automaton(text: object) -> Automaton:
         RequestError: the text is no grammar, has something that cannot be enforced, or is too large; the message says
             where. _NothingMatches: it allows no text.
     """
-    deadline = time.thread_time() + 2 * MAX_SECONDS
     grammar = _Grammar.read(text)
-    unfolding = Unfolding(grammar.rules, deadline)
+    unfolding = Unfolding(grammar.rules, Work())
     shapes: list[Expression] = []
     for depth in range(MAX_DEPTH + 1):
         try:
@@ -77,7 +77,7 @@ def grammar_automaton(text: object) -> Automaton:
             break
     while True:
         try:
-            return compile_expression(grammar.expression(compile_expression(shapes[-1])))
+            return compile_expression(grammar.expression(compile_expression(shapes[-1])), Work(MAX_WORK))
         except RequestError as error:
             del shapes[len(shapes) // 2 :]  # half as deep, so that a few attempts are enough
             if not shapes:

@@ -10,9 +10,9 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import final
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -41,7 +41,8 @@ from blockpress.errors import RequestError
 
 MAX_POSITIONS = 200_000
 """Most states of the nondeterministic automaton."""
-MAX_SECONDS = 10.0
+MAX_WORK = 1_000_000
+"""Most steps of making one automaton, each a state or a thread in a set: counted, so that it is the same everywhere."""
 PART = 1 << 20
 """More than any automaton has states."""
 
@@ -49,7 +50,7 @@ PART = 1 << 20
 @lru_cache(maxsize=512)
 def char_automaton(ranges: tuple[tuple[int, int], ...]) -> Automaton | None:
     """The automaton of one character of these ranges; None if UTF-8 can write none of them."""
-    builder = Builder(time.thread_time() + MAX_SECONDS)
+    builder = Builder(Work())
     start, end = builder.state(), builder.state()
     empty = True
     for low, high in ranges:
@@ -63,20 +64,27 @@ def char_automaton(ranges: tuple[tuple[int, int], ...]) -> Automaton | None:
     return None if empty else minimal(*builder.determinize(start, end))
 
 
-def check_time(deadline: float) -> None:
-    """Raises RequestError: it is later than the deadline."""
-    if time.thread_time() > deadline:
-        raise RequestError(
-            f"the shape takes more than {MAX_SECONDS:.0f} seconds to compile",
-            hint="make repetitions shorter, or nest fewer of them",
-        )
+@final
+class Work:
+    """How many steps are left."""
+
+    def __init__(self, left: int | None = None) -> None:
+        self._left = MAX_WORK if left is None else left
+
+    def spend(self, steps: int) -> None:
+        """Raises RequestError: none are left."""
+        self._left -= steps
+        if self._left < 0:
+            raise RequestError(
+                "the shape needs too much work to compile", hint="make repetitions shorter, or nest fewer of them"
+            )
 
 
 class Builder:
     """A nondeterministic automaton in the making: byte ranges, empty moves and conditions between numbered states."""
 
-    def __init__(self, deadline: float, *, linking: bool = False) -> None:
-        self.deadline, self._linking = deadline, linking
+    def __init__(self, work: Work, *, linking: bool = False) -> None:
+        self.work, self._linking = work, linking
         self._parts: list[tuple[Automaton, frozenset[int]]] = []
         """Linked automata, each with the states after it: its state q is the state (its number + 1) * PART + q here."""
         self._part_numbers: dict[tuple[int, frozenset[int]], int] = {}
@@ -87,8 +95,6 @@ class Builder:
         """What must hold in a state, if any is there; then only `Threads` may make it deterministic."""
 
     def state(self) -> int:
-        if len(self.moves) % 4096 == 0:
-            check_time(self.deadline)
         check_size(len(self.moves), MAX_POSITIONS)
         self.moves.append([])
         self.empty.append([])
@@ -202,9 +208,9 @@ class Builder:
         first = number(self._closure(start))
         while len(rows) < len(queue) or len(places) < len(copied):
             for subset in queue[len(rows) :]:
-                if len(rows) % 64 == 0:
-                    check_time(self.deadline)
-                rows.append([(low, high, number(states)) for low, high, states in self._following(subset)])
+                following = [*self._following(subset)]
+                self.work.spend(len(subset) + sum(len(states) for *_, states in following) // 4)
+                rows.append([(low, high, number(states)) for low, high, states in following])
             for part in [*copied][len(places) :]:
                 automaton = self._parts[part - 1][0]
                 places[part] = np.arange(-2 - copied[part], -2 - copied[part] - len(automaton), -1, dtype=np.int32)

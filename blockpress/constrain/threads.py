@@ -14,11 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from blockpress.constrain.automaton import DEAD, MAX_STATES, Ahead, Automaton, Behind, byte_ranges, check_size, rerooted
-from blockpress.constrain.nondeterministic import Builder, check_time
-from blockpress.errors import RequestError
-
-MAX_THREADS = 2_000_000
-"""Most threads in all sets together."""
+from blockpress.constrain.nondeterministic import Builder
 
 Held = frozenset[int]
 Thread = tuple[int, Held]
@@ -30,7 +26,7 @@ class Threads:
     """The ways through what a builder has made, which must be complete."""
 
     def __init__(self, builder: Builder) -> None:
-        self._builder = builder
+        self._builder, self.work = builder, builder.work
         conditions = [*dict.fromkeys(condition.automaton for condition in builder.conditions.values())]
         self.index, self._class_of = builder.classes(conditions)
         """The class of bytes that begins at each cut between them."""
@@ -52,12 +48,11 @@ class Threads:
         """
         places = self.places if places is None else places
         first = frozenset(threads) or frozenset(self.closure((start, frozenset()), places)), places
-        numbers, queue, work = {first: 0}, [first], 0
+        numbers, queue = {first: 0}, [first]
         known: dict[tuple[frozenset[Thread], Places], int] = {}
         rows: list[list[int]] = []
         for subset, places in queue:
-            work += len(subset)
-            self.check_work(work)
+            self.work.spend(len(subset))
             following: dict[int, set[Thread]] = {}
             for thread in subset:
                 for low, high, target, held in self.steps(thread):
@@ -77,14 +72,6 @@ class Threads:
             rows.append(row)
         accepting = [any(state == end and self.holds(held) for state, held in subset) for subset, _ in queue]
         return np.array(rows, np.int32)[:, self._class_of], np.array(accepting)
-
-    def check_work(self, threads: int) -> None:
-        """Raises RequestError: too many threads were followed, or for too long."""
-        if threads > MAX_THREADS:
-            raise RequestError(
-                "the shape needs too much work to compile", hint="make repetitions shorter, or nest fewer of them"
-            )
-        check_time(self._builder.deadline)
 
     @property
     def places(self) -> Places:

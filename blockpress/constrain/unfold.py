@@ -29,6 +29,7 @@ from blockpress.constrain.automaton import (
     optional,
 )
 from blockpress.constrain.compiler import compile_expression
+from blockpress.constrain.nondeterministic import Work
 from blockpress.errors import RequestError
 
 Symbol = int | str
@@ -56,8 +57,8 @@ def productive(rules: Rules, *, terminals: bool = True) -> set[str]:
 class Unfolding:
     """The automata of a grammar's rules by depth. nests: whether some rule nests, so that depth matters."""
 
-    def __init__(self, rules: Rules, deadline: float) -> None:
-        self._empty, self._deadline = productive(rules, terminals=False), deadline
+    def __init__(self, rules: Rules, work: Work) -> None:
+        self._empty, self._work = productive(rules, terminals=False), work
         self._component = _components(
             {name: _names(part for option in rules[name] for part in option) for name in rules}
         )
@@ -115,7 +116,7 @@ class Unfolding:
         if key not in self._known:
             self._open.add(key)
             try:
-                self._known[key] = compile_expression(self._graph(name, depth), self._deadline)
+                self._known[key] = compile_expression(self._graph(name, depth), self._work)
             except _NothingMatches:
                 self._known[key] = NOTHING
             except RequestError as error:

@@ -25,6 +25,7 @@ from blockpress.constrain.automaton import (
     optional,
 )
 from blockpress.constrain.compiler import compile_expression
+from blockpress.constrain.nondeterministic import Work
 from blockpress.errors import RequestError
 
 WORDS = st.lists(st.text("abé", max_size=3), min_size=1, max_size=6)
@@ -110,7 +111,7 @@ def test_too_many_states_are_refused() -> None:
         compile_expression(Repeat(literal("ab"), 15_000, None))
 
 
-def test_a_deadline_that_has_passed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blockpress.constrain.compiler.MAX_SECONDS", -1.0)
-    with pytest.raises(RequestError, match="seconds"):
-        compile_expression(literal("a"))
+def test_more_work_than_is_left_is_told_by_counting_it() -> None:
+    with pytest.raises(RequestError, match="work"):
+        compile_expression(Repeat(literal("ab"), 50, None), Work(99))
+    assert len(compile_expression(Repeat(literal("ab"), 50, None), Work(300))) == 101
