@@ -11,7 +11,7 @@ Run it:  python -m pytest tests/constrain/test_automaton.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -86,6 +86,7 @@ class Automaton:
 
     table: Int32[np.ndarray, "states 256"]
     accepting: Bool[np.ndarray, " states"]
+    _moves: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,6 +108,15 @@ class Automaton:
                 return DEAD
             state = int(self.table[state, byte])
         return state
+
+    def moves(self, state: int) -> list[tuple[int, int, int]]:
+        """The moves of a state as (low, high, target)."""
+        if state not in self._moves:
+            row = self.table[state]
+            cuts = np.flatnonzero(np.append(True, row[1:] != row[:-1]))
+            targets, ends = row[cuts].tolist(), [*cuts.tolist(), 256]
+            self._moves[state] = [(ends[i], ends[i + 1] - 1, to) for i, to in enumerate(targets) if to != DEAD]
+        return self._moves[state]
 
     def texts(self, most: int) -> list[str] | None:
         """All allowed texts; None if they are more than `most`."""
@@ -238,9 +248,8 @@ def minimal(table: Int32[np.ndarray, "states 256"], accepting: Bool[np.ndarray, 
     order = np.argsort(first)  # the start stays first
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    first = first[order]
-    merged = np.append(rank[block], DEAD)[table[first]].astype(np.int32)
-    return Automaton(np.repeat(merged, widths, axis=1), accepting[first])
+    merged = np.append(rank[block], DEAD)[table[first[order]]].astype(np.int32)
+    return Automaton(np.repeat(merged, widths, axis=1), accepting[first[order]])
 
 
 def _alike(table: Int32[np.ndarray, "states symbols"], kinds: Ints) -> Ints:
@@ -249,8 +258,7 @@ def _alike(table: Int32[np.ndarray, "states symbols"], kinds: Ints) -> Ints:
     States are alike if their kinds are and what follows is; a hash stands for what follows. A state is looked at again
     only after one that follows has got a new number.
     """
-    random, total = np.random.default_rng(0), len(table)
-    _, block = np.unique(kinds, return_inverse=True)
+    random, total, block = np.random.default_rng(0), len(table), np.unique(kinds, return_inverse=True)[1]
     hashes = np.append(random.integers(1, 2**63, total, dtype=np.uint64), np.uint64(0))
     weights = random.integers(1, 2**63, (table.shape[1],), dtype=np.uint64)
     source, column = np.nonzero(table != DEAD)
@@ -337,14 +345,6 @@ def _adjacent(states: int, source: Ints, target: Ints) -> tuple[list[int], list[
     return target[order].tolist(), np.searchsorted(source[order], np.arange(states + 1)).tolist()
 
 
-@lru_cache(maxsize=512)
 def byte_ranges(automaton: Automaton) -> list[list[tuple[int, int, int]]]:
     """For each state its moves as (low, high, target), whole ranges of bytes."""
-    return [row_ranges(row) for row in automaton.table]
-
-
-def row_ranges(row: Int32[np.ndarray, " 256"]) -> list[tuple[int, int, int]]:
-    """The moves of one state."""
-    cuts = np.concatenate(([0], np.nonzero(np.diff(row))[0] + 1, [256]))
-    targets, ends = row[cuts[:-1]].tolist(), cuts.tolist()
-    return [(ends[i], ends[i + 1] - 1, to) for i, to in enumerate(targets) if to != DEAD]
+    return [automaton.moves(state) for state in range(len(automaton))]

@@ -33,7 +33,7 @@ from blockpress.constrain.automaton import (
     literal,
     optional,
 )
-from blockpress.constrain.compiler import compile_expression, text_automaton
+from blockpress.constrain.compiler import compile_expression, listed_texts, text_automaton
 from blockpress.constrain.distinct import distinct_parts
 from blockpress.constrain.ecma import texts_without
 from blockpress.constrain.json_numbers import json_number
@@ -43,6 +43,8 @@ from blockpress.constrain.references import below
 
 COMMA = Concat((literal(","), optional(literal(" "))))
 COLON = Concat((literal(":"), optional(literal(" "))))
+MOST_DISTINCT = 64
+"""Most listed values of which each is told from all others where none may come twice; of more, as many groups."""
 
 
 class Parts(Protocol):
@@ -277,7 +279,8 @@ def _distinct_items(flat: Flat, further: Any, place: str, parts: Parts) -> list[
     """Items of which any two have different values, for arrays that have each of them once at most."""
     values = parts.listed(further, below(place, "items"))
     if values is not None:
-        return [text_automaton([json.dumps(value, ensure_ascii=False)]) for value in values]
+        texts, size = [json.dumps(value, ensure_ascii=False) for value in values], -(-len(values) // MOST_DISTINCT)
+        return [listed_texts(tuple(texts[i : i + size])) for i in range(0, len(texts), size)]
     plain = {"minimum": -(10**9), "maximum": 10**9}  # numbers in one form
     item = parts.value(further, below(place, "items"))
     if item is not None and item.run("1e1") != DEAD:

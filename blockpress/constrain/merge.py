@@ -323,10 +323,8 @@ def bounds(flat: Mapping[str, Any], what: str, place: str) -> tuple[int, int | N
 
 def refused(place: str, value: Any, why: str) -> RequestError:
     """The error for a keyword that cannot be enforced."""
-    return RequestError(
-        f"schema {place} is {value!r:.80}, which cannot be enforced {why}",
-        hint="leave it out and check the answer yourself",
-    )
+    hint = "leave it out and check the answer yourself"
+    return RequestError(f"schema {place} is {value!r:.80}, which cannot be enforced {why}", hint=hint)
 
 
 def dependencies(schema: Mapping[str, Any], place: str) -> Iterable[tuple[str, Any, str]]:

@@ -31,13 +31,12 @@ from blockpress.constrain.automaton import (
     Linked,
     Repeat,
     Union,
+    _TooLarge,
     byte_ranges,
     check_size,
     minimal,
-    row_ranges,
 )
 from blockpress.constrain.utf8 import utf8_sequences
-from blockpress.errors import RequestError
 
 MAX_POSITIONS = 200_000
 """Most states of the nondeterministic automaton."""
@@ -66,16 +65,16 @@ def char_automaton(ranges: tuple[tuple[int, int], ...]) -> Automaton | None:
 
 @final
 class Work:
-    """How many steps are left."""
+    """How many steps are left: `left`."""
 
     def __init__(self, left: int | None = None) -> None:
-        self._left = MAX_WORK if left is None else left
+        self.left = MAX_WORK if left is None else left
 
     def spend(self, steps: int) -> None:
         """Raises RequestError: none are left."""
-        self._left -= steps
-        if self._left < 0:
-            raise RequestError(
+        self.left -= steps
+        if self.left < 0:
+            raise _TooLarge(
                 "the shape needs too much work to compile", hint="make repetitions shorter, or nest fewer of them"
             )
 
@@ -259,7 +258,7 @@ class Builder:
         if state < PART:
             return self.moves[state]
         part, inner = divmod(state, PART)
-        return [(low, high, part * PART + to) for low, high, to in row_ranges(self._parts[part - 1][0].table[inner])]
+        return [(low, high, part * PART + to) for low, high, to in self._parts[part - 1][0].moves(inner)]
 
     def _joined(self, states: frozenset[int]) -> frozenset[int]:
         """The same states, but one for all that are in the same state of one automaton before different states."""

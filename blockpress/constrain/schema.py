@@ -54,12 +54,15 @@ from blockpress.constrain.json_numbers import (
 )
 from blockpress.constrain.json_text import json_string, text_of
 from blockpress.constrain.merge import Flat, bounds, canonical, has_type, implied_types, refused, schema_name
+from blockpress.constrain.nondeterministic import Work
 from blockpress.constrain.references import ROOT, Document, below
 from blockpress.constrain.values import Values
 from blockpress.errors import RequestError
 
 COMPILED = 20
 """As how many states the work of making an automaton of any size counts."""
+STEPS = 10
+"""How many steps (`Work`) may be needed for each state."""
 MAX_SECONDS = 120.0
 """A last resort: what an automaton may need is limited by its states."""
 
@@ -136,7 +139,7 @@ class _Compiler:
         self._alike: dict[bytes, Automaton] = {}
         self._depth = limits.depth
         self.repeated, self.optional, self.enough = limits.repeated, limits.optional, limits.enough
-        self._work = 0
+        self._work, self._steps = 0, Work(STEPS * limits.work)
         if before is not None and limits.optional and replace(before._limits, optional=limits.optional) == limits:
             self._alike = before._alike  # what is small is the same with and without a limit on what is optional
             small = limits.optional // 2
@@ -149,7 +152,8 @@ class _Compiler:
     @property
     def exhausted(self) -> bool:
         """Whether what may be left out is: the rest of the work is for what it stands in."""
-        return self.optional is not None and 2 * self._work > self._limits.work
+        left = min(self._limits.work - self._work, self._steps.left // STEPS)
+        return self.optional is not None and 2 * left < self._limits.work
 
     def value(self, schema: Any, place: str) -> Automaton | None:
         """The texts of a schema; None: there are none."""
@@ -207,12 +211,16 @@ class _Compiler:
         return [*{canonical(value): value for each in found for value in each.flat["enum"]}.values()]
 
     def _compile(self, parts: list[Expression], place: str) -> Automaton | None:
+        work = Work(min(self._steps.left, STEPS * self._limits.work // 4))
+        self._steps.spend(work.left)
         try:
-            result = compile_expression(parts[0] if len(parts) == 1 else Union(tuple(parts)))
+            result = compile_expression(parts[0] if len(parts) == 1 else Union(tuple(parts)), work)
         except _NothingMatches:
             return None
         except _TooLarge:
             raise self._too_large(place) from None
+        finally:
+            self._steps.left += max(work.left, 0)
         self._check_work(len(result) + COMPILED, place)
         if len(result) > self._limits.enough:
             raise self._too_large(place)
