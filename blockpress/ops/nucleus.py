@@ -24,6 +24,10 @@ from torch.nn import functional as F
 
 from blockpress.shapes import Logits
 
+MANY, BUCKETS = 4096, 1 << 16
+"""Tokens from which a row is not sorted as a whole on a processor, and the buckets that it is put into, each of 2^-10
+nats: sorting takes up to ten times as long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
@@ -84,10 +88,30 @@ def keep_top_p(scaled: Logits, p: float) -> Logits:
     >>> keep_top_p(torch.tensor([[[2.0, 1.0, 0.0, -1.0]]]), 0.9)
     tensor([[[2., 1., 0., -inf]]])
     """
+    if scaled.shape[-1] > MANY and scaled.device.type == "cpu":
+        flat = scaled.flatten(0, -2)
+        kept = torch.stack([_nucleus(row, p) for row in flat]) if len(flat) else flat.bool()
+        return scaled.masked_fill(~kept.view_as(scaled), float("-inf"))
     rising, order = scaled.sort(dim=-1, stable=True)
     dropped = rising.softmax(-1).cumsum(-1) <= 1 - p
     dropped[..., -1] = False
     return scaled.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+
+
+def _nucleus(scaled: Float32[Tensor, " vocab"], p: float) -> Bool[Tensor, " vocab"]:
+    """What `keep_top_p` keeps of a row, by the masses of buckets of nearly equal tokens; only one bucket is sorted."""
+    below = scaled.amax() - scaled
+    mass = (-below).exp()
+    bucket = (below * (BUCKETS / 64)).nan_to_num(posinf=BUCKETS).clamp(max=BUCKETS - 1).int()
+    through = torch.bincount(bucket, weights=mass.double(), minlength=BUCKETS).cumsum(0)
+    target = p * through[-1]
+    last = int((through < target).sum().clamp(max=BUCKETS - 1))
+    ids = (bucket == last).nonzero()[:, 0].flip(0)  # of equal tokens the last one comes first
+    _, order = scaled[ids].sort(descending=True, stable=True)
+    before = mass[ids[order]].double().cumsum(0) - mass[ids[order]]
+    kept = bucket < last
+    kept[ids[order[before + (through[last - 1] if last else 0.0) < target]]] = True
+    return kept
 
 
 def keep_min_p(scaled: Logits, p: float) -> Logits:

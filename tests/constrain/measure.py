@@ -1,7 +1,8 @@
-"""What constraints do to answers, and what they cost. The figures are in docs/log.md.
+"""What constraints do to answers, and what they and edits of the logits cost. The figures are in docs/log.md.
 
 Run it:  python -m tests.constrain.measure puzzles --count 300       python -m tests.constrain.measure cost
          python -m tests.constrain.measure holes --count 100         python -m tests.constrain.measure drafts --count 100
+         python -m tests.constrain.measure edits --turns 2
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "a person": {"schema": PERSON},
     "up to five items": {"schema": {"type": "array", "minItems": 1, "maxItems": 5, "items": ITEM}},
     "any JSON": {"schema": {}},
+}
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "a bias of ten tokens": {"logit_bias": {7 * token: 1.0 for token in range(10)}},
+    "a thousand tokens allowed": {"allowed_token_ids": range(1000)},
+    "penalties": {"frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "top_k 64": {"top_k": 64},
+    "top_k 64, top_p 0.95": {"top_k": 64, "top_p": 0.95},
+    "min_p 0.05": {"min_p": 0.05},
+    "top_k 64 and a penalty": {"top_k": 64, "presence_penalty": 0.5},
+    "top_p 0.95": {"top_p": 0.95},
 }
 
 
@@ -143,13 +156,33 @@ def compare_puzzles(count: int) -> None:
         )
 
 
+def bench_model() -> LM:
+    """bench-262k in float32 with the published tokenizer."""
+    tokenizer = blockpress.text.Tokenizer.from_directory(GEMMA)
+    generation, network = GenerationConfig(stop_ids=(1, 106)), make_random_network(bench_262k())
+    return LM(path=Path(), network=network, generation=generation, tokenizer=tokenizer)
+
+
+def measure_edits(turns: int) -> None:
+    """Steps of bench-262k, free and with edited logits, in turns; processor time, one thread."""
+    lm, sampling = bench_model(), replace(Sampling(), steps=2)
+
+    def step(**edits: Any) -> float:
+        started = time.process_time()
+        reply = lm.generate("hi", lm.config.canvas_length, sampling=sampling.with_(**edits))
+        return (time.process_time() - started) / reply.usage.steps
+
+    step()
+    for name, edits in EDITS.items():
+        pairs = [(step(), step(**edits)) for _ in range(turns)]
+        ratios = ", ".join(f"{edited / free:.2f} ({edited:.2f}/{free:.2f} s)" for free, edited in pairs)
+        print(f"{name}: {ratios} times a free step", flush=True)
+
+
 def measure_cost(turns: int) -> None:
     """Steps of bench-262k with the published tokenizer, free and constrained, in turns; processor time, one thread."""
-    config = bench_262k()
-    tokenizer = blockpress.text.Tokenizer.from_directory(GEMMA)
-    generation, network = GenerationConfig(stop_ids=(1, 106)), make_random_network(config)
-    lm = LM(path=Path(), network=network, generation=generation, tokenizer=tokenizer)
-    sampling = replace(Sampling(), steps=4)
+    lm, sampling = bench_model(), replace(Sampling(), steps=4)
+    config = lm.config
 
     def step(**shape: Any) -> float:
         started = time.process_time()
@@ -195,7 +228,7 @@ def peak(run: Callable[[], object]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["puzzles", "holes", "drafts", "cost"])
+    parser.add_argument("what", choices=["puzzles", "holes", "drafts", "cost", "edits"])
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
@@ -207,6 +240,8 @@ def main() -> None:
         measure_holes(options.count)
     elif options.what == "drafts":
         measure_drafts(options.count)
+    elif options.what == "edits":
+        measure_edits(options.turns)
     else:
         measure_cost(options.turns)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockpress.ops import vocabulary
+from blockpress.ops import nucleus, vocabulary
 from blockpress.ops.linear import combine, linear
 from blockpress.ops.nucleus import Truncation
 from blockpress.ops.vocabulary import (
@@ -164,9 +164,10 @@ def test_a_draw_among_the_likeliest_is_one_of_the_whole_row(
     temperature, uniform = torch.rand(6, generator=generator) + 0.3, torch.rand(6, generator=generator).double()
     cut, before = Truncation(top_k=k, top_p=p, min_p=share), product.clone()
     scaled = passes.scaled_logits(product, 30.0, temperature)
-    left = cut(scaled[None])[0]
+    left = cut(scaled[None])[0]  # by sorting
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "FEW", 16)
+        patch.setattr(nucleus, "MANY", 200)
         drawn = blocks.draw(product, 30.0, temperature, uniform, None, cut)
     assert torch.equal(product, before)
     through = left.double().softmax(-1).cumsum(-1)

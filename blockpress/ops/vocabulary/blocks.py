@@ -36,8 +36,8 @@ from blockpress.ops.weight import Packed
 BUFFER = PRODUCTS
 """Most bytes of products held at a time: 256 rows of 262,144 bfloat16."""
 
-FEW, MORE = 1024, 16
-"""How many of a row's likeliest tokens are looked at for a truncated draw, and how many times as many after those."""
+FEW = 1024
+"""How many of a row's likeliest tokens are looked at for a truncated draw, before all are."""
 
 LARGE = 1 << 22
 """Bytes from which a buffer gets large pages; with small ones, page faults take a third of the product's time."""
@@ -148,7 +148,7 @@ def draw(
     """The sample of each row among the tokens that the truncation leaves; arguments as in `block_stats`. The products
     stay as they are.
 
-    A row's FEW likeliest tokens are looked at, and more of them only where these do not hold all that may be drawn.
+    A row's FEW likeliest tokens are looked at, and all of them only where these do not hold all that may be drawn.
     """
     rows, vocab = product.shape
     total = None
@@ -157,19 +157,20 @@ def draw(
     step = max(1, passes.AT_ONCE["cpu" if product.device.type == "cpu" else "other"] // vocab)
     drawn = torch.empty(rows, dtype=torch.int64, device=product.device)
     for start in range(0, rows, step):
-        left, few = torch.arange(start, min(start + step, rows), device=product.device), FEW
-        logits, sums = product[left[0] : left[-1] + 1], None if total is None else total[left]
+        chunk = slice(start, start + step)
+        logits, heat, draws = product[chunk], temperature[chunk], uniform[chunk]
+        sums = None if total is None else total[chunk]
         if bias is not None:
-            chunk = slice(start, start + step)
-            logits = bias.rows(chunk).added(scaled_logits(logits, cap, temperature[chunk]))
+            logits = bias.rows(chunk).added(scaled_logits(logits, cap, heat))
             sums = logits.logsumexp(-1)
-        while len(left):
-            falling, ids = logits.topk(min(few, vocab), dim=-1)
-            own = falling if bias is not None else scaled_logits(falling, cap, temperature[left])
-            tokens, ready = _draw_of(own, ids, sums, uniform[left], truncation)
-            ready |= few >= vocab
-            drawn[left[ready]] = tokens[ready]
-            left, logits, sums, few = left[~ready], logits[~ready], None if sums is None else sums[~ready], few * MORE
+        falling, ids = logits.topk(min(FEW, vocab), dim=-1)
+        own = falling if bias is not None else scaled_logits(falling, cap, heat)
+        tokens, ready = _draw_of(own, ids, sums, draws, truncation)
+        more = (~ready).nonzero()[:, 0]
+        if len(more) and vocab > FEW:
+            rest = logits[more] if bias is not None else scaled_logits(logits[more], cap, heat[more])
+            tokens[more] = plain.sample(truncation(rest[None]), draws[None, more])[0]
+        drawn[chunk] = tokens
     return drawn
 
 
