@@ -57,6 +57,7 @@ Traces = Annotated[
         metavar="URL", help="Send a span of each request there by OTLP; the extra otel. Also OTEL_ variables."
     ),
 ]
+Pull = Annotated[bool, typer.Option("--allow-pull", help="Let clients fetch models from the hub (Ollama's pull).")]
 Log = Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")]
 
 
@@ -75,6 +76,7 @@ def serve(
     replicas: Replicas = 1,
     lenient: Lenient = False,
     fetch_images: Fetch = False,
+    allow_pull: Pull = False,
     log_prompts: Log = False,
     otlp_traces_endpoint: Traces = None,
     dtype: options.Dtype = None,
@@ -96,7 +98,7 @@ def serve(
 
     _check_counts({"--max-body": max_body, "--memory": memory, "--replicas": replicas})
     shared: dict[str, Any] = {"lenient": lenient, "fetch_images": fetch_images, "log_prompts": log_prompts}
-    shared["otlp_traces_endpoint"] = otlp_traces_endpoint
+    shared |= {"allow_pull": allow_pull, "otlp_traces_endpoint": otlp_traces_endpoint}
     rules = ServeOptions(
         api_keys=tuple(api_key or filter(None, os.environ.get("BLOCKPRESS_API_KEY", "").split(","))),
         origins=tuple(allow_origin or ()),
@@ -108,9 +110,8 @@ def serve(
     called = name or (Path(model).name if os.path.exists(model) else model)
     types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     if replicas > 1:
-        limits = {"max-running": max_running, "max-waiting": max_waiting, "memory": memory, "max-body": max_body}
-        named = {option.replace("_", "-"): value for option, value in (types | shared).items()}
-        _serve_replicas(model, replicas, {"name": called, **limits, **named}, rules, host, port)
+        limits = {"max_running": max_running, "max_waiting": max_waiting, "memory": memory, "max_body": max_body}
+        _serve_replicas(model, replicas, {"name": called, **limits, **types, **shared}, rules, host, port)
         return
     from blockpress.lm import load
     from blockpress.serve import create_app
@@ -127,11 +128,12 @@ def _serve_replicas(
     from blockpress.serve.replicas import create_front
 
     command = [sys.executable, "-m", "blockpress", "serve", model]
-    for option, value in given.items():
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
         if value is True:
-            command += [f"--{option}"]
+            command += [option]
         elif value is not None and value is not False:
-            command += [f"--{option}", str(value)]
+            command += [option, str(value)]
     os.environ["BLOCKPRESS_API_KEY"] = ",".join(rules.api_keys)  # not on the command line, which all may read
     front = create_front(command, count, rules)
     _run(front, front.state.front.drain, rules, host, port)

@@ -19,15 +19,18 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from blockpress import __version__
+from blockpress.checkpoints.hub.cache import HubName
 from blockpress.costs import parameters
 from blockpress.decoding import Committed, Done
+from blockpress.errors import HubError
 from blockpress.serve.dialects import part_of
-from blockpress.serve.errors import _Refused, _UnknownModel
+from blockpress.serve.errors import _FieldError, _Refused, _UnknownModel
 from blockpress.serve.fields import Fields
 from blockpress.serve.infill import begin_fill
 from blockpress.serve.ollama_types import GenerateBody, OllamaBody, OllamaChatBody, hole_body, ollama_job, plain_name
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.prompts import has_template
+from blockpress.serve.pull import pulled
 from blockpress.serve.service import Running, Service, unless_gone
 from blockpress.serve.sse import JSONAnswer, ndjson_stream
 
@@ -216,22 +219,48 @@ async def show(body: NameBody, http: Request) -> dict[str, Any]:
 
 @router.post("/api/pull", response_model=None)
 async def pull(body: NameBody, http: Request) -> Response:
-    """Success for the served model, and a refusal for others: this server fetches nothing."""
+    """Fetch a model from the hub into the cache, where the server allows it; the served one is here already."""
     service: Service = http.app.state.service
     name = plain_name(body.model or body.name or "")
     try:
         service.check_model(name)
+        states = _already_here()
     except _UnknownModel:
+        states = pulled(service, _on_hub(name, service.options.allow_pull))
+    if body.stream is not False:
+        return ndjson_stream(http, states)
+    last = await unless_gone(_last(states), http)
+    return JSONAnswer(last)
+
+
+def _on_hub(name: str, allowed: bool) -> HubName:
+    """Raises _Refused: the server fetches none. _FieldError: there is no such name on a hub."""
+    if not allowed:
         why = f"model {name!r:.200} is not here, and this server fetches none"
-        raise _Refused(403, why, "run `blockpress pull` and `blockpress serve` with it") from None
-    if body.stream is False:
-        return JSONAnswer({"status": "success"})
+        hint = "start it with --allow-pull, or run `blockpress pull` and `blockpress serve` with it"
+        raise _Refused(403, why, hint)
+    wanted = HubName.parse(name)
+    if wanted is None:
+        raise _FieldError("model", f"model is {name!r:.200}, no name on the hub", "give owner/name")
+    return wanted
 
-    async def states() -> AsyncIterator[dict[str, Any]]:
-        for status in ("pulling manifest", "success"):
-            yield {"status": status}
 
-    return ndjson_stream(http, states())
+async def _already_here() -> AsyncIterator[dict[str, Any]]:
+    for status in ("pulling manifest", "success"):
+        yield {"status": status}
+
+
+async def _last(states: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    """Raises _Refused (502): the hub does not have it, or does not answer."""
+    last: dict[str, Any] = {}
+    try:
+        async for state in states:
+            last = state
+    except HubError as error:
+        raise _Refused(502, error.message, error.hint) from error
+    finally:
+        await states.aclose()  # type: ignore[attr-defined]
+    return last
 
 
 def _card(service: Service) -> dict[str, Any]:

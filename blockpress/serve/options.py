@@ -23,6 +23,7 @@ class ServeOptions:
     or waiting at once; further ones get status 429. keep_alive: seconds after which a silent stream gets a comment.
     patience: seconds that a body may take to arrive, that a client may take to read an event, and that answers are
     given to end when the server stops. lenient: fields that cannot be honoured are listed in `warnings`, not refused.
+    allow_pull: clients may fetch models from the hub into the cache of this machine.
     fetch_images: image addresses (http, https) are fetched, but never from private ranges. log_prompts: prompts and
     answers go into the log, too. otlp_traces_endpoint: where spans of requests are sent; None: where the OTEL_
     variables of the environment say, if they do.
@@ -38,6 +39,7 @@ class ServeOptions:
     keep_alive: float = 15.0
     patience: float = 30.0
     lenient: bool = False
+    allow_pull: bool = False
     fetch_images: bool = False
     log_prompts: bool = False
     otlp_traces_endpoint: str | None = None

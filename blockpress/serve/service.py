@@ -55,6 +55,7 @@ class Service:
         lm.answer = self._answer
         self._open = 0
         self._drain: asyncio.Task[None] | None = None
+        self.pulling = asyncio.Lock()
         self._computing: anyio.CapacityLimiter | None = None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,8 @@ import ollama
 import pytest
 
 from blockpress.serve import ServeOptions
-from tests.builders.chats import obedient_model
+from tests.builders.chats import obedient_model, save_seeing
+from tests.builders.hub_server import Hub, Repository, in_its_place
 from tests.builders.server import Served
 from tests.serve.conftest import PICTURE, Serve
 from tests.serve.test_infill import AFTER, BEFORE
@@ -187,11 +189,47 @@ def test_the_probes_of_clients_are_answered(chatty: Served):
     assert httpx.get(f"{chatty.url}/api/version", timeout=5).json()["version"].count(".") == 2
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with in_its_place(monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+def test_a_model_is_fetched_from_the_hub_where_the_server_allows_it(serve: Serve, hub: Hub, tmp_path: Path) -> None:
+    from blockpress.checkpoints.hub.cache import HubName, locate
+
+    made = tmp_path / "made"
+    save_seeing(made)
+    files = {path.name: path.read_bytes() for path in made.iterdir()}
+    hub.repositories["me/some-model"] = Repository(files)
+    served = serve(obedient_model(), "chatty", ServeOptions(allow_pull=True), reference=True)
+    client = ollama.Client(served.url)
+    states = list(client.pull("me/some-model", stream=True))
+    assert states[0].status == "pulling manifest"
+    assert [state.status for state in states[-3:]] == ["verifying sha256 digest", "writing manifest", "success"]
+    whole = [state for state in states if state.digest and state.completed == state.total]
+    assert {len(files["model.safetensors"])} <= {state.total for state in whole}
+    assert all(state.status == f"pulling {state.digest.partition(':')[2][:12]}" for state in whole)
+    name = HubName.parse("me/some-model")
+    assert name is not None
+    found = locate(name)
+    assert found is not None
+    assert (found.path / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert client.pull("me/some-model").status == "success"  # nothing is left to fetch
+    assert len(hub.of("model.safetensors")) == 1
+    for wrong, status in (("me/none", 502), ("llama3", 400), ("../etc/passwd", 400)):
+        with pytest.raises(ollama.ResponseError) as refused:
+            client.pull(wrong)
+        assert refused.value.status_code == status
+    with pytest.raises(ollama.ResponseError, match="me/none"):
+        list(client.pull("me/none", stream=True))
+
+
 def test_a_model_that_is_here_is_pulled_and_others_are_refused(client: ollama.Client):
     assert client.pull("chatty").status == "success"
     assert [state.status for state in client.pull("chatty:latest", stream=True)][-1] == "success"
     with pytest.raises(ollama.ResponseError, match="fetches none") as refused:
-        client.pull("llama3")
+        client.pull("me/some-model")
     assert refused.value.status_code == 403
 
 
