@@ -221,6 +221,15 @@ def test_a_conversation_has_several_turns_and_each_its_canvas(chatty: Served, vi
     assert blocks.count() >= 3  # a block is spoken as a whole
 
 
+def test_on_a_phone_the_newest_answer_is_in_sight_above_the_composer(chatty: Served, visit: Open) -> None:
+    page = visit(chatty, "/#chat", PHONE)
+    for number, text in enumerate(("count 30", "say hello", "count 60"), 1):
+        say(page, text)
+        until(page, f"document.querySelectorAll('.turn:not(.user) .meta').length === {number} && document.querySelector('#chat-send').textContent === 'Send'")  # fmt: skip
+    turn, composer = (page.locator(each).last.bounding_box() for each in (".turn", ".composer"))
+    assert 0 < turn["y"] < turn["y"] + turn["height"] <= composer["y"]
+
+
 def test_an_answer_is_stopped_and_frees_the_server(chatty: Served, visit: Open) -> None:
     page = visit(chatty)
     say(page, "count 900")

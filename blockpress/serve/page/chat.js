@@ -58,9 +58,9 @@ class Chat extends HTMLElement {
     this.hint.remove();
     this.find("text").value = "";
     this.messages.push({ role: "user", content: text });
-    const asked = this.turns.appendChild(make("div", { className: "turn user" }, make("p", { className: "words" }, text)));
+    this.turns.append(make("div", { className: "turn user" }, make("p", { className: "words" }, text)));
     const turn = this.answer(text);
-    asked.scrollIntoView({ block: "nearest" });
+    this.follow();
     const work = (this.work = new AbortController());
     this.find("send").textContent = "Stop";
     this.say("Writing …");
@@ -89,8 +89,14 @@ class Chat extends HTMLElement {
         this.work = null;
         this.find("send").textContent = "Send";
       }
-      this.turns.scrollTop = this.turns.scrollHeight;
+      this.follow();
     }
+  }
+
+  // The newest words stay in sight: in their column, or on a phone, where the page itself scrolls, above the composer.
+  follow() {
+    this.turns.scrollTop = this.turns.scrollHeight;
+    if (getComputedStyle(this.turns).overflowY === "visible") this.turns.lastElementChild?.scrollIntoView({ block: "nearest" });
   }
 
   // An answer that grows. What is final before its block ends is seen at once, and spoken with the block.
@@ -122,7 +128,7 @@ class Chat extends HTMLElement {
         words.setAttribute("aria-busy", !ends);
         if (event.reasoning) (thoughts.hidden = false), thought.append(event.reasoning);
         if (event.text) waiting.remove(), words.append(make("span", {}, event.text));
-        this.turns.scrollTop = this.turns.scrollHeight;
+        this.follow();
       },
       end: ({ text, finish_reason: reason, usage }) => {
         ready();
