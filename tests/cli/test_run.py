@@ -75,6 +75,16 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         0.1,
         "--max-verifications",
         2,
+        "--top-k",
+        5,
+        "--top-p",
+        0.9,
+        "--edit",
+        'logit_bias={"5": -1}',
+        "--edit",
+        "min_p=0.1",
+        "--edit",
+        "presence-penalty=0.5",
         "--stop",
         "7",
         "--stop",
@@ -98,6 +108,15 @@ def test_every_sampling_field_is_honoured(call: Call, untrained: Path, monkeypat
         "stop": ("7", "88"),
         "accept": None,  # rules are Python values, no flags
         "settle": None,
+        "logit_bias": {5: -1.0},
+        "allowed_token_ids": None,
+        "suppress_tokens": (),
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
     }
 
 

@@ -70,7 +70,9 @@ def start(script: str, threads: int = 1) -> subprocess.Popen[str]:
     code = BEGINNING.replace("THREADS", str(threads)) + textwrap.dedent(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
+    # What runs in the background of a shell ignores SIGINT, and would hand that on.
+    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, preexec_fn=heeds, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 def run(script: str, threads: int = 1) -> tuple[int, str, str]:
