@@ -5,6 +5,7 @@ docs/log.md.
 
 Run it:  python -m tests.constrain.measure_schemas --count 500        --files 'DIRECTORY/**/*.json' for schemas of yours
          python -m tests.constrain.measure_schemas --regex --count 200
+         python -m tests.constrain.measure_schemas --walk --files '...'        random texts of the automata, no network
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 
 from blockpress.config import PRESETS, GenerationConfig, Sampling
+from blockpress.constrain.automaton import _NothingMatches
+from blockpress.constrain.schema import schema_automaton
 from blockpress.errors import RequestError
 from blockpress.hardware import machine
 from blockpress.lm import LM
@@ -32,6 +35,7 @@ from blockpress.text import Tokenizer
 from tests.conftest import GEMMA, make_random_network
 from tests.constrain.given_schemas import SCHEMAS, random_schema, validator
 from tests.constrain.regex_cases import CASES
+from tests.constrain.walks import random_text
 
 
 def constraints(count: int, files: str | None, regex: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -54,15 +58,39 @@ def problems(text: str, regex: str | None = None, schema: Any = None) -> list[st
     return [error.message for error in validator(schema).iter_errors(json.loads(text))]
 
 
+def walk(name: str, schema: Any) -> str:
+    """What becomes of a schema, judged by six random texts of its automaton."""
+    try:
+        automaton = schema_automaton(schema)
+    except RequestError as error:
+        return "refused: a reference to another file" if "not part of" in error.message else "refused"
+    except _NothingMatches:
+        return "allows nothing"
+    for seed in range(6):
+        text = random_text(automaton, random.Random(seed), 200)
+        try:
+            found = problems(text, schema=schema)
+        except RecursionError:
+            return "not judged: jsonschema follows # for ever"
+        if found:
+            print(f"INVALID {name}: {text!r:.200} {found[0]:.200}", flush=True)
+            return "INVALID"
+    return "valid"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--files")
     parser.add_argument("--regex", action="store_true")
+    parser.add_argument("--walk", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
+    if options.walk:
+        print(Counter(walk(name, each["schema"]) for name, each in constraints(options.count, options.files, False)))
+        return
     config = replace(PRESETS["tiny"](), vocab_size=262_144, canvas_length=32, context_length=1024)
     lm = LM(
         path=Path(),
