@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blockpress.constrain.automaton import _TooLarge
-from blockpress.constrain.failing import failing_keywords, loss, with_others
+from blockpress.constrain.failing import failing_keywords, is_shallow, loss, with_others
 from blockpress.constrain.merge import (
     PLAIN,
     Flat,
@@ -106,6 +106,7 @@ class Alternatives:
             raise RequestError(f"schema {place} is {schema!r:.80}", hint="a schema is a mapping, true or false")
         key = (kind, schema_name(schema), depth)
         if key not in self._known:
+            self._known[key] = schema, []  # for a schema in itself
             self._known[key] = schema, find(schema, self._document.place(schema, place), depth)
         return self._known[key][1]
 
@@ -167,7 +168,8 @@ class Alternatives:
         if isinstance(target, Mapping) and self._document.recursive(target):
             if depth == 0:
                 self.cut = True
-                return []
+                found = find(target, place, 0) if find == self.failing else []
+                return [each for each in found if is_shallow(each.flat)]
             depth -= 1
         return find(target, self._document.place(target, below(place, name)), depth)
 
@@ -208,9 +210,9 @@ class Alternatives:
                     option = self._apart(option, part, [each.flat for each in covers[other]], where)
             result += option
         if not result and any(alternatives):
+            about = f"schema {place} has options that overlap, and no value is certain to satisfy one alone"
             raise RequestError(
-                f"schema {place} has options that overlap, and no value is certain to satisfy one alone",
-                hint="use anyOf, or give each option a constant of its own in a required property",
+                about, hint="use anyOf, or give each option a constant of its own in a required property"
             )
         return result
 

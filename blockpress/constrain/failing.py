@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from blockpress.constrain.merge import TYPES, Flat, canonical, not_schema, property_schema
+from blockpress.constrain.merge import TYPES, Flat, Synthetic, canonical, not_schema, property_schema
 
 
 def failing_keywords(own: Flat) -> Iterable[Flat]:
@@ -71,6 +71,12 @@ def _unlisted(values: Sequence[object]) -> Iterable[Flat]:
 
 def _is_closed(flat: Flat) -> bool:
     return flat.get("additionalProperties") is False and not flat.get("patternProperties")
+
+
+def is_shallow(flat: Flat) -> bool:
+    """Whether nothing within a value has to fail a schema, so that no recursion goes on there."""
+    inner = [*flat.get("properties", {}).values(), *(each[0] for each in flat.get("contains", ())), flat.get("items")]
+    return not any(isinstance(each, Synthetic) for each in inner)
 
 
 def with_others(one: Flat, rivals: Sequence[Flat]) -> Iterable[Flat]:

@@ -81,6 +81,10 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
         "oneOf": [{"type": "object", "properties": {"k": {"$ref": "#/$defs/cat"}, "n": {}}, "required": ["k"]},
         {"type": "object", "properties": {"k": {"$ref": "#/$defs/dog"}, "n": {}}, "required": ["k"]}]},
      [{"k": "cat", "n": 1}, {"k": "wolf"}], [{"k": "cow"}, {"n": 1}]),
+    ("oneOf beside a recursive option, at any depth", {"$defs": {"s": {"type": "object", "properties": {"in": {"oneOf": [
+        {"type": "object", "properties": {"x": {"type": "null"}}, "required": ["x"]}, {"$ref": "#/$defs/s"}]}},
+        "required": ["in"]}}, "$ref": "#/$defs/s"}, [{"in": {"x": None}}, {"in": {"in": {"x": None}}}],
+     [{"in": {}}, {"x": None}]),
     ("oneOf of which one has a key more", {"oneOf": [
         {"type": "object", "properties": {"a": {}, "b": {}}, "required": ["a", "b"]},
         {"type": "object", "properties": {"a": {}}, "required": ["a"]}]}, [{"a": 1}], [{"a": 1, "b": 1}, {"b": 1}]),
