@@ -4,8 +4,8 @@
 
 What does not satisfy a schema is itself a list of alternatives, one for each keyword that may be what fails.
 
-Invariant: each value of an alternative satisfies the schema. Not every value that does has an alternative: of
-`MAX_ALTERNATIVES` combinations the first count, and nothing is known to fail a format.
+Invariant: each value of an alternative satisfies the schema. Not every value that does has one: of `MAX_ALTERNATIVES`
+combinations the first count, and nothing is known to fail a format.
 Run it:  python -m pytest tests/constrain/test_schema.py
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockpress.constrain.automaton import _TooLarge
 from blockpress.constrain.failing import failing_keywords, is_shallow, loss, with_others
 from blockpress.constrain.merge import (
     PLAIN,
@@ -43,7 +42,7 @@ SINCE = {"const": 6, "contains": 6, "propertyNames": 6, "if": 7, "prefixItems": 
 """Drafts that first know a keyword: one that does not ignores it."""
 MAX_ALTERNATIVES = 128
 MAX_MERGED = 60_000
-"""Most pairs of alternatives that are tried together in one document."""
+"""Pairs of alternatives that are tried together in one document, from which on of each side the first four count."""
 MAX_OF_AN_OPTION = 8
 """Most alternatives that are tried to keep one option of a `oneOf` apart from the others."""
 
@@ -190,7 +189,7 @@ class Alternatives:
         """One alternative of each side together, but for pairs that no value satisfies. A long list stays whole."""
         self._merged += len(left) * len(right)
         if self._merged > MAX_MERGED:
-            raise _TooLarge("schema # has too many alternatives", hint="nest fewer anyOf, oneOf, not and if")
+            left, right = left[:4], right[:4]
         result = [
             Alternative(flat, min(one.depth, other.depth), one.seen | other.seen)
             for one in left
@@ -217,8 +216,7 @@ class Alternatives:
         return result
 
     def _apart(self, option: list[Alternative], part: Any, cover: list[Flat], where: str) -> list[Alternative]:
-        """What of an option's alternatives does not satisfy another option, of which every value satisfies one of
-        `cover`: where it can be all, or nearly, that alone."""
+        """What of an option fails another, whose values all satisfy one of `cover`: all of it where that can be."""
         result: list[Alternative] = []
         for one in option:
             if not any(self._meet(one.flat, other, where) for other in cover):
@@ -278,7 +276,7 @@ class Alternatives:
             target = self._document.follow(schema, "$ref", place)
             parts.append(self._once("cover", target, place, depth, self._cover))
         for part in parts:
-            if len(result) * len(part) <= MAX_ALTERNATIVES:
+            if len(result) * len(part) <= MAX_ALTERNATIVES and self._merged <= MAX_MERGED:
                 result = self._both(result, part)
         return result
 
