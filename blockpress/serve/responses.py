@@ -150,9 +150,9 @@ class _Answer:
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "text": {"format": _whole((body.text and body.text.format) or {"type": "text"})},
             "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
+            "tools": [_whole(tool) for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "presence_penalty": body.presence_penalty or 0.0,
@@ -178,6 +178,15 @@ class _Answer:
             "output_tokens_details": {"reasoning_tokens": reply.usage.reasoning_tokens},
             "total_tokens": prompt + reply.usage.completion_tokens,
         }
+
+
+def _whole(given: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a format as the answer repeats it: with all keys that Open Responses wants to see."""
+    if given.get("type") == "function":
+        return {"description": None, "parameters": None, "strict": None, **given}
+    if given.get("type") == "json_schema":
+        return {"description": None, **given, "strict": bool(given.get("strict"))}
+    return given
 
 
 def _code(error: BlockpressError) -> str:

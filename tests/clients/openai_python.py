@@ -3,9 +3,10 @@
 import json
 
 import openai
-from report import AB, CHATTY, NANO, PATH, PUZZLE, equal, feature, solved
+from report import AB, CHATTY, NANO, PATH, PUZZLE, RANDOM, equal, feature, solved
 
 client = openai.OpenAI(base_url=f"{CHATTY}/v1", api_key="none", max_retries=0)
+drawn = openai.OpenAI(base_url=f"{RANDOM}/v1", api_key="none", max_retries=0)
 TOOL = {"type": "function", "function": {"name": "ls", "parameters": PATH}}
 
 
@@ -67,6 +68,28 @@ def _():
 def _():
     with client.responses.stream(model="chatty", input="say 4", reasoning={"effort": "low"}) as stream:
         equal(stream.get_final_response().output_text, "4")
+
+
+@feature("suffix")
+def _():
+    answer = drawn.completions.create(model="random", prompt="The sky is ", suffix=" today.", max_tokens=4, seed=1)
+    equal(answer.choices[0].finish_reason in ("stop", "length"), True)
+    equal(bool(answer.choices[0].text), True)
+
+
+@feature("decisions")
+def _():
+    questions = [
+        {"type": "predicate", "name": "content", "instructions": "Is the customer content?"},
+        {"type": "choice", "instructions": "Which team?", "choices": [{"value": "delivery"}, {"value": "billing"}]},
+        {"type": "score", "instructions": "How upset?", "levels": [{"label": "calm"}, {"label": "angry"}]},
+    ]
+    answer = drawn.decisions.create(model="random", input="The parcel was late.", questions=questions)
+    equal([each.type for each in answer.answers], ["predicate", "choice", "score"])
+    equal(0 <= answer.answers[0].probability <= 1, True)
+    equal(round(sum(each.probability for each in answer.answers[1].probabilities), 6), 1.0)
+    equal(answer.answers[1].choice in ("delivery", "billing"), True)
+    equal(answer.usage.total_tokens > 0, True)
 
 
 @feature("error")

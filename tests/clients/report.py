@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-CHATTY, NANO = os.environ["CHATTY"], os.environ["NANO"]
+CHATTY, NANO, RANDOM = os.environ["CHATTY"], os.environ["NANO"], os.environ["RANDOM"]
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 PATH = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 AB = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}

@@ -3,8 +3,8 @@
     make clients        (or: python -m tests.clients.run [CLIENT ...])
 
 Each client is a script here that prints a line of JSON for each feature. It is given the address of a server with a model
-that does what it is told (`tests.builders.chats.Obedient`), and of `blockpress serve` with the shipped model. Environments
-are made once, under build/clients, from PyPI and npm.
+that does what it is told (`tests.builders.chats.Obedient`), of `blockpress serve` with the shipped model, and of a random
+chat checkpoint, which fills holes and decides. Environments are made once, under build/clients, from PyPI and npm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from tests.builders.chats import obedient_model
+import blockpress
+from tests.builders.chats import obedient_model, save_seeing
 from tests.builders.server import serving
 
 HERE = Path(__file__).parent
@@ -34,6 +35,8 @@ PYTHON = {
     "ollama_python.py": ("ollama", "ollama==0.6.3"),
     "litellm_python.py": ("litellm", "litellm"),
     "langchain_python.py": ("langchain", "langchain-openai"),
+    "typesafe_python.py": ("typesafe", "typesafe-sdk"),
+    "open_responses_python.py": ("openresponses", "openresponses-types httpx"),
 }
 """Scripts in Python: their environment, and what is installed in it."""
 NODE = ("openai_node.mjs", "anthropic_node.mjs", "ollama_node.mjs", "ai_node.mjs")
@@ -48,6 +51,8 @@ FEATURES = (
     "stop",
     "usage",
     "responses",
+    "suffix",
+    "decisions",
     "error",
     "cancel",
     "sudoku-nano",
@@ -60,7 +65,7 @@ def python_of(name: str, package: str) -> Path:
     if not python.exists():
         print(f"making {BUILD / name}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(BUILD / name)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *package.split()], check=True)
     return python
 
 
@@ -113,8 +118,13 @@ def main() -> int:
     torch.set_num_threads(1)
     chosen = set(sys.argv[1:])
     rows: dict[str, dict[str, str]] = {}
-    with serving(obedient_model(), "chatty", reference=True) as chatty, shipped() as nano:
-        addresses = {"CHATTY": chatty.url, "NANO": nano}
+    save_seeing(BUILD / "random")
+    with (
+        serving(obedient_model(), "chatty", reference=True) as chatty,
+        serving(blockpress.load(BUILD / "random"), "random") as drawn,
+        shipped() as nano,
+    ):
+        addresses = {"CHATTY": chatty.url, "NANO": nano, "RANDOM": drawn.url}
         for script, (name, package) in PYTHON.items():
             if not chosen or script in chosen:
                 rows[script] = asked([str(python_of(name, package)), str(HERE / script)], HERE, addresses)

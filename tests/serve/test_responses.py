@@ -354,3 +354,10 @@ def test_a_client_that_leaves_ends_its_answer(chatty: Served, client: openai.Ope
     with client.responses.create(model="chatty", input="count 900", stream=True) as stream:
         next(event for event in stream if event.type == "response.output_text.delta")
     assert chatty.idle() and len(chatty.engine.cancelled) == before + 1
+
+
+def test_a_tool_and_a_format_are_repeated_with_all_of_their_keys(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "name": "ab", "schema": {"type": "object"}}
+    repeated = ask(client, "say {}", tools=[LS, PATCH], text={"format": form}).to_dict()
+    assert repeated["tools"] == [{**LS, "description": None, "strict": None}, PATCH]
+    assert repeated["text"]["format"] == {**form, "description": None, "strict": False}
