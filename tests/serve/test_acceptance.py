@@ -8,8 +8,9 @@
 | a request with every field of OpenAI's library | `test_a_request_with_every_field_...` |
 | twenty turns with parallel calls, quotes, braces, nested JSON and thoughts | `test_a_loop_of_twenty_turns_...` |
 | fifty terse prompts, with and without a thought | `test_a_terse_answer_is_never_lost` |
+| two hundred schemas | `test_an_answer_is_valid_by_its_schema_or_says_that_it_was_cut` |
 
-Streams are in `test_openai.py`, soaks in `load.py`, schemas in tests/constrain, lm-eval in tests/clients.
+Streams are in `test_openai.py`, soaks in `load.py`, lm-eval in tests/clients.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 from typing import Any, get_type_hints
 
 import httpx
@@ -33,6 +35,7 @@ from blockpress.text import Tokenizer
 from tests import chat_tokenizer
 from tests.builders.chats import CANVAS, scripted_model
 from tests.builders.server import Served
+from tests.constrain.given_schemas import SCHEMAS, random_schema, validator
 from tests.serve.conftest import Serve
 
 PUZZLE = sudoku.layout(sudoku.generate_puzzle(seed=5, givens=45).puzzle)
@@ -245,3 +248,27 @@ def test_a_terse_answer_is_never_lost(serve: Serve) -> None:
         for first in range(0, 50, 10):
             answers = at_once([lambda n=n, effort=effort: ask(n, effort) for n in range(first, first + 10)])
             assert answers == [("PONG", 1)] * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_an_answer_is_valid_by_its_schema_or_says_that_it_was_cut(random: Served, first: int) -> None:
+    """Through OpenAI's library, with random weights and the published tokenizer; 3 of 4 are to be whole."""
+    create = openai.OpenAI(base_url=f"{random.url}/v1", api_key="none", max_retries=0).chat.completions.create
+    given = [*SCHEMAS, *(random_schema(Random(seed)) for seed in range(60))][first : first + 25]
+    whole = refused = 0
+    for number, schema in enumerate(given):
+        form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        asked: Any = {"model": "random", "messages": said("a"), "max_tokens": 160, "seed": number}
+        try:
+            [choice] = create(**asked, response_format=form, extra_body={"diffusion": {"steps": 2}}).choices
+        except openai.BadRequestError:
+            refused += 1
+            continue
+        if (choice.model_extra or {}).get("invalid"):
+            assert choice.finish_reason == "length"
+            continue
+        assert not list(validator(schema).iter_errors(json.loads(choice.message.content or "")))
+        whole += 1
+    assert whole >= 0.75 * (len(given) - refused)
+    assert refused <= 0.2 * len(given)
