@@ -279,7 +279,8 @@ def _distinct_items(flat: Flat, further: Any, place: str, parts: Parts) -> list[
     """Items of which any two have different values, for arrays that have each of them once at most."""
     values = parts.listed(further, below(place, "items"))
     if values is not None:
-        texts, size = [json.dumps(value, ensure_ascii=False) for value in values], -(-len(values) // MOST_DISTINCT)
+        texts = [json.dumps(value, ensure_ascii=False) for value in values]
+        size = max(1, -(-len(values) // MOST_DISTINCT))
         return [listed_texts(tuple(texts[i : i + size])) for i in range(0, len(texts), size)]
     plain = {"minimum": -(10**9), "maximum": 10**9}  # numbers in one form
     item = parts.value(further, below(place, "items"))

@@ -61,7 +61,7 @@ from blockpress.errors import RequestError
 
 COMPILED = 20
 """As how many states the work of making an automaton of any size counts."""
-STEPS = 10
+STEPS = 16
 """How many steps (`Work`) may be needed for each state."""
 MAX_SECONDS = 120.0
 """A last resort: what an automaton may need is limited by its states."""
@@ -211,7 +211,8 @@ class _Compiler:
         return [*{canonical(value): value for each in found for value in each.flat["enum"]}.values()]
 
     def _compile(self, parts: list[Expression], place: str) -> Automaton | None:
-        work = Work(min(self._steps.left, STEPS * self._limits.work // 4))
+        part = 1 if self._limits.enough == MAX_STATES else 4
+        work = Work(min(self._steps.left, STEPS * self._limits.work // part))
         self._steps.spend(work.left)
         try:
             result = compile_expression(parts[0] if len(parts) == 1 else Union(tuple(parts)), work)
