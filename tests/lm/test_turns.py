@@ -122,8 +122,8 @@ def test_the_thought_is_the_model_s_own_and_the_answer_is_held() -> None:
 def test_a_thought_that_its_budget_closes_is_followed_by_a_valid_answer(budget: int) -> None:
     turn = "<|channel>thought\nI think and think and think of it.<channel|>42<turn|>"
     reply = scripted(turn).chat(HI, thinking=True, thinking_budget=budget, regex="42|17", max_tokens=80)
-    assert (reply.text, reply.invalid, reply.usage.reasoning_tokens) == ("42", None, budget)
-    assert reply.usage.thought_cut
+    assert reply.text in ("42", "17")  # alike to this network, which would go on with its thought
+    assert (reply.invalid, reply.usage.reasoning_tokens, reply.usage.thought_cut) == (None, budget, True)
 
 
 def test_a_thought_that_the_prompt_leaves_open_is_ended_before_the_answer(lm: LM) -> None:
