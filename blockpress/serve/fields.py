@@ -274,9 +274,6 @@ def _canvas(sampling: Sampling, body: SamplingFields, asked: Mapping[str, Any]) 
 def _tokens(
     sampling: AutoregressiveSampling, body: SamplingFields, asked: Mapping[str, Any], refusals: Refusals
 ) -> AutoregressiveSampling:
-    changes: dict[str, Any] = {}
-    if body.temperature is not None:
-        changes["temperature"] = body.temperature
     if asked:
         refusals.refuse("diffusion", dict(asked), "the mode is autoregressive")
-    return sampling.with_(**changes)
+    return sampling if body.temperature is None else sampling.with_(temperature=body.temperature)

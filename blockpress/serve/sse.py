@@ -19,7 +19,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from blockpress.errors import BlockpressError, EngineError, one_line
-from blockpress.serve.errors import _mistake, anthropic_error, ollama_error, openai_error
+from blockpress.serve.errors import _mistake, error_body, ollama_error, openai_error
 from blockpress.serve.options import ServeOptions
 
 logger = logging.getLogger("blockpress.serve")
@@ -150,13 +150,13 @@ def cut_off(path: str, media_type: str, sent: int) -> bytes:
         sent: how many events went out before, at most.
     """
     error = EngineError("the replica that answered was lost", hint="send the request again")
+    body = error_body(path, error)
     if media_type.startswith("application/x-ndjson"):
-        return _line(ollama_error(error))
+        return _line(body)
     if not media_type.startswith("text/event-stream"):
         return b""
-    body = openai_error(error)
     if path.startswith("/v1/messages"):
-        return named("error", anthropic_error(error))
+        return named("error", body)
     if path.startswith("/v1/responses"):
         said = {"code": "server_error", "message": str(error), "param": None, **body}
         return named("error", {**said, "type": "error", "sequence_number": sent})
