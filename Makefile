@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # stay in one process, or every process would make what the file makes once; those with what takes long are handed out first.
 WORKERS ?= 0
 
-.PHONY: demo test test-fast check clients suites format readme clean format-check lint types contracts check-gpu bench-gpu
+.PHONY: demo test test-fast shapes check clients suites format readme clean format-check lint types contracts check-gpu bench-gpu
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -35,14 +35,28 @@ test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.developing
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# For while you write: what loads no oracle, interprets no kernel and takes no seconds, without checks of shapes (not even
-# the hook that would add them), and of what hypothesis draws a fifth.
+# For while you write: what loads no oracle, interprets no kernel and takes no seconds, and of what hypothesis draws a fifth.
 test-fast: WORKERS = 2
-test-fast: export JAXTYPING_DISABLE := 1
-test-fast: override PYTEST_ARGS += --jaxtyping-packages= --hypothesis-profile fast -m "not parity and not interpreter and not slow"
+test-fast: override PYTEST_ARGS += --hypothesis-profile fast -m "not parity and not interpreter and not slow"
 test-fast: test
 
-check: format-check lint types contracts test
+# The rooms where tensors travel, and what is tested there of parts alone: each call checks the shapes that its annotations
+# state, which takes most of its time. The doors (lm, text, config, cli) take wrong values on purpose, to refuse them by name.
+SHAPED := ops model diffusion quantize checkpoints decoding train evals
+SHAPED += engine.batch engine.cuda_graphs engine.attention engine.runner engine.canvas_state engine.denoising engine.kv_cache engine.modes
+SHAPED += constrain.constraint constrain.filling constrain.posterior constrain.tokens
+SHAPE_TESTS := $(addprefix tests/,ops model diffusion quantize multimodal decoding engine train evals)
+SHAPE_TESTS += $(foreach name,load packed gguf integers types save round_trip,tests/checkpoints/test_$(name).py)
+SHAPE_TESTS += $(foreach name,filling posterior tokens turns,tests/constrain/test_$(name).py)
+comma := ,
+space := $(subst ,, )
+shapes: export PYTHONDONTWRITEBYTECODE :=
+shapes: $(VENV)/.developing
+	@echo "== shapes" && $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --hypothesis-profile fast --quiet \
+		--jaxtyping-packages=$(subst $(space),$(comma),$(SHAPED:%=blockpress.%))$(comma)beartype.beartype \
+		-m "not parity and not interpreter and not slow and not end_to_end" $(SHAPE_TESTS)
+
+check: format-check lint types contracts test shapes
 
 format-check: $(VENV)/.developing
 	@echo "== format" && $(BIN)/ruff format --check .

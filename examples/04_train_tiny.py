@@ -15,7 +15,7 @@ from blockpress.train.initialise import initialise
 from blockpress.train.objective import Objective, TrainingBatch, draw_batch, losses
 from blockpress.train.optimizer import OptimizerConfig, build_optimizers, set_rates
 
-LENGTH, STEPS = 6, 400
+LENGTH, STEPS = 6, 300
 config = replace(tiny(), vocab_size=10, canvas_length=LENGTH, sliding_window=16)
 network, objective = Network(config), Objective(draws=2, stratified=True)
 initialise(network, seed=0)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -134,23 +133,9 @@ def file_limit() -> FileLimit:
     return limit
 
 
-@contextmanager
-def without_shape_checks() -> Iterator[None]:
-    """They take up to two thirds of the time, and whole answers are made of parts that are tested alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
-
-
 @pytest.fixture
-def unchecked() -> Iterator[None]:
-    with without_shape_checks():
-        yield
-
-
-@pytest.fixture
-def card(unchecked: None) -> Iterator[Card]:
-    """A stand-in for a GPU, without shape checks: each of them would be calls of torch, too."""
+def card() -> Iterator[Card]:
+    """A stand-in for a GPU."""
     with standin() as there:
         yield there
 

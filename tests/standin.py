@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -95,17 +95,29 @@ def line() -> str:
     return " < ".join(found) or "a test"
 
 
-def tensors(given: Any) -> Iterator[Tensor]:
+PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+"""What arguments are made of, but for tensors and containers: a call may have thousands of numbers."""
+
+
+def tensors(given: Any) -> list[Tensor]:
     """All tensors among the arguments of a call."""
-    if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, list | tuple):
-        for each in given:
-            yield from tensors(each)
-    elif isinstance(given, dict):
-        yield from tensors(list(given.values()))
-    elif isinstance(given, slice):
-        yield from tensors([given.start, given.stop, given.step])
+    found: list[Tensor] = []
+    add_tensors((given,), found)
+    return found
+
+
+def add_tensors(given: Iterable[Any], found: list[Tensor]) -> None:
+    for each in given:
+        if type(each) in PLAIN:
+            continue
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            add_tensors(each, found)
+        elif isinstance(each, dict):
+            add_tensors(each.values(), found)
+        elif isinstance(each, slice):
+            add_tensors((each.start, each.stop, each.step), found)
 
 
 def there(device: Any) -> bool:
@@ -122,6 +134,10 @@ def decides_sizes(name: str, found: Sequence[Tensor], kwargs: dict[str, Any]) ->
 
 def carded(result: Any) -> Any:
     """A result with its tensors on the card."""
+    if type(result) is Tensor:
+        return result.as_subclass(OnCard)
+    if type(result) in PLAIN or isinstance(result, Tensor):
+        return result
     return tree_map(lambda x: x.as_subclass(OnCard) if type(x) is Tensor else x, result)
 
 
@@ -167,7 +183,7 @@ class Card(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func.__name__
-        found = list(tensors((args, kwargs)))
+        found = tensors((args, kwargs))
         asked = kwargs.get("device")
         ours = there(asked) or name in ("to", "cuda", "pin_memory", "is_pinned")
         if not ours and not any(isinstance(x, OnCard) for x in found):

@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from blockpress.cli import parity
 from blockpress.hardware import Rates, disk, speed
 from blockpress.ops import compiled, kernels
 from blockpress.train import data
+from tests.forks import python
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
 
@@ -331,7 +331,7 @@ def test_an_answer_comes_without_a_home_and_without_a_compiler(tmp_path: Path) -
     texts = []
     for environment in ({}, {"PATH": str(tmp_path)}, {"XDG_CACHE_HOME": "/proc/none"}):
         kept = {key: value for key, value in os.environ.items() if key != "HOME" or not environment} | environment
-        done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+        done = subprocess.run([*python(), "-c", code], env=kept, capture_output=True, text=True)
         assert not done.stderr, done.stderr
         texts.append(done.stdout)
     assert texts[0].startswith("[") and texts == [texts[0]] * 3

@@ -18,8 +18,6 @@ from blockpress.quantize.encoders import format_named
 from blockpress.quantize.synthetic import synthesize
 from tests.conftest import FileLimit, RandomNetwork
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

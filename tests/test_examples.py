@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from blockpress.checkpoints import save_checkpoint
 from blockpress.config import GenerationConfig, ModelConfig
 from tests import chat_tokenizer
+from tests.forks import python
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -43,7 +43,7 @@ def asked(tmp_path: Path, tiny: ModelConfig, random_network: Any) -> dict[str, l
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path: Path, tmp_path: Path, asked: dict[str, list[str]]) -> None:
     done = subprocess.run(
-        [sys.executable, str(path), *asked.get(path.name, [])],
+        [*python(), str(path), *asked.get(path.name, [])],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

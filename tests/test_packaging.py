@@ -27,7 +27,6 @@ from blockpress.errors import BlockpressError, EngineError
 from blockpress.lm import LM, load
 from blockpress.ops import compiled
 
-pytestmark = pytest.mark.usefixtures("unchecked")
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "blockpress"
 COMMANDS = {

@@ -23,8 +23,6 @@ from blockpress.engine.scheduler import ScheduledRequest
 from blockpress.errors import BlockpressError, Overloaded, RequestError
 from blockpress.hardware import Peak
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 CPU = torch.device("cpu")
 MACHINE = costs.Device(name="a machine", bandwidth=1e9, rates={"float32": 1e9}, memory=1 << 30)
 PROMPT, ROWS, STEPS = 10, 3, 4

@@ -16,7 +16,6 @@ from torch import Tensor
 from blockpress.checkpoints import load_network
 from blockpress.errors import BlockpressError
 from blockpress.model import Network
-from tests.conftest import without_shape_checks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -70,7 +69,7 @@ def figures(network: Network) -> Tensor:
     draw = torch.Generator().manual_seed(7)
     prompt = torch.randint(0, network.config.vocab_size, (1, 11), generator=draw)
     canvas = torch.randint(0, network.config.vocab_size, (1, network.config.canvas_length), generator=draw)
-    with torch.no_grad(), without_shape_checks():
+    with torch.no_grad():
         hidden, cache = network.read(prompt, network.empty_cache(1))
         first = network.logits(network.denoise(canvas, cache, None))
         again = network.logits(network.denoise(canvas, cache, network.soft_embedding(first)))

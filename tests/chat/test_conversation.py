@@ -38,8 +38,6 @@ from tests.builders.chats import scripted_model as model
 from tests.chat_tokenizer import TOKENIZER, backend, ids
 from tests.conftest import num_examples
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 RESULT = 'response:ls{value:<|"|>{"ok": true}<|"|>}<tool_response|>'
 HI = [{"role": "user", "content": "Hi"}]
 ZIP = {"type": "object", "properties": {"zip": {"type": "string"}}}

@@ -31,8 +31,6 @@ from tests.builders.chats import save_seeing
 
 from . import published
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 PICTURE_TOKENS = ["<|image>", "<image|>", "<|video|>"]
 TEMPLATE = ChatTemplate.own().source
 SHORT = Sampling(steps=4)

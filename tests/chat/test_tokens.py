@@ -21,8 +21,6 @@ from tests.chat_tokenizer import TOKENIZER, ids
 
 from .test_conversation import HI, RESULT, THOUGHT, After, check_joined, thinker
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 
 class Speaking(Scripted):
     """Its next token is the first that its script goes on with; where that is banned, an "x"."""

@@ -30,7 +30,7 @@ from blockpress.model.layers import packed_weights
 from tests.builders.files import INDEX, SINGLE, bits, change_json, refusal
 from tests.builders.quantised import FORMS, write
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
+pytestmark = [pytest.mark.slow, pytest.mark.end_to_end]
 
 NAMES = ("fp8 channel", "int8 group asymmetric", "int4 group asymmetric", "nvfp4", "modelopt nvfp4")
 QUERY = "model.decoder.layers.0.self_attn.q_proj"

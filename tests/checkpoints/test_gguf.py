@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,6 +34,7 @@ from blockpress.lm import LM
 from blockpress.model.layers import packed_weights
 from tests.builders.files import check_runs_as, figures
 from tests.builders.gguf_files import encode, narrow, refusal, weights_of, wide, write_gguf
+from tests.forks import python
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -104,7 +104,7 @@ def test_without_the_package_its_extra_is_named(config: ModelConfig, tmp_path: P
         "load_gguf_network(sys.argv[2])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "ours.gguf"), str(tmp_path / "other.gguf")],
+        [*python(), "-c", code, str(tmp_path / "ours.gguf"), str(tmp_path / "other.gguf")],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.stdout == "loaded\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from blockpress.checkpoints.gguf.load import open_gguf
 from blockpress.config import ModelConfig
 from blockpress.errors import CheckpointError, ConfigError, DamagedFile
 from tests.builders.gguf_files import narrow, write_gguf
+from tests.forks import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def file(tiny: ModelConfig, tmp_path: Path) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's address-space limit")
 def test_random_damage_is_refused_or_harmless(file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.builders.gguf_breaker", str(file), "60", "1"],
+        [*python(), "-m", "tests.builders.gguf_breaker", str(file), "60", "1"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

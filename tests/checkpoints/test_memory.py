@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from blockpress.checkpoints.names import published_name
 from blockpress.config import PRESETS, ModelConfig
 from blockpress.model import Network
 from tests.builders.files import INDEX
+from tests.forks import python
 
 MIB = 2**20
 # What Python, torch and the allocator keep for themselves on the way (measured: 1 to 23 MiB).
@@ -117,7 +117,7 @@ def peaks(workspace: Path) -> Peaks:
     hollow(folder / "first", TINY, 1)
     cases = {"shards": (WHOLE, 4), "cast": (MEDIUM, 1), "saved": (SMALL, 1)}
     sizes = {name: hollow(folder / name, config, shards) for name, (config, shards) in cases.items()}
-    command = [sys.executable, "-c", MEASURE, str(folder), str(SHARD)]
+    command = [*python(), "-c", MEASURE, str(folder), str(SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {name: (int(peak), sizes[name]) for name, peak in zip(cases, done.stdout.split(), strict=True)}

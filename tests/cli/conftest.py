@@ -45,11 +45,6 @@ class Screen(io.StringIO):
 Call = Callable[..., Ended]
 
 
-@pytest.fixture(autouse=True)
-def whole_commands(unchecked: None) -> None:
-    """Commands run whole models."""
-
-
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """`call("sudoku", "--random", 1, stdin="", screen=None)`; with a `Screen`, that is stdout."""

@@ -24,6 +24,7 @@ from blockpress.text.builder import write_digits_tokenizer
 from tests.builders.gguf_files import wide, write_gguf
 from tests.builders.hub_server import Hub, Repository, in_its_place
 from tests.conftest import RandomNetwork
+from tests.forks import python
 
 from .conftest import Call, Screen
 
@@ -176,7 +177,7 @@ class TestPull:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
 
         def start(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "blockpress", *arguments]
+            command = [*python(), "-m", "blockpress", *arguments]
             return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120)
 
         assert start("pull", NAME).returncode == 0
@@ -188,7 +189,7 @@ def on_a_terminal(hub: Hub, home: Path, typed: bytes, *arguments: str) -> tuple[
     """A command on a pseudo-terminal, in a process of its own: how it ended and what stood on the screen."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "TERM": "xterm", "COLUMNS": "200"}
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "blockpress", *arguments]
+    command = [*python(), "-m", "blockpress", *arguments]
     started = subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
     os.close(theirs)
     os.write(ours, typed)

@@ -13,6 +13,7 @@ from blockpress.checkpoints import resolve
 from blockpress.cli import main as cli
 from blockpress.cli import show
 from blockpress.errors import BlockpressError
+from tests.forks import python
 
 from .conftest import Call
 
@@ -20,7 +21,7 @@ EASY = "530678912672190348198302567850761423426853791713904856061537284287419635
 
 
 def start(*arguments: str, code: str = "", **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "blockpress", *arguments]
+    command = [sys.executable, "-c", code] if code else [*python(), "-m", "blockpress", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
 
 

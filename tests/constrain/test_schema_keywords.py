@@ -197,7 +197,7 @@ ANSWERED = [schema for schema in SCHEMAS if len(json.dumps(schema)) < 130][::4]
 
 
 @pytest.mark.parametrize("number", range(len(ANSWERED)))
-def test_answers_of_a_random_network_are_valid_or_cut(number: int, tiny_chat: LM, unchecked: None) -> None:
+def test_answers_of_a_random_network_are_valid_or_cut(number: int, tiny_chat: LM) -> None:
     schema = ANSWERED[number]
     reply = tiny_chat.generate("a", 60, schema=schema, sampling=replace(Sampling(), steps=2), seed=number)
     assert reply.text is not None

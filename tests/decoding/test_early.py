@@ -21,6 +21,9 @@ PUZZLES = [sudoku.layout(puzzle.puzzle) for puzzle in sudoku.held_out(0, 4)]
 STOP = 1
 
 
+pytestmark = pytest.mark.end_to_end
+
+
 @pytest.fixture(scope="module")
 def engine() -> LM:
     return blockpress.load("sudoku-nano")

@@ -23,7 +23,7 @@ from blockpress.diffusion.pins import UNPINNED
 from blockpress.model import Network
 from tests.conftest import make_random_network, num_examples
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 VOCAB, CANVAS, STOP = 12, 6, 1
 CONFIG = replace(PRESETS["tiny"](), vocab_size=VOCAB, canvas_length=CANVAS, sliding_window=8, image_id=None)

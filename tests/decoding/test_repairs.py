@@ -26,7 +26,7 @@ from tests.conftest import make_random_network
 
 from .test_scoring import CANVAS, CONFIG, LOOSE, PROMPTS, VOCAB, replies, truth
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 BELOW = 0.05
 REPAIRED = LOOSE.with_(max_repairs=3, repair_below=BELOW)

@@ -28,7 +28,7 @@ from tests.conftest import make_random_network
 from .test_autoregressive import Told
 from .test_scoring import CANVAS, CONFIG, LOOSE, PROMPTS, VOCAB, replies
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 ALL = LOOSE.with_(max_verifications=CANVAS)
 """Every check proves a token, so that each canvas ends in agreement."""

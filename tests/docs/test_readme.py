@@ -10,8 +10,6 @@ import pytest
 
 from tests.docs.readme import CURRENT, HELP, README, ROOT, command_names, render, run_command, tree_in, tree_on_disk
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`]+)`")
 SETTING = re.compile(r"^(?:\w+=\S* +)+")  # BLOCKPRESS_ISA=avx2 in front of a command

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.attention import PagedAttention, TritonPagedAttention, build_attention, kernels_for
 from blockpress.engine.kv_cache import KVCache
 from blockpress.ops import vocabulary
+from tests.forks import python
 
 from .driver import AnySampling, drive, prompts, reply, row
 from .special import CONFIG, SHORT, InTorch, damped, on_paper, poison, special
@@ -90,7 +90,7 @@ def test_span_attention_gives_the_tokens_of_page_attention() -> None:
 def test_triton_attention_gives_the_tokens_of_page_attention() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", "from tests.engine.test_attention import interpreted; interpreted()"]
+    command = [*python(), "-c", "from tests.engine.test_attention import interpreted; interpreted()"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "alike\n", done.stderr

@@ -16,11 +16,10 @@ from blockpress.constrain.turns import THOUGHT, THOUGHT_END, Turn
 from blockpress.decoding import Committed, Denoised, Done
 from blockpress.engine import EngineCore, Request
 
-from ..conftest import without_shape_checks
 from .driver import drive, prompts, reference_reply, reply, row
 from .test_same_bits import MIXED, OTHERS, ROOMY, bits, network, run
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192, hidden_size=34, vocab_size=77)
 VOCABULARY = TokenBytes(
@@ -62,8 +61,7 @@ def made(count: int) -> list[Callable[[], Request]]:
 @pytest.fixture(scope="module")
 def alone() -> list[list[object]]:
     """What each request tells when it is alone in its engine."""
-    with without_shape_checks():
-        return [run(network(torch.float32, CONFIG), [make])[0][0] for make in made(8)]
+    return [run(network(torch.float32, CONFIG), [make])[0][0] for make in made(8)]
 
 
 @pytest.mark.parametrize("size", [2, 8])

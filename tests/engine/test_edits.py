@@ -12,12 +12,11 @@ from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.constrain import ConstraintState
 from blockpress.engine import EngineCore, Request
 
-from ..conftest import without_shape_checks
 from .driver import drive, prompts, reference_reply, reply, row
 from .test_constrained import CONFIG, held
 from .test_same_bits import OTHERS, ROOMY, network, run
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 STEPS = Sampling(steps=3, confidence=0.0, t_max=1.5)
 WARM = AutoregressiveSampling(temperature=1.2)
@@ -60,8 +59,7 @@ def made(mixed: Any = MIXED) -> list[Callable[[], Request]]:
 @pytest.fixture(scope="module")
 def alone() -> list[list[object]]:
     """What each request tells when it is alone in its engine."""
-    with without_shape_checks():
-        return [run(network(torch.float32, CONFIG), [make])[0][0] for make in made()]
+    return [run(network(torch.float32, CONFIG), [make])[0][0] for make in made()]
 
 
 @pytest.mark.parametrize("chosen", [slice(0, 2), slice(2, 6), slice(None, None, -1)])

@@ -23,7 +23,7 @@ from .driver import AnySampling, drive, reference_reply, reply, row
 from .special import damped
 from .test_faults import BrokenTurn, held
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=3, confidence=0.0)

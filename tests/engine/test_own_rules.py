@@ -19,7 +19,7 @@ from .driver import AnySampling, drive, prompts, reference_reply, reply, row
 from .special import CONFIG as CAPTURED
 from .special import asked, damped, on_paper
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 ROOM = EngineOptions(memory=1 << 22)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from blockpress.hardware import isa, processor
 from blockpress.model import Network
 from blockpress.ops.integers import quantized
 from blockpress.ops.packed import HalfFloats
+from tests.forks import python
 
 from ..conftest import make_random_network
 from ..ops import layouts
@@ -65,9 +65,10 @@ def made(count: int, config: ModelConfig = CONFIG, mixed: Sequence[tuple[AnySamp
     """Functions that make each request anew: a request runs once."""
 
     def maker(index: int, prompt: list[int], sampling: AnySampling, logprobs: int | None):  # type: ignore[no-untyped-def]
-        return lambda: Request(row(config, index, prompt, sampling, logprobs=logprobs), sampling)
+        room = config.canvas_length + 3 if isinstance(sampling, Sampling) else 6  # one canvas and some of the next
+        return lambda: Request(row(config, index, prompt, sampling, logprobs=logprobs, max_tokens=room), sampling)
 
-    given = prompts(config, count, 60, seed=7, shared=20)
+    given = prompts(config, count, 40, seed=7, shared=20)
     return [
         maker(i, prompt, *how) for i, (prompt, how) in enumerate(zip(given, islice(cycle(mixed), count), strict=True))
     ]
@@ -107,7 +108,7 @@ def check(net: Network, sizes: Sequence[int], options: Sequence[str] = (), confi
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_a_request_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     """Through the public engine: alone, and as one of 2, 6 and 7, in all modes at once."""
     makers, net = made(7), network(dtype)
@@ -120,7 +121,7 @@ def test_a_request_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("options", OTHERS)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(options: str, dtype: torch.dtype) -> None:
     check(network(dtype), [7], [options])
 
@@ -130,7 +131,7 @@ SHAPES = [None, "[AB]{3,40}", r"[^A]*A(B|[C-Z]{2})*", None, "(AB|C)*D", r"[^Z]{2
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_constraints_keep_the_bits_of_their_rows_and_of_all_others(dtype: torch.dtype) -> None:
     net, texts = network(dtype), [None, None, *[bytes([token + 46]) for token in range(2, CONFIG.vocab_size)]]
     constraints = [shape and Constraint.of(parse_regex(shape), TokenBytes(texts), [1], shape) for shape in SHAPES]
@@ -157,7 +158,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_packed_weights_keep_the_bits(kind: str) -> None:
     net = network(torch.float32)
     for seed, name in enumerate(sorted((multiplied if kind == "int8" else packable)(net))):
@@ -166,7 +167,7 @@ def test_packed_weights_keep_the_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_pictures_keep_the_bits(dtype: torch.dtype) -> None:
     """A picture is read as a whole, next to text that is read in chunks."""
     net, [text, picture] = network(dtype), made(2, mixed=[(STEPS, None), (STEPS, 2)])
@@ -186,24 +187,24 @@ def test_pictures_keep_the_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_two_dozen_requests_have_the_bits_of_each_alone(dtype: torch.dtype) -> None:
     check(network(dtype), [24], OTHERS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("how", ["no C++", *(level for level in processor().levels if level != isa())])
-def test_bits_stay_the_same_at_every_isa_level_and_without_cpp(how: str, threads: int) -> None:
-    code = f"from tests.engine import test_same_bits as own; own.compare({threads})"
+def test_bits_stay_the_same_at_every_isa_level_and_without_cpp(how: str) -> None:
+    code = "from tests.engine import test_same_bits as own; own.compare()"
     chosen = {"BLOCKPRESS_NATIVE": "0"} if how == "no C++" else {"BLOCKPRESS_ISA": how}
     environment = os.environ | chosen | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*python(), "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def compare(threads: int) -> None:
+def compare() -> None:
     """Run in a process of that level."""
-    torch.set_num_threads(threads)
-    for dtype in TYPES:
-        check(network(dtype), [2, 6], ["chunks of 7"])
+    for threads, size, options in ((1, 2, []), (2, 6, ["chunks of 7"])):
+        torch.set_num_threads(threads)
+        for dtype in TYPES:
+            check(network(dtype), [size], options)

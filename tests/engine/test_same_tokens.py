@@ -20,7 +20,7 @@ from ..conftest import make_random_network
 from .driver import AnySampling, drive, prompts, reference_reply, reply, row
 from .special import damped
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192, num_experts=8)  # so many that they are grouped
 SHORT = Sampling(steps=4, confidence=0.0)

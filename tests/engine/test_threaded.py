@@ -22,7 +22,7 @@ from blockpress.model import Network
 from .driver import drive, prompts, reference_reply, reply, row
 from .special import damped
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SHORT = Sampling(steps=4, confidence=0.0)

@@ -29,6 +29,7 @@ from ..standin import Card, Tally, plain_torch
 from .driver import AnySampling, drive, prompts, reply, row, submitted
 from .special import CONFIG, SHORT, damped, special
 
+pytestmark = pytest.mark.end_to_end
 GREEDY = AutoregressiveSampling()
 WARM = AutoregressiveSampling(temperature=1.2, top_k=20, top_p=0.9)
 ROOMY = EngineOptions(memory=1 << 23)
@@ -78,7 +79,7 @@ def watched(card: Card, core: EngineCore) -> list[tuple[Sequence[ScheduledReques
 
 def asked(how: Sequence[AnySampling], logprobs: int | None = None, longest: int = 30, **changes: Any) -> list[Request]:
     """Random prompts; those of canvases deny and pin."""
-    given, changes = prompts(CONFIG, len(how), longest, seed=7, shared=14), {"max_tokens": 20, **changes}
+    given, changes = prompts(CONFIG, len(how), longest, seed=7, shared=14), {"max_tokens": 14, **changes}
     rows = [
         special(i, given[i], one, logprobs=logprobs, **changes)
         if isinstance(one, Sampling)

@@ -297,7 +297,7 @@ SCHEMA = {
     "sampling", [Sampling(steps=2), AutoregressiveSampling(temperature=1.0)], ids=["diffusion", "autoregressive"]
 )
 def test_random_weights_write_valid_json_over_the_published_vocabulary(
-    gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork, unchecked: None, sampling: Any
+    gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork, sampling: Any
 ) -> None:
     network = random_network(replace(tiny, vocab_size=262_144, canvas_length=32, context_length=512))
     model = LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1, 106)), tokenizer=gemma)

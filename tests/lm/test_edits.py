@@ -18,8 +18,6 @@ from blockpress.lm.execute import run_reference
 from blockpress.model import Network
 from blockpress.text import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # the parts have tests of their own
-
 RandomNetwork = Callable[..., Network]
 SHORT = Sampling(steps=3, t_max=1.5)
 PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")

@@ -22,10 +22,7 @@ from blockpress.engine.kv_cache import KVCache
 from blockpress.errors import EngineError, RequestError
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
-from tests.conftest import without_shape_checks
 from tests.engine.special import damped
-
-pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192)
 SAMPLING = Sampling(steps=4, confidence=0.0)
@@ -46,10 +43,9 @@ def lm() -> Iterator[LM]:
 
 @pytest.fixture(scope="module")
 def alone() -> list[Reply]:
-    with without_shape_checks():
-        lm = make()
-        lm.answer = run_reference
-        return [lm.generate(prompt, max_tokens=40, seed=3) for prompt in PROMPTS]
+    lm = make()
+    lm.answer = run_reference
+    return [lm.generate(prompt, max_tokens=40, seed=3) for prompt in PROMPTS]
 
 
 def stats(lm: LM) -> EngineStats:

@@ -28,8 +28,6 @@ from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from tests.engine.special import damped
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 CONFIG = replace(PRESETS["tiny"](), context_length=64)
 SHORT = Sampling(steps=2, confidence=0.0)
 NUMBERS = [

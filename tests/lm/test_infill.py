@@ -29,8 +29,6 @@ from blockpress.text import Tokenizer
 from ..chat_tokenizer import TOKENIZER as CHAT
 from ..conftest import num_examples
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # the parts have tests of their own
-
 RandomNetwork = Callable[..., Network]
 SHORT = Sampling(steps=2)
 PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")

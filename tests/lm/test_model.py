@@ -21,8 +21,6 @@ from blockpress.lm import LM
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 CONFIG: ModelConfig = replace(PRESETS["tiny"](), vocab_size=16, canvas_length=8, context_length=40)
 CANVAS = CONFIG.canvas_length
 CONTEXT = CONFIG.context_length

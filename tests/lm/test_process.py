@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.forks import python
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +73,7 @@ def start(script: str, threads: int = 1) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # What runs in the background of a shell ignores SIGINT, and would hand that on.
     heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, preexec_fn=heeds, **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen([*python(), "-c", code], text=True, env=environment, preexec_fn=heeds, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 def run(script: str, threads: int = 1) -> tuple[int, str, str]:

@@ -24,10 +24,7 @@ from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Network
 from blockpress.ops.computing import computing
-from tests.conftest import without_shape_checks
 from tests.engine.special import damped
-
-pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONFIG = replace(PRESETS["tiny"](), context_length=64)
 HOT = AutoregressiveSampling(temperature=0.8, top_k=9, top_p=0.9)
@@ -129,8 +126,7 @@ def network() -> Network:
 
 @pytest.fixture(scope="module")
 def plain(network: Network) -> tuple[list[Any], Tensor]:
-    with without_shape_checks():
-        return answers(network)
+    return answers(network)
 
 
 @pytest.mark.parametrize(

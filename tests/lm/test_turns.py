@@ -24,8 +24,6 @@ from tests.chat.published import SOURCE as PUBLISHED
 from tests.chat.test_conversation import HI, model
 from tests.chat_tokenizer import TOKENIZER, VOCABULARY, ids
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 RandomNetwork = Callable[..., Network]
 SAMPLINGS = [Sampling(steps=3), AutoregressiveSampling(temperature=1.0)]
 SCHEMA = {

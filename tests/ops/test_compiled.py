@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from blockpress.errors import ConfigError
 from blockpress.hardware import isa, processor
 from blockpress.ops import compiled
+from tests.forks import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
@@ -103,5 +103,5 @@ def test_the_operations_agree_at_lower_levels(level: str) -> None:
         "assert {check.status for check in checks} == {'ok'}, checks"
     )
     environment = os.environ | {"BLOCKPRESS_ISA": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*python(), "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

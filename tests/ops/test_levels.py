@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from blockpress.hardware import isa, processor
 from blockpress.ops import compiled
 from blockpress.ops.cpu import bridge
+from tests.forks import python
 from tests.model import test_fused as layers
 from tests.ops import test_cpu as operations
 from tests.ops import test_integers as integers
@@ -63,5 +63,5 @@ def compare(level: str) -> None:
 def test_every_isa_level_gives_the_same(level: str) -> None:
     code = f"from tests.ops import test_levels\ntest_levels.compare({level!r})"
     environment = os.environ | {"BLOCKPRESS_ISA": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*python(), "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

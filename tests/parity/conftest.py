@@ -16,7 +16,7 @@ Report = Callable[[str, float, float], None]
 
 
 @pytest.fixture(autouse=True)
-def no_grad(unchecked: None) -> Iterator[None]:
+def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from blockpress.quantize.encoders import FORMATS, Format, format_named, quantiza
 from blockpress.quantize.recipe import make_recipe
 from tests.builders.files import change_json, change_tensors, figures, same, snapshot, tensors_of
 from tests.conftest import RandomNetwork
+from tests.forks import python
 from tests.quantize.oracle import restore
 
 pytestmark = pytest.mark.parity
@@ -332,7 +332,7 @@ def test_memory_does_not_grow_with_the_checkpoint(workspace: Path) -> None:
     for layers in (2, 6):
         config = replace(LARGE, layers=LARGE.layers[:layers], vocab_size=1024)
         sizes = hollow(workspace / f"hollow{layers}", config, layers)
-        command = [sys.executable, "-c", MEASURE, str(workspace / f"hollow{layers}"), str(workspace / f"small{layers}")]
+        command = [*python(), "-c", MEASURE, str(workspace / f"hollow{layers}"), str(workspace / f"small{layers}")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peaks.append((int(done.stdout), 2 * sum(sizes.values())))

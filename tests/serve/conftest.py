@@ -35,11 +35,6 @@ PICTURE = picture()
 SHORT = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 
 
-@pytest.fixture(autouse=True)
-def _unchecked(unchecked: None) -> None:
-    """Shapes are checked where the parts are tested."""
-
-
 @pytest.fixture(scope="session")
 def nano() -> Iterator[Served]:
     with serving(blockpress.load("sudoku-nano"), "sudoku-nano") as served:

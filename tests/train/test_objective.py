@@ -351,7 +351,7 @@ def test_an_untrained_network_has_the_loss_of_guessing(small: ModelConfig, condi
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.end_to_end
 def test_eight_rows_are_memorised(small: ModelConfig):
     """Both parts fall to almost nothing: the first token tells the row, so all that follows can be known."""
     network = Network(small)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,13 +24,14 @@ from blockpress.train.objective import Draw, Objective, TrainingBatch, draw_batc
 from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.rollouts import Rollouts
 from blockpress.train.trainer import Trainer
+from tests.forks import python
 
 # With these bounds the canvases of `network` settle after three steps to some dozen.
 EASY = Sampling(steps=12, t_max=0.8, t_min=0.4, entropy_bound=2.0, stability=1, confidence=0.5)
 SHAPES = [(4, 3), (7, 1), (3, 2)]
 ALL = torch.arange(len(SHAPES))
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 
 def clean_rows(config: ModelConfig, seed: int) -> TrainingBatch:
@@ -244,7 +244,7 @@ def test_two_processes_train_as_one(copy_recipe: Callable[..., TrainingRecipe], 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    command = [*python(), "-c", SHARED, str(tmp_path)]
     both = [subprocess.Popen(command, env=settings | {"RANK": str(rank)}) for rank in range(2)]
     alone = Trainer(on_policy(copy_recipe, micro=1), tmp_path / "alone", dtype=torch.float32)
     for _ in range(4):

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -24,9 +23,10 @@ from blockpress.train.objective import Objective, TrainingBatch
 from blockpress.train.recipes import TrainingRecipe
 from blockpress.train.trainer import STATE, Trainer
 from tests.conftest import FileLimit
+from tests.forks import python
 
 Recipes = Callable[..., TrainingRecipe]
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.end_to_end
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -329,7 +329,7 @@ for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
 def test_compiled_and_plain_steps_agree_in_both_types(tmp_path: Path):
     """Traced as for the compiler, but run by torch: code of its own would take minutes to build. In a process without
     the checks of shapes, which the compiler would trace as well."""
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([*python(), "-c", COMPILED, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,164 @@
+"""Python processes that have torch already: a test that needs a process of its own waits for a fork, not for imports.
+
+`subprocess.run([*python(), "-c", code], ...)`, with `-m module` or a script's path as well, is what it is with
+`sys.executable`, at a tenth of the time: the first call starts a server that imports torch and other people's packages,
+nothing of ours, and each later one is a fork of it with the caller's streams, environment and working directory. A script
+ends by the interpreter's own end, with its exit code or signal; who kills the command kills the script.
+
+What depends on how Python starts (its options, what it imports, a terminal, OpenMP's settings) needs `sys.executable`.
+What a fork takes is not in the processor time of the test that waits for it (`time_limit`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors.torch", "jinja2", "jaxtyping", "PIL.Image")
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+@cache
+def python() -> list[str]:
+    """The beginning of a command, in place of `[sys.executable]`. The server ends with this process."""
+    import atexit
+    import subprocess
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="forks-"))
+    command = [sys.executable, __file__, "--serve", str(folder / "socket")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert server.stdin is not None and server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+
+    def end() -> None:
+        server.communicate()  # the end of its input is its end
+        (folder / "socket").unlink(missing_ok=True)
+        folder.rmdir()
+
+    atexit.register(end)
+    return [sys.executable, "-S", "-E", __file__, str(folder / "socket")]
+
+
+def call(path: str, arguments: list[str]) -> int:
+    """The command: hands its streams to a fork and ends as that does."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        with server.makefile("rw", encoding="utf-8") as lines:
+            print(json.dumps(asked), file=lines, flush=True)
+            pid = int(lines.readline())
+            for number in FORWARDED:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, lambda number, frame: os.kill(pid, number))
+            ended = int(lines.readline())
+    if ended < 0:
+        signal.signal(-ended, signal.SIG_DFL)
+        os.kill(os.getpid(), -ended)
+    return ended
+
+
+def serve(path: str) -> list[str] | None:
+    """Forks until its input ends: then None, and in each fork the arguments of its script."""
+    for name in PACKAGES:
+        importlib.import_module(name)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    os.write(1, b"ready\n")
+    import gc
+    import select
+
+    gc.freeze()
+    while True:
+        readable, _, _ = select.select([listener, 0], [], [])
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        if 0 in readable:
+            return None
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            return watch(connection)
+        connection.close()
+
+
+def watch(connection: socket.socket) -> list[str]:
+    """Between a command and its fork: says how that ends, and ends it if the command goes first."""
+    import select
+
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    lines = connection.makefile("rw", encoding="utf-8")
+    asked = json.loads(lines.readline())
+    pid = os.fork()
+    if pid == 0:
+        lines.close()
+        connection.close()
+        return begin(streams, asked)
+    for stream in streams:
+        os.close(stream)
+    print(pid, file=lines, flush=True)
+    fork = os.pidfd_open(pid)
+    readable, _, _ = select.select([fork, connection], [], [])
+    if fork not in readable:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    try:
+        print(os.waitstatus_to_exitcode(status), file=lines, flush=True)
+    finally:
+        os._exit(0)
+
+
+def begin(streams: list[int], asked: dict[str, object]) -> list[str]:
+    """What an interpreter does before it runs a script, where this fork has something of the server's."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    for stream in streams:
+        os.close(stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=text is sys.stderr or text.isatty())  # type: ignore[union-attr]
+    os.chdir(str(asked["folder"]))
+    os.environ.clear()
+    os.environ.update(asked["environment"])  # type: ignore[call-overload]
+    sys.path[1:1] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(threads))
+    return list(asked["arguments"])  # type: ignore[call-overload]
+
+
+def run(arguments: list[str]) -> None:
+    """The script, at the top of this fork's stack."""
+    kind, *rest = arguments
+    if kind == "-c":
+        code, *rest = rest
+        sys.argv, sys.path[0] = ["-c", *rest], ""
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(code, "<string>", "exec"), main.__dict__)
+    elif kind == "-m":
+        sys.argv, sys.path[0] = rest, os.getcwd()
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(kind).parent)
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "--serve":
+        sys.exit(call(sys.argv[1], sys.argv[2:]))
+    script = serve(sys.argv[2])
+    if script is not None:
+        run(script)
