@@ -15,8 +15,8 @@ Run it:  python -m pytest tests/constrain/test_schema.py
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 
 from blockpress.constrain.automaton import (
@@ -28,7 +28,7 @@ from blockpress.constrain.automaton import (
     difference,
 )
 from blockpress.constrain.compiler import compile_expression
-from blockpress.constrain.regex import parse_regex
+from blockpress.constrain.regex import every_character, matching, parse_regex
 from blockpress.errors import RequestError
 
 _COUNTS = re.compile(r"\{([0-9]*),([0-9]+)\}")
@@ -186,19 +186,22 @@ def _property(name: str) -> str:
     short = {"Letter": "L", "Lowercase_Letter": "Ll", "Uppercase_Letter": "Lu", "Mark": "M", "Number": "N"}
     short |= {"Decimal_Number": "Nd", "Punctuation": "P", "Symbol": "S", "Separator": "Z", "Other": "C", "digit": "Nd"}
     wanted = short.get(wanted, wanted)
-    points = [point for point in range(sys.maxunicode + 1) if unicodedata.category(chr(point)).startswith(wanted)]
-    if not points or not re.fullmatch("[A-Z][a-z]?", wanted):
+    known = re.fullmatch("[A-Z][a-z]?", wanted) and [*re.finditer(f"(?:{wanted:.<2})+", _categories())]
+    if not known:
         raise RequestError(f"pattern has \\p{{{name}}}", hint="use a general category of Unicode, such as \\p{L}")
-    return _ranges(points)
+    return _ranges((run.start() // 2, run.end() // 2 - 1) for run in known)
+
+
+@lru_cache(maxsize=1)
+def _categories() -> str:
+    """The two letters of each character's general category, the first of them a capital."""
+    return "".join(map(unicodedata.category, every_character()))
 
 
 @lru_cache(maxsize=64)
 def _complement(inside: str) -> str:
-    found = re.compile(f"[^{inside}]")
-    return _ranges([point for point in range(sys.maxunicode + 1) if found.match(chr(point))])
+    return _ranges(matching(f"[^{inside}]"))
 
 
-def _ranges(points: list[int]) -> str:
-    starts = [point for place, point in enumerate(points) if not place or points[place - 1] != point - 1]
-    ends = [point for place, point in enumerate(points) if place + 1 == len(points) or points[place + 1] != point + 1]
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in zip(starts, ends, strict=True))
+def _ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in ranges)

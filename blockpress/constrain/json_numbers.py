@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 from blockpress.constrain.automaton import (
     EMPTY_TEXT,
@@ -41,6 +42,25 @@ EXACT_DIGITS = 15
 MOST_MULTIPLE = 4096
 """The largest factor whose multiples are told by an automaton; of others `LISTED` are listed."""
 LISTED = 400
+
+Bound = tuple[Decimal, bool]
+"""A number, and whether it is excluded itself."""
+
+
+@lru_cache(maxsize=32)
+def number_texts(low: Bound | None, high: Bound | None, factors: tuple[Fraction, ...], *, whole: bool) -> Expression:
+    """Numbers between bounds that every factor divides, as one automaton: kept, since schemas ask for few kinds again
+    and again."""
+    if factors:
+        numbers = json_multiple(low, high, factors, whole=whole)
+    elif whole:
+        numbers = json_integer(whole_bound(low, up=True), whole_bound(high, up=False), None)
+    else:
+        numbers = json_number(low, high)
+    try:
+        return compile_expression(numbers)
+    except _NothingMatches:
+        return NOTHING
 
 
 def json_integer(low: int | None, high: int | None, multiple: int | None) -> Expression:
@@ -90,10 +110,6 @@ def _multiples(multiple: int) -> Automaton:
     for rest in range(multiple):
         edges += [(rest + 2, literal(str(digit)), (rest * 10 + digit) % multiple + 2) for digit in range(10)]
     return compile_expression(Graph((*edges, (2, EMPTY_TEXT, 1))))
-
-
-Bound = tuple[Decimal, bool]
-"""A number, and whether it is excluded itself."""
 
 
 def json_number(low: Bound | None, high: Bound | None) -> Expression:

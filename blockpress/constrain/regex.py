@@ -202,10 +202,20 @@ def _category(code: Any, ascii_only: bool) -> list[tuple[int, int]]:
     """The ranges of \\d, \\w, \\s and their opposites, as `re` has them."""
     name = str(code)
     letter = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}[name.rsplit("_", 1)[-1]]
-    everything = "".join(map(chr, range(LAST + 1)))
-    runs = re.finditer(rf"\{letter}+", everything, re.ASCII if ascii_only else 0)
-    ranges = [(run.start(), run.end() - 1) for run in runs]
+    ranges = matching(rf"\{letter}", re.ASCII if ascii_only else 0)
     return _negated(ranges) if "_NOT_" in name else ranges
+
+
+def matching(pattern: str, flags: int = 0) -> list[tuple[int, int]]:
+    """The ranges of the code points that a pattern of one character matches."""
+    runs = re.finditer(f"(?:{pattern})+", every_character(), flags)
+    return [(run.start(), run.end() - 1) for run in runs]
+
+
+@lru_cache(maxsize=1)
+def every_character() -> str:
+    """All code points in their order, surrogates included."""
+    return "".join(map(chr, range(LAST + 1)))
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

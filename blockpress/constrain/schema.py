@@ -47,10 +47,7 @@ from blockpress.constrain.json_numbers import (
     DIGIT,
     MOST_DIGITS,
     has_exact_digits,
-    json_integer,
-    json_multiple,
-    json_number,
-    whole_bound,
+    number_texts,
 )
 from blockpress.constrain.json_text import json_string, text_of
 from blockpress.constrain.merge import Flat, bounds, canonical, has_type, implied_types, refused, schema_name
@@ -340,10 +337,10 @@ def _number(flat: Flat, place: str, kind: str) -> Expression:
         far = bound is not None and side * bound[0] >= 10**MOST_DIGITS
         if far or not (whole or bound is None or has_exact_digits(bound, high or low)):
             raise refused(below(place, name), str(bound and bound[0]), "to so many digits")
-    if "multipleOf" in flat:
-        return json_multiple(low, high, flat["multipleOf"], whole=whole)
-    if not whole:
-        if any(not isinstance(value, str) for value in flat.get("not_values", ())):
-            low = low or (Decimal(-(10**9)), False)
-        return json_number(low, high)
-    return json_integer(whole_bound(low, up=True), whole_bound(high, up=False), None)
+    if (
+        not whole
+        and "multipleOf" not in flat
+        and any(not isinstance(value, str) for value in flat.get("not_values", ()))
+    ):
+        low = low or (Decimal(-(10**9)), False)
+    return number_texts(low, high, tuple(flat.get("multipleOf", ())), whole=whole)
