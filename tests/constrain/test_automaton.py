@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.constrain.automaton import (
@@ -27,6 +27,7 @@ from blockpress.constrain.automaton import (
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.nondeterministic import Work
 from blockpress.errors import RequestError
+from tests.conftest import num_examples
 
 WORDS = st.lists(st.text("abé", max_size=3), min_size=1, max_size=6)
 
@@ -35,6 +36,7 @@ def words(texts: list[str]) -> Automaton:
     return compile_expression(Union(tuple(literal(text) for text in texts)))
 
 
+@settings(max_examples=num_examples(40))
 @given(low=st.integers(0, 0x10FFFF), size=st.integers(0, 5000), points=st.lists(st.integers(0, 0x10FFFF), max_size=20))
 def test_a_range_of_characters_allows_just_their_bytes(low: int, size: int, points: list[int]) -> None:
     high = min(low + size, 0x10FFFF)
@@ -55,6 +57,7 @@ def test_any_character_is_well_formed_utf_8() -> None:
         assert not automaton.matches(text)
 
 
+@settings(max_examples=num_examples(40))
 @given(first=WORDS, second=WORDS)
 def test_intersection_and_difference_are_those_of_the_sets(first: list[str], second: list[str]) -> None:
     for operation, expected in ((intersection, {*first} & {*second}), (difference, {*first} - {*second})):
@@ -66,6 +69,7 @@ def test_intersection_and_difference_are_those_of_the_sets(first: list[str], sec
         assert {text for text in {*first, *second} if automaton.matches(text)} == expected
 
 
+@settings(max_examples=num_examples(40))
 @given(texts=WORDS)
 def test_no_two_states_accept_the_same_and_every_state_ends(texts: list[str]) -> None:
     automaton = words(texts)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.constrain.automaton import _NothingMatches
@@ -21,6 +21,7 @@ from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.formats import FORMATS
 from blockpress.constrain.json_numbers import Bound, json_integer, json_number
 from blockpress.constrain.json_text import json_string, text_of
+from tests.conftest import num_examples
 from tests.constrain.walks import random_text
 
 WHOLE = st.one_of(st.none(), st.integers(-1200, 1200))
@@ -28,6 +29,7 @@ DECIMALS = st.decimals(-30, 30, places=2, allow_nan=False)
 BOUNDS = st.one_of(st.none(), st.tuples(DECIMALS, st.booleans()))
 
 
+@settings(max_examples=num_examples(40))
 @given(
     low=WHOLE, high=WHOLE, multiple=st.one_of(st.none(), st.integers(1, 12)), values=st.lists(st.integers(-1500, 1500))
 )
@@ -52,6 +54,7 @@ def test_whole_numbers_within_bounds_and_no_others(
     assert not any(automaton.matches(text) for text in ("-0", "007", "+1", "1.0", "", "-"))
 
 
+@settings(max_examples=num_examples(40))
 @given(low=BOUNDS, high=BOUNDS, values=st.lists(DECIMALS, max_size=20), seed=st.integers(0, 99))
 def test_decimals_within_bounds_and_no_others(
     low: Bound | None, high: Bound | None, values: list[Decimal], seed: int
@@ -76,6 +79,7 @@ def test_decimals_within_bounds_and_no_others(
 WRITTEN = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\b\t\n\f\r")
 
 
+@settings(max_examples=num_examples(40))
 @given(text=st.text(WRITTEN, max_size=8), low=st.integers(0, 4), more=st.one_of(st.none(), st.integers(0, 4)))
 def test_strings_of_a_length_as_json_writes_them(text: str, low: int, more: int | None) -> None:
     high = None if more is None else low + more

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.constrain import CanvasConstraint
@@ -17,6 +17,7 @@ from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
 from blockpress.constrain.tokens import TokenAutomaton, TokenBytes, lift
 from blockpress.ops import chain, compiled
+from tests.conftest import num_examples
 
 PIECES: list[bytes | None] = [None, b"a", b"b", b"ab", b"ba", b"c"]
 STOP = 0
@@ -53,6 +54,7 @@ def version(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@settings(max_examples=num_examples(40))
 @given(
     pattern=st.sampled_from(["(ab)*c?", "a{2,3}b|c", "[abc]*", "(a|ba)+", "abcab"]),
     length=st.integers(1, 4),

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.constrain.alternatives import KEYWORDS
@@ -18,6 +18,7 @@ from blockpress.constrain.automaton import Automaton, _NothingMatches
 from blockpress.constrain.formats import FORMATS
 from blockpress.constrain.schema import schema_automaton
 from blockpress.errors import RequestError
+from tests.conftest import num_examples
 from tests.constrain.walks import random_text
 
 NODE = {
@@ -238,6 +239,7 @@ def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
+@settings(max_examples=num_examples(40))
 @given(schema=st.recursive(SCALARS, nested, max_leaves=6), seed=st.integers(0, 99))
 def test_random_schemas_give_valid_values_alone_or_have_none(schema: Any, seed: int) -> None:
     try:

@@ -156,10 +156,10 @@ def test_texts_of_schemas_as_they_are_found_are_valid(number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, len(SCHEMAS), 10))
-def test_texts_of_all_schemas_that_are_given_are_valid(first: int) -> None:
-    for schema in SCHEMAS[first : first + 10]:
-        check(schema, 6)
+@pytest.mark.parametrize("first", range(1, 6))
+def test_texts_of_all_other_schemas_that_are_given_are_valid(first: int) -> None:
+    for schema in SCHEMAS[first::6]:
+        check(schema, 3)
 
 
 def check(schema: Any, walks: int) -> None:
@@ -175,9 +175,9 @@ def test_texts_of_random_schemas_are_valid(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tens", range(2, 12))
-def test_texts_of_many_random_schemas_are_valid(tens: int) -> None:
-    for seed in range(10 * tens, 10 * tens + 10):
+@pytest.mark.parametrize("first", range(20, 30))
+def test_texts_of_many_random_schemas_are_valid(first: int) -> None:
+    for seed in range(first, 60, 10):
         check_random(seed)
 
 
@@ -226,10 +226,11 @@ def test_the_same_schema_has_the_same_shape_however_long_that_takes(monkeypatch:
 @pytest.mark.slow
 def test_large_schemas_compile_into_a_shape_within_the_limits() -> None:
     strings = {"type": "object", "properties": {f"property_{i:03}": {"type": "string"} for i in range(400)}}
-    assert schema_automaton(strings).matches('{"property_007":"a","property_399":"b"}')
+    automaton = schema_automaton(strings)
+    assert automaton.matches('{"property_007":"a","property_399":"b"}')
+    assert len(automaton) < LIMITS[-1].enough
     listed = {"enum": [f"{i * 7919 % 99991:05}" for i in range(5000)]}
     assert schema_automaton(listed).matches('"07919"')
-    assert len(schema_automaton(strings)) < LIMITS[-1].enough
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.constrain.automaton import DEAD
@@ -12,6 +12,7 @@ from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
 from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
 from blockpress.errors import RequestError
+from tests.conftest import num_examples
 
 PIECES = st.lists(
     st.one_of(st.none(), st.binary(max_size=4), st.text("abcé", min_size=1, max_size=4).map(str.encode)), max_size=30
@@ -29,6 +30,7 @@ def edges(automaton: TokenAutomaton) -> set[tuple[int, int, int]]:
     }
 
 
+@settings(max_examples=num_examples(40))
 @given(pattern=PATTERNS, pieces=PIECES)
 def test_an_edge_exists_for_the_tokens_whose_bytes_lead_there(pattern: str, pieces: list[bytes | None]) -> None:
     automaton = compile_expression(parse_regex(pattern))
@@ -44,6 +46,7 @@ def test_an_edge_exists_for_the_tokens_whose_bytes_lead_there(pattern: str, piec
     assert edges(lifted) == {(a, token, b) for a, token, b in expected if a in ends and b in ends}
 
 
+@settings(max_examples=num_examples(40))
 @given(pattern=PATTERNS, pieces=PIECES)
 def test_the_distance_is_the_fewest_tokens_to_an_end(pattern: str, pieces: list[bytes | None]) -> None:
     lifted = lift(compile_expression(parse_regex(pattern)), TokenBytes(pieces))
@@ -54,6 +57,7 @@ def test_the_distance_is_the_fewest_tokens_to_an_end(pattern: str, pieces: list[
         reached |= {a for a, _, b in ways if b in reached}
 
 
+@settings(max_examples=num_examples(40))
 @given(pattern=PATTERNS, pieces=PIECES)
 def test_tokens_of_one_class_have_the_same_edges_and_others_do_not(pattern: str, pieces: list[bytes | None]) -> None:
     lifted = lift(compile_expression(parse_regex(pattern)), TokenBytes(pieces))
@@ -66,6 +70,7 @@ def test_tokens_of_one_class_have_the_same_edges_and_others_do_not(pattern: str,
     assert len({(by_token[token], int(lifted.class_of[token])) for token in alive}) == lifted.num_classes
 
 
+@settings(max_examples=num_examples(40))
 @given(pattern=PATTERNS, pieces=PIECES)
 def test_moves_are_the_edges_joined(pattern: str, pieces: list[bytes | None]) -> None:
     lifted = lift(compile_expression(parse_regex(pattern)), TokenBytes(pieces)).with_stops([])

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from blockpress.constrain.automaton import DEAD, Automaton
+from blockpress.constrain.automaton import Automaton
 
 
 def random_text(automaton: Automaton, rng: random.Random, most: int = 60) -> str:
@@ -21,7 +21,7 @@ def random_bytes(automaton: Automaton, rng: random.Random, most: int = 60) -> by
     state, text = 0, bytearray()
     most = rng.randint(0, most)
     while True:
-        following = {byte: int(target) for byte, target in enumerate(automaton.table[state]) if target != DEAD}
+        following = {byte: to for low, high, to in automaton.moves(state) for byte in range(low, high + 1)}
         if automaton.accepting[state] and (not following or len(text) >= most or rng.random() < 0.1):
             return bytes(text)
         if len(text) >= most:
@@ -34,8 +34,10 @@ def random_bytes(automaton: Automaton, rng: random.Random, most: int = 60) -> by
 @lru_cache(maxsize=4)
 def distances(automaton: Automaton) -> np.ndarray:
     """The fewest bytes from each state to an accepting one."""
+    table = automaton.table
+    table = table[:, np.append(True, (table[:, 1:] != table[:, :-1]).any(0))]  # of columns that are alike, one
     distance, before = np.where(automaton.accepting, 0, len(automaton)), None
     while before is None or (distance != before).any():
         before = distance
-        distance = np.minimum(distance, np.append(distance, len(automaton))[automaton.table].min(1) + 1)
+        distance = np.minimum(distance, np.append(distance, len(automaton))[table].min(1) + 1)
     return distance

@@ -48,6 +48,7 @@ CASES = {
             full_rope=proportional(1.0),
         ),
         (2, 30),
+        seeds=1,
     ),
     "window never crossed, all experts, large full heads": Case(
         replace(TINY, sliding_window=512, top_k_experts=4, layers=(sliding(16, 1), full(32, 4))), (5, 60)
@@ -69,6 +70,7 @@ CASES = {
             softcap=20.0,
         ),
         (3, 20),
+        seeds=1,
     ),
     "full first, one expert, window of two": Case(
         replace(
@@ -86,6 +88,7 @@ CASES = {
             TINY, vocab_size=262_144, hidden_size=16, num_heads=2, layers=(sliding(8, 1), full(16, 2)), canvas_length=8
         ),
         (13,),
+        seeds=1,
     ),
     "sudoku-nano": Case(PRESETS["sudoku-nano"](), (30, 150), seeds=1),
 }

@@ -65,7 +65,6 @@ FIVE = replace(
 )
 CASES = {
     "two layers": Case(),
-    "two layers, other weights": Case(seed=1),
     "no stability asked for": Case(sampling=replace(LOOSE, stability=0, confidence=0.03), partial=1 / 3),
     "stability over two steps": Case(sampling=replace(LOOSE, stability=2)),
     "some reach the last step": Case(sampling=replace(LOOSE, steps=7), branch=0.3, seed=1),
@@ -80,7 +79,7 @@ CASES = {
         sharpness=0.7,
         branch=0.2,
         lengths=(90, 33),
-        canvases=2,
+        canvases=1,
     ),
 }
 
@@ -206,7 +205,7 @@ def test_sudoku_nano_on_real_puzzles(report: Report) -> None:
     """
     theirs, lm = load_shipped(), blockpress.load("sudoku-nano")
     sampling, stop_ids = lm.generation.sampling, lm.generation.stop_ids
-    puzzles = held_out(seed=20_251, count=6, givens=(34, 42))
+    puzzles = held_out(seed=20_251, count=3, givens=(34, 42))
     prompts = [torch.tensor(lm.encode(layout(puzzle.puzzle))) for puzzle in puzzles]
     recordings = [record(theirs, prompt, sampling, 1, stop_ids, seed) for seed, prompt in enumerate(prompts)]
     rows = replay(lm.network, recordings, sampling, 1, stop_ids)
