@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.forks import python
+
 ROOT = Path(__file__).parents[3]
 
 Results = dict[str, dict[str, Any]]
@@ -19,11 +21,14 @@ Results = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`interpreted("-m", "module", ...)`: a Python process on the CPU, with Triton's interpreter or (False) without."""
+    """`interpreted("-m", "module", ...)`: a Python process on the CPU, with Triton's interpreter or (False) without.
 
-    def run(*arguments: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
+    `bare`: one that has imported nothing yet.
+    """
+
+    def run(*arguments: str, interpret: bool = True, bare: bool = False) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if interpret else "0"}
-        command = [sys.executable, *arguments]
+        command = [*([sys.executable] if bare else python()), *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     return run

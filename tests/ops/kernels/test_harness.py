@@ -41,7 +41,7 @@ def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
     pytest.importorskip("triton")
     arguments = ["check", "--part", "experts", "--only", "bfloat16 uniform 6x128x64 tokens=1"]
     code = f"{BARE}sys.argv[1:] = {arguments}\nrunpy.run_module('blockpress.bench.gpu', run_name='__main__')"
-    done = interpreted("-c", code)
+    done = interpreted("-c", code, bare=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line)["passed"] for line in done.stdout.splitlines()[:-1]][:1] == [True]
 
@@ -50,7 +50,7 @@ def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
 def test_the_parts_import_on_a_bare_machine(interpreted: Run) -> None:
     names = [f"blockpress.bench.gpu.{part}" for part in PARTS]
     code = f"{BARE}import importlib\nfor name in {names}: importlib.import_module(name)\nprint('triton' in sys.modules)"
-    done = interpreted("-c", code, interpret=False)
+    done = interpreted("-c", code, interpret=False, bare=True)
     assert done.returncode == 0, done.stderr
 
 
