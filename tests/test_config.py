@@ -515,6 +515,7 @@ EDITS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (2.1, -2.1, math.nan, "1", None, True),
     "frequency_penalty": (2.1, -2.1, math.inf, "1", None),
     "repetition_penalty": (0, -1, 1e4, 1e-9, math.nan, None),
+    "repeat_last_n": (-1, 1.5, True, 2**31),
     "top_k": (0, -1, 1.5, True, 2**31),
     "top_p": (0, -0.1, 1.1, None, math.nan),
     "min_p": (-0.1, 1.1, None, math.nan),
@@ -544,6 +545,7 @@ def test_edits_are_kept_as_plain_values_of_their_own(kind: Any):
 def test_sampling_without_edits_edits_nothing():
     for plain in (Sampling(), AutoregressiveSampling(temperature=1.0)):
         assert not (plain.edits_logits or plain.truncates or plain.has_penalties or plain.changed)
+    assert not Sampling(presence_penalty=1, repeat_last_n=0).edits_logits
     for field, value in {"logit_bias": {5: 0.5}, "presence_penalty": 1, "suppress_tokens": [4]}.items():
         assert Sampling(**{field: value}).edits_logits and not Sampling(**{field: value}).truncates
 

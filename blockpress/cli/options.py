@@ -70,7 +70,7 @@ Edit = Annotated[
     typer.Option(
         metavar="FIELD=JSON",
         help="Edit the logits: min_p=0.1, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5, "
-        'logit_bias={"5":-100}, suppress_tokens=[5], allowed_token_ids=[5,6]; repeatable.',
+        'repeat_last_n=64, logit_bias={"5":-100}, suppress_tokens=[5], allowed_token_ids=[5,6]; repeatable.',
     ),
 ]
 Regex = Annotated[

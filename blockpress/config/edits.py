@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from blockpress.config.checks import is_count, is_number, value_text
 from blockpress.errors import RequestError
@@ -30,8 +30,9 @@ class LogitEdits:
     allowed_token_ids: all other tokens are banned; None: none are. suppress_tokens: ids that are banned.
     presence_penalty: taken from the logit of a token that the answer has before this place, -2 to 2.
     frequency_penalty: the same, times how often it has. repetition_penalty: what divides the logit of a token that the
-    prompt or the answer has before this place if it is positive, and multiplies it otherwise. top_k: how many of the
-    likeliest tokens may be sampled; None: all. top_p: of these, the likeliest that together have at least this
+    prompt or the answer has before this place if it is positive, and multiplies it otherwise. repeat_last_n: how many
+    places before this one, those of the prompt included, these three penalties look at; None: all. top_k: how many of
+    the likeliest tokens may be sampled; None: all. top_p: of these, the likeliest that together have at least this
     probability may be sampled. min_p: of these, those that have at least this share of the likeliest one's probability.
     """
 
@@ -41,6 +42,7 @@ class LogitEdits:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repeat_last_n: int | None = None
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
@@ -49,14 +51,17 @@ class LogitEdits:
         for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "min_p"):
             if is_number(getattr(self, name)):
                 object.__setattr__(self, name, float(getattr(self, name)))
-        if is_count(self.top_k):
-            object.__setattr__(self, "top_k", int(cast("int", self.top_k)))
+        for name in ("top_k", "repeat_last_n"):
+            if is_count(getattr(self, name), 0):
+                object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _need(is_number(value) and -2 <= value <= 2, name, value, "a number from -2 to 2")
         repetition, limits = self.repetition_penalty, f"a number from {LEAST_REPETITION} to {MOST_REPETITION:g}"
         fits = is_number(repetition) and LEAST_REPETITION <= repetition <= MOST_REPETITION
         _need(fits, "repetition_penalty", repetition, f"{limits}; 1 changes nothing")
+        fits = self.repeat_last_n is None or is_count(self.repeat_last_n, 0, MOST_ID)
+        _need(fits, "repeat_last_n", self.repeat_last_n, f"a whole number from 0 to {MOST_ID}, or None")
         fits = self.top_k is None or is_count(self.top_k, 1, MOST_ID)
         _need(fits, "top_k", self.top_k, f"a whole number from 1 to {MOST_ID}, or None")
         _need(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
@@ -80,7 +85,8 @@ class LogitEdits:
     @property
     def has_penalties(self) -> bool:
         """Whether logits depend on what has been written."""
-        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+        given = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+        return given and self.repeat_last_n != 0
 
     @property
     def edits_logits(self) -> bool:

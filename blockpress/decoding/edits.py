@@ -4,6 +4,7 @@
     answer      a a a a a a                        committed tokens: every penalty counts them
     canvas      c c ~ c ~ ~ c ~                    c: decided, ~: noise
     place 3           ^    answer and c c          counts what is before it, as it will be read
+    repeat_last_n = 5      a a c c ~               of the last places before it, noise among them
 
 Decided is what the last step accepted, and pins; nothing is at a canvas's first step. A place counts only what stands
 before it: then the first of two equal tokens loses nothing, where each would otherwise drive the other out, and come
@@ -17,9 +18,11 @@ Run it:  python -m pytest tests/decoding/test_edits.py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from blockpress.config import LogitEdits
 from blockpress.decoding.sequence import SequenceState
@@ -64,42 +67,48 @@ def _changes(row: SequenceState, here: Sequence[int], vocab: int, device: torch.
     if allowed is not None:
         label.fill_(1)[torch.tensor(allowed)] = 0
     label[torch.tensor(edits.suppress_tokens, dtype=torch.int64)] = 1
-    written = Counter(row.answer) if edits.has_penalties else Counter[int]()
-    read = set(row.prompt) if edits.repetition_penalty != 1 else set[int]()
-    named = {*edits.logit_bias, *written, *read, *(here if edits.has_penalties else ())} - suppressed - {UNPINNED}
+    window, penalised = edits.repeat_last_n, edits.has_penalties
+    answer = row.answer if penalised else []
+    text = [*row.prompt, *answer] if penalised and edits.repetition_penalty != 1 else answer
+    seen = set(text if window is None else text[max(0, len(text) - window) :])
+    named = {*edits.logit_bias, *seen, *(here if penalised else ())} - suppressed - {UNPINNED}
     ids = sorted(named if allowed is None else named.intersection(allowed))
     at = torch.tensor(ids, dtype=torch.int64)
     label[at] = torch.arange(2, 2 + len(ids), dtype=torch.int32)
     bias = torch.tensor([edits.logit_bias.get(token, 0.0) for token in ids])
     penalties = None
-    if edits.has_penalties:
-        penalties = _penalties(edits, ids, read - row.stop_ids, written, here, row.stop_ids, device)
+    if penalised:
+        column = {token: place for place, token in enumerate(ids) if token not in row.stop_ids}
+        counts = _counts(column, len(ids), answer, here, window)
+        penalties = Penalties(
+            counts=to_device(counts, device),
+            seen=to_device((counts if text is answer else _counts(column, len(ids), text, here, window)) > 0, device),
+            presence=edits.presence_penalty,
+            frequency=edits.frequency_penalty,
+            repetition=edits.repetition_penalty,
+        )
     label, at, bias = (to_device(each, device) for each in (label, at, bias))
     return LogitChanges(label=label, ids=at, bias=bias, penalties=penalties)
 
 
-def _penalties(
-    edits: LogitEdits,
-    ids: Sequence[int],
-    read: Container[int],
-    written: Mapping[int, int],
-    here: Sequence[int],
-    stop_ids: Container[int],
-    device: torch.device,
-) -> Penalties:
-    """read: tokens of the prompt. written: how often the answer has each. here: the tokens of the places."""
-    column = {token: place for place, token in enumerate(ids) if token not in stop_ids}
-    before = torch.tensor([float(written.get(token, 0)) if token in column else 0.0 for token in ids])
-    places = [(place, column[token]) for place, token in enumerate(here) if token in column]
-    own = torch.zeros(len(here), len(ids))
-    if places:
-        own[tuple(torch.tensor(places).T)] = 1.0
-    counts = before + own.cumsum(0) - own
-    seen = (counts > 0) | torch.tensor([token in read for token in ids], dtype=torch.bool)
-    return Penalties(
-        counts=to_device(counts, device),
-        seen=to_device(seen, device),
-        presence=edits.presence_penalty,
-        frequency=edits.frequency_penalty,
-        repetition=edits.repetition_penalty,
-    )
+def _counts(
+    column: Mapping[int, int], width: int, before: Sequence[int], here: Sequence[int], window: int | None
+) -> Float32[Tensor, "places ids"]:
+    """How often each token stands among the last `window` places before each place; None: among all.
+
+    Args:
+        column: of the tokens that are counted, among `width`.
+        before: the tokens in front of the first place. here: those of the places.
+    """
+    text, start = [*before, *here], len(before)
+    reach = len(text) if window is None else window
+    changes = [(0, token, count) for token, count in Counter(text[max(0, start - reach) : start]).items()]
+    for place in range(1, len(here)):  # one token comes into the window, and one leaves it
+        end = start + place - 1
+        changes += [(place, text[end], 1), *([(place, text[end - reach], -1)] if end >= reach else [])]
+    counts = torch.zeros(len(here), width)
+    if known := [(place, column[token], count) for place, token, count in changes if token in column]:
+        places, columns, values = zip(*known, strict=True)
+        at = torch.tensor(places), torch.tensor(columns)
+        counts.index_put_(at, torch.tensor(values, dtype=torch.float32), accumulate=True)
+    return counts.cumsum(0)

@@ -201,23 +201,20 @@ def _edits(service: Service, body: SamplingFields, refusals: Refusals) -> dict[s
     """The edits of the logits that a body asks for, as fields of a sampling.
 
     Raises:
-        _FieldError: a token id that the vocabulary has not, a window of penalties, or a banned word of several tokens.
+        _FieldError: a token id that the vocabulary has not, or a banned word of several tokens.
     """
     vocab = service.lm.config.vocab_size
-    repetition = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
-    penalties: dict[str, Any] = {} if repetition in (None, 1) else {"repetition_penalty": repetition}
-    penalties |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(body, name))}
-    if body.repeat_last_n == 0:
-        penalties = {}
-    elif body.repeat_last_n not in (None, -1) and penalties:
-        why = "penalties count the whole answer, and repeat_penalty the prompt too"
-        refusals.refuse("repeat_last_n", body.repeat_last_n, why)
     given: dict[str, Any] = {
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty,
         "top_p": body.top_p,
         "min_p": body.min_p,
         "allowed_token_ids": body.allowed_token_ids or None,
     }
-    edits: dict[str, Any] = {name: value for name, value in (penalties | given).items() if value is not None}
+    edits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if body.repeat_last_n is not None:
+        edits["repeat_last_n"] = body.repeat_last_n if body.repeat_last_n >= 0 else None
     if body.top_k is not None:
         edits["top_k"] = body.top_k if body.top_k > 0 else None
     if body.logit_bias:

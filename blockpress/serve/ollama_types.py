@@ -35,6 +35,8 @@ from blockpress.serve.service import Service
 
 EDITS = ("min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "repeat_last_n")
 """Options that edit the logits, beside those of every dialect."""
+REPEAT_LAST_N = 64
+"""How far back penalties look without `options.repeat_last_n`: Ollama's default."""
 NAMES = {
     r"(messages\[\d+\])\.content\[(\d+)\](\.image_url)?": r"\1.images[\2]",
     "max_completion_tokens": "options.num_predict",
@@ -127,6 +129,7 @@ def _common(service: Service, body: OllamaBody) -> tuple[DialectBody, Refusals, 
             refusals.refuse(f"options.{name}", value, why)
     asked: dict[str, Any] = {"stop": options.stop, "response_format": _form(body.format)}
     asked |= {name: getattr(options, name) for name in EDITS}
+    asked["repeat_last_n"] = REPEAT_LAST_N if options.repeat_last_n is None else options.repeat_last_n
     asked["max_tokens"] = options.num_predict if (options.num_predict or 0) > 0 else None
     if body.logprobs:
         asked |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}

@@ -37,6 +37,7 @@ EDITS = st.fixed_dictionaries(
         "presence_penalty": st.sampled_from([0.0, 0.0, 1.5, -1.0]),
         "frequency_penalty": st.sampled_from([0.0, 0.0, 0.5, 2.0]),
         "repetition_penalty": st.sampled_from([1.0, 1.0, 1.4, 0.7]),
+        "repeat_last_n": st.none() | st.integers(0, 16),
     }
 )
 
@@ -52,11 +53,13 @@ def edited(
     """The same by plain lists: scaled logits of each place, one by one."""
     out = logits.double().clone()
     for place in range(len(out)):
-        before = [*answer, *(token for token in here[:place] if token is not None)]
+        reach = len([*prompt, *answer]) + place if e.repeat_last_n is None else e.repeat_last_n
+        before = [*answer, *here[:place]][max(0, len(answer) + place - reach) :]
+        seen = [*prompt, *answer, *here[:place]][max(0, len([*prompt, *answer]) + place - reach) :]
         for token in range(out.shape[1]):
             value = float(out[place, token]) + e.logit_bias.get(token, 0.0)
             if token not in stops:
-                if token in (*prompt, *before):
+                if token in seen:
                     value = value * e.repetition_penalty if value < 0 else value / e.repetition_penalty
                 count = before.count(token)
                 value -= e.frequency_penalty * count + e.presence_penalty * (count > 0)
@@ -190,6 +193,19 @@ def test_penalties_make_an_answer_of_more_tokens(network: Network, sampling: Any
         assert tokens(network, pulled.with_(frequency_penalty=-2.0), seed=seed, stop_ids=()).count(8) >= often
 
 
+def test_a_penalty_forgets_what_is_further_back_than_its_window(network: Network) -> None:
+    """With a window of n, none of the last n places has the token that comes next, and one further back may."""
+    for reach in (1, 3):
+        few = dict.fromkeys(range(4, 9), 100.0)  # above 0, so that the penalty divides
+        edits: dict[str, Any] = {"repetition_penalty": 1e3, "repeat_last_n": reach, "logit_bias": few}
+        for sampling in (AutoregressiveSampling(**edits), Sampling(steps=3, max_verifications=40, **edits)):
+            written = tokens(network, sampling, stop_ids=())
+            assert all(token not in written[max(0, n - reach) : n] for n, token in enumerate(written))
+            assert len(set(written)) < len(written)
+    free = tokens(network, AutoregressiveSampling())
+    assert tokens(network, AutoregressiveSampling(repetition_penalty=1e3, repeat_last_n=0)) == free
+
+
 def test_a_canvas_that_is_verified_to_its_end_is_the_greedy_answer_of_the_same_edits(network: Network) -> None:
     """ADR 0014 for edited logits: the causal pass counts what token by token decoding counts."""
     for seed, edits in enumerate(
@@ -198,6 +214,7 @@ def test_a_canvas_that_is_verified_to_its_end_is_the_greedy_answer_of_the_same_e
             {"frequency_penalty": 1.0, "presence_penalty": 0.5},
             {"repetition_penalty": 30.0, "suppress_tokens": [4]},
             {"allowed_token_ids": [1, 4, 5, 6, 7], "frequency_penalty": 2.0},
+            {"repetition_penalty": 30.0, "frequency_penalty": 1.0, "repeat_last_n": 4},
         )
     ):
         greedy = tokens(network, AutoregressiveSampling(**edits), seed=seed)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ WARM = AutoregressiveSampling(temperature=1.2)
 BIASED: dict[str, Any] = {"logit_bias": {5: 4.0, 9: -100.0, 1: -2.0}, "suppress_tokens": [7, 8]}
 FREQUENT: dict[str, Any] = {"frequency_penalty": 1.2, "presence_penalty": 0.4}
 REPEATED: dict[str, Any] = {"repetition_penalty": 1.5, "top_p": 0.8}
+LATELY: dict[str, Any] = {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "repeat_last_n": 9}
 FEW: dict[str, Any] = {"allowed_token_ids": [*range(1, 40)], "frequency_penalty": 2.0, "min_p": 0.1}
 MIXED: list[tuple[Any, int | None, str | None]] = [
     (STEPS.with_(**BIASED), None, None),
@@ -34,6 +35,7 @@ MIXED: list[tuple[Any, int | None, str | None]] = [
     (STEPS.with_(**FEW, max_repairs=2, repair_below=0.2), None, None),
     (WARM.with_(**FREQUENT), None, "[a-z]{4,9}"),
     (STEPS.with_(top_k=5, release=1), None, None),
+    (STEPS.with_(**LATELY), None, None),
     (STEPS.with_(**FREQUENT, **BIASED), None, "[a-z]{20,40}"),
 ]
 

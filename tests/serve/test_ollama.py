@@ -273,7 +273,7 @@ def test_log_probabilities_come_with_the_text(random: Served):
         ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
         ("chat", {"options": {"min_p": 1.5}}, "options.min_p"),
         ("generate", {"options": {"presence_penalty": 3}}, "options.presence_penalty"),
-        ("generate", {"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "options.repeat_last_n"),
+        ("generate", {"options": {"repeat_penalty": 1.1, "repeat_last_n": -2}}, "options.repeat_last_n"),
         ("chat", {"options": {"mirostat": 2}}, "options.mirostat"),
         ("chat", {"top_logprobs": 300}, "top_logprobs"),
         ("generate", {"suffix": "b", "system": "c"}, "system"),
@@ -303,9 +303,9 @@ def test_a_lenient_client_is_warned_in_place_of_refused(chatty: Served):
         "chat",
         messages=said("say 4"),
         lenient=True,
-        options={"mirostat": 2, "repeat_penalty": 1.1, "repeat_last_n": 9},
+        options={"mirostat": 2, "repeat_penalty": 1.1, "repeat_last_n": 9, "typical_p": 0.5},
     ).json()
-    assert [warning.partition(" ")[0] for warning in body["warnings"]] == ["options.mirostat", "options.repeat_last_n"]
+    assert [warning.partition(" ")[0] for warning in body["warnings"]] == ["options.mirostat", "options.typical_p"]
     assert body["message"]["content"] == "4"
 
 

@@ -286,9 +286,8 @@ def test_a_body_that_is_not_json_is_named(nano: Served) -> None:
 
 UNHONOURED = {name: why for name, (_, why) in REFUSED.items()} | {
     "guided_json": "removed from vLLM",
-    "repeat_last_n": "penalties count the whole answer",
 }
-VALUES: dict[str, Any] = {"repeat_last_n": 64, "guided_json": {}}
+VALUES: dict[str, Any] = {"guided_json": {}}
 
 
 @pytest.mark.parametrize("name", UNHONOURED)
@@ -331,6 +330,8 @@ EDITS: list[tuple[dict[str, Any], Any]] = [
     ({"allowed_token_ids": [FIVE, SIX]}, lambda text: {*text} <= {"5", "6"}),
     ({"presence_penalty": 2, "frequency_penalty": 2.0, "repetition_penalty": 1.5}, None),
     ({"repeat_penalty": 1.5, "repeat_last_n": -1}, None),
+    ({"repeat_penalty": 1.5, "frequency_penalty": 1, "repeat_last_n": 3}, None),
+    ({"presence_penalty": 2, "repeat_last_n": 0}, None),
     ({"top_p": 0.9, "top_k": 3, "min_p": 0.05}, None),
     ({"bad_words": ["5", "6", "no word of this vocabulary"]}, lambda text: not {*text} & {"5", "6"}),
 ]
@@ -350,7 +351,9 @@ def test_edits_of_the_logits_are_honoured(
     answer = httpx.post(f"{nano.url}/{path}", json=body)
     assert answer.status_code == 200 and "warnings" not in answer.json(), answer.text
     [choice] = answer.json()["choices"]
-    fields = {name: value for name, value in edits.items() if name not in ("repeat_penalty", "repeat_last_n")}
+    fields = {name: value for name, value in edits.items() if name != "repeat_penalty"}
+    if fields.get("repeat_last_n") == -1:
+        del fields["repeat_last_n"]
     if "repeat_penalty" in edits:
         fields["repetition_penalty"] = edits["repeat_penalty"]
     if "logit_bias" in fields:

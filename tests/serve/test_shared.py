@@ -64,7 +64,9 @@ def test_the_obedient_model_fails_when_told(chatty: Served) -> None:
     [
         ({"top_p": 0.7, "top_k": 3}, {"top_p": 0.7, "top_k": 3}),
         ({"presence_penalty": 1.5, "frequency_penalty": 1.0}, {"presence_penalty": 1.5, "frequency_penalty": 1.0}),
-        ({"repetition_penalty": 1.6, "min_p": 0.2}, {"repeat_penalty": 1.6, "min_p": 0.2}),
+        ({"repetition_penalty": 1.6, "min_p": 0.2}, {"repeat_penalty": 1.6, "min_p": 0.2, "repeat_last_n": -1}),
+        ({"repetition_penalty": 1.6, "repeat_last_n": 64}, {"repeat_penalty": 1.6}),  # Ollama's default
+        ({"repetition_penalty": 1.6, "repeat_last_n": 3}, {"repeat_penalty": 1.6, "repeat_last_n": 3}),
         ({}, {"repeat_penalty": 1.6, "repeat_last_n": 0}),
     ],
     ids=str,
