@@ -82,6 +82,9 @@ def infill(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
     steps: options.Steps = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    edit: options.Edit = None,
     regex: options.Regex = None,
     choice: options.Choice = None,
     schema: options.SchemaFile = None,
@@ -111,7 +114,8 @@ def infill(
         raise RequestError(
             f"{file} has no {marker!r}", hint="put the marker where a hole is, or give --at, or another --marker"
         )
-    changes, how = {"steps": steps}, {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
+    changes = {"steps": steps, "top_k": top_k, "top_p": top_p, "edit": edit}
+    how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     lm, sampling = opened_or_pulled(lambda: _open(model, changes, how), model, yes)
     with waiting("filling"):
         reply = lm.infill(pieces, None, max_tokens, seed, instruction=instruction, sampling=sampling, **limits)
@@ -127,6 +131,9 @@ def edit(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
     steps: options.Steps = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    edit: options.Edit = None,
     json: options.Json = False,
     model: Model = options.SHIPPED,
     dtype: options.Dtype = None,
@@ -148,7 +155,8 @@ def edit(
         raise RequestError("--at is not given", hint="say what is to be edited: --at LINE:COL-LINE:COL")
     source = _read(file)
     ((start, stop),) = _spans(source.text, [at])
-    changes, how = {"steps": steps}, {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
+    changes = {"steps": steps, "top_k": top_k, "top_p": top_p, "edit": edit}
+    how = {"dtype": dtype, "compute_dtype": compute_dtype, "device": device}
     lm, sampling = opened_or_pulled(lambda: _open(model, changes, how), model, yes)
     with waiting("editing"):
         reply = lm.edit(source.text, (start, stop), instruction, noise, seed, max_tokens=max_tokens, sampling=sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import blockpress
 from blockpress import sudoku
 
 from .conftest import Call
@@ -65,6 +66,28 @@ def test_a_span_is_edited(call: Call, tmp_path: Path) -> None:
     file.write_text(SOLVED[:30] + "1" + SOLVED[31:])
     done = call("edit", file, PUZZLE, "--at", "4:1-4:9", "--noise", 0.6)
     assert (done.code, done.out) == (0, SOLVED)
+
+
+@pytest.mark.parametrize("command", ["infill", "edit"])
+def test_holes_and_spans_are_drawn_by_the_edits_of_their_options(call: Call, tmp_path: Path, command: str) -> None:
+    file, lm = tmp_path / "grid.txt", blockpress.load("sudoku-nano")
+    assert lm.tokenizer is not None
+    file.write_text(SOLVED)
+    five, six = lm.tokenizer.encode("56", add_special=False)
+    options = ("--top-k", 3, "--top-p", 0.9, "--edit", f'logit_bias={{"{five}": 100}}', "--edit", "repeat_last_n=2")
+    edited = lm.generation.sampling.with_(top_k=3, top_p=0.9, logit_bias={five: 100}, repeat_last_n=2)
+    where = ("--at", "4:1-4:8", "--max-tokens", 7, "--steps", 4)
+    if command == "edit":
+        said = call("edit", file, *where, "--noise", 1, *options).out
+        wanted = lm.edit(SOLVED, (30, 37), None, 1.0, max_tokens=7, sampling=edited.with_(steps=4))
+    else:
+        said = call("infill", file, *where, *options).out
+        wanted = lm.infill([SOLVED[:30], SOLVED[37:]], None, 7, sampling=edited.with_(steps=4))
+    assert said == wanted.whole and set(wanted.text or "") == {"5"}
+    banned = ("--edit", f"suppress_tokens=[{six}]")
+    assert "6" not in call(command, file, *where, *banned).out[30:-52]
+    refused = call(command, file, *where, "--edit", "minp=0.1")
+    assert (refused.code, refused.out) == (2, "") and "--edit is 'minp=0.1'" in refused.err
 
 
 @pytest.mark.parametrize(
