@@ -253,6 +253,8 @@ class LM(Infilling):
     ) -> Decision | list[Decision]:
         """Answer typed questions about a context by their probabilities, read from one denoising step.
 
+        They are the model's own, before any edit of the logits that `generation` has.
+
         Args:
             context: a text or, for a model with a chat template, messages; or a list of such contexts.
             questions: 1 to 64 of `YesNo`, `Choice` and `Score`; they and their options are shown after the context.

@@ -146,6 +146,8 @@ def test_a_picture_is_shown() -> None:
     [
         (lambda b: b.pop("model"), "model is None"),
         (lambda b: b.pop("input"), "input is None"),
+        (lambda b: b.update(logit_bias={"5": 100}), "logit_bias is not known"),
+        (lambda b: b.update(top_k=1), "top_k is not known"),
         (lambda b: b.update(input=""), "input is ''"),
         (lambda b: b.update(input=[]), "input is []"),
         (lambda b: b.update(input=[3]), "input[0] is 3"),

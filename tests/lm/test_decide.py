@@ -19,7 +19,7 @@ from torch import Tensor
 
 import blockpress
 from blockpress import Choice, ChoiceAnswer, Score, ScoreAnswer, YesNo, YesNoAnswer, sudoku
-from blockpress.config import PRESETS, GenerationConfig, ModelConfig
+from blockpress.config import PRESETS, AutoregressiveSampling, GenerationConfig, ModelConfig, Sampling
 from blockpress.decide.form import SLOT, DecisionForm, FormBuilder
 from blockpress.decoding import slots
 from blockpress.decoding.denoisers import output_from_logits
@@ -112,6 +112,26 @@ def test_a_model_whose_probabilities_are_known_gives_exactly_these(steps: int, d
     score = decision[2]
     assert isinstance(score, ScoreAnswer)
     assert score.value == pytest.approx(sum(level * share for level, share in enumerate(shares(score))))
+
+
+EDITS: list[dict[str, Any]] = [
+    {"top_k": 1, "top_p": 0.1, "min_p": 0.9},
+    {"logit_bias": dict.fromkeys(range(0, 40, 2), -100)},
+    {"suppress_tokens": range(40)},
+    {"allowed_token_ids": [40], "repetition_penalty": 9, "presence_penalty": 2},
+]
+
+
+@pytest.mark.parametrize("edits", EDITS, ids=lambda edits: " ".join(edits))
+def test_a_decision_is_of_the_models_own_probabilities_whatever_edits_answers(lm: LM, edits: dict[str, Any]) -> None:
+    """Also those that a file has for single tokens; an option that may not be written has its probability."""
+    edited, warm = model(lm.network), AutoregressiveSampling(temperature=2.0)
+    edited.generation = replace(lm.generation, sampling=Sampling(**edits), autoregressive=warm.with_(**edits))
+    for steps in (1, 2):
+        asked = CONTEXT, QUESTIONS[:2]
+        assert edited.decide(*asked, steps=steps) == lm.decide(*asked, steps=steps)
+    plain = lm.generate("a", 9, sampling=warm, mode="autoregressive")
+    assert edited.generate("a", 9, mode="autoregressive").tokens != plain.tokens
 
 
 def test_labels_of_several_tokens_are_scored_whole() -> None:
