@@ -37,7 +37,7 @@ from blockpress.serve.app import create_app
 from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, error_body
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import MIB, ServeOptions
-from blockpress.serve.replicas import joined_figures, rendezvous, routing_key
+from blockpress.serve.replicas import TOGETHER, joined_answer, rendezvous, routing_key
 from blockpress.serve.service import Service, unless_gone
 from blockpress.serve.sse import cut_off
 
@@ -249,9 +249,10 @@ class Served:
         finally:
             gone.set()
 
-    def metrics(self) -> tuple[str, str]:
-        """The name of this replica, and its figures."""
-        return self._number, self._service.metrics.text(self._service).decode()
+    async def said(self, scope: dict[str, Any]) -> tuple[str, bytes]:
+        """The name of this replica, and the body of its answer to a request without one."""
+        messages = [message async for message in self.answer(scope, b"")]
+        return self._number, b"".join(message.get("body", b"") for message in messages)
 
     def check_health(self) -> None:
         """Ray asks, and replaces a replica that raises. Raises EngineError: the engine has broken."""
@@ -273,21 +274,24 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Starlette:
         """What Ray calls for the application."""
         methods = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]
-        routes = [Route("/metrics", self.metrics), Route("/{path:path}", self.forward, methods=methods)]
-        application = Starlette(routes=routes)
+        together = [Route(path, self.together, methods=["GET"]) for path in TOGETHER]
+        application = Starlette(routes=[*together, Route("/{path:path}", self.forward, methods=methods)])
         application.add_exception_handler(_ClientGone, lambda http, error: Response(status_code=499))
         application.add_middleware(Guard, options=self._rules)
         return application
 
-    async def metrics(self, http: Request) -> Response:
-        """The figures of all replicas."""
+    async def together(self, http: Request) -> Response:
+        """One answer of what all replicas say."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
         found: list[Any] = []
+        scope = {name: value for name, value in http.scope.items() if name in _SCOPE}
         with suppress(DeploymentUnavailableError):  # there is none now
-            found = await self._served.broadcast("metrics").results_async(return_exceptions=True)
-        texts = dict(each for each in found if not isinstance(each, BaseException))  # without those that were lost
-        return Response(joined_figures(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+            found = await self._served.broadcast("said", scope).results_async(return_exceptions=True)
+        said = sorted(each for each in found if not isinstance(each, BaseException))  # without those that were lost
+        if not said and http.url.path != "/metrics":
+            return await self.forward(http)  # it waits until there is one
+        return joined_answer(http.url.path, dict(said))
 
     async def forward(self, http: Request) -> Response:
         """Pass a request to its replica, and the answer back as it comes."""

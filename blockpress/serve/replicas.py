@@ -31,7 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, openai_error
+from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, error_body
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
 from blockpress.serve.service import unless_gone
@@ -43,6 +43,11 @@ KEY_LENGTH = 512
 """Characters of a prompt by which its replica is chosen."""
 SLACK = 4
 """How many more open requests than the least busy replica one may have before it passes new ones on."""
+PATIENCE = 5.0
+"""Seconds that a replica may take to say what it does."""
+TOGETHER = ("/metrics", "/load", "/slots", "/props", "/api/ps")
+"""Paths that tell of one server: asked of all replicas, whose answers are joined."""
+_SUMS = ("server_load", "total_slots", "kv_cache_bytes", "size", "size_vram")
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 """Headers that are of one connection, and are not passed on."""
 
@@ -127,14 +132,20 @@ class Front:
         state = {"status": "ok" if ready else "warming up", "replicas": len(self.replicas), "ready": ready}
         return JSONResponse(state, 200 if ready else 503)
 
-    async def metrics(self, http: Request) -> Response:
-        """The figures of all replicas, told apart by a label."""
-        texts = {}
-        for replica in self.order(b""):
-            with suppress(httpx.HTTPError):
-                answer = await self.client.get(f"{replica.url}/metrics", headers=_passed(http))
-                texts[str(replica.number)] = answer.text
-        return Response(joined_figures(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def together(self, http: Request) -> Response:
+        """One answer of what all replicas say."""
+        path, ready = http.url.path, [replica for replica in self.replicas if replica.ready]
+
+        async def ask(replica: Replica) -> httpx.Response:
+            return await self.client.get(replica.url + path, headers=_passed(http), timeout=PATIENCE)
+
+        answers = await asyncio.gather(*map(ask, ready), return_exceptions=True)
+        said = {
+            str(replica.number): answer.content
+            for replica, answer in zip(ready, answers, strict=True)
+            if isinstance(answer, httpx.Response) and answer.status_code == 200
+        }
+        return joined_answer(path, said)
 
     async def forward(self, http: Request) -> Response:
         """Pass a request to its replica, and the answer back as it comes."""
@@ -146,8 +157,7 @@ class Front:
                 headers["x-blockpress-replica"] = str(replica.number)
                 rest = self._rest(replica, answer, http.url.path)
                 return StreamingResponse(rest, answer.status_code, headers)
-        refused = _Refused(503, "no replica is ready", "send the request again later")
-        return JSONResponse(openai_error(refused), 503, {"Retry-After": str(RETRY_AFTER)})
+        return none_ready(http.url.path)
 
     async def _begin(self, replica: Replica, http: Request, body: bytes) -> httpx.Response | None:
         """The head of a replica's answer; None if it was lost before it gave one."""
@@ -195,6 +205,40 @@ def rendezvous(key: bytes, load: Mapping[str, int]) -> list[str]:
     """
     most = min(load.values(), default=0) + SLACK
     return sorted(load, key=lambda name: (load[name] > most, hashlib.blake2b(key + name.encode()).digest()))
+
+
+def joined_answer(path: str, said: Mapping[str, bytes]) -> Response:
+    """The answer of `TOGETHER`'s path, given the bodies of the replicas' answers by their names; 503 without any."""
+    if path == "/metrics":
+        figures = joined_figures({name: body.decode() for name, body in said.items()})
+        return Response(figures, media_type="text/plain; version=0.0.4; charset=utf-8")
+    if not said:
+        return none_ready(path)
+    return JSONResponse(joined_facts({name: json.loads(body) for name, body in said.items()}))
+
+
+def joined_facts(said: Mapping[str, Any]) -> Any:
+    """What several replicas say of themselves, as one server would: amounts are summed, slots listed one after another.
+
+    >>> joined_facts({"0": {"server_load": 2}, "1": {"server_load": 1}})
+    {'server_load': 3}
+    >>> joined_facts({"a": [{"id": 0, "n_ctx": 8}], "b": [{"id": 0, "n_ctx": 8}]})
+    [{'id': 0, 'n_ctx': 8, 'replica': 'a'}, {'id': 1, 'n_ctx': 8, 'replica': 'b'}]
+    """
+    first = next(iter(said.values()))
+    if isinstance(first, list):
+        slots = [(name, slot) for name, listed in said.items() for slot in listed]
+        return [{**slot, "id": number, "replica": name} for number, (name, slot) in enumerate(slots)]
+    if "models" in first:  # of the one that all of them have in memory
+        models = joined_facts({name: facts["models"][0] for name, facts in said.items()})
+        return {**first, "models": [models]}
+    return first | {name: sum(facts[name] for facts in said.values()) for name in _SUMS if name in first}
+
+
+def none_ready(path: str) -> Response:
+    """The answer to a request for which there is no replica, in the form of its API."""
+    refused = _Refused(503, "no replica is ready", "send the request again later")
+    return JSONResponse(error_body(path, refused), 503, {"Retry-After": str(RETRY_AFTER)})
 
 
 def joined_figures(texts: Mapping[str, str]) -> str:
@@ -253,7 +297,7 @@ def create_front(command: Sequence[str], count: int, options: ServeOptions) -> S
     methods = ["GET", "POST", "PUT", "DELETE", "HEAD"]
     routes = [
         Route("/health", front.health),
-        Route("/metrics", front.metrics),
+        *(Route(path, front.together, methods=["GET"]) for path in TOGETHER),
         Route("/{path:path}", front.forward, methods=methods),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)

@@ -1,16 +1,19 @@
-"""A server on a thread, for clients that know nothing but its address."""
+"""A server on a thread, or replicas in processes, for clients that know nothing but an address."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import uvicorn
 
 from blockpress.decoding import Event
@@ -116,3 +119,22 @@ def serving(
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def fronting(model: str, *options: str) -> Iterator[str]:
+    """The address of `blockpress serve --replicas 2`, once both are ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "blockpress", "serve", model, "--replicas", "2", "--port", str(port), *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until, ready = time.monotonic() + 120, 0
+            while ready < 2:
+                assert time.monotonic() < until and process.poll() is None, "the replicas do not start"
+                time.sleep(0.1)
+                with suppress(httpx.HTTPError):
+                    ready = httpx.get(f"http://127.0.0.1:{port}/health").json()["ready"]
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()

@@ -226,6 +226,10 @@ async def check(port: int, clients: int, seconds: float) -> bool:
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
         homes = await stays(client, puzzles)
         print(f"families      {FAMILY} requests of each of two stayed with theirs: {homes}")
+        slots, props = (await client.get("/slots")).json(), (await client.get("/props")).json()
+        assert {slot["replica"] for slot in slots} == set(homes.values()) and len(slots) == props["total_slots"]
+        assert (await client.get("/load")).json() == {"server_load": 0}
+        print(f"together      {len(slots)} slots of both replicas")
         whole, after, took = await leaves(client, puzzles[0])
         print(f"leaving       {after:.0f} forwards after it of {whole:.0f}; nothing ran after {took:.2f} s")
         by = await beside(client, puzzles, port + 1)

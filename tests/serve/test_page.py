@@ -15,14 +15,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from blockpress import sudoku
 from blockpress.serve import ServeOptions
-from tests.builders.chats import obedient_model
-from tests.builders.server import Served
+from tests.builders.chats import obedient_model, save_seeing
+from tests.builders.server import Served, fronting
 from tests.serve.conftest import Serve
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -313,6 +314,30 @@ def test_questions_are_answered_with_bars(seeing: Served, visit: Open) -> None:
     assert "Question 4" in page.inner_text("#decisions-status")
     page.click("[aria-label='Remove question 4']")
     assert page.locator(".question").count() == 3
+
+
+def test_all_views_work_in_front_of_two_replicas(visit: Open, tmp_path: Path) -> None:
+    """Sudoku, chat, a hole, decisions and figures: what a page asks one after another is answered by either replica."""
+    with fronting("sudoku-nano") as url:
+        served: Any = SimpleNamespace(url=url)
+        test_the_slider_goes_back_to_each_step(served, visit)
+        page = visit(served, "/#figures")
+        until(page, "Number(document.querySelector('#figures-cards dd')?.textContent) >= 2")
+        assert "64" in page.inner_text("#figures-facts")  # requests at once, of both
+        page.context.close()  # it asks every two seconds
+    save_seeing(tmp_path / "seeing")
+    with fronting(str(tmp_path / "seeing")) as url:
+        served = SimpleNamespace(url=url)
+        test_a_hole_is_filled_in_place_and_undone(served, visit)
+        test_questions_are_answered_with_bars(served, visit)
+        page = visit(served, "/#chat")
+        page.click("bp-chat summary")
+        page.fill("#chat-most", "8")
+        for turn in (1, 2):
+            say(page, "What is it?")
+            until(page, f"document.querySelectorAll('.turn:not(.user) .meta').length === {turn}", 60)
+            until(page, "document.querySelector('#chat-send').textContent === 'Send'")
+        assert page.locator("text=Show canvas").count() == 2 and page.evaluate(status(page, "chat")) == ""
 
 
 def test_views_that_the_server_does_not_have_are_not_shown(nano: Served, visit: Open) -> None:

@@ -8,7 +8,9 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +28,18 @@ from starlette.testclient import TestClient
 from blockpress.errors import RequestError
 from blockpress.serve import ServeOptions
 from blockpress.serve.ray import PrefixRouter, app, ray_options
-from blockpress.serve.replicas import KEY_LENGTH, SLACK, create_front, joined_figures, rendezvous, routing_key
+from blockpress.serve.replicas import (
+    KEY_LENGTH,
+    SLACK,
+    TOGETHER,
+    create_front,
+    joined_answer,
+    joined_figures,
+    rendezvous,
+    routing_key,
+)
 from blockpress.serve.sse import cut_off
-from tests.builders.server import Served
+from tests.builders.server import Served, fronting
 
 NAMES = st.sets(st.text("abcdef0123456789", min_size=1, max_size=8), min_size=1, max_size=8)
 
@@ -88,6 +99,73 @@ def test_figures_of_replicas_are_one_page_of_prometheus(nano: Served) -> None:
     for name in "ab":
         labelled = [sample for family in families for sample in family.samples if sample.labels["replica"] == name]
         assert [(each.name, each.value) for each in labelled] == [(each.name, each.value) for each in alone]
+
+
+@pytest.mark.parametrize("path", TOGETHER)
+def test_what_replicas_say_together_has_the_form_of_one_server(nano: Served, path: str) -> None:
+    alone = httpx.get(f"{nano.url}{path}")
+    joined = joined_answer(path, {"a": alone.content, "b": alone.content})
+    assert (joined.status_code, joined.headers["content-type"]) == (200, alone.headers["content-type"])
+    if path == "/metrics":
+        return
+    one, two = alone.json(), json.loads(bytes(joined.body))
+    if path == "/slots":
+        assert [slot["replica"] for slot in two] == ["a"] * len(one) + ["b"] * len(one)
+        assert [slot["id"] for slot in two] == [*range(2 * len(one))]
+        assert [slot["n_ctx"] for slot in two] == [slot["n_ctx"] for slot in one * 2]
+    else:
+        ([mine], [ours]) = ([one], [two]) if path != "/api/ps" else (one["models"], two["models"])
+        sums = {"server_load", "total_slots", "kv_cache_bytes", "size", "size_vram"}
+        assert ours == {name: 2 * value if name in sums else value for name, value in mine.items()}
+        assert sums & ours.keys()
+    assert joined_answer(path, {}).status_code == 503
+
+
+@pytest.mark.slow
+def test_two_replicas_tell_what_both_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are held open until both replicas have one; then every path that tells of a server counts both."""
+    monkeypatch.setenv("BLOCKPRESS_API_KEY", "right")
+    with (
+        fronting("sudoku-nano", "--max-running", "3") as front,
+        httpx.Client(base_url=front, headers={"x-api-key": "right"}, timeout=60) as client,
+    ):
+        assert httpx.get(f"{front}/slots").status_code == 401
+        tells_what_both_do(client)
+
+
+def tells_what_both_do(client: httpx.Client) -> None:
+    idle, small = client.get("/slots").json(), client.get("/api/ps").json()["models"]
+    assert [(slot["id"], slot["is_processing"]) for slot in idle] == [(number, False) for number in range(6)]
+    assert {slot["replica"] for slot in idle} == {"0", "1"} and client.get("/load").json() == {"server_load": 0}
+    assert client.get("/props").json()["total_slots"] == 6
+    assert [model["name"] for model in small] == ["sudoku-nano:latest"]
+    endless = {"steps": 1_000_000, "confidence": 0, "entropy_bound": 1e-9, "frames": True}
+    with ExitStack() as streams:
+        homes, held = list[str](), list[Iterator[str]]()  # a stream is closed with its iterator
+        for family in range(32):
+            puzzle = {"role": "user", "content": f"{family:081d}"}
+            body = {"model": "", "messages": [puzzle], "stream": True, "diffusion": endless}
+            answer = streams.enter_context(client.stream("POST", "/v1/chat/completions", json=body))
+            homes.append(answer.headers["x-blockpress-replica"])
+            held.append(answer.iter_lines())
+            assert any('"canvas"' in line for line in held[-1])  # its first frame: it runs
+            if len(set(homes)) == 2:
+                break
+        assert len(homes) <= 6, "they all run, and none waits"
+        busy = [slot["replica"] for slot in client.get("/slots").json() if slot["is_processing"]]
+        assert sorted(busy) == sorted(homes) and {*busy} == {"0", "1"}
+        assert client.get("/load").json() == {"server_load": len(homes)}
+        figures = text_string_to_metric_families(client.get("/metrics").text)
+        running = {
+            sample.labels["replica"]: sample.value
+            for family in figures
+            for sample in family.samples
+            if sample.name == "vllm:num_requests_running"
+        }
+        assert running == {name: homes.count(name) for name in "01"}
+    until = time.monotonic() + 10
+    while client.get("/load").json()["server_load"]:
+        assert time.monotonic() < until, "streams that were left still run"
 
 
 def answering(library: Any, answer: bytes) -> Any:

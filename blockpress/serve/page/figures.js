@@ -5,13 +5,17 @@ import { make } from "./player.js";
 const EVERY = 2000;
 const KEPT = 60;
 
-// The sum of each metric over its labels.
+// The sum of each metric over its labels; of a share the mean, as several replicas have one each.
 export function parse(text) {
   const sums = {};
+  const lines = {};
   for (const line of text.split("\n")) {
     const found = /^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (\S+)/.exec(line);
-    if (found && !found[1].endsWith("_bucket")) sums[found[1]] = (sums[found[1]] ?? 0) + Number(found[2]);
+    if (!found || found[1].endsWith("_bucket")) continue;
+    sums[found[1]] = (sums[found[1]] ?? 0) + Number(found[2]);
+    lines[found[1]] = (lines[found[1]] ?? 0) + 1;
   }
+  for (const name of Object.keys(sums)) if (name.endsWith("_perc")) sums[name] /= lines[name];
   return sums;
 }
 
