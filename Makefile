@@ -80,7 +80,7 @@ readme: $(VENV)/.developing
 clients: $(VENV)/.developing
 	@$(BIN)/python -m tests.clients.run $(CLIENTS)
 
-# Suites that others wrote, against our server: schemathesis, lm-eval, jevbench. Minutes, most of them the first one's.
+# Suites that others wrote, against our server: schemathesis, lm-eval, jevbench, guidellm. Minutes, most of them the first one's.
 suites: $(VENV)/.developing
 	@$(BIN)/python -m tests.clients.suites $(SUITES)
 

@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -59,12 +60,15 @@ FEATURES = (
 )
 
 
-def python_of(name: str, package: str) -> Path:
-    """The interpreter of a client's environment, which is made if need be."""
+def python_of(name: str, package: str, *, shared: bool = False) -> Path:
+    """The interpreter of a client's environment, which is made if need be. shared: it has our packages, torch too."""
     python = BUILD / name / "bin" / "python"
     if not python.exists():
         print(f"making {BUILD / name}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(BUILD / name)], check=True)
+        if shared:
+            own = sysconfig.get_path("purelib", vars={"base": str(BUILD / name)})
+            Path(own, "shared.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *package.split()], check=True)
     return python
 

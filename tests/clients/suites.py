@@ -1,14 +1,15 @@
 """Suites that others wrote, against `blockpress serve` and a random chat checkpoint: what they find.
 
-    make suites        (or: python -m tests.clients.suites [fuzz] [lm-eval] [jevbench])
+    make suites        (or: python -m tests.clients.suites [fuzz] [lm-eval] [jevbench] [guidellm])
 
 | suite | what it shows |
 |---|---|
 | fuzz | schemathesis over /openapi.json: no 5xx, errors as declared, wrong bodies refused; at least 5,000 requests |
 | lm-eval | local-completions with log-likelihoods and texts, and local-chat-completions, on puzzles of the shipped model |
 | jevbench | its examples by /v1/systemone: no request fails (a random model has no coherence to score) |
+| guidellm | a load of streams by chat completions and by completions: none fails, and each is counted to the token |
 
-Environments are made once, under build/clients, from PyPI. Nothing else is fetched.
+Environments are made once, under build/clients, from PyPI; guidellm's has our torch. Nothing else is fetched.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ metric_list: [{metric: exact_match}]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def command(name: str, package: str, *arguments: str, where: Path = BUILD, **environment: str) -> str:
-    """What a suite's command prints; it runs in an environment of its own."""
-    python = python_of(name, package)
+def command(
+    name: str, package: str, *arguments: str, where: Path = BUILD, shared: bool = False, **environment: str
+) -> str:
+    """What a suite's command prints; it runs in an environment of its own, `shared` as in `python_of`."""
+    python = python_of(name, package, shared=shared)
     done = subprocess.run(
         [str(python.parent / arguments[0]), *arguments[1:]],
         cwd=where,
@@ -147,7 +150,46 @@ def jevbench() -> list[str]:
     return [f"jevbench: {error}" for error in result["errors"] if "has no token" not in str(error)]  # it spells ASCII
 
 
-SUITES: dict[str, Callable[[], list[str]]] = {"fuzz": fuzz, "lm-eval": lm_eval, "jevbench": jevbench}
+def guidellm() -> list[str]:
+    """guidellm: every stream of two APIs must end, with the tokens that its server has counted."""
+    puzzles, report, wrong = BUILD / "prompts.jsonl", BUILD / "guidellm.json", list[str]()
+    grids = [sudoku.layout(sudoku.generate_puzzle(seed=seed, givens=45).puzzle) for seed in range(24)]
+    puzzles.write_text("\n".join(json.dumps({"prompt": grid}) for grid in grids), encoding="utf-8")
+    with shipped() as url:
+        for path, length in (("/v1/chat/completions", 90), ("/v1/completions", 16)):  # without max_tokens
+            report.unlink(missing_ok=True)
+            said = command(
+                "guidellm",
+                "guidellm",
+                *("guidellm", "run", "--profile", "kind=concurrent,streams=4"),
+                *("--backend", f"kind=openai_http,target={url},model=sudoku-nano,request_format={path}"),
+                *(
+                    "--constraint",
+                    f"kind=max_requests,count={len(grids)}",
+                    "--data",
+                    f"kind=json_file,path={puzzles}",
+                ),
+                *("--output", f"kind=json,path={report}", "--disable-console-interactive"),
+                shared=True,
+                **OFFLINE,
+            )
+            if not report.exists():
+                return [f"guidellm: {said[-2000:]}"]
+            [benchmark] = json.loads(report.read_text())["benchmarks"]
+            totals, done = benchmark["metrics"]["request_totals"], benchmark["requests"]["successful"]
+            print(f"guidellm {path}: {totals}")
+            tokens = Counter((each["prompt_tokens"], each["output_tokens"]) for each in done)
+            if tokens != {(90, length): len(grids)}:
+                wrong.append(f"guidellm {path}: {totals}, tokens of prompts and answers {tokens}")
+    return wrong
+
+
+SUITES: dict[str, Callable[[], list[str]]] = {
+    "fuzz": fuzz,
+    "lm-eval": lm_eval,
+    "jevbench": jevbench,
+    "guidellm": guidellm,
+}
 
 
 def main() -> int:
