@@ -7,7 +7,7 @@ share of the likeliest one's.
     keep_min_p(0.2)    2.0   1.0  -inf  -inf        0.09 / 0.64 < 0.2
 
 Invariant: at least one token is kept, and the logits of kept tokens are unchanged.
-Run it:  python -m pytest --doctest-modules blockpress/ops/nucleus.py tests/ops/test_nucleus.py
+Run it:  python -m pytest --doctest-modules blockpress/ops/nucleus.py tests/ops/test_vocabulary_changes.py
 Source: `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper` of `transformers` 5.23; Holtzman et al., arXiv
 1904.09751; Nguyen et al., arXiv 2407.01082.
 """
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
-from torch.nn import functional as F
 
 from blockpress.shapes import Logits
 
@@ -63,7 +62,7 @@ class Truncation:
         if self.top_p < 1:
             assert total is not None
             through = (falling - total[:, None]).exp().cumsum(-1)
-            kept &= F.pad(through[:, :-1], (1, 0)) < self.top_p
+            kept[:, 1:] &= through[:, :-1] < self.top_p  # the likeliest one stays, though top_p were 0 in float32
         if self.min_p > 0:
             kept &= falling >= falling[:, :1] + math.log(self.min_p)
         least = falling.gather(1, kept.sum(-1, keepdim=True) - 1)[:, 0]

@@ -148,7 +148,7 @@ def test_a_ban_holds_at_every_temperature(temperature: float) -> None:
 @given(
     st.integers(1, 3000),
     st.sampled_from([None, 1, 3, 40, 1500]),
-    st.floats(1e-3, 1),
+    st.floats(1e-3, 1) | st.just(5e-324),
     st.floats(0, 1),
     st.floats(0.01, 8),
     st.booleans(),
@@ -176,6 +176,17 @@ def test_a_draw_among_the_likeliest_is_one_of_the_whole_row(
         near = float((through[row] - uniform[row]).abs().min()) < 1e-6
         edge = (scaled[row, token] - left[row].masked_fill(left[row].isneginf(), math.inf).min()).abs() < 1e-5
         assert token == wanted[row] or near or edge or _near_the_edge(scaled[row], k, p)
+
+
+@pytest.mark.parametrize("cut", [Truncation(top_p=5e-324), Truncation(top_k=7, top_p=1e-46), Truncation(min_p=1)])
+@pytest.mark.parametrize("vocab", [16, 5000])
+def test_the_likeliest_token_may_be_drawn_however_little_is_left(cut: Truncation, vocab: int) -> None:
+    """Shares that are 0 in float32 cut down to one token, not to none."""
+    product = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
+    uniform = torch.linspace(0, 0.999, 6, dtype=torch.float64)
+    drawn = blocks.draw(product, 30.0, torch.ones(6), uniform, None, cut)
+    assert drawn.tolist() == product.argmax(-1).tolist() == cut(product[None])[0].argmax(-1).tolist()
+    assert (~cut(product[None]).isneginf()).sum(-1).tolist() == [[1] * 6]
 
 
 def _near_the_edge(scaled: Tensor, k: int | None, p: float) -> bool:

@@ -333,6 +333,7 @@ EDITS: list[tuple[dict[str, Any], Any]] = [
     ({"repeat_penalty": 1.5, "frequency_penalty": 1, "repeat_last_n": 3}, None),
     ({"presence_penalty": 2, "repeat_last_n": 0}, None),
     ({"top_p": 0.9, "top_k": 3, "min_p": 0.05}, None),
+    ({"top_p": 5e-324, "min_p": 5e-324}, None),
     ({"bad_words": ["5", "6", "no word of this vocabulary"]}, lambda text: not {*text} & {"5", "6"}),
 ]
 
