@@ -149,8 +149,8 @@ def test_stop_texts_belong_to_the_answer():
 
 
 @pytest.mark.slow
-@settings(max_examples=num_examples(40))
-@given(st.integers(1, 60), st.none() | st.integers(1, 40), st.sampled_from([(), ("c", "zz"), ("lm",)]))
+@settings(max_examples=num_examples(15))
+@given(st.integers(1, 40), st.none() | st.integers(1, 40), st.sampled_from([(), ("c", "zz"), ("lm",)]))
 def test_streamed_and_joined_equals_the_whole(length: int, limit: int | None, stop: tuple[str, ...]):
     turn = f"<|channel>thought\n{LOREM[:length]}\n<channel|>{LOREM[:length]}<turn|>"
     reply = check_joined(events_of(model(whole(turn)), thinking=True, max_tokens=limit, sampling=Sampling(stop=stop)))
@@ -189,8 +189,8 @@ def thinker(thought: str, answer: str) -> Script:
 
 
 @pytest.mark.slow
-@settings(max_examples=num_examples(60))
-@given(st.integers(1, 40), st.integers(0, 40))
+@settings(max_examples=num_examples(25))
+@given(st.integers(1, 24), st.integers(0, 24))
 def test_the_thinking_budget_is_exact(budget: int, length: int):
     thought = LOREM[:length]
     lm = model(thinker(f"{thought}<channel|>" + "early" * 9, "answer<turn|>"))
@@ -430,12 +430,12 @@ def random_lm(random_network) -> LM:  # type: ignore[no-untyped-def]
 def test_random_weights_answer_the_same_in_a_batch_and_alone(random_lm: LM, monkeypatch: pytest.MonkeyPatch):
     talks = [[{"role": "user", "content": word}] for word in ["Hi", "Say one word.", "4?"]]
     options: dict[str, Any] = {"max_tokens": 30, "thinking": True, "thinking_budget": 6}
-    alone = [random_lm.chat(talk, seed=seed, **options) for seed in range(6) for talk in talks]
-    together = random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options)
+    alone = [random_lm.chat(talk, seed=seed, **options) for seed in range(3) for talk in talks]
+    together = random_lm.chat(talks * 3, seed=[seed for seed in range(3) for _ in talks], **options)
     assert together == alone
     assert sum(reply.usage.empty_retries for reply in alone) > 0
     monkeypatch.setattr(random_lm, "answer", run_reference)
-    assert random_lm.chat(talks * 6, seed=[seed for seed in range(6) for _ in talks], **options) == alone
+    assert random_lm.chat(talks * 3, seed=[seed for seed in range(3) for _ in talks], **options) == alone
     for reply in alone:
         assert (
             reply.usage.empty_retries == RETRIES

@@ -193,9 +193,9 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_work_without_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
     template, start = ChatTemplate(ENDLESS[name]), time.thread_time()
-    with pytest.raises(TextError, match=r"sandbox forbids: more than 0.2 seconds|RecursionError"):
+    with pytest.raises(TextError, match=r"sandbox forbids: more than 0.1 seconds|RecursionError"):
         template.render([{"role": "user"}] * 9)
     assert time.thread_time() - start < 5
 
@@ -242,7 +242,8 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_memory_without_end_is_refused(name: str) -> None:
+def test_memory_without_end_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_MOST_NUMBER", 2**17)  # of entries: all are counted
     tracemalloc.start()
     start = time.thread_time()
     try:
@@ -302,8 +303,8 @@ def test_a_long_talk_renders_in_seconds(count: int) -> None:
 
 
 def test_limits_are_of_one_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
     template = ChatTemplate("{% for i in range(9) %}{% for j in range(999) %}{% endfor %}{% endfor %}ok")
     start = time.thread_time()
-    while time.thread_time() - start < 0.7:
+    while time.thread_time() - start < 0.3:
         assert template.render([]) == "ok"
