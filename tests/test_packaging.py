@@ -157,8 +157,10 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("types", [{}, {"dtype": "bfloat16", "compute_dtype": "float32"}, {"compute_dtype": "int8"}])
+TYPES = ({"dtype": "bfloat16", "compute_dtype": "float32"}, {"compute_dtype": "int8"})
+
+
+@pytest.mark.parametrize(("way", "types"), [*((way, {}) for way in COPIES), *(("pickle", types) for types in TYPES)])
 def test_a_copy_of_a_model_answers_as_it_does(way: str, types: dict[str, str]) -> None:
     lm = load("sudoku-nano", **types)  # type: ignore[arg-type]
     wanted, held = answer(lm), lm.generate(PUZZLE, seed=1, regex="[1-9]{3}")
