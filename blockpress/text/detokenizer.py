@@ -75,6 +75,9 @@ def token_bytes(backend: tokenizers.Tokenizer) -> list[bytes | None] | None:
     the tokens around it."""
     steps = _decoder_steps(backend)
     shape = "".join(_step_letter(step) for step in steps)
+    if shape != "L" and not (steps and re.fullmatch(r"R*B?F?", shape)):
+        return None
+    replaced = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
     control = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     pieces: list[bytes | None] = [None] * backend.get_vocab_size()
     for piece, token in backend.get_vocab().items():
@@ -83,11 +86,8 @@ def token_bytes(backend: tokenizers.Tokenizer) -> list[bytes | None] | None:
         if shape == "L":
             pieces[token] = _byte_level_bytes(piece)
             continue
-        if not re.fullmatch(r"R*B?F?", shape) or not steps:
-            return None
-        for step in steps:
-            if step["type"] == "Replace":
-                piece = piece.replace(step["pattern"]["String"], step["content"])
+        for text, instead in replaced:
+            piece = piece.replace(text, instead)
         byte = _BYTE_TOKEN.fullmatch(piece) if "B" in shape else None
         pieces[token] = bytes([int(byte[1], 16)]) if byte else piece.encode("utf-8")
     return pieces
