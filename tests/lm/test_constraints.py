@@ -23,6 +23,7 @@ from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
 from blockpress.model import Network
 from blockpress.text import Tokenizer
+from tests.conftest import num_examples
 
 RandomNetwork = Callable[..., Network]
 GRID = r"([1-9]{9}\n){8}[1-9]{9}"
@@ -39,7 +40,10 @@ def nested(around: Callable[[Any], Any], times: int) -> Any:
 
 @pytest.fixture(scope="module")
 def lm() -> LM:
-    return blockpress.load("sudoku-nano")
+    """With a third of its steps: what it is sure of needs fewer."""
+    loaded = blockpress.load("sudoku-nano")
+    loaded.generation = replace(loaded.generation, sampling=Sampling(steps=16))
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,8 @@ def reference(lm: LM) -> LM:
     ids=["grid", "pairs", "choice", "schema", "grammar"],
 )
 def test_an_answer_satisfies_its_constraint(lm: LM, mode: str, options: dict[str, Any]) -> None:
-    reply = lm.generate(PUZZLE, 90, mode=mode, **options)
+    sampling = lm.generation.sampling.with_(steps=6) if mode == "diffusion" else lm.generation.autoregressive
+    reply = lm.generate(PUZZLE, 89 if GRID in options.values() else 30, sampling=sampling, mode=mode, **options)
     assert reply.invalid is None
     assert reply.text is not None
     if "regex" in options:
@@ -78,7 +83,7 @@ def test_a_form_that_the_model_keeps_anyway_leaves_its_answer(lm: LM) -> None:
     assert lm.generate(PUZZLE, 90, regex=GRID).text == lm.generate(PUZZLE, 90).text
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=num_examples(10))
 @given(
     pattern=st.sampled_from(["[1-9]+", "(1|22)*3", r"(\d\n)*", "1{5,9}2", r"[^1]{3,}"]),
     most=st.integers(1, 12),
@@ -102,6 +107,13 @@ def small(tiny: ModelConfig, random_network: RandomNetwork, digits: Tokenizer) -
     return LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1,)), tokenizer=digits)
 
 
+@pytest.fixture(scope="module")
+def large(gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork) -> LM:
+    """Random weights over the published vocabulary."""
+    network = random_network(replace(tiny, vocab_size=262_144, canvas_length=16, context_length=512))
+    return LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1, 106)), tokenizer=gemma)
+
+
 def in_reference(model: LM) -> LM:
     return LM(
         path=model.path,
@@ -112,10 +124,10 @@ def in_reference(model: LM) -> LM:
     )
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=num_examples(5))
 @given(
     options=st.sampled_from([{"regex": r"(12){3,9}3"}, {"regex": r"[3-9\n]+1?"}, {"choice": ["12", "7", "99999"]}]),
-    most=st.integers(7, 30),
+    most=st.integers(7, 18),
     seed=st.integers(0, 99),
 )
 def test_a_canvas_in_full_agreement_is_the_greedy_answer_under_the_same_constraint(
@@ -296,13 +308,9 @@ SCHEMA = {
 @pytest.mark.parametrize(
     "sampling", [Sampling(steps=2), AutoregressiveSampling(temperature=1.0)], ids=["diffusion", "autoregressive"]
 )
-def test_random_weights_write_valid_json_over_the_published_vocabulary(
-    gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork, sampling: Any
-) -> None:
-    network = random_network(replace(tiny, vocab_size=262_144, canvas_length=32, context_length=512))
-    model = LM(path=Path(), network=network, generation=GenerationConfig(stop_ids=(1, 106)), tokenizer=gemma)
+def test_random_weights_write_valid_json_over_the_published_vocabulary(large: LM, sampling: Any) -> None:
     mode = "autoregressive" if isinstance(sampling, AutoregressiveSampling) else None
-    reply = model.generate("hi", 60, 1, sampling, mode=mode, schema=SCHEMA)
+    reply = large.generate("hi", 48, 1, sampling, mode=mode, schema=SCHEMA)
     assert reply.invalid is None
     jsonschema.validate(json.loads(reply.text or ""), SCHEMA)
 

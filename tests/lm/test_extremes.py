@@ -26,6 +26,7 @@ from blockpress.engine import EngineOptions
 from blockpress.errors import BlockpressError, RequestError
 from blockpress.lm import LM
 from blockpress.lm.execute import run_reference
+from tests.conftest import num_examples
 from tests.engine.special import damped
 
 CONFIG = replace(PRESETS["tiny"](), context_length=64)
@@ -136,7 +137,7 @@ def test_fields_of_a_sampling_are_honoured_or_named(lm: LM):
     reference = LM(path=lm.path, network=lm.network, generation=lm.generation, tokenizer=None, answer=run_reference)
     seen = set()
 
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=num_examples(80))
     @given(st.sampled_from([(kind, name) for kind, names in fields.items() for name in names]), VALUES)
     @example((Sampling, "t_max"), 1e30)
     @example((Sampling, "t_min"), 1e-30)
@@ -174,7 +175,7 @@ def test_fields_of_a_sampling_are_honoured_or_named(lm: LM):
     check()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(50))
 @given(name=st.sampled_from(["max_tokens", "seed", "logprobs"]), value=VALUES)
 @example(name="seed", value=-(2**63))
 @example(name="seed", value=10**400)
@@ -195,7 +196,7 @@ def test_arguments_of_generate_are_honoured_or_named(lm: LM, name: str, value: A
         assert name != "logprobs" or value is None or all(len(token.top) == value for token in reply.logprobs or ())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(60))
 @given(name=st.sampled_from(["seed", "canvas_length", "room", "max_tokens", "logprobs"]), value=VALUES)
 def test_fields_of_a_row_are_honoured_or_named(name: str, value: Any):
     fields: dict[str, Any] = {"seed": 0, "canvas_length": 4, "room": 9, "max_tokens": None, "logprobs": None}
@@ -206,7 +207,7 @@ def test_fields_of_a_row_are_honoured_or_named(name: str, value: Any):
     assert value is None or (int(value) == value and not isinstance(value, bool))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=num_examples(60))
 @given(name=st.sampled_from(["max_running", "max_waiting", "memory", "chunk", "prefill_tokens"]), value=VALUES)
 def test_options_of_an_engine_are_taken_or_named(name: str, value: Any):
     options = attempt(lambda: EngineOptions(**{name: value}))

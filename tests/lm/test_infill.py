@@ -66,7 +66,7 @@ def short(tiny: ModelConfig, random_network: RandomNetwork, digits: Tokenizer) -
 @pytest.fixture(scope="module")
 def large(gemma: Tokenizer, tiny: ModelConfig, random_network: RandomNetwork) -> LM:
     """The published tokenizer, 262,144 pieces, with random weights."""
-    config = replace(tiny, vocab_size=262144, canvas_length=24, context_length=256)
+    config = replace(tiny, vocab_size=262144, canvas_length=16, context_length=256)
     generation = GenerationConfig(stop_ids=(1, 106))
     return LM(path=Path(), network=random_network(config), generation=generation, tokenizer=gemma)
 

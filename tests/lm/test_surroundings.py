@@ -26,7 +26,7 @@ from blockpress.model import Network
 from blockpress.ops.computing import computing
 from tests.engine.special import damped
 
-CONFIG = replace(PRESETS["tiny"](), context_length=64)
+CONFIG = replace(PRESETS["tiny"](), canvas_length=6, context_length=32)
 HOT = AutoregressiveSampling(temperature=0.8, top_k=9, top_p=0.9)
 CALLS: list[dict[str, Any]] = [
     {"logprobs": 3},
@@ -76,13 +76,13 @@ SLOW = {"deterministic algorithms", "default device meta", "with torch.device", 
 def answers(network: Network) -> tuple[list[Any], Tensor]:
     """Of all modes and both ways to run them: tokens and accepted positions of every step, with the reply; and all
     numbers behind them, from entropies to the logits of both passes."""
-    generation = GenerationConfig(sampling=Sampling(steps=3, confidence=0.0), stop_ids=(1,))
+    generation = GenerationConfig(sampling=Sampling(steps=2, confidence=0.0), stop_ids=(1,))
     given = {"path": Path("x"), "network": network, "generation": generation, "tokenizer": None}
     found, numbers = list[Any](), list[float]()
     for answer in (None, run_reference):
         with LM(**given, options=EngineOptions(memory=1 << 22), answer=answer) as lm:  # type: ignore[arg-type]
             for how in CALLS:
-                for event in lm.stream([5, 6, 7, 8], max_tokens=14, seed=3, **how):
+                for event in lm.stream([5, 6, 7, 8], max_tokens=8, seed=3, **how):
                     if isinstance(event, Denoised):
                         found.append((event.argmax.tolist(), event.accepted.tolist()))
                         numbers += event.entropy.tolist()
