@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.chat.tool_calls import QUOTE, MalformedToolCall, ToolCall, read_call, write_call
+from tests.conftest import num_examples
 
 from .test_tool_calls import arguments, is_same, quoted
 
@@ -126,6 +127,7 @@ def schema_of(value: Any) -> dict[str, Any]:
     return {"type": kinds[type(value)]}
 
 
+@settings(max_examples=num_examples(50))
 @given(arguments.filter(lambda value: not quoted(value)))
 def test_a_schema_that_fits_changes_nothing(given: dict[str, Any]):
     call = read_call(write_call("f", given).split(QUOTE), {"f": schema_of(given)})
@@ -146,6 +148,7 @@ schemas = st.recursive(
 )
 
 
+@settings(max_examples=num_examples(50))
 @given(schemas, st.text('ab:{}[],1."N '))
 def test_no_schema_makes_reading_raise(schema: Any, text: str):
     """Whatever a tool declares, reading raises nothing."""

@@ -220,7 +220,7 @@ CONTROLS = ["<|channel>", "thought\n", "<channel|>", "<|tool_call>", "<tool_call
 turns = st.lists(st.sampled_from([*CONTROLS, " word", "\n", "\ncall:f{}", "é", "🙂", "a:1,", "12", "tho"]), max_size=14)
 
 
-@settings(max_examples=num_examples(60))
+@settings(max_examples=num_examples(30))
 @given(turns, st.data())
 def test_pieces_do_not_depend_on_how_tokens_are_split(gemma: Tokenizer, parts: list[str], data: st.DataObject):
     ids = [token for part in parts for token in gemma.encode(part, add_special=False)]
@@ -233,7 +233,7 @@ def test_pieces_do_not_depend_on_how_tokens_are_split(gemma: Tokenizer, parts: l
     assert parse(gemma, ids, cuts, **options) == parse(gemma, ids, **options)
 
 
-@settings(max_examples=num_examples(60))
+@settings(max_examples=num_examples(30))
 @given(turns)
 def test_pieces_are_never_taken_back(gemma: Tokenizer, parts: list[str]):
     """What comes of the beginning of a turn is the beginning of what comes of the turn."""
@@ -251,7 +251,7 @@ def test_pieces_are_never_taken_back(gemma: Tokenizer, parts: list[str]):
         assert last == there
 
 
-@settings(max_examples=num_examples(60))
+@settings(max_examples=num_examples(30))
 @given(st.lists(st.sampled_from([*CONTROLS, " word", "é", "🙂"]), max_size=14))
 def test_no_text_is_lost(gemma: Tokenizer, parts: list[str]):
     said = "".join(
@@ -274,7 +274,7 @@ def test_inside_a_call_only_the_end_token_is_special():
     assert SpecialTokens().section_after(range(9), "thought") == "thought"
 
 
-@settings(max_examples=num_examples(60))
+@settings(max_examples=num_examples(30))
 @given(arguments)
 def test_a_call_rendered_by_the_template_is_parsed_back(gemma: Tokenizer, given: dict[str, Any]):
     """From an assistant's message through the template and the tokenizer to ids, and back."""

@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockpress.chat import encode_chat
 from blockpress.chat.schemas import plain_schema
 from blockpress.errors import RequestError
 from tests.chat_tokenizer import TOKENIZER
+from tests.conftest import num_examples
 
 from .published import PUBLISHED
 
@@ -272,6 +273,7 @@ SCHEMAS = st.recursive(
 )
 
 
+@settings(max_examples=num_examples(50))
 @given(SCHEMAS, SCHEMAS, SCHEMAS)
 def test_no_schema_reaches_the_prompt_without_a_type(schema: Any, a: Any, b: Any):
     text = prompt(schema, {"a": a, "b": b})

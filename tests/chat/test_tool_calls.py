@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blockpress.chat import tool_calls
 from blockpress.chat.tool_calls import MAX_DEPTH, QUOTE, MalformedToolCall, ToolCall, read_call, write_call
+from tests.conftest import num_examples
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
@@ -49,6 +50,7 @@ def is_same(call: object, given: dict[str, object]) -> bool:
     return isinstance(call, ToolCall) and json.dumps(call.arguments, sort_keys=True) == wanted
 
 
+@settings(max_examples=num_examples(50))
 @given(arguments.filter(lambda value: not quoted(value)))
 def test_calls_round_trip(given: dict[str, object]):
     call = read_call(pieces(write_call("tool.name-1", given)))
@@ -245,6 +247,7 @@ def test_hostile_texts_cost_bounded_work(text: str):
     assert isinstance(read_call(pieces(text)), ToolCall | MalformedToolCall)
 
 
+@settings(max_examples=num_examples(50))
 @given(st.lists(st.text(alphabet="call:f{}[],\"'x1.N \n\\"), max_size=6), st.booleans())
 def test_any_text_is_a_call_or_malformed(texts: list[str], closed: bool):
     call = read_call(texts, closed=closed)
@@ -265,6 +268,7 @@ def texts_in(value: object) -> Iterator[str]:
         yield str(value)
 
 
+@settings(max_examples=num_examples(50))
 @given(st.lists(st.text(alphabet="xyz{}[],:' \n"), min_size=1, max_size=6))
 def test_a_repaired_call_keeps_every_letter(texts: list[str]):
     """And none is made up."""
@@ -286,6 +290,7 @@ def without(given: dict[str, object], places: list[int]) -> list[str]:
     return left
 
 
+@settings(max_examples=num_examples(50))
 @given(plain, st.data())
 def test_a_quote_token_that_is_missing_is_found_or_the_call_is_broken(given: dict[str, object], data: st.DataObject):
     """Never is it another call: of the tokens any one may be missing, or any number of those that open a string."""
@@ -297,6 +302,7 @@ def test_a_quote_token_that_is_missing_is_found_or_the_call_is_broken(given: dic
     assert isinstance(call, MalformedToolCall) or (is_same(call, given) and call.mended)
 
 
+@settings(max_examples=num_examples(50))
 @given(
     st.dictionaries(
         names,
@@ -329,6 +335,7 @@ def test_programs_whose_quotation_marks_are_tokens_are_read_back_or_broken():
     assert right > len(sources) / 2
 
 
+@settings(max_examples=num_examples(50))
 @given(plain, st.integers(0, 8))
 def test_braces_that_are_missing_at_the_end_are_added(given: dict[str, object], most: int):
     text = write_call("f", given)
@@ -337,6 +344,7 @@ def test_braces_that_are_missing_at_the_end_are_added(given: dict[str, object], 
     assert is_same(left, given) and isinstance(left, ToolCall) and left.mended
 
 
+@settings(max_examples=num_examples(50))
 @given(plain, st.data())
 def test_a_truncated_call_is_no_call(given: dict[str, object], data: st.DataObject):
     text = write_call("f", given)
@@ -374,6 +382,7 @@ def transformers_reads(text: str, **more: Any) -> Any:
 
 
 @pytest.mark.parity
+@settings(max_examples=num_examples(50))
 @given(st.dictionaries(names, values_of(their_scalars, names), max_size=3))
 def test_transformers_reads_well_formed_calls_the_same(given: dict[str, object]):
     text = write_call("f", given)
