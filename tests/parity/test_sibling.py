@@ -35,7 +35,7 @@ from .siblings import CASES, TINY, Theirs, checkpoint, prompts
 
 pytestmark = pytest.mark.parity
 
-LIMIT, TOKENS = 1e-5, 14
+LIMIT, TOKENS = 1e-5, 8
 cases = pytest.mark.parametrize("name", CASES)
 
 

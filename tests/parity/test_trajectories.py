@@ -179,7 +179,8 @@ def test_a_near_tie_is_forgiven_once() -> None:
     row = ours(name, recordings)[0]
     theirs, step = recordings[0], recordings[0].canvases[0].steps[0]
     argmax = row.canvases[0][0].event.argmax
-    argmax[3] = (argmax[3] + 1) % SMALL.vocab_size
+    with torch.inference_mode():  # where the loop made it
+        argmax[3] = (argmax[3] + 1) % SMALL.vocab_size
     with pytest.raises(AssertionError, match="argmax differs"):
         compare([theirs], [row], LOOSE)
     lead = step.lead.clone()
