@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -24,6 +24,8 @@ from blockpress.lm.execute import run_reference
 from blockpress.serve import ServeOptions, create_app
 from blockpress.serve.connection import uvicorn_config
 from blockpress.serve.service import Service
+
+STEPS = 16
 
 
 class ReferenceEngine:
@@ -99,7 +101,13 @@ class _Server(uvicorn.Server):
 def serving(
     lm: LM, name: str, options: ServeOptions | None = None, *, reference: bool = False, **engine: Any
 ) -> Iterator[Served]:
-    """Serve a model on a free port. reference: by the reference loop. engine: further `EngineOptions`."""
+    """Serve a model on a free port. reference: by the reference loop. engine: further `EngineOptions`.
+
+    Its canvases take at most `STEPS`: a puzzle needs fewer, and all else would take all that a checkpoint allows, as
+    the first answer does with which every server warms up.
+    """
+    sampling = lm.generation.sampling
+    lm.generation = replace(lm.generation, sampling=sampling.with_(steps=min(sampling.steps, STEPS)))
     app = create_app(lm, name, options, EngineOptions(**{"memory": 32 << 20, **engine}))
     service: Service = app.state.service
     if reference:

@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ Serve = Callable[..., Served]
 PICTURE = picture()
 """A small image as base64 of a PNG file."""
 SHORT = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _certificates() -> Iterator[None]:
+    """The system's certificates are read once: each client of httpx would read them, which takes longer than an answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="session")

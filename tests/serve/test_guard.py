@@ -7,6 +7,7 @@ import base64
 import io
 import socket
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
@@ -276,7 +277,7 @@ def test_a_mistake_in_the_middle_of_a_stream_is_an_error_event(caplog: pytest.Lo
 
 
 def test_a_server_that_stops_ends_its_streams_with_an_error(serve: Serve) -> None:
-    served = serve(blockpress.load("sudoku-nano"), "sudoku-nano", ServeOptions(patience=0.5))
+    served = serve(blockpress.load("sudoku-nano"), "sudoku-nano", ServeOptions(patience=0.2))
     lines: list[str] = []
 
     def read() -> None:
@@ -286,7 +287,7 @@ def test_a_server_that_stops_ends_its_streams_with_an_error(serve: Serve) -> Non
     thread = threading.Thread(target=read)
     thread.start()
     while served.service.open_requests == 0:
-        pass
+        time.sleep(0.005)
     served.loop.call_soon_threadsafe(served.service.drain)
     thread.join()
     assert "the server stops" in [line for line in lines if line.startswith("data:")][-1]

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 import blockpress
 from blockpress import sudoku
+from blockpress.lm import LM
 from blockpress.serve.fields import REFUSED
 from tests.builders.server import Served
 from tests.serve.conftest import Serve
@@ -73,7 +74,7 @@ def test_the_stream_helper_of_the_client_reads_us(chatty: Served) -> None:
 
 
 def test_choices_have_seeds_that_follow_each_other(nano: Served) -> None:
-    hot: Any = {"temperature": 2, "max_tokens": 20, "extra_body": {"mode": "autoregressive"}}
+    hot: Any = {"temperature": 2, "max_tokens": 8, "extra_body": {"mode": "autoregressive"}}
     several = ask(nano, "1", n=3, seed=7, **hot)
     alone = [ask(nano, "1", seed=seed, **hot).choices[0].message.content for seed in (7, 8, 9)]
     assert [choice.message.content for choice in several.choices] == alone
@@ -338,14 +339,18 @@ EDITS: list[tuple[dict[str, Any], Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def library() -> LM:
+    return blockpress.load("sudoku-nano")
+
+
 @pytest.mark.parametrize(("edits", "holds"), EDITS, ids=[" ".join(edits) for edits, _ in EDITS])
-@pytest.mark.parametrize("path", ["v1/chat/completions", "v1/completions"])
-@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize(("path", "mode"), [("v1/chat/completions", "diffusion"), ("v1/completions", "autoregressive")])
 def test_edits_of_the_logits_are_honoured(
-    nano: Served, path: str, mode: str, edits: dict[str, Any], holds: Any
+    nano: Served, library: LM, path: str, mode: str, edits: dict[str, Any], holds: Any
 ) -> None:
     """What is sent is what the sampling says, in every mode: the text is that of `LM.generate`."""
-    lm = blockpress.load("sudoku-nano")
+    lm = library
     asked = {"prompt": PUZZLE} if path == "v1/completions" else {"messages": said(PUZZLE)}
     heat = {"temperature": 1.5} if mode == "autoregressive" else {"diffusion": {"steps": 3, "release": 0}}
     body = {**asked, "max_tokens": 9, "seed": 4, "mode": mode, **heat, **edits}
