@@ -9,6 +9,7 @@ Run it:  TRITON_INTERPRET=1 python -m blockpress.bench.gpu check
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,22 @@ def mend() -> None:
     builder.cast_impl = _casting(builder.cast_impl)
     builder.create_fp_to_fp = _casting(builder.create_fp_to_fp)
     interpreter._patch_lang_tensor = _with_bounds(interpreter._patch_lang_tensor)
+    interpreter._patch_builtin = _patch_builtins
+
+
+@cache
+def _builtins(package: Any) -> list[str]:
+    """What the interpreter replaces in a part of the language, or has replaced already."""
+    own = interpreter.__name__
+    members = inspect.getmembers(package)
+    return [name for name, member in members if tl.core.is_builtin(member) or getattr(member, "__module__", "") == own]
+
+
+def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    """As the interpreter does for a kernel and again for each call of a function in it, but the names are listed once."""
+    for name in _builtins(package):
+        if tl.core.is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
