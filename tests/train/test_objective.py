@@ -334,7 +334,7 @@ def prefix(network: Network, rows: TrainingBatch, length: int):  # type: ignore[
 
 # ------------------------------------------------------------------------------------------------------------ learning
 
-STEPS = 250
+STEPS = 120
 
 
 @pytest.mark.parametrize("conditioned", [0.0, 1.0])

@@ -85,7 +85,7 @@ def test_micro_batches_sum_to_the_whole_step(copy_recipe: Recipes, tmp_path: Pat
         assert step[3].item() == pytest.approx(steps[0][3].item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
     whole: Trainer, copy_recipe: Recipes, tmp_path: Path, stop: int
 ):
@@ -287,7 +287,7 @@ def test_the_way_out_of_a_loss_that_is_not_finite_exists(copy_recipe: Recipes, t
 
 
 def test_training_lowers_both_losses(copy_recipe: Recipes, tmp_path: Path):
-    trainer = Trainer(copy_recipe(steps=40, rows=8, micro=8), tmp_path)
+    trainer = Trainer(copy_recipe(steps=30, rows=8, micro=8), tmp_path)
     first, *_, last = trainer.run(report_every=10)
     assert last.causal_loss < first.causal_loss - 0.2
     assert last.canvas_loss < first.canvas_loss
@@ -307,14 +307,16 @@ def test_an_export_loads_and_answers(whole: Trainer, tmp_path: Path):
 
 COMPILED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
-from tests.train.conftest import make_copy_recipe
+from tests.train.conftest import make_copy_recipe, small_config
 from blockpress.train.objective import Objective
 from blockpress.train.trainer import Trainer
 torch.set_num_threads(1)
-recipe = make_copy_recipe(objective=Objective(draws=2, on_policy=1), micro=4)
-for dtype, near in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
+for dtype, near, layers in ((torch.bfloat16, 2e-2, 2), (torch.float32, 1e-4, 1)):
+    config = replace(small_config(), layers=small_config().layers[:layers])
+    recipe = make_copy_recipe(config=config, objective=Objective(draws=2, on_policy=1), micro=4)
     plain, traced = (Trainer(recipe, Path(sys.argv[1]), dtype=dtype) for _ in range(2))
     assert torch.equal(plain.train_step(), traced.train_step())  # makes what is made once, else it is traced twice
     traced._losses = torch.compile(traced._plain_losses, dynamic=False, backend="eager")
