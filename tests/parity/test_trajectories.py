@@ -66,12 +66,12 @@ FIVE = replace(
 CASES = {
     "two layers": Case(),
     "no stability asked for": Case(sampling=replace(LOOSE, stability=0, confidence=0.03), partial=1 / 3),
-    "stability over two steps": Case(sampling=replace(LOOSE, stability=2)),
+    "stability over two steps": Case(sampling=replace(LOOSE, stability=2), canvases=2),
     "some reach the last step": Case(sampling=replace(LOOSE, steps=7), branch=0.3, seed=1),
-    "other temperatures": Case(sampling=replace(LOOSE, t_min=0.2, t_max=1.0)),
-    "five layers, canvas longer than the window": Case(FIVE, branch=0.2, lengths=(2, 30)),
+    "other temperatures": Case(sampling=replace(LOOSE, t_min=0.2, t_max=1.0), canvases=2),
+    "five layers, canvas longer than the window": Case(FIVE, branch=0.2, lengths=(2, 30), canvases=2),
     "a vocabulary of two tiles": Case(
-        replace(SMALL, vocab_size=5000, image_id=5000), sharpness=3.0, branch=0.05, lengths=(3, 9), canvases=3
+        replace(SMALL, vocab_size=5000, image_id=5000), sharpness=3.0, branch=0.05, lengths=(3, 9), canvases=2
     ),
     "the shape of sudoku-nano": Case(
         replace(PRESETS["sudoku-nano"](), context_length=1024, image_id=16),
