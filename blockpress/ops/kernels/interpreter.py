@@ -42,7 +42,7 @@ def _builtins(package: Any) -> list[str]:
 
 
 def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
-    """As the interpreter does for a kernel and again for each call of a function in it, but the names are listed once."""
+    """As the interpreter does for a kernel and for each call of a function in it, but the names are listed once."""
     for name in _builtins(package):
         if tl.core.is_builtin(member := getattr(package, name)):
             interpreter._patch_attr(package, name, member, builder, scope)
