@@ -16,10 +16,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, final
 
-import h11
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from blockpress.serve.errors import _Refused
 from blockpress.serve.guard import answer_refused
@@ -27,13 +26,15 @@ from blockpress.serve.options import ServeOptions
 
 RESERVE = 128
 """File descriptors that are not for connections: files of the model, the log, images that are fetched."""
+MOST_HEAD = 64 << 10
+"""Bytes of a request that are not its body: its headers, or what follows the last piece of a body."""
 BRIEFLY = 1.0
 """Seconds for a connection that is one too many."""
 LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 def uvicorn_config(app: Any, options: ServeOptions, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves `app`. It is h11 that reads requests: it bounds their headers (16 KiB)."""
+    """How uvicorn serves `app`: requests are read by httptools, their headers are bounded here."""
     most = _open_files() - RESERVE
     connection = partial(_Connection, patience=options.patience, most=most)
     return uvicorn.Config(app, http=connection, access_log=False, server_header=False, **more)  # type: ignore[arg-type]
@@ -59,7 +60,7 @@ async def _full(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @final
-class _Connection(H11Protocol):
+class _Connection(HttpToolsProtocol):
     """uvicorn's connection, with an end to its patience. most: connections of the server."""
 
     def __init__(self, *args: Any, patience: float, most: int, **more: Any) -> None:
@@ -67,6 +68,11 @@ class _Connection(H11Protocol):
         self._patience, self._most = patience, most
         self._late: asyncio.TimerHandle | None = None
         self._untaken: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
+        """The request that is answered now, or was last; more of them may wait in `pipeline`."""
+        self._in_body = False
+        self._head = 0
+        """Bytes since the last headers or piece of a body ended."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -79,10 +85,33 @@ class _Connection(H11Protocol):
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._patience))
 
     def data_received(self, data: bytes) -> None:
+        self._head += len(data)
         super().data_received(data)
+        if self._head > MOST_HEAD and not self.transport.is_closing():
+            self.send_400_response("The headers are too long.")
         self._watch()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head = max(1, self._head)
+
+    def on_headers_complete(self) -> None:
+        self._head, self._in_body = 0, True
+        super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head, self._in_body = 0, False
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
         super().on_response_complete()
         self._watch()
 
@@ -90,11 +119,14 @@ class _Connection(H11Protocol):
         super().timeout_keep_alive_handler()
         self._watch()
 
+    @property
+    def _answered(self) -> bool:
+        return self._answering is None or self._answering.response_complete
+
     def _watch(self) -> None:
         """Count the time of what the client has begun and not ended, from its first byte on."""
-        heads = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-        rest_of_body = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
-        if not (heads or rest_of_body or self.transport.is_closing()):
+        unfinished = self._answered and (self._head > 0 or self._in_body)
+        if not (unfinished or self.transport.is_closing()):
             _cancel(self._late)
             self._late = None
         elif self._late is None:
@@ -102,7 +134,7 @@ class _Connection(H11Protocol):
 
     def _give_up(self) -> None:
         self._late = None
-        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0] and not self.transport.is_closing():
+        if self._head and self._answered and not (self._in_body or self.transport.is_closing()):
             self.transport.write(LATE)
             self.transport.close()
         else:
@@ -119,6 +151,9 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         _cancel(self._late)
         _cancel(self._untaken)
+        if self._answering is not None and self._answering is not self.cycle:  # uvicorn tells the last in line alone
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
 

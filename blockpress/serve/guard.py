@@ -16,6 +16,7 @@ import json
 import logging
 import socket
 import time
+from functools import lru_cache
 from typing import final
 
 from starlette.datastructures import Headers
@@ -62,6 +63,8 @@ class Guard:
             await answer_refused(refused, scope["path"], sending)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
+        if len(headers.getlist("host")) > 1:
+            raise _Refused(400, "there are two Host headers", "send one")
         host = _host(headers.get("host", ""))
         if host not in self._names and not _is_address(host) and "*" not in self._names:
             raise _Refused(
@@ -120,6 +123,7 @@ def _host(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
+@lru_cache(maxsize=256)
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)

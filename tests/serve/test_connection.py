@@ -137,6 +137,17 @@ def test_who_leaves_inside_a_long_prefill_frees_its_pages_at_once(tmp_path: Path
         assert core.stats.forwards < began + 300, "of the 750 that the prompt would have taken"
 
 
+def test_who_leaves_with_a_second_request_in_line_frees_the_first(hasty: Served) -> None:
+    body = json.dumps({"prompt": "1", "diffusion": {**LONG, "frames": False}}).encode()
+    with connect(hasty) as client:
+        head = HEAD.replace(b"/v1/chat/completions", b"/v1/canvas") + b"content-length: %d\r\n\r\n" % len(body)
+        client.sendall(2 * (head + body))
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        assert hasty.service.open_requests == 1
+    assert hasty.idle()
+    assert soon(lambda: not hasty.engine.core.busy)
+
+
 def test_a_stream_that_is_read_slowly_is_whole(hasty: Served) -> None:
     body = json.dumps({**ASK, "stream": True}).encode()
     came = b""
@@ -157,9 +168,12 @@ def test_a_stream_that_is_read_slowly_is_whole(hasty: Served) -> None:
         HEAD + b"content-length: -1\r\n\r\n",
         HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n12",
         HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"x: a\r\n" * 400_000,
+        HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\nx: " + b"a" * 2_000_000,
+        b"\r\n" * 1_000_000,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600),
     ],
-    ids=["header", "headers", "path", "length", "lengths", "chunk", "tls"],
+    ids=["header", "headers", "path", "length", "lengths", "chunk", "trailers", "trailer", "empty lines", "tls"],
 )
 def test_what_is_no_request_is_refused(hasty: Served, head: bytes) -> None:
     with connect(hasty) as wrong:

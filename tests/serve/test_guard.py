@@ -268,6 +268,12 @@ def test_pieces_that_are_there_at_once_are_sent_at_once_and_the_last_ends_the_st
     assert [(each["body"], each["more_body"]) for each in bodies] == [(b"abc", False)]
 
 
+def test_two_hosts_are_refused(nano: Served) -> None:
+    with socket.create_connection(("127.0.0.1", int(nano.url.rpartition(":")[2]))) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 400")
+
+
 def test_a_mistake_in_the_middle_of_a_stream_is_an_error_event(caplog: pytest.LogCaptureFixture) -> None:
     last = sent(_pieces(b"a", ValueError("oh")))[-1]
     assert last["body"].startswith(b"adata: {")
