@@ -20,11 +20,12 @@ from blockpress.decoding import Reply
 from blockpress.serve.anthropic_types import CountBody, MessagesBody, messages_job
 from blockpress.serve.dialects import AnswerPart, as_json, parts, prompt_tokens, whole_parts
 from blockpress.serve.errors import anthropic_error
+from blockpress.serve.fields import BodyRoute
 from blockpress.serve.openai import Job, call_id
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import JSONAnswer, event_stream, named
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/messages", response_model=None)
@@ -33,9 +34,11 @@ async def messages(body: MessagesBody, http: Request) -> Response:
     service: Service = http.app.state.service
     job = await service.build(lambda: messages_job(service, body))
     if body.stream:
+        running = service.begin(job.requests)
         return event_stream(
             http,
-            _events(service.begin(job.requests), job, body.max_tokens),
+            running,
+            _events(running, job, body.max_tokens),
             lambda error: named("error", anthropic_error(error)),
             named("ping", {"type": "ping"}),
         )

@@ -25,14 +25,14 @@ from blockpress.decoding import Committed, Denoised, Done, Event, ReasoningDelta
 from blockpress.errors import BlockpressError
 from blockpress.lm import LM
 from blockpress.serve.errors import _FieldError, openai_error
-from blockpress.serve.fields import Count, Positive, Refusals, SamplingFields, read_sampling, seeds
+from blockpress.serve.fields import BodyRoute, Count, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.frames import FrameDiffs
 from blockpress.serve.openai import Job, usage_of
 from blockpress.serve.prompts import chat_requests, prompt_of
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import event_stream, named
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class CanvasBody(SamplingFields):
@@ -113,9 +113,8 @@ async def canvas(body: CanvasBody, http: Request) -> Response:
     """An answer as a stream of named server-sent events, with every step of its canvases."""
     service: Service = http.app.state.service
     job, starts = await service.build(lambda: canvas_job(service, body))
-    return event_stream(
-        http, canvas_events(service, job, starts, service.begin(job.requests, steps=job.frames)), _failed
-    )
+    running = service.begin(job.requests, steps=job.frames)
+    return event_stream(http, running, canvas_events(service, job, starts, running), _failed)
 
 
 def _failed(error: BlockpressError) -> bytes:

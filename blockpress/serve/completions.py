@@ -22,7 +22,7 @@ from blockpress.decoding import Cancel, Denoised, Done, Event, Reply, Text, Toke
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Count, Positive, Refusals, has_frames, read_sampling, seeds
+from blockpress.serve.fields import BodyRoute, Count, Positive, Refusals, has_frames, read_sampling, seeds
 from blockpress.serve.frames import frame
 from blockpress.serve.infill import begin_fill
 from blockpress.serve.openai import FINISH, Job, answered, token_logprob, usage_of
@@ -31,7 +31,7 @@ from blockpress.serve.prompts import prompt_of
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, event_stream
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class CompletionBody(ConstrainedFields):
@@ -102,7 +102,7 @@ async def completions(body: CompletionBody, http: Request) -> Response:
         echoes = await service.build_unless_gone(score, http)
     if body.stream:
         running = service.begin(job.requests, steps=job.frames) if job.requests else None
-        return event_stream(http, completion_chunks(service, job, running, echoes))
+        return event_stream(http, running, completion_chunks(service, job, running, echoes))
     replies = [_no_answer(echo) for echo in echoes]
     if job.requests:
         replies = await service.begin(job.requests).replies(http)
@@ -119,7 +119,7 @@ async def _between(service: Service, body: CompletionBody, suffix: str, http: Re
     running, job = await begin_fill(service, body, body.prompt, suffix, body.max_tokens, "text_completion")
     echoes = [Echo(body.prompt) if body.echo else Echo()] * (body.n or 1)
     if body.stream:
-        return event_stream(http, completion_chunks(service, job, running, echoes))
+        return event_stream(http, running, completion_chunks(service, job, running, echoes))
     replies = await running.replies(http)
     return answered(job, [_choice(service.lm, n, reply, echoes[n]) for n, reply in enumerate(replies)], replies)
 

@@ -15,23 +15,32 @@ Invariant: a field is honoured, known to have no meaning here, or refused by nam
 
 from __future__ import annotations
 
+import inspect
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Any
 
+import anyio.to_thread
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
 from blockpress.config import AutoregressiveSampling, Sampling
 from blockpress.config.edits import LEAST_REPETITION, MOST_REPETITION
 from blockpress.errors import TextError
 from blockpress.lm.arguments import AnySampling, Mode, check_mode, check_sampling
-from blockpress.serve.errors import _FieldError
+from blockpress.serve.errors import _ClientGone, _FieldError
 from blockpress.serve.service import Service
 from blockpress.text import Tokenizer
 
 RELEASE = 2
 """For how many steps the first tokens of a canvas must have stayed to be sent before the canvas ends: one step would
 send text earlier, three later; none changes how many answers are right (docs/log.md)."""
+LARGE = 1 << 18
+"""Bytes of a body from which it is read on a thread: streams would wait for it."""
 MOST_SEED = 2**63 - 1
 MOST_COUNT = 2**31 - 1
 
@@ -49,6 +58,52 @@ class Fields(BaseModel):
     """The base of all bodies: numbers must be numbers; fields that nobody knows are kept in `model_extra`."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes `body` and `http` and makes its own response.
+
+    FastAPI documents it, and its field checks the body; the dependencies, forms and checked responses that FastAPI
+    also looks for, which such a route has not, cost more than the check. Other endpoints are FastAPI's own.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint, field = self.endpoint, self.body_field
+        if (
+            field is None
+            or self.response_model is not None
+            or {*inspect.signature(endpoint).parameters} != {"body", "http"}
+        ):
+            return super().get_route_handler()
+
+        def checked(raw: bytes, media_type: str) -> Any:
+            if not raw:
+                raise _FieldError("body", "the body is empty", "send JSON")
+            value: Any = raw
+            if media_type.startswith("application/") and media_type.endswith(("/json", "+json")):
+                try:
+                    value = json.loads(raw)
+                except ValueError as error:
+                    raise _FieldError("body", f"the body is not JSON: {error}", "send JSON") from error
+            body, errors = field.validate(value, {}, loc=("body",))
+            if errors:
+                raise RequestValidationError(errors)
+            return body
+
+        async def handled(http: Request) -> Response:
+            try:
+                raw = await http.body()
+            except ClientDisconnect:
+                raise _ClientGone from None
+            kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if len(raw) < LARGE:
+                body = checked(raw, kind)
+            else:
+                body = await anyio.to_thread.run_sync(checked, raw, kind)
+            response: Response = await endpoint(body=body, http=http)
+            return response
+
+        return handled
 
 
 class DiffusionFields(BaseModel):

@@ -21,13 +21,13 @@ from blockpress.config import Sampling
 from blockpress.decoding import Done, Event, Reply, Text
 from blockpress.lm.arguments import AnySampling
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Count, Fields, Positive, Refusals, SamplingFields, read_sampling, seeds
+from blockpress.serve.fields import BodyRoute, Count, Fields, Positive, Refusals, SamplingFields, read_sampling, seeds
 from blockpress.serve.openai import FINISH, Job, answered, usage_of
 from blockpress.serve.openai_types import ConstrainedFields, constraint_of
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import DONE, event_stream
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class FimBody(ConstrainedFields):
@@ -115,7 +115,7 @@ async def fim(body: FimBody, http: Request) -> Response:
         body.seed = body.random_seed
     running, job = await begin_fill(service, body, body.prompt, body.suffix, body.max_tokens)
     if body.stream:
-        return event_stream(http, _fim_chunks(running, job))
+        return event_stream(http, running, _fim_chunks(running, job))
     replies = await running.replies(http)
     choices = [
         {
@@ -181,7 +181,7 @@ async def infill(body: InfillBody, http: Request) -> Response:
                 yield json.dumps({**last(event.reply), "content": ""})
 
     if body.stream:
-        return event_stream(http, chunks())
+        return event_stream(http, running, chunks())
     [reply, *_] = await running.replies(http)
     return JSONResponse(last(reply))
 
@@ -199,7 +199,7 @@ async def edits(body: EditBody, http: Request) -> Response:
 
     running, job = await _begin(service, body, "edit", make)
     if body.stream:
-        return event_stream(http, _fim_chunks(running, job))
+        return event_stream(http, running, _fim_chunks(running, job))
     replies = await running.replies(http)
     choices = [
         {"index": index, "text": reply.text, "whole": reply.whole, "finish_reason": FINISH[reply.finish_reason]}

@@ -26,18 +26,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model
 
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(name, what, ("model_name", *labels), registry=self.registry)
+        def counter(name: str, what: str) -> Counter:
+            return Counter(name, what, ("model_name",), registry=self.registry).labels(model)
 
         def gauge(name: str, what: str) -> Gauge:
-            return Gauge(name, what, ("model_name",), registry=self.registry)
+            return Gauge(name, what, ("model_name",), registry=self.registry).labels(model)
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, what, ("model_name",), registry=self.registry, buckets=buckets)
+            return Histogram(name, what, ("model_name",), registry=self.registry, buckets=buckets).labels(model)
 
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens read.")
         self._generated = counter("vllm:generation_tokens", "Tokens returned.")
-        self._success = counter("vllm:request_success", "Finished requests.", "finished_reason")
+        reasons = ("model_name", "finished_reason")
+        self._success = Counter("vllm:request_success", "Finished requests.", reasons, registry=self.registry)
         self._preemptions = gauge("vllm:num_preemptions_total", "Requests that gave their pages to others.")
         self._steps = counter("vllm:diffusion_num_denoising_steps", "Denoising steps of all canvases.")
         self._positions = counter("vllm:diffusion_num_canvas_positions", "Positions denoised, over all steps.")
@@ -55,37 +56,36 @@ class Metrics:
 
     def first_text(self, seconds: float) -> None:
         """Count how long a request waited for its first text."""
-        self._first.labels(model_name=self._model).observe(seconds)
+        self._first.observe(seconds)
 
     def denoised(self, event: Denoised) -> None:
         """Count a step of a canvas, from any thread."""
-        self._positions.labels(model_name=self._model).inc(len(event.argmax))
+        self._positions.inc(len(event.argmax))
 
     def event(self, event: Event, seconds: float) -> None:
         """Count an event that came `seconds` after its request."""
-        label = {"model_name": self._model}
         if isinstance(event, Committed):
-            self._committed.labels(**label).inc(len(event.tokens))
+            self._committed.inc(len(event.tokens))
         elif isinstance(event, Done):
             usage = event.reply.usage
-            self._prompt.labels(**label).inc(usage.prompt_tokens)
-            self._generated.labels(**label).inc(usage.completion_tokens)
-            self._success.labels(**label, finished_reason=event.reply.finish_reason).inc()
-            self._steps.labels(**label).inc(usage.steps)
-            self._retries.labels(**label).inc(usage.empty_retries)
-            self._whole.labels(**label).observe(seconds)
-            self._prompts.labels(**label).observe(usage.prompt_tokens)
-            self._answers.labels(**label).observe(usage.completion_tokens)
+            self._prompt.inc(usage.prompt_tokens)
+            self._generated.inc(usage.completion_tokens)
+            self._success.labels(self._model, event.reply.finish_reason).inc()
+            self._steps.inc(usage.steps)
+            self._retries.inc(usage.empty_retries)
+            self._whole.observe(seconds)
+            self._prompts.observe(usage.prompt_tokens)
+            self._answers.observe(usage.completion_tokens)
 
     def text(self, service: Service) -> bytes:
         """All of it now, as Prometheus reads it."""
-        label, whole = {"model_name": self._model}, service.engine.core.stats
+        whole = service.engine.core.stats
         stats = whole.scheduler
-        self._forwards.labels(**label).set(whole.forwards)
-        self._running.labels(**label).set(stats.running)
-        self._waiting.labels(**label).set(stats.waiting)
-        self._preemptions.labels(**label).set(stats.preemptions)
-        self._hits.labels(**label).set(stats.reused_tokens)
+        self._forwards.set(whole.forwards)
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._preemptions.set(stats.preemptions)
+        self._hits.set(stats.reused_tokens)
         total = sum(pages.total for pages in stats.pages.values())
-        self._pages.labels(**label).set(sum(pages.held for pages in stats.pages.values()) / max(1, total))
+        self._pages.set(sum(pages.held for pages in stats.pages.values()) / max(1, total))
         return generate_latest(self.registry)

@@ -16,7 +16,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 
 from blockpress import __version__
 from blockpress.checkpoints.hub.cache import HubName
@@ -25,14 +24,14 @@ from blockpress.decoding import Committed, Done
 from blockpress.errors import HubError
 from blockpress.serve.dialects import part_of
 from blockpress.serve.errors import _FieldError, _Refused, _UnknownModel
-from blockpress.serve.fields import Fields
+from blockpress.serve.fields import BodyRoute, Fields
 from blockpress.serve.infill import begin_fill
 from blockpress.serve.ollama_types import GenerateBody, OllamaBody, OllamaChatBody, hole_body, ollama_job, plain_name
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.prompts import has_template
 from blockpress.serve.pull import pulled
-from blockpress.serve.service import Running, Service, unless_gone
-from blockpress.serve.sse import JSONAnswer, ndjson_stream
+from blockpress.serve.service import Running, Service
+from blockpress.serve.sse import JSONAnswer, ndjson_stream, unless_gone
 
 API_VERSION = "0.13.5"
 """The version of Ollama whose API this is: some clients ask for a least one."""
@@ -41,7 +40,7 @@ LOADED = "9999-12-31T23:59:59Z"
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-class _JsonRoute(APIRoute):
+class _JsonRoute(BodyRoute):
     """Reads a body as JSON whatever its Content-Type: Ollama does, and `curl -d` sends another."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -103,7 +102,7 @@ async def _answer(http: Request, body: OllamaChatBody | GenerateBody) -> Respons
         running = service.begin(job.requests)
     chunks = _chunks(service, job, running, body, started)
     if body.stream is not False:
-        return ndjson_stream(http, chunks)
+        return ndjson_stream(http, running, chunks)
     return JSONAnswer(await unless_gone(_whole(chunks), http))
 
 
@@ -228,7 +227,7 @@ async def pull(body: NameBody, http: Request) -> Response:
     except _UnknownModel:
         states = pulled(service, _on_hub(name, service.options.allow_pull))
     if body.stream is not False:
-        return ndjson_stream(http, states)
+        return ndjson_stream(http, None, states)
     last = await unless_gone(_last(states), http)
     return JSONAnswer(last)
 

@@ -30,14 +30,14 @@ from blockpress.decoding import (
 from blockpress.engine import Request as EngineRequest
 from blockpress.lm import LM
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.fields import Refusals, has_frames, read_sampling, seeds
+from blockpress.serve.fields import BodyRoute, Refusals, has_frames, read_sampling, seeds
 from blockpress.serve.frames import frame, written_bytes
 from blockpress.serve.openai_types import ChatBody, ConstrainedFields, constraint_of, thinking_of
 from blockpress.serve.prompts import chat_requests
 from blockpress.serve.service import Running, Service
-from blockpress.serve.sse import DONE, JSONAnswer, event_stream
+from blockpress.serve.sse import DONE, JSONAnswer, event_stream, to_json
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "stop"}
 
@@ -106,7 +106,8 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
     service: Service = http.app.state.service
     job = await service.build(lambda: chat_job(service, body))
     if body.stream:
-        return event_stream(http, chat_chunks(service, job, service.begin(job.requests, steps=job.frames)))
+        running = service.begin(job.requests, steps=job.frames)
+        return event_stream(http, running, chat_chunks(service, job, running))
     replies = await service.begin(job.requests).replies(http)
     choices = [chat_choice(service.lm, job, index, reply) for index, reply in enumerate(replies)]
     if body.return_token_ids:
@@ -217,9 +218,7 @@ async def chat_chunks(service: Service, job: Job, running: Running) -> AsyncIter
             "finish_reason": finish,
             **more,
         }
-        return json.dumps(
-            {**head, "choices": [choice], **({"usage": None} if job.usage_chunk else {})}, ensure_ascii=False
-        )
+        return to_json({**head, "choices": [choice], **({"usage": None} if job.usage_chunk else {})})
 
     for index in range(len(job.requests)):
         yield chunk(index, {"role": "assistant", "content": ""})

@@ -38,8 +38,8 @@ from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, error_bo
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import MIB, ServeOptions
 from blockpress.serve.replicas import TOGETHER, joined_answer, rendezvous, routing_key
-from blockpress.serve.service import Service, unless_gone
-from blockpress.serve.sse import cut_off
+from blockpress.serve.service import Service
+from blockpress.serve.sse import cut_off, unless_gone
 
 if TYPE_CHECKING:
     from ray.serve import Application

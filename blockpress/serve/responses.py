@@ -23,12 +23,13 @@ from blockpress.errors import BlockpressError
 from blockpress.lm import LM
 from blockpress.serve.dialects import AnswerPart, as_json, parts, prompt_tokens, whole_parts
 from blockpress.serve.errors import _Refused, code_of, status_of
+from blockpress.serve.fields import BodyRoute
 from blockpress.serve.openai import Job, call_id, token_logprob
 from blockpress.serve.responses_types import ResponsesBody, custom_tools, responses_job, sealed
 from blockpress.serve.service import Running, Service
 from blockpress.serve.sse import JSONAnswer, event_stream, named
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 ECHOED = {"prompt_cache_key": None, "safety_identifier": None, "service_tier": "default", "user": None}
 """Fields without a meaning that an answer repeats, and what it has without them."""
@@ -41,7 +42,8 @@ async def create_response(body: ResponsesBody, http: Request) -> Response:
     job = await service.build(lambda: responses_job(service, body))
     answer = _Answer(service.lm, body, job)
     if body.stream:
-        return event_stream(http, _events(service.begin(job.requests), answer))
+        running = service.begin(job.requests)
+        return event_stream(http, running, _events(running, answer))
     pieces, reply = await whole_parts(service, job, http)
     for part in pieces:
         answer.begin(part)

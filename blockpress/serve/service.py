@@ -12,22 +12,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar, final
-
-import anyio.to_thread
+from typing import TYPE_CHECKING, TypeVar, final
 
 from blockpress.decoding import Cancel, Denoised, Done, Event, Failed, ReasoningDelta, Reply, Text
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.errors import BlockpressError, EngineError, Overloaded, one_line
 from blockpress.lm import LM
 from blockpress.model import Network
-from blockpress.serve.errors import _ClientGone, _Refused, _UnknownModel
+from blockpress.serve.errors import _Refused, _UnknownModel
 from blockpress.serve.metrics import Metrics
 from blockpress.serve.options import ServeOptions
+from blockpress.serve.sse import _Waker, unless_gone
 from blockpress.serve.tracing import AnswerSpan, stop, tracer_provider
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 Deliver = Callable[[int, Event | BlockpressError], None]
 """Takes an event of the answer of that number, from any thread; an error is the last thing that it takes."""
+BUILDERS = 40
+"""Requests that are built at once, most of which wait for the network or the engine."""
 POLL = 0.05
 """Seconds between two looks at a flag that may end an answer."""
 logger = logging.getLogger("blockpress.serve")
@@ -54,9 +57,10 @@ class Service:
         self.ready = self.stopping = False
         lm.answer = self._answer
         self._open = 0
+        self._builders = ThreadPoolExecutor(BUILDERS, "blockpress-build")  # half of what anyio's threads cost
+        self._computing = ThreadPoolExecutor(1, "blockpress-compute")
         self._drain: asyncio.Task[None] | None = None
         self.pulling = asyncio.Lock()
-        self._computing: anyio.CapacityLimiter | None = None
 
     @property
     def open_requests(self) -> int:
@@ -74,6 +78,7 @@ class Service:
 
     async def warm_up(self) -> None:
         """One short answer, so that no client waits for what is built and measured at the first one."""
+        self.waker = _Waker(asyncio.get_running_loop())
         ids = [self.lm.config.bos_id if self.lm.config.bos_id is not None else 0]
         requests = await self.build(lambda: self.lm.build_requests(ids, max_tokens=1))
         async for _ in self.begin(requests).events():
@@ -87,7 +92,7 @@ class Service:
 
     async def _end_late(self) -> None:
         await asyncio.sleep(self.options.patience)
-        await anyio.to_thread.run_sync(self.engine.close)
+        await asyncio.to_thread(self.engine.close)
 
     def close(self) -> None:
         """End what is still answered, and free the model's memory."""
@@ -95,6 +100,8 @@ class Service:
         if self._drain is not None:
             self._drain.cancel()
         self.engine.close()
+        for threads in (self._builders, self._computing):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.lm.close()
         if self.tracer_provider is not None:
             stop(self.tracer_provider)
@@ -102,15 +109,13 @@ class Service:
     async def build(self, make: Callable[[], Made]) -> Made:
         """Run `make` on a thread, as reading images and compiling shapes take long. Raises Overloaded: a full queue."""
         self.check_room(1)
-        return await anyio.to_thread.run_sync(make)
+        return await _run(self._builders, make)
 
     async def build_unless_gone(self, make: Callable[[Cancel], Made], http: HTTPRequest) -> Made:
         """The same for what computes: one at a time; its flag is set when the client leaves. Raises _ClientGone."""
         gone = threading.Event()
-        one = self._computing = self._computing or anyio.CapacityLimiter(1)
         try:
-            run = anyio.to_thread.run_sync(partial(make, gone), abandon_on_cancel=True, limiter=one)
-            return await unless_gone(run, http)
+            return await unless_gone(_run(self._computing, partial(make, gone)), http)
         finally:
             gone.set()
 
@@ -207,6 +212,10 @@ class Service:
             raise _UnknownModel(f"model is {name!r:.200}, which is not served here", hint=f"give {self.name!r}")
 
 
+async def _run(threads: ThreadPoolExecutor, make: Callable[[], Made]) -> Made:
+    return await asyncio.get_running_loop().run_in_executor(threads, copy_context().run, make)
+
+
 @final
 class Running:
     """Answers that are being written side by side, until they have ended, or this is closed or forgotten.
@@ -235,28 +244,20 @@ class Running:
         self._stop: Callable[[], None] = lambda: None
         self._arrived: deque[tuple[int, Event | BlockpressError]] = deque()
         self._there = asyncio.Event()
+        self.before_waiting: Callable[[], Awaitable[None]] | None = None
+        """Awaited before `events` waits: what its reader has made of those before may leave."""
         self._closed = False
         service.opened(count)
         # Not this object, which ends all when nobody holds it.
-        loop, arrived, there = asyncio.get_running_loop(), self._arrived, self._there
-        woken = False
-
-        def wake() -> None:
-            nonlocal woken
-            woken = False  # before the reader looks: what arrives from now on wakes it again
-            there.set()
+        wake, arrived, there = service.waker.wake, self._arrived, self._there
 
         def deliver(number: int, event: Event | BlockpressError) -> None:
-            nonlocal woken
             if isinstance(event, Denoised):
                 service.metrics.denoised(event)
                 if not steps:
                     return
             arrived.append((number, event))
-            if not woken:
-                woken = True
-                with suppress(RuntimeError):  # the loop has closed, and nobody waits
-                    loop.call_soon_threadsafe(wake)
+            wake(there)
 
         try:
             self._stop = start(deliver)
@@ -294,6 +295,8 @@ class Running:
     async def _until_done(self) -> AsyncIterator[tuple[int, Event]]:
         service, left, silent = self._service, self._count, set(range(self._count))
         while left:
+            if not self._arrived and self.before_waiting is not None:
+                await self.before_waiting()
             while not self._arrived:
                 self._there.clear()
                 await self._there.wait()
@@ -327,23 +330,3 @@ class Running:
             self._span.end()
 
     __del__ = close  # a client may leave before its stream has begun, and then nobody closes it
-
-
-async def unless_gone(work: Coroutine[Any, Any, Made], http: HTTPRequest) -> Made:
-    """Await `work`, but cancel it when the client closes its connection. Raises _ClientGone: it has."""
-    task = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    watcher = asyncio.ensure_future(watch())
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ClientGone
-        return task.result()
-    finally:
-        for each in (task, watcher):
-            each.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)

@@ -59,9 +59,11 @@ def telemetry(provider: TracerProvider | None) -> TelemetryConfig:
     """FastAPI's settings: a span for each request that the model answers, and nothing else.
 
     Args:
-        provider: what `tracer_provider` made; without one, what the program around has set.
+        provider: what `tracer_provider` made; without one, what the program around has set by now.
     """
+    around = trace is not None and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
     return {
+        "tracing": provider is not None or around,  # otherwise each request asks again
         "tracer_provider": provider,
         "metrics": False,
         "logs": False,  # it writes the values that a check has refused

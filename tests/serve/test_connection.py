@@ -18,6 +18,7 @@ import pytest
 
 import blockpress
 from blockpress.serve import ServeOptions, connection
+from blockpress.serve.fields import LARGE
 from tests.builders.chats import save_seeing
 from tests.builders.server import Served, serving
 
@@ -146,6 +147,15 @@ def test_who_leaves_with_a_second_request_in_line_frees_the_first(hasty: Served)
         assert hasty.service.open_requests == 1
     assert hasty.idle()
     assert soon(lambda: not hasty.engine.core.busy)
+
+
+def test_a_large_body_is_read_as_a_small_one(nano: Served) -> None:
+    body = b" " * LARGE + json.dumps(ASK).encode()
+    for given, status in ((body, 200), (body[:-1], 400)):
+        answer = CLIENT.post(
+            f"{nano.url}/v1/chat/completions", content=given, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == status, answer.text
 
 
 def test_a_stream_that_is_read_slowly_is_whole(hasty: Served) -> None:

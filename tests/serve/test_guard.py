@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
+import re
 import socket
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ from blockpress.errors import RequestError
 from blockpress.serve import ServeOptions
 from blockpress.serve import images as by_address
 from blockpress.serve.errors import _FieldError
-from blockpress.serve.sse import event_stream
+from blockpress.serve.sse import _Waker, event_stream
 from tests.builders.server import Served
 from tests.serve.conftest import Serve
 
@@ -255,17 +257,37 @@ def sent(chunks: AsyncIterator[str | bytes], **options: Any) -> list[dict[str, A
         async def send(message: Any) -> None:
             messages.append(message)
 
-        response = event_stream(SimpleNamespace(app=app), chunks)  # type: ignore[arg-type]
+        response = event_stream(SimpleNamespace(app=app), None, chunks)  # type: ignore[arg-type]
         await response({"type": "http", "path": "/"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
 
     asyncio.run(run())
     return messages
 
 
-def test_pieces_that_are_there_at_once_are_sent_at_once_and_the_last_ends_the_stream() -> None:
-    start, *bodies = sent(_pieces(b"a", b"b", b"c"))
-    assert start["type"] == "http.response.start"
-    assert [(each["body"], each["more_body"]) for each in bodies] == [(b"abc", False)]
+def test_events_of_one_forward_leave_at_once(nano: Served) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "1"}], "stream": True, "diffusion": {"steps": 1}})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
+    came = b""
+    with socket.create_connection(("127.0.0.1", int(nano.url.rpartition(":")[2]))) as client:
+        client.sendall((head + body).encode())
+        while not came.endswith(b"0\r\n\r\n"):
+            came += client.recv(10_000)
+    last = re.split(rb"\r\n[0-9a-f]+\r\n", came)[-2]
+    assert b'"finish_reason": "' in last and b"[DONE]" in last, came
+
+
+def test_what_a_forward_delivers_wakes_the_loop_once() -> None:
+    calls: list[Callable[[], None]] = []
+    loop = SimpleNamespace(call_soon_threadsafe=calls.append)
+    waker, events = _Waker(loop), [asyncio.Event() for _ in range(64)]  # type: ignore[arg-type]
+    for turn in (1, 2):
+        for event in events:
+            event.clear()
+            waker.wake(event)
+        assert len(calls) == turn
+        calls[-1]()
+        assert all(event.is_set() for event in events)
 
 
 def test_two_hosts_are_refused(nano: Served) -> None:
@@ -275,10 +297,11 @@ def test_two_hosts_are_refused(nano: Served) -> None:
 
 
 def test_a_mistake_in_the_middle_of_a_stream_is_an_error_event(caplog: pytest.LogCaptureFixture) -> None:
-    last = sent(_pieces(b"a", ValueError("oh")))[-1]
-    assert last["body"].startswith(b"adata: {")
+    first, last, end = sent(_pieces(b"a", ValueError("oh")))[1:]
+    assert first["body"] == b"a"
+    assert last["body"].startswith(b"data: {")
     assert b'"type": "server_error"' in last["body"]
-    assert not last["more_body"]
+    assert last["more_body"] and not end["more_body"]
     assert "oh" in caplog.text
 
 
