@@ -2,7 +2,9 @@
 
 A tenth of the requests is malformed, a tenth leaves: in the middle of its stream, or before its answer has begun. Nothing
 may fail with a status of 500 or above, no stream may hang, the server's memory must stay where it is, and at the end
-nothing may be left in its engine.
+nothing may be left in its engine. Then some clients have long answers, written token by token, so that each forward has
+a text for each of them and nobody comes or goes: what the event loop takes for a text. The rest is what it takes for a
+request.
 
     python -m tests.serve.load --clients 64 --seconds 300
 """
@@ -39,6 +41,8 @@ MALFORMED: list[dict[str, Any]] = [
 MIB = 1 << 20
 SILENCE = 120
 """Seconds without a byte after which a stream hangs."""
+ROUNDS = 5
+"""How often long streams are measured."""
 GROWTH = 0.05
 """Most by which the server's memory may grow from the first minute (or quarter) to the last, as a share."""
 
@@ -132,6 +136,44 @@ def left(url: str) -> list[str]:
         time.sleep(0.2)
 
 
+async def steady(url: str, pid: int, clients: int) -> tuple[float, int]:
+    """Seconds of the event loop and the number of texts, while `clients` streams run and none begins or ends."""
+    begun = texts = 0
+    marks: list[tuple[float, int]] = []
+
+    async def one(client: httpx.AsyncClient, puzzle: str) -> None:
+        nonlocal begun, texts
+        body = {"messages": [{"role": "user", "content": puzzle}], "stream": True, "mode": "autoregressive"}
+        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            silent = True
+            async for line in answer.aiter_lines():
+                texts += '"delta": {"content"' in line
+                if silent and '"delta": {"content"' in line:
+                    silent, begun = False, begun + 1
+                    if begun == clients:
+                        marks.append((main_thread_seconds(pid), texts))
+                elif '"finish_reason": "' in line and len(marks) == 1:
+                    marks.append((main_thread_seconds(pid), texts))
+
+    puzzles = [sudoku.layout(puzzle.puzzle) for puzzle in sudoku.held_out(0, clients)]
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=SILENCE, trust_env=False, limits=limits) as client:
+        await asyncio.gather(*(one(client, puzzle) for puzzle in puzzles))
+    if len(marks) < 2:  # one had ended before the last had begun
+        return 0.0, 0
+    return marks[1][0] - marks[0][0], marks[1][1] - marks[0][1]
+
+
+def measure_steady(url: str, pid: int, clients: int) -> float:
+    """The mean seconds of the event loop for a text, over `ROUNDS` rounds; they are printed."""
+    rounds = [asyncio.run(steady(url, pid, clients)) for _ in range(ROUNDS)]
+    seconds, texts = sum(loop for loop, _ in rounds), sum(count for _, count in rounds)
+    a_text = seconds / max(1, texts)
+    forward = f"{1000 * clients * a_text:.2f} ms a forward that has a text for each"
+    print(f"{clients:2} long streams  {1e6 * a_text:.1f} us of the event loop a text, {forward}, {texts} texts")
+    return a_text
+
+
 async def run(url: str, pid: int, clients: int, seconds: float, seen: Seen) -> list[int]:
     """All clients, and the server's memory every second."""
     until = time.monotonic() + seconds
@@ -173,6 +215,7 @@ def main() -> int:
         loop = main_thread_seconds(server.pid) - loop
         count = metric(url, "blockpress:forwards_total") - count
         held = left(url)
+        a_text = [measure_steady(url, server.pid, streams) for streams in (16, asked.clients)][-1]
     finally:
         server.terminate()
         server.wait()
@@ -184,6 +227,9 @@ def main() -> int:
         print(shown(name, values))
     print(f"memory         {first / MIB:.0f} MiB in the first {part} s, {last / MIB:.0f} in the last")
     print(f"event loop     {1000 * loop / max(1, count):.2f} ms of processor time a forward, {count:.0f} forwards")
+    requests, texts = sum(seen.statuses.values()), len(seen.first) + len(seen.between)
+    a_request = (loop - a_text * texts) / max(1, requests)
+    print(f"               {1000 * a_request:.2f} ms of it a request, beside its texts, {requests} requests")
     print("left           ", ", ".join(held) or "nothing")
     failed = seen.faults or held or any(status >= 500 for status in seen.statuses)
     return 1 if failed or last > (1 + GROWTH) * first else 0
