@@ -20,6 +20,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar, final
 
+from blockpress.config import Sampling
 from blockpress.decoding import Cancel, Denoised, Done, Event, Failed, ReasoningDelta, Reply, Text
 from blockpress.engine import EngineCore, EngineOptions, Request, ThreadedEngine
 from blockpress.errors import BlockpressError, EngineError, Overloaded, one_line
@@ -80,7 +81,10 @@ class Service:
         """One short answer, so that no client waits for what is built and measured at the first one."""
         self.waker = _Waker(asyncio.get_running_loop())
         ids = [self.lm.config.bos_id if self.lm.config.bos_id is not None else 0]
-        requests = await self.build(lambda: self.lm.build_requests(ids, max_tokens=1))
+        sampling = self.lm.generation.sampling
+        if isinstance(sampling, Sampling):  # the first step, and one that reads what the first one drew
+            sampling = sampling.with_(steps=min(2, sampling.steps))
+        requests = await self.build(lambda: self.lm.build_requests(ids, max_tokens=1, sampling=sampling))
         async for _ in self.begin(requests).events():
             pass
         self.ready = True
