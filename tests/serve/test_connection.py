@@ -138,15 +138,15 @@ def test_who_leaves_inside_a_long_prefill_frees_its_pages_at_once(tmp_path: Path
         assert core.stats.forwards < began + 300, "of the 750 that the prompt would have taken"
 
 
-def test_who_leaves_with_a_second_request_in_line_frees_the_first(hasty: Served) -> None:
+def test_who_leaves_with_a_second_request_in_line_frees_the_first(nano: Served) -> None:
     body = json.dumps({"prompt": "1", "diffusion": {**LONG, "frames": False}}).encode()
-    with connect(hasty) as client:
+    with connect(nano) as client:
         head = HEAD.replace(b"/v1/chat/completions", b"/v1/canvas") + b"content-length: %d\r\n\r\n" % len(body)
         client.sendall(2 * (head + body))
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        assert hasty.service.open_requests == 1
-    assert hasty.idle()
-    assert soon(lambda: not hasty.engine.core.busy)
+        assert nano.service.open_requests == 1
+    assert nano.idle()
+    assert soon(lambda: not nano.engine.core.busy)
 
 
 def test_a_large_body_is_read_as_a_small_one(nano: Served) -> None:
