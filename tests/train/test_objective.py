@@ -334,7 +334,7 @@ def prefix(network: Network, rows: TrainingBatch, length: int):  # type: ignore[
 
 # ------------------------------------------------------------------------------------------------------------ learning
 
-STEPS = 120
+STEPS = 250
 
 
 @pytest.mark.parametrize("conditioned", [0.0, 1.0])
