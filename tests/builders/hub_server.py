@@ -193,7 +193,9 @@ def serving() -> Iterator[Hub]:
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # several pulls at once connect by dozens, and who finds no place asks again after seconds
+        request_queue_size = (
+            128  # several pulls at once connect by dozens, and who finds no place asks again after seconds
+        )
 
     server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

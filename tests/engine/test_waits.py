@@ -33,7 +33,7 @@ pytestmark = pytest.mark.end_to_end
 GREEDY = AutoregressiveSampling()
 WARM = AutoregressiveSampling(temperature=1.2, top_k=20, top_p=0.9)
 ROOMY = EngineOptions(memory=1 << 23)
-SCARCE = EngineOptions(memory=1 << 17, max_running=6, chunk=16)
+SCARCE = EngineOptions(memory=5 << 14, max_running=6, chunk=16)
 MIXED: list[AnySampling] = [
     SHORT,
     WARM,
@@ -115,7 +115,7 @@ def test_a_device_gives_the_same_tokens_with_one_wait_a_forward(case: str, card:
     how, logprobs, options, cancels = CASES[case]
     arrivals = [2 * i % 7 for i in range(len(how))]
     changes: dict[str, Any] = (
-        {"max_tokens": 50, "stop_ids": ()} if case == "preempted" else {}
+        {"max_tokens": 30, "stop_ids": ()} if case == "preempted" else {}
     )  # so long that pages run out
     with plain_torch():
         requests = asked(how, logprobs, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ class Case:
         return {name: getattr(self, name) for name in ("cap", "temperature", "uniform", "scale", "changes")} | more
 
 
+@cache
+def case_with_truth(vocab: int, dtype: torch.dtype, cap: float | None) -> tuple[Case, Tensor]:
+    case = Case(vocab, dtype, cap=cap)
+    return case, case.truth()
+
+
 def check(case: Case, got: SampleStats, scaled: Tensor, cut: Truncation | None, tolerance: float) -> None:
     drawn = (scaled if cut is None else cut(scaled[None])[0]).double().softmax(-1)
     through = drawn.cumsum(-1)
@@ -92,10 +99,10 @@ def check(case: Case, got: SampleStats, scaled: Tensor, cut: Truncation | None, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_of_edited_logits_equals_one_of_full_logits(version: str, dtype: torch.dtype, cut: Any) -> None:  # noqa: F811
     for vocab, cap in ((5, None), (300, 30.0), (vocabulary.TILE + 7, 30.0)):
-        case = Case(vocab, dtype, cap=cap)
+        case, truth = case_with_truth(vocab, dtype, cap)
         native = version != "torch"
         got = vocabulary.sample_from_hidden(case.hidden, case.weight, **case.given(truncation=cut, native=native))
-        check(case, got, case.truth(), cut, 1e-4)
+        check(case, got, truth, cut, 1e-4)
 
 
 @pytest.mark.parametrize("cut", CUTS[:3])
