@@ -37,9 +37,12 @@ PICTURE = picture()
 SHORT = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def _certificates() -> Iterator[None]:
-    """The system's certificates are read once: each client of httpx would read them, which takes longer than an answer."""
+    """The system's certificates are read once: each client of httpx would read them, which takes longer than an answer.
+
+    In this room alone: the hub's client, which threads share, loses answers where it is made so quickly.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
         yield
