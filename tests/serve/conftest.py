@@ -37,15 +37,16 @@ PICTURE = picture()
 SHORT = Sampling(steps=4, entropy_bound=1.0, confidence=0.4)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _certificates() -> Iterator[None]:
+_default_context = cache(ssl.create_default_context)
+
+
+@pytest.fixture(autouse=True)
+def _certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's certificates are read once: each client of httpx would read them, which takes longer than an answer.
 
     In this room alone: the hub's client, which threads share, loses answers where it is made so quickly.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
-        yield
+    monkeypatch.setattr(ssl, "create_default_context", _default_context)
 
 
 @pytest.fixture(scope="session")
