@@ -124,6 +124,7 @@ class Moves:
     """The edges of an automaton, those from one state to another joined to one move.
 
     graph: its labels are the sets of classes that some two states are joined by, most often far fewer than the edges.
+    Many sets that differ in few classes are cut into blocks, which they share, and a move into one for each block.
     label, member: each set of classes, as (label, class) pairs; by_label and by_class: these in groups.
     """
 
@@ -134,11 +135,12 @@ class Moves:
     by_class: Groups
 
     @classmethod
-    def of(cls, source: Ints, label: Ints, target: Ints, states: int, classes: int) -> Moves:
+    def of(cls, source: Ints, label: Ints, target: Ints, states: int, classes: int, block: int = 1 << 30) -> Moves:
         order = np.lexsort((label, target, source))
         source, label, target = (each[order].astype(np.int32) for each in (source, label, target))
         first = np.ones(len(source), bool)
         first[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
+        first[1:] |= np.diff(label // block) != 0
         starts = np.append(np.nonzero(first)[0], len(source))
         sets: dict[bytes, int] = {}
         of_move = [
@@ -209,7 +211,11 @@ class TokenAutomaton:
 
     @cached_property
     def moves(self) -> Moves:
-        return Moves.of(self.source, self.label, self.target, len(self.accepting), self.num_classes)
+        edges = self.source, self.label, self.target, len(self.accepting), self.num_classes
+        whole = Moves.of(*edges)
+        if len(whole.member) <= 2 * len(whole.graph.source):
+            return whole
+        return min(whole, Moves.of(*edges, block=8), key=lambda each: 5 * len(each.member) + len(each.graph.source))
 
     @cached_property
     def entries(self) -> tuple[Ints, Ints]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import final
+from typing import Literal, final
 
 from blockpress.config import Sampling
 from blockpress.constrain.automaton import Automaton, Expression
-from blockpress.constrain.filling import ANY_TEXT, End
+from blockpress.constrain.filling import ANY_TEXT
 from blockpress.constrain.tokens import TokenAutomaton
 from blockpress.decoding import Denoised
+
+End = Literal["stop", "free", "cut", "open"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import final
+from typing import Literal, final
 
 from blockpress.constrain import Constraint, ConstraintState
-from blockpress.constrain.filling import End, Filling, filling
+from blockpress.constrain.filling import Filling, filling
 from blockpress.constrain.tokens import FAR
 from blockpress.decoding import FinishReason, Given, Reply, SequenceState, Text, Usage
 from blockpress.engine import Request
 from blockpress.errors import PromptTooLong, RequestError
-from blockpress.lm.hole import Fill, Hole, HoleLayout, how_well, joined
+from blockpress.lm.hole import End, Fill, Hole, HoleLayout, how_well, joined
 from blockpress.lm.rounds import Filler, Outcome, Round
 from blockpress.lm.seams import Seams
 
@@ -127,9 +127,12 @@ class Infiller:
             if outcome.reply.finish_reason == "cancelled":
                 return None
             inside, states = made.split(outcome.reply.tokens)
-            ahead = layout.end == "open" or not hole.seam  # what stands after the hole is not on the canvas
+            ahead = layout.end == "open" or not hole.seam  # what stands after the hole may not be on the canvas
             here = len(inside) - len(hole.starts) - len(hole.seam)
-            full = outcome.reply.finish_reason == "length" if ahead else hole.old is None and here >= self._room(hole)
+            full = hole.old is None and here >= self._room(hole)
+            if ahead:
+                ended = len(layout.before) + len(inside) < len(outcome.reply.tokens)
+                full = outcome.reply.finish_reason == "length" and not ended
             region = [*hole.kept, *inside]
             used_up = len(region) - len(hole.heal) - len(hole.seam) >= self.fill.most
             kept = len(inside) if ahead else (len(inside) - len(hole.seam)) // 2
@@ -211,7 +214,7 @@ class Infiller:
             return HoleLayout(length - len(heal), len(given), [], length, [], "open", length, draft, {})
         region = len(heal) + length + len(hole.seam)
         room = self.canvas - region
-        end: End = "free" if not hole.last else "stop"
+        end: End = "stop" if hole.last else "free"
         need = len(hole.after) + hole.last
         if need > room:
             end, need = "cut", room
@@ -236,11 +239,14 @@ class Infiller:
         fill, state, made = self.fill, None, None
         sampling = fill.sampling.with_(steps=1) if trial else fill.sampling
         if not trial:
-            most = len(layout.before) + layout.region - layout.length + self._room(hole)
-            least = min(len(layout.after), max(1, self.canvas - most))
-            if layout.end == "open":
-                least = fill.most - self._added(hole) - layout.length + len(hole.seam)
-            made = filling(hole.middle, hole.state, layout.before, layout.after, layout.end, fill.stop_ids, least=least)
+            least, more, after = None, None, hole.after[: self.canvas]
+            if layout.end == "cut":
+                most = len(layout.before) + layout.region - layout.length + self._room(hole)
+                least = min(len(layout.after), max(1, self.canvas - most))
+            elif layout.end == "open":
+                least, more = 0, fill.most - self._added(hole) - layout.length + len(hole.seam)
+            ends: Literal["stop", "free"] = "stop" if hole.last else "free"
+            made = filling(hole.middle, hole.state, layout.before, after, ends, fill.stop_ids, least, more)
             state = ConstraintState(Constraint(made.automaton, fill.about))
             state.state = made.start
         limit = self.canvas if trial else layout.limit

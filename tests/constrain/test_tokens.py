@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from blockpress.constrain.automaton import DEAD
 from blockpress.constrain.compiler import compile_expression
 from blockpress.constrain.regex import parse_regex
-from blockpress.constrain.tokens import FAR, TokenAutomaton, TokenBytes, lift
+from blockpress.constrain.tokens import FAR, Moves, TokenAutomaton, TokenBytes, lift
 from blockpress.errors import RequestError
 from tests.conftest import num_examples
 
@@ -71,19 +71,20 @@ def test_tokens_of_one_class_have_the_same_edges_and_others_do_not(pattern: str,
 
 
 @settings(max_examples=num_examples(40))
-@given(pattern=PATTERNS, pieces=PIECES)
-def test_moves_are_the_edges_joined(pattern: str, pieces: list[bytes | None]) -> None:
+@given(pattern=PATTERNS, pieces=PIECES, block=st.sampled_from([1, 2, 1 << 30]))
+def test_moves_are_the_edges_joined(pattern: str, pieces: list[bytes | None], block: int) -> None:
     lifted = lift(compile_expression(parse_regex(pattern)), TokenBytes(pieces)).with_stops([])
-    moves, graph = lifted.moves, lifted.moves.graph
-    pairs = list(zip(graph.source.tolist(), graph.target.tolist(), strict=True))
-    assert len(pairs) == len(set(pairs))
-    joined = {
+    edges = lifted.source, lifted.label, lifted.target
+    moves = Moves.of(*edges, len(lifted.accepting), lifted.num_classes, block)
+    ways = zip(moves.graph.source.tolist(), moves.graph.target.tolist(), moves.graph.label, strict=True)
+    joined = [
         (source, int(moves.member[at]), target)
-        for (source, target), label in zip(pairs, graph.label, strict=True)
+        for source, target, label in ways
         for at in np.nonzero(moves.label == label)[0]
-    }
-    edges = zip(lifted.source.tolist(), lifted.label.tolist(), lifted.target.tolist(), strict=True)
-    assert joined == set(edges)
+    ]
+    assert sorted(joined) == sorted(zip(*(each.tolist() for each in edges), strict=True))
+    blocks = {(source, target, each // block) for source, each, target in joined}
+    assert len(blocks) == len(moves.graph.source)
 
 
 def test_stop_ids_end_a_text_and_only_more_of_them_follow() -> None:

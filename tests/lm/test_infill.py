@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,39 @@ def test_the_seams_allow_the_cut_of_the_joined_text(large: LM, gemma: Tokenizer,
         text[start + 300 : start + 300 + length],
         text[start + 300 + length : start + 500],
     )
-    seams = large._builder.fills._seams
+    assert allows(large, gemma, prefix, hole, suffix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prefix", "hole", "suffix"),
+    [
+        (" def __init__(self) -> None:\n        self.fill, self.seams", ", self.canvas, self.rest = fill, seams", ", self.canvas"),
+        ("seams: Seams, canvas: int,", " context: int) -> None:\n        self.fill, self.seams", ", self.canvas, self.rest = 1"),
+        ("def sign(x):\n    if x < 0:", "\n        return -1\n    if x > 0:\n        return 1", "\n        return x\n    return 0"),
+        ("[", "1, 1, 1, 1", ", 1, 1, 1, 1, 1]"),
+    ],
+)  # fmt: skip
+def test_a_hole_may_hold_what_the_text_after_it_begins_with(
+    large: LM, gemma: Tokenizer, prefix: str, hole: str, suffix: str
+) -> None:
+    assert allows(large, gemma, prefix, hole, suffix)
+
+
+def allows(lm: LM, tokenizer: Tokenizer, prefix: str, hole: str, suffix: str) -> bool:
+    """Whether the canvas may hold the tokenizer's own cut of the joined text, and is split at the hole then."""
+    seams = lm._builder.fills._seams
     before, heal = seams.before(prefix)
     seam, after = seams.after(suffix)
-    whole = gemma.encode(prefix + hole + suffix, add_special=False)
+    whole = tokenizer.encode(prefix + hole + suffix, add_special=False)
     if whole[: len(before)] != before or whole[len(whole) - len(after) :] != after:
-        return  # 1 place in 400
+        return True  # 1 place in 400
     made = filling(seams.region(heal, ANY_TEXT, seam), 0, [], after, "stop", [1])
-    state = made.start
-    for token in [*whole[len(before) :], 1]:
-        state = made.automaton.step(state, token)
-        assert state != DEAD
-    assert made.automaton.accepting[state]
+    canvas, state = whole[len(before) :], made.start
+    for token in [*canvas, 1]:
+        state = made.automaton.step(state, token) if state != DEAD else DEAD
+    inside, _ = made.split([*canvas, 1, 1])
+    return state != DEAD and bool(made.automaton.accepting[state]) and inside == canvas[: len(canvas) - len(after)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (30, 37), (60, 75), (84, 89)])
@@ -182,6 +204,32 @@ def test_a_hole_longer_than_a_canvas_is_filled_canvas_by_canvas(short: LM) -> No
         reply = short.infill("12", "34" * 20, 30, seed, sampling=SHORT, regex="[1-9]{25,30}")
         check_whole(reply, ["12", "34" * 20])
         assert re.fullmatch("[1-9]{25,30}", reply.text or "") and len(reply.tokens) <= 30
+
+
+@pytest.mark.parametrize("suffix", ["345", "345678", "345" * 20, "3333", "3" * 40])
+def test_a_hole_may_repeat_the_beginning_of_the_text_after_it(short: LM, suffix: str) -> None:
+    hole = f"7{suffix[:6]}1{suffix[:3]}"
+    for length in (3, 6, 11):
+        reply = short.infill("12", suffix, sampling=SHORT, regex=hole[:length])
+        assert reply.text == hole[:length] and reply.whole == "12" + hole[:length] + suffix
+        assert reply.finish_reason == "stop" and reply.invalid is None
+
+
+@settings(max_examples=num_examples(10))
+@given(
+    suffix=st.builds(mul, st.sampled_from(["7", "34", "12345678", "9\n"]), st.integers(0, 20)),
+    least=st.integers(0, 20),
+    more=st.integers(0, 6),
+    seed=st.integers(0, 9),
+)
+def test_a_hole_of_any_size_is_written_wherever_its_end_comes_to_stand(
+    short: LM, suffix: str, least: int, more: int, seed: int
+) -> None:
+    """Inside of the canvas, where what stands after it is cut, or on a later canvas."""
+    shape = f"[37]{{{least},{least + more}}}"
+    reply = short.infill("12", suffix, None, seed, sampling=SHORT, regex=shape)
+    check_whole(reply, ["12", suffix])
+    assert re.fullmatch(shape, reply.text or "") and reply.invalid is None
 
 
 @pytest.mark.parametrize(
