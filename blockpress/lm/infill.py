@@ -85,6 +85,9 @@ class Infiller:
                 text = joined(pieces[: number + 1], holes)
                 after = joined(pieces[number + 1 :], holes[number + 1 :]) if again else pieces[number + 1]
                 hole = self._hole(text, after, last=bool(again) or number + 1 == count)
+                if not self._lengths(hole):  # what the other holes hold leaves the context no room for more
+                    reasons[number] = "length"
+                    continue
                 written = yield from self._write(hole)
                 if written is None:
                     return self._reply(holes, tokens, "cancelled")

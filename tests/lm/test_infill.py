@@ -232,6 +232,14 @@ def test_a_hole_of_any_size_is_written_wherever_its_end_comes_to_stand(
     assert re.fullmatch(shape, reply.text or "") and reply.invalid is None
 
 
+def test_a_hole_for_which_the_others_leave_no_room_says_so(short: LM) -> None:
+    pieces = ["3" * 18, "3" * 9, "3" * 6]
+    replies = short.infill(pieces, None, seed=[0, 2], sampling=SHORT)
+    for reply in replies:
+        check_whole(reply, pieces)
+    assert {reply.finish_reason for reply in replies} == {"stop", "length"}
+
+
 @pytest.mark.parametrize(
     ("options", "fits"),
     [
