@@ -50,7 +50,15 @@ def python() -> list[str]:
 
 
 def call(path: str, arguments: list[str]) -> int:
-    """The command: hands its streams to a fork and ends as that does."""
+    """The command: hands its streams to a fork, hands on signals, and ends as the fork does."""
+    import select
+
+    signals, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())  # a handler alone may run a moment before a wait begins that nothing ends
+    for number in FORWARDED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
@@ -58,9 +66,9 @@ def call(path: str, arguments: list[str]) -> int:
         with server.makefile("rw", encoding="utf-8") as lines:
             print(json.dumps(asked), file=lines, flush=True)
             pid = int(lines.readline())
-            for number in FORWARDED:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, lambda number, frame: os.kill(pid, number))
+            while server not in (readable := select.select([server, signals], [], [])[0]):
+                for number in signals.recv(16) if signals in readable else ():
+                    os.kill(pid, number)
             ended = int(lines.readline())
     if ended < 0:
         signal.signal(-ended, signal.SIG_DFL)

@@ -42,9 +42,10 @@ SMALL = replace(LARGE, vocab_size=4096, num_experts=8, layers=LARGE.layers[:2], 
 SHARD = 16 * MIB
 
 MEASURE = """
-import os, sys
+import ctypes, os, sys
 from pathlib import Path
 import torch
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, or the next would find it
 from blockpress.config import GenerationConfig
 from blockpress.checkpoints import load_network, save_checkpoint
 
