@@ -7,7 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from graphlib import TopologicalSorter
@@ -55,8 +55,9 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+@cache
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -265,20 +266,22 @@ def test_a_sampling_with_an_older_field_s_name_says_the_newer_one() -> None:
         Sampling().with_(chekcs=1)
 
 
-def called(node: ast.AST) -> set[str]:
-    """What a piece of code calls, by the last part of its name: `assert_close` of `torch.testing.assert_close`."""
-    functions = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
+@cache
+def called(node: ast.AST) -> tuple[frozenset[str], bool]:
+    """What a piece of code calls, by the last part of its name (`assert_close` of `torch.testing.assert_close`), and
+    whether it asserts something itself."""
+    nodes = [*ast.walk(node)]
+    functions = [each.func for each in nodes if isinstance(each, ast.Call)]
     names = {each.id for each in functions if isinstance(each, ast.Name)}
-    return names | {each.attr for each in functions if isinstance(each, ast.Attribute)}
+    names |= {each.attr for each in functions if isinstance(each, ast.Attribute)}
+    return frozenset(names), any(isinstance(each, ast.Assert) for each in nodes)
 
 
 def can_fail(node: ast.AST, comparing: set[str]) -> bool:
     """Whether a piece of code asserts something, by itself or by a function that does; a method's name has to say so."""
-    calls = called(node)
+    calls, asserts = called(node)
     named = {name for name in calls if re.match(r"(check|assert)(_|$)", name)}
-    return any(isinstance(each, ast.Assert) for each in ast.walk(node)) or bool(
-        named | calls & (comparing | {"raises", "warns"})
-    )
+    return asserts or bool(named | calls & (comparing | {"raises", "warns"}))
 
 
 def comparing(module: ast.Module, path: Path) -> set[str]:
