@@ -185,7 +185,7 @@ def test_a_draw_among_the_likeliest_is_one_of_the_whole_row(
         assert token == wanted[row] or near or edge or _near_the_edge(scaled[row], k, p)
 
 
-@pytest.mark.parametrize("cut", [Truncation(top_p=5e-324), Truncation(top_k=7, top_p=1e-46), Truncation(min_p=1)])
+@pytest.mark.parametrize("cut", [Truncation(top_p=5e-324), Truncation(top_k=7, top_p=1e-46), Truncation(min_p=1.0)])
 @pytest.mark.parametrize("vocab", [16, 5000])
 def test_the_likeliest_token_may_be_drawn_however_little_is_left(cut: Truncation, vocab: int) -> None:
     """Shares that are 0 in float32 cut down to one token, not to none."""
