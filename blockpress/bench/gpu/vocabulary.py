@@ -57,6 +57,8 @@ class KernelInputs:
 
 PUBLISHED = VocabularyCase(rows=256, vocab=262144, width=2816, dtype=torch.bfloat16)
 SIZES = (1, 2, 16, 127, 128, 129, 4095, 4096, 4097)
+BETWEEN = ("vocab=16", "vocab=4095", "bfloat16 no cap", "sparse bfloat16 spread=1")
+"""Checks that lie between two others: a CPU leaves them out."""
 """Vocabularies around the edges of the tiles of records and of sums."""
 
 
@@ -81,7 +83,10 @@ def checks() -> list[KernelCheck]:
         for spread in (1.0, 12.0):
             case = VocabularyCase(rows=6, vocab=4500, signal="sparse", dtype=dtype, spread=spread, banned=3)
             cases[f"sparse {str(dtype)[6:]} spread={spread:.0f}"] = case
-    kernel_checks = [KernelCheck(name=name, limit=1, error=partial(_error, case)) for name, case in cases.items()]
+    kernel_checks = [
+        KernelCheck(name=name, limit=1, error=partial(_error, case), large=name in BETWEEN)
+        for name, case in cases.items()
+    ]
     kernel_checks.append(KernelCheck(name="sure rows keep the digits of their entropy", limit=1e-4, error=_sure))
     kernel_checks.append(KernelCheck(name="a broken row stays alone", limit=0, error=_broken))
     kernel_checks.append(KernelCheck(name="rows in blocks", limit=0, error=_in_blocks))
