@@ -11,10 +11,12 @@ What a fork takes is not in the processor time of the test that waits for it (`t
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -51,8 +53,6 @@ def python() -> list[str]:
 
 def call(path: str, arguments: list[str]) -> int:
     """The command: hands its streams to a fork, hands on signals, and ends as the fork does."""
-    import select
-
     signals, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())  # a handler alone may run a moment before a wait begins that nothing ends
@@ -84,9 +84,6 @@ def serve(path: str) -> list[str] | None:
     listener.bind(path)
     listener.listen(64)
     os.write(1, b"ready\n")
-    import gc
-    import select
-
     gc.freeze()
     while True:
         readable, _, _ = select.select([listener, 0], [], [])
@@ -106,8 +103,6 @@ def serve(path: str) -> list[str] | None:
 
 def watch(connection: socket.socket) -> list[str]:
     """Between a command and its fork: says how that ends, and ends it if the command goes first."""
-    import select
-
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     lines = connection.makefile("rw", encoding="utf-8")
     asked = json.loads(lines.readline())

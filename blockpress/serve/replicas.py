@@ -34,8 +34,7 @@ from starlette.routing import Route
 from blockpress.serve.errors import RETRY_AFTER, _ClientGone, _Refused, error_body
 from blockpress.serve.guard import Guard
 from blockpress.serve.options import ServeOptions
-from blockpress.serve.service import unless_gone
-from blockpress.serve.sse import cut_off
+from blockpress.serve.sse import cut_off, unless_gone
 
 logger = logging.getLogger("blockpress.serve")
 

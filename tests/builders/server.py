@@ -103,8 +103,7 @@ def serving(
 ) -> Iterator[Served]:
     """Serve a model on a free port. reference: by the reference loop. engine: further `EngineOptions`.
 
-    Its canvases take at most `STEPS`: a puzzle needs fewer, and all else would take all that a checkpoint allows, as
-    the first answer does with which every server warms up.
+    Its canvases take at most `STEPS`: a puzzle needs fewer, and all else would take all that a checkpoint allows.
     """
     sampling = lm.generation.sampling
     lm.generation = replace(lm.generation, sampling=sampling.with_(steps=min(sampling.steps, STEPS)))

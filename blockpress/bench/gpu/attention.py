@@ -55,32 +55,27 @@ CAUSAL = [
 ]
 MIXED = [CAUSAL[6], CANVAS[4], SpanCase(0, 5, causal=False), CAUSAL[1], CANVAS[0], SpanCase(33, 21, causal=False)]
 SETS = {"canvases": CANVAS, "causal": CAUSAL, "mixed": MIXED, "reversed": MIXED[::-1]}
+BETWEEN = tuple(f"mixed {what}" for what in ("window=1", "window=30", "page=32", "parts=3"))
+BETWEEN += ("mixed bfloat16 dim=128", "mixed bfloat16 dim=256")
+"""Checks that lie between two others: a CPU leaves them out."""
 
 
 def checks() -> list[KernelCheck]:
-    """Lengths around a page's, windows, KV heads, head sizes, splits of keys, rounding; the published sizes once.
-
-    On a CPU without what lies between two others.
-    """
+    """Lengths around a page's, windows, KV heads, head sizes, splits of keys, rounding; the published sizes once."""
     small, cases = AttentionShape(), []
     for label, spans in SETS.items():
         for window in (None, 1, 9, 30) if label != "reversed" else (9,):
-            rare = label == "mixed" and window in (1, 30)
-            shape = replace(small, window=window)
-            cases.append(_case(f"{label} window={window}", shape, spans, 2e-6, parts=2, large=rare))
+            cases.append(_case(f"{label} window={window}", replace(small, window=window), spans, 2e-6, parts=2))
     for heads, kv_heads in ((4, 4), (6, 1), (3, 1)):
         shape = replace(small, heads=heads, kv_heads=kv_heads)
         cases.append(_case(f"mixed heads={heads}/{kv_heads}", shape, MIXED, 2e-6, parts=1))
     for page in (1, 5, 32, 64):
-        shape, rare = replace(small, page=page, window=12), page == 32
-        cases.append(_case(f"mixed page={page}", shape, MIXED, 2e-6, parts=2, large=rare))
+        cases.append(_case(f"mixed page={page}", replace(small, page=page, window=12), MIXED, 2e-6, parts=2))
     for parts in (1, 3, 4):
-        shape, rare = replace(small, window=30), parts == 3
-        cases.append(_case(f"mixed parts={parts}", shape, MIXED, 2e-6, parts=parts, large=rare))
+        cases.append(_case(f"mixed parts={parts}", replace(small, window=30), MIXED, 2e-6, parts=parts))
     for dim in (16, 64, 128, 256, 512):
         shape = replace(small, dim=dim, page=32, dtype=torch.bfloat16)
-        rare = dim in (128, 256)
-        cases.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64), large=rare))
+        cases.append(_case(f"mixed bfloat16 dim={dim}", shape, MIXED, 8e-3, parts=1 + (dim > 64)))
     cases.append(KernelCheck(name="rows of no span", limit=0, error=_uncovered))
     cases.append(KernelCheck(name="pages written", limit=0, error=_written))
     large = [SpanCase(256, 5000, causal=False), SpanCase(512, 3000, causal=True), SpanCase(1, 2049, causal=True)]
@@ -97,7 +92,9 @@ def _case(
     parts: int | None = None,
     large: bool = False,
 ) -> KernelCheck:
-    return KernelCheck(name=name, limit=limit, error=partial(_error, shape, spans, parts), large=large)
+    return KernelCheck(
+        name=name, limit=limit, error=partial(_error, shape, spans, parts), large=large or name in BETWEEN
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,9 @@ class KernelInputs:
 
 PUBLISHED = VocabularyCase(rows=256, vocab=262144, width=2816, dtype=torch.bfloat16)
 SIZES = (1, 2, 16, 127, 128, 129, 4095, 4096, 4097)
+"""Vocabularies around the edges of the tiles of records and of sums."""
 BETWEEN = ("vocab=16", "vocab=4095", "bfloat16 no cap", "sparse bfloat16 spread=1")
 """Checks that lie between two others: a CPU leaves them out."""
-"""Vocabularies around the edges of the tiles of records and of sums."""
 
 
 def checks() -> list[KernelCheck]:
