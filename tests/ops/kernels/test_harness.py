@@ -65,7 +65,7 @@ def test_a_check_fails_by_nan_by_excess_and_by_raising(
     ]  # fmt: skip
     checks = [check.KernelCheck(name="one", limit=0.2, error=error) for error, _ in errors]
     monkeypatch.setitem(sys.modules, "blockpress.bench.gpu.part", Mock(checks=lambda: checks))
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda _: None)
     assert not check.run_checks(["part"], torch.device("cpu"))
     *lines, total = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["passed"] for line in lines] == [passes for _, passes in errors]
