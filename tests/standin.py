@@ -86,16 +86,22 @@ def line() -> str:
     """The line of the package that is running, and the first one outside `ops/transfer.py` that led there."""
     frame, found = sys._getframe(1), list[str]()
     while frame is not None and len(found) < 2:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            found.append(f"{path.relative_to(PACKAGE)}:{frame.f_lineno}")
-            if path.name != "transfer.py":
+        if name := inside(frame.f_code.co_filename):
+            found.append(f"{name}:{frame.f_lineno}")
+            if not name.endswith("transfer.py"):
                 break
         frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(found) or "a test"
 
 
-PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+@cache
+def inside(file: str) -> str:
+    """The path of a file in the package, empty for other files."""
+    path = Path(file)
+    return str(path.relative_to(PACKAGE)) if path.is_relative_to(PACKAGE) else ""
+
+
+PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 """What arguments are made of, but for tensors and containers: a call may have thousands of numbers."""
 
 
@@ -138,6 +144,8 @@ def carded(result: Any) -> Any:
         return result.as_subclass(OnCard)
     if type(result) in PLAIN or isinstance(result, Tensor):
         return result
+    if type(result) in (tuple, list):
+        return type(result)(map(carded, result))
     return tree_map(lambda x: x.as_subclass(OnCard) if type(x) is Tensor else x, result)
 
 
@@ -182,8 +190,14 @@ class Card(TorchFunctionMode):
         self._tally.waits[line()] += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), func.__name__
-        found = tensors((args, kwargs))
+        name = func.__name__
+        if name == "__get__":  # an attribute, of which the processor knows the value; or another view
+            with torch._C.DisableTorchFunctionSubclass():
+                return carded(func(*args)) if isinstance(args[0], OnCard) else func(*args)
+        kwargs, found = dict(kwargs or {}), list[Tensor]()
+        add_tensors(args, found)
+        if kwargs:
+            add_tensors(kwargs.values(), found)
         asked = kwargs.get("device")
         ours = there(asked) or name in ("to", "cuda", "pin_memory", "is_pinned")
         if not ours and not any(isinstance(x, OnCard) for x in found):

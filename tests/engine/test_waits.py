@@ -47,7 +47,7 @@ MIXED: list[AnySampling] = [
 def there(network: Network, card: Card) -> Network:
     """The network on the card, with what it makes once: the tables of angles, and those of codes."""
     network = network.to("cuda")
-    requests = [Request(row(network.config, 0, [5, 6, 7], how, room=60), how) for how in ways(network)]
+    requests = [Request(row(network.config, 0, [5, 6, 7], how, room=60, max_tokens=1), how) for how in ways(network)]
     drive(EngineCore(network, ROOMY), requests)
     card.take()
     return network
