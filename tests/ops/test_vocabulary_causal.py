@@ -129,8 +129,8 @@ ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes b
 from blockpress.ops import vocabulary
 from blockpress.ops.vocabulary import blocks
 torch.set_num_threads(1)
-native, blocks.BUFFER = sys.argv[1] == "native", 1 << 23
-for rows in (32, 256):
+native, blocks.BUFFER = sys.argv[1] == "native", 1 << 22
+for rows in (16, 128):
     vocabulary.score_targets(
         torch.zeros(rows, 8), torch.zeros(131_072, 8), cap=30.0, tokens=torch.zeros(rows, dtype=torch.long), top=5,
         wide=True, banned=(torch.tensor([3]), torch.ones(rows, 1, dtype=torch.bool)), native=native,
@@ -143,5 +143,5 @@ for rows in (32, 256):
 @pytest.mark.parametrize("kind", ["native", "torch"])
 def test_memory_does_not_grow_with_the_tokens(kind: str) -> None:
     done = subprocess.run([*python(), "-c", MEMORY, kind], capture_output=True, text=True, check=True)
-    one_block, eight = map(int, done.stdout.split())  # MiB; the products of 224 rows are 112
+    one_block, eight = map(int, done.stdout.split())  # MiB; the products of 112 rows are 56
     assert eight - one_block < 10
