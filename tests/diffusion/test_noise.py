@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.diffusion import KeyedDraws
-from blockpress.diffusion.noise import philox
+from blockpress.diffusion.noise import in_tensors, philox
 from tests.conftest import num_examples
 
 WORD = st.integers(0, 2**32 - 1)
@@ -28,12 +28,16 @@ def scalar_philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, ...]
     return c0, c1, c2, c3
 
 
-def vector_philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, ...]:
+def vector_philox(counter: Sequence[int], key: Sequence[int], version=philox) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
     c0, c1, c2, c3, k0, k1 = (torch.tensor([word]) for word in (*counter, *key))
-    return tuple(int(word) for word in philox((c0, c1, c2, c3), (k0, k1)))
+    return tuple(int(word) for word in version((c0, c1, c2, c3), (k0, k1)))
 
 
-@pytest.mark.parametrize("version", [scalar_philox, vector_philox])
+def tensor_philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, ...]:
+    return vector_philox(counter, key, in_tensors)
+
+
+@pytest.mark.parametrize("version", [scalar_philox, vector_philox, tensor_philox])
 @pytest.mark.parametrize(
     ("counter", "key", "wanted"),
     [
@@ -49,7 +53,7 @@ def test_the_published_vectors_of_random123(version, counter: str, key: str, wan
 
 @given(st.lists(WORD, min_size=4, max_size=4), st.lists(WORD, min_size=2, max_size=2))
 def test_philox_equals_the_scalar_version(counter: list[int], key: list[int]):
-    assert vector_philox(counter, key) == scalar_philox(counter, key)
+    assert vector_philox(counter, key) == tensor_philox(counter, key) == scalar_philox(counter, key)
 
 
 def draws(seeds: Sequence[int], canvases: Sequence[int], length: int = 6, vocab: int = 1000) -> KeyedDraws:

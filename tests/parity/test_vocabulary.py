@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockpress.diffusion import KeyedDraws
-from blockpress.diffusion.noise import philox
+from blockpress.diffusion.noise import in_tensors, philox
 from blockpress.ops import vocabulary
 from tests.conftest import num_examples
 
@@ -165,7 +165,7 @@ WORD = st.integers(0, 2**32 - 1)
 @given(counter=st.tuples(WORD, WORD, WORD, WORD), key=st.tuples(WORD, WORD))
 def test_philox_in_int64_is_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> None:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    words = philox((c0, c1, c2, c3), (torch.tensor([key[0]]), torch.tensor([key[1]])))
+    words = in_tensors((c0, c1, c2, c3), (torch.tensor([key[0]]), torch.tensor([key[1]])))
     assert tuple(int(word) for word in words) == philox_in_whole_numbers(counter, key)
 
 
