@@ -13,10 +13,12 @@ Run it:  python -m blockpress.bench.gpu.compile_check [PARTS OF NAMES]
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +59,11 @@ def compile_for(variant: Variant) -> Resources:
     }
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=divisible)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    compiled = triton.compile(source, target=TARGET, options=options)
+    with redirect_stdout(io.StringIO()) as log, triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=TARGET, options=options)
     text = compiled.asm["ptx"]
-    report = _assemble(text)
+    report = log.getvalue() or _assemble(text)  # what Triton has kept from another time was not assembled now
     spills = [int(found) for found in re.findall(r"(\d+) bytes spill", report)]
     return Resources(
         registers=int(re.findall(r"Used (\d+) registers", report)[0]),
