@@ -22,6 +22,9 @@ from blockpress.text.builder import write_digits_tokenizer
 from .standin import Card, standin
 from .time_limit import MARKS, build_native_code, limited_to
 
+# What is imported and collected stays, and each search for garbage would walk through all of it.
+gc.disable()
+
 # Tiny tensors lose more to the hand-over between threads than they win, and xdist has taken the cores already.
 torch.set_num_threads(1)
 
@@ -68,7 +71,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported and collected stays: without it, each search for garbage walks through all of it
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ Run it:  make readme
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -31,36 +32,64 @@ TREE = re.compile(r"<!-- tree -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 ENTRY = re.compile(r"^ {2,}(?P<name>[\w.]+/?) +\S")
 
 
+HELP_TEXTS = """
+import contextlib, io, json, sys
+from blockpress.cli.main import main
+sys.argv[0] = "blockpress"
+
+def text(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*arguments, "--help"]) == 0, arguments
+    return printed.getvalue()
+
+print(json.dumps({name: text(*([name] if name else [])) for name in sys.argv[1:]}))
+"""
+
+
 @cache
-def run_command(*arguments: str) -> str:
-    """What a `blockpress` command prints, the same on every terminal."""
+def help_texts(*commands: str) -> dict[str, str]:
+    """What `blockpress COMMAND --help` prints for each of these, the same on every terminal; "" is `blockpress --help`.
+
+    One process for all: most of what a help text takes are the imports.
+    """
     plain = {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
-    code = "import sys; from blockpress.cli.main import main; sys.argv[0] = 'blockpress'; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", HELP_TEXTS, *commands],
         cwd=ROOT,
         env=os.environ | plain,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"blockpress {' '.join(arguments)} ended with {done.returncode}: {done.stderr}"
-    return "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
+    assert done.returncode == 0, f"the help of {commands} ended with {done.returncode}: {done.stderr}"
+    texts = json.loads(done.stdout).items()
+    return {name: "\n".join(line.rstrip() for line in text.splitlines()).strip("\n") for name, text in texts}
+
+
+def help_text(command: str) -> str:
+    """The help of one command, or of all for ""."""
+    (listed,) = help_texts("").values()
+    return listed if not command else help_texts(*sorted(names_in(listed)))[command]
 
 
 def render(text: str) -> str:
     """A page with its help texts as the commands print them today."""
 
     def fresh(match: re.Match[str]) -> str:
-        _, *arguments = match["command"].split()
-        return f"{match['open']}```text\n{run_command(*arguments, '--help')}\n```\n{match['close']}"
+        command = match["command"].removeprefix("blockpress").strip()
+        return f"{match['open']}```text\n{help_text(command)}\n```\n{match['close']}"
 
     return HELP.sub(fresh, text)
 
 
 def command_names() -> set[str]:
     """The commands that `blockpress --help` lists."""
-    _, _, listed = run_command("--help").partition("Commands:\n")
+    return names_in(help_text(""))
+
+
+def names_in(text: str) -> set[str]:
+    """The commands that the help of all lists."""
+    _, _, listed = text.partition("Commands:\n")
     return set(re.findall(r"^  ([a-z-]+) {2,}", listed.partition("\n\n")[0], re.MULTILINE))
 
 
