@@ -3,7 +3,10 @@
 `subprocess.run([*python(), "-c", code], ...)`, with `-m module` or a script's path as well, is what it is with
 `sys.executable`, at a tenth of the time: the first call starts a server that imports torch and other people's packages,
 nothing of ours, and each later one is a fork of it with the caller's streams, environment and working directory. A script
-ends by the interpreter's own end, with its exit code or signal; who kills the command kills the script.
+ends as scripts do, with its exit code or signal, its threads and what is registered for its exit; only its modules are not
+taken apart, which with torch takes longer than most scripts: `python(whole_end=True)` ends by the interpreter's own end.
+Who kills the command kills the script, and both heed SIGINT and SIGTERM even where this process ignores them, as what runs in
+the background of a shell does.
 
 What depends on how Python starts (its options, what it imports, a terminal, OpenMP's settings) needs `sys.executable`.
 What a fork takes is not in the processor time of the test that waits for it (`time_limit`).
@@ -11,6 +14,7 @@ What a fork takes is not in the processor time of the test that waits for it (`t
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -20,6 +24,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import types
 from functools import cache
 from pathlib import Path
@@ -28,16 +33,21 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors.torch", "jinja2", "jaxt
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
-@cache
-def python() -> list[str]:
+def python(*, whole_end: bool = False) -> list[str]:
     """The beginning of a command, in place of `[sys.executable]`. The server ends with this process."""
-    import atexit
+    return [sys.executable, "-S", "-E", __file__, _address(), "whole" if whole_end else "quick"]
+
+
+@cache
+def _address() -> str:
+    """The socket of a server."""
     import subprocess
     import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix="forks-"))
     command = [sys.executable, __file__, "--serve", str(folder / "socket")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # Threads that wait for work let others have the core: here two often share one.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdin is not None and server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
@@ -48,7 +58,7 @@ def python() -> list[str]:
         folder.rmdir()
 
     atexit.register(end)
-    return [sys.executable, "-S", "-E", __file__, str(folder / "socket")]
+    return str(folder / "socket")
 
 
 def call(path: str, arguments: list[str]) -> int:
@@ -57,8 +67,7 @@ def call(path: str, arguments: list[str]) -> int:
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())  # a handler alone may run a moment before a wait begins that nothing ends
     for number in FORWARDED:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: None)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
@@ -78,6 +87,8 @@ def call(path: str, arguments: list[str]) -> int:
 
 def serve(path: str) -> list[str] | None:
     """Forks until its input ends: then None, and in each fork the arguments of its script."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a Python that is started where nobody ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in PACKAGES:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
@@ -159,9 +170,30 @@ def run(arguments: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def run_and_end(arguments: list[str]) -> None:
+    """The script, and what an interpreter does at its end before it takes all modules apart."""
+    code: object = None
+    try:
+        run(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(int(code or 0) & 0xFF)
+
+
 if __name__ == "__main__":
     if sys.argv[1] != "--serve":
         sys.exit(call(sys.argv[1], sys.argv[2:]))
     script = serve(sys.argv[2])
     if script is not None:
-        run(script)
+        end, *script = script
+        (run if end == "whole" else run_and_end)(script)

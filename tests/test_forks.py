@@ -13,8 +13,9 @@ import pytest
 from tests.forks import python
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*python(), *arguments], capture_output=True, text=True, timeout=60, **options)
+def run(*arguments: str, whole_end: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*python(whole_end=whole_end), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def test_a_script_has_its_arguments_streams_and_surroundings(tmp_path: Path) -> None:
@@ -44,8 +45,10 @@ def test_modules_and_files_are_run_as_the_main_module(tmp_path: Path) -> None:
     [
         ("pass", 0, ""),
         ("import sys; sys.exit(7)", 7, ""),
+        ("import sys; sys.exit('why')", 1, "why\n"),
         ("raise ValueError('on purpose')", 1, "ValueError: on purpose"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "KeyboardInterrupt"),
         ("import atexit, sys; atexit.register(lambda: print('end', file=sys.stderr))", 0, "end"),
         (
             "import sys, threading, time\n"
@@ -54,20 +57,27 @@ def test_modules_and_files_are_run_as_the_main_module(tmp_path: Path) -> None:
             "thread",
         ),
     ],
-    ids=["end", "exit", "exception", "signal", "at exit", "thread"],
+    ids=["end", "exit", "exit that says why", "exception", "signal", "interrupt", "at exit", "thread"],
 )
-def test_a_script_ends_as_scripts_end(end: str, code: int, said: str) -> None:
-    done = run("-c", end)
+@pytest.mark.parametrize("whole_end", [False, True])
+def test_a_script_ends_as_scripts_end(end: str, code: int, said: str, whole_end: bool) -> None:
+    done = run("-c", end, whole_end=whole_end)
     assert done.returncode == code and said in done.stderr and bool(said) == bool(done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_script(number: signal.Signals) -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_reaches_the_script(number: signal.Signals, ignored: bool) -> None:
+    """Though who starts it ignores that signal, as what runs in the background of a shell does."""
     code = (
         f"import signal, time\nsignal.signal({int(number)}, lambda *_: exit(9))\nprint(1, flush=True)\ntime.sleep(60)"
     )
-    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    with subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE, preexec_fn=heeds) as started:
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        started = subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE)
+    finally:
+        signal.signal(number, before)
+    with started:
         assert started.stdout is not None and started.stdout.readline() == b"1\n"
         started.send_signal(number)
         assert started.wait(30) == 9

@@ -29,7 +29,7 @@ from blockpress.errors import EngineError
 
 torch.set_num_threads(THREADS)
 lm = blockpress.load("sudoku-nano", memory=1 << 24)
-LONG = Sampling(steps=1 << 30, confidence=0.0)
+LONG, SHORT = Sampling(steps=1 << 30, confidence=0.0), Sampling(steps=4)
 ids = list(range(4, 14))
 
 def engine():
@@ -71,9 +71,8 @@ def start(script: str, threads: int = 1) -> subprocess.Popen[str]:
     code = BEGINNING.replace("THREADS", str(threads)) + textwrap.dedent(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # What runs in the background of a shell ignores SIGINT, and would hand that on.
-    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    return subprocess.Popen([*python(), "-c", code], text=True, env=environment, preexec_fn=heeds, **pipes)  # type: ignore[call-overload, no-any-return]
+    command = [*python(whole_end=True), "-c", code]
+    return subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
 def run(script: str, threads: int = 1) -> tuple[int, str, str]:
@@ -90,7 +89,7 @@ def test_an_engine_of_the_parent_is_refused_by_name_in_the_child():
     code, out, errors = run(
         """
         one = engine()
-        stream = one.events(request(max_tokens=30))
+        stream = one.events(request(max_tokens=30, sampling=SHORT))
         first = next(stream)
 
         def work():
@@ -101,7 +100,7 @@ def test_an_engine_of_the_parent_is_refused_by_name_in_the_child():
             one.cancel(request())
             one.close()
             with engine() as own:
-                assert [type(event).__name__ for event in own.events(request(max_tokens=3))][-1] == "Done"
+                assert [type(event).__name__ for event in own.events(request(max_tokens=3, sampling=SHORT))][-1] == "Done"
 
         assert child(work) == 0
         assert [type(event).__name__ for event in stream][-1] == "Done"
@@ -119,7 +118,7 @@ def test_a_model_of_the_parent_answers_in_the_child(used: bool):
     code, out, errors = run(
         f"""
         if {used}:
-            before = lm.generate(ids, max_tokens=20)
+            before = lm.generate(ids, max_tokens=20, sampling=SHORT)
             begun = lm.stream(ids, sampling=LONG)
             next(begun)
             threading.Thread(target=lm.generate, args=(ids,), kwargs={{"sampling": LONG}}, daemon=True).start()
@@ -127,7 +126,7 @@ def test_a_model_of_the_parent_answers_in_the_child(used: bool):
         (torch.randn(700, 700) @ torch.randn(700, 700)).exp().sum()
 
         def work():
-            print(lm.generate(ids, max_tokens=20).tokens, flush=True)
+            print(lm.generate(ids, max_tokens=20, sampling=SHORT).tokens, flush=True)
             if {used}:
                 refused(lambda: list(begun))
                 begun.close()
@@ -139,7 +138,7 @@ def test_a_model_of_the_parent_answers_in_the_child(used: bool):
         process.start()
         process.join(60)
         assert process.exitcode == 0
-        print(lm.generate(ids, max_tokens=20).tokens)
+        print(lm.generate(ids, max_tokens=20, sampling=SHORT).tokens)
         """,
         threads=2,
     )
@@ -177,7 +176,7 @@ RUNNING = {
 )
 def test_a_script_that_ends_while_something_is_answered_ends_cleanly(running: str, end: str):
     how, code = ENDS[end]
-    script = f"{RUNNING[running]}\ntime.sleep(0.3)\nprint(time.monotonic(), flush=True)\n{how}"
+    script = f"{RUNNING[running]}\ntime.sleep(0.1)\nprint(time.monotonic(), flush=True)\n{how}"
     found, out, errors = run(script)
     took = time.monotonic() - float(out)
     assert found == code and took < 30, (found, took, errors)
@@ -191,7 +190,7 @@ def test_a_signal_ends_a_waiting_script_as_it_ends_any(waits: str, number: int, 
     process = start(f"print('ready', flush=True)\n{waits}")
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
+        time.sleep(0.2)
         before = time.monotonic()
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
