@@ -43,7 +43,7 @@ LEVELS: dict[Isa, tuple[str, ...]] = {  # instruction by instruction: g++ 10 doe
     "neon": ("-march=armv8-a",),
     "portable": (),
 }
-SECONDS = 120  # a build that takes longer is taken to hang
+SECONDS, VERSION_SECONDS = 120, 30  # a build, or a question for the version, that takes longer is taken to hang
 
 
 @cache
@@ -196,7 +196,7 @@ def _name(stem: str, file: Path) -> str:
 def _version(compiler_path: str) -> str:
     """The output of the compiler's --version."""
     try:
-        return _run([compiler_path, "--version"], max(1, SECONDS // 4))
+        return _run([compiler_path, "--version"], VERSION_SECONDS)
     except subprocess.CalledProcessError as error:
         raise _failed(compiler_path, error) from error
 

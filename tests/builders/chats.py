@@ -116,7 +116,7 @@ class Obedient(Scripted):
     | call NAME {...} & NAME {...} | the calls with these arguments; once results are there: NAME said RESULT |
     | recall | all turns so far, as [role] text |
     | count N | 1 2 3 ... N |
-    | wait TEXT | TEXT, after 0.3 s |
+    | wait TEXT | TEXT, after 0.1 s in each forward |
     | fail TEXT | the first canvas of TEXT; then the network fails |
     | else | You said: ... |
     """
@@ -158,7 +158,7 @@ class Obedient(Scripted):
                 + "<turn|>"
             )
         if verb == "wait":
-            time.sleep(0.3)
+            time.sleep(0.1)
         if verb == "recall":
             turns = re.findall(r"<\|turn>(\w+)\n(.*?)<turn\|>", text, re.S)
             return " ".join(f"[{role}] {said}" for role, said in turns) + "<turn|>"
