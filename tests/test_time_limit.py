@@ -1,4 +1,4 @@
-"""The limit of `time_limit.py`, on a suite of one test that may take 0.2 seconds."""
+"""The limit of `time_limit.py`, on a suite of one test that may take 0.1 seconds."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .time_limit import MARKS
 
 pytest_plugins = ["pytester"]
 
-BUSY = "import time\nbefore = time.process_time()\nwhile time.process_time() < before + 0.3: pass"
+BUSY = "import time\nbefore = time.process_time()\nwhile time.process_time() < before + 0.15: pass"
 CHILD = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BUSY!r}], check=True)"
-ASLEEP = "import time\ntime.sleep(0.3)"
+ASLEEP = "import time\ntime.sleep(0.15)"
 
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.setenv("CI", "1")
     pytester.makeini("[pytest]\nmarkers =\n" + "".join(f"  {mark}\n" for mark in MARKS))
-    pytester.makeconftest("from tests.time_limit import limited_to\npytest_runtest_call = limited_to(0.2)")
+    pytester.makeconftest("from tests.time_limit import limited_to\npytest_runtest_call = limited_to(0.1)")
     return pytester
 
 

@@ -17,6 +17,7 @@ from blockpress.cli import canvas, puzzles
 from blockpress.cli.canvas import SudokuView
 from blockpress.cli.doctor import PUZZLE
 from blockpress.cli.sudoku import Answer
+from tests.forks import python
 
 from .conftest import Call, Screen
 
@@ -201,10 +202,11 @@ def test_a_view_is_never_larger_than_its_terminal(untrained: Path) -> None:
 def test_a_pseudo_terminal_shows_the_canvas() -> None:
     import pty
 
+    command = [*python(), "-m", "blockpress", "sudoku", PUZZLE]
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(TERM="xterm", COLUMNS="80", LINES="24", OMP_NUM_THREADS="1")
-        os.execv(sys.executable, [sys.executable, "-m", "blockpress", "sudoku", PUZZLE])
+        os.execv(command[0], command)
     written = b""
     while select.select([terminal], [], [], 120)[0]:
         try:
