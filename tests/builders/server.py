@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -24,6 +26,7 @@ from blockpress.lm.execute import run_reference
 from blockpress.serve import ServeOptions, create_app
 from blockpress.serve.connection import uvicorn_config
 from blockpress.serve.service import Service
+from tests.forks import python
 
 STEPS = 16
 
@@ -128,12 +131,31 @@ def serving(
             thread.join()
 
 
+FRONT = """
+import sys
+from blockpress.cli.main import main
+sys.executable, *arguments = sys.argv[1:]
+sys.exit(main(arguments))
+"""
+
+
 @contextmanager
 def fronting(model: str, *options: str) -> Iterator[str]:
-    """The address of `blockpress serve --replicas 2`, once both are ready."""
+    """The address of `blockpress serve --replicas 2`, once both are ready. All three processes are forks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "blockpress", "serve", model, "--replicas", "2", "--port", str(port), *options]
+    with TemporaryDirectory() as folder:
+        executable = Path(folder) / "python"
+        executable.write_text(f'#!/bin/sh\nexec {shlex.join(python())} "$@"\n')
+        executable.chmod(0o755)
+        command = [*python(), "-c", FRONT, str(executable), "serve", model, "--replicas", "2", "--port", str(port)]
+        with ready([*command, *options], port) as url:
+            yield url
+
+
+@contextmanager
+def ready(command: list[str], port: int) -> Iterator[str]:
+    """The address of a front that is started by a command, once its two replicas are ready."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             until, ready = time.monotonic() + 120, 0
