@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -88,6 +89,7 @@ class Builder:
         """Linked automata, each with the states after it: its state q is the state (its number + 1) * PART + q here."""
         self._part_numbers: dict[tuple[int, frozenset[int]], int] = {}
         self._closures: dict[int, frozenset[int]] = {}
+        self._unions: dict[frozenset[int], frozenset[int]] = {}
         self.moves: list[list[tuple[int, int, int]]] = []
         self.empty: list[list[int]] = []
         self.conditions: dict[int, Ahead | Behind] = {}
@@ -240,18 +242,26 @@ class Builder:
     def _following(self, subset: frozenset[int]) -> Iterator[tuple[int, int, frozenset[int]]]:
         """The sets of states that follow, each with the bytes that lead there."""
         ways = [way for state in subset for way in self._ways(state)]
+        if all(one[1] < other[0] for one, other in pairwise(ways)):  # as most are
+            yield from ((low, high, self._after(frozenset((target,)))) for low, high, target in ways)
+            return
         cuts = sorted({cut for low, high, _ in ways for cut in (low, high + 1)})
         index = {cut: place for place, cut in enumerate(cuts)}
         reached: list[set[int]] = [set() for _ in cuts]
         for low, high, target in ways:
             for targets in reached[index[low] : index[high + 1]]:
                 targets.add(target)
-        joined: dict[frozenset[int], frozenset[int]] = {}
         for place, states in enumerate(map(frozenset, reached)):
             if states:
-                if states not in joined:
-                    joined[states] = self._joined(frozenset().union(*map(self._closure, states)))
-                yield cuts[place], cuts[place + 1] - 1, joined[states]
+                yield cuts[place], cuts[place + 1] - 1, self._after(states)
+
+    def _after(self, states: frozenset[int]) -> frozenset[int]:
+        """The states that empty moves reach from any of these."""
+        if len(states) == 1:
+            return self._closure(*states)
+        if states not in self._unions:
+            self._unions[states] = self._joined(frozenset().union(*map(self._closure, states)))
+        return self._unions[states]
 
     def _ways(self, state: int) -> list[tuple[int, int, int]]:
         """The moves of a state, those inside of parts included."""

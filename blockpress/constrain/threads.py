@@ -101,7 +101,7 @@ class Threads:
                 steps = [
                     (max(low, first), min(high, last), target, so_far | self.held(automaton, to))
                     for low, high, target, so_far in steps
-                    for first, last, to in byte_ranges(automaton)[at]
+                    for first, last, to in automaton.moves(at)
                     if first <= high and low <= last
                 ]
             self._steps_of[thread] = steps
