@@ -102,6 +102,7 @@ def test_a_rival_is_measured_in_turns(call: Call, rival: str) -> None:
     assert said["ours_step_ms"]["min"] == pytest.approx(1000 * min(said["ours_seconds"]) / 2)
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 def test_a_rival_runs_in_the_given_type(call: Call) -> None:
     types = ["--dtype", "bfloat16", "--compute-dtype", "float32"]
