@@ -370,9 +370,9 @@ def test_fingerprint_ignores_each_symmetry(seed: int) -> None:
 
 def test_fingerprints_tell_grids_apart() -> None:
     rng = Random(2)
-    grids = [sudoku.random_solution(rng) for _ in range(1500)]
+    grids = [sudoku.random_solution(rng) for _ in range(1100)]
     marks = sudoku.fingerprints(to_array(*grids))
-    assert marks.dtype == np.uint64 and len(set(marks.tolist())) == 1500
+    assert marks.dtype == np.uint64 and len(set(marks.tolist())) == 1100
     assert [sudoku.fingerprint(grid) for grid in grids[1020:1030]] == marks[1020:1030].tolist()
     assert len(sudoku.fingerprints(np.zeros((0, 81), np.uint8))) == 0
 

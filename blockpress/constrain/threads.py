@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from blockpress.constrain.automaton import DEAD, MAX_STATES, Ahead, Automaton, Behind, byte_ranges, check_size, rerooted
+from blockpress.constrain.automaton import DEAD, MAX_STATES, Ahead, Automaton, Behind, check_size, rerooted
 from blockpress.constrain.nondeterministic import Builder
 
 Held = frozenset[int]

@@ -16,7 +16,7 @@ from .conftest import Call
 PUZZLE = sudoku.layout("530070000600195000098000060800060003400803001700020006060000280000419005000080079")
 SOLVED = sudoku.layout("534678912672195348198342567859761423426853791713924856961537284287419635345286179")
 HOLED = SOLVED[:30] + "<fill>" + SOLVED[37:]
-ASK = ("--instruction", PUZZLE, "--max-tokens", 10)
+ASK = ("--instruction", PUZZLE, "--max-tokens", 10, "--steps", 16)
 
 
 def test_the_holes_of_standard_input_are_filled(call: Call) -> None:

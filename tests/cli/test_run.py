@@ -29,8 +29,9 @@ def test_text_goes_to_stdout_and_its_cost_to_stderr(call: Call) -> None:
 
 
 def test_json_is_the_reply(call: Call, untrained: Path) -> None:
-    reply = blockpress.load(untrained).generate(PROMPT, max_tokens=30, seed=4)
-    done = call("run", untrained, PROMPT, "--json", "--max-tokens", 30, "--seed", 4)
+    lm = blockpress.load(untrained)
+    reply = lm.generate(PROMPT, max_tokens=30, seed=4, sampling=lm.generation.sampling.with_(steps=6))
+    done = call("run", untrained, PROMPT, "--json", "--max-tokens", 30, "--seed", 4, "--steps", 6)
     said = json.loads(done.out)
     assert not done.err and said["text"] == reply.text and said["tokens"] == reply.tokens
     assert said["finish_reason"] == reply.finish_reason and said["usage"] == vars(reply.usage)

@@ -17,6 +17,7 @@ from blockpress.constrain import compiler
 from blockpress.constrain.automaton import Automaton, _NothingMatches
 from blockpress.constrain.grammar import MAX_DEPTH, grammar_automaton
 from blockpress.errors import RequestError
+from tests.conftest import num_examples
 from tests.constrain.walks import random_text
 
 ARITHMETIC = r"""
@@ -159,7 +160,7 @@ def test_lark_accepts_every_text_that_is_allowed(name: str) -> None:
         assert accepts(parser, text) and automaton.matches(text), text
     for text in refused:
         assert not accepts(parser, text) and not automaton.matches(text), text
-    for _ in range(40):
+    for _ in range(num_examples(40)):
         text = random_text(automaton, rng, 50)
         assert accepts(parser, text), text
 
@@ -170,7 +171,7 @@ def test_its_parser_lalr_with_the_contextual_lexer_does_too(name: str) -> None:
     if name == "sql":  # there lark takes a keyword in lower case for a name
         grammar = re.sub(r'"([A-Z]+)"i', r'"\1"', grammar)
     automaton, parser, rng = compiled(grammar), Lark(grammar, parser="lalr"), random.Random(1)
-    for _ in range(40):
+    for _ in range(num_examples(40)):
         text = random_text(automaton, rng, 50)
         assert accepts(parser, text), text
 
