@@ -17,11 +17,12 @@ from blockpress.decoding import Committed, Denoised, Done
 from blockpress.engine import EngineCore, Request
 
 from .driver import drive, prompts, reference_reply, reply, row
-from .test_same_bits import MIXED, OTHERS, ROOMY, bits, network, run
+from .test_same_bits import MIXED, OTHERS, ROOMY, bits, network, run, slow_but
 
 pytestmark = pytest.mark.end_to_end
 
 CONFIG = replace(PRESETS["tiny"](), context_length=192, hidden_size=34, vocab_size=77)
+MOST = 24  # a canvas, and half of the next
 VOCABULARY = TokenBytes(
     [None, None, *(chr(97 + i).encode() for i in range(26)), *(b"%d" % i for i in range(47)), None, None],
     {75: THOUGHT, 76: THOUGHT_END},
@@ -50,7 +51,7 @@ def made(count: int) -> list[Callable[[], Request]]:
 
         def make() -> Request:
             state = None if constraint is None else ConstraintState(constraint)
-            most = {"max_tokens": 40}
+            most = {"max_tokens": MOST}
             return Request(row(CONFIG, index, prompt, sampling, logprobs=logprobs, constraint=state, **most), sampling)
 
         return make
@@ -69,7 +70,7 @@ def test_a_constrained_request_has_the_same_bits_alone_and_in_any_batch(alone: l
     assert run(network(torch.float32, CONFIG), made(8)[-size:])[0] == alone[-size:]
 
 
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", slow_but(OTHERS, "chunks of 7"))
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(alone: list[list[object]], options: str) -> None:
     makers = made(8)
     arrivals = [2 * i % 7 for i in range(len(makers))]
@@ -84,7 +85,7 @@ def test_a_constrained_request_is_answered_as_by_the_reference_loop_and_is_valid
     for index, request in enumerate(requests):
         ours = reply(told[request])
         kept = CONSTRAINTS[index % len(CONSTRAINTS)]
-        changes = {"logprobs": request.row.logprobs, "max_tokens": 40}
+        changes = {"logprobs": request.row.logprobs, "max_tokens": MOST}
         state = None if kept is None else ConstraintState(kept)
         theirs = reference_reply(net, CONFIG, request.row.prompt, index, request.sampling, constraint=state, **changes)
         assert (ours.tokens, ours.usage, ours.finish_reason) == (theirs.tokens, theirs.usage, theirs.finish_reason)

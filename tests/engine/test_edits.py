@@ -14,10 +14,11 @@ from blockpress.engine import EngineCore, Request
 
 from .driver import drive, prompts, reference_reply, reply, row
 from .test_constrained import CONFIG, held
-from .test_same_bits import OTHERS, ROOMY, network, run
+from .test_same_bits import OTHERS, ROOMY, network, run, slow_but
 
 pytestmark = pytest.mark.end_to_end
 
+MOST = 24  # a canvas, and half of the next
 STEPS = Sampling(steps=3, confidence=0.0, t_max=1.5)
 WARM = AutoregressiveSampling(temperature=1.2)
 BIASED: dict[str, Any] = {"logit_bias": {5: 4.0, 9: -100.0, 1: -2.0}, "suppress_tokens": [7, 8]}
@@ -50,7 +51,7 @@ def made(mixed: Any = MIXED) -> list[Callable[[], Request]]:
         def make() -> Request:
             state = None if constraint is None else ConstraintState(constraint)
             return Request(
-                row(CONFIG, index, prompt, sampling, logprobs=logprobs, constraint=state, max_tokens=40), sampling
+                row(CONFIG, index, prompt, sampling, logprobs=logprobs, constraint=state, max_tokens=MOST), sampling
             )
 
         return make
@@ -69,7 +70,7 @@ def test_an_edited_request_has_the_same_bits_alone_and_in_any_batch(alone: list[
     assert run(network(torch.float32, CONFIG), made()[chosen])[0] == alone[chosen]
 
 
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", slow_but(OTHERS, "chunks of 7"))
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(alone: list[list[object]], options: str) -> None:
     makers = made()
     arrivals = [2 * i % 7 for i in range(len(makers))]
@@ -78,7 +79,7 @@ def test_chunks_reuse_and_preemption_leave_the_bits_alone(alone: list[list[objec
     assert ("scarce" not in options) or core.stats.scheduler.preemptions, "the case is one"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_narrow_types_keep_the_bits_too(dtype: torch.dtype) -> None:
     net, makers = network(dtype, CONFIG), made()[:5]
     assert run(net, makers)[0] == [run(net, [make])[0][0] for make in makers]
@@ -89,7 +90,7 @@ def test_an_edited_request_is_answered_as_by_the_reference_loop() -> None:
     told = drive(EngineCore(net, ROOMY), requests)
     for index, (request, (sampling, logprobs, pattern)) in enumerate(zip(requests, MIXED, strict=True)):
         ours, state = reply(told[request]), None if pattern is None else ConstraintState(held(pattern))
-        changes = {"logprobs": logprobs, "max_tokens": 40, "constraint": state}
+        changes = {"logprobs": logprobs, "max_tokens": MOST, "constraint": state}
         theirs = reference_reply(net, CONFIG, request.row.prompt, index, sampling, **changes)
         assert (ours.tokens, ours.usage, ours.finish_reason) == (theirs.tokens, theirs.usage, theirs.finish_reason)
         assert ours.invalid is None

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,14 @@ OTHERS = {
     "chunks of 7": replace(ROOMY, chunk=7, prefill_tokens=20),
     "pages so scarce that requests are preempted": EngineOptions(memory=11 << 12, max_running=16, chunk=16),
 }
+
+
+def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Cases for `parametrize`: what the quick ones show, the others show once more."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+ALL_TYPES = pytest.mark.parametrize("dtype", slow_but(TYPES, torch.float32))
 
 
 @cache
@@ -127,7 +136,7 @@ def test_a_request_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
             assert [bits([*stream]) for stream in streams] == alone[-size:], f"{size} at once"
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@ALL_TYPES
 @pytest.mark.parametrize("options", OTHERS)
 @pytest.mark.end_to_end
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(options: str, dtype: torch.dtype) -> None:
@@ -138,7 +147,7 @@ SHAPES = [None, "[AB]{3,40}", r"[^A]*A(B|[C-Z]{2})*", None, "(AB|C)*D", r"[^Z]{2
 """What requests must match: of few tokens, whose products alone are computed, and of nearly all."""
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@ALL_TYPES
 @pytest.mark.end_to_end
 def test_constraints_keep_the_bits_of_their_rows_and_of_all_others(dtype: torch.dtype) -> None:
     net, texts = network(dtype), [None, None, *[bytes([token + 46]) for token in range(2, CONFIG.vocab_size)]]
@@ -165,7 +174,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", slow_but(PACKED, "int8"))
 @pytest.mark.end_to_end
 def test_packed_weights_keep_the_bits(kind: str) -> None:
     net = copy.deepcopy(network(torch.float32))
@@ -175,7 +184,7 @@ def test_packed_weights_keep_the_bits(kind: str) -> None:
     check(net, [2, 6], ["chunks of 7"])
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@ALL_TYPES
 @pytest.mark.end_to_end
 def test_pictures_keep_the_bits(dtype: torch.dtype) -> None:
     """A picture is read as a whole, next to text that is read in chunks."""
