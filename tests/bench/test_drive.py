@@ -199,6 +199,7 @@ def test_peak_memory_is_that_of_the_process() -> None:
     assert size - (1 << 20) <= peak.value() <= 4 * size
 
 
+@pytest.mark.slow
 def test_measure_warms_up_runs_and_reports(tiny_subject: Subject) -> None:
     found, machine = run_bench(tiny_subject, Workload(prompt_len=PROMPT, max_tokens=12, steps=2))
     assert found.forwards == 2 and machine.rates["float32"] > 1e8 and machine.bandwidth > 1e7

@@ -107,7 +107,7 @@ def test_an_int8_network_is_neither_saved_nor_moved(single: Path, tmp_path: Path
     assert {weight.device.type for weight in held(network.to("meta")).values()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", ["tiny", "bench-4k"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("bench-4k", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_equals_the_formula(name: str, dtype: str) -> None:
     config = shape_named(name)

@@ -71,7 +71,13 @@ def test_what_is_released_stays_at_every_later_step(engine: LM) -> None:
 
 @pytest.mark.parametrize(
     ("steps", "options"),
-    [(1, {}), (3, {}), (1, {"regex": r"([1-9]{9}\n){8}[1-9]{9}"}), (3, {"logprobs": 1}), (1, {"pins": {3: 5}})],
+    [
+        (1, {}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        pytest.param(1, {"regex": r"([1-9]{9}\n){8}[1-9]{9}"}, marks=pytest.mark.slow),
+        (3, {"logprobs": 1}),
+        pytest.param(1, {"pins": {3: 5}}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_engine_and_the_reference_loop_release_the_same(
     engine: LM, reference: LM, steps: int, options: dict[str, Any]

@@ -137,7 +137,7 @@ def test_a_request_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
 
 
 @ALL_TYPES
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", slow_but(OTHERS, "chunks of 7", "pages so scarce that requests are preempted"))
 @pytest.mark.end_to_end
 def test_chunks_reuse_and_preemption_leave_the_bits_alone(options: str, dtype: torch.dtype) -> None:
     check(network(dtype), [7], [options])

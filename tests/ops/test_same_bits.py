@@ -20,7 +20,7 @@ from tests.ops import layouts
 from tests.ops.draws import numbers, threads
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
+TYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 DEPTH, COLUMNS, MANY = 96, 80, 70
 SOME = [(0, 1), (3, 4), (69, 70), (5, 7), (20, 23), (60, 64), (1, 6), (11, 24), (0, 70)]
 """Rows that are computed alone: a single one, as few as kernels for few rows take, and more, at any place."""
