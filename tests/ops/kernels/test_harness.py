@@ -39,7 +39,7 @@ def test_without_a_gpu_the_harness_exits_with_one_line(command: str, interpreted
 @pytest.mark.interpreter
 def test_checks_run_on_a_bare_machine(interpreted: Run) -> None:
     pytest.importorskip("triton")
-    arguments = ["check", "--part", "experts", "--only", "bfloat16 one 2x64x704 tokens=3"]
+    arguments = ["check", "--part", "experts", "--only", "bfloat16 one 2x64x320 tokens=3"]
     code = f"{BARE}sys.argv[1:] = {arguments}\nrunpy.run_module('blockpress.bench.gpu', run_name='__main__')"
     done = interpreted("-c", code, bare=True)
     assert done.returncode == 0, done.stdout + done.stderr
