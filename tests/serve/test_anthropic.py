@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import pytest
 
@@ -16,6 +15,9 @@ from tests.builders.chats import obedient_model
 from tests.builders.server import Served
 from tests.serve.conftest import PICTURE, Serve
 
+if TYPE_CHECKING:
+    import anthropic
+
 LS = {
     "name": "ls",
     "description": "Lists.",
@@ -23,6 +25,13 @@ LS = {
 }
 SUM = {"name": "sum", "input_schema": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}
 AB = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    """Not at the top: it takes more than a second, and every process of pytest collects all files."""
+    global anthropic
+    import anthropic
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from anthropic.types import message_create_params
-from anthropic.types.beta import message_create_params as beta_params
 from ollama._types import ChatRequest, GenerateRequest, Options
 from openai.types.responses import response_create_params
 
@@ -186,6 +184,10 @@ def test_a_field_is_what_the_page_says(chatty: Served, dialect: str, field: str,
 
 
 def test_the_page_has_every_field_of_the_clients_libraries() -> None:
+    # Not at the top: it takes more than a second, and every process of pytest collects all files.
+    from anthropic.types import message_create_params
+    from anthropic.types.beta import message_create_params as beta_params
+
     listed = {dialect: {name for kind, name, _ in ROWS if kind == dialect} for dialect in EXAMPLES}
     types: dict[str, list[Any]] = {
         "Anthropic": [message_create_params.MessageCreateParamsBase, beta_params.MessageCreateParamsBase],
