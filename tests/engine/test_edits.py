@@ -79,7 +79,7 @@ def test_chunks_reuse_and_preemption_leave_the_bits_alone(alone: list[list[objec
     assert ("scarce" not in options) or core.stats.scheduler.preemptions, "the case is one"
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16, torch.float16], torch.float16))
 def test_narrow_types_keep_the_bits_too(dtype: torch.dtype) -> None:
     net, makers = network(dtype, CONFIG), made()[:5]
     assert run(net, makers)[0] == [run(net, [make])[0][0] for make in makers]

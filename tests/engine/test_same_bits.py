@@ -101,6 +101,7 @@ def run(net: Network, makers, options: EngineOptions = ROOMY, arrivals: Sequence
     requests = [make() for make in makers]
     core = EngineCore(net, options)
     told = drive(core, requests, arrivals=arrivals)
+    assert all(isinstance(told[request][-1], Done) for request in requests)
     return [bits(told[request]) for request in requests], core
 
 
