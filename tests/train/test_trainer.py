@@ -85,7 +85,7 @@ def test_micro_batches_sum_to_the_whole_step(copy_recipe: Recipes, tmp_path: Pat
         assert step[3].item() == pytest.approx(steps[0][3].item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(
     whole: Trainer, copy_recipe: Recipes, tmp_path: Path, stop: int
 ):
@@ -286,6 +286,7 @@ def test_the_way_out_of_a_loss_that_is_not_finite_exists(copy_recipe: Recipes, t
     assert again.train_step().isfinite().all() and again.segments[-1]["optimizer"]["rate"] == 1e-6
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses(copy_recipe: Recipes, tmp_path: Path):
     trainer = Trainer(copy_recipe(steps=30, rows=8, micro=8), tmp_path)
     first, *_, last = trainer.run(report_every=10)
