@@ -8,7 +8,7 @@ own requests move), so what a conversation has in the KV cache is found again; a
 others passes it on.
 
 Invariant: a request that no replica has begun to answer is sent to another one; a stream whose replica dies ends with
-an error event. A replica that has died is started again.
+an error event. A replica that has died, or whose engine has broken, is started again.
 Run it:  blockpress serve --replicas 2
 """
 
@@ -44,6 +44,8 @@ SLACK = 4
 """How many more open requests than the least busy replica one may have before it passes new ones on."""
 PATIENCE = 5.0
 """Seconds that a replica may take to say what it does."""
+CHECK_EVERY = 2.0
+"""Seconds from one question to a replica whether its engine still runs to the next."""
 TOGETHER = ("/metrics", "/load", "/slots", "/props", "/api/ps")
 """Paths that tell of one server: asked of all replicas, whose answers are joined."""
 _SUMS = ("server_load", "total_slots", "kv_cache_bytes", "size", "size_vram")
@@ -77,7 +79,9 @@ class Replica:
                 self.ready = await self._wait()
                 logger.info("replica %d %s at %s", self.number, "is ready" if self.ready else "failed", self.url)
                 pause = 1.0 if self.ready else min(2 * pause, 60.0)
+                watch = asyncio.create_task(self._end_if_broken(self.process))
                 code = await self.process.wait()
+                watch.cancel()
                 self.ready = False
                 if self.stopping:
                     return
@@ -94,6 +98,18 @@ class Replica:
         self.stopping = True
         if self.process is not None and self.process.returncode is None:
             self.process.terminate()
+
+    async def _end_if_broken(self, process: asyncio.subprocess.Process) -> None:
+        """End the process once it says that its engine has broken: all that it could answer from then on are errors."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            state = None
+            while state != "broken":
+                await asyncio.sleep(CHECK_EVERY)
+                with suppress(httpx.HTTPError, ValueError):
+                    state = (await client.get(f"{self.url}/health", timeout=PATIENCE)).json()["status"]
+        self.ready = False
+        logger.error("the engine of replica %d has broken", self.number)
+        process.terminate()
 
     async def _wait(self) -> bool:
         assert self.process is not None

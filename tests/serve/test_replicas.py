@@ -25,12 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from blockpress.errors import RequestError
-from blockpress.serve import ServeOptions
+from blockpress.serve import ServeOptions, replicas
 from blockpress.serve.ray import PrefixRouter, app, ray_options
 from blockpress.serve.replicas import (
     KEY_LENGTH,
     SLACK,
     TOGETHER,
+    Replica,
     create_front,
     joined_answer,
     joined_figures,
@@ -238,6 +239,46 @@ def test_a_stream_whose_process_dies_ends_with_an_error(dying: int) -> None:
     answer = client.post("/v1/messages", json=body)
     assert answer.text.startswith("data: {}\n\nevent: error\n") and answer.headers["x-blockpress-replica"] == "0"
     assert (lost.open, living.open) == (0, 0)
+
+
+BREAKING = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+states = ["warming up", "ok", "ok"]
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        state = states.pop(0) if states else "broken"
+        self.send_response(200 if state == "ok" else 503)
+        self.end_headers()
+        self.wfile.write(json.dumps({"status": state}).encode())
+    def log_message(self, *about): pass
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Health).serve_forever()
+"""
+
+
+def test_a_replica_whose_engine_has_broken_is_ended_and_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "CHECK_EVERY", 0.01)
+    replica = Replica(0, [sys.executable, "-c", BREAKING])
+
+    async def first_and_second() -> tuple[int, int]:
+        running = asyncio.create_task(replica.keep_running())
+        while not replica.ready:
+            await asyncio.sleep(0.01)
+        first = replica.port
+        while replica.ready or replica.port == first:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return first, replica.port
+
+    first, second = asyncio.run(asyncio.wait_for(first_and_second(), 30))
+    assert first != second
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "the engine of replica 0 has broken"
+    ]
+    assert replica.process is not None and replica.process.returncode is not None
 
 
 @pytest.mark.parametrize(
