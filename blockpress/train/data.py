@@ -106,8 +106,12 @@ def sudoku_pool(seed: int, size: int, processes: int, cache_file: Path) -> tuple
         return kept
     share = -(-size // (8 * processes))
     starts = range(0, size, share)
-    with ProcessPoolExecutor(processes) as workers:
-        parts = list(workers.map(_pool_part, [(seed, min(share, size - s), s) for s in starts]))
+    jobs = [(seed, min(share, size - start), start) for start in starts]
+    if processes == 1:
+        parts = list(map(_pool_part, jobs))
+    else:
+        with ProcessPoolExecutor(processes) as workers:
+            parts = list(workers.map(_pool_part, jobs))
     solutions, orders = (np.concatenate(x) for x in zip(*parts, strict=True))
     try:
         with replacing(cache_file) as made:
