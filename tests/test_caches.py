@@ -182,7 +182,10 @@ def told(message: str, hint: str, caplog: pytest.LogCaptureFixture) -> None:
     assert compiled.library("one") is None, "nor does what it left behind count"
 
 
-@pytest.mark.parametrize("name", BROKEN_COMPILERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name.startswith("hangs") else ()) for name in BROKEN_COMPILERS],
+)
 def test_a_broken_compiler_is_done_without_and_named(
     name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

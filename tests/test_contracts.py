@@ -339,6 +339,7 @@ def test_a_test_that_cannot_fail_is_seen(code: str, compares: bool) -> None:
     assert ("test" in comparing(ast.parse(code), ROOT / "tests" / "test_it.py")) is compares
 
 
+@pytest.mark.slow
 def test_every_test_can_fail() -> None:
     """One that only calls what it is named for proves that nothing was raised, and would pass without a result."""
     assert [

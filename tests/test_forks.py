@@ -12,6 +12,8 @@ import pytest
 
 from tests.forks import python
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str, whole_end: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [*python(whole_end=whole_end), *arguments]

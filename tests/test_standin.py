@@ -161,6 +161,7 @@ def answers(network: Network, way: str, pictures: bool = False) -> list[Reply]:
     return [event.reply for event in sorted(done, key=lambda event: event.row)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "pictures"), [*((way, False) for way in WAYS), ("diffusion", True), ("greedy", True)])
 def test_the_reference_loop_gives_the_same_tokens_there(way: str, pictures: bool, card: Card):
     with plain_torch():
@@ -182,6 +183,7 @@ def test_an_autoregressive_token_of_the_reference_loop_has_two_waits(card: Card)
     assert card.take().figures == (2 * tokens, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [Objective(draws=2), Objective(draws=3, on_policy=1, stratified=True)])
 def test_training_steps_are_the_same_there(objective: Objective, tmp_path: Path, card: Card):
     """Float32, uncompiled. torch clips and moves the tensors of a list by other kernels here: sums are in other order."""

@@ -102,6 +102,7 @@ def packed(keys: dict[str, Any]) -> bytes:
     return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(named)) + b"".join(text(k) + one(v) for k, v in named.items())
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end  # a shape check for each of 776,000 strings
 def test_the_published_vocabulary_round_trips(keys: dict[str, Any], tmp_path: Path) -> None:
     few = {key: value[:300] if isinstance(value, list | np.ndarray) else value for key, value in keys.items()}

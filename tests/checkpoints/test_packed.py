@@ -37,6 +37,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write(tmp_path_factory.mktemp("packed"), FORMS[request.param])
 
 
+@pytest.mark.parity
 def test_unpacked_values_equal_those_of_the_format_s_own_tools(written: Written) -> None:
     packed = all_packed(load_network(written.folder))
     assert len(packed) == 2 * 2 + 2 * 3 + 4 + 3 + 3, "experts, MLPs, attention and self-conditioning"

@@ -26,6 +26,7 @@ def test_a_model_is_written_and_its_errors_are_printed(call: Call, tmp_path: Pat
     assert "report" not in json.loads((tmp_path / "out" / REPORT).read_text())
 
 
+@pytest.mark.slow
 def test_the_report_compares_both_models(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("quantize", "sudoku-nano", out, "--format", "int8", "--samples", 2, "--json")

@@ -152,7 +152,9 @@ def accepts(parser: Lark, text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "python" else ()) for name in TABLE]
+)
 def test_lark_accepts_every_text_that_is_allowed(name: str) -> None:
     grammar, allowed, refused = TABLE[name]
     automaton, parser, rng = compiled(grammar), Lark(grammar), random.Random(0)

@@ -53,6 +53,7 @@ def test_commands_are_found_in_blocks_and_sentences() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in CURRENT if snippets(page)], ids=name)
 def test_python_snippets_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

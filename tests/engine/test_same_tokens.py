@@ -105,7 +105,7 @@ def test_a_family_without_canvases_gives_the_same_replies(options: str):
 @pytest.mark.parametrize(
     "options", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("roomy", "chunks of 7")), "scarce"]
 )
-@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("logprobs", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_verification_and_logprobs_are_the_same(network: Network, alone: Alone, logprobs: int | None, options: str):
     """Verified decoding and log-probabilities, token by token too, beside requests that ask for neither."""
     how: list[AnySampling] = [

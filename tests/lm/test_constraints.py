@@ -305,6 +305,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling", [Sampling(steps=2), AutoregressiveSampling(temperature=1.0)], ids=["diffusion", "autoregressive"]
 )

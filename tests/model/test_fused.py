@@ -104,7 +104,7 @@ def check(layer: Layer, x: Tensor, causal: bool | Tensor = True, skip: int = 0) 
             assert (own - wanted).norm() <= most * (other - wanted).norm() + 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("length", [1, 7, 40])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", CONFIGS)

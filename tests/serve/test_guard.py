@@ -100,6 +100,7 @@ def test_a_body_that_is_too_large_is_refused_with_or_without_its_length(strict: 
     assert answer.status_code == 413
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_arrive_is_not_waited_for(strict: Served) -> None:
     port = int(strict.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as slow:

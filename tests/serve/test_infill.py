@@ -103,6 +103,7 @@ def test_what_is_wrong_has_a_status_before_a_stream_begins(
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_ends_the_hole(nano: Served) -> None:
     slow = {"diffusion": {"steps": 1_000_000, "confidence": 0, "entropy_bound": 1e-9}}
     with pytest.raises(httpx.ReadTimeout):

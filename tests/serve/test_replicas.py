@@ -197,7 +197,7 @@ def read_anthropic(end: bytes) -> None:
     [
         ("/v1/chat/completions", read_openai, "openai"),
         ("/v1/responses", read_responses, "openai"),
-        ("/v1/messages", read_anthropic, "anthropic"),
+        pytest.param("/v1/messages", read_anthropic, "anthropic", marks=pytest.mark.slow),  # loads that library
     ],
 )
 def test_clients_read_that_the_replica_was_lost(path: str, read: Callable[[bytes], None], library: str) -> None:
