@@ -18,7 +18,7 @@ from blockpress.sudoku.puzzles import (
     random_solution,
     solve,
 )
-from blockpress.sudoku.symmetry import augment, fingerprint, fingerprints
+from blockpress.sudoku.symmetry import augment, fingerprint, fingerprints, symmetric_cells
 
 __all__ = [
     "Puzzle",
@@ -37,6 +37,7 @@ __all__ = [
     "puzzle_pool",
     "random_solution",
     "solve",
+    "symmetric_cells",
 ]
 
 _OLDER = {"generate": generate_puzzle, "parse": parse_puzzle, "pool": puzzle_pool}

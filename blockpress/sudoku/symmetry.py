@@ -25,15 +25,19 @@ def augment(solutions: Bytes, puzzles: Bytes, rng: np.random.Generator) -> tuple
     Digits are relabelled; bands, rows in a band, stacks and columns in a stack are permuted; half are transposed.
     """
     count = len(solutions)
-    rows, columns = _line_orders(count, rng)[:, :, None], _line_orders(count, rng)[:, None, :]
-    flip = rng.integers(0, 2, (count, 1, 1), np.int64)
-    cells = rows * (9 - 8 * flip) + columns * (1 + 8 * flip)
     boards = np.arange(count)[:, None]
-    cells = cells.reshape(count, CELLS) + CELLS * boards
+    cells = symmetric_cells(count, rng) + CELLS * boards
     labels = np.zeros((count, 10), np.uint8)
     labels[:, 1:] = rng.random((count, 9)).argsort(axis=1) + 1
     solutions, puzzles = (labels.ravel()[boards * 10 + grids.ravel()[cells]] for grids in (solutions, puzzles))
     return solutions, puzzles
+
+
+def symmetric_cells(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """int64 [count, 81]: random symmetries that move cells, as the cell whose digit each cell takes."""
+    rows, columns = _line_orders(count, rng)[:, :, None], _line_orders(count, rng)[:, None, :]
+    flip = rng.integers(0, 2, (count, 1, 1), np.int64)
+    return (rows * (9 - 8 * flip) + columns * (1 + 8 * flip)).reshape(count, CELLS)
 
 
 def _line_orders(count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ relabelled digits, rows and columns within bands, bands, stacks, transposition.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from blockpress import sudoku
 from blockpress.config import ModelConfig
+from blockpress.errors import TrainingError
 from blockpress.hardware import replacing
 from blockpress.train.objective import TrainingBatch
 
@@ -32,6 +36,32 @@ class Source(Protocol):
     """Rows for a step. `progress` runs from 0 to 1 over the run, for curricula."""
 
     def rows(self, step: int, count: int, progress: float) -> TrainingBatch: ...
+
+
+@runtime_checkable
+class SymmetricSource(Source, Protocol):
+    """A source of a task with symmetries that move tokens and change none."""
+
+    def symmetries(self, rows: TrainingBatch, step: int) -> Int[Tensor, "rows length"]:
+        """A random symmetry for each row: what stands at [row, i] of the result is where token i comes from.
+
+        A prompt's tokens come from the prompt, a canvas's from that canvas.
+        """
+        ...
+
+
+def symmetries_of(source: Source) -> Callable[[TrainingBatch, int], Tensor]:
+    """The `symmetries` of a source.
+
+    Raises:
+        TrainingError: it knows none.
+    """
+    if not isinstance(source, SymmetricSource):
+        raise TrainingError(
+            f"objective field symmetries is True, and {type(source).__name__} knows none of its task",
+            hint="leave it out, or give the source a method `symmetries`",
+        )
+    return source.symmetries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +92,9 @@ class SudokuRows:
     """
 
     NEWLINE, ZERO = 4, 5
+    LENGTH = 89
+    CELLS = (torch.arange(9)[:, None] * 10 + torch.arange(9)).flatten()
+    """Where the 81 cells of a grid stand among its tokens."""
 
     def __init__(
         self, config: ModelConfig, solutions: NDArray[np.uint8], orders: NDArray[np.int8], givens: Givens, seed: int
@@ -82,6 +115,24 @@ class SudokuRows:
             puzzles[row, dug[dug >= 0]] = 0
         return self._tokens(*sudoku.augment(solutions, puzzles, rng))
 
+    def symmetries(self, rows: TrainingBatch, step: int) -> Int[Tensor, "rows length"]:
+        """Bands, stacks and the lines within them in another order, half of the rows transposed.
+
+        Raises:
+            TrainingError: a grid takes several canvases, and tokens would move from one to another.
+        """
+        count, length = rows.tokens.shape
+        if self.config.canvas_length < self.LENGTH:
+            raise TrainingError(
+                f"objective field symmetries is True, and canvas_length is {self.config.canvas_length}",
+                hint=f"leave symmetries out, or let a canvas hold a grid's {self.LENGTH} tokens",
+            )
+        cells = torch.from_numpy(sudoku.symmetric_cells(count, np.random.default_rng((self.seed, step, 1))))
+        sources = torch.arange(length).repeat(count, 1)
+        for first in (1, 1 + self.LENGTH):
+            sources[:, first + self.CELLS] = first + self.CELLS[cells]
+        return sources
+
     def _tokens(self, solutions: NDArray[np.uint8], puzzles: NDArray[np.uint8]) -> TrainingBatch:
         count = len(puzzles)
         config = self.config
@@ -96,7 +147,7 @@ class SudokuRows:
         """[rows, 81] digits as [rows, 89] ids: nine lines, line ends between them."""
         lines = boards.reshape(-1, 9, 9).astype(np.int64) + self.ZERO
         ends = np.full((len(boards), 9, 1), self.NEWLINE)
-        return np.concatenate([lines, ends], axis=2).reshape(len(boards), 90)[:, :89]
+        return np.concatenate([lines, ends], axis=2).reshape(len(boards), -1)[:, : self.LENGTH]
 
 
 def sudoku_pool(seed: int, size: int, processes: int, cache_file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:

@@ -49,6 +49,8 @@ class Objective:
     on_policy: how many of the draws are states of the sampler; the others are corrupted answers. max_trajectory_steps:
     most steps of a trajectory before it restarts. steps_past_settling: how many it continues for after it has settled.
     row_groups: how many groups of rows have trajectories in progress; training steps take them in turn.
+    symmetries: at each visit a row and its trajectories are shown under another symmetry of the task, which the source
+    must know: a row that looks the same at each visit is memorised while its trajectories last.
     """
 
     draws: int = 1
@@ -60,6 +62,7 @@ class Objective:
     max_trajectory_steps: int = 16
     steps_past_settling: int = 0
     row_groups: int = 1
+    symmetries: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.time_range

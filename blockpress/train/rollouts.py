@@ -10,12 +10,16 @@ replaced by a new one when each of its slots has ended. The first trajectories e
 all ages from then on. Training steps take turns among groups of rows: rows that appear at every step are memorised
 while they are solved.
 
-Invariant: under fixed weights a slot visits the canvases that `generate` visits for the same prompt and `seed_of`.
+Invariant: under fixed weights and no symmetries a slot visits the canvases that `generate` visits for the same prompt
+and `seed_of`.
 All state is in tensors (`state`), so that a resumed run continues bit for bit.
 Run it:  python -m pytest tests/train/test_rollouts.py
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float32, Int
@@ -31,6 +35,7 @@ from blockpress.ops import vocabulary
 from blockpress.train import parallel
 from blockpress.train.objective import Objective, TrainingBatch, Visited
 
+Symmetries = Callable[[TrainingBatch, int], Tensor]
 ROW_STATE = ("tokens", "prompts", "canvases")
 RESTART = -1  # in `past`, which counts the steps since a slot settled: the slot restarts
 SLOT_STATE = ("chosen", "canvas", "signal", "argmax", "unchanged", "number", "limit", "past", "ended", "serial")
@@ -76,10 +81,11 @@ class Rollouts:
         """The sampler's seed of a trajectory."""
         return ((self.seed & LOW) << 32) + serial
 
-    def rows(self, new_rows: TrainingBatch, step: int) -> TrainingBatch:
+    def rows(self, new_rows: TrainingBatch, step: int, symmetries: Symmetries | None = None) -> TrainingBatch:
         """The rows of a step: those in progress, and where one is done the row of the same index in `new_rows`.
 
-        Slots that ended when they were last advanced restart, on their row or on the new one.
+        Slots that ended when they were last advanced restart, on their row or on the new one. `symmetries`: of a
+        `SymmetricSource`; each row and the states of its slots are then shown under one of them.
         """
         self._first = step % self.objective.row_groups * self._rows
         group = slice(self._first, self._first + self._rows)
@@ -94,6 +100,9 @@ class Rollouts:
         self._begin(slots[of_done | (self.past[slots] == RESTART)], step)
         self.ended[slots] &= ~of_done
         now = TrainingBatch(self.tokens[group], self.prompts[group], self.canvases[group])
+        if symmetries is not None:
+            self._move(group, slots, symmetries(now, step).to(done.device))
+            now = replace(now, tokens=self.tokens[group])
         return now.part(torch.arange(self._rows, device=done.device), int(now.lengths(self.length).max()))
 
     def slots(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " slots"]:
@@ -156,6 +165,17 @@ class Rollouts:
         for name in SLOT_STATE:
             whole = getattr(self, name)
             whole[slots] = parallel.merge(whole[slots], owned)
+
+    def _move(self, group: slice, slots: Int[Tensor, " slots"], sources: Int[Tensor, "rows length"]) -> None:
+        """Move the tokens of some rows and the states of their slots: each position takes what `sources` says."""
+        self.tokens[group] = self.tokens[group].gather(1, sources)
+        row = slots // self.per_row
+        starts = (self.prompts[row] + self.chosen[slots] * self.length)[:, None]
+        own = torch.arange(self.length, device=starts.device) + starts
+        sources = sources.repeat_interleave(self.per_row, 0).gather(1, own) - starts
+        self.canvas[slots] = self.canvas[slots].gather(1, sources)
+        self.argmax[slots] = self.argmax[slots].gather(1, sources)
+        self.signal[slots] = self.signal[slots].gather(1, sources[:, :, None].expand_as(self.signal[slots]))
 
     def _draws(self, slots: Int[Tensor, " slots"]) -> KeyedDraws:
         serial = self.serial[slots]

@@ -26,6 +26,7 @@ from blockpress.errors import TrainingError
 from blockpress.hardware import append_line, compute_dtype, machine
 from blockpress.model import Network
 from blockpress.train import parallel
+from blockpress.train.data import symmetries_of
 from blockpress.train.initialise import initialise
 from blockpress.train.objective import Draw, Losses, TrainingBatch, draw_batch, losses, rename_saved
 from blockpress.train.optimizer import build_average, build_optimizers, set_rates
@@ -91,6 +92,7 @@ class Trainer:
         slots = (self.network, objective, recipe.generation.sampling, recipe.rows, recipe.seed)
         self.rollouts = Rollouts(*slots) if objective.on_policy else None
         self.source = recipe.source(recipe.config, recipe.seed, processes, out)
+        self._symmetries = symmetries_of(self.source) if objective.symmetries else None
         self._losses = torch.compile(self._plain_losses, dynamic=False) if compiled else self._plain_losses
 
     def run(
@@ -135,7 +137,7 @@ class Trainer:
         set_rates(self.optimizers, factor)
         rows = self.source.rows(self.step, recipe.rows, self.step / self.steps)
         if self.rollouts is not None:
-            rows = self.rollouts.rows(rows, self.step)
+            rows = self.rollouts.rows(rows, self.step, self._symmetries)
         generator = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
         # Rows of similar length share a micro-batch. Every process draws all of them, so that a draw does not depend
         # on which process runs it.

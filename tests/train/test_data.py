@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from blockpress import sudoku
 from blockpress.config import PRESETS
+from blockpress.errors import TrainingError
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import data
@@ -67,6 +68,33 @@ def test_rows_are_a_function_of_seed_and_step(pool: BlockPool):
     assert torch.equal(first, source(pool).rows(7, 8, 0.3).tokens)
     assert not torch.equal(first, source(pool).rows(8, 8, 0.3).tokens)
     assert not torch.equal(first, source(pool, seed=2).rows(7, 8, 0.3).tokens)
+
+
+def test_a_symmetry_moves_cells_and_leaves_a_puzzle_with_its_solution(pool: BlockPool, tokenizer: Tokenizer):
+    rows = source(pool).rows(0, 24, 1.0)
+    sources = source(pool).symmetries(rows, 5)
+    assert torch.equal(sources.sort(dim=1).values, torch.arange(180).expand(24, 180))
+    moved = rows.tokens.gather(1, sources)
+    assert (moved != rows.tokens).any(dim=1).all()
+    for before, tokens in zip(rows.tokens.tolist(), moved.tolist(), strict=True):
+        assert (tokens[0], tokens[-1]) == (CONFIG.bos_id, CONFIG.eos_ids[0])
+        puzzle, solution = (sudoku.parse_puzzle(tokenizer.decode(part)) for part in (tokens[1:90], tokens[90:]))
+        assert sudoku.is_solved(solution) and sudoku.agrees(puzzle, solution)
+        assert sorted(tokens) == sorted(before)
+
+
+def test_symmetries_are_a_function_of_seed_and_step(pool: BlockPool):
+    rows = source(pool).rows(0, 8, 1.0)
+    first = source(pool).symmetries(rows, 5)
+    assert torch.equal(first, source(pool).symmetries(rows, 5))
+    assert not torch.equal(first, source(pool).symmetries(rows, 6))
+    assert not torch.equal(first, source(pool, seed=2).symmetries(rows, 5))
+
+
+def test_a_grid_of_several_canvases_has_no_symmetries(pool: BlockPool):
+    short = SudokuRows(PRESETS["tiny"](), *pool, CURRICULUM, 1)
+    with pytest.raises(TrainingError, match="canvas_length is 12"):
+        short.symmetries(short.rows(0, 2, 0.0), 0)
 
 
 def test_the_pool_is_left_as_it_was(pool: BlockPool):

@@ -18,7 +18,7 @@ from blockpress.config import GenerationConfig, ModelConfig, Sampling
 from blockpress.decoding.denoisers import plain_denoiser
 from blockpress.diffusion import EntropyBound, KeyedDraws, Schedule, StableAndConfident, denoise
 from blockpress.diffusion.denoise import Step
-from blockpress.errors import ConfigError
+from blockpress.errors import ConfigError, TrainingError
 from blockpress.model import Network
 from blockpress.train.objective import Draw, Objective, TrainingBatch, draw_batch, losses
 from blockpress.train.recipes import TrainingRecipe
@@ -130,6 +130,37 @@ def test_a_row_is_kept_until_all_its_rollouts_end(network: Network):
                 step - begun < 2 * objective.max_trajectory_steps
             )  # the slower slot may begin while the faster is under way
     assert replaced >= len(SHAPES) * 2
+
+
+def turned(rows: TrainingBatch, step: int) -> Tensor:
+    """The second half of each prompt and of each canvas from behind."""
+    sources = torch.arange(rows.tokens.shape[1]).repeat(len(rows.tokens), 1)
+    for row, (prompt, canvases) in enumerate(SHAPES):
+        for start in range(prompt, prompt + canvases * 6, 6):
+            sources[row, start + 3 : start + 6] = sources[row, start + 3 : start + 6].flip(0)
+        sources[row, prompt - 2 : prompt] = sources[row, prompt - 2 : prompt].flip(0)
+    return sources
+
+
+@torch.no_grad()
+def test_a_symmetry_moves_a_row_with_the_states_of_its_slots(network: Network):
+    plain, moved = (Watched(network, Objective(draws=2, on_policy=2), steps=3).rollouts for _ in range(2))
+    new_rows = clean_rows(network.config, 3)
+    rows, other = plain.rows(new_rows, 3), moved.rows(new_rows, 3, turned)
+    assert torch.equal(other.tokens, rows.tokens.gather(1, turned(rows, 3)))
+    order = torch.tensor([0, 1, 2, 5, 4, 3])
+    before, after = plain.visited(ALL), moved.visited(ALL)
+    assert before.signal.abs().sum() > 0
+    for name in ("clean", "canvas", "signal"):
+        assert torch.equal(getattr(after, name), getattr(before, name)[:, order]), name
+    assert torch.equal(moved.argmax, plain.argmax[:, order])
+    assert torch.equal(moved.visited(ALL).clean, after.clean)  # what a row looks like stays until its next visit
+
+
+def test_a_source_without_symmetries_is_refused_by_name(copy_recipe: Callable[..., TrainingRecipe], tmp_path: Path):
+    objective = Objective(draws=2, on_policy=2, symmetries=True)
+    with pytest.raises(TrainingError, match="Copies knows none of its task"):
+        Trainer(on_policy(copy_recipe, objective=objective), tmp_path)
 
 
 @torch.no_grad()
