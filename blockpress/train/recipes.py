@@ -119,10 +119,48 @@ def sudoku_on_policy_finish_recipe() -> TrainingRecipe:
     )
 
 
+LINES_OF_TEN = 142.15
+"""The base of RoPE by which, in a head of 64, one pair turns once in ten tokens and one nearly once in thirty, so that
+position alone tells which cells share a column. By 10,000 no pair does (docs/log.md, 30 November 2026)."""
+
+
+def sudoku_tens_recipe() -> TrainingRecipe:
+    """`sudoku` for a network whose positions fit lines of ten tokens; short, since the next part learns more a draw."""
+    base = sudoku_recipe()
+    sliding, full = (replace(rope, theta=LINES_OF_TEN) for rope in (base.config.sliding_rope, base.config.full_rope))
+    return replace(
+        base,
+        name="sudoku-tens",
+        about="sudoku-nano with a RoPE whose periods fit lines of ten tokens; not shipped yet",
+        config=replace(base.config, sliding_rope=sliding, full_rope=full),
+        optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=50, decay=0.0),
+        steps=560,
+        source=partial(_sudoku_source, givens=replace(SUDOKU_GIVENS, over=0.4)),
+    )
+
+
+def sudoku_tens_on_policy_recipe() -> TrainingRecipe:
+    """The main part of its training, under symmetries; `--init` names the weights that it goes on from."""
+    base = sudoku_tens_recipe()
+    on_policy = sudoku_on_policy_recipe().objective
+    return replace(
+        base,
+        name="sudoku-tens-on-policy",
+        about="what follows sudoku-tens: on-policy, each visit of a puzzle under another symmetry",
+        objective=replace(on_policy, row_groups=8, symmetries=True),
+        optimizer=OptimizerConfig(rate=1.5e-3, muon_rate=4e-3, warmup=20, decay=0.9),
+        steps=2_600,
+        seed=SUDOKU_SEED + 1,
+        source=partial(_sudoku_source, givens=Givens(first=(28, 42), last=(28, 42), over=0.0)),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
     "sudoku": sudoku_recipe,
     "sudoku-on-policy": sudoku_on_policy_recipe,
     "sudoku-on-policy-finish": sudoku_on_policy_finish_recipe,
+    "sudoku-tens": sudoku_tens_recipe,
+    "sudoku-tens-on-policy": sudoku_tens_on_policy_recipe,
 }
 
 

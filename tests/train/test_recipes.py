@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from blockpress.checkpoints import load_config, resolve
 from blockpress.config import PRESETS, Sampling
@@ -43,6 +44,21 @@ def test_the_sudoku_recipe_trains_the_shipped_configuration():
     assert built.config == PRESETS["sudoku-nano"]()
     assert built.generation.sampling == Sampling()
     assert built.generation.stop_ids == (1,)
+
+
+def test_one_pair_of_the_base_for_lines_of_ten_tells_columns_apart():
+    """Every distance within a grid: the least cosine of whole lines against the largest of all others."""
+    distances = torch.arange(-80, 81)
+    whole = distances % 10 == 0
+
+    def margin(theta: float) -> float:
+        angles = distances[:, None] * theta ** (-torch.arange(32) / 32)
+        return float((angles[whole].cos().amin(0) - angles[~whole].cos().amax(0)).max())
+
+    config = recipe("sudoku-tens").config
+    assert {layer.head_dim for layer in config.layers} == {64}
+    assert margin(config.sliding_rope.theta) > 0.19 > 0 > margin(recipe("sudoku").config.sliding_rope.theta)
+    assert config.full_rope.theta == config.sliding_rope.theta == recipe("sudoku-tens-on-policy").config.full_rope.theta
 
 
 def test_the_sudoku_recipe_s_pool_follows_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
