@@ -80,8 +80,10 @@ class Replica:
                 logger.info("replica %d %s at %s", self.number, "is ready" if self.ready else "failed", self.url)
                 pause = 1.0 if self.ready else min(2 * pause, 60.0)
                 watch = asyncio.create_task(self._end_if_broken(self.process))
-                code = await self.process.wait()
-                watch.cancel()
+                try:
+                    code = await self.process.wait()
+                finally:
+                    watch.cancel()
                 self.ready = False
                 if self.stopping:
                     return
@@ -106,10 +108,11 @@ class Replica:
             while state != "broken":
                 await asyncio.sleep(CHECK_EVERY)
                 with suppress(httpx.HTTPError, ValueError):
-                    state = (await client.get(f"{self.url}/health", timeout=PATIENCE)).json()["status"]
+                    state = (await client.get(f"{self.url}/health", timeout=PATIENCE)).json().get("status")
         self.ready = False
         logger.error("the engine of replica %d has broken", self.number)
-        process.terminate()
+        with suppress(ProcessLookupError):
+            process.terminate()
 
     async def _wait(self) -> bool:
         assert self.process is not None
