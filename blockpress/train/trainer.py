@@ -13,14 +13,14 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints import load_network, minimal_vision, resolve, save_checkpoint
+from blockpress.checkpoints import load_config, load_network, minimal_vision, resolve, save_checkpoint
 from blockpress.checkpoints.atomic import staged
 from blockpress.errors import TrainingError
 from blockpress.hardware import append_line, compute_dtype, machine
@@ -296,17 +296,17 @@ class Trainer:
         """Start from the weights of a checkpoint.
 
         Raises:
-            TrainingError: it is of another shape. CheckpointError and its subclasses: it cannot be read.
+            TrainingError: its config is another. CheckpointError and its subclasses: it cannot be read.
         """
-        path = resolve(init)
-        weights = load_network(path, dtype=torch.float32, compute_dtype=torch.float32).state_dict()
-        try:
-            self.network.load_state_dict(weights)
-        except RuntimeError as error:
+        path, ours = resolve(init), self.recipe.config
+        theirs = replace(load_config(path), vision=ours.vision)
+        compared = [field.name for field in fields(ours) if field.compare]
+        if others := [name for name in compared if getattr(theirs, name) != getattr(ours, name)]:
             raise TrainingError(
-                f"init is {init!r}, which is of another shape than recipe {self.recipe.name!r}: {error}",
+                f"init is {init!r}, whose config is another than recipe {self.recipe.name!r} has: {', '.join(others)}",
                 hint="give a checkpoint of the recipe's own network, or leave it out",
-            ) from error
+            )
+        self.network.load_state_dict(load_network(path, dtype=torch.float32, compute_dtype=torch.float32).state_dict())
         if (path / "training.json").is_file():
             self.before = rename_saved(json.loads((path / "training.json").read_text()))
 

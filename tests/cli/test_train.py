@@ -138,8 +138,10 @@ def test_a_run_begins_with_given_weights(call: Call, at: object, tmp_path: Path)
     resumed = call("train", "counting", "--no-compile", "--out", tmp_path / "b", "--resume", "--minutes", 1e-9)
     assert resumed.code == 0 and json.loads((tmp_path / "b" / "model" / "training.json").read_text()) == facts
     refused = call("train", "counting", "--out", tmp_path / "c", "--init", "sudoku-nano")
-    assert refused.code == 2 and "'sudoku-nano', which is of another shape than recipe 'counting'" in refused.err
+    assert refused.code == 2 and "'sudoku-nano', whose config is another than recipe 'counting' has" in refused.err
     assert refused.err.count("\n") < 4
+    refused = call("train", "sudoku-tens-on-policy", "--out", tmp_path / "c", "--init", "sudoku-nano")
+    assert refused.code == 2 and "'sudoku-tens-on-policy' has: sliding_rope, full_rope" in refused.err
     refused = call("train", "counting", "--out", tmp_path / "c", "--init", "sudoku-mano")
     assert refused.code == 2 and "sudoku-mano" in refused.err
 
