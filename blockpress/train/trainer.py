@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from blockpress.checkpoints import load_config, load_network, minimal_vision, resolve, save_checkpoint
+from blockpress.checkpoints import load_network, minimal_vision, open_checkpoint, resolve, save_checkpoint
 from blockpress.checkpoints.atomic import staged
 from blockpress.errors import TrainingError
 from blockpress.hardware import append_line, compute_dtype, machine
@@ -299,14 +299,16 @@ class Trainer:
             TrainingError: its config is another. CheckpointError and its subclasses: it cannot be read.
         """
         path, ours = resolve(init), self.recipe.config
-        theirs = replace(load_config(path), vision=ours.vision)
+        checkpoint = open_checkpoint(path)
+        theirs = replace(checkpoint.config, vision=ours.vision)
         compared = [field.name for field in fields(ours) if field.compare]
         if others := [name for name in compared if getattr(theirs, name) != getattr(ours, name)]:
             raise TrainingError(
                 f"init is {init!r}, whose config is another than recipe {self.recipe.name!r} has: {', '.join(others)}",
                 hint="give a checkpoint of the recipe's own network, or leave it out",
             )
-        self.network.load_state_dict(load_network(path, dtype=torch.float32, compute_dtype=torch.float32).state_dict())
+        loaded = load_network(checkpoint, dtype=torch.float32, compute_dtype=torch.float32)
+        self.network.load_state_dict(loaded.state_dict())
         if (path / "training.json").is_file():
             self.before = rename_saved(json.loads((path / "training.json").read_text()))
 
