@@ -1,7 +1,7 @@
 """Attention over a boolean mask, scale 1 (queries and keys are normed, so there is no 1/sqrt(dim)).
 
-`plain` is the reference: explicit products and a float32 softmax. `grouped` computes the same in a forward without
-gradients: the query heads of a key head are rows of one product, and mask and softmax are one pass. `fused` is torch's
+`plain` is the reference: explicit products and a float32 softmax. `grouped` computes the same with the query heads of a
+key head as rows of one product, and mask and softmax in one pass, forwards and backwards. `fused` is torch's
 scaled_dot_product_attention, slower than either on a CPU (backward three to four times at short lengths).
 
 Attention over a flat batch takes `AttentionSpan`s instead of one mask: `spans.py` in torch, `cpu/attention.py` in C++.
@@ -71,8 +71,8 @@ def plain(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> He
 
 
 def grouped(query: Heads, key: KeyHeads, value: KeyHeads, mask: Mask | None) -> Heads:
-    """`plain` without copies of keys and values for every query head; with gradients it calls `plain`."""
-    if torch.is_grad_enabled():
+    """`plain` without copies of keys and values for every query head; `plain` itself for gradients on other devices."""
+    if torch.is_grad_enabled() and not rows.differentiates(query):
         return plain(query, key, value, mask)
     batch, heads, queries, dim = query.shape
     kv, keys = key.shape[1], key.shape[2]
@@ -92,6 +92,8 @@ def softmax(
     """
     if rows.supports(scores):
         return rows.softmax_(scores, mask)
+    if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and rows.differentiates(scores):
+        return rows.softmax(scores, mask)
     if mask is not None:
         repeated = mask.repeat(len(scores) // len(mask), 1, 1) if len(mask) > 1 else mask
         scores = scores.masked_fill(~repeated[:, None], torch.finfo(scores.dtype).min)

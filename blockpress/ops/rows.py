@@ -4,7 +4,7 @@ In torch each is several passes over memory, with a tensor between any two. The 
 rope.py and attention.py, which call `supports` first.
 
 Invariant: float32 inside, rounded to bfloat16 where the plain version rounds, so the two differ by float rounding
-alone. Without gradients only.
+alone. Without gradients only, but for `softmax`.
 Run it:  python -m pytest tests/ops/test_rows.py
 """
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
+from torch.library import Library
 
 from blockpress.ops import compiled
 from blockpress.shapes import Heads
@@ -26,6 +28,7 @@ _ARGUMENTS = {
     "geglu": [c_void_p] * 3 + [c_long] * 4 + [c_int],
     "rotate": [c_void_p] * 4 + [c_long] * 9 + [c_int],
     "softmax": [c_void_p] * 2 + [c_long] * 7 + [c_int],
+    "softmax_gradient": [c_void_p] * 4 + [c_long] * 7 + [c_int],
     "weigh": [c_void_p] * 4 + [c_long] * 3 + [c_int],
 }
 
@@ -46,7 +49,7 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
             return False
         if tensor.stride(-1) != 1:
             return False
-    return _library() is not None
+    return load_library()
 
 
 def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | None, eps: float) -> Tensor:
@@ -94,13 +97,63 @@ def softmax_(scores: Heads, mask: Bool[Tensor, "#masks #queries keys"] | None) -
     assert scores.is_contiguous(), "the scores are overwritten in place"
     if scores.dtype == torch.float16:
         return scores.copy_(softmax_(scores.float(), mask))
-    start, steps = None, (1, 0, 0)
-    if mask is not None:
-        assert len(scores) % len(mask) == 0, "the batch is a multiple of the number of masks"
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        start, steps = mask.data_ptr(), (len(mask), mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
+    mask, start, steps = _laid_out(mask, len(scores))
     _call("softmax", scores.dtype, scores.data_ptr(), start, *scores.shape, *steps)
     return scores
+
+
+def differentiates(scores: Tensor) -> bool:
+    """Whether `softmax` takes these scores. In a function that torch compiles: if `load_library` was called before."""
+    known = _loaded if torch.compiler.is_compiling() else load_library()
+    return known and scores.device.type == "cpu" and scores.dtype in _SUFFIXES and scores.numel() > 0
+
+
+def softmax(scores: Heads, mask: Bool[Tensor, "#masks #queries keys"] | None) -> Heads:
+    """`softmax_` of a copy, as an operator of torch: with a gradient, for which the result alone is kept."""
+    out: Tensor = torch.ops.blockpress.softmax.default(scores, mask)
+    return out
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return softmax_(scores.clone(memory_format=torch.contiguous_format), mask)
+
+
+def _softmax_gradient(shares: Tensor, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of the scores, from the result and the result's gradient."""
+    gradient, out = gradient.contiguous(), torch.empty_like(shares)
+    mask, start, steps = _laid_out(mask, len(shares))
+    pointers = shares.data_ptr(), gradient.data_ptr(), start, out.data_ptr()
+    _call("softmax_gradient", shares.dtype, *pointers, *shares.shape, *steps)
+    return out
+
+
+def _like_first(first: Tensor, *others: Tensor | None) -> Tensor:
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    shares, mask = ctx.saved_tensors
+    return torch.ops.blockpress.softmax_gradient.default(shares, gradient, mask), None
+
+
+def _register() -> Library:
+    """Make both known to torch; `torch.library.custom_op` imports its compiler at the first call, a second's work."""
+    library = Library("blockpress", "FRAGMENT")
+    for name, function in (("softmax", _softmax), ("softmax_gradient", _softmax_gradient)):
+        others = "Tensor gradient, " if function is _softmax_gradient else ""
+        library.define(f"{name}(Tensor scores, {others}Tensor? mask) -> Tensor")
+        library.impl(name, function, "CPU")
+        torch.library.register_fake(f"blockpress::{name}", _like_first, lib=library)
+    torch.library.register_autograd("blockpress::softmax", _differentiate, setup_context=_keep, lib=library)
+    return library
+
+
+_OPERATORS = _register()
+_loaded = False  # what a function that torch compiles may ask
 
 
 def weighted_sum(
@@ -120,8 +173,24 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim > 2 and x.transpose(-2, -3).is_contiguous())
 
 
+def _laid_out(mask: Tensor | None, batch: int) -> tuple[Tensor | None, int | None, tuple[int, int, int]]:
+    """The mask with its last axis dense, where it starts, and its number, stride and stride of queries."""
+    if mask is None:
+        return None, None, (1, 0, 0)
+    assert batch % len(mask) == 0, "the batch is a multiple of the number of masks"
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, mask.data_ptr(), (len(mask), mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
+
+
 def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
     getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
+
+
+def load_library() -> bool:
+    """Load the C++, built where it is not yet; whether there is any."""
+    global _loaded
+    _loaded = _library() is not None
+    return _loaded
 
 
 @cache

@@ -25,6 +25,7 @@ from blockpress.checkpoints.atomic import staged
 from blockpress.errors import TrainingError
 from blockpress.hardware import append_line, compute_dtype, machine
 from blockpress.model import Network
+from blockpress.ops import rows as row_wise
 from blockpress.train import parallel
 from blockpress.train.data import symmetries_of
 from blockpress.train.initialise import initialise
@@ -93,6 +94,7 @@ class Trainer:
         self.rollouts = Rollouts(*slots) if objective.on_policy else None
         self.source = recipe.source(recipe.config, recipe.seed, processes, out)
         self._symmetries = symmetries_of(self.source) if objective.symmetries else None
+        row_wise.load_library()
         self._losses = torch.compile(self._plain_losses, dynamic=False) if compiled else self._plain_losses
 
     def run(

@@ -60,6 +60,26 @@ void softmax(T* scores, const uint8_t* mask, long batch, long heads, long querie
   });
 }
 
+// The gradient of `softmax`'s scores from its result and the result's gradient, all dense; 0 where the mask is 0.
+template <class T>
+void softmax_gradient(const T* shares, const T* gradient, const uint8_t* mask, T* out, long batch, long heads,
+                      long queries, long seen, long masks, long mb, long mq, int threads) {
+  long rows = batch * heads * queries;
+  share(rows, rows * seen * 2 / GRAIN, threads, [&](long start, long stop) {
+    for (long row = start; row < stop; row++) {
+      const T *p = shares + row * seen, *g = gradient + row * seen;
+      const uint8_t* may = mask ? mask + row / queries / heads % masks * mb + row % queries * mq : nullptr;
+      F total = {};
+      each(seen, [&](long i, long count) { total += get(p + i, count) * get(g + i, count); });
+      float mean = sum(total);
+      each(seen, [&](long i, long count) {
+        F v = get(p + i, count) * (get(g + i, count) - mean);
+        put(out + row * seen + i, may ? (visible(may + i, count) ? v : F{}) : v, count);
+      });
+    }
+  });
+}
+
 // out[token] = the sum over j of weights[token][j] * y[places[token][j]], each product rounded.
 template <class T>
 void weigh(const T* y, const int64_t* places, const float* weights, T* out, long tokens, long k, long size,
@@ -94,6 +114,10 @@ extern "C" {
   void softmax_##suffix(T* scores, const uint8_t* mask, long batch, long heads, long queries, long seen,            \
                         long masks, long mb, long mq, int threads) {                                                \
     softmax(scores, mask, batch, heads, queries, seen, masks, mb, mq, threads);                                     \
+  }                                                                                                                 \
+  void softmax_gradient_##suffix(const T* shares, const T* gradient, const uint8_t* mask, T* out, long batch,       \
+                                 long heads, long queries, long seen, long masks, long mb, long mq, int threads) {  \
+    softmax_gradient(shares, gradient, mask, out, batch, heads, queries, seen, masks, mb, mq, threads);             \
   }                                                                                                                 \
   void weigh_##suffix(const T* y, const int64_t* places, const float* weights, T* out, long tokens, long k,         \
                       long size, int threads) {                                                                     \

@@ -209,6 +209,14 @@ inline void turn(const T* x, const T* cosine, const T* sine, T* to, long half) {
   });
 }
 
+// Which of W keys a row of the mask shows, one byte each.
+inline I visible(const uint8_t* may, long count) {
+  B bytes = {};
+  if (count == W) bytes = *reinterpret_cast<const B*>(may);
+  else std::memcpy(&bytes, may, count);
+  return __builtin_convertvector(__builtin_convertvector(bytes, H), U) != 0u;
+}
+
 // Softmax of one row in place, in float32, with scores and results as a tensor of T stores them; where `may` is 0 the
 // score is the smallest of T. wide: size + 2 * W floats. The sum runs over W lanes, of which the first score takes number
 // `lane`: so scores that are shifted have the same sum.
@@ -219,12 +227,7 @@ inline void soften(Stored* own, const uint8_t* may, long size, float* wide, long
   for (long k = 0; k < lane; k++) wide[k] = -INFINITY;
   each(size, [&](long i, long count) {
     F v = kept(get(own + i, count), T{});
-    if (may) {
-      B bytes = {};
-      if (count == W) bytes = *reinterpret_cast<const B*>(may + i);
-      else std::memcpy(&bytes, may + i, count);
-      v = (__builtin_convertvector(__builtin_convertvector(bytes, H), U) != 0u) ? v : F{} + lowest;
-    }
+    if (may) v = visible(may + i, count) ? v : F{} + lowest;
     if (count < W) {
       float parts[W];
       store(parts, v);
