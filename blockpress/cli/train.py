@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,6 +110,8 @@ def train(
         raise RequestError("--raw is given without --export", hint="--raw says which weights --export writes")
     if resume:
         options.refuse("--resume", {"--init": init})
+    if resume or export is not None:
+        chosen = replace(chosen, init=None)  # the state has the weights
     folder = Path("runs") / chosen.name if out is None else out
     _check_state(folder, resume or export is not None)
     options.check_device(device)

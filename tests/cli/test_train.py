@@ -126,7 +126,10 @@ def test_the_losses_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.M
     assert _compiled(None)
 
 
-def test_a_run_begins_with_given_weights(call: Call, at: object, tmp_path: Path) -> None:
+def test_a_run_begins_with_given_weights(
+    call: Call, at: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = recipes.RECIPES["counting"]()
     assert call("train", "counting", "--out", tmp_path / "a", "--no-compile", "--steps", 2).code == 0
     begun = ("train", "counting", "--no-compile", "--init", tmp_path / "a" / "model", "--minutes", 1e-9)
     assert call(*begun, "--out", tmp_path / "b").code == 0
@@ -137,6 +140,13 @@ def test_a_run_begins_with_given_weights(call: Call, at: object, tmp_path: Path)
     assert facts["before"] == json.loads((tmp_path / "a" / "model" / "training.json").read_text())
     resumed = call("train", "counting", "--no-compile", "--out", tmp_path / "b", "--resume", "--minutes", 1e-9)
     assert resumed.code == 0 and json.loads((tmp_path / "b" / "model" / "training.json").read_text()) == facts
+    shutil.rmtree(tmp_path / "a" / "model")
+    monkeypatch.setitem(recipes.RECIPES, "counting", lambda: replace(counting, init=str(tmp_path / "a" / "model")))
+    later = tmp_path / "b" / "later"
+    assert call("train", "counting", "--out", tmp_path / "b", "--export", later).code == 0
+    assert call("train", "counting", "--no-compile", "--out", tmp_path / "b", "--resume", "--minutes", 1e-9).code == 0
+    assert json.loads((later / "training.json").read_text()) == facts
+    monkeypatch.setitem(recipes.RECIPES, "counting", lambda: counting)
     refused = call("train", "counting", "--out", tmp_path / "c", "--init", "sudoku-nano")
     assert refused.code == 2 and "'sudoku-nano', whose config is another than recipe 'counting' has" in refused.err
     assert refused.err.count("\n") < 4
