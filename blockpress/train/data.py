@@ -51,7 +51,7 @@ class SymmetricSource(Source, Protocol):
 
 
 def symmetries_of(source: Source) -> Callable[[TrainingBatch, int], Tensor]:
-    """The `symmetries` of a source.
+    """The `symmetries` of a source, asked once, so that one that has none for its rows says so before the run.
 
     Raises:
         TrainingError: it knows none.
@@ -61,6 +61,7 @@ def symmetries_of(source: Source) -> Callable[[TrainingBatch, int], Tensor]:
             f"objective field symmetries is True, and {type(source).__name__} knows none of its task",
             hint="leave it out, or give the source a method `symmetries`",
         )
+    source.symmetries(source.rows(0, 1, 0.0), 0)
     return source.symmetries
 
 

@@ -15,7 +15,7 @@ from blockpress.errors import TrainingError
 from blockpress.text import Tokenizer
 from blockpress.text.builder import write_digits_tokenizer
 from blockpress.train import data
-from blockpress.train.data import Givens, SudokuRows, sudoku_pool
+from blockpress.train.data import Givens, SudokuRows, sudoku_pool, symmetries_of
 
 CONFIG = PRESETS["sudoku-nano"]()
 CURRICULUM = Givens(first=(60, 70), last=(40, 50), over=0.5)
@@ -94,7 +94,8 @@ def test_symmetries_are_a_function_of_seed_and_step(pool: BlockPool):
 def test_a_grid_of_several_canvases_has_no_symmetries(pool: BlockPool):
     short = SudokuRows(PRESETS["tiny"](), *pool, CURRICULUM, 1)
     with pytest.raises(TrainingError, match="canvas_length is 12"):
-        short.symmetries(short.rows(0, 2, 0.0), 0)
+        symmetries_of(short)
+    assert symmetries_of(source(pool))(source(pool).rows(0, 2, 0.0), 0).shape == (2, 180)
 
 
 def test_the_pool_is_left_as_it_was(pool: BlockPool):
