@@ -56,18 +56,24 @@ def tiny() -> ModelConfig:
     )
 
 
+LINES_OF_TEN = 11.92
+"""The base of RoPE by which, in a head of 32, one pair turns once in ten tokens and one nearly once in thirty, so that
+position alone tells which cells of lines of ten share a column. By 10,000 no pair does (docs/log.md, 2026-11-30)."""
+
+
 def sudoku_nano() -> ModelConfig:
     """The shipped model: a puzzle of 9 x 9 digits as the prompt, the solved grid as the answer, 90 tokens each."""
-    sliding = LayerConfig(kind="sliding_attention", head_dim=64, kv_heads=3)
-    full = LayerConfig(kind="full_attention", head_dim=64, kv_heads=3)
+    sliding = LayerConfig(kind="sliding_attention", head_dim=32, kv_heads=6)
+    full = LayerConfig(kind="full_attention", head_dim=32, kv_heads=6)
     return ModelConfig(
         vocab_size=16,
         hidden_size=192,
         intermediate_size=192,
-        num_heads=3,
+        num_heads=6,
         layers=(sliding, sliding, full, sliding, sliding, full),
         sliding_window=128,
-        full_rope=Rope(theta=10_000.0, kind="proportional", partial=0.5),
+        sliding_rope=Rope(theta=LINES_OF_TEN),
+        full_rope=Rope(theta=LINES_OF_TEN, kind="proportional", partial=0.75),
         num_experts=4,
         top_k_experts=2,
         expert_size=64,

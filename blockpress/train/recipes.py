@@ -49,7 +49,7 @@ class TrainingRecipe:
 
 SUDOKU_POOL = 40_000
 SUDOKU_SEED = 2026
-SUDOKU_GIVENS = Givens(first=(45, 60), last=(28, 42), over=0.2)
+SUDOKU_GIVENS = Givens(first=(45, 60), last=(28, 42), over=0.1)
 
 
 def _sudoku_source(
@@ -66,16 +66,17 @@ def _digits_tokenizer(directory: Path) -> None:
 
 
 def sudoku_recipe() -> TrainingRecipe:
-    """`sudoku-nano`: one puzzle in, one canvas out."""
+    """The beginning of `sudoku-nano`: corrupted answers, until its sampler comes to something; short, since on-policy
+    draws teach more."""
     return TrainingRecipe(
         name="sudoku",
-        about="sudoku-nano: solves 9 x 9 puzzles in one canvas of 90 tokens",
+        about="sudoku-nano from random weights, on corrupted answers; sudoku-on-policy goes on from it",
         config=sudoku_nano(),
-        objective=Objective(draws=4, stratified=True),
-        optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=100, decay=0.7),
+        objective=Objective(draws=4, stratified=True, causal_weight=0.0),
+        optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=50, decay=0.0),
         rows=16,
         micro=4,
-        steps=6_200,
+        steps=600,
         seed=SUDOKU_SEED,
         source=_sudoku_source,
         write_tokenizer=_digits_tokenizer,
@@ -83,84 +84,32 @@ def sudoku_recipe() -> TrainingRecipe:
 
 
 def sudoku_on_policy_recipe() -> TrainingRecipe:
-    """The second part of the training of `sudoku-nano`: on-policy, on harder puzzles."""
+    """The main part: states of its own sampler alone, each visit of a puzzle under another symmetry."""
     return replace(
         sudoku_recipe(),
         name="sudoku-on-policy",
-        about="sudoku-nano once more, on what its own sampler visits",
+        about="sudoku-nano on what its own sampler visits; --init names the weights that it goes on from",
         init="sudoku-nano",
         objective=Objective(
             draws=4,
             stratified=True,
             causal_weight=0.0,
             on_policy=4,
-            max_trajectory_steps=48,
+            max_trajectory_steps=24,
             steps_past_settling=3,
-            row_groups=16,
+            row_groups=8,
+            symmetries=True,
         ),
-        optimizer=OptimizerConfig(rate=3e-4, muon_rate=8e-4, warmup=30, decay=0.8),
-        steps=3600,
-        seed=SUDOKU_SEED + 1,
-        source=partial(_sudoku_source, givens=Givens(first=(26, 42), last=(26, 42), over=0.0)),
-    )
-
-
-def sudoku_on_policy_finish_recipe() -> TrainingRecipe:
-    """The last part: trajectories continue after they settle, so that the network is surer where it is right."""
-    long = sudoku_on_policy_recipe()
-    return replace(
-        long,
-        name="sudoku-on-policy-finish",
-        about="the end of sudoku-on-policy: fewer steps until a canvas settles",
-        objective=replace(long.objective, max_trajectory_steps=32, steps_past_settling=8),
-        optimizer=OptimizerConfig(rate=2e-4, muon_rate=5e-4, warmup=5, decay=1.0),
-        steps=450,
-        seed=SUDOKU_SEED + 2,
-    )
-
-
-LINES_OF_TEN = 142.15
-"""The base of RoPE by which, in a head of 64, one pair turns once in ten tokens and one nearly once in thirty, so that
-position alone tells which cells share a column. By 10,000 no pair does (docs/log.md, 30 November 2026)."""
-
-
-def sudoku_tens_recipe() -> TrainingRecipe:
-    """`sudoku` for a network whose positions fit lines of ten tokens; short, since the next part learns more a draw."""
-    base = sudoku_recipe()
-    sliding, full = (replace(rope, theta=LINES_OF_TEN) for rope in (base.config.sliding_rope, base.config.full_rope))
-    return replace(
-        base,
-        name="sudoku-tens",
-        about="sudoku-nano with a RoPE whose periods fit lines of ten tokens; not shipped yet",
-        config=replace(base.config, sliding_rope=sliding, full_rope=full),
-        optimizer=OptimizerConfig(rate=2e-3, muon_rate=5e-3, warmup=50, decay=0.0),
-        steps=560,
-        source=partial(_sudoku_source, givens=replace(SUDOKU_GIVENS, over=0.4)),
-    )
-
-
-def sudoku_tens_on_policy_recipe() -> TrainingRecipe:
-    """The main part of its training, under symmetries; `--init` names the weights that it goes on from."""
-    base = sudoku_tens_recipe()
-    on_policy = sudoku_on_policy_recipe().objective
-    return replace(
-        base,
-        name="sudoku-tens-on-policy",
-        about="what follows sudoku-tens: on-policy, each visit of a puzzle under another symmetry",
-        objective=replace(on_policy, row_groups=8, symmetries=True),
         optimizer=OptimizerConfig(rate=1.5e-3, muon_rate=4e-3, warmup=20, decay=0.9),
-        steps=2_600,
+        steps=5_600,
         seed=SUDOKU_SEED + 1,
-        source=partial(_sudoku_source, givens=Givens(first=(28, 42), last=(28, 42), over=0.0)),
+        source=partial(_sudoku_source, givens=replace(SUDOKU_GIVENS, over=0.0)),
     )
 
 
 RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
     "sudoku": sudoku_recipe,
     "sudoku-on-policy": sudoku_on_policy_recipe,
-    "sudoku-on-policy-finish": sudoku_on_policy_finish_recipe,
-    "sudoku-tens": sudoku_tens_recipe,
-    "sudoku-tens-on-policy": sudoku_tens_on_policy_recipe,
 }
 
 

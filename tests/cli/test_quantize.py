@@ -19,7 +19,7 @@ from .conftest import Call
 def test_a_model_is_written_and_its_errors_are_printed(call: Call, tmp_path: Path) -> None:
     done = call("quantize", "sudoku-nano", tmp_path / "out", "--format", "int8", "--no-report")
     assert done.code == 0, done.err
-    assert "sudoku-nano in int8: 4.8 MiB -> 2.4 MiB" in done.out
+    assert "sudoku-nano in int8: 4.7 MiB -> 2.4 MiB" in done.out
     for kind in ("attention", "dense MLP", "experts", "self-conditioning"):
         assert kind in done.out
     assert done.out.count("model.decoder.layers") >= 8 and "\x1b" not in done.out

@@ -76,7 +76,7 @@ CASES = {
     "the shape of sudoku-nano": Case(
         replace(PRESETS["sudoku-nano"](), context_length=1024, image_id=16),
         replace(LOOSE, steps=16, entropy_bound=2.0),
-        sharpness=0.7,
+        sharpness=0.5,
         branch=0.2,
         lengths=(90, 33),
         canvases=1,

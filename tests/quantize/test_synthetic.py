@@ -41,8 +41,9 @@ def test_a_random_checkpoint_runs_with_finite_activations(form: Format | None, t
     assert load_generation(folder, load_config(folder)).stop_ids == network.config.eos_ids
     logits = figures(network)
     assert logits.isfinite().all() and 0.3 < float(logits.std()) < 3
-    # Restored weights are rounded to bfloat16, packed ones need not be: among random experts a few tokens go elsewhere.
-    assert float((packed - logits).abs().median()) < 0.15 * float(logits.std())
+    # Restored weights are rounded to bfloat16, packed ones need not be: among random experts and heads some tokens go
+    # elsewhere. Over seeds 3 to 8 it is 0.11 to 0.30; of networks that have nothing in common it would be 0.95.
+    assert float((packed - logits).abs().median()) < 0.4 * float(logits.std())
 
 
 @pytest.mark.parametrize("name", FORMATS)
