@@ -137,6 +137,7 @@ def test_no_float32_scores_are_kept_for_the_gradients(gradients: bool):
 
 
 @built
+@pytest.mark.slow  # torch's compiler, which cannot trace the checks of shapes either
 def test_what_torch_compiles_has_the_operator_once_the_library_is_loaded():
     graphs: list[str] = []
 
