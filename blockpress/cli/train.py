@@ -110,10 +110,11 @@ def train(
         raise RequestError("--raw is given without --export", hint="--raw says which weights --export writes")
     if resume:
         options.refuse("--resume", {"--init": init})
-    if resume or export is not None:
+    saved = resume or export is not None
+    if saved:
         chosen = replace(chosen, init=None)  # the state has the weights
     folder = Path("runs") / chosen.name if out is None else out
-    _check_state(folder, resume or export is not None)
+    _check_state(folder, saved)
     options.check_device(device)
     _set_threads(threads, workers)
     run = _Run(minutes)

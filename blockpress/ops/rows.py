@@ -49,7 +49,7 @@ def supports(x: Tensor, *others: Tensor | None) -> bool:
             return False
         if tensor.stride(-1) != 1:
             return False
-    return load_library()
+    return _library() is not None
 
 
 def rms_norm(x: Float[Tensor, "*rows size"], weight: Float[Tensor, " size"] | None, eps: float) -> Tensor:
@@ -188,14 +188,14 @@ def _call(name: str, dtype: torch.dtype, *arguments: object) -> None:
 
 def load_library() -> bool:
     """Load the C++, built where it is not yet; whether there is any."""
-    global _loaded
-    _loaded = _library() is not None
-    return _loaded
+    return _library() is not None
 
 
 @cache
 def _library() -> CDLL | None:
+    global _loaded
     library = compiled.library("rows")
+    _loaded = library is not None
     if library is not None:
         for name, types in _ARGUMENTS.items():
             for suffix in _SUFFIXES.values():

@@ -42,8 +42,9 @@ def test_a_random_checkpoint_runs_with_finite_activations(form: Format | None, t
     logits = figures(network)
     assert logits.isfinite().all() and 0.3 < float(logits.std()) < 3
     # Restored weights are rounded to bfloat16, packed ones need not be: among random experts and heads some tokens go
-    # elsewhere. Over seeds 3 to 8 it is 0.11 to 0.30; of networks that have nothing in common it would be 0.95.
-    assert float((packed - logits).abs().median()) < 0.4 * float(logits.std())
+    # elsewhere. Over seeds 3 to 8 it is 0.13 to 0.30 in fp8; of networks that have nothing in common it would be 0.95.
+    limit = 0.4 if form is not None and form.name == "fp8" else 0.15
+    assert float((packed - logits).abs().median()) < limit * float(logits.std())
 
 
 @pytest.mark.parametrize("name", FORMATS)
