@@ -31,27 +31,27 @@ void linear(const T* x, long rows, long step, const Matrix& weight, T* out, long
 
 // out [rows][weight.columns] = shares [rows][weight.rows] @ weight, in partial sums of DEEP products: one running sum over
 // a whole vocabulary would lose a digit.
-template <class T>
-void combine(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
+template <class T, bool PAIRS>
+void combine_as(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
   constexpr long DEEP = 2048;
   const long panels = (rows + MR - 1) / MR, columns = weight.columns;
-  float* const left = keep<float>(SLOTS, panels * MR * std::min<long>(DEEP, weight.rows));
+  float* const left = keep<float>(SLOTS, panels * MR * units(std::min<long>(DEEP, weight.rows), PAIRS));
   const long block = columns >= 4 * threads * NB ? NB : NR;
   const long across = (columns + block - 1) / block, down = (rows + MB - 1) / MB;
   for (long from = 0; from < weight.rows; from += DEEP) {
-    const long deep = std::min<long>(DEEP, weight.rows - from);
+    const long deep = std::min<long>(DEEP, weight.rows - from), all = units(deep, PAIRS);
     parallel(panels, threads, [&](long p) {
       const T* lines[MR];
       const int some = static_cast<int>(std::min<long>(MR, rows - p * MR));
       for (int i = 0; i < some; i++) lines[i] = shares + (p * MR + i) * step + from;
-      pack_left<T, false>(lines, some, deep, left + p * MR * deep);
+      pack_left<T, PAIRS>(lines, some, deep, left + p * MR * all);
     });
     const Matrix slice = weight.from(from, deep);
     parallel(across * down, threads, [&](long task) {
       const long n = task % across * block, m = task / across * MB;
       const long here = std::min(MB, rows - m), some = std::min(block, columns - n);
       float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
-      multiply<false, true>(left + m * deep, here, deep, slice, n, some, sums, NB);
+      multiply<PAIRS, true>(left + m * all, here, deep, slice, n, some, sums, NB);
       for (long i = 0; i < here; i++)
         each(some, [&](long j, long c) {
           float* to = out + (m + i) * columns + n + j;
@@ -59,6 +59,14 @@ void combine(const T* shares, long rows, long step, const Matrix& weight, float*
         });
     });
   }
+}
+
+template <class T>
+void combine(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
+  if constexpr (HAS_PAIRS && sizeof(T) == 2) {
+    if (pairable(weight)) return combine_as<T, true>(shares, rows, step, weight, out, threads);
+  }
+  combine_as<T, false>(shares, rows, step, weight, out, threads);
 }
 
 // ---- experts

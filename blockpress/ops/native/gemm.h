@@ -42,7 +42,7 @@ constexpr bool HAS_PAIRS = false;
 #endif
 constexpr int NR = 2 * VW;
 constexpr long NB = 64 > NR ? 64 : NR;  // most columns of a task
-constexpr long MB = 240;                // most rows of a task
+constexpr long MB = 264;                // most rows of a task: a canvas of 256 is one
 constexpr long ROWS = 4 * MB;           // most rows whose panels are held at a time
 constexpr long FEW = 4;
 
@@ -320,8 +320,29 @@ void pack_right(const Matrix& w, long first, int count, long from, long depth, f
   panel<NR>(lines, count, depth, to);
 }
 
-// The same for a matrix whose lines are the depth: nothing is transposed.
-inline void pack_across(const Matrix& w, long first, int count, long from, long depth, float* to) {
+inline void pack_pairs(const Matrix& w, long first, int count, long from, long depth, float* to) {
+  const bool in_place = w.kind == BFLOAT16 && count == NR;
+  float* const wide = Scratch::room(scratch().lines, 2 * NR);
+  std::fill_n(wide, 2 * NR, 0.0f);
+  for (long k = 0; k < depth; k++, to += NR) {
+    const long row = 2 * (from + k);
+    const bool odd = row + 1 == w.rows;  // the last pair is padded with 0
+    if (in_place && !odd) {
+      const bf16 *low = w.at<bf16>(row, first), *high = w.at<bf16>(row + 1, first);
+      for (long i = 0; i < NR; i += W) store(to + i, (F)((U)load(low + i) >> 16 | (U)load(high + i)));
+      continue;
+    }
+    w.line(row, first, count, wide);
+    if (odd) std::fill_n(wide + NR, NR, 0.0f);
+    else w.line(row + 1, first, count, wide + NR);
+    for (long i = 0; i < NR; i += W) store(to + i, (F)(rounded(load(wide + i)) | rounded(load(wide + NR + i)) << 16));
+  }
+}
+
+// The same for a matrix whose lines are the depth: nothing is transposed, but two lines become one of pairs.
+template <bool PAIRS>
+void pack_across(const Matrix& w, long first, int count, long from, long depth, float* to) {
+  if constexpr (PAIRS) return pack_pairs(w, first, count, from, depth, to);
   for (long k = 0; k < depth; k++, to += NR) {
     const float* line = w.line(from + k, first, count, to);
     if (line != to && count == NR) {
@@ -340,8 +361,8 @@ struct Ahead {
   long lines, line_bytes, run, each, at = 0;
 
   Ahead(const Matrix& w, bool across, bool pairs, long first, long from, long deep, long calls) {
-    const long whole = pairs ? 2 : 1, row = across ? from : first, column = across ? first : from * whole;
-    const long left = across ? deep : std::min<long>(NR, w.rows - first);
+    const long whole = pairs ? 2 : 1, row = across ? from * whole : first, column = across ? first : from * whole;
+    const long left = across ? std::min<long>(deep * whole, w.rows - row) : std::min<long>(NR, w.rows - first);
     line_bytes = w.bytes(w.step);
     data = static_cast<const char*>(w.data) + w.bytes(row * w.step + column);
     lines = across && first >= w.columns ? 0 : std::max(0L, left);
@@ -379,7 +400,7 @@ void multiply(const float* left, long rows, long depth, const Matrix& w, long fi
     const long deep = std::min(KC, all - from);
     for (long j = 0; j < count; j += NR) {
       const int some = static_cast<int>(std::min<long>(NR, count - j));
-      if (ACROSS) pack_across(w, first + j, some, from, deep, right);
+      if (ACROSS) pack_across<PAIRS>(w, first + j, some, from, deep, right);
       else pack_right<PAIRS>(w, first + j, some, from, deep, right);
       Ahead ahead(w, ACROSS, PAIRS, first + j + NR, from, deep, (rows + MR - 1) / MR);
       for (long i = 0; i < rows; i += MR) {
