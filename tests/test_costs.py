@@ -46,7 +46,7 @@ LARGE_VOCABULARY = replace(
 LONG_CONTEXT = replace(LARGE_VOCABULARY, vocab_size=512, canvas_length=128)
 WIDE_EXPERTS = replace(LONG_CONTEXT, num_experts=8, top_k_experts=4, expert_size=1024, canvas_length=64)
 FORWARDS = {
-    "over a large vocabulary": (LARGE_VOCABULARY, 40, 2 * WITHIN),
+    "over a large vocabulary": (LARGE_VOCABULARY, 40, 3 * WITHIN),
     "after a long context": (LONG_CONTEXT, 1500, 3 * WITHIN),
     "of few wide experts": (WIDE_EXPERTS, 2, 4 * WITHIN),
 }

@@ -15,6 +15,7 @@ from blockpress.costs.devices import DEVICES, Device
 from blockpress.costs.memory import (
     CHUNK,
     DTYPE_BYTES,
+    FUSED,
     PLAIN_PAGE,
     PRODUCTS,
     TABLED,
@@ -45,6 +46,7 @@ __all__ = [
     "CHUNK",
     "DEVICES",
     "DTYPE_BYTES",
+    "FUSED",
     "PLAIN_PAGE",
     "PRODUCTS",
     "TABLED",

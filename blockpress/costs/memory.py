@@ -32,6 +32,9 @@ TABLED = 1 << 12
 """The vocabulary from which on rows of bfloat16 are read through them: a canvas of 128 rows is then read in more time
 than they take to compute."""
 
+FUSED = 1 << 15
+"""The vocabulary from which on a step in float32 reads it tile by tile: smaller ones are parts for few threads only."""
+
 SLIDING: LayerKind = "sliding_attention"
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -152,12 +155,22 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     """
     canvas, size = config.canvas_length, DTYPE_BYTES[dtype]
     rows, keys = canvases * canvas + tokens, context + tokens + (canvas if canvases else 0)
-    products = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
-    tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
-    vocabulary = products + tables
+    if dtype == "float32" and config.vocab_size >= FUSED:
+        vocabulary = _fused(config, canvases * canvas)
+    else:
+        products = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
+        tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
+        vocabulary = products + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
-    native = _native_buffers(config, dtype, rows) + _native_task(config, keys)
+    native = _native_buffers(config, dtype, rows) + _native_task(config, rows, keys)
     return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + native
+
+
+def _fused(config: ModelConfig, rows: int) -> int:
+    """Bytes of `ops/native/head.h` for rows of float32: of at most 264 at a time, the mean embeddings of 32 parts of
+    the vocabulary and five numbers of 8 bytes for every 256 tokens; products and weights of a tile."""
+    rows, hidden = min(rows, 264), config.hidden_size
+    return rows * (32 * 4 * hidden + config.vocab_size // 256 * 40 + 4 * 2 * 256)
 
 
 def _native_buffers(config: ModelConfig, dtype: str, rows: int) -> int:
@@ -173,10 +186,11 @@ def _native_buffers(config: ModelConfig, dtype: str, rows: int) -> int:
     return between + (min(rows, 960) + 12) * deepest * size + (1 << 18)
 
 
-def _native_task(config: ModelConfig, keys: int) -> int:
+def _native_task(config: ModelConfig, rows: int, keys: int) -> int:
     """Bytes of one task in C++, in float32: attention's scores and probabilities for a block of queries, or an expert's
     tokens and the activations between its products; they share memory."""
-    queries = max(24, (1 << 16) // max(1, keys))
+    sharing = max(config.num_heads // layer.kv_heads for layer in config.layers)  # heads of a key head
+    queries = min(max(24, (1 << 16) // max(1, keys)), rows * sharing)
     expert = 132 * config.hidden_size + 252 * config.expert_size if config.num_experts else 0
     return 4 * max(keys * (2 * queries + 12), expert)
 

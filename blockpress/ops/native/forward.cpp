@@ -1,4 +1,4 @@
-// The products of a forward and the steps between them: a matrix, the experts, attention, and whole layers.
+// The products of a forward and the steps between them: a matrix, the experts, attention, whole layers, and the head.
 //
 // Whatever the plain version would store in a tensor of T between two operations is rounded to T, so that bfloat16 gives
 // the same within float32 rounding of the sums. Called by ops/cpu/, which documents the arguments.
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "head.h"
 #include "int8.h"
 
 namespace {
@@ -505,6 +506,13 @@ extern "C" {
 
 DEFINE(float, float32)
 DEFINE(bf16, bfloat16)
+
+long room_for_head(long rows, long vocab, long columns, int mean) { return head_room(rows, vocab, columns, mean); }
+
+void sample_from_hidden(const Head* head, int threads) {
+  head_step(*head, threads);
+  scratch().trim();
+}
 
 long held_bytes() { return scratch().bytes(); }  // kept by the calling thread between calls
 

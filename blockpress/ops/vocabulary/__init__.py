@@ -9,6 +9,7 @@
     blocks.py    the products of the head, a block of rows at a time, and the choice between:
     passes.py    the pass over a block in torch
     native.py    the same in C++ (`ops/native/vocabulary.cpp`)
+    fused.py     a step in float32 in C++ tile by tile, with no block of products (`ops/native/head.h`)
 
 Invariant: both versions round where the reference rounds and give its tokens; memory does not grow with rows x
 vocabulary.

@@ -10,6 +10,8 @@ Run it:  python -m pytest tests/ops/test_vocabulary_step.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from blockpress.ops import kernels
 from blockpress.ops.linear import combine
 from blockpress.ops.nucleus import Truncation
-from blockpress.ops.vocabulary import blocks
+from blockpress.ops.vocabulary import blocks, fused
 from blockpress.ops.vocabulary.blocks import block_stats, combine_sparse, draw, products
 from blockpress.ops.vocabulary.changes import LogitChanges
 from blockpress.ops.vocabulary.passes import BlockStats, Probabilities
@@ -64,6 +66,11 @@ def sample_from_hidden(
         return in_triton.sample_from_hidden(
             hidden, weight, cap=cap, temperature=temperature, uniform=uniform, scale=scale, signal=signal, banned=banned
         )
+    if native and plain and signal != "sparse" and (readable := fused.readable(hidden, weight)) is not None:
+        found = fused.sample_from_hidden(
+            hidden, readable, cap=cap, temperature=temperature, uniform=uniform, mean=signal is not None, banned=banned
+        )
+        return found if found.signal is None else replace(found, signal=found.signal.mul_(scale))
     n = len(hidden)
     argmax, sample = torch.empty(2, n, dtype=torch.int64, device=hidden.device)
     entropy = torch.empty(n, dtype=torch.float32, device=hidden.device)
