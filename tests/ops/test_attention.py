@@ -112,8 +112,8 @@ def test_gradients_of_any_size_and_type_agree(dtype: torch.dtype, seen: int, mas
             version(*leaves, mask).backward(numbers(4, heads, 5, 8, dtype=dtype, seed=seed + 3))
         found.append([leaf.grad for leaf in leaves])
     for plain, grouped in zip(*found, strict=True):
-        allowed = float(plain.abs().max()) * (2e-2 if dtype == torch.bfloat16 else 2e-6)
-        torch.testing.assert_close(grouped, plain, rtol=0, atol=allowed + 1e-7)
+        size = max(1.0, float(plain.abs().max()))  # smaller ones are differences of numbers of that size
+        torch.testing.assert_close(grouped, plain, rtol=0, atol=size * (5e-2 if dtype == torch.bfloat16 else 5e-6))
 
 
 @built
