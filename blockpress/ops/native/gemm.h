@@ -100,27 +100,32 @@ inline void tile_of(long rows, long depth, const float* left, const float* right
 }
 
 #ifdef __AVX2__
-// Eight rows of eight values become their columns.
-inline void transpose(__m256 (&r)[8]) {
-  __m256 t[8], s[8];
+// The columns of eight lines of eight values. Halves of two lines are loaded into one register: that takes fewer shuffles.
+inline void transpose(const float* const* from, long at, __m256 (&column)[8]) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    const float *low = from[i % 4] + at + i / 4 * 4, *high = from[i % 4 + 4] + at + i / 4 * 4;
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; j++) {
-      s[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-      s[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+      column[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      column[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
     }
-  for (int i = 0; i < 8; i++) r[i] = _mm256_permute2f128_ps(s[i % 4], s[i % 4 + 4], i < 4 ? 0x20 : 0x31);
 }
 
-// Eight 32-bit values of `count` lines, 1 to 8, transposed to columns of R values; missing lines are 0.
+// The same written, `step` apart, with the first R values of each column.
 template <int R>
-inline void transpose(const float* const* from, int count, long at, float* to, long step) {
+inline void transpose(const float* const* from, long at, float* to, long step) {
   __m256 r[8];
-  for (int i = 0; i < 8; i++) r[i] = i < R && i < count ? _mm256_loadu_ps(from[i] + at) : _mm256_setzero_ps();
-  transpose(r);
+  transpose(from, at, r);
   for (int i = 0; i < 8; i++) {
     if (R == 8) _mm256_storeu_ps(to + i * step, r[i]);
     else _mm_storeu_ps(to + i * step, _mm256_castps256_ps128(r[i]));
@@ -152,12 +157,8 @@ __attribute__((noinline)) void direct(long depth, const float* left, const float
 #pragma GCC unroll 2
       for (long at = k; at < k + 16; at += 8) {
         __m256 r[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-          r[i] = _mm256_loadu_ps(lines[8 * g + i] + at);
-          if (at == k) __builtin_prefetch(lines[8 * g + i] + at + 128, 0, 2);
-        }
-        transpose(r);
+        for (int i = 0; at == k && i < 8; i++) __builtin_prefetch(lines[8 * g + i] + at + 128, 0, 2);
+        transpose(lines + 8 * g, at, r);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++)
 #pragma GCC unroll 4
@@ -181,27 +182,28 @@ inline void direct_of(long rows, long depth, const float* left, const float* con
 }
 #endif
 
-// Lines `first` to `first` + N of R, interleaved.
+// N of the lines that are interleaved to[k][R].
 template <int R, int N>
-inline void some_lines(const float* const* from, int first, int count, long depth, float* to) {
+inline void some_lines(const float* const* from, long depth, float* to) {
   long k = 0;
-  count = std::max(0, std::min(N, count - first));
 #ifdef __AVX2__
-  for (; k + 8 <= depth; k += 8) transpose<N>(from + first, count, k, to + k * R + first, R);
+  const float* lines[8];
+  for (int i = 0; i < 8; i++) lines[i] = from[std::min(i, N - 1)];
+  for (; k + 8 <= depth; k += 8) transpose<N>(lines, k, to + k * R, R);
 #endif
   for (; k < depth; k++)
-    for (int i = 0; i < N; i++) {
-      if (i < count) std::memcpy(to + k * R + first + i, from[first + i] + k, 4);
-      else to[k * R + first + i] = 0;
-    }
+    for (int i = 0; i < N; i++) std::memcpy(to + k * R + i, from[i] + k, 4);
 }
 
-// Lines interleaved: to[k][R] of `count` lines, the others 0; 32-bit values, or pairs of bfloat16.
+// Lines interleaved: to[k][R] of `count` lines, 1 to R, and of the first again for each that is missing: nobody reads what
+// comes of those. 32-bit values, or pairs of bfloat16.
 template <int R>
 void panel(const float* const* from, int count, long depth, float* to) {
   static_assert(R % 8 == 0 || R % 8 == 4 || R % 8 == 6);
-  for (int i = 0; i + 8 <= R; i += 8) some_lines<R, 8>(from, i, count, depth, to);
-  if constexpr (R % 8) some_lines<R, R % 8>(from, R / 8 * 8, count, depth, to);
+  const float* lines[R];
+  for (int i = 0; i < R; i++) lines[i] = from[i < count ? i : 0];
+  for (int i = 0; i + 8 <= R; i += 8) some_lines<R, 8>(lines + i, depth, to + i);
+  if constexpr (R % 8) some_lines<R, R % 8>(lines + R / 8 * 8, depth, to + R / 8 * 8);
 }
 
 // Floats aligned to a cache line: adjacent blocks that two threads write share no line.

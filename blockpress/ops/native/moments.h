@@ -60,10 +60,12 @@ Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab,
                 float *weights, bool over) {
     typedef const typename Read::Type *From;
     Moments m;
+    Sums moments, beliefs;
+    double *sum = room.tiles.data();
     for (int64_t first = 0; first < vocab; first += tile) {
         const int64_t end = std::min(first + tile, vocab), before = m.ties;
         float *into = over ? weights : weights - first;
-        Sums rests, moments, beliefs;
+        Sums rests;
         for (int64_t start = first; start < end; start += SPAN) {
             F rest = {}, moment = {}, belief = {};
             auto each = [&](From from, int64_t place, int64_t count) __attribute__((always_inline)) {
@@ -90,9 +92,10 @@ Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab,
             if (BELIEF) beliefs += belief;
         }
         const double rest = rests.all();
-        m.rest += rest, m.moment += moments.all(), m.belief += beliefs.all();
-        room.tiles[first / tile] = (double)(m.ties - before) * unit + rest;
+        m.rest += rest;
+        *sum++ = (double)(m.ties - before) * unit + rest;
     }
+    m.moment = moments.all(), m.belief = beliefs.all();
     return m;
 }
 

@@ -52,7 +52,15 @@ template <class Value> inline __attribute__((always_inline)) F gathered(Value va
     return x;
 }
 
-inline F held(F d) { return d > LOWEST ? d : all(LOWEST); } // -inf and NaN become LOWEST
+inline F held(F d) { // -inf and NaN become LOWEST
+#if defined(__AVX512F__)
+    return (F)_mm512_max_ps((__m512)d, (__m512)all(LOWEST)); // the second where one is NaN; the compiler makes two of it
+#elif defined(__AVX__)
+    return (F)_mm256_max_ps((__m256)d, (__m256)all(LOWEST));
+#else
+    return d > LOWEST ? d : all(LOWEST);
+#endif
+}
 
 // tanh to 2 ulp (Cephes tanhf); -inf stays -inf: a banned token. Few logits are large enough for the second form.
 inline F tangent(F z) {
@@ -106,9 +114,12 @@ struct Sums { // in float64, of float32 vectors
         high += __builtin_convertvector(parts[1], Doubles);
     }
     double all() const {
-        double sum = 0;
-        for (int k = 0; k < W / 2; ++k) sum += low[k] + high[k];
-        return sum;
+        const Doubles both = low + high;
+        double parts[W / 2];
+        std::memcpy(parts, &both, sizeof parts);
+        for (int half = W / 4; half; half /= 2)
+            for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
+        return parts[0];
     }
 };
 
