@@ -19,8 +19,9 @@ from blockpress.ops.attention import AttentionSpan, Piece
 from blockpress.ops.cpu import attention as in_cpp_attention
 from blockpress.ops.cpu import bridge, products
 from blockpress.ops.cpu import experts as in_cpp_experts
-from blockpress.ops.packed import HalfFloats
+from blockpress.ops.packed import Codes, HalfFloats
 from tests.conftest import num_examples
+from tests.ops import layouts
 from tests.ops.draws import numbers, threads
 
 pytestmark = [
@@ -176,6 +177,23 @@ def test_every_half_float_along_the_depth(stored: torch.dtype, rows: int) -> Non
         got = linear(torch.eye(16)[first : first + rows], lines)
         wanted = lines.float().T[first : first + rows]
         same_values(got.contiguous(), wanted.contiguous())
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_every_code_is_widened_to_the_bit(name: str) -> None:
+    """Each line by itself; every format's codes all occur, and its groups are of one lot of codes, more, and less."""
+    weight = layouts.LAYOUTS[name]((24, 480), 3)
+    for row, wanted in enumerate(weight.unpack(torch.float32)):
+        for count in (1, 5):
+            same_values(combine(torch.ones(count, 1), weight[row : row + 1])[-1], wanted)
+
+
+def test_float8_that_is_no_number_stays_none() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256).view(torch.float8_e4m3fn)
+    for scale in (torch.full((1, 1), 0.3), torch.full((1, 8), 0.3, dtype=torch.bfloat16)):
+        weight = Codes(codes=codes, scale=scale, group=256 // scale.shape[1])
+        same_values(combine(torch.ones(1, 1), weight)[0], weight.unpack(torch.float32)[0])
+        assert int(combine(torch.ones(1, 1), weight).isnan().sum()) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -27,61 +27,71 @@ inline float from_e4m3(uint8_t code) {
   return code & 0x80 ? -value : value;
 }
 
-inline F widen_codes(const int8_t* p) {
-  B bytes;
-  std::memcpy(&bytes, p, W);
-#if defined(__AVX512F__)
-  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
-#elif defined(__AVX2__)
-  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  F x;
-  for (long i = 0; i < W; i++) x[i] = p[i];
-  return x;
-#endif
-}
-
-inline F widen_codes(const uint8_t* p) {  // e4m3
-#if defined(__AVX512F__)
-  U code = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(__AVX2__)
-  U code = (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  U code;
-  for (long i = 0; i < W; i++) code[i] = p[i];
-#endif
-  U size = code & 0x7fu;
-  F value = (F)(size << 20) * 0x1p120f;
-  U bits = (U)value | (code & 0x80u) << 24;
-  return (F)((size == 0x7fu) ? U{} + 0x7fc00000u : bits);
-}
-
-// W values of a table of 16 by half bytes, the low half of a byte first.
-inline F widen_nibbles(const uint8_t* p, const float* table) {
-#if defined(__AVX512F__)
-  __m512i all = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m512i words = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  __m512i index = _mm512_srlv_epi32(_mm512_permutexvar_epi32(words, all), shifts);
-  return (F)_mm512_permutexvar_ps(index, _mm512_loadu_ps(table));  // only the low four bits select
-#elif defined(__AVX2__)
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
-  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-  return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-#else
-  F x;
-  for (long i = 0; i < W; i += 2) x[i] = table[p[i / 2] & 15], x[i + 1] = table[p[i / 2] >> 4];
-  return x;
-#endif
-}
-
 constexpr float INTEGERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float FLOATS_4[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                 -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+template <int64_t KIND>
+inline float widen_one(const uint8_t* codes, long i) {
+  if (KIND == E4M3) return from_e4m3(codes[i]);
+  if (KIND == INT8) return static_cast<int8_t>(codes[i]);
+  return (KIND == E2M1 ? FLOATS_4 : INTEGERS)[i % 2 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
+}
+
+// LOT codes as float32, in units of `unit`: 4-bit codes by a table of bytes, 8-bit floats as half floats of their bits.
+constexpr long LOT = 16;
+template <int64_t KIND>
+constexpr float unit() {
+#ifdef __AVX2__
+  return KIND == E4M3 ? 256.0f : KIND == E2M1 ? 0.5f : 1.0f;
+#else
+  return 1.0f;
+#endif
+}
+
+#ifdef __AVX2__
+inline void widen_bytes(__m128i bytes, F (&to)[LOT / W]) {
+#ifdef __AVX512F__
+  to[0] = (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#else
+  to[0] = (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  to[1] = (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+#endif
+}
+
+inline void widen_e4m3(__m128i bytes, F (&to)[LOT / W]) {  // in units of 256: a half float's exponent is 8 more
+  const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+  const __m256i size = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+  const __m256i odd = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f));  // NaN
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(wide, size), 8);
+  __m256i halves = _mm256_or_si256(_mm256_slli_epi16(size, 7), sign);
+  halves = _mm256_or_si256(halves, _mm256_and_si256(odd, _mm256_set1_epi16(0x7e00)));
+#ifdef __AVX512F__
+  to[0] = (F)_mm512_cvtph_ps(halves);
+#else
+  to[0] = (F)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  to[1] = (F)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#endif
+}
+
+template <int64_t KIND>
+inline void widen_lot(const uint8_t* codes, F (&to)[LOT / W]) {
+  if (KIND == E4M3 || KIND == INT8) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return KIND == E4M3 ? widen_e4m3(bytes, to) : widen_bytes(bytes, to);
+  }
+  const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), low = _mm_set1_epi8(15);
+  const __m128i nibbles = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+  const __m128i halves = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);  // of FLOATS_4
+  widen_bytes(KIND == E2M1 ? _mm_shuffle_epi8(halves, nibbles) : _mm_sub_epi8(nibbles, _mm_set1_epi8(8)), to);
+}
+#else
+template <int64_t KIND>
+inline void widen_lot(const uint8_t* codes, F (&to)[LOT / W]) {
+  for (long v = 0; v < LOT / W; v++)
+    for (long i = 0; i < W; i++) to[v][i] = widen_one<KIND>(codes, v * W + i);
+}
+#endif
 
 // `rows` lines of `columns` values, `step` values from one line to the next.
 struct Matrix {
@@ -96,7 +106,7 @@ struct Matrix {
   template <class T>
   const T* at(long row, long column) const { return static_cast<const T*>(data) + row * step + column; }
 
-  long groups() const { return group ? (columns + group - 1) / group : 0; }
+  long groups() const { return group ? static_cast<uint32_t>(columns + group - 1) / static_cast<uint32_t>(group) : 0; }
 
   // The bytes of this many values of a line.
   long bytes(long values) const {
@@ -132,39 +142,34 @@ struct Matrix {
     halves == 1 ? unpack_runs<KIND, true>(row, first, count, buffer) : unpack_runs<KIND, false>(row, first, count, buffer);
   }
 
-  // Groups of columns that share a scale.
+  // Groups of columns that share a scale. What is read from is copied: values that are written could be any of it.
   template <int64_t KIND, bool ROUNDED>
   void unpack_runs(long row, long first, long count, float* to) const {
-    const uint8_t* codes = static_cast<const uint8_t*>(data) + bytes(row * step + first);
-    const long places = row * groups();
-    for (long column = first; column < first + count;) {
-      const long number = column / group, stop = std::min(first + count, (number + 1) * group), run = stop - column;
-      const float factor = scale_at<KIND>(row, places + number), shift = zero ? zero[places + number] : 0.0f;
-      long i = 0;
-      for (; i + W <= run; i += W) {
-        F value = (widened<KIND>(codes, i) - shift) * factor;
-        store(to + i, ROUNDED ? kept(value, bf16{}) : value);
+    const Matrix own = *this;
+    constexpr long each = KIND == NIBBLES || KIND == E2M1 ? 2 : 1;  // codes in a byte
+    const uint8_t* codes = static_cast<const uint8_t*>(own.data) + (row * own.step + first) / each;
+    const uint32_t size = static_cast<uint32_t>(own.group), number = static_cast<uint32_t>(first) / size;
+    long place = row * own.groups() + number, end = static_cast<long>(number) * size;
+    for (long column = first, stop = first + count; column < stop; place++) {
+      end = std::min(stop, end + static_cast<long>(size));
+      const float factor = own.scale_at<KIND>(row, place), shift = own.zero ? own.zero[place] : 0.0f;
+      const F lot_factor = factor * unit<KIND>() - F{}, lot_shift = shift / unit<KIND>() - F{};
+      for (; column + LOT <= end; column += LOT, to += LOT, codes += LOT / each) {
+        F values[LOT / W];
+        widen_lot<KIND>(codes, values);
+        for (long v = 0; v < LOT / W; v++) {
+          const F value = (values[v] - lot_shift) * lot_factor;
+          store(to + v * W, ROUNDED ? (F)(nearest(value) << 16) : value);  // NaN stays NaN: its low bits are 0 here
+        }
       }
-      for (; i < run; i++) {
-        F value = ((one<KIND>(codes, i) - F{}) - shift) * factor;
+      if (column == end) continue;
+      const long left = end - column;
+      for (long i = 0; i < left; i++) {
+        const F value = ((widen_one<KIND>(codes, i) - F{}) - shift) * factor;
         to[i] = (ROUNDED ? kept(value, bf16{}) : value)[0];
       }
-      column = stop, to += run, codes += bytes(run);
+      column = end, to += left, codes += left / each;
     }
-  }
-
-  template <int64_t KIND>
-  static F widened(const uint8_t* codes, long i) {
-    if (KIND == E4M3) return widen_codes(codes + i);
-    if (KIND == INT8) return widen_codes(reinterpret_cast<const int8_t*>(codes) + i);
-    return widen_nibbles(codes + i / 2, KIND == E2M1 ? FLOATS_4 : INTEGERS);
-  }
-
-  template <int64_t KIND>
-  static float one(const uint8_t* codes, long i) {
-    if (KIND == E4M3) return from_e4m3(codes[i]);
-    if (KIND == INT8) return static_cast<int8_t>(codes[i]);
-    return (KIND == E2M1 ? FLOATS_4 : INTEGERS)[i % 2 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
   }
 
   template <int64_t KIND>
