@@ -66,7 +66,7 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
     timed(f"prefill of {prompt_length}, first step", core.step)
     for number in range(2, steps + 1):
         timed(f"denoising step {number}", core.step)
-    events = timed("commit, first step of the next", core.step)
+    events = timed("commit, first step of the next", core.step).events
     entropies = [event.entropy for _, event in events if isinstance(event, Denoised)]
     assert entropies and all(bool(entropy.isfinite().all()) for entropy in entropies), "the entropies are not finite"
     while core.busy:
@@ -77,7 +77,8 @@ def measure(path: str, prompt_length: int, steps: int) -> dict[str, object]:
     timed("a token by itself", core.step)
     taken = peak() - before
     need = needed(config, prompt_length + config.canvas_length, dtype=config.dtype, files=survey(lm.path))
-    print(f"predicted {need.total / 2**30:.2f} GiB, taken {taken / 2**30:.2f} GiB: {need.total / taken - 1:+.1%}")
+    off = f"{need.total / taken - 1:+.1%}" if taken else "less than before"
+    print(f"predicted {need.total / 2**30:.2f} GiB, taken {taken / 2**30:.2f} GiB: {off}")
     return {"seconds": figures, "before": before, "taken": taken, "predicted": need}
 
 

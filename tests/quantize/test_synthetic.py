@@ -14,6 +14,7 @@ from blockpress.config import PRESETS
 from blockpress.errors import ModelNotFound, RequestError
 from blockpress.quantize.encoders import FORMATS, Format, format_named
 from blockpress.quantize.synthetic import MARK, synthesize
+from tests import fullsize
 from tests.builders.files import figures, same, snapshot, tensors_of
 from tests.quantize.oracle import restore
 from tests.quantize.test_convert import as_plain, modules_of
@@ -93,3 +94,17 @@ def test_invalid_arguments_are_refused(kind: type[Exception], arguments: dict[st
         synthesize(**{"preset": "tiny", "target": tmp_path / "out"} | arguments)  # type: ignore[arg-type]
     assert str(next(iter(arguments.values()))) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_of_the_whole_model_runs_on_a_small_one(tmp_path: Path) -> None:
+    synthesize("tiny", tmp_path / "random", format_named("nvfp4"))
+    seconds = fullsize.measure(str(tmp_path / "random"), 8, 2)["seconds"]
+    assert isinstance(seconds, dict)
+    parts = [
+        "load",
+        "prefill of 8, first step",
+        "denoising step 2",
+        "commit, first step of the next",
+        "a token by itself",
+    ]
+    assert [*seconds] == parts
