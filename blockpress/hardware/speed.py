@@ -40,6 +40,8 @@ _FORMAT = 2
 _SHAPES = ((1, 512, 512), (16, 512, 512), (64, 512, 512), (256, 512, 512), (256, 1024, 1024))
 _WAYS = ("mkl", "onednn", "bfloat16", "float16", "int8")
 _PATIENCE = 0.02  # seconds for one product of one shape; a shape that would take longer is skipped
+CLEARLY = 1.2
+"""How much faster than float32 a 16-bit type has to be to be computed in: noise would decide between equals."""
 _READ = 128 << 20  # bytes; fewer may lie in a large processor's own cache
 
 
@@ -221,7 +223,7 @@ def compute_name(storage: str, device: str) -> str:
     """The name of the type in which products of weights stored as `storage` are fastest on `device`; where it follows
     from the processor's flags or from stored rates, torch is not imported.
 
-    On a processor float16 and bfloat16 are kept where their products are at least as fast as float32's, and become
+    On a processor float16 and bfloat16 are kept where their products are faster than float32's by CLEARLY, and become
     float32 elsewhere; other devices use the storage type. BLOCKPRESS_COMPUTE_DTYPE overrides the choice wherever that
     type holds the stored values; int8, which rounds, is only used on request.
 
@@ -252,7 +254,7 @@ def compute_name(storage: str, device: str) -> str:
         return storage
     measured = _rates_of_any_threads()
     float32 = "onednn" if processor().vendor == "AuthenticAMD" and "onednn" in measured.products else "mkl"
-    return storage if measured.of(storage) >= measured.of(float32) else "float32"
+    return storage if measured.of(storage) >= CLEARLY * measured.of(float32) else "float32"
 
 
 def _has_onednn() -> bool:

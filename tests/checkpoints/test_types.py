@@ -17,6 +17,7 @@ from blockpress.checkpoints.build import DTYPES, choose_types, packable
 from blockpress.checkpoints.gguf.load import load_gguf_network
 from blockpress.config import PRESETS, GenerationConfig, ModelConfig
 from blockpress.errors import ConfigError, RequestError
+from blockpress.hardware import Rates
 from blockpress.model import Network
 from blockpress.model.layers import packed_weights
 from blockpress.ops.packed import Codes, HalfFloats
@@ -164,6 +165,8 @@ def test_types_follow_from_arguments_config_and_machine(
     dtype: str | None, compute: str | torch.dtype | None, wanted: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BLOCKPRESS_COMPUTE_DTYPE", raising=False)
+    rates = Rates(products={"mkl": {"": 2.0}, "onednn": {"": 2.0}, "float16": {"": 2.0}}, reading=1.0)
+    monkeypatch.setattr("blockpress.hardware.speed._rates_of_any_threads", lambda: rates)
     types = choose_types(dtype, compute, replace(TINY, dtype="float32"), CPU)
     assert (types.storage, types.compute) == tuple(DTYPES[name] for name in wanted)
 
