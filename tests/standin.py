@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_map
 import blockpress
 from blockpress.ops import kernels, linear, packed, rows, unpacking
 from blockpress.ops.cpu import bridge
-from blockpress.ops.cpu import experts as cpu_experts
 from blockpress.ops.vocabulary import native
 
 CUDA = torch.device("cuda", 0)
@@ -373,7 +372,7 @@ def standin() -> Iterator[Card]:
 def plain_torch() -> Iterator[None]:
     """Processors compute in here as the card does: by torch alone, so that values are the same to the last bit."""
     with ExitStack() as stack:
-        for module in (cpu_experts, native, rows, unpacking):
+        for module in (native, rows, unpacking):
             stack.enter_context(patch.object(module, "_library", lambda: None))
         for name, answer in (("library", None), ("_worth", False)):
             stack.enter_context(patch.object(bridge, name, lambda answer=answer: answer))

@@ -15,6 +15,7 @@ from blockpress import costs, sudoku
 from blockpress.bench.drive import BenchRun, RequestTrace
 from blockpress.bench.subject import Subject, stored_formats, weight_bytes
 from blockpress.bench.workload import Workload, puzzle_of
+from blockpress.hardware import isa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,8 @@ def _step_bytes(subject: Subject, rows: costs.BatchShape) -> int:
     contexts = [*rows.canvases, *(context for context, _ in (*rows.prefills, *rows.logit_rows))]
     tokens = sum(count for _, count in (*rows.prefills, *rows.logit_rows))
     dtype = str(subject.network.dtype).removeprefix("torch.")
-    return costs.engine_peak(subject.config, dtype, max(contexts, default=0), len(rows.canvases), tokens)
+    tiles = subject.network.device.type == "cpu" and isa() == "amx"
+    return costs.engine_peak(subject.config, dtype, max(contexts, default=0), len(rows.canvases), tokens, tiles=tiles)
 
 
 def _solved(subject: Subject, work: Workload, ended: Sequence[RequestTrace]) -> int | None:

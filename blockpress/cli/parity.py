@@ -116,7 +116,6 @@ def _experts(generator: Generator, device: str) -> Iterator[DoctorCheck]:
 
     from blockpress.ops import experts
     from blockpress.ops.cpu import bridge
-    from blockpress.ops.cpu import experts as cpu_experts
 
     tokens, hidden, size, count = 48, 64, 32, 16
     hidden_rows = torch.randn(tokens, hidden, generator=generator).to(device)
@@ -127,9 +126,10 @@ def _experts(generator: Generator, device: str) -> Iterator[DoctorCheck]:
     for dtype, limit in ((torch.float32, DRIFT), (torch.bfloat16, ROUNDED)):
         x, gate_up, down = (tensor.to(dtype) for tensor in (hidden_rows, gate_up_rows, down_rows))
         fast, slow = (op(x, weights, chosen, gate_up, down) for op in (experts.moe_forward, experts.moe_loop))
-        in_cpp = bridge.supports(x) and bridge.matrix(gate_up) is not None
-        tiles = cpu_experts.supports_amx(x, gate_up, down)
-        path = "C++" if in_cpp else "matrix tiles in C++" if tiles else "grouped products"
+        with torch.no_grad():
+            readable = bridge.for_product(x, gate_up)
+        tiles = readable is not None and dtype == torch.bfloat16 and bridge.takes_tiles(readable)
+        path = "grouped products" if readable is None else "matrix tiles in C++" if tiles else "C++"
         yield _compared("experts", f"{path}, {str(dtype)[6:]}", _gap(fast, slow), limit=limit)
 
 

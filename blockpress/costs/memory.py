@@ -33,7 +33,8 @@ TABLED = 1 << 12
 than they take to compute."""
 
 FUSED = 1 << 15
-"""The vocabulary from which on a step in float32 reads it tile by tile: smaller ones are parts for few threads only."""
+"""The vocabulary from which on a step in float32, or in bfloat16 on matrix tiles, reads it tile by tile: smaller ones
+are parts for few threads only."""
 
 SLIDING: LayerKind = "sliding_attention"
 
@@ -140,9 +141,11 @@ def paged_bytes(config: ModelConfig, dtype: str, tokens: int, chunk: int = CHUNK
     return page * sum(size * (min(whole, window) if kind == SLIDING else whole) for kind, size in per_token.items())
 
 
-def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1, tokens: int = 0) -> int:
+def engine_peak(
+    config: ModelConfig, dtype: str, context: int, canvases: int = 1, tokens: int = 0, *, tiles: bool = False
+) -> int:
     """Bytes that one forward of the engine allocates at its peak: `canvases` denoised and `tokens` read causally after
-    `context` tokens of one request, all rows in one flat batch.
+    `context` tokens of one request, all rows in one flat batch. tiles: bfloat16 is multiplied on matrix tiles (AMX).
 
     For the vocabulary it holds one buffer of products (`ops/vocabulary/blocks.py`), and in bfloat16 tables of capped
     logits (`ops/vocabulary/native.py`); in a layer the rows' queries, keys and values and attention's output; and
@@ -155,21 +158,21 @@ def engine_peak(config: ModelConfig, dtype: str, context: int, canvases: int = 1
     """
     canvas, size = config.canvas_length, DTYPE_BYTES[dtype]
     rows, keys = canvases * canvas + tokens, context + tokens + (canvas if canvases else 0)
-    if dtype == "float32" and config.vocab_size >= FUSED:
-        vocabulary = _fused(config, canvases * canvas)
+    tiles = tiles and dtype == "bfloat16"
+    tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
+    if (dtype == "float32" or tiles) and config.vocab_size >= FUSED:
+        vocabulary = _fused(config, canvases * canvas) + tables
     else:
-        products = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size)
-        tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
-        vocabulary = products + tables
+        vocabulary = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size) + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)
-    native = _native_buffers(config, dtype, rows) + _native_task(config, rows, keys)
+    native = _native_buffers(config, dtype, rows) + _native_task(config, rows, keys, tiles)
     return _resident(config, dtype, rows, 6) + max(vocabulary, 2 * rows * wide * size) + native
 
 
 def _fused(config: ModelConfig, rows: int) -> int:
-    """Bytes of `ops/native/head.h` for rows of float32: of at most 264 at a time, the mean embeddings of 32 parts of
-    the vocabulary and five numbers of 8 bytes for every 256 tokens; products and weights of a tile."""
-    rows, hidden = min(rows, 264), config.hidden_size
+    """Bytes of `ops/native/head.h`: of at most 288 rows at a time, the mean embeddings of 32 parts of the vocabulary
+    and five numbers of 8 bytes for every 256 tokens; products and weights of a tile."""
+    rows, hidden = min(rows, 288), config.hidden_size
     return rows * (32 * 4 * hidden + config.vocab_size // 256 * 40 + 4 * 2 * 256)
 
 
@@ -177,22 +180,22 @@ def _native_buffers(config: ModelConfig, dtype: str, rows: int) -> int:
     """Bytes that `ops/native/forward.cpp` keeps for a layer of `rows` rows, on one thread.
 
     Normed rows, states, and the outputs of the MLP and the experts; the activations between the MLP's products; the
-    experts' outputs for each of a token's experts; panels of up to 960 rows of the deepest product; fixed blocks.
+    experts' outputs for each of a token's experts; panels of up to 1,152 rows of the deepest product; fixed blocks.
     """
     size, hidden = DTYPE_BYTES[dtype], config.hidden_size
     chosen = config.top_k_experts if config.num_experts else 0
     between = rows * (hidden * ((4 if chosen else 3) + chosen) + config.intermediate_size) * size
     deepest = max(hidden, config.intermediate_size, *(config.num_heads * layer.head_dim for layer in config.layers))
-    return between + (min(rows, 960) + 12) * deepest * size + (1 << 18)
+    return between + (min(rows, 1152) + 12) * deepest * size + (1 << 18)
 
 
-def _native_task(config: ModelConfig, rows: int, keys: int) -> int:
-    """Bytes of one task in C++, in float32: attention's scores and probabilities for a block of queries, or an expert's
-    tokens and the activations between its products; they share memory."""
+def _native_task(config: ModelConfig, rows: int, keys: int, tiles: bool) -> int:
+    """Bytes of one task in C++, in float32, or on tiles in bfloat16: attention's scores and probabilities for a block
+    of queries, or an expert's tokens and the activations between its products; they share memory."""
     sharing = max(config.num_heads // layer.kv_heads for layer in config.layers)  # heads of a key head
-    queries = min(max(24, (1 << 16) // max(1, keys)), rows * sharing)
+    queries = min(max(64 if tiles else 24, (1 << 16) // max(1, keys)), rows * sharing)
     expert = 132 * config.hidden_size + 252 * config.expert_size if config.num_experts else 0
-    return 4 * max(keys * (2 * queries + 12), expert)
+    return (2 if tiles else 4) * max(keys * (2 * queries + (32 if tiles else 12)), expert)
 
 
 def _resident(config: ModelConfig, dtype: str, positions: int, tensors: int) -> int:

@@ -117,9 +117,7 @@ def moe_forward(
     stacks = in_cpp.stacked(gate_up, down) if bridge.supports(x) else None
     if stacks is not None:
         return in_cpp.moe_forward(x, weights, chosen, stacks)
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        if in_cpp.supports_amx(x, gate_up, down):
-            return in_cpp.amx_grouped(x, weights, chosen, gate_up, down)
-        if down.shape[0] <= 2 * chosen.shape[1]:
-            return moe_dense(x, weights, chosen, gate_up, down)
+    few = down.shape[0] <= 2 * chosen.shape[1]
+    if few and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return moe_dense(x, weights, chosen, gate_up, down)
     return (moe_loop if gradients else ordered)(x, weights, chosen, gate_up, down)

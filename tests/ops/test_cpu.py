@@ -73,8 +73,8 @@ def test_linear_equals_torch(
 LARGE = {
     "several depths of a panel": (7, 801, 70),
     "odd pairs over several depths": (5, 785, 33),
-    "more rows than a task": (277, 33, 65),
-    "more rows than are packed at a time": (1069, 5, 17),
+    "more rows than a task": (301, 33, 65),
+    "more rows than are packed at a time": (1165, 5, 17),
     "few rows, many columns": (3, 700, 129),
 }
 
@@ -134,7 +134,7 @@ def test_combine_equals_torch(
 
 
 @pytest.mark.parametrize(("own", "stored"), PAIRS)
-@pytest.mark.parametrize(("rows", "vocab", "hidden"), [(2, 4500, 33), (277, 41, 64), (13, 2048, 300)])
+@pytest.mark.parametrize(("rows", "vocab", "hidden"), [(2, 4500, 33), (301, 41, 64), (13, 2048, 300)])
 def test_combine_larger_than_a_block_equals_torch(
     rows: int, vocab: int, hidden: int, own: torch.dtype, stored: torch.dtype
 ) -> None:

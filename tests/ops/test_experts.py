@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockpress.ops import compiled, experts, rows
+from blockpress.ops import experts, rows
 from blockpress.ops.cpu import bridge
-from blockpress.ops.cpu import experts as in_cpp
+from tests.ops.draws import threads
 
 VERSIONS = {
     "loop": experts.moe_loop,
@@ -69,7 +69,7 @@ def test_bfloat16_agrees_within_its_rounding(version: str, count: int):
 
 
 def wide(count: int, top_k: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sizes of whole tiles, in bfloat16; the first experts are chosen far more often than the last, which nobody takes."""
+    """In bfloat16; the first experts are chosen far more often than the last, which nobody takes."""
     draw = torch.Generator().manual_seed(seed)
     scores = torch.randn(tokens, count, generator=draw) - torch.arange(count) * 0.5
     scores[:, -1] = -100.0
@@ -79,44 +79,34 @@ def wide(count: int, top_k: int, tokens: int, seed: int = 0) -> tuple[Tensor, Te
     return torch.randn(tokens, 96, generator=draw).bfloat16(), weights, chosen, gate_up, down
 
 
-@pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
-def test_the_source_builds_on_any_processor():
-    assert compiled.library("experts") is not None, "else the tests of tiles are skipped, and nobody sees why"
-
-
+HALF = torch.ones(1, 32, 32, dtype=torch.bfloat16)
 with torch.inference_mode():
-    HALF = torch.ones(1, 32, 32, dtype=torch.bfloat16)
-    tiles = pytest.mark.skipif(not in_cpp.supports_amx(HALF[0], HALF, HALF), reason="no matrix tiles, or no compiler")
+    in_cpp = pytest.mark.skipif(bridge.for_product(HALF, HALF) is None, reason="no C++ compiler, or torch is faster")
 
 
-@tiles
+@in_cpp
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 300])
 @pytest.mark.parametrize("top_k", [1, 3])
 @torch.inference_mode()
-def test_matrix_tiles_follow_the_definition(tokens: int, top_k: int):
+def test_bfloat16_in_cpp_is_no_less_exact_than_the_plain_version(tokens: int, top_k: int):
     given = wide(5, top_k, tokens, seed=tokens)
-    assert in_cpp.supports_amx(given[0], *given[3:])
     got, plain, wanted = (
-        in_cpp.amx_grouped(*given).double(),
+        experts.moe_forward(*given).double(),
         experts.moe_loop(*given).double(),
         truth(*(x.float() if x.is_floating_point() else x for x in given)),
     )
-    assert (got - wanted).norm() <= 1.05 * (plain - wanted).norm(), "no less exact than the plain version"
-    assert torch.equal(experts.moe_forward(*given).double(), got), "and it is the one that is taken"
+    assert (got - wanted).norm() <= 1.05 * (plain - wanted).norm()
 
 
-@tiles
+@in_cpp
 @torch.inference_mode()
-def test_matrix_tiles_do_not_depend_on_threads_or_neighbours():
+def test_bfloat16_in_cpp_does_not_depend_on_threads_or_neighbours():
     x, weights, chosen, gate_up, down = wide(5, 2, 200)
-    whole, threads = in_cpp.amx_grouped(x, weights, chosen, gate_up, down), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert torch.equal(in_cpp.amx_grouped(x, weights, chosen, gate_up, down), whole)
-    finally:
-        torch.set_num_threads(threads)
+    whole = experts.moe_forward(x, weights, chosen, gate_up, down)
+    with threads(2):
+        assert torch.equal(experts.moe_forward(x, weights, chosen, gate_up, down), whole)
     some = torch.tensor([7, 3, 150])
-    assert torch.equal(in_cpp.amx_grouped(x[some], weights[some], chosen[some], gate_up, down), whole[some])
+    assert torch.equal(experts.moe_forward(x[some], weights[some], chosen[some], gate_up, down), whole[some])
 
 
 @pytest.mark.parametrize("native", [True, False])

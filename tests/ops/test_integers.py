@@ -56,7 +56,7 @@ def test_int8_linear_follows_the_definition(rows: int, depth: int, columns: int,
 LARGE = {
     "several depths of a panel": (7, 1601, 70),
     "more rows than a task": (251, 33, 65),
-    "a last task of one row": (265, 40, 40),
+    "a last task of one row": (289, 40, 40),
     "more rows than are packed at a time": (973, 5, 17),
     "few rows, many columns": (3, 700, 129),
     "few rows, whole vectors": (4, 512, 64),

@@ -20,16 +20,28 @@ from tests.ops.test_vocabulary_step import Case, case, full, same, truth
 TILE, PARTS = 256, 32
 LARGE = PARTS * 4 * TILE + 2 * TILE + 77
 """More tiles than are in as many parts of the least size, and a tile that is not whole."""
-ROWS = 277
+ROWS = 301
 """More than are multiplied at a time."""
+
+
+def readable(dtype: torch.dtype) -> bool:
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fused, "FUSED", 0)
+        return fused.readable(torch.empty(1, 8, dtype=dtype), torch.empty(9, 8, dtype=dtype)) is not None
+
+
+TILED = readable(torch.bfloat16)
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not TILED, reason="no matrix tiles here")),
+]
 
 
 @pytest.fixture(autouse=True)
 def every_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "FUSED", 0)
-    with torch.no_grad():
-        if fused.readable(torch.empty(1, 8), torch.empty(9, 8)) is None:
-            pytest.skip("no C++ compiler, or a level at which torch multiplies")
+    if not readable(torch.float32):
+        pytest.skip("no C++ compiler, or a level at which torch multiplies")
 
 
 def rows_of(c: Case, rows: slice | Tensor) -> Case:
@@ -44,30 +56,32 @@ def equal(got: vocabulary.SampleStats, want: vocabulary.SampleStats) -> None:
         assert torch.equal(getattr(got, field.name), getattr(want, field.name)), field.name
 
 
-def logits(rising: Tensor, rows: int = 3, **given: object) -> Case:
+def logits(rising: Tensor, rows: int = 3, dtype: torch.dtype = torch.float32, **given: object) -> Case:
     """Rows whose logits are these, times 1, 2 and so on."""
-    c = case(len(rising), rows)
+    c = case(len(rising), rows, dtype)
     hidden, weight = torch.zeros_like(c.hidden), torch.zeros_like(c.weight)
     hidden[:, 0], weight[:, 0] = torch.arange(1.0, rows + 1), rising
-    weight[:, 1:] = case(len(rising)).weight[:, 1:]
+    weight[:, 1:] = c.weight[:, 1:]
     return replace(c, hidden=hidden, weight=weight, **given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cap", [30.0, None])
-def test_many_parts_and_blocks_of_rows_equal_full_logits(cap: float | None) -> None:
-    c = case(LARGE, ROWS, cap=cap, spread=2.0)
-    few = torch.tensor([0, 1, 130, 263, 264, ROWS - 1])
+def test_many_parts_and_blocks_of_rows_equal_full_logits(cap: float | None, dtype: torch.dtype) -> None:
+    c = case(LARGE, ROWS, dtype, cap=cap, spread=2.0)
+    few = torch.tensor([0, 1, 130, 287, 288, ROWS - 1])
     got = c.see("fused")
     picked = vocabulary.SampleStats(*(getattr(got, field.name)[few] for field in fields(got)))
     same(rows_of(c, few), picked, truth(rows_of(c, few)))
 
 
-def test_a_row_has_the_same_bits_in_any_batch_on_any_threads() -> None:
-    c = case(LARGE, ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
+    c = case(LARGE, ROWS, dtype)
     ids = torch.randperm(LARGE, generator=torch.Generator().manual_seed(1))[:40]
     c = replace(c, banned=(ids, torch.rand(ROWS, 40, generator=torch.Generator().manual_seed(2)) < 0.5))
     whole = c.see("fused")
-    for some in (slice(0, 1), slice(262, 267), slice(100, ROWS)):
+    for some in (slice(0, 1), slice(286, 291), slice(100, ROWS)):
         part = vocabulary.SampleStats(*(getattr(whole, field.name)[some] for field in fields(whole)))
         equal(rows_of(c, some).see("fused"), part)
     for count in (1, 2, 3):
@@ -75,17 +89,22 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads() -> None:
             equal(c.see("fused"), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ["rising", "falling", "a peak amid", "flat"])
 @pytest.mark.parametrize("cap", [30.0, None])
 @pytest.mark.parametrize("height", [0.5, 12.0, 40.0])
-def test_the_largest_logit_may_lie_in_any_tile(shape: str, cap: float | None, height: float) -> None:
+def test_the_largest_logit_may_lie_in_any_tile(
+    shape: str, cap: float | None, height: float, dtype: torch.dtype
+) -> None:
     """A tile that raises it scales down what was summed before, in its part and among the parts."""
     vocab = 14 * TILE + 9
     line = torch.linspace(-1, 1, vocab)
     shapes = {"rising": line, "falling": -line, "a peak amid": 1 - 2 * line.abs(), "flat": torch.ones(vocab)}
-    c = logits(shapes[shape] * height, cap=cap)
-    mean = torch.softmax(full(c).double(), dim=-1) @ c.weight.double() * c.scale
-    same(c, c.see("fused"), replace(truth(c), signal=mean.float()), near=1e-5)
+    c = logits(shapes[shape] * height, cap=cap, dtype=dtype)
+    want = truth(c)
+    if dtype == torch.float32:
+        want = replace(want, signal=(torch.softmax(full(c).double(), -1) @ c.weight.double() * c.scale).float())
+    same(c, c.see("fused"), want, near=1e-5)
 
 
 def test_small_entropies_keep_their_digits_over_tiles() -> None:
@@ -99,20 +118,22 @@ def test_small_entropies_keep_their_digits_over_tiles() -> None:
             torch.testing.assert_close(got, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-12)
 
 
-def test_equal_maxima_of_several_tiles_and_parts() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_maxima_of_several_tiles_and_parts(dtype: torch.dtype) -> None:
     values = torch.zeros(9 * TILE)
     values[[TILE + 7, TILE + 8, 2 * TILE + 9, 3 * TILE, 8 * TILE + 1]] = 11.0
-    c = logits(values)
+    c = logits(values, dtype=dtype)
     got = c.see("fused")
     assert got.argmax.tolist() == [TILE + 7] * 3
     same(c, got, truth(c))
 
 
-def test_whole_tiles_and_parts_may_be_banned() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_tiles_and_parts_may_be_banned(dtype: torch.dtype) -> None:
     vocab = 13 * TILE + 5
     for first, last in ((0, 5 * TILE), (4 * TILE, vocab), (TILE, 2 * TILE), (1, vocab)):
         ids = torch.arange(first, last).flip(0)  # in any order
-        c = replace(case(vocab, 3), banned=(ids, torch.tensor([[True], [False], [True]]).expand(3, len(ids))))
+        c = replace(case(vocab, 3, dtype), banned=(ids, torch.tensor([[True], [False], [True]]).expand(3, len(ids))))
         got = c.see("fused")
         same(c, got, truth(c))
         assert not any(first <= token < last for token in got.sample[[0, 2]].tolist())
@@ -132,8 +153,10 @@ def test_every_token_can_be_drawn() -> None:
     assert c.see("fused").sample.tolist() == tokens.tolist()
 
 
-def test_what_is_not_finite_is_told_by_its_first_token() -> None:
-    c = case(9 * TILE, 2, cap=None)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [30.0, None])
+def test_what_is_not_finite_is_told_by_its_first_token(cap: float | None, dtype: torch.dtype) -> None:
+    c = case(9 * TILE, 2, dtype, cap=cap)
     for changes, first in (
         ({3 * TILE: math.nan}, 3 * TILE),
         ({5: math.inf, 8 * TILE: math.inf}, 5),
@@ -178,7 +201,8 @@ def test_which_steps_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         (case(499), "exact", "native", 0),
         (case(500), "sparse", "native", 0),
         (case(500), "exact", "torch", 0),
-        (case(500, dtype=torch.bfloat16), "exact", "native", 0),
+        (case(500, dtype=torch.bfloat16), "exact", "native", int(TILED)),
+        (case(500, dtype=torch.bfloat16), "sparse", "native", 0),
     ):
         taken.clear()
         c.see(version, signal)  # type: ignore[arg-type]

@@ -112,10 +112,9 @@ def _plain(tensor: Tensor) -> bool:
 def supports(x: Tensor) -> bool:
     """Whether C++ should take activations like x: on a CPU, floats of 16 or 32 bits, no gradients, no autocast.
 
-    Where the processor has matrix tiles for bfloat16 (AMX), torch's products in that type are several times as fast;
-    so are all of torch's products next to a "portable" build of ours.
+    Next to a "portable" build of ours all of torch's products are several times as fast.
     """
-    return _reads(x) and _worth() and not (x.dtype == torch.bfloat16 and _has_tiles())
+    return _reads(x) and _worth()
 
 
 def _reads(x: Tensor) -> bool:
@@ -130,6 +129,11 @@ def for_product(x: Tensor, weight: Weight) -> Matrix | None:
     if isinstance(weight, IntegerWeight):
         return matrix(weight) if _reads(x) and library() is not None else None
     return matrix(weight) if supports(x) else None
+
+
+def takes_tiles(weight: Matrix) -> bool:
+    """Whether activations in bfloat16 are multiplied with the weight on matrix tiles (Intel's AMX)."""
+    return _has_tiles() and weight.kind not in (KINDS[torch.float32], KINDS[torch.float16], INT8_ROWS)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
@@ -175,5 +179,5 @@ def _worth() -> bool:
 
 @cache
 def _has_tiles() -> bool:
-    library = compiled.library("experts")
-    return library is not None and bool(library.has_tiles())
+    loaded = library()
+    return loaded is not None and bool(loaded.uses_tiles())

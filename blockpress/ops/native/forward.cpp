@@ -21,42 +21,46 @@ T* keep(int which, long count) {
 }
 enum { NORMED, STATES, FED, ACTIVE, ROUTED, SLOTS, SCORES_OF };
 
+struct Unused {  // for sides that have destinations
+  template <class S>
+  void operator()(long, long, long, long, const S*, long) const {}
+};
+
 template <class T>
 void linear(const T* x, long rows, long step, const Matrix& weight, T* out, long out_step, int threads) {
-  const Side side{weight};
-  products<T>([&](long i) { return x + i * step; }, rows, weight.columns, &side, 1, threads,
-              [&](int, long m, long count, long n, long columns, const float* sums, long sums_step) {
-                copy_out(sums, sums_step, count, columns, out + m * out_step + n, out_step);
-              });
+  const Side side{weight, out, out_step};
+  products<T>([&](long i) { return x + i * step; }, rows, weight.columns, &side, 1, threads, Unused());
 }
 
 // out [rows][weight.columns] = shares [rows][weight.rows] @ weight, in partial sums of DEEP products: one running sum over
 // a whole vocabulary would lose a digit.
-template <class T, bool PAIRS>
+template <class T, Form FORM>
 void combine_as(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
   constexpr long DEEP = 2048;
+  constexpr int MR = panel_rows(FORM);
   const long panels = (rows + MR - 1) / MR, columns = weight.columns;
-  float* const left = keep<float>(SLOTS, panels * MR * units(std::min<long>(DEEP, weight.rows), PAIRS));
+  float* const left = keep<float>(SLOTS, panels * MR * units(std::min<long>(DEEP, weight.rows), FORM));
   const long block = columns >= 4 * threads * NB ? NB : NR;
   const long across = (columns + block - 1) / block, down = (rows + MB - 1) / MB;
   for (long from = 0; from < weight.rows; from += DEEP) {
-    const long deep = std::min<long>(DEEP, weight.rows - from), all = units(deep, PAIRS);
+    const long deep = std::min<long>(DEEP, weight.rows - from), all = units(deep, FORM);
     parallel(panels, threads, [&](long p) {
       const T* lines[MR];
       const int some = static_cast<int>(std::min<long>(MR, rows - p * MR));
       for (int i = 0; i < some; i++) lines[i] = shares + (p * MR + i) * step + from;
-      pack_left<T, PAIRS>(lines, some, deep, left + p * MR * all);
+      pack_left<T, FORM, true>(lines, some, deep, left + p * MR * all);
     });
     const Matrix slice = weight.from(from, deep);
     parallel(across * down, threads, [&](long task) {
       const long n = task % across * block, m = task / across * MB;
       const long here = std::min(MB, rows - m), some = std::min(block, columns - n);
       float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
-      multiply<PAIRS, true>(left + m * all, here, deep, slice, n, some, sums, NB);
+      multiply_across<FORM>(left + m * all, here, deep, slice, n, some, sums, NB, true);
       for (long i = 0; i < here; i++)
         each(some, [&](long j, long c) {
           float* to = out + (m + i) * columns + n + j;
-          put(to, from ? get(to, c) + get(sums + i * NB + j, c) : get(sums + i * NB + j, c), c);
+          const F part = get(across_at<FORM>(sums, some, NB, i, j), c);
+          put(to, from ? get(to, c) + part : part, c);
         });
     });
   }
@@ -64,10 +68,9 @@ void combine_as(const T* shares, long rows, long step, const Matrix& weight, flo
 
 template <class T>
 void combine(const T* shares, long rows, long step, const Matrix& weight, float* out, int threads) {
-  if constexpr (HAS_PAIRS && sizeof(T) == 2) {
-    if (pairable(weight)) return combine_as<T, true>(shares, rows, step, weight, out, threads);
-  }
-  combine_as<T, false>(shares, rows, step, weight, out, threads);
+  by_form<T>(pairable(weight), [&](auto form) {
+    combine_as<T, decltype(form)::value>(shares, rows, step, weight, out, threads);
+  });
 }
 
 // ---- experts
@@ -84,13 +87,14 @@ struct Unit {
 
 constexpr long UNIT = 10 * 12;  // most tokens per unit: whole panels of 6 and of 12
 
-template <class T, bool PAIRS>
+template <class T, Form FORM>
 void expert_unit(const T* x, long hidden, long k, const Experts& experts, const float* weights, const long* slots,
                  const Unit& unit, T* y) {
-  const long size = experts.size, all = units(hidden, PAIRS), middle = units(size, PAIRS);
+  constexpr int MR = panel_rows(FORM);
+  const long size = experts.size, all = units(hidden, FORM), middle = units(size, FORM);
   Scratch& own = scratch();
   float* left = Scratch::room(own.more, (UNIT + MR) * all);
-  float* sums = Scratch::room(own.sums, MB * 2 * NB);
+  auto* const sums = reinterpret_cast<Sum<FORM>*>(Scratch::room(own.sums, MB * 2 * NB));
   // The activations [count][size] of T, followed by their panels.
   float* memory = Scratch::room(own.wide, UNIT * size + (UNIT + MR) * middle);
   T* active = reinterpret_cast<T*>(memory);
@@ -101,7 +105,7 @@ void expert_unit(const T* x, long hidden, long k, const Experts& experts, const 
     for (long i = 0; i < unit.count; i += MR) {
       const int some = static_cast<int>(std::min<long>(MR, unit.count - i));
       for (int j = 0; j < some; j++) lines[j] = row(i + j);
-      pack_left<T, PAIRS>(lines, some, depth, to + i * step);
+      pack_left<T, FORM>(lines, some, depth, to + i * step);
     }
   };
   pack(hidden, left, all, [&](long i) { return x + slots[i] / k * hidden; });
@@ -110,14 +114,14 @@ void expert_unit(const T* x, long hidden, long k, const Experts& experts, const 
   const Matrix down = experts.down.from(unit.expert * hidden, hidden);
   for (long n = 0; n < size; n += NB) {
     const long some = std::min(NB, size - n);
-    multiply<PAIRS>(left, unit.count, hidden, gate, n, some, sums, 2 * NB);
-    multiply<PAIRS>(left, unit.count, hidden, up, n, some, sums + NB, 2 * NB);
+    multiply<FORM>(left, unit.count, hidden, gate, n, some, sums, 2 * NB);
+    multiply<FORM>(left, unit.count, hidden, up, n, some, sums + NB, 2 * NB);
     activate(sums, 2 * NB, unit.count, some, active + n, size);
   }
   pack(size, again, middle, [&](long i) { return active + i * size; });
   for (long n = 0; n < hidden; n += NB) {
     const long some = std::min(NB, hidden - n);
-    multiply<PAIRS>(again, unit.count, size, down, n, some, sums, 2 * NB);
+    multiply<FORM>(again, unit.count, size, down, n, some, sums, 2 * NB);
     for (long i = 0; i < unit.count; i++)
       each(some, [&](long j, long c) {
         put(y + slots[i] * hidden + n + j, kept(get(sums + i * 2 * NB + j, c), T{}) * weights[slots[i]], c);
@@ -174,14 +178,13 @@ void mix(const T* x, long tokens, long hidden, long k, const Experts& experts, c
     }
   }
   std::stable_sort(all.begin(), all.end(), [](const Unit& a, const Unit& b) { return a.count > b.count; });
-  const bool pairs = HAS_PAIRS && sizeof(T) == 2 && pairable(experts.gate_up) && pairable(experts.down);
+  const bool pairs = pairable(experts.gate_up) && pairable(experts.down);
   parallel(static_cast<long>(all.size()), threads, [&](long i) {
     const Unit& unit = all[i];
     if (experts.down.kind == INT8_ROWS) return expert_codes(x, hidden, k, experts, weights, slots.data(), unit, y);
-    if constexpr (HAS_PAIRS && sizeof(T) == 2) {
-      if (pairs) return expert_unit<T, true>(x, hidden, k, experts, weights, slots.data(), unit, y);
-    }
-    expert_unit<T, false>(x, hidden, k, experts, weights, slots.data(), unit, y);
+    by_form<T>(pairs, [&](auto form) {
+      expert_unit<T, decltype(form)::value>(x, hidden, k, experts, weights, slots.data(), unit, y);
+    });
   });
   const long slices = std::max(1L, std::min(tokens, tokens * hidden * k >> 14));
   parallel(slices, threads, [&](long part) {
@@ -215,36 +218,56 @@ struct Attention {
   T* out;  // [rows][heads][dim]
 
   // Queries `from` to `to` of a span, for all heads that share a key head.
+  template <Form FORM>
   void block(const Span& span, long head, long from, long to) const {
+    constexpr int MR = panel_rows(FORM);
     const long group = heads / kv, rows = (to - from) * group;
     long keys = 0;
     for (long p = span.first; p < span.last; p++) keys += pieces[p].count;
-    const long step = keys + NR, width = (dim + NR - 1) / NR * NR;
+    // On tiles the first key has the place that its number has among those of a chunk.
+    const long shift = FORM == Form::TILES ? span.lane % (2 * CHUNK) : 0, step = shift + keys + NR;
+    const long width = (dim + NR - 1) / NR * NR, room = (rows + MR - 1) / MR * MR * width;
     Scratch& own = scratch();
-    float* left = Scratch::room(own.more, (rows + MR) * std::max(dim, keys));
-    float* scores = Scratch::room(own.wide, rows * step + keys + 3 * W);
-    float* buffer = scores + rows * step;
-    float* sums = Scratch::room(own.sums, rows * width);
-    if (!keys) std::fill_n(sums, rows * width, 0.0f);  // an empty sum
+    const long deep = units(dim, FORM), shares = FORM == Form::TILES ? units(shift + keys, FORM) : keys;
+    float* left = Scratch::room(own.more, (rows + MR) * std::max(deep, shares));
+    float* buffer = Scratch::room(own.wide, keys + 3 * W + rows * step * sizeof(Sum<FORM>) / 4 + 1);
+    auto* const scores = reinterpret_cast<Sum<FORM>*>(buffer + keys + 3 * W) + shift;
+    float* sums = Scratch::room(own.sums, room);
+    if (!keys) std::fill_n(sums, room, 0.0f);  // an empty sum
     for (long i = 0; i < rows; i += MR) {
       const T* lines[MR];
       const int some = static_cast<int>(std::min<long>(MR, rows - i));
       for (int j = 0; j < some; j++) lines[j] = line(span, head, from, i + j, group);
-      pack_left<T, false>(lines, some, dim, left + i * dim);
+      pack_left<T, FORM>(lines, some, dim, left + i * deep);
     }
     long at = 0;
     for (long p = span.first; p < span.last; p++) {
       const Piece& piece = pieces[p];
       const Matrix key{static_cast<const T*>(piece.key) + head * piece.key_head, piece.count, dim, piece.key_row,
                        kind_of<T>(), nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
-      multiply<false>(left, rows, dim, key, 0, piece.count, scores + at, step);
+      for (long n = 0; n < piece.count; n += NB)
+        multiply<FORM>(left, rows, dim, key, n, std::min<long>(NB, piece.count - n), scores + at + n, step);
       at += piece.count;
     }
     for (long i = 0; i < rows; i++) {
       const uint8_t* may = span.mask ? span.mask + (from + i / group) * span.mask_row : nullptr;
       soften<T>(scores + i * step, may, keys, buffer, span.lane % W);
     }
-    at = 0;
+#ifdef TILED
+    if constexpr (FORM == Form::TILES) mean_on_tiles(span, head, rows, keys, shift, scores - shift, step, left, sums);
+#endif
+    if constexpr (FORM != Form::TILES) mean(span, head, rows, scores, step, left, sums, width);
+    for (long i = 0; i < rows; i++) {
+      const long row = span.start + from + i / group, h = head * group + i % group;
+      T* const to = out + (row * heads + h) * dim;
+      each(dim, [&](long j, long n) { put(to + j, get(across_at<FORM>(sums, dim, width, i, j), n), n); });
+    }
+  }
+
+  // sums = shares @ the pieces' values.
+  void mean(const Span& span, long head, long rows, const float* shares, long step, float* left, float* sums,
+            long width) const {
+    long at = 0;
     for (long p = span.first; p < span.last; p++) {
       const Piece& piece = pieces[p];
       if (!piece.count) continue;
@@ -253,24 +276,49 @@ struct Attention {
       for (long i = 0; i < rows; i += MR) {
         const float* lines[MR];
         const int some = static_cast<int>(std::min<long>(MR, rows - i));
-        for (int j = 0; j < some; j++) lines[j] = scores + (i + j) * step + at;
-        pack_left<float, false>(lines, some, piece.count, left + i * piece.count);
+        for (int j = 0; j < some; j++) lines[j] = shares + (i + j) * step + at;
+        pack_left<float, Form::FLOATS>(lines, some, piece.count, left + i * piece.count);
       }
-      multiply<false, true>(left, rows, piece.count, value, 0, dim, sums, width, at == 0);
+      multiply_across<Form::FLOATS>(left, rows, piece.count, value, 0, dim, sums, width, at == 0);
       at += piece.count;
     }
-    for (long i = 0; i < rows; i++) {
-      const long row = span.start + from + i / group, h = head * group + i % group;
-      copy_out(sums + i * width, width, 1, dim, out + (row * heads + h) * dim, dim);
-    }
   }
+
+#ifdef TILED
+  // The same on tiles; each row of shares is preceded by `shift` places. So a chunk is of the same keys, whatever pieces
+  // they come in and however many are left out before the first.
+  void mean_on_tiles(const Span& span, long head, long rows, long keys, long shift, bf16* shares, long step, float* left,
+                     float* sums) const {
+    const long places = shift + keys;
+    std::vector<const bf16*> lines(places + 1);  // an odd number ends with none
+    long at = shift;
+    for (long p = span.first; p < span.last; p++)
+      for (long k = 0; k < pieces[p].count; k++)
+        lines[at++] = static_cast<const bf16*>(pieces[p].value) + head * pieces[p].value_head + k * pieces[p].value_row;
+    for (long i = 0; i < rows; i += LINES) {
+      const bf16* own[LINES];
+      const int some = static_cast<int>(std::min<long>(LINES, rows - i));
+      for (int j = 0; j < some; j++) own[j] = std::fill_n(shares + (i + j) * step, shift, bf16{}) - shift;
+      pack_left<bf16, Form::TILES, true>(own, some, places, left + i * units(places, Form::TILES));
+    }
+    multiply_tiles_across(left, rows, places, dim, sums, true,
+                          [&](float* right, long column, int some, long from, long held) {
+                            pack_lines(lines.data() + 2 * from, column, some, held, right);
+                          });
+  }
+#endif
 
   const T* line(const Span& span, long head, long from, long i, long group) const {
     return query + (head * group + i % group) * head_step + (span.start + from + i / group) * row_step;
   }
 
   void run(const Span* spans, long count, int threads) const {
-    constexpr long SCORES = 1 << 16;  // per task, so that they stay in its core's cache
+    by_form<T>(true, [&](auto form) { run_as<decltype(form)::value>(spans, count, threads); });
+  }
+
+  template <Form FORM>
+  void run_as(const Span* spans, long count, int threads) const {
+    constexpr long SCORES = 1 << 16, panel = panel_rows(FORM);  // per task, so that they stay in its core's cache
     struct Task {
       long span, head, from, to;
     };
@@ -281,13 +329,13 @@ struct Attention {
       long keys = 0;
       for (long p = spans[s].first; p < spans[s].last; p++) keys += pieces[p].count;
       work += 1.0 * queries * keys * heads * dim;
-      long most = std::max(std::max<long>(1, 2 * MR / group), SCORES / std::max(1L, keys) / group);
+      long most = std::max(std::max<long>(1, 2 * panel / group), SCORES / std::max(1L, keys) / group);
       const long parts = (queries + most - 1) / most;
       for (long h = 0; h < kv; h++)
         for (long i = 0; i < parts; i++) tasks.push_back({s, h, queries * i / parts, queries * (i + 1) / parts});
     }
     parallel(static_cast<long>(tasks.size()), work < 1 << 17 ? 1 : threads, [&](long i) {
-      block(spans[tasks[i].span], tasks[i].head, tasks[i].from, tasks[i].to);
+      block<FORM>(spans[tasks[i].span], tasks[i].head, tasks[i].from, tasks[i].to);
     });
   }
 };
@@ -319,28 +367,15 @@ void before(const Before& layer, const T* x, const T* cosine, const T* sine, lon
     for (long i = first; i < last; i++)
       normalise(x + i * hidden, static_cast<const T*>(layer.norm), normed + i * hidden, hidden, layer.eps);
   });
-  const Side sides[] = {{layer.key}, {layer.value}, {layer.query}};
   const bool shared = !layer.value.data;
-  T* const outs[] = {key, value, query};
-  const long steps[] = {narrow, narrow, wide};
-  auto row = [&](long i) { return normed + i * hidden; };
-  auto emit = [&](const int* which, long moved) {
-    return [=](int s, long m, long count, long n, long columns, const float* sums, long step) {
-      copy_out(sums, step, count, columns, outs[which[s]] + (m + moved) * steps[which[s]] + n, steps[which[s]]);
-    };
-  };
-  static const int all[] = {0, 1, 2}, without[] = {0, 2}, last[] = {2};
-  Side chosen[3];
-  const int* which = shared ? without : all;
-  const int kinds = shared ? 2 : 3;
-  for (int s = 0; s < kinds; s++) chosen[s] = sides[which[s]];
-  if (skip) {  // the first rows have no queries
-    products<T>(row, rows, hidden, chosen, kinds - 1, threads, emit(which, 0));
-    products<T>([&](long i) { return row(i + skip); }, rows - skip, hidden, chosen + kinds - 1, 1, threads,
-                emit(last, 0));
-  } else {
-    products<T>(row, rows, hidden, chosen, kinds, threads, emit(which, 0));
-  }
+  std::vector<Side> sides = {{layer.key, key, narrow}};
+  if (!shared) sides.push_back({layer.value, value, narrow});
+  const auto row = [&](long i) { return normed + i * hidden; };
+  const Side queries{layer.query, query, wide};
+  if (!skip) sides.push_back(queries);
+  products<T>(row, rows, hidden, sides.data(), static_cast<int>(sides.size()), threads, Unused());
+  if (skip)  // the first rows have no queries
+    products<T>([&](long i) { return row(i + skip); }, rows - skip, hidden, &queries, 1, threads, Unused());
   over(rows, wide + 2 * narrow, threads, [&](long first, long last) {
     for (long i = first; i < last; i++) {
       const T *c = cosine + i * dim, *s = sine + i * dim;
@@ -436,9 +471,9 @@ void after(const After& layer, const T* x, const T* mixed, T* out, long rows, co
       normalise(h + i, norm(layer.mlp_norm), normed + i, hidden, layer.eps);
     }
   });
-  const Side gated{layer.gate, &layer.up};
+  const Side gated{layer.gate, nullptr, 0, &layer.up};
   products<T>([&](long i) { return normed + i * hidden; }, rows, hidden, &gated, 1, threads,
-              [&](int, long m, long count, long n, long columns, const float* sums, long step) {
+              [&](long m, long count, long n, long columns, const auto* sums, long step) {
                 activate(sums, step, count, columns, active + m * inner + n, inner);
               });
   linear(active, rows, inner, layer.down, fed, hidden, threads);
@@ -502,17 +537,19 @@ extern "C" {
                       int all, int threads) {                                                                       \
     after(*layer, x, mixed, out, rows, causal, all, threads);                                                       \
     scratch().trim();                                                                                               \
+  }                                                                                                                 \
+  long room_for_head_##suffix(long rows, long vocab, long columns, int mean) {                                      \
+    return head_room<T>(rows, vocab, columns, mean);                                                                \
+  }                                                                                                                 \
+  void sample_from_hidden_##suffix(const Head* head, int threads) {                                                 \
+    head_step<T>(*head, threads);                                                                                   \
+    scratch().trim();                                                                                               \
   }
 
 DEFINE(float, float32)
 DEFINE(bf16, bfloat16)
 
-long room_for_head(long rows, long vocab, long columns, int mean) { return head_room(rows, vocab, columns, mean); }
-
-void sample_from_hidden(const Head* head, int threads) {
-  head_step(*head, threads);
-  scratch().trim();
-}
+int uses_tiles() { return has_tiles(); }
 
 long held_bytes() { return scratch().bytes(); }  // kept by the calling thread between calls
 

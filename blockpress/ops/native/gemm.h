@@ -7,9 +7,10 @@
 // A weight stays in memory as stored (weight.h): half floats and codes become float32 in the panel, which is read again
 // for every MR rows. Where the processor multiplies pairs of bfloat16 and both operands have that type, panels hold
 // pairs. With up to FEW rows no panel pays: the same sums are formed from the weight's lines, transposed in registers.
+// Where it has matrix tiles for bfloat16, these take the place of pairs (tiles.h).
 //
-// Sums run over the depth in order, one fused multiply-add after the other, for any number of rows, threads and tasks:
-// the bits of a row depend on the row and the weight alone.
+// Sums run over the depth in order, one fused multiply-add after the other, on tiles a chunk after the other, for any
+// number of rows, threads and tasks: the bits of a row depend on the row and the weight alone.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 
 #include "pool.h"
 #include "simd.h"
+#include "tiles.h"
 #include "weight.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the processor's only pass between inlined functions
@@ -42,11 +44,17 @@ constexpr bool HAS_PAIRS = false;
 #endif
 constexpr int NR = 2 * VW;
 constexpr long NB = 64 > NR ? 64 : NR;  // most columns of a task
-constexpr long MB = 264;                // most rows of a task: a canvas of 256 is one
+constexpr long MB = 288;                // most rows of a task, whole panels: a canvas of 256 is one
 constexpr long ROWS = 4 * MB;           // most rows whose panels are held at a time
 constexpr long FEW = 4;
 
 typedef float V __attribute__((vector_size(4 * VW), aligned(4), may_alias));
+
+// How operands are multiplied: as float32, as pairs of bfloat16, or as such pairs on matrix tiles.
+enum class Form { FLOATS, PAIRS, TILES };
+
+// The rows of a panel.
+constexpr int panel_rows(Form form) { return form == Form::TILES ? LINES : MR; }
 
 // Whether a weight may be multiplied as pairs of bfloat16: it has that type, or is codes, which are rounded to it.
 inline bool pairable(const Matrix& w) { return w.kind == BFLOAT16 || w.kind > FLOAT16; }
@@ -224,7 +232,7 @@ struct Floats {
 // A thread's memory, kept for its next task: new pages would cost as much as the steps that fill them.
 struct Scratch {
   static constexpr long LARGE = 8 << 20;  // larger buffers are not kept
-  Floats right, lines, codes, sums, left, more, wide;
+  Floats right, lines, sums, left, more, wide, blocks;
   Floats between[8];  // between the steps of one call: forward.cpp
 
   static float* room(Floats& memory, long count) {
@@ -234,7 +242,7 @@ struct Scratch {
 
   template <class Op>
   void every(const Op& op) {
-    for (auto* memory : {&right, &lines, &codes, &sums, &left, &more, &wide}) op(*memory);
+    for (auto* memory : {&right, &lines, &sums, &left, &more, &wide, &blocks}) op(*memory);
     for (auto& memory : between) op(memory);
   }
 
@@ -257,19 +265,38 @@ inline Scratch& scratch() {
   return own;
 }
 
-constexpr long units(long depth, bool pairs) { return pairs ? (depth + 1) / 2 : depth; }
+// A line's units in a panel: whole chunks of them for tiles.
+constexpr long units(long depth, Form form) {
+  const long pairs = (depth + 1) / 2;
+  return form == Form::FLOATS ? depth : form == Form::PAIRS ? pairs : (pairs + CHUNK - 1) / CHUNK * CHUNK;
+}
 
-// One panel of up to MR rows, the whole depth.
-template <class T, bool PAIRS>
+// op(form) for activations of T, with the fastest form that the weights can take.
+template <class T, class Op>
+inline void by_form(bool pairs, const Op& op) {
+  if constexpr (HAS_PAIRS && sizeof(T) == 2) {
+#ifdef TILED
+    if (pairs && has_tiles()) return op(std::integral_constant<Form, Form::TILES>());
+#endif
+    if (pairs) return op(std::integral_constant<Form, Form::PAIRS>());
+  }
+  op(std::integral_constant<Form, Form::FLOATS>());
+}
+
+// One panel of rows, the whole depth; ACROSS: for a product with a matrix whose lines are the depth.
+template <class T, Form FORM, bool ACROSS = false>
 void pack_left(const T* const* rows, int count, long depth, float* to) {
+  constexpr bool PAIRS = FORM != Form::FLOATS;
+  constexpr int MR = panel_rows(FORM);
   const float* lines[MR];
+  const long pairs = (depth + 1) / 2;
   if (PAIRS && depth % 2 == 0) {
     for (int i = 0; i < count; i++) lines[i] = reinterpret_cast<const float*>(rows[i]);
   } else if (PAIRS) {  // the last pair is padded with 0
-    float* buffer = Scratch::room(scratch().lines, MR * units(depth, true));
+    float* buffer = Scratch::room(scratch().lines, MR * pairs);
     for (int i = 0; i < count; i++) {
-      float* own = buffer + i * units(depth, true);
-      own[units(depth, true) - 1] = 0;
+      float* own = buffer + i * pairs;
+      own[pairs - 1] = 0;
       std::memcpy(own, rows[i], depth * 2);
       lines[i] = own;
     }
@@ -282,7 +309,10 @@ void pack_left(const T* const* rows, int count, long depth, float* to) {
       lines[i] = buffer + i * depth;
     }
   }
-  panel<MR>(lines, count, units(depth, PAIRS), to);
+#ifdef TILED
+  if constexpr (FORM == Form::TILES) return (ACROSS ? line_up : interleave)(lines, count, pairs, to);
+#endif
+  if constexpr (FORM != Form::TILES) panel<MR>(lines, count, PAIRS ? pairs : depth, to);
 }
 
 // Columns first .. first + count of the product's right side, units from .. from + depth of it: in place, or widened.
@@ -290,13 +320,11 @@ template <bool PAIRS>
 void right_lines(const Matrix& w, long first, int count, long from, long depth, const float** lines) {
   Scratch& own = scratch();
   if (PAIRS && w.kind > FLOAT16) {  // codes, rounded to bfloat16 as `unpack` rounds them
-    float *buffer = Scratch::room(own.lines, NR * depth), *wide = Scratch::room(own.codes, 2 * depth);
+    float* buffer = Scratch::room(own.lines, NR * depth);
     for (int i = 0; i < count; i++) {
-      const long values = std::min<long>(2 * depth, w.columns - 2 * from);
-      w.line(first + i, 2 * from, values, wide);
       bf16* to_pairs = reinterpret_cast<bf16*>(buffer + i * depth);
       to_pairs[2 * depth - 1] = {};
-      each(values, [&](long k, long n) { put(to_pairs + k, get(wide + k, n), n); });
+      w.codes(first + i, 2 * from, std::min<long>(2 * depth, w.columns - 2 * from), to_pairs);
       lines[i] = buffer + i * depth;
     }
   } else if (PAIRS && w.columns % 2 == 0) {
@@ -380,11 +408,81 @@ struct Ahead {
   }
 };
 
-// Sums of packed rows with columns first .. first + count; `step` has room for whole panels of columns.
-template <bool PAIRS, bool ACROSS = false>
-void multiply(const float* left, long rows, long depth, const Matrix& w, long first, long count, float* to, long step,
-              bool fresh = true) {
-  const long all = units(depth, PAIRS);
+#ifdef TILED
+constexpr long TILES_DEEP = 8 * CHUNK;  // units of a panel
+
+// `multiply` on tiles, which rounds the sums. The weight's lines are the left side, as they lie where they are bfloat16,
+// and sums are turned.
+inline void multiply_tiles(const float* left, long rows, long depth, const Matrix& w, long first, long count, bf16* to,
+                           long step) {
+  const long all = units(depth, Form::TILES), pairs = (depth + 1) / 2, panels = (rows + LINES - 1) / LINES;
+  const long across = (count + LINES - 1) / LINES;
+  float* const right = Scratch::room(scratch().right, LINES * TILES_DEEP);
+  float* const blocks = Scratch::room(scratch().blocks, (panels * across + 1) * LINES * LINES);
+  Turning turning;
+  const Tiles tiles;
+  for (long from = 0; from < all; from += TILES_DEEP) {
+    const long deep = std::min(TILES_DEEP, all - from), held = std::min(deep, pairs - from);
+    for (long j = 0; j < across; j++) {
+      const long column = first + j * LINES;
+      const int some = static_cast<int>(std::min<long>(LINES, count - j * LINES));
+      Lined own{right, CHUNK, LINES * CHUNK};
+      if (w.kind == BFLOAT16 && some == LINES && held == deep && w.step % 2 == 0 && w.columns % 2 == 0) {
+        own = {reinterpret_cast<const float*>(w.at<bf16>(column, 2 * from)), w.step / 2, CHUNK};
+      } else {
+        const float* lines[LINES];
+        right_lines<true>(w, column, some, from, held, lines);
+        line_up(lines, some, held, right);
+      }
+      for (long i = 0; i < panels; i++) {
+        const int here = static_cast<int>(std::min<long>(LINES, rows - i * LINES));
+        const float* const panel = left + i * LINES * all + from * LINES;
+        float* const block = blocks + (j * panels + i) * LINES * LINES;
+        const auto between = [&] { turning.next(), turning.next(); };
+        if (here > 16) tile_sums<true>(deep / CHUNK, own, panel, block, LINES, from == 0, between);
+        else tile_sums<false>(deep / CHUNK, own, panel, block, LINES, from == 0, between);
+        if (from + deep < all) continue;
+        turning.start(block, to + i * LINES * step + j * LINES, step, here, some);
+      }
+    }
+  }
+  turning.finish();
+}
+
+// The same ACROSS: rows are the left side. The sums are blocks [row panel][column panel][32][32], added to unless `fresh`.
+// pack(panel, first column, columns, from, units) interleaves the weight's lines.
+template <class Pack>
+void multiply_tiles_across(const float* left, long rows, long depth, long count, float* blocks, bool fresh,
+                           const Pack& pack) {
+  constexpr long DEEP = 2 * TILES_DEEP;
+  const long all = units(depth, Form::TILES), pairs = (depth + 1) / 2, across = (count + LINES - 1) / LINES;
+  float* const right = Scratch::room(scratch().right, LINES * DEEP);
+  const Tiles tiles;
+  for (long from = 0; from < all; from += DEEP) {
+    const long deep = std::min(DEEP, all - from), held = std::min(deep, pairs - from);
+    for (long j = 0; j < across; j++) {
+      pack(right, j * LINES, static_cast<int>(std::min<long>(LINES, count - j * LINES)), from, held);
+      std::fill_n(right + held * LINES, (deep - held) * LINES, 0.0f);
+      for (long i = 0; i < rows; i += LINES) {
+        const Lined own{left + i * all + from * LINES, CHUNK, LINES * CHUNK};
+        float* const block = blocks + (i / LINES * across + j) * LINES * LINES;
+        tile_sums<true>(deep / CHUNK, own, right, block, LINES, fresh && from == 0, [] {});
+      }
+    }
+  }
+}
+
+// Where such blocks have a row's sums from `column` on: 16 of them, from a multiple of 16.
+inline const float* in_blocks(const float* blocks, long across, long row, long column) {
+  return blocks + (row / LINES * across + column / LINES) * LINES * LINES + row % LINES * LINES + column % LINES;
+}
+#endif
+
+// `multiply`, or ACROSS `multiply_across`, in float32 or pairs.
+template <bool PAIRS, bool ACROSS>
+void multiply_panels(const float* left, long rows, long depth, const Matrix& w, long first, long count, float* to, long step,
+                     bool fresh) {
+  const long all = units(depth, PAIRS ? Form::PAIRS : Form::FLOATS);
 #ifdef __AVX2__
   if (!ACROSS && rows <= FEW) {
     for (long j = 0; j < count; j += NR) {
@@ -414,15 +512,58 @@ void multiply(const float* left, long rows, long depth, const Matrix& w, long fi
   }
 }
 
-// One of the weights that the same rows are multiplied with; the same columns of `twin` are computed along with its own.
+// What `multiply` gives sums as: tiles round them to what they are multiplied in.
+template <Form FORM>
+using Sum = std::conditional_t<FORM == Form::TILES, bf16, float>;
+
+// Sums of packed rows with columns first .. first + count; `step` has room for whole panels of columns, but tiles write no
+// more than `count`.
+template <Form FORM>
+void multiply(const float* left, long rows, long depth, const Matrix& w, long first, long count, Sum<FORM>* to, long step) {
+#ifdef TILED
+  if constexpr (FORM == Form::TILES) return multiply_tiles(left, rows, depth, w, first, count, to, step);
+#endif
+  if constexpr (FORM != Form::TILES)
+    multiply_panels<FORM == Form::PAIRS, false>(left, rows, depth, w, first, count, to, step, true);
+}
+
+// The sums of shares @ w: rows of `step`, or on tiles blocks of them (`in_blocks`); added to unless `fresh`.
+template <Form FORM>
+void multiply_across(const float* left, long rows, long depth, const Matrix& w, long first, long count, float* to, long step,
+                     bool fresh) {
+#ifdef TILED
+  if constexpr (FORM == Form::TILES)
+    return multiply_tiles_across(left, rows, depth, count, to, fresh,
+                                 [&](float* right, long column, int some, long from, long held) {
+                                   pack_pairs(w, first + column, some, from, held, right);
+                                 });
+#endif
+  if constexpr (FORM != Form::TILES)
+    multiply_panels<FORM == Form::PAIRS, true>(left, rows, depth, w, first, count, to, step, fresh);
+}
+
+// The sums of a row from a multiple of W on, as `multiply_across` leaves those of `count` columns.
+template <Form FORM>
+inline const float* across_at(const float* sums, long count, long step, long row, long column) {
+#ifdef TILED
+  if constexpr (FORM == Form::TILES) return in_blocks(sums, (count + LINES - 1) / LINES, row, column);
+#endif
+  return sums + row * step + column;
+}
+
+// One of the weights that the same rows are multiplied with. The products go to rows of T, `step` apart, or where that is
+// null they are emitted, together with those of the same columns of `twin`.
 struct Side {
   Matrix own;
+  void* out = nullptr;
+  long step = 0;
   const Matrix* twin = nullptr;
 };
 
 // pack(panel, lines, how many) for the panels of rows start .. start + here; row(i) points to row i of x.
-template <class T, class Row, class Pack>
+template <class T, Form FORM = Form::FLOATS, class Row, class Pack>
 void row_panels(const Row& row, long start, long here, int threads, const Pack& pack) {
+  constexpr int MR = panel_rows(FORM);
   const long panels = (here + MR - 1) / MR;
   parallel((panels + 7) / 8, threads, [&](long part) {
     for (long p = part * 8; p < std::min(panels, part * 8 + 8); p++) {
@@ -434,9 +575,17 @@ void row_panels(const Row& row, long start, long here, int threads, const Pack& 
   });
 }
 
+// Writes a block of sums as values of T.
+template <class T, class S>
+inline void copy_out(const S* sums, long step, long rows, long columns, T* to, long to_step) {
+  for (long i = 0; i < rows; i++)
+    each(columns, [&](long j, long n) { put(to + i * to_step + j, get(sums + i * step + j, n), n); });
+}
+
 // multiply(weight, first row, rows, first column, columns, to, step), then emit, for blocks of rows start .. start +
-// here with all columns of the sides: smaller blocks where there would be too few for the `used` threads.
-template <class Multiply, class Emit>
+// here with all columns of the sides: smaller blocks where there would be too few for the `used` threads. Sums are of S,
+// and where that is T they go to their destination at once.
+template <class T, class S, class Multiply, class Emit>
 void blocks(const Side* sides, int count, long start, long here, int threads, int used, const Multiply& multiply,
             const Emit& emit) {
   struct Task {
@@ -456,28 +605,34 @@ void blocks(const Side* sides, int count, long start, long here, int threads, in
     const Task& task = tasks[i];
     const Side& side = sides[task.side];
     const long m = std::min(MB, here - task.row), n = std::min(block, side.own.rows - task.column);
-    float* sums = Scratch::room(scratch().sums, MB * 2 * NB);
+    T* const out = static_cast<T*>(side.out) + (start + task.row) * side.step + task.column;
+    if constexpr (std::is_same<S, bf16>::value) {
+      if (side.out) return multiply(side.own, task.row, m, task.column, n, out, side.step);
+    }
+    S* sums = reinterpret_cast<S*>(Scratch::room(scratch().sums, MB * 2 * NB));
     multiply(side.own, task.row, m, task.column, n, sums, 2 * NB);
+    if (side.out) return copy_out(sums, 2 * NB, m, n, out, side.step);
     if (side.twin) multiply(*side.twin, task.row, m, task.column, n, sums + NB, 2 * NB);
-    emit(task.side, start + task.row, m, task.column, n, sums, 2 * NB);
+    emit(start + task.row, m, task.column, n, sums, 2 * NB);
   });
 }
 
-// emit(side, first row, rows, first column, columns, sums, step) for blocks of x @ weight^T; a twin's sums follow at
-// NB. row(i) points to row i of x.
-template <class T, bool PAIRS, class Row, class Emit>
+// x @ weight^T of each side, to its destination or to emit(first row, rows, first column, columns, sums, step) in blocks; a
+// twin's sums follow at NB. row(i) points to row i of x.
+template <class T, Form FORM, class Row, class Emit>
 void products_as(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
-  const long all = units(depth, PAIRS);
+  constexpr int MR = panel_rows(FORM);
+  const long all = units(depth, FORM);
   float* const left = Scratch::room(scratch().left, (std::min(rows, ROWS) + MR) * all);
   for (long start = 0; start < rows; start += ROWS) {
     const long here = std::min(ROWS, rows - start);
-    row_panels<T>(row, start, here, threads, [&](long p, const T* const* lines, int some) {
-      pack_left<T, PAIRS>(lines, some, depth, left + p * MR * all);
+    row_panels<T, FORM>(row, start, here, threads, [&](long p, const T* const* lines, int some) {
+      pack_left<T, FORM>(lines, some, depth, left + p * MR * all);
     });
-    const auto by = [&](const Matrix& w, long first, long m, long column, long n, float* to, long step) {
-      multiply<PAIRS>(left + first * all, m, depth, w, column, n, to, step);
+    const auto by = [&](const Matrix& w, long first, long m, long column, long n, Sum<FORM>* to, long step) {
+      multiply<FORM>(left + first * all, m, depth, w, column, n, to, step);
     };
-    blocks(sides, count, start, here, threads, rows * depth * NB < 1 << 15 ? 1 : threads, by, emit);
+    blocks<T, Sum<FORM>>(sides, count, start, here, threads, rows * depth * NB < 1 << 15 ? 1 : threads, by, emit);
   }
 }
 
@@ -488,26 +643,18 @@ template <class T, class Row, class Emit>
 void products(const Row& row, long rows, long depth, const Side* sides, int count, int threads, const Emit& emit) {
   if (!rows) return;
   if (sides[0].own.kind == INT8_ROWS) return code_products<T>(row, rows, depth, sides, count, threads, emit);
-  bool pairs = HAS_PAIRS && sizeof(T) == 2;
+  bool pairs = true;
   for (int s = 0; s < count; s++) pairs = pairs && pairable(sides[s].own);
-  if constexpr (HAS_PAIRS && sizeof(T) == 2) {
-    if (pairs) return products_as<T, true>(row, rows, depth, sides, count, threads, emit);
-  }
-  products_as<T, false>(row, rows, depth, sides, count, threads, emit);
-}
-
-// Writes a block of sums as values of T.
-template <class T>
-inline void copy_out(const float* sums, long step, long rows, long columns, T* to, long to_step) {
-  for (long i = 0; i < rows; i++)
-    each(columns, [&](long j, long n) { put(to + i * to_step + j, get(sums + i * step + j, n), n); });
+  by_form<T>(pairs, [&](auto form) {
+    products_as<T, decltype(form)::value>(row, rows, depth, sides, count, threads, emit);
+  });
 }
 
 // gelu(gate) * up of a block whose twin holds up, rounded where a tensor of T would be.
-template <class T>
-inline void activate(const float* sums, long step, long rows, long columns, T* to, long to_step) {
+template <class T, class S>
+inline void activate(const S* sums, long step, long rows, long columns, T* to, long to_step) {
   for (long i = 0; i < rows; i++) {
-    const float *gate = sums + i * step, *up = gate + NB;
+    const S *gate = sums + i * step, *up = gate + NB;
     each(columns, [&](long j, long n) {
       F g = kept(gelu(kept(get(gate + j, n), T{})), T{});
       put(to + i * to_step + j, g * kept(get(up + j, n), T{}), n);

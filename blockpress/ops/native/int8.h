@@ -317,7 +317,7 @@ void code_products(const Row& row, long rows, long depth, const Side* sides, int
       const CodeRows own = rows > FEW ? CodeRows{m, depth, left + first * all, scales + first, {}} : few;
       own.multiply(w, column, n, to, step);
     };
-    blocks(sides, count, start, here, threads, rows * depth * NB < 1 << 17 ? 1 : threads, by, emit);
+    blocks<T, float>(sides, count, start, here, threads, rows * depth * NB < 1 << 17 ? 1 : threads, by, emit);
   }
 }
 

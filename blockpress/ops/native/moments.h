@@ -16,6 +16,14 @@ namespace {
 
 constexpr int64_t SPAN = 256; // values summed in float32 before they are added to a float64 sum
 
+inline float highest(F x) { // of numbers
+    float parts[W];
+    store(parts, x);
+    for (int half = W / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) parts[k] = parts[k + half] > parts[k] ? parts[k + half] : parts[k];
+    return parts[0];
+}
+
 // The largest product; NaN if any product is NaN.
 template <class T> float largest(const T *row, int64_t vocab) {
     constexpr int ways = 4; // independent chains
@@ -30,13 +38,11 @@ template <class T> float largest(const T *row, int64_t vocab) {
     for (; i + ways * W <= vocab; i += ways * W)
         for (int way = 0; way < ways; ++way) look(load(row + i + way * W), way);
     walk(row, i, vocab, [&](const T *from, int64_t, int64_t) { look(load(from), 0); });
-    float top = -INF;
-    for (int way = 0; way < ways; ++way)
-        for (int k = 0; k < W; ++k) {
-            if (odd[way][k]) return NAN;
-            top = std::max(top, best[way][k]);
-        }
-    return top;
+    for (int way = 1; way < ways; ++way) {
+        best[0] = best[way] > best[0] ? best[way] : best[0];
+        odd[0] |= odd[way];
+    }
+    return lanes(odd[0]) ? NAN : highest(best[0]);
 }
 
 struct Moments { // of a row; sums are in units of the reader's weights
@@ -98,6 +104,17 @@ Moments measure(const Read &read, const typename Read::Type *row, int64_t vocab,
     m.moment = moments.all(), m.belief = beliefs.all();
     return m;
 }
+
+struct Share { // x -> x / total, in two factors: both stay normal floats where the total is nearly subnormal or infinite
+    double total;
+    float first, second;
+    explicit Share(double total) : total(total) {
+        const int about = std::max(-100, std::min(100, std::ilogb(total)));
+        first = std::ldexp(1.0f, -about);
+        second = (float)(std::ldexp(1.0, about) / total);
+    }
+    template <class Some> Some operator()(Some x) const { return x * first * second; }
+};
 
 // The first index whose running sum of `weights` exceeds the target; if none does, the last index with weight.
 template <class Number> int64_t first_above(const Number *weights, int64_t count, double target, double *before) {

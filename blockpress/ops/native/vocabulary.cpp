@@ -43,17 +43,6 @@ int64_t draw(const Read &read, const typename Read::Type *row, int64_t vocab, in
     return start + first_above(weights, stop - start, uniform * total - before);
 }
 
-struct Share { // x -> x / total, in two factors: both stay normal floats where the total is nearly subnormal or infinite
-    double total;
-    float first, second;
-    explicit Share(double total) : total(total) {
-        const int about = std::max(-100, std::min(100, std::ilogb(total)));
-        first = std::ldexp(1.0f, -about);
-        second = (float)(std::ldexp(1.0, about) / total);
-    }
-    template <class Some> Some operator()(Some x) const { return x * first * second; }
-};
-
 // `row` becomes the normalised `weights`; they may share memory.
 template <class T> void believe(const float *weights, T *row, int64_t vocab, Share share) {
     walk(weights, 0, vocab, [&](const float *from, int64_t place, int64_t count) __attribute__((always_inline)) {
@@ -194,12 +183,6 @@ struct ClassSum { // of a class: its largest logit, that one's first token, and 
         sum += sums.all();
     }
 };
-
-inline float highest(F x) {
-    float top = x[0];
-    for (int k = 1; k < W; ++k) top = std::max(top, x[k]);
-    return top;
-}
 
 // Of each class of a row: mass, largest logit and its first token. The sum is relative to the largest so far, so a class
 // far below others has all of its digits. NaN counts as -inf.

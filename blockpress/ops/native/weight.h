@@ -130,24 +130,34 @@ struct Matrix {
     if (kind == FLOAT32) return at<float>(row, first);
     if (kind == BFLOAT16) widen_all(at<bf16>(row, first), count, buffer);
     else if (kind == FLOAT16) widen_all(at<f16>(row, first), count, buffer);
-    else if (kind == E4M3) unpack<E4M3>(row, first, count, buffer);
-    else if (kind == INT8 || kind == INT8_ROWS) unpack<INT8>(row, first, count, buffer);
-    else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer);
-    else unpack<E2M1>(row, first, count, buffer);
+    else codes(row, first, count, buffer);
     return buffer;
   }
 
-  template <int64_t KIND>
-  void unpack(long row, long first, long count, float* buffer) const {
-    halves == 1 ? unpack_runs<KIND, true>(row, first, count, buffer) : unpack_runs<KIND, false>(row, first, count, buffer);
+  // Values of a line of codes, as T.
+  template <class T>
+  void codes(long row, long first, long count, T* buffer) const {
+    if (kind == E4M3) unpack<E4M3>(row, first, count, buffer);
+    else if (kind == INT8 || kind == INT8_ROWS) unpack<INT8>(row, first, count, buffer);
+    else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer);
+    else unpack<E2M1>(row, first, count, buffer);
+  }
+
+  template <int64_t KIND, class T>
+  void unpack(long row, long first, long count, T* buffer) const {
+    constexpr bool NARROW = sizeof(T) == 2;  // which rounds anyway
+    !NARROW && halves == 1 ? unpack_runs<KIND, !NARROW>(row, first, count, buffer)
+                           : unpack_runs<KIND, false>(row, first, count, buffer);
   }
 
   // Groups of columns that share a scale. What is read from is copied: values that are written could be any of it.
-  template <int64_t KIND, bool ROUNDED>
-  void unpack_runs(long row, long first, long count, float* to) const {
+  template <int64_t KIND, bool ROUNDED, class T>
+  void unpack_runs(long row, long first, long count, T* to) const {
     const Matrix own = *this;
     constexpr long each = KIND == NIBBLES || KIND == E2M1 ? 2 : 1;  // codes in a byte
     const uint8_t* codes = static_cast<const uint8_t*>(own.data) + (row * own.step + first) / each;
+    if (KIND == E2M1 && own.group == LOT && first % LOT == 0 && count % LOT == 0)
+      return own.unpack_lots<ROUNDED>(codes, row, first / LOT, count / LOT, to);
     const uint32_t size = static_cast<uint32_t>(own.group), number = static_cast<uint32_t>(first) / size;
     long place = row * own.groups() + number, end = static_cast<long>(number) * size;
     for (long column = first, stop = first + count; column < stop; place++) {
@@ -166,9 +176,31 @@ struct Matrix {
       const long left = end - column;
       for (long i = 0; i < left; i++) {
         const F value = ((widen_one<KIND>(codes, i) - F{}) - shift) * factor;
-        to[i] = (ROUNDED ? kept(value, bf16{}) : value)[0];
+        store_some(to + i, ROUNDED ? kept(value, bf16{}) : value, 1);
       }
       column = end, to += left, codes += left / each;
+    }
+  }
+
+  // The same where each group is a lot: scales are decoded W at a time.
+  template <bool ROUNDED, class T>
+  void unpack_lots(const uint8_t* codes, long row, long group_number, long groups, T* to) const {
+    const uint8_t* scales = static_cast<const uint8_t*>(scale) + row * this->groups() + group_number;
+    const F every = outer ? outer[row] - F{} : F{} + 1.0f;
+    for (long from = 0; from < groups; from += W) {
+      const long some = std::min(W, groups - from);
+      float factors[W] = {};
+      for (long i = 0; i < some; i++) factors[i] = table[scales[from + i]];
+      const F all = divides ? load(factors) / every : load(factors) * every;
+      store(factors, all * unit<E2M1>());
+      for (long i = 0; i < some; i++, to += LOT, codes += LOT / 2) {
+        F values[LOT / W];
+        widen_lot<E2M1>(codes, values);
+        for (long v = 0; v < LOT / W; v++) {
+          const F value = values[v] * factors[i];
+          store(to + v * W, ROUNDED ? (F)(nearest(value) << 16) : value);
+        }
+      }
     }
   }
 

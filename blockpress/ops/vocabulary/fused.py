@@ -1,9 +1,11 @@
-"""A step's pass over the vocabulary in C++, a tile of tokens at a time (`ops/native/head.h`): float32, on a CPU.
+"""A step's pass over the vocabulary in C++, a tile of tokens at a time (`ops/native/head.h`): on a CPU, float32, and
+bfloat16 where the processor multiplies it on matrix tiles.
 
     hidden [n, hidden] --tile of the head--> products --statistics, weights--> mean embedding += weights @ tile
 
 Products are never in memory: a tile's are used up while they, and the tile itself, lie in the caches. `blocks.py` reads
-the weight four times for a canvas, and writes and reads its products.
+the weight four times for a canvas, and writes and reads its products. In bfloat16 products are computed twice: on
+tiles that costs less.
 
 Invariant: a row's results are those of `blocks.py`, but for rounding, and do not depend on the other rows.
 Run it:  python -m pytest tests/ops/test_vocabulary_step.py
@@ -15,11 +17,12 @@ import ctypes
 from functools import cache
 
 import torch
-from jaxtyping import Bool, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from blockpress.costs import FUSED
 from blockpress.ops.cpu import bridge
+from blockpress.ops.vocabulary import native
 from blockpress.ops.vocabulary.types import BannedTokens, SampleStats
 from blockpress.ops.weight import Weight
 
@@ -33,21 +36,25 @@ class Head(ctypes.Structure):
         ("weight", bridge.Matrix),
         *((name, ctypes.c_void_p) for name in ("temperature", "uniform", "banned", "where")),
         ("bans", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tables", "table")),
         *((name, ctypes.c_void_p) for name in ("argmax", "sample", "entropy", "mean", "room")),
         ("cap", ctypes.c_float),
     ]
 
 
 def readable(hidden: Tensor, weight: Weight) -> bridge.Matrix | None:
-    """The weight as C++ reads it; None where the pass is not for these: the vocabulary is small, or not float32."""
-    if hidden.dtype != torch.float32 or weight.shape[0] < FUSED or _library() is None:
+    """The weight as C++ reads it; None where the pass is not for these: a small vocabulary, or another type."""
+    library = _library()
+    if library is None or weight.shape[0] < FUSED or hidden.dtype not in bridge.SUFFIXES:
         return None
     found = bridge.for_product(hidden, weight)
-    return None if found is None or found.kind == bridge.INT8_ROWS else found
+    if found is None or found.kind == bridge.INT8_ROWS:
+        return None
+    return found if hidden.dtype == torch.float32 or bridge.takes_tiles(found) else None
 
 
 def sample_from_hidden(
-    hidden: Float32[Tensor, "n hidden"],
+    hidden: Float[Tensor, "n hidden"],
     weight: bridge.Matrix,
     *,
     cap: float | None,
@@ -61,11 +68,13 @@ def sample_from_hidden(
     assert library is not None and hidden.shape[1] == weight.columns, "C++ would read beyond the rows"
     n, columns = hidden.shape
     hidden, temperature, uniform = hidden.contiguous(), temperature.contiguous(), uniform.contiguous()
+    tables = native.tables(hidden.dtype, weight.rows, cap, temperature)
+    suffix = bridge.SUFFIXES[hidden.dtype]
     ids, where = _ascending(banned, n)
     argmax, sample = torch.empty(2, n, dtype=torch.int64)
     entropy = torch.empty(n)
     embedded = torch.empty(n, columns) if mean else None
-    room = torch.empty(library.room_for_head(n, weight.rows, columns, mean), dtype=torch.uint8)
+    room = torch.empty(getattr(library, f"room_for_head_{suffix}")(n, weight.rows, columns, mean), dtype=torch.uint8)
     head = Head(
         hidden=hidden.data_ptr(),
         rows=n,
@@ -75,6 +84,8 @@ def sample_from_hidden(
         banned=ids.data_ptr(),
         where=where.data_ptr(),
         bans=len(ids),
+        tables=None if tables is None else tables[0].data_ptr(),
+        table=None if tables is None else tables[1].data_ptr(),
         argmax=argmax.data_ptr(),
         sample=sample.data_ptr(),
         entropy=entropy.data_ptr(),
@@ -82,8 +93,8 @@ def sample_from_hidden(
         room=room.data_ptr(),
         cap=cap or 0.0,
     )
-    library.sample_from_hidden(ctypes.byref(head), torch.get_num_threads())
-    return SampleStats(argmax, sample, entropy, embedded)
+    getattr(library, f"sample_from_hidden_{suffix}")(ctypes.byref(head), torch.get_num_threads())
+    return SampleStats(argmax, sample, entropy, None if embedded is None else embedded.to(hidden.dtype))
 
 
 def _ascending(banned: BannedTokens | None, n: int) -> tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]:
@@ -98,8 +109,9 @@ def _ascending(banned: BannedTokens | None, n: int) -> tuple[Int[Tensor, " ids"]
 def _library() -> ctypes.CDLL | None:
     library = bridge.library()
     if library is not None:
-        library.sample_from_hidden.argtypes = [ctypes.POINTER(Head), ctypes.c_int]
-        library.sample_from_hidden.restype = None
-        library.room_for_head.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_int]
-        library.room_for_head.restype = ctypes.c_long
+        for suffix in bridge.SUFFIXES.values():
+            function = getattr(library, f"sample_from_hidden_{suffix}")
+            function.argtypes, function.restype = [ctypes.POINTER(Head), ctypes.c_int], None
+            room = getattr(library, f"room_for_head_{suffix}")
+            room.argtypes, room.restype = [*[ctypes.c_long] * 3, ctypes.c_int], ctypes.c_long
     return library

@@ -121,11 +121,11 @@ def _see(
     assert library is not None and product.is_contiguous()
     rows, vocab = product.shape
     temperature = temperature.contiguous()
-    tables = _tables(product, cap, temperature)
+    known = tables(product.dtype, vocab, cap, temperature)
     block.products, block.vocab, block.tile = product.data_ptr(), vocab, min(TILE, vocab)
     block.temperature, block.cap = temperature.data_ptr(), cap or 0.0
-    if tables is not None:
-        block.tables, block.table = tables[0].data_ptr(), tables[1].data_ptr()
+    if known is not None:
+        block.tables, block.table = known[0].data_ptr(), known[1].data_ptr()
     if classes is not None:
         assert len(classes.class_of) == vocab, "a class for every column"
         block.classes, block.class_of = len(classes), classes.class_of.data_ptr()
@@ -157,18 +157,19 @@ def combine_sparse(sparse: Sparse, weight: Float[Tensor, "vocab hidden"]) -> Flo
     return out
 
 
-def _tables(
-    product: Float[Tensor, "rows vocab"], cap: float | None, temperature: Float32[Tensor, " rows"]
+def tables(
+    dtype: torch.dtype, vocab: int, cap: float | None, temperature: Float32[Tensor, " rows"]
 ) -> tuple[Float32[Tensor, "kinds three codes"], Int[Tensor, " rows"]] | None:
-    """The table of each temperature, and each row's index among them: -1 where its exp would overflow.
+    """The table of each temperature for products of that dtype, and each row's index among them: -1 where its exp would
+    overflow.
 
     None where tables cost more than they save.
     """
-    if product.dtype != torch.bfloat16 or cap is None or product.shape[1] < TABLED:
+    if dtype != torch.bfloat16 or cap is None or vocab < TABLED:
         return None
     kinds, table = temperature.unique(return_inverse=True)
-    tables = torch.stack([_table(cap, kind) for kind in kinds.tolist()])
-    return tables, torch.where(cap > LARGEST * temperature, -1, table)
+    stacked = torch.stack([_table(cap, kind) for kind in kinds.tolist()])
+    return stacked, torch.where(cap > LARGEST * temperature, -1, table)
 
 
 @lru_cache(maxsize=16)
