@@ -15,7 +15,7 @@ from blockpress import costs, sudoku
 from blockpress.bench.drive import BenchRun, RequestTrace
 from blockpress.bench.subject import Subject, stored_formats, weight_bytes
 from blockpress.bench.workload import Workload, puzzle_of
-from blockpress.hardware import isa
+from blockpress.ops.cpu import bridge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def _step_bytes(subject: Subject, rows: costs.BatchShape) -> int:
     contexts = [*rows.canvases, *(context for context, _ in (*rows.prefills, *rows.logit_rows))]
     tokens = sum(count for _, count in (*rows.prefills, *rows.logit_rows))
     dtype = str(subject.network.dtype).removeprefix("torch.")
-    tiles = subject.network.device.type == "cpu" and isa() == "amx"
+    tiles = subject.network.device.type == "cpu" and bridge.has_tiles()
     return costs.engine_peak(subject.config, dtype, max(contexts, default=0), len(rows.canvases), tokens, tiles=tiles)
 
 

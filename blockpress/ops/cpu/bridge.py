@@ -133,7 +133,7 @@ def for_product(x: Tensor, weight: Weight) -> Matrix | None:
 
 def takes_tiles(weight: Matrix) -> bool:
     """Whether activations in bfloat16 are multiplied with the weight on matrix tiles (Intel's AMX)."""
-    return _has_tiles() and weight.kind not in (KINDS[torch.float32], KINDS[torch.float16], INT8_ROWS)
+    return has_tiles() and weight.kind not in (KINDS[torch.float32], KINDS[torch.float16], INT8_ROWS)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
@@ -178,6 +178,7 @@ def _worth() -> bool:
 
 
 @cache
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether C++ multiplies bfloat16 on matrix tiles: the processor has them, and the system lets us use them."""
     loaded = library()
     return loaded is not None and bool(loaded.uses_tiles())

@@ -439,8 +439,8 @@ inline void multiply_tiles(const float* left, long rows, long depth, const Matri
         const float* const panel = left + i * LINES * all + from * LINES;
         float* const block = blocks + (j * panels + i) * LINES * LINES;
         const auto between = [&] { turning.next(), turning.next(); };
-        if (here > 16) tile_sums<true>(deep / CHUNK, own, panel, block, LINES, from == 0, between);
-        else tile_sums<false>(deep / CHUNK, own, panel, block, LINES, from == 0, between);
+        if (here > 16) tile_sums<true>(deep / CHUNK, own, panel, block, from == 0, between);
+        else tile_sums<false>(deep / CHUNK, own, panel, block, from == 0, between);
         if (from + deep < all) continue;
         turning.start(block, to + i * LINES * step + j * LINES, step, here, some);
       }
@@ -466,7 +466,7 @@ void multiply_tiles_across(const float* left, long rows, long depth, long count,
       for (long i = 0; i < rows; i += LINES) {
         const Lined own{left + i * all + from * LINES, CHUNK, LINES * CHUNK};
         float* const block = blocks + (i / LINES * across + j) * LINES * LINES;
-        tile_sums<true>(deep / CHUNK, own, right, block, LINES, fresh && from == 0, [] {});
+        tile_sums<true>(deep / CHUNK, own, right, block, fresh && from == 0, [] {});
       }
     }
   }

@@ -54,10 +54,11 @@ struct Lined {
   long step, chunk;  // in units
 };
 
-// Sums of 32 lines with 32 columns, or with 16 unless WIDE; from 0 if `first`, else added to what is there. `between` is
-// called once for each chunk: the multiplication goes on meanwhile.
+// Sums of 32 lines with 32 columns, or with 16 unless WIDE: from 0 if `first`, else added to what is in block c. `between`
+// is called once for each chunk: the multiplication goes on meanwhile.
 template <bool WIDE, class Between>
-inline void tile_sums(long chunks, Lined a, const float* b, float* c, long step, bool first, const Between& between) {
+inline void tile_sums(long chunks, Lined a, const float* b, float* c, bool first, const Between& between) {
+  constexpr long step = LINES;
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
