@@ -116,7 +116,8 @@ def test_an_empty_batch_costs_nothing() -> None:
 def test_a_sparse_soft_embedding_and_idle_experts_are_left_out() -> None:
     step = BatchShape(canvases=(L,))
     parts = costs.forward_cost(PUBLISHED, WIDTHS["fp8"], step, soft=False, touched=84)
-    assert "soft embedding" not in parts
+    last = costs.forward_cost(PUBLISHED, WIDTHS["fp8"], replace(step, goes_on=False), touched=84)
+    assert "soft embedding" not in parts and parts == last
     assert parts["experts"].bytes == pytest.approx(22.84e9 * 84 / 128, rel=1e-3)
 
 

@@ -67,7 +67,8 @@ def rows_of(scheduled: Sequence[ScheduledRequest]) -> BatchShape:
             logit_rows.append((entry.stop - entry.num_logit_tokens, entry.num_logit_tokens))
         if entry.canvas:
             canvases.append(entry.stop)
-    return BatchShape(canvases=tuple(canvases), prefills=tuple(reads), logit_rows=tuple(logit_rows))
+    goes_on = not canvases or any(entry.canvas and not entry.last_step for entry in scheduled)
+    return BatchShape(canvases=tuple(canvases), prefills=tuple(reads), logit_rows=tuple(logit_rows), goes_on=goes_on)
 
 
 class ReferenceStepper:

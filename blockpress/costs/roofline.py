@@ -60,11 +60,13 @@ WIDTHS: Mapping[str, WeightFormats] = {
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
     """The rows of one forward. canvases: the tokens of context of each canvas. reads: (context, tokens) of each prompt
-    chunk or commit. logit_rows: (context, tokens) of those whose logits the head computes."""
+    chunk or commit. logit_rows: (context, tokens) of those whose logits the head computes. goes_on: whether there is
+    a further step, and so a soft embedding."""
 
     canvases: tuple[int, ...] = ()
     prefills: tuple[tuple[int, int], ...] = ()
     logit_rows: tuple[tuple[int, int], ...] = ()
+    goes_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def forward_cost(
     self-conditioning     9.1 GFLOP   0.036 GB
     """
     canvas = len(batch.canvases) * config.canvas_length
+    embedded = canvas * (soft and batch.goes_on)
     head_rows = canvas + sum(tokens for _, tokens in batch.logit_rows)
     all_rows = head_rows + sum(tokens for _, tokens in batch.prefills)
     # The rows that pass a whole layer: all, except in the last, where a read stops at its keys and values.
@@ -137,7 +140,7 @@ def forward_cost(
         "dense MLP": _product(gated, widths.dense, layer_rows),
         "head": _product(vocabulary, widths.embedding, [head_rows], extra_bytes=head_rows * logits),
         "sampling": Cost(0, head_rows * logits, rest.math),
-        "soft embedding": _product(vocabulary, widths.embedding, [canvas * soft], extra_bytes=canvas * soft * logits),
+        "soft embedding": _product(vocabulary, widths.embedding, [embedded], extra_bytes=embedded * logits),
         "self-conditioning": _product(gated, widths.dense, [canvas]),
     }  # fmt: skip
     return {name: cost for name, cost in parts.items() if cost.flops or cost.bytes}

@@ -130,4 +130,5 @@ def denoise(
         if not len(live):
             return
         rows, canvas, unchanged = rows[live], result.canvas[live], result.unchanged[live]
+        assert output.signal is not None, "only the last step may leave out what the next one needs"
         previous, signal = output.argmax[live], output.signal[live]

@@ -15,16 +15,18 @@ from blockpress.shapes import Canvas, Entropy, Signal
 @dataclass(frozen=True)
 class DenoiserOutput:
     """What a denoiser returns: the likeliest and the sampled tokens, entropies in nats, and `signal`, the
-    self-conditioning embedding for the next step."""
+    self-conditioning embedding for the next step; None if there is none."""
 
     argmax: Canvas
     sample: Canvas
     entropy: Entropy
-    signal: Signal
+    signal: Signal | None
 
     @classmethod
     def of(cls, stats: SampleStats, num_canvases: int) -> DenoiserOutput:
         """From one pass over the vocabulary for the positions of `num_canvases` canvases, one canvas after another."""
-        assert stats.signal is not None, "the signal was not computed"
-        values = (stats.argmax, stats.sample, stats.entropy, stats.signal)
-        return cls(*(value.unflatten(0, (num_canvases, -1)) for value in values))
+        argmax, sample, entropy = (
+            value.unflatten(0, (num_canvases, -1)) for value in (stats.argmax, stats.sample, stats.entropy)
+        )
+        signal = None if stats.signal is None else stats.signal.unflatten(0, (num_canvases, -1))
+        return cls(argmax, sample, entropy, signal)

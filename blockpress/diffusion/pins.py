@@ -82,12 +82,12 @@ class Pins:
 
     def __call__(self, rows: Int[Tensor, " rows"], output: DenoiserOutput) -> DenoiserOutput:
         """The denoiser's output for some rows of the batch, made certain at their pins."""
-        pinned = self.positions(rows)
+        pinned, signal = self.positions(rows), output.signal
         return DenoiserOutput(
             argmax=self.hold(rows, output.argmax),
             sample=self.hold(rows, output.sample),
             entropy=output.entropy.masked_fill(pinned, 0.0),
-            signal=torch.where(pinned[..., None], self.signal[rows], output.signal),
+            signal=None if signal is None else torch.where(pinned[..., None], self.signal[rows], signal),
         )
 
     def positions(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "rows canvas"]:

@@ -39,12 +39,15 @@ class StepFeatures:
 
     begins: some canvas is at its first step. pinned: some canvas has pins. banned: the number of `ids`, 0 if no canvas
     bans any. custom: some canvas has a custom rule for accepting or settling, a constraint, or edited logits.
+    goes_on: some canvas has a further step, which needs the self-conditioning embedding; captured steps compute it in
+    any case.
     """
 
     begins: bool = True
     pinned: bool = False
     banned: int = 0
     custom: bool = False
+    goes_on: bool = True
 
 
 class CanvasState:
@@ -96,6 +99,7 @@ class CanvasState:
             pinned=any(slot in self._pinned for slot in slots),
             banned=len(self.ids) if any(self._bans[slot] for slot in slots) else 0,
             custom=any(has_custom_rules(request) or needs_own_pass(request) for request in requests),
+            goes_on=not requests or not all(request.at_last_step for request in requests),
         )
 
     def _put(self, slot: int, given: Mapping[int, int], tokens: Int[Tensor, "slots canvas"], used: set[int]) -> None:

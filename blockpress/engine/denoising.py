@@ -115,7 +115,7 @@ def packed_entry(part: Part) -> list[int]:
     ]
     schedule = Schedule.of(sampling, request.row.skipped_steps(sampling.steps))
     real = (schedule.temperature(number).item(), sampling.entropy_bound, sampling.confidence)
-    flags = (number == schedule.last) + 2 * sampling.greedy
+    flags = request.at_last_step + 2 * sampling.greedy
     return [*whole, number, flags, sampling.stability, *map(_bits, real)]
 
 
@@ -204,7 +204,8 @@ def finish_step(
     flags = torch.stack((result.settled, result.settled | canvases.last, output.entropy.isfinite().all(-1)), dim=1)
     packed_results = torch.cat((flags.long(), output.argmax), dim=1)
     slots.canvas.index_copy_(0, at, result.canvas)
-    slots.signal.index_copy_(0, at, output.signal)
+    if output.signal is not None:
+        slots.signal.index_copy_(0, at, output.signal)
     slots.argmax.index_copy_(0, at, output.argmax)
     slots.unchanged.index_copy_(0, at, result.unchanged)
     if requests:
@@ -242,7 +243,7 @@ def _output(
             temperature=temperature[rows],
             uniform=inputs.uniform.flatten()[rows],
             banned=None if banned is None else (slots.ids, banned[rows]),
-            signal=signal,
+            signal=signal if features.goes_on else None,
             scale=network.embed_scale(),
         )
 

@@ -98,6 +98,13 @@ class Request:
         return 1 if self.sampling.reads_drafts or self.row.logprobs is not None else 0
 
     @property
+    def at_last_step(self) -> bool:
+        """Whether the next step of its canvas is the last one allowed."""
+        if isinstance(self.sampling, AutoregressiveSampling):
+            return False
+        return self.step + 1 == self.sampling.steps - self.row.skipped_steps(self.sampling.steps)
+
+    @property
     def num_pending_tokens(self) -> int:
         """Tokens of the context that are not in pages yet."""
         return len(self.context) - self.num_computed_tokens

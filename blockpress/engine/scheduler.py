@@ -35,7 +35,7 @@ from blockpress.multimodal.placeholders import ImageSpan, part_end
 class ScheduledRequest:
     """One request's part of a forward: its context tokens [start, stop) are read causally, possibly none; if `canvas`
     is set, a denoising step runs after them. `num_logit_tokens`: for how many of these tokens, counted from the last,
-    the hidden states are needed.
+    the hidden states are needed. `last_step`: whether the canvas has no further step.
 
     Its tables have pages for all visible tokens before `stop`. start == stop only if a canvas is denoised, or an
     autoregressive request chooses its next token again.
@@ -46,6 +46,7 @@ class ScheduledRequest:
     stop: int
     canvas: bool
     num_logit_tokens: int = 0
+    last_step: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +250,7 @@ class Scheduler:
             left = max(0, left - (stop - read))
         canvas = stop == end and request.mode == "diffusion" and not request.num_draft_tokens
         num_logit_tokens = min(request.num_logit_tokens, stop - read) if stop == end else 0
-        return ScheduledRequest(request, read, stop, canvas, num_logit_tokens), left
+        return ScheduledRequest(request, read, stop, canvas, num_logit_tokens, canvas and request.at_last_step), left
 
     def _find_pages(self, request: Request, stop: int) -> bool:
         """Allocate pages for its tokens up to `stop`; the youngest are preempted if they run out. False: it was one."""

@@ -126,16 +126,16 @@ class Rollouts:
         slots = self.slots(rows)
         number, indices = self.number[slots], torch.arange(len(slots), device=slots.device)
         scaled = logits.float() / self._temperatures[number - 1][:, None, None]
-        draws = self._draws(slots)
+        draws, signal = self._draws(slots), network.soft_embedding(scaled).float()
         output = DenoiserOutput(
             argmax=scaled.argmax(-1),
             sample=draws.sample(indices, number, scaled),
             entropy=vocabulary.entropy(scaled),
-            signal=network.soft_embedding(scaled).float(),
+            signal=signal,
         )
         noise = draws.noise(indices, number)
         result = update(output, noise, self.argmax[slots], self.unchanged[slots], *self._rules)
-        self.canvas[slots], self.signal[slots] = result.canvas, output.signal
+        self.canvas[slots], self.signal[slots] = result.canvas, signal
         self.argmax[slots], self.unchanged[slots], self.number[slots] = output.argmax, result.unchanged, number + 1
         past = self.past[slots] + (result.settled | (self.past[slots] > 0))
         over = (past > self.objective.steps_past_settling) | (number >= self.limit[slots])

@@ -94,7 +94,10 @@ def test_shares_are_floors_over_time(tiny_subject: Subject) -> None:
     run = ran(tiny_subject, work, "engine")
     run.forwards = [replace(forward, seconds=2.0) for forward in run.forwards]
     found = report(tiny_subject, work, run, MACHINE)
-    rows = [costs.BatchShape(canvases=(PROMPT,), prefills=((0, PROMPT),)), costs.BatchShape(canvases=(PROMPT,))]
+    rows = [
+        costs.BatchShape(canvases=(PROMPT,), prefills=((0, PROMPT),)),
+        costs.BatchShape(canvases=(PROMPT,), goes_on=False),
+    ]
     parts = [costs.forward_cost(tiny_subject.config, stored_formats(tiny_subject.network), one) for one in rows]
     flops = sum(work.flops for part in parts for work in part.values())
     assert found.arithmetic_share == pytest.approx(flops / 1e9 / 4.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,11 +15,12 @@ from blockpress.config import Sampling
 from blockpress.decoding import Reply
 from blockpress.engine import EngineCore, EngineOptions, Request
 from blockpress.engine.batch import Part
-from blockpress.engine.canvas_state import CanvasState, StepFeatures
+from blockpress.engine.canvas_state import CanvasState
 from blockpress.engine.denoising import CanvasBatch, begin_step, finish_step, packed_entry
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
-from blockpress.ops.vocabulary import TILE, blocks
+from blockpress.ops import vocabulary
+from blockpress.ops.vocabulary import TILE, SampleStats, blocks
 
 from .driver import drive, prompts, reference_reply, reply, row
 from .special import CONFIG, damped
@@ -60,18 +63,25 @@ def test_a_sparse_soft_embedding_generates(network: Network) -> None:
 
 
 @torch.inference_mode()
-def stepped(network: Network, soft_embedding: SoftEmbedding, hidden: Tensor) -> tuple[Any, Tensor]:
+def stepped(
+    network: Network,
+    soft_embedding: SoftEmbedding,
+    hidden: Tensor,
+    goes_on: bool = True,
+    pins: Mapping[int, int] = MappingProxyType({}),
+) -> tuple[Any, Tensor]:
     """The first step of one request's canvas whose final hidden states are these, and its next signal."""
     slots, request = CanvasState(network, 1), Request(row(SEVERAL_TILES, 0, [5, 6], LOOSE[0]), LOOSE[0])
-    request.slot = 0
+    request.slot, request.row.pins = 0, pins
+    features = replace(slots.begin([request]), goes_on=goes_on)
     part = Part(request=request, first=0, start=0, stop=SEVERAL_TILES.canvas_length, canvas=True)
     canvases = CanvasBatch.of(torch.tensor([packed_entry(part)]))
     finished = finish_step(
         network,
         slots,
         canvases,
-        StepFeatures(),
-        begin_step(network, slots, canvases, StepFeatures()),
+        features,
+        begin_step(network, slots, canvases, features),
         hidden,
         soft_embedding,
     )
@@ -89,3 +99,35 @@ def test_a_sparse_soft_embedding_is_near_the_exact_one_and_changes_nothing_else(
     apart = (got - wanted).norm(dim=-1)
     assert bool((apart <= 2.0**-9 * longest + 1e-5).all())
     assert bool((apart > 1e-5).any()), "rows that are sure leave something out"
+
+
+def test_a_step_that_is_the_last_of_all_its_canvases_computes_no_soft_embedding(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Canvases of three and of four steps: the one that goes on needs its own."""
+    asked, read = list[SoftEmbedding | None](), vocabulary.sample_from_hidden
+
+    def watched(*given: Any, signal: SoftEmbedding | None, **more: Any) -> SampleStats:
+        asked.append(signal)
+        return read(*given, signal=signal, **more)
+
+    monkeypatch.setattr(vocabulary, "sample_from_hidden", watched)
+    given = prompts(SEVERAL_TILES, 2, 20, seed=5)
+    core = EngineCore(network, EngineOptions(memory=1 << 23))
+    requests = [
+        Request(row(SEVERAL_TILES, i, prompt, LOOSE[i], max_tokens=12), LOOSE[i]) for i, prompt in enumerate(given)
+    ]
+    told = drive(core, requests)
+    assert asked == ["exact", "exact", "exact", None]
+    for i, (request, prompt) in enumerate(zip(requests, given, strict=True)):
+        expected = reference_reply(network, SEVERAL_TILES, prompt, i, LOOSE[i], max_tokens=12)
+        assert reply(told[request]) == expected
+
+
+def test_without_a_soft_embedding_a_step_is_the_same_and_its_slot_keeps_the_old_one(network: Network) -> None:
+    hidden = torch.randn(SEVERAL_TILES.canvas_length, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2))
+    pinned = {1: 9}
+    (full, signal), (last, kept) = (stepped(network, "exact", hidden, goes_on, pinned) for goes_on in (True, False))
+    assert torch.equal(full.packed_results, last.packed_results) and torch.equal(full.entropy, last.entropy)
+    assert bool(signal.any()) and not bool(kept.any())
+    assert last.argmax[0, 1] == 9
