@@ -55,8 +55,9 @@ struct Lined {
 };
 
 // Sums of 32 lines with 32 columns, or with 16 unless WIDE: from 0 if `first`, else added to what is in block c. `between`
-// is called once for each chunk: the multiplication goes on meanwhile.
-template <bool WIDE, class Between>
+// is called once for each chunk: the multiplication goes on meanwhile. ONCE: b shall not take the place of a, which is used
+// again first, in the L1 cache.
+template <bool WIDE, bool ONCE, class Between>
 inline void tile_sums(long chunks, Lined a, const float* b, float* c, bool first, const Between& between) {
   constexpr long step = LINES;
   if (first) {
@@ -71,10 +72,12 @@ inline void tile_sums(long chunks, Lined a, const float* b, float* c, bool first
     if (WIDE) _tile_loadd(3, c + 16 * step + 16, step * 4);
   }
   for (long k = 0; k < chunks; k++, a.data += a.chunk, b += LINES * CHUNK) {
-    _tile_loadd(6, b, LINES * 4);
+    if (ONCE) _tile_stream_loadd(6, b, LINES * 4);
+    else _tile_loadd(6, b, LINES * 4);
     _tile_loadd(4, a.data, a.step * 4);
     _tile_loadd(5, a.data + 16 * a.step, a.step * 4);
-    if (WIDE) _tile_loadd(7, b + 16, LINES * 4);
+    if (WIDE && ONCE) _tile_stream_loadd(7, b + 16, LINES * 4);
+    if (WIDE && !ONCE) _tile_loadd(7, b + 16, LINES * 4);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     if (WIDE) _tile_dpbf16ps(2, 4, 7);
