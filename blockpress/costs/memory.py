@@ -28,6 +28,9 @@ PRODUCTS = 1 << 27
 TABLES = 6 * 4 * (1 << 16)
 """Bytes of the tables of all bfloat16 while they are computed, for one temperature."""
 
+TERMS = 4 * 4 * (1 << 16)
+"""Bytes of the terms of sums that a step on matrix tiles makes of such tables (`ops/vocabulary/fused.py`)."""
+
 TABLED = 1 << 12
 """The vocabulary from which on rows of bfloat16 are read through them: a canvas of 128 rows is then read in more time
 than they take to compute."""
@@ -161,7 +164,7 @@ def engine_peak(
     tiles = tiles and dtype == "bfloat16"
     tables = TABLES if dtype == "bfloat16" and config.softcap is not None and config.vocab_size >= TABLED else 0
     if (dtype == "float32" or tiles) and config.vocab_size >= FUSED:
-        vocabulary = _fused(config, canvases * canvas) + tables
+        vocabulary = _fused(config, canvases * canvas) + tables + (TERMS if tables else 0)
     else:
         vocabulary = min(PRODUCTS, max(canvases * canvas, 1) * config.vocab_size * size) + tables
     wide = max((config.num_heads + layer.kv_heads) * layer.head_dim for layer in config.layers)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockpress.ops import vocabulary
 from blockpress.ops.packed import HalfFloats
-from blockpress.ops.vocabulary import fused, step
+from blockpress.ops.vocabulary import fused, native, step
 from tests.ops import layouts
 from tests.ops.draws import threads
 from tests.ops.test_vocabulary_step import Case, case, full, same, truth
@@ -97,7 +97,7 @@ def test_the_largest_logit_may_lie_in_any_tile(
     shape: str, cap: float | None, height: float, dtype: torch.dtype
 ) -> None:
     """A tile that raises it scales down what was summed before, in its part and among the parts."""
-    vocab = 14 * TILE + 9
+    vocab = native.TABLED + TILE + 9
     line = torch.linspace(-1, 1, vocab)
     shapes = {"rising": line, "falling": -line, "a peak amid": 1 - 2 * line.abs(), "flat": torch.ones(vocab)}
     c = logits(shapes[shape] * height, cap=cap, dtype=dtype)
@@ -118,6 +118,23 @@ def test_small_entropies_keep_their_digits_over_tiles() -> None:
             torch.testing.assert_close(got, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.skipif(not TILED, reason="no matrix tiles here")
+@pytest.mark.parametrize("temperature", [0.4, 1.0])
+@pytest.mark.parametrize("vocab", [12 * TILE + 5, native.TABLED + 5])
+def test_entropies_in_bfloat16_are_those_of_the_logits(vocab: int, temperature: float) -> None:
+    """Computed and from tables, of rows from nearly uniform to certain: whether a tile holds the maximum, one just
+    below it, or neither."""
+    places = torch.tensor([3, 5 * TILE + 1, 11 * TILE + 2])
+    for gap in (0.05, 1.0, 6.0, 25.0):
+        values = torch.randn(vocab, generator=torch.Generator().manual_seed(4)) * 0.1
+        values[places] = torch.tensor([gap, gap * 0.99, gap])
+        c = logits(values, 2, cap=30.0, dtype=torch.bfloat16, temperature=torch.full((2,), temperature))
+        got, want = c.see("fused"), truth(c)
+        log_p = torch.log_softmax(full(c).double(), -1)
+        torch.testing.assert_close(got.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=2e-6, atol=2e-6)
+        same(c, got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_maxima_of_several_tiles_and_parts(dtype: torch.dtype) -> None:
     values = torch.zeros(9 * TILE)
@@ -130,7 +147,7 @@ def test_equal_maxima_of_several_tiles_and_parts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_tiles_and_parts_may_be_banned(dtype: torch.dtype) -> None:
-    vocab = 13 * TILE + 5
+    vocab = native.TABLED + TILE + 5
     for first, last in ((0, 5 * TILE), (4 * TILE, vocab), (TILE, 2 * TILE), (1, vocab)):
         ids = torch.arange(first, last).flip(0)  # in any order
         c = replace(case(vocab, 3, dtype), banned=(ids, torch.tensor([[True], [False], [True]]).expand(3, len(ids))))

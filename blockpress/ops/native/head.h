@@ -38,6 +38,7 @@ struct Head { // mirrors ops/vocabulary/fused.py
     int64_t bans;
     const float *tables;   // of bfloat16, as in vocabulary.cpp: [which][logits, weights, beliefs][65536]; null: computed
     const int64_t *table;  // per row, which one; -1: none
+    const float *terms;    // with tables: [which][65536][weight, weight * logit, belief, 0]
     int64_t *argmax, *sample;
     float *entropy, *mean; // mean: [rows][weight.columns], or null
     void *room;            // of `head_room` bytes
@@ -93,6 +94,26 @@ struct Running : Moments { // of the tiles so far, in units of the weights at `t
     }
 };
 
+// `measure` of products below the top, with one load for each; `sums` of every SOME weights.
+inline Moments moments_of_terms(const Tabled &read, const bf16 *products, long count, double *sums) {
+    typedef float Term __attribute__((vector_size(16), may_alias));
+    constexpr int ways = 4; // independent chains
+    const Term *const of = reinterpret_cast<const Term *>(read.terms);
+    Moments m;
+    for (long first = 0; first < count; first += SOME) {
+        const long stop = std::min(first + SOME, count);
+        Term parts[ways] = {};
+        long i = first;
+        for (; i + ways <= stop; i += ways)
+            for (int way = 0; way < ways; ++way) parts[way] += of[products[i + way].bits];
+        for (; i < stop; ++i) parts[0] += of[products[i].bits];
+        double total[3];
+        for (int k = 0; k < 3; ++k) total[k] = ((double)parts[0][k] + parts[1][k]) + ((double)parts[2][k] + parts[3][k]);
+        m.rest += *sums++ = total[0], m.moment += total[1] - (double)read.top * total[0], m.belief += total[2];
+    }
+    return m;
+}
+
 struct TileSums { // of every SOME weights of a tile, relative to top
     double sums[4] = {};
     float top = -INF;
@@ -125,7 +146,8 @@ template <class T, bool CAPPED> class Pass {
     // op(a reader of the row)
     template <class Op> auto with(long row, const Op &op) const {
         if constexpr (NARROW) {
-            if (b.tables && b.table[row] >= 0) return op(Tabled(b.tables + b.table[row] * 3 * 65536));
+            const long which = b.tables ? b.table[row] : -1;
+            if (which >= 0) return op(Tabled(b.tables + which * 3 * 65536, b.terms + which * 4 * 65536));
         }
         return op(Computed<T, CAPPED>(b.cap, b.temperature[row]));
     }
@@ -179,16 +201,26 @@ template <class T, bool CAPPED> class Pass {
             if (mean && held) each(depth, [&](long i, long n) { put(mean + i, get(mean + i, n) * factor, n); });
         }
         const float top = run.top;
-        if (read.top < top) relative(read, top);
-        const double unit = Scale<Read>::unit(read, top);
-        float *const weights = NARROW ? room.weight.get() : reinterpret_cast<float *>(products);
-        const Moments m = measure<Read, NARROW>(read, products, some, SOME, unit, room, weights, !NARROW);
+        const Moments m = read.top < top ? moments_below(read, top, products, some, room) : moments(read, products, some, room);
         if (m.ties && !run.ties) run.argmax = tile * TOKENS + m.argmax;
         run.ties += m.ties, run.rest += m.rest, run.moment += m.moment, run.belief += m.belief;
         TileSums sums;
         std::copy_n(room.tiles.data(), (some + SOME - 1) / SOME, sums.sums);
         sums.top = top;
         return sums;
+    }
+
+    template <class Read> Moments moments(const Read &read, T *products, long some, Room &room) const {
+        float *const weights = NARROW ? room.weight.get() : reinterpret_cast<float *>(products);
+        const double unit = Scale<Read>::unit(read, read.top);
+        return measure<Read, NARROW>(read, products, some, SOME, unit, room, weights, !NARROW);
+    }
+
+    // Of a tile without the top.
+    template <class Read> Moments moments_below(Read read, float top, T *products, long some, Room &room) const {
+        relative(read, top);
+        if constexpr (std::is_same<Read, Tabled>::value) return moments_of_terms(read, products, some, room.tiles.data());
+        return moments(read, products, some, room);
     }
 
     // Makes a reader's weights relative to this maximum.
@@ -214,19 +246,9 @@ template <class T, bool CAPPED> class Pass {
         const long stop = std::min(tiles, (part + 1) * each_part);
         for (long tile = part * each_part; tile < stop; ++tile) {
             multiply_tile(left, 0, b.rows, tile * TOKENS, count(tile), products);
-            for (long row = 0; row < b.rows; ++row) {
-                if (NARROW && b.rows >= 4 * MR && tile + 1 < stop) ahead((tile + 1) * TOKENS, count(tile + 1), row, b.rows);
-                op(tile, row, products + row * TOKENS);
-            }
+            for (long row = 0; row < b.rows; ++row) op(tile, row, products + row * TOKENS);
             done(tile, products);
         }
-    }
-
-    // Prefetches a share, number `part` of `parts`, of the weight's lines of tokens start .. start + some.
-    void ahead(long start, long some, long part, long parts) const {
-        const long bytes = b.weight.bytes(b.weight.step), size = some * bytes;
-        const char *const from = static_cast<const char *>(b.weight.data) + start * bytes;
-        for (long i = size * part / parts & ~63L; i < size * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
     }
 
     void measure_part(long part, const float *left) { // left: panels of the rows
@@ -317,7 +339,6 @@ template <class T, bool CAPPED> class Pass {
         const long at = first_above(weights.data(), tiles * each_tile, target, &before);
         const TileSums &found = own[at / each_tile];
         const long start = at * SOME, some = std::min(SOME, vocab - start);
-        if (NARROW) ahead(start, some, 0, 1);
         float *const left = Scratch::room(scratch().more, MR * all);
         T *const products = reinterpret_cast<T *>(Scratch::room(scratch().wide, TOKENS));
         const T *own_line = line(row);

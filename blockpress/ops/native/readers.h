@@ -178,8 +178,10 @@ template <bool CAPPED> struct Computed<bf16, CAPPED> {
 struct Tabled { // weights are exp(s) itself: the caller ensures |s| <= 84
     typedef bf16 Type;
     const float *logits, *weights, *beliefs;
+    const float *terms; // of sums: head.h
     float top = 0;
-    explicit Tabled(const float *tables) : logits(tables), weights(tables + 65536), beliefs(tables + 2 * 65536) {}
+    explicit Tabled(const float *tables, const float *terms = nullptr)
+        : logits(tables), weights(tables + 65536), beliefs(tables + 2 * 65536), terms(terms) {}
     static F entries(const float *table, const bf16 *from) {
 #ifdef GATHERS
         __mmask16 every = 0xffff;

@@ -36,7 +36,7 @@ class Head(ctypes.Structure):
         ("weight", bridge.Matrix),
         *((name, ctypes.c_void_p) for name in ("temperature", "uniform", "banned", "where")),
         ("bans", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("tables", "table")),
+        *((name, ctypes.c_void_p) for name in ("tables", "table", "terms")),
         *((name, ctypes.c_void_p) for name in ("argmax", "sample", "entropy", "mean", "room")),
         ("cap", ctypes.c_float),
     ]
@@ -69,6 +69,7 @@ def sample_from_hidden(
     n, columns = hidden.shape
     hidden, temperature, uniform = hidden.contiguous(), temperature.contiguous(), uniform.contiguous()
     tables = native.tables(hidden.dtype, weight.rows, cap, temperature)
+    terms = None if tables is None else _terms(tables[0])
     suffix = bridge.SUFFIXES[hidden.dtype]
     ids, where = _ascending(banned, n)
     argmax, sample = torch.empty(2, n, dtype=torch.int64)
@@ -86,6 +87,7 @@ def sample_from_hidden(
         bans=len(ids),
         tables=None if tables is None else tables[0].data_ptr(),
         table=None if tables is None else tables[1].data_ptr(),
+        terms=None if terms is None else terms.data_ptr(),
         argmax=argmax.data_ptr(),
         sample=sample.data_ptr(),
         entropy=entropy.data_ptr(),
@@ -95,6 +97,15 @@ def sample_from_hidden(
     )
     getattr(library, f"sample_from_hidden_{suffix}")(ctypes.byref(head), torch.get_num_threads())
     return SampleStats(argmax, sample, entropy, None if embedded is None else embedded.to(hidden.dtype))
+
+
+def _terms(tables: Float32[Tensor, "kinds three codes"]) -> Float32[Tensor, "kinds codes four"]:
+    """What one product adds to the sums of its row: its weight, that times its scaled logit, its belief, and 0."""
+    logits, weights, beliefs = tables.unbind(1)
+    terms = tables.new_zeros(*logits.shape, 4)
+    terms[..., 0], terms[..., 2] = weights, beliefs
+    torch.mul(weights, logits, out=terms[..., 1]).nan_to_num_(0)  # of a banned token, whose logit is -inf
+    return terms
 
 
 def _ascending(banned: BannedTokens | None, n: int) -> tuple[Int[Tensor, " ids"], Bool[Tensor, "n ids"]]:
