@@ -6,6 +6,8 @@ of the products' sizes, and the result is rounded once to its type, in bfloat16 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,6 +188,28 @@ def test_every_code_is_widened_to_the_bit(name: str) -> None:
     for row, wanted in enumerate(weight.unpack(torch.float32)):
         for count in (1, 5):
             same_values(combine(torch.ones(count, 1), weight[row : row + 1])[-1], wanted)
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_every_code_is_rounded_to_the_bit(name: str) -> None:
+    """An identity picks the values out, whole lots of codes in each group, more, and less."""
+    weight = layouts.LAYOUTS[name]((40, 480), 4)
+    got = linear(torch.eye(480, dtype=torch.bfloat16), weight)
+    same_values(got.float().T.contiguous(), weight.unpack(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("divides", [False, True])
+@pytest.mark.parametrize("columns", [16, 80, 512])
+def test_lines_that_share_a_global_scale_are_rounded_to_the_bit(columns: int, divides: bool) -> None:
+    """All values of such a scale are kept from call to call: another scale, in a call or among lines, is not missed."""
+    weight = layouts.nvfp4((40, columns), 5, divides)
+    assert weight.global_scale is not None
+    one, other = torch.full_like(weight.global_scale, 0.37), torch.full_like(weight.global_scale, 1.9)
+    both = torch.where(torch.arange(40).reshape(one.shape) < 21, one, other)
+    for outer in (one, other, one, both, weight.global_scale, None, other):
+        changed = replace(weight, global_scale=outer)
+        got = linear(torch.eye(columns, dtype=torch.bfloat16), changed)
+        same_values(got.float().T.contiguous(), changed.unpack(torch.bfloat16).float())
 
 
 def test_float8_that_is_no_number_stays_none() -> None:

@@ -234,6 +234,7 @@ struct Scratch {
   static constexpr long LARGE = 8 << 20;  // larger buffers are not kept
   Floats right, lines, sums, left, more, wide, blocks;
   Floats between[8];  // between the steps of one call: forward.cpp
+  Values values;
 
   static float* room(Floats& memory, long count) {
     if (memory.size < count) memory.resize(count);
@@ -324,7 +325,7 @@ void right_lines(const Matrix& w, long first, int count, long from, long depth, 
     for (int i = 0; i < count; i++) {
       bf16* to_pairs = reinterpret_cast<bf16*>(buffer + i * depth);
       to_pairs[2 * depth - 1] = {};
-      w.codes(first + i, 2 * from, std::min<long>(2 * depth, w.columns - 2 * from), to_pairs);
+      w.codes(first + i, 2 * from, std::min<long>(2 * depth, w.columns - 2 * from), to_pairs, &own.values);
       lines[i] = buffer + i * depth;
     }
   } else if (PAIRS && w.columns % 2 == 0) {
@@ -434,7 +435,8 @@ inline void multiply_tiles(const float* left, long rows, long depth, const Matri
       } else {
         const float* lines[LINES];
         right_lines<true>(w, column, some, from, held, lines);
-        line_up(lines, some, held, right);
+        if (w.kind > FLOAT16 && some == LINES && held == deep) own = {lines[0], held, CHUNK};  // codes, one after the other
+        else line_up(lines, some, held, right);
       }
       for (long i = 0; i < panels; i++) {
         const int here = static_cast<int>(std::min<long>(LINES, rows - i * LINES));

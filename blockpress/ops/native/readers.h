@@ -41,17 +41,6 @@ inline uint32_t lanes(I mask) {
 #endif
 }
 
-// The vector of W values.
-template <class Value> inline __attribute__((always_inline)) F gathered(Value value) {
-    constexpr int some = W < 8 ? W : 8; // g++ turns 16 at once into 16 insertions into a whole register
-    typedef float Part __attribute__((vector_size(4 * some)));
-    Part parts[W / some];
-    for (int i = 0; i < W; ++i) parts[i / some][i % some] = value(i);
-    F x;
-    std::memcpy(&x, parts, sizeof x);
-    return x;
-}
-
 inline F held(F d) { // -inf and NaN become LOWEST
 #if defined(__AVX512F__)
     return (F)_mm512_max_ps((__m512)d, (__m512)all(LOWEST)); // the second where one is NaN; the compiler makes two of it

@@ -52,6 +52,18 @@ inline F load(const bf16* p) {
 inline F load(const bf16* p) { return (F)(__builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16); }
 #endif
 
+// The vector of W values.
+template <class Value>
+inline __attribute__((always_inline)) F gathered(const Value& value) {
+  constexpr int some = W < 8 ? W : 8;  // g++ turns 16 at once into 16 insertions into a whole register
+  typedef float Part __attribute__((vector_size(4 * some)));
+  Part parts[W / some];
+  for (int i = 0; i < W; i++) parts[i / some][i % some] = value(i);
+  F x;
+  std::memcpy(&x, parts, sizeof x);
+  return x;
+}
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
   uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

@@ -30,6 +30,7 @@ inline float from_e4m3(uint8_t code) {
 constexpr float INTEGERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float FLOATS_4[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                 -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+constexpr float HALVES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // in units of 0.5
 
 template <int64_t KIND>
 inline float widen_one(const uint8_t* codes, long i) {
@@ -93,6 +94,46 @@ inline void widen_lot(const uint8_t* codes, F (&to)[LOT / W]) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define LOOKS_UP
+constexpr long TWO = 2 * LOT;
+
+inline __m512i rounded_both(F low, F high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+// TWO codes of 4 bits in bfloat16, looked up among the values of all 16: LOT for the first half of them, LOT for the other.
+inline void look_up(const uint8_t* codes, __m512i values, bf16* to) {
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(LOT), 1);
+  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i apart = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));  // a nibble in each 16 bits, and rubbish
+  const __m512i places = _mm512_or_si512(_mm512_and_si512(apart, _mm512_set1_epi16(LOT - 1)), second);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(places, values));
+}
+
+#endif
+
+// What each 4-bit float is in bfloat16 under each scale of a byte, for lines with the same `outer`: kept by a thread.
+struct Values {
+#ifdef LOOKS_UP
+  const float* table = nullptr;
+  float outer = 0;
+  int64_t divides = 0;
+  alignas(64) bf16 of[256][LOT];
+
+  void fill(const float* scales, float global, int64_t by) {
+    table = scales, outer = global, divides = by;
+    for (int i = 0; i < 256; i += 2) {
+      const auto scale = [&](float own) { return (by ? own / global : own * global) * unit<E2M1>(); };
+      _mm512_store_si512(of[i], rounded_both(load(HALVES) * scale(scales[i]), load(HALVES) * scale(scales[i + 1])));
+    }
+  }
+
+  __m512i two(uint8_t low, uint8_t high) const {
+    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(of[low]));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), *reinterpret_cast<const __m256i*>(of[high]), 1);
+  }
+#endif
+};
+
 // `rows` lines of `columns` values, `step` values from one line to the next.
 struct Matrix {
   const void* data;
@@ -134,36 +175,43 @@ struct Matrix {
     return buffer;
   }
 
-  // Values of a line of codes, as T.
+  // Values of a line of codes, as T; `values`: what the thread has kept.
   template <class T>
-  void codes(long row, long first, long count, T* buffer) const {
-    if (kind == E4M3) unpack<E4M3>(row, first, count, buffer);
-    else if (kind == INT8 || kind == INT8_ROWS) unpack<INT8>(row, first, count, buffer);
-    else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer);
-    else unpack<E2M1>(row, first, count, buffer);
+  void codes(long row, long first, long count, T* buffer, Values* values = nullptr) const {
+    if (kind == E4M3) unpack<E4M3>(row, first, count, buffer, values);
+    else if (kind == INT8 || kind == INT8_ROWS) unpack<INT8>(row, first, count, buffer, values);
+    else if (kind == NIBBLES) unpack<NIBBLES>(row, first, count, buffer, values);
+    else unpack<E2M1>(row, first, count, buffer, values);
   }
 
   template <int64_t KIND, class T>
-  void unpack(long row, long first, long count, T* buffer) const {
+  void unpack(long row, long first, long count, T* buffer, Values* values) const {
     constexpr bool NARROW = sizeof(T) == 2;  // which rounds anyway
-    !NARROW && halves == 1 ? unpack_runs<KIND, !NARROW>(row, first, count, buffer)
-                           : unpack_runs<KIND, false>(row, first, count, buffer);
+    !NARROW && halves == 1 ? unpack_runs<KIND, !NARROW>(row, first, count, buffer, values)
+                           : unpack_runs<KIND, false>(row, first, count, buffer, values);
   }
 
   // Groups of columns that share a scale. What is read from is copied: values that are written could be any of it.
   template <int64_t KIND, bool ROUNDED, class T>
-  void unpack_runs(long row, long first, long count, T* to) const {
+  void unpack_runs(long row, long first, long count, T* to, [[maybe_unused]] Values* known) const {
     const Matrix own = *this;
     constexpr long each = KIND == NIBBLES || KIND == E2M1 ? 2 : 1;  // codes in a byte
     const uint8_t* codes = static_cast<const uint8_t*>(own.data) + (row * own.step + first) / each;
     if (KIND == E2M1 && own.group == LOT && first % LOT == 0 && count % LOT == 0)
-      return own.unpack_lots<ROUNDED>(codes, row, first / LOT, count / LOT, to);
+      return own.unpack_lots<ROUNDED>(codes, row, first / LOT, count / LOT, to, known);
     const uint32_t size = static_cast<uint32_t>(own.group), number = static_cast<uint32_t>(first) / size;
     long place = row * own.groups() + number, end = static_cast<long>(number) * size;
     for (long column = first, stop = first + count; column < stop; place++) {
       end = std::min(stop, end + static_cast<long>(size));
       const float factor = own.scale_at<KIND>(row, place), shift = own.zero ? own.zero[place] : 0.0f;
       const F lot_factor = factor * unit<KIND>() - F{}, lot_shift = shift / unit<KIND>() - F{};
+#ifdef LOOKS_UP
+      if constexpr (each == 2 && sizeof(T) == 2) {
+        const F values = (load(KIND == E2M1 ? HALVES : INTEGERS) - lot_shift) * lot_factor;
+        const __m512i both = rounded_both(values, values);
+        for (; column + TWO <= end; column += TWO, to += TWO, codes += TWO / each) look_up(codes, both, to);
+      }
+#endif
       for (; column + LOT <= end; column += LOT, to += LOT, codes += LOT / each) {
         F values[LOT / W];
         widen_lot<KIND>(codes, values);
@@ -184,15 +232,24 @@ struct Matrix {
 
   // The same where each group is a lot: scales are decoded W at a time.
   template <bool ROUNDED, class T>
-  void unpack_lots(const uint8_t* codes, long row, long group_number, long groups, T* to) const {
+  void unpack_lots(const uint8_t* codes, long row, long group_number, long groups, T* to,
+                   [[maybe_unused]] Values* values) const {
     const uint8_t* scales = static_cast<const uint8_t*>(scale) + row * this->groups() + group_number;
+    long from = 0;
+#ifdef LOOKS_UP
+    if constexpr (sizeof(T) == 2)
+      if (values && has(values, row))
+        for (; from + 2 <= groups; from += 2, to += TWO, codes += TWO / 2)
+          look_up(codes, values->two(scales[from], scales[from + 1]), to);
+#endif
     const F every = outer ? outer[row] - F{} : F{} + 1.0f;
-    for (long from = 0; from < groups; from += W) {
+    for (; from < groups; from += W) {
       const long some = std::min(W, groups - from);
-      float factors[W] = {};
-      for (long i = 0; i < some; i++) factors[i] = table[scales[from + i]];
-      const F all = divides ? load(factors) / every : load(factors) * every;
-      store(factors, all * unit<E2M1>());
+      const uint8_t* own = scales + from;
+      const F found = some == W ? gathered([&](int i) { return table[own[i]]; })
+                                : gathered([&](int i) { return i < some ? table[own[i]] : 0.0f; });
+      float factors[W];
+      store(factors, (divides ? found / every : found * every) * unit<E2M1>());
       for (long i = 0; i < some; i++, to += LOT, codes += LOT / 2) {
         F values[LOT / W];
         widen_lot<E2M1>(codes, values);
@@ -203,6 +260,17 @@ struct Matrix {
       }
     }
   }
+
+#ifdef LOOKS_UP
+  // Whether these are a line's values; made so where the line beside it shares its `outer`.
+  bool has(Values* values, long row) const {
+    const float own = outer ? outer[row] : 1.0f;
+    if (values->table == table && values->outer == own && values->divides == divides) return true;
+    if (outer && (rows < 2 || outer[row ? row - 1 : 1] != own)) return false;
+    values->fill(table, own, divides);
+    return true;
+  }
+#endif
 
   template <int64_t KIND>
   float scale_at(long row, long place) const {
