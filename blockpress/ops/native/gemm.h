@@ -14,9 +14,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "pool.h"
 #include "simd.h"
@@ -214,17 +220,27 @@ void panel(const float* const* from, int count, long depth, float* to) {
   if constexpr (R % 8) some_lines<R, R % 8>(lines + R / 8 * 8, depth, to + R / 8 * 8);
 }
 
-// Floats aligned to a cache line: adjacent blocks that two threads write share no line.
+// Floats aligned to a cache line: adjacent blocks that two threads write share no line. Many of them lie on large pages, of
+// which a fault brings 2 MB.
 struct Floats {
+  static constexpr size_t LARGE_PAGE = 2 << 20, LINE = 64;
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
   float* data = nullptr;
   long size = 0;
-  std::unique_ptr<char[]> memory;
+  std::unique_ptr<float, Free> memory;
 
   void resize(long count) {
     memory.reset();  // first, so that both never exist at once
-    memory.reset(count ? new char[count * 4 + 64] : nullptr);
-    auto start = reinterpret_cast<uintptr_t>(memory.get());
-    data = reinterpret_cast<float*>((start + 63) / 64 * 64);
+    const size_t bytes = static_cast<size_t>(count) * 4, unit = bytes < 2 * LARGE_PAGE ? LINE : LARGE_PAGE;
+    const size_t whole = (bytes + unit - 1) / unit * unit;
+    memory.reset(count ? static_cast<float*>(std::aligned_alloc(unit, whole)) : nullptr);
+    if (count && !memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == LARGE_PAGE) madvise(memory.get(), whole, MADV_HUGEPAGE);
+#endif
+    data = memory.get();
     size = count;
   }
 };
