@@ -235,6 +235,9 @@ def _output(
     temperature = canvases.temperature[:, None].expand(-1, length).flatten()
     banned = slots.banned.index_select(0, canvases.slot).flatten(0, 1) if features.banned else None
 
+    # A sparse one is read another way than none, so bits would depend on what else is in the forward.
+    computed = signal if features.goes_on or signal == "sparse" else None
+
     def read(rows: Int[Tensor, " some"] | slice, how: Callable[..., SampleStats]) -> SampleStats:
         return how(
             hidden[rows],
@@ -243,7 +246,7 @@ def _output(
             temperature=temperature[rows],
             uniform=inputs.uniform.flatten()[rows],
             banned=None if banned is None else (slots.ids, banned[rows]),
-            signal=signal if features.goes_on else None,
+            signal=computed,
             scale=network.embed_scale(),
         )
 

@@ -20,7 +20,7 @@ from blockpress.engine.denoising import CanvasBatch, begin_step, finish_step, pa
 from blockpress.engine.options import SoftEmbedding
 from blockpress.model import Network
 from blockpress.ops import vocabulary
-from blockpress.ops.vocabulary import TILE, SampleStats, blocks
+from blockpress.ops.vocabulary import TILE, SampleStats, blocks, fused
 
 from .driver import drive, prompts, reference_reply, reply, row
 from .special import CONFIG, damped
@@ -44,6 +44,18 @@ def answers(network: Network, soft_embedding: SoftEmbedding) -> tuple[list[list[
     requests = [Request(row(SEVERAL_TILES, i, prompt, LOOSE[i]), LOOSE[i]) for i, prompt in enumerate(given)]
     told = drive(core, requests, arrivals=[0, 0, 1, 3])
     return given, [reply(told[request]) for request in requests]
+
+
+@pytest.mark.parametrize("soft_embedding", ["exact", "sparse"])
+def test_a_last_step_has_the_same_bits_beside_a_canvas_that_goes_on(
+    network: Network, soft_embedding: SoftEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the vocabulary is read tile by tile without a soft embedding, as a large one is."""
+    monkeypatch.setattr(fused, "FUSED", 0)
+    states = torch.randn(SEVERAL_TILES.canvas_length, CONFIG.hidden_size, generator=torch.Generator().manual_seed(3))
+    for scale in (0.3, 1.0, 2.0):
+        (full, _), (last, _) = (stepped(network, soft_embedding, states * scale, on) for on in (True, False))
+        assert torch.equal(full.entropy, last.entropy) and torch.equal(full.packed_results, last.packed_results)
 
 
 @pytest.mark.parametrize("rows", [5, 1000])

@@ -135,6 +135,18 @@ def test_entropies_in_bfloat16_are_those_of_the_logits(vocab: int, temperature: 
         same(c, got, want)
 
 
+@pytest.mark.skipif(not TILED, reason="no matrix tiles here")
+@pytest.mark.parametrize("largest", [76.0, 79.9, 80.1, 83.5])
+def test_sums_near_the_largest_logits_of_a_table_stay_finite(largest: float) -> None:
+    """Nearly all logits are just below a maximum that is among the largest that tables hold, or a little larger."""
+    values = torch.full((native.TABLED + 5,), 120.0)
+    values[2 * 4 * TILE + 3] = 2000.0  # in the first tile of a part: the others of it are below
+    c = logits(values, 1, cap=30.0, dtype=torch.bfloat16, temperature=torch.full((1,), 30.0 / largest))
+    log_p = torch.log_softmax(full(c).double(), -1)
+    got = c.see("fused").entropy.double()
+    torch.testing.assert_close(got, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_maxima_of_several_tiles_and_parts(dtype: torch.dtype) -> None:
     values = torch.zeros(9 * TILE)

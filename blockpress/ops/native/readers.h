@@ -164,7 +164,7 @@ template <bool CAPPED> struct Computed<bf16, CAPPED> {
     F belief(const bf16 *, F s) const { return exponential_above(held(kept(s, bf16{}) - about)); }
 };
 
-struct Tabled { // weights are exp(s) itself: the caller ensures |s| <= 84
+struct Tabled { // weights are exp(s) itself: the caller ensures |s| <= 80
     typedef bf16 Type;
     const float *logits, *weights, *beliefs;
     const float *terms; // of sums: head.h

@@ -23,8 +23,9 @@ from blockpress.ops.vocabulary.passes import LIMITS, BlockStats, Probabilities, 
 from blockpress.ops.vocabulary.plain import TILE
 from blockpress.ops.vocabulary.types import ClassBias, ClassStats, TokenClasses
 
-LARGEST = 84.0
-"""The largest logit for which its exp, that of its negative, and sums of 64 of them are normal float32 numbers."""
+LARGEST = 80.0
+"""The largest logit for which its exp, that of its negative, and sums of 64 times both the exp and the logit are normal
+float32 numbers."""
 
 _PROBABILITIES: dict[Probabilities, int] = {None: 0, "whole": 1, "sparse": 2, "few": 2}
 
